@@ -1,0 +1,167 @@
+"""Everything that knows about ranks: differentiable gathering, sums over ranks, and blocks that travel.
+
+Every function is a plain identity when no process group is initialised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = Any
+"""A ``torch.distributed.ProcessGroup``, or ``None`` for the default group."""
+
+
+def rank_and_size(group: Group = None) -> tuple[int, int]:
+    """This process's rank and the number of processes; ``(0, 1)`` outside a process group.
+
+    Example:
+        >>> rank_and_size()
+        (0, 1)
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def row_counts(rows: int, device: torch.device | str = "cpu", group: Group = None) -> list[int]:
+    """How many rows every rank holds, in rank order.
+
+    ``device`` must suit the backend: CPU for gloo, CUDA for NCCL.
+
+    Example:
+        >>> row_counts(3)
+        [3]
+    """
+    _, size = rank_and_size(group)
+    if size == 1:
+        return [rows]
+    mine = torch.tensor([rows], dtype=torch.int64, device=device)
+    every = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(every, mine, group=group)
+    return [int(n) for n in torch.cat(every).tolist()]
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: list[int], group: Group) -> Tensor:
+        rank, size = rank_and_size(group)
+        ctx.group, ctx.start, ctx.stop = group, sum(counts[:rank]), sum(counts[: rank + 1])
+        padded = x.new_zeros((max(counts), *x.shape[1:]))
+        padded[: x.shape[0]] = x
+        every = [torch.empty_like(padded) for _ in range(size)]
+        dist.all_gather(every, padded, group=group)
+        return torch.cat([rows[:n] for rows, n in zip(every, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad = grads[0].contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[ctx.start : ctx.stop], None, None
+
+
+def gather_rows(x: Tensor, counts: list[int] | None = None, group: Group = None) -> Tensor:
+    r"""Concatenate the rows of every rank, in rank order, with a backward that *sums* over ranks.
+
+    With :math:`L_r` the loss rank r computes from the gathered rows, the gradient that reaches the local rows is
+    :math:`\sum_r \partial L_r / \partial x`. When every rank computes the same loss, the mean that
+    DistributedDataParallel takes over ranks then gives exactly the gradient of one big batch; nothing needs scaling.
+
+    Shapes: x (n_r, ...) on rank r, counts may differ between ranks -> (sum n_r, ...).
+
+    Args:
+        x: Local rows. May be empty. All ranks must agree on the trailing shape and dtype.
+        counts: Rows per rank as :func:`row_counts` gives them; exchanged here when ``None``.
+        group: Process group.
+
+    Example:
+        >>> gather_rows(torch.ones(2, 3)).shape
+        torch.Size([2, 3])
+    """
+    _, size = rank_and_size(group)
+    if size == 1:
+        return x
+    if counts is None:
+        counts = row_counts(x.shape[0], x.device, group)
+    return _GatherRows.apply(x, counts, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def sum_over_ranks(x: Tensor, group: Group = None) -> Tensor:
+    """Sum a tensor over ranks, in place, outside the graph; returns it.
+
+    Example:
+        >>> sum_over_ranks(torch.ones(2))
+        tensor([1., 1.])
+    """
+    _, size = rank_and_size(group)
+    if size > 1:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def travelling_blocks(
+    parts: tuple[Tensor, ...], block: int, group: Group = None
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Show every rank the rows of all ranks, at most ``block`` rows at a time.
+
+    Blocks come in the same order on every rank: rank 0's rows, then rank 1's, and so on. No rank ever holds more
+    than its own rows and one block.
+
+    Args:
+        parts: Tensors with the same number of local rows, for example embeddings and labels. Ranks may hold different
+            numbers of rows, none included, but must agree on trailing shapes and dtypes.
+        block: Rows per block.
+        group: Process group.
+
+    Yields:
+        The global number of the block's first row, and the block of each part.
+
+    Example:
+        >>> [(start, tuple(b.tolist())) for start, (b,) in travelling_blocks((torch.arange(5),), 2)]
+        [(0, (0, 1)), (2, (2, 3)), (4, (4,))]
+    """
+    rank, size = rank_and_size(group)
+    counts = row_counts(parts[0].shape[0], parts[0].device, group)
+    first = 0
+    for source, count in enumerate(counts):
+        for start in range(0, count, block):
+            stop = min(start + block, count)
+            if source == rank:
+                blocks = tuple(p[start:stop].contiguous() for p in parts)
+            else:
+                blocks = tuple(p.new_empty((stop - start, *p.shape[1:])) for p in parts)
+            if size > 1:
+                for b in blocks:
+                    dist.broadcast(b, src=source if group is None else dist.get_global_rank(group, source), group=group)
+            yield first + start, blocks
+        first += count
+
+
+@dataclass(frozen=True, slots=True)
+class Anchors:
+    """The share of the anchors that this rank works on, when all ranks hold the same global batch.
+
+    An operator given ``Anchors`` computes its part for ``share(n)`` and sums the result over ranks inside its
+    forward, so that every rank leaves with the whole loss and the whole gradient.
+    """
+
+    group: Group = None
+
+    def share(self, n: int) -> tuple[int, int]:
+        """First anchor and the one after the last, out of ``n``, for this rank; shares differ by at most one.
+
+        Example:
+            >>> Anchors().share(5)
+            (0, 5)
+        """
+        rank, size = rank_and_size(self.group)
+        return rank * n // size, (rank + 1) * n // size
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the ranks that share the work, in place."""
+        return sum_over_ranks(x, self.group)
