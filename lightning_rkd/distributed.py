@@ -88,7 +88,7 @@ def gather_rows(x: Tensor, counts: list[int] | None = None, group: Group = None)
         return x
     if counts is None:
         counts = row_counts(x.shape[0], x.device, group)
-    return _GatherRows.apply(x, counts, group)  # type: ignore[no-any-return, no-untyped-call]
+    return _GatherRows.apply(x, counts, group)  # type: ignore[no-any-return] # autograd.Function is untyped
 
 
 def sum_over_ranks(x: Tensor, group: Group = None) -> Tensor:
@@ -165,3 +165,18 @@ class Anchors:
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks that share the work, in place."""
         return sum_over_ranks(x, self.group)
+
+
+def data_parallel_group(strategy: Any) -> Group:
+    """The group over which a Lightning strategy splits the batch: all ranks, except with a model-parallel mesh.
+
+    Tensor-parallel ranks repeat each other's rows, so only the mesh's ``data_parallel`` dimension counts there.
+
+    Example:
+        >>> data_parallel_group(object()) is None
+        True
+    """
+    mesh = getattr(strategy, "device_mesh", None)
+    if "data_parallel" in (getattr(mesh, "mesh_dim_names", None) or ()):
+        return mesh["data_parallel"].get_group()  # type: ignore[index] # a DeviceMesh
+    return None

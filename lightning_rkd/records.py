@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,3 +45,53 @@ class Outputs:
     logits: Tensor | None = None
     maps: list[Tensor] | None = None
     classifier: tuple[Tensor, Tensor | None] | None = None
+
+
+Key = int | str
+"""Where in a batch something lies: a position in a sequence, or a key of a mapping."""
+
+
+def unpack(
+    batch: Any, inputs: Key | list[str] | None = None, labels: Key | None = None, indices: Key | None = None
+) -> Batch:
+    """Build a :class:`Batch` from what a loader yields.
+
+    A tensor is the inputs; of a sequence the first entry is the inputs and the second the labels; a mapping needs
+    ``inputs``, as a key or as a list of keys whose values the network takes as keywords.
+
+    Raises:
+        TypeError: A mapping without ``inputs``, or something that is no batch.
+        KeyError, IndexError: An entry that the batch lacks, with what it has.
+
+    Example:
+        >>> import torch
+        >>> unpack({"image": torch.ones(2, 3), "target": torch.arange(2)}, inputs="image", labels="target").labels
+        tensor([0, 1])
+    """
+    if isinstance(batch, Batch):
+        return batch
+    if isinstance(batch, Tensor):
+        return Batch(batch)
+    if isinstance(batch, Mapping):
+        if inputs is None:
+            raise TypeError(
+                f"the batch is a mapping with the keys {sorted(batch)}: say which is the input, inputs='...'"
+            )
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        inputs = 0 if inputs is None else inputs
+        labels = 1 if labels is None and len(batch) > 1 else labels
+    else:
+        raise TypeError(f"a batch is a tensor, a sequence or a mapping, got {type(batch).__name__}")
+
+    def entry(name: str, key: Any) -> Any:
+        try:
+            return batch[key]
+        except (KeyError, IndexError, TypeError) as error:
+            has = sorted(batch) if isinstance(batch, Mapping) else f"{len(batch)} entries"
+            raise KeyError(f"{name}={key!r} is not in the batch, which has {has}") from error
+
+    return Batch(
+        inputs={k: entry("inputs", k) for k in inputs} if isinstance(inputs, list) else entry("inputs", inputs),
+        labels=None if labels is None else entry("labels", labels),
+        indices=None if indices is None else entry("indices", indices),
+    )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,11 +85,10 @@ class RelationalLoss(nn.Module):
         cls.needs = frozenset(asked)
         cls._required = frozenset(n for n, p in asked.items() if p.default is inspect.Parameter.empty)
 
-    @abstractmethod
-    def forward(self, student: Any, teacher: Any, **context: Any) -> Tensor:
-        """The loss as a scalar tensor."""
+    forward: Callable[..., Tensor]
 
     def __call__(self, student: Side, teacher: Side, **context: Any) -> Tensor:
+        """The loss as a scalar, after checking and casting both sides."""
         name = type(self).__name__
         unknown = set(context) - self.needs
         if unknown:
@@ -124,8 +122,8 @@ class RelationalLoss(nn.Module):
     def __add__(self, other: RelationalLoss) -> LossSum:
         return LossSum([*_as_terms(self), *_as_terms(other)])
 
-    def __radd__(self, other: RelationalLoss | int) -> RelationalLoss:
-        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum([...]) starts at 0
+    def __radd__(self, other: Literal[0]) -> RelationalLoss:  # sum([...]) starts at 0
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
 
 class Term(RelationalLoss):
@@ -151,8 +149,11 @@ class Term(RelationalLoss):
         if not (callable(weight) or isinstance(weight, int | float)):
             raise TypeError(f"a weight is a number or a function of the epoch, got {type(weight).__name__}")
         if isinstance(loss, Term):
-            loss, weight, tap = loss.loss, _product(loss.weight, weight), tap if tap is not None else loss.tap
-        self.loss, self.weight, self.tap = loss, weight, tap
+            weight, tap = _product(loss.weight, weight), tap if tap is not None else loss.tap
+            loss = loss.loss
+        self.loss: RelationalLoss = loss
+        self.weight: Weight = weight
+        self.tap: str | None = tap
         self.reads, self.across_samples, self.needs = loss.reads, loss.across_samples, loss.needs
 
     def weight_at(self, epoch: int = 0) -> float:
@@ -160,6 +161,7 @@ class Term(RelationalLoss):
         return weight_at(self.weight, epoch)
 
     def __call__(self, student: Side, teacher: Side, *, epoch: int = 0, **context: Any) -> Tensor:
+        """The weighted loss."""
         return self.weight_at(epoch) * self.raw(student, teacher, epoch=epoch, **context)
 
     def raw(self, student: Side, teacher: Side, **context: Any) -> Tensor:
@@ -171,10 +173,8 @@ class Term(RelationalLoss):
             **{k: v for k, v in context.items() if k in self.needs},
         )
 
-    def forward(self, student: Any, teacher: Any) -> Tensor:
-        raise RuntimeError("a Term is called, never forwarded")
-
     def extra_repr(self) -> str:
+        """Weight and tap, for ``print``."""
         return f"weight={self.weight}" + (f", tap={self.tap!r}" if self.tap is not None else "")
 
 
@@ -206,21 +206,20 @@ class LossSum(RelationalLoss):
         self.needs = frozenset().union(*(term.needs for term in named.values()))
 
     def __call__(self, student: Side, teacher: Side, **context: Any) -> Tensor:
+        """The sum of the weighted losses; each receives the part of the context it asked for."""
         unknown = set(context) - self.needs - {"epoch"}
         if unknown:
             raise TypeError(f"no loss of this sum uses {sorted(unknown)}; together they take {sorted(self.needs)}")
         parts = [term(student, teacher, **context) for term in self.terms.values()]
         return torch.stack(parts).sum()
 
-    def forward(self, student: Any, teacher: Any) -> Tensor:
-        raise RuntimeError("a LossSum is called, never forwarded")
-
-    def __mul__(self, weight: Weight) -> LossSum:  # type: ignore[override]
+    def __mul__(self, weight: Weight) -> LossSum:  # type: ignore[override] # a weighted sum stays a sum
         return LossSum({name: Term(term, weight) for name, term in named_terms(self).items()})
 
-    __rmul__ = __mul__
+    __rmul__ = __mul__  # type: ignore[assignment] # as above
 
-    def at(self, tap: str) -> LossSum:  # type: ignore[override]
+    def at(self, tap: str) -> LossSum:  # type: ignore[override] # as above
+        """Every loss of the sum, read at the tap of that name."""
         return LossSum({name: Term(term, tap=tap) for name, term in named_terms(self).items()})
 
 
@@ -245,10 +244,8 @@ def named_terms(loss: RelationalLoss | Mapping[str, RelationalLoss]) -> dict[str
 def at_tap(side: Side, tap: str | None, reads: str | tuple[str, ...], *, who: str) -> Any:
     """Pick from a mapping of taps: the named tap, else the only one, else the tap named like the field."""
     if not isinstance(side, Mapping):
-        if tap is not None and not isinstance(side, Outputs):
-            return side  # called by hand on the tapped value itself
         return side
-    if tap is not None:
+    if tap is not None and set(side) != {""}:
         if tap not in side:
             raise ValueError(f"{who}: there is no tap {tap!r}; the taps are {sorted(side)}")
         return side[tap]
@@ -258,7 +255,8 @@ def at_tap(side: Side, tap: str | None, reads: str | tuple[str, ...], *, who: st
     if all(field in side for field in fields):
         return Outputs(**{field: getattr(side[field], field) for field in fields})
     raise ValueError(
-        f"{who}: reads {reads!r}, but the network is tapped at {sorted(side)}; say which one with loss.at({min(side)!r})"
+        f"{who}: reads {reads!r}, but the network is tapped at {sorted(side)}; "
+        f"say which one with loss.at({min(side)!r})"
     )
 
 
@@ -280,7 +278,7 @@ def pick(side: Any, reads: str | tuple[str, ...], *, who: str) -> Any:
 _CURE = {
     "classifier": ": tap the Linear layer that makes the logits",
     "maps": ": name a list of layers",
-    "embedding": ": name a layer whose output is (N, D), or pool it with Tap(layer, read=global_pool)",
+    "embedding": ": name one layer whose output is (N, D)",
 }
 
 
@@ -307,7 +305,10 @@ def _pairs(student: Any, teacher: Any, reads: str | tuple[str, ...], name: str) 
             if not x.is_floating_point():
                 raise TypeError(f"{name}: the {side}'s {field} must be floating point, got {x.dtype}")
             if field == "embedding" and x.ndim != 2:
-                raise ValueError(f"{name}: the {side}'s embedding must be (N, D), got {tuple(x.shape)}")
+                raise ValueError(
+                    f"{name}: the {side}'s embedding must be (N, D), got {tuple(x.shape)}; pool it with "
+                    "Tap(layer, read=global_pool) or mean_pool, cls_token"
+                )
             if x.ndim == 0 or x.numel() == 0:
                 raise ValueError(f"{name}: the {side}'s {field} is empty, shape {tuple(x.shape)}")
         if len(a) != len(b):

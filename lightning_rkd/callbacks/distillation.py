@@ -1,0 +1,204 @@
+"""Adds a relational loss to the training step of any LightningModule, without a change to its code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from lightning_rkd.callbacks._patch import MethodPatch
+from lightning_rkd.data.indices import IndexedBatch
+from lightning_rkd.distiller import Distiller
+from lightning_rkd.losses.base import RelationalLoss, Weight, weight_at
+from lightning_rkd.records import Batch, Key, unpack
+from lightning_rkd.distributed import data_parallel_group
+from lightning_rkd.taps import CaptureError, Layer
+from lightning_rkd.teachers import Teacher
+
+
+class RelationalDistillation(pl.Callback):
+    r"""Distils a teacher into the module that a Trainer trains.
+
+    The loss that ``training_step`` returns (or hands to ``manual_backward``) becomes
+
+    .. math:: L = w_{task} L_{task} + w \sum_k w_k L_k(s, t)
+
+    with s what ``student_layer`` showed in this step and t what the teacher shows for the same inputs. The gradient is
+    that of the same sum written by hand into ``training_step``; accumulation, clipping, precision and strategies act
+    on it as on any loss. Terms are logged as ``distill/<name>``.
+
+    Args:
+        teacher: The teacher: a network, or a :class:`~lightning_rkd.teachers.Teacher`. It stays out of the module,
+            its checkpoints and its optimizers.
+        loss: A loss, a sum such as ``25 * RKDDistance() + 50 * RKDAngle()``, or a dict of losses.
+        student_layer: Where to read the student: a dotted path in the module, a function from module to submodule, a
+            :class:`~lightning_rkd.taps.Tap`, a list of paths (feature maps), or a dict of named taps.
+        teacher_layer: The same for the teacher; ``None`` reads the teacher's output.
+        input_layer: A student layer whose inputs feed the teacher, call by call: for augmentation inside the step,
+            several views, or steps that never see a batch. ``None`` feeds the teacher the batch's inputs.
+        inputs: Key of the inputs in the batch; needed where the batch is a mapping, default the first entry.
+        labels: Key of the labels; default the second entry of a sequence.
+        indices: Key of the sample indices; default those of :func:`~lightning_rkd.data.indices.with_indices`.
+        weight: Weight of all terms, a number or a function of the epoch.
+        task_weight: Weight of the module's own loss, likewise.
+        gather: Whether relations span the batches of all ranks (k devices then equal one big batch).
+        manual_backward_index: With manual optimisation and several ``manual_backward`` calls in a step: the number of
+            the call (from 0) that receives the terms.
+
+    Raises:
+        ValueError: At fit: a layer that does not exist, or a student layer that is the module itself.
+        CaptureError: In a step: the layer was not called, gave no gradient, or was called several times without
+            ``input_layer``.
+
+    Reference:
+        Park, Kim, Lu, Cho. Relational Knowledge Distillation. CVPR 2019. arXiv:1904.05068.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_rkd.losses.rkd import RKD
+        >>> callback = RelationalDistillation(teacher=nn.Linear(8, 4), loss=RKD(), student_layer="backbone")
+        >>> sorted(callback.distiller.losses)
+        ['rkd']
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher | nn.Module,
+        loss: RelationalLoss | dict[str, RelationalLoss],
+        *,
+        student_layer: Layer,
+        teacher_layer: Layer | None = None,
+        input_layer: str | Callable[[nn.Module], nn.Module] | None = None,
+        inputs: Key | list[str] | None = None,
+        labels: Key | None = None,
+        indices: Key | None = None,
+        weight: Weight = 1.0,
+        task_weight: Weight = 1.0,
+        gather: bool = True,
+        manual_backward_index: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.distiller = Distiller(
+            teacher,
+            loss,
+            student_layer=student_layer,
+            teacher_layer=teacher_layer,
+            input_layer=input_layer,
+            weight=weight,
+            gather=gather,
+        )
+        for taps in self.distiller.student.taps.values():
+            if any(tap.layer == "" for tap in taps):
+                raise ValueError("student_layer must name a layer inside the module, not the module itself")
+        self.task_weight = task_weight
+        self.manual_backward_index = manual_backward_index
+        self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
+        self._module: pl.LightningModule | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._batch: Any = None
+        self._backwards = 0
+
+    def unpack(self, batch: Any) -> Batch:
+        """Build the :class:`~lightning_rkd.records.Batch` of a step; override it for batches of another make."""
+        return unpack(batch, **self._keys)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Hook the student and patch its step; runs in the worker, so that a spawned module is pickled clean."""
+        if stage != "fit":
+            return
+        self._detach()
+        self._module = pl_module
+        self.distiller.attach(pl_module)
+        self._undo = [MethodPatch.add(pl_module, "training_step", self._around_step)]
+        if not pl_module.automatic_optimization:
+            self._undo.append(MethodPatch.add(pl_module, "manual_backward", self._around_backward))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Move the teacher to where the student is."""
+        self.distiller.prepare(
+            pl_module.device, trainer.precision_plugin.convert_module, data_parallel_group(trainer.strategy)
+        )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the module and the teacher as they were."""
+        self._detach()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the module and the teacher as they were; Lightning calls no ``teardown`` here."""
+        self._detach()
+
+    def _detach(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo, self._module, self._batch = [], None, None
+        self.distiller.detach()
+
+    def _around_step(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert self._module is not None
+        self._batch, self._backwards = (args[0] if args else None), 0
+        self.distiller.begin()
+        try:
+            result = call(*args, **kwargs)
+            if self._module.automatic_optimization:
+                return self._with_terms(result)
+            if self._backwards == 0:
+                raise CaptureError(
+                    "manual optimisation, but the step never called self.manual_backward(loss): the terms are added "
+                    "there, a plain loss.backward() cannot carry them"
+                )
+            if self.manual_backward_index is not None and self.manual_backward_index >= self._backwards:
+                raise CaptureError(
+                    f"manual_backward_index={self.manual_backward_index}, but the step called manual_backward "
+                    f"{self._backwards} time(s), counted from 0"
+                )
+            return result
+        finally:
+            self.distiller.cancel()
+            self._batch = None
+
+    def _around_backward(self, call: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        number, self._backwards = self._backwards, self._backwards + 1
+        if number > 0 and self.manual_backward_index is None:
+            raise CaptureError(
+                "the step calls manual_backward several times: say which call receives the terms, "
+                "manual_backward_index=0 for the first"
+            )
+        if number == (self.manual_backward_index or 0):
+            loss = self._total(loss)
+        return call(loss, *args, **kwargs)
+
+    def _with_terms(self, result: Any) -> Any:
+        if result is None:  # the module skips this step
+            return None
+        if isinstance(result, Tensor):
+            return self._total(result)
+        if isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor):
+            return {**result, "loss": self._total(result["loss"])}
+        raise TypeError(
+            f"training_step must return a tensor, a dict with a tensor 'loss', or None, got {type(result).__name__}"
+        )
+
+    def _total(self, task: Tensor) -> Tensor:
+        module = self._module
+        assert module is not None
+        epoch = module.current_epoch
+        terms = self.distiller.terms(self.distiller.shown(self._unpacked()), epoch=epoch, step=module.global_step)
+        # the values are those of the global batch, alike on all ranks: nothing to synchronise
+        module.log_dict({f"distill/{k}": v.detach() for k, v in terms.items()}, on_step=True, on_epoch=False)
+        weight = weight_at(self.task_weight, epoch)
+        total = task if weight == 1 else weight * task
+        for value in terms.values():
+            total = total + value
+        return total
+
+    def _unpacked(self) -> Batch | None:
+        given = self._batch
+        if given is None or hasattr(given, "__next__"):  # no batch, or Lightning's dataloader_iter
+            return None
+        if isinstance(given, IndexedBatch):
+            batch = self.unpack(given.batch)
+            batch.indices = given.indices if batch.indices is None else batch.indices
+            return batch
+        return self.unpack(given)

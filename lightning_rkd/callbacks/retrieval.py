@@ -1,0 +1,187 @@
+"""Evaluates the embedding of any LightningModule with retrieval metrics, without a change to its code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
+from torchmetrics import Metric
+
+from lightning_rkd.callbacks._patch import MethodPatch
+from lightning_rkd.data.indices import IndexedBatch
+from lightning_rkd.metrics.feed import computed, feed
+from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
+from lightning_rkd.records import Batch, Key, unpack
+from lightning_rkd.taps import Layer, Reader
+
+
+class RetrievalEvaluation(pl.Callback):
+    """Feeds metrics with what a layer shows in validation and test, and logs ``val/<metric>`` and ``test/<metric>``.
+
+    Over several ranks the rows that a distributed sampler repeats to pad its last batch are counted once: the sample
+    indices come from :func:`~lightning_rkd.data.indices.with_indices`, from the batch (``indices=``), or else from the
+    loader's sampler where its order is known.
+
+    Args:
+        layer: Where to read the module, any form of :data:`~lightning_rkd.taps.Layer` that shows one embedding.
+        metric: A metric, or metrics by name; ``None`` is ``EmbeddingRetrieval()``.
+        inputs: Key of the inputs in the batch; only needed where the batch is a mapping.
+        labels: Key of the labels; default the second entry of a sequence.
+        indices: Key of the sample indices.
+
+    Raises:
+        ValueError: A layer that does not exist; or several ranks and no way to know the indices.
+        CaptureError: The layer was not called in a validation or test step.
+
+    Example:
+        >>> callback = RetrievalEvaluation("backbone", EmbeddingRetrieval(k=(1, 5)))
+        >>> sorted(callback.metrics)
+        ['metric']
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        metric: Metric | dict[str, Metric] | None = None,
+        *,
+        inputs: Key | list[str] | None = None,
+        labels: Key | None = None,
+        indices: Key | None = None,
+    ) -> None:
+        super().__init__()
+        metric = EmbeddingRetrieval() if metric is None else metric
+        self.metrics = metric if isinstance(metric, dict) else {"metric": metric}
+        self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
+        self._reader = Reader(layer, "student")
+        self._undo: list[Callable[[], None]] = []
+        self._loaders: list[tuple[dict[str, Metric], list[int] | None]] = []
+        self._position = 0
+
+    def unpack(self, batch: Any) -> Batch:
+        """Build the :class:`~lightning_rkd.records.Batch` of a step; override it for batches of another make."""
+        return unpack(batch, **self._keys)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Hook the layer, and open indexed batches before the module's steps see them."""
+        self._detach()
+        if stage == "predict":
+            return
+        self._reader.attach(pl_module)
+        self._undo = [MethodPatch.add(pl_module, step, _through) for step in ("validation_step", "test_step")]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        self._detach()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was; Lightning calls no ``teardown`` here."""
+        self._detach()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Empty the metrics; the sanity check leaves nothing behind."""
+        self._begin(trainer, pl_module, trainer.val_dataloaders)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Empty the metrics."""
+        self._begin(trainer, pl_module, trainer.test_dataloaders)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Record from now on."""
+        self._open(batch_idx)
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Record from now on."""
+        self._open(batch_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Update the metrics with what the layer showed."""
+        self._update(batch, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Update the metrics with what the layer showed."""
+        self._update(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log ``val/<metric>``."""
+        self._end(pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log ``test/<metric>``."""
+        self._end(pl_module, "test")
+
+    def _detach(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo, self._loaders = [], []
+        self._reader.detach()
+
+    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, loaders: Any) -> None:
+        self._loaders = []
+        for number, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
+            metrics = self.metrics if number == 0 else {name: m.clone() for name, m in self.metrics.items()}
+            for metric in metrics.values():
+                metric.to(module.device)
+                metric.reset()
+            self._loaders.append((metrics, _rows_in_order(loader) if trainer.world_size > 1 else None))
+
+    def _open(self, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._position = 0
+        self._reader.start()
+
+    def _update(self, batch: Any, loader: int) -> None:
+        taps, _ = self._reader.take()
+        shown = next(iter(taps.values()))
+        indexed = isinstance(batch, IndexedBatch)
+        opened = self.unpack(batch.batch if indexed else batch)
+        if opened.indices is None and indexed:
+            opened.indices = batch.indices
+        metrics, order = self._loaders[loader]
+        rows = 0 if shown.embedding is None else len(shown.embedding)
+        if opened.indices is None and order is not None and opened.labels is not None:
+            opened.indices = opened.labels.new_tensor(order[self._position : self._position + rows]).long()
+        self._position += rows
+        for metric in metrics.values():
+            feed(metric, shown, opened)
+
+    def _end(self, module: pl.LightningModule, stage: str) -> None:
+        for number, (metrics, _) in enumerate(self._loaders):
+            prefix = stage if len(self._loaders) == 1 else f"{stage}/{number}"
+            module.log_dict(computed(metrics, prefix), sync_dist=True, add_dataloader_idx=False)
+            for metric in metrics.values():
+                metric.reset()
+
+
+def _through(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **kwargs)
+
+
+def _rows_in_order(loader: Any) -> list[int] | None:
+    """The data set rows this rank's loader yields, in order, where its sampler tells without being disturbed."""
+    if not isinstance(loader, DataLoader) or type(loader.batch_sampler) is not BatchSampler:
+        return None
+    if isinstance(loader.sampler, DistributedSampler | SequentialSampler):
+        return list(loader.sampler)
+    return None

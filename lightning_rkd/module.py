@@ -1,0 +1,290 @@
+"""A LightningModule that trains a student: with a teacher and a relational loss, or without them for the task alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_rkd.data.indices import IndexedBatch
+from lightning_rkd.distiller import Distiller, Shown
+from lightning_rkd.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts
+from lightning_rkd.losses.base import LossSum, RelationalLoss, Weight, weight_at
+from lightning_rkd.metrics.feed import computed, feed, wants
+from lightning_rkd.records import Batch, Key, Outputs, unpack
+from lightning_rkd.taps import Layer
+from lightning_rkd.teachers import Teacher
+
+try:  # only tells whether LightningCLI builds this module; private in Lightning
+    from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+except ImportError:  # pragma: no cover
+    _given_hyperparameters = None  # type: ignore[assignment]
+
+
+class DistillationModule(pl.LightningModule):
+    r"""Trains a student by
+
+    .. math:: L = w_{task} L_{task} + w \sum_k w_k L_k(s, t).
+
+    Without teacher and loss it trains the task loss alone, so the same class trains teachers and baselines. Override
+    :meth:`unpack` for batches of another make; everything else of a LightningModule may be overridden as usual.
+
+    Logged: ``train/loss``, ``train/task``, ``distill/<term>`` per step, and per evaluation epoch ``val/<metric>`` and
+    ``test/<metric>``.
+
+    Args:
+        student: The network to train. ``forward`` is its forward.
+        teacher: A network, or a :class:`~lightning_rkd.teachers.Teacher`. Absent from checkpoints, optimizers and
+            parameter counts; not needed to validate, test or predict.
+        loss: A relational loss, a sum, or a dict of losses.
+        task_loss: Any ``nn.Module`` called ``(outputs, labels)``: of ``torch.nn``, or a loss of
+            pytorch-metric-learning. Its parameters are trained along.
+        task_reads: What the task loss reads: ``"embedding"`` (relates samples, so it sees the batches of all ranks) or
+            ``"logits"`` (a mean over samples, so it sees the rank's own).
+        miner: A pytorch-metric-learning miner for the task loss.
+        metrics: torchmetrics metrics by name, updated in validation and test with what their ``update`` asks for by
+            name: ``embeddings``, ``labels``, ``indices``, ``is_query``, ``student``, ``teacher``, ``preds``, ``target``.
+        optimizer: From parameters to optimizer.
+        lr_scheduler: From optimizer to scheduler.
+        lr_interval: Whether the scheduler steps per ``"epoch"`` or per ``"step"``.
+        batch_transform: From :class:`~lightning_rkd.records.Batch` to ``Batch``, in training, before both networks
+            (mixup, rotations).
+        student_layer: Where to read the student, any form of :data:`~lightning_rkd.taps.Layer`; ``None`` is its output.
+        teacher_layer: The same for the teacher.
+        input_layer: Student layer whose inputs feed the teacher; ``None`` feeds it the batch.
+        inputs: Key of the inputs in the batch; needed where the batch is a mapping.
+        labels: Key of the labels.
+        indices: Key of the sample indices.
+        weight: Weight of all relational terms, a number or a function of the epoch.
+        task_weight: Weight of the task loss, likewise.
+        gather: Whether relations and an embedding task loss span the batches of all ranks.
+
+    Raises:
+        ValueError: A loss without a teacher when a fit begins, nothing to train with, or a student that is frozen.
+
+    Example:
+        >>> from lightning_rkd.losses.rkd import RKD
+        >>> module = DistillationModule(nn.Linear(8, 2), teacher=nn.Linear(8, 4), loss=RKD())
+        >>> module(torch.ones(3, 8)).shape, len(list(module.parameters()))
+        (torch.Size([3, 2]), 2)
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | nn.Module | None = None,
+        loss: RelationalLoss | dict[str, RelationalLoss] | None = None,
+        *,
+        task_loss: nn.Module | None = None,
+        task_reads: Literal["embedding", "logits"] = "embedding",
+        miner: nn.Module | None = None,
+        metrics: dict[str, Metric] | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        batch_transform: Callable[[Batch], Batch] | None = None,
+        student_layer: Layer | None = None,
+        teacher_layer: Layer | None = None,
+        input_layer: str | None = None,
+        inputs: Key | list[str] | None = None,
+        labels: Key | None = None,
+        indices: Key | None = None,
+        weight: Weight = 1.0,
+        task_weight: Weight = 1.0,
+        gather: bool = True,
+    ) -> None:
+        super().__init__()
+        plain = {name for name, value in locals().items() if _is_plain(value)}
+        # under LightningCLI the hyper-parameters are the configuration: plain values, from which it rebuilds all parts
+        self.save_hyperparameters(ignore=["teacher"] if _built_by_cli() else [n for n in locals() if n not in plain])
+        self.student, self.task_loss, self.miner = student, task_loss, miner
+        self.loss = LossSum(loss) if isinstance(loss, dict) else loss
+        self.metrics = nn.ModuleDict(metrics or {})
+        self.task_reads, self.batch_transform, self.task_weight = task_reads, batch_transform, task_weight
+        self._optimizer, self._lr_scheduler, self._lr_interval = optimizer, lr_scheduler, lr_interval
+        self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
+        self.distiller = Distiller(
+            teacher,
+            self.loss,
+            student_layer=student_layer,
+            teacher_layer=teacher_layer,
+            input_layer=input_layer,
+            weight=weight,
+            gather=gather,
+        )
+        self._evaluated: list[dict[str, Metric]] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the student returns."""
+        return self.student(*args, **kwargs)
+
+    def unpack(self, batch: Any) -> Batch:
+        """Build the :class:`~lightning_rkd.records.Batch` of a step; override it for batches of another make."""
+        return unpack(batch, **self._keys)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over all trainable parameters, and the scheduler if there is one."""
+        optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler = self._lr_scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": self._lr_interval}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config["monitor"] = scheduler.monitor
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def setup(self, stage: str) -> None:
+        """Check that there is something to train, and hook the networks."""
+        if stage == "fit":
+            if self.loss is None and self.task_loss is None:
+                raise ValueError("nothing to train with: pass task_loss=..., or teacher=... and loss=...")
+            if not any(p.requires_grad for p in self.student.parameters()):
+                raise ValueError("the student is frozen: none of its parameters requires a gradient")
+        measured = [name for name, metric in self.metrics.items() if "teacher" in wants(metric)]
+        if measured and stage != "predict" and self.distiller.teacher is None:
+            raise ValueError(f"the metrics {measured} compare with the teacher: pass teacher=..., or leave them out")
+        teach = stage != "predict" and bool(measured or (stage == "fit" and self.loss is not None))
+        self.distiller.attach(self.student, teach=teach)
+
+    def teardown(self, stage: str) -> None:
+        """Hand the teacher back as it was."""
+        self.distiller.detach()
+
+    def on_fit_start(self) -> None:
+        """Move the teacher to where the student is."""
+        self._prepare()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The weighted sum of task loss and relational terms."""
+        opened = self._opened(batch)
+        if self.batch_transform is not None:
+            opened = self.batch_transform(opened)
+        self.distiller.begin()
+        output = self._call(opened.inputs)
+        shown = self.distiller.shown(opened, teach=self.loss is not None)
+        terms = self.distiller.terms(shown, epoch=self.current_epoch, step=self.global_step)
+        logged = {f"distill/{name}": value for name, value in terms.items()}
+        parts = list(terms.values())
+        if self.task_loss is not None:
+            task = self.task(shown, output)
+            logged["train/task"] = task
+            parts.insert(0, weight_at(self.task_weight, self.current_epoch) * task)
+        loss = torch.stack(parts).sum()
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log_dict({name: value.detach() for name, value in logged.items()})
+        return loss
+
+    def task(self, shown: Shown, output: Any) -> Tensor:
+        """The task loss of a step: of the rows of all ranks for an embedding, of the rank's own rows for logits."""
+        assert self.task_loss is not None
+        labels = shown.batch.labels
+        if labels is None:
+            raise ValueError("the task loss needs labels, but the batch has none: say where they are, labels=...")
+        read = shown.embedding.embedding if self.task_reads == "embedding" else output
+        if not isinstance(read, Tensor):
+            raise ValueError(f"the student shows no {self.task_reads} for the task loss, but {type(read).__name__}")
+        if self.task_reads == "embedding" and shown.views > 1:
+            labels = torch.cat([labels] * shown.views)
+        read = read if read.dtype == torch.float64 else read.float()
+        group, ranks = self.distiller.group, rank_and_size(self.distiller.group)[1]
+        share = 1.0
+        if self.distiller.gather and ranks > 1:
+            counts = row_counts(len(read), read.device, group)
+            if self.task_reads == "embedding":
+                read, labels = gather_rows(read, counts, group), gather_rows(labels, counts, group)
+            else:
+                share = ranks * len(read) / sum(counts)
+        with torch.autocast(read.device.type, enabled=False):
+            mined = () if self.miner is None else (self.miner(read, labels),)
+            task: Tensor = self.task_loss(read, labels, *mined)
+        return task if share == 1 else share * task
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the metrics."""
+        self._evaluate(batch, dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the metrics."""
+        self._evaluate(batch, dataloader_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor | None:
+        """The embedding of the batch."""
+        opened = self._opened(batch)
+        self.distiller.begin()
+        self._call(opened.inputs)
+        return self.distiller.shown(opened, teach=False).embedding.embedding
+
+    def on_validation_start(self) -> None:
+        """Empty the metrics; the sanity check leaves nothing behind."""
+        self._begin_evaluation(self.trainer.val_dataloaders)
+
+    def on_test_start(self) -> None:
+        """Empty the metrics."""
+        self._begin_evaluation(self.trainer.test_dataloaders)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/<metric>``."""
+        self._end_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/<metric>``."""
+        self._end_evaluation("test")
+
+    def _opened(self, batch: Any) -> Batch:
+        if isinstance(batch, IndexedBatch):
+            opened = self.unpack(batch.batch)
+            opened.indices = batch.indices if opened.indices is None else opened.indices
+            return opened
+        return self.unpack(batch)
+
+    def _call(self, inputs: Any) -> Any:
+        return self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
+
+    def _prepare(self) -> None:
+        self.distiller.prepare(
+            self.device, self.trainer.precision_plugin.convert_module, data_parallel_group(self.trainer.strategy)
+        )
+
+    def _begin_evaluation(self, loaders: Any) -> None:
+        self._prepare()
+        metrics: dict[str, Metric] = dict(self.metrics.items())  # type: ignore[arg-type] # a ModuleDict of metrics
+        self._evaluated = [metrics]
+        for _ in range(1, len(loaders) if isinstance(loaders, list) else 1):
+            self._evaluated.append({name: metric.clone() for name, metric in metrics.items()})
+        for metric in (m for each in self._evaluated for m in each.values()):
+            metric.reset()
+
+    def _evaluate(self, batch: Any, loader: int) -> None:
+        opened = self._opened(batch)
+        metrics = self._evaluated[loader]
+        teach = any("teacher" in wants(metric) for metric in metrics.values())
+        self.distiller.begin()
+        output = self._call(opened.inputs)
+        shown = self.distiller.shown(opened, teach=teach)
+        student = Outputs(embedding=shown.embedding.embedding, logits=output if isinstance(output, Tensor) else None)
+        for metric in metrics.values():
+            feed(metric, student, opened, shown.teacher_embedding)
+
+    def _end_evaluation(self, stage: str) -> None:
+        for loader, metrics in enumerate(self._evaluated):
+            prefix = stage if len(self._evaluated) == 1 else f"{stage}/{loader}"
+            self.log_dict(computed(metrics, prefix), sync_dist=True, add_dataloader_idx=False)
+            for metric in metrics.values():
+                metric.reset()
+
+
+def _built_by_cli() -> bool:
+    return _given_hyperparameters is not None and _given_hyperparameters.get() is not None
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    return value is None or isinstance(value, bool | int | float | str)

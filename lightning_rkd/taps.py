@@ -1,0 +1,368 @@
+"""Reads embedding, logits, maps and classifier out of any network, without touching its code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Union
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_rkd.records import Outputs
+
+
+class Tap:
+    """A place in a network, and how to read it.
+
+    Args:
+        layer: Dotted path of a submodule (``""`` is the network itself), or a function from network to submodule.
+        at: ``"output"`` or ``"input"`` of the layer. ``None`` reads the output, except at an ``nn.Linear``, which is
+            taken for a classifier: its input is the embedding, its output the logits. For a Linear that *makes* the
+            embedding write ``at="output"``.
+        read: ``read(output, kwargs)`` turns what the layer returned (and was called with by keyword) into a tensor or
+            an :class:`~lightning_rkd.records.Outputs`: :func:`mean_pool`, :func:`cls_token`, :func:`global_pool`, or
+            your own.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> read(net, Tap("0", at="output"), torch.ones(2, 4)).embedding.shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        layer: Union[Callable[[nn.Module], nn.Module], str] = "",  # noqa: UP007 - Callable first, for jsonargparse
+        at: Literal["output", "input"] | None = None,
+        read: Callable[[Any, Mapping[str, Any]], Any] | None = None,
+    ) -> None:
+        if at not in (None, "output", "input"):
+            raise ValueError(f"Tap.at must be 'output', 'input' or None, got {at!r}")
+        self.layer, self.at, self.read = layer, at, read
+
+    def __repr__(self) -> str:
+        return f"Tap({self.layer!r}, at={self.at!r})"
+
+
+Layer = Union[Tap, dict[str, Union[Tap, str]], list[str], Callable[[nn.Module], nn.Module], str]  # noqa: UP007
+"""Where to read a network. The order matters to jsonargparse: Callable first would turn a dict into a partial."""
+
+
+class LayerNotFoundError(ValueError):
+    """A dotted path that names no submodule."""
+
+
+class CaptureError(RuntimeError):
+    """The tapped layer did not show in this step what the loss needs."""
+
+
+def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """The submodule behind a dotted path or a function.
+
+    Raises:
+        LayerNotFoundError: No such path; the message lists the nearest ones.
+
+    Example:
+        >>> find_layer(nn.Sequential(nn.ReLU()), "0")
+        ReLU()
+    """
+    if not isinstance(layer, str):
+        chosen = layer(network)
+        if isinstance(chosen, nn.Module):
+            return chosen
+        raise TypeError(f"the layer function must return a submodule, got {type(chosen).__name__}")
+    modules: dict[str, nn.Module] = dict(network.named_modules())
+    if layer in modules:
+        return modules[layer]
+    near = difflib.get_close_matches(layer, modules, n=5, cutoff=0.5) or [n for n, _ in network.named_children()][:8]
+    raise LayerNotFoundError(
+        f"{type(network).__name__} has no layer {layer!r}; near it: {', '.join(map(repr, near)) or 'it has no layers'}"
+    )
+
+
+class Reader:
+    """Records what one network shows at its taps while it is switched on.
+
+    ``attach`` hooks the network, ``start`` switches on, ``take`` returns what was seen since and switches off. Each
+    captured tensor is cloned, so that an in-place operation after the layer cannot change it.
+
+    Args:
+        layer: Any form of :data:`Layer`; ``None`` is the network's own output.
+        side: ``"student"`` or ``"teacher"``, for messages.
+    """
+
+    def __init__(self, layer: Layer | None, side: str) -> None:
+        self.side = side
+        self.taps: dict[str, list[Tap]] = {}
+        self._lists: set[str] = set()
+        entries = layer if isinstance(layer, Mapping) else {"": layer}
+        if not entries:
+            raise ValueError(f"{side}_layer is an empty dict; name at least one tap")
+        for name, entry in entries.items():
+            if isinstance(entry, Sequence) and not isinstance(entry, str):
+                self._lists.add(name)
+                self.taps[name] = [_as_tap(e) for e in entry]
+            else:
+                self.taps[name] = [_as_tap(entry)]
+        self._handles: list[RemovableHandle] = []
+        self._seen: dict[str, list[list[Outputs]]] = {}
+        self.on = False
+
+    def attach(self, network: nn.Module) -> None:
+        """Hook the layers, after checking that they all exist."""
+        self.detach()
+        found = {name: [(find_layer(network, tap.layer), tap) for tap in taps] for name, taps in self.taps.items()}
+        for name, layers in found.items():
+            for position, (module, tap) in enumerate(layers):
+                hook = Hook(lambda *call, n=name, p=position, t=tap: self._record(n, p, t, *call))
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Take the hooks off; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.stop()
+
+    def start(self) -> None:
+        """Forget what was seen and record from now on."""
+        self._seen = {name: [[] for _ in taps] for name, taps in self.taps.items()}
+        self.on = True
+
+    def stop(self) -> None:
+        """Record no more and forget what was seen."""
+        self.on, self._seen = False, {}
+
+    @property
+    def calls(self) -> int:
+        """How often the first tapped layer ran since ``start``."""
+        return max((len(seen) for layers in self._seen.values() for seen in layers), default=0)
+
+    def take(self) -> tuple[dict[str, Outputs], int]:
+        """What was seen since ``start``, per tap, calls concatenated; and how many calls there were.
+
+        Raises:
+            CaptureError: A tapped layer never ran, or the layers ran unequally often.
+        """
+        seen, self.on, self._seen = self._seen, False, {}
+        calls = {
+            f"{tap.layer!r}": len(one)
+            for name, layers in seen.items()
+            for tap, one in zip(self.taps[name], layers, strict=True)
+        }
+        for layer, count in calls.items():
+            if count == 0:
+                raise CaptureError(
+                    f"the {self.side} layer {layer} was never called in this step. Name a layer that runs through "
+                    "its __call__ (not .forward); under torch.compile attach before the first compiled call, or call "
+                    "torch._dynamo.reset()"
+                )
+        if len(set(calls.values())) > 1:
+            raise CaptureError(f"the {self.side} layers ran unequally often in one step: {calls}")
+        outputs = {}
+        for name, layers in seen.items():
+            if name in self._lists:
+                shown = [_joined(one) for one in layers]
+                outputs[name] = Outputs(maps=[m for o in shown for m in o.maps or []])
+            else:
+                outputs[name] = _joined(layers[0])
+        return outputs, next(iter(calls.values()))
+
+    def _record(
+        self, name: str, position: int, tap: Tap, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
+        if self.on:
+            self._seen[name][position].append(_show(tap, module, args, kwargs, output))
+
+
+class Hook:
+    """A forward hook that stays behind when its module is copied or pickled: the copy gets an inert one."""
+
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
+        self.function = function
+
+    def __call__(self, *call: Any) -> None:
+        """Pass module, args, kwargs and output on."""
+        if self.function is not None:
+            self.function(*call)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
+class InputReader:
+    """Records the positional and keyword inputs of every call of one layer while it is switched on."""
+
+    def __init__(self, layer: str | Callable[[nn.Module], nn.Module]) -> None:
+        self.layer = layer
+        self._handle: RemovableHandle | None = None
+        self._seen: list[Any] = []
+        self.on = False
+
+    def attach(self, network: nn.Module) -> None:
+        """Hook the layer."""
+        self.detach()
+        module = find_layer(network, self.layer)
+        self._handle = module.register_forward_pre_hook(Hook(self._record), with_kwargs=True)
+
+    def detach(self) -> None:
+        """Take the hook off; safe to call twice."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+        self.stop()
+
+    def start(self) -> None:
+        """Forget what was seen and record from now on."""
+        self._seen, self.on = [], True
+
+    def stop(self) -> None:
+        """Record no more and forget what was seen."""
+        self._seen, self.on = [], False
+
+    def take(self) -> list[Any]:
+        """The inputs of every call since ``start``."""
+        seen = self._seen
+        self.stop()
+        return seen
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.on:
+            if len(args) + bool(kwargs) != 1:
+                raise CaptureError(
+                    f"input_layer {self.layer!r} is called with {len(args)} positional and {len(kwargs)} keyword "
+                    "inputs; the teacher can be fed from a layer that takes one tensor, or keywords only"
+                )
+            self._seen.append(_copied(args[0] if args else kwargs))
+
+
+def read(network: nn.Module, layer: Layer | None, *args: Any, **kwargs: Any) -> Outputs:
+    """Call a network once and return what it showed at one layer.
+
+    Example:
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        >>> out = read(net, "1", torch.ones(2, 2, 2))
+        >>> out.embedding.shape, out.logits.shape, out.classifier[0].shape
+        (torch.Size([2, 4]), torch.Size([2, 3]), torch.Size([3, 4]))
+    """
+    reader = Reader(layer, "network")
+    reader.attach(network)
+    try:
+        reader.start()
+        network(*args, **kwargs)
+        outputs, _ = reader.take()
+    finally:
+        reader.detach()
+    return next(iter(outputs.values()))
+
+
+def global_pool(output: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """Mean over the spatial positions: (N, C, H, W) -> (N, C).
+
+    Example:
+        >>> global_pool(torch.ones(2, 3, 4, 4), {}).shape
+        torch.Size([2, 3])
+    """
+    x = _first_tensor(output)
+    if x.ndim < 3:
+        raise ValueError(f"global_pool takes maps (N, C, H, W), got {tuple(x.shape)}")
+    return x.flatten(2).mean(2)
+
+
+def mean_pool(output: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """Mean over tokens, (N, T, D) -> (N, D), leaving out those the layer's ``attention_mask`` (N, T) marks with 0.
+
+    Example:
+        >>> mean_pool(torch.tensor([[[1.0], [3.0]]]), {"attention_mask": torch.tensor([[1, 0]])})
+        tensor([[1.]])
+    """
+    x = _first_tensor(output)
+    if x.ndim != 3:
+        raise ValueError(f"mean_pool takes tokens (N, T, D), got {tuple(x.shape)}")
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return x.mean(1)
+    if tuple(mask.shape) != tuple(x.shape[:2]):
+        raise ValueError(f"mean_pool takes an attention_mask (N, T) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+    weights: Tensor = mask.to(x.dtype).unsqueeze(2)
+    return (x * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def cls_token(output: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """The first token: (N, T, D) -> (N, D).
+
+    Example:
+        >>> cls_token(torch.arange(4.0).view(1, 2, 2), {})
+        tensor([[0., 1.]])
+    """
+    x = _first_tensor(output)
+    if x.ndim != 3:
+        raise ValueError(f"cls_token takes tokens (N, T, D), got {tuple(x.shape)}")
+    return x[:, 0]
+
+
+def _as_tap(entry: Any) -> Tap:
+    if isinstance(entry, Tap):
+        return entry
+    if entry is None:
+        return Tap("", at="output")
+    if isinstance(entry, str) or callable(entry):
+        return Tap(entry)
+    raise TypeError(f"a layer is a dotted path, a function, a Tap, a list or a dict of them, got {entry!r}")
+
+
+def _show(tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Outputs:
+    if tap.at is None and tap.read is None and isinstance(module, nn.Linear):
+        return Outputs(args[0].clone(), output.clone(), [args[0].clone()], (module.weight, module.bias))
+    value = (args[0] if args else next(iter(kwargs.values()))) if tap.at == "input" else output
+    if tap.read is not None:
+        value = tap.read(value, kwargs)
+        if isinstance(value, Outputs):
+            return value
+    if not isinstance(value, Tensor):
+        raise CaptureError(
+            f"the layer {tap.layer!r} ({type(module).__name__}) gives a {type(value).__name__}, not a tensor; "
+            "say how to read it: Tap(layer, read=mean_pool), cls_token, global_pool or your own function"
+        )
+    value = value.clone()
+    flat = value.flatten(1) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
+    return Outputs(embedding=flat, logits=flat, maps=[value])
+
+
+def _joined(shown: list[Outputs]) -> Outputs:
+    """Several calls as one: rows concatenated, call by call."""
+    if len(shown) == 1:
+        return shown[0]
+
+    def cat(parts: list[Tensor | None]) -> Tensor | None:
+        tensors = [p for p in parts if p is not None]
+        same = len(tensors) == len(parts) and len({p.shape[1:] for p in tensors}) == 1
+        return torch.cat(tensors) if same else None  # maps of different crops cannot be one tensor
+
+    maps = [cat(list(level)) for level in zip(*(o.maps or [] for o in shown), strict=True)]
+    return Outputs(
+        embedding=cat([o.embedding for o in shown]),
+        logits=cat([o.logits for o in shown]),
+        maps=[m for m in maps if m is not None] if maps and all(m is not None for m in maps) else None,
+        classifier=shown[-1].classifier,
+    )
+
+
+def _first_tensor(output: Any) -> Tensor:
+    hidden = getattr(output, "last_hidden_state", output)
+    first = hidden[0] if isinstance(hidden, list | tuple) and hidden else hidden
+    if isinstance(first, Tensor):
+        return first
+    raise TypeError(f"expected a tensor or an output that begins with one, got {type(output).__name__}")
+
+
+def _copied(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.detach().clone()
+    if isinstance(inputs, Mapping):
+        return {k: _copied(v) for k, v in inputs.items()}
+    return inputs

@@ -1,0 +1,195 @@
+"""The teacher: a frozen network that is nobody's submodule."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rkd.distributed import Group, gather_rows
+from lightning_rkd.records import Batch, Outputs
+from lightning_rkd.taps import Layer, Reader
+
+
+class Teacher:
+    """Holds a network that teaches: in eval mode, without gradients, and registered nowhere.
+
+    Being no ``nn.Module``, it is absent from checkpoints, optimizers, parameter counts, DDP buckets, ``train()`` and
+    ``unfreeze()``. Copies of whatever refers to it share the one network.
+
+    Args:
+        network: The teacher network. It is moved and cast when training begins and handed back as it was.
+        weights: File with the network's weights, read when training begins and never before: a Lightning checkpoint
+            (of ``DistillationModule`` or any module that holds the network under some prefix), a state dict saved with
+            ``torch.save``, or a ``.safetensors`` file. ``None`` takes the network as it is.
+        move: Whether to move and cast the network; ``False`` for one that is sharded or quantised.
+
+    Example:
+        >>> teacher = Teacher(nn.Linear(4, 3))
+        >>> teacher.attach(None)
+        >>> teacher(Batch(inputs=torch.ones(2, 4)))[""].embedding.shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, network: nn.Module, weights: str | os.PathLike[str] | None = None, move: bool = True) -> None:
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"a teacher is an nn.Module, got {type(network).__name__}")
+        self.network, self.weights, self.move = network, weights, move
+        self._loaded = weights is None
+        self._reader: Reader | None = None
+        self._home: list[tuple[Tensor, Tensor]] | None = None
+        self._home_buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        return self
+
+    def attach(self, layer: Layer | None) -> None:
+        """Read the weights file if there is one, and hook the layer."""
+        if not self._loaded:
+            assert self.weights is not None
+            load_weights(self.network, self.weights)
+            self._loaded = True
+        self._reader = Reader(layer, "teacher")
+        self._reader.attach(self.network)
+
+    def detach(self) -> None:
+        """Take the hooks off and hand the network back to where it was."""
+        if self._reader is not None:
+            self._reader.detach()
+        for tensor, home in self._home or []:
+            tensor.data = home
+        for module, buffers in self._home_buffers:
+            module._buffers.update(buffers)
+        self._home, self._home_buffers = None, []
+
+    def to(self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None) -> bool:
+        """Move the network, after ``convert`` (a precision plugin's) has cast it; :meth:`detach` undoes both.
+
+        Returns whether there was something to do: not for a teacher that has been moved already, or that must not be.
+        """
+        if not self.move or self._home is not None:
+            return False
+        self._home = [(p, p.data) for p in self.network.parameters()]
+        self._home_buffers = [(m, dict(m._buffers)) for m in self.network.modules()]  # .to() replaces buffers
+        if convert is not None:
+            self.network = convert(self.network)
+        self.network.to(device)
+        return True
+
+    def __call__(self, batch: Batch, calls: list[Any] | None = None) -> dict[str, Outputs]:
+        """What the teacher shows for a batch, per tap.
+
+        Args:
+            batch: Its ``teacher_inputs`` are used where given, else its ``inputs``.
+            calls: Inputs to use instead, one entry per student call; the results are concatenated.
+        """
+        if self._reader is None:
+            raise RuntimeError("attach the teacher to a layer before calling it")
+        if calls is None:
+            calls = [batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs]
+        self.network.eval()
+        self._reader.start()
+        try:
+            with torch.no_grad():
+                for inputs in calls:
+                    self.network(**inputs) if isinstance(inputs, Mapping) else self.network(inputs)
+            outputs, _ = self._reader.take()
+        finally:
+            self._reader.stop()
+        return outputs
+
+    def shares_parameters_with(self, network: nn.Module) -> bool:
+        """Whether training ``network`` would change the teacher."""
+        own = {id(p) for p in self.network.parameters()}
+        return any(id(p) in own for p in network.parameters())
+
+    def check_same_on_ranks(self, group: Group = None) -> None:
+        """Compare a checksum of the weights over ranks, which DDP does not broadcast for a teacher.
+
+        Raises:
+            RuntimeError: Ranks hold different teachers.
+        """
+        tensors = [t.detach() for t in (*self.network.parameters(), *self.network.buffers())]
+        if not tensors:
+            return
+        checksum = torch.stack([torch.stack((t.float().sum(), t.float().abs().sum())) for t in tensors]).sum(0)
+        every = gather_rows(checksum[None], group=group)
+        if not torch.equal(every, every[:1].expand_as(every)):
+            raise RuntimeError(
+                f"the teacher's weights differ between ranks (checksums {every[:, 0].tolist()}): build it from the "
+                "same weights file or seed on every rank"
+            )
+
+
+def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a network's weights from a Lightning checkpoint, a state dict or a safetensors file, every key matched.
+
+    A prefix common to the network's keys (``student.`` in a checkpoint of ``DistillationModule``, ``model.`` in many
+    others) is found and taken off.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is damaged, or its keys or shapes do not fit the network.
+
+    Example:
+        >>> import tempfile
+        >>> net, file = nn.Linear(2, 1), tempfile.NamedTemporaryFile(suffix=".pt")
+        >>> torch.save({"state_dict": {"student.weight": torch.ones(1, 2), "student.bias": torch.ones(1)}}, file.name)
+        >>> load_weights(net, file.name); net.weight
+        Parameter containing:
+        tensor([[1., 1.]], requires_grad=True)
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the weights file {str(path)!r} does not exist; train the network first, or correct it"
+        )
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state: Any = load_file(path)
+    else:
+        check_file(path)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{str(path)!r} holds no weights that can be read safely: {error}") from error
+        state = state.get("state_dict", state)
+    wanted = network.state_dict()
+    first = next(iter(wanted), "")
+    prefixes = [key[: -len(first)] for key in state if key.endswith(first)]
+    for prefix in sorted(set(prefixes), key=lambda p: (p != "student.", p)):
+        stripped = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        if all(k in stripped and stripped[k].shape == v.shape for k, v in wanted.items()):
+            network.load_state_dict({k: stripped[k] for k in wanted})
+            return
+    raise ValueError(
+        f"{str(path)!r} does not hold the weights of this {type(network).__name__}: it needs {len(wanted)} tensors "
+        f"such as {first!r} {tuple(wanted[first].shape) if first else ''}, the file has {sorted(state)[:3]} ..."
+    )
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Verify the checksums inside a file written by ``torch.save``; a flipped bit would otherwise load in silence.
+
+    Raises:
+        ValueError: The file is cut short or damaged; the message names it.
+    """
+    with Path(path).open("rb") as file:
+        if file.read(2) != b"PK":
+            return  # the format before torch 1.6 carries no checksums
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(
+            f"the checkpoint {str(path)!r} is damaged or cut short ({error}); use an earlier one"
+        ) from error
+    if damaged is not None:
+        raise ValueError(f"the checkpoint {str(path)!r} is damaged in {damaged!r}; use an earlier one")
