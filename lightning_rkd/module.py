@@ -47,8 +47,8 @@ class DistillationModule(pl.LightningModule):
         task_reads: What the task loss reads: ``"embedding"`` (relates samples, so it sees the batches of all ranks) or
             ``"logits"`` (a mean over samples, so it sees the rank's own).
         miner: A pytorch-metric-learning miner for the task loss.
-        metrics: torchmetrics metrics by name, updated in validation and test with what their ``update`` asks for by
-            name: ``embeddings``, ``labels``, ``indices``, ``is_query``, ``student``, ``teacher``, ``preds``, ``target``.
+        metrics: torchmetrics metrics by name, updated in validation and test with what the parameters of their
+            ``update`` are named after: ``embeddings``, ``labels``, ``indices``, ``is_query``, ``student``, ``teacher``, ``preds``, ``target``.
         optimizer: From parameters to optimizer.
         lr_scheduler: From optimizer to scheduler.
         lr_interval: Whether the scheduler steps per ``"epoch"`` or per ``"step"``.
@@ -145,7 +145,7 @@ class DistillationModule(pl.LightningModule):
                 raise ValueError("nothing to train with: pass task_loss=..., or teacher=... and loss=...")
             if not any(p.requires_grad for p in self.student.parameters()):
                 raise ValueError("the student is frozen: none of its parameters requires a gradient")
-        measured = [name for name, metric in self.metrics.items() if "teacher" in wants(metric)]
+        measured = [name for name, metric in self._metrics().items() if "teacher" in wants(metric)]
         if measured and stage != "predict" and self.distiller.teacher is None:
             raise ValueError(f"the metrics {measured} compare with the teacher: pass teacher=..., or leave them out")
         teach = stage != "predict" and bool(measured or (stage == "fit" and self.loss is not None))
@@ -250,9 +250,12 @@ class DistillationModule(pl.LightningModule):
             self.device, self.trainer.precision_plugin.convert_module, data_parallel_group(self.trainer.strategy)
         )
 
+    def _metrics(self) -> dict[str, Metric]:
+        return dict(self.metrics.items())  # type: ignore[arg-type] # a ModuleDict of metrics
+
     def _begin_evaluation(self, loaders: Any) -> None:
         self._prepare()
-        metrics: dict[str, Metric] = dict(self.metrics.items())  # type: ignore[arg-type] # a ModuleDict of metrics
+        metrics = self._metrics()
         self._evaluated = [metrics]
         for _ in range(1, len(loaders) if isinstance(loaders, list) else 1):
             self._evaluated.append({name: metric.clone() for name, metric in metrics.items()})

@@ -34,10 +34,9 @@ class MethodPatch:
     @classmethod
     def add(cls, module: nn.Module, method: str, around: Around) -> Callable[[], None]:
         """Run ``around`` around the method from now on; returns the function that undoes it (safe to call twice)."""
-        patch = vars(module).get(method)
-        if not isinstance(patch, cls):
-            patch = cls(module, method)
-            vars(module)[method] = patch
+        installed = vars(module).get(method)
+        patch = installed if isinstance(installed, cls) else cls(module, method)
+        vars(module)[method] = patch
         patch.arounds.append(around)
 
         def undo() -> None:

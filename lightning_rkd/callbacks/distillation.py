@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from lightning_rkd.callbacks._patch import MethodPatch
 from lightning_rkd.data.indices import IndexedBatch
 from lightning_rkd.distiller import Distiller
+from lightning_rkd.distributed import data_parallel_group
 from lightning_rkd.losses.base import RelationalLoss, Weight, weight_at
 from lightning_rkd.records import Batch, Key, unpack
-from lightning_rkd.distributed import data_parallel_group
 from lightning_rkd.taps import CaptureError, Layer
 from lightning_rkd.teachers import Teacher
 
