@@ -44,6 +44,7 @@ clean: ## remove caches and build outputs; .venv and runs/ stay
 
 # The stamp is written last: an install that was interrupted or failed starts again. What it had fetched stays cached.
 $(STAMP): pyproject.toml
+	@rm -f $@
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "lightning-rkd needs Python 3.11 or newer, and '$(PYTHON)' is not: $$("$(PYTHON)" --version 2>&1 | head -n 1)" >&2; \
 	  echo "Name one that is: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -52,8 +53,9 @@ $(STAMP): pyproject.toml
 	  $(BIN)/python -c '' 2>/dev/null || { rm -rf .venv; uv venv --python "$(PYTHON)" .venv; }; \
 	  uv pip install --python $(BIN)/python --editable '.[dev]'; \
 	else \
-	  $(BIN)/python -c '' 2>/dev/null || { rm -rf .venv; "$(PYTHON)" -m venv .venv; }; \
-	  $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip; \
+	  $(BIN)/python -c '' 2>/dev/null || { rm -rf .venv; "$(PYTHON)" -m venv --without-pip .venv; }; \
+	  $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null 2>&1 \
+	    || "$(PYTHON)" -m pip --python $(BIN)/python install --quiet pip; \
 	  echo "pip: reading what is needed; downloads of 10 MB and more are listed"; \
 	  PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --progress-bar off --editable '.[dev]' \
 	    | awk '/\([0-9]+[0-9](\.[0-9]+)? MB\)|GB\)|^Installing/ {print substr($$0, 1, 120); fflush()}'; \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
 import socket
@@ -42,7 +43,8 @@ class Ranks:
         ends = [context.Pipe() for _ in range(size)]
         self.pipes = [ours for ours, _ in ends]
         self.processes = [
-            context.Process(target=_serve, args=(r, size, port, theirs), daemon=True) for r, (_, theirs) in enumerate(ends)
+            context.Process(target=_serve, args=(r, size, port, theirs), daemon=True)
+            for r, (_, theirs) in enumerate(ends)
         ]
         for process in self.processes:
             process.start()
@@ -64,10 +66,8 @@ class Ranks:
 
     def close(self) -> None:
         for pipe in self.pipes:
-            try:
+            with contextlib.suppress(OSError):
                 pipe.send(None)
-            except OSError:
-                pass
         for process in self.processes:
             process.join(10)
             if process.is_alive():
