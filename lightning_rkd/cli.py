@@ -1,0 +1,169 @@
+"""The command ``lightning-rkd``: LightningCLI with recipes, and commands of our own."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from lightning_rkd import recipes
+
+COMMANDS = {
+    "demo": "Train a teacher, a student alone and a distilled student, and compare them.",
+}
+"""Commands of our own; each is ``lightning_rkd.commands.<name>.main(args)``."""
+
+TRAINER = {
+    "fit": "Train, with what a recipe and the command line say.",
+    "validate": "Evaluate on the validation data.",
+    "test": "Evaluate on the test data.",
+    "predict": "Compute embeddings.",
+}
+"""Commands that run a Trainer."""
+
+TRACEBACK = "LIGHTNING_RKD_TRACEBACK"
+"""Set to 1, this environment variable shows where an error came from."""
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: The command line without the program's name; ``None`` reads ``sys.argv``.
+
+    Returns:
+        The exit code: 0, 1 after an error, 2 after a wrong command line or configuration, 130 after Ctrl-C.
+
+    Example:
+        >>> main(["--version"])
+        0.1.0
+        0
+    """
+    from argparse import ArgumentError
+
+    try:
+        _command(list(sys.argv[1:] if args is None else args))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        # Lightning answers Ctrl-C with exit code 1
+        interrupted = isinstance(stop.__context__, KeyboardInterrupt)
+        return 130 if interrupted else stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        if os.environ.get(TRACEBACK) == "1":
+            raise
+        usage = isinstance(error, ArgumentError | UsageError | recipes.UnknownRecipeError)
+        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        known = usage or isinstance(error, ValueError | OSError)
+        message = _brief(message) if isinstance(error, ArgumentError) else message
+        print(f"error: {message if known and message else f'{type(error).__name__}: {message}'}", file=sys.stderr)
+        if not usage:
+            print(f"({TRACEBACK}=1 shows where it came from)", file=sys.stderr)
+        return 2 if usage else 1
+    return 0
+
+
+def _command(args: list[str]) -> None:
+    first = args[0] if args else "--help"
+    if first in ("-h", "--help"):
+        print(_help())
+    elif first == "--version":
+        from lightning_rkd import __version__
+
+        print(__version__)
+    elif first in COMMANDS:
+        run: Callable[[list[str]], None] = import_module(f"lightning_rkd.commands.{first}").main
+        run(args[1:])
+    elif first in TRAINER or first.startswith("-"):
+        _train(resolve_recipes(args))
+    else:
+        known = [*COMMANDS, *TRAINER]
+        near = difflib.get_close_matches(first, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(known)}"
+        raise UsageError(f"there is no command {first!r}; {hint}")
+
+
+def _train(args: list[str]) -> None:
+    with warnings.catch_warnings():
+        # advice that does not fit images held in memory, folders that are named by the user, and news about packages
+        warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+        warnings.filterwarnings("ignore", r"Starting from v1\.9\.0, `tensorboardX`")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
+        from lightning_rkd.training import TrainingCLI
+
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_without_advertisement)
+        TrainingCLI(args, prog="lightning-rkd")
+
+
+def _brief(message: str) -> str:
+    """What jsonargparse says, without the subtypes it tried and the values it was given."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
+    return "\n".join(line for line in message.splitlines() if not line.strip().startswith(noise))
+
+
+def _without_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+
+
+def resolve_recipes(args: Sequence[str]) -> list[str]:
+    """Replace names of recipes behind ``--config`` and ``-c`` with their files.
+
+    Raises:
+        UnknownRecipeError: Neither a file nor a recipe.
+
+    Example:
+        >>> resolve_recipes(["fit", "--config", "glyphs_rkd"])[2].endswith("recipes/glyphs_rkd.yaml")
+        True
+    """
+    resolved: list[str] = []
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        if flag in ("--config", "-c") and equals:
+            arg = f"{flag}={recipes.find(value)}"
+        elif resolved and resolved[-1] in ("--config", "-c"):
+            arg = str(recipes.find(arg))
+        resolved.append(arg)
+    return resolved
+
+
+def _help() -> str:
+    def rows(table: dict[str, str]) -> str:
+        return "\n".join(f"  {name:<16} {text}" for name, text in table.items())
+
+    return f"""\
+usage: lightning-rkd COMMAND [options]
+       lightning-rkd COMMAND --help
+
+Relational knowledge distillation for PyTorch Lightning.
+
+commands:
+{rows(COMMANDS)}
+
+commands that run a Trainer, with --config RECIPE or FILE and any option on the command line:
+{rows(TRAINER)}
+
+recipes:
+{rows({name: recipes.about(name) for name in recipes.names()})}
+
+examples:
+  lightning-rkd demo
+  lightning-rkd fit --config glyphs_teacher
+  lightning-rkd fit --config glyphs_rkd --model.loss RKDDistance --trainer.max_steps 200
+  lightning-rkd fit --config glyphs_rkd --print_config > mine.yaml
+
+options:
+  -h, --help       Show this help.
+  --version        Show the version.
+
+An error is one line; {TRACEBACK}=1 shows where it came from."""

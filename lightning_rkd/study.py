@@ -1,0 +1,252 @@
+"""Several ways to train, several seeds, one table: what ``demo`` stands on.
+
+A run is a configuration as ``lightning-rkd fit`` takes it, and leaves it resolved beside its checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_rkd.data.base import DisjointClassesDataModule, LabelledImages
+from lightning_rkd.data.indices import IndexedBatch
+from lightning_rkd.metrics.agreement import RelationalAgreement
+from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
+from lightning_rkd.models.heads import count_parameters
+from lightning_rkd.module import DistillationModule
+from lightning_rkd.training import TrainingCLI
+
+Config = dict[str, Any]
+"""A configuration of ``lightning-rkd fit``, as it would be read from YAML."""
+
+
+@dataclass
+class Run:
+    """One network that was trained and tested.
+
+    Attributes:
+        network: Name of the way it was trained; runs that differ by the seed only share it.
+        seed: Its seed.
+        parameters: Their number.
+        seconds: How long training took.
+        scores: Value by name, on the test set.
+        embeddings: (N, D), of the test set.
+    """
+
+    network: str
+    seed: int
+    parameters: int
+    seconds: float
+    scores: dict[str, float] = field(default_factory=dict)
+    embeddings: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and spread (standard deviation) of the runs of one network; the spread of a single run is 0."""
+
+    network: str
+    parameters: int
+    seeds: int
+    mean: dict[str, float]
+    spread: dict[str, float]
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """A copy with some entries changed, named by their dotted paths.
+
+    Example:
+        >>> with_settings({"trainer": {"max_steps": 5}}, {"trainer.max_steps": 9, "data.init_args.seed": 1})
+        {'trainer': {'max_steps': 9}, 'data': {'init_args': {'seed': 1}}}
+    """
+    changed = copy.deepcopy(config)
+    for path, value in settings.items():
+        *parents, last = path.split(".")
+        place = changed
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = copy.deepcopy(value)
+    return changed
+
+
+def train(
+    config: Config,
+    folder: Path,
+    seed: int,
+    callbacks: Sequence[pl.Callback] = (),
+    images: LabelledImages | None = None,
+) -> tuple[DistillationModule, DisjointClassesDataModule, float]:
+    """Train what a configuration describes, and leave ``config.yaml`` and ``last.ckpt`` in the folder.
+
+    Args:
+        config: The configuration. Its seeds and its output folder are replaced; it runs without validation or logger.
+        folder: Where to write.
+        seed: Of initial weights, order and augmentation.
+        callbacks: Callbacks that the saved configuration does not mention.
+        images: What the configured data would load, where it has been loaded already.
+
+    Returns:
+        The trained module, its data, and the seconds that training took.
+    """
+    settings = {
+        "seed_everything": seed,
+        "data.init_args.seed": seed,
+        "trainer.default_root_dir": str(folder),
+    }
+    with _quiet():
+        cli = TrainingCLI(
+            with_settings(config, settings),
+            run=False,
+            callbacks=callbacks,
+            logger=False,
+            limit_val_batches=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        if images is not None:
+            cli.datamodule.load = lambda: images
+        start = time.perf_counter()
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    return cli.model, cli.datamodule, time.perf_counter() - start
+
+
+def test(
+    network: str, trained: tuple[DistillationModule, DisjointClassesDataModule, float], seed: int, teacher: Run | None
+) -> Run:
+    """Embed the test set once, and measure retrieval and the agreement with the teacher (``None`` for the teacher)."""
+    module, data, seconds = trained
+    with _quiet():
+        embeddings, labels, indices = embed(module.student, data.test_dataloader())
+    run = Run(network, seed, count_parameters(module.student), seconds, embeddings=embeddings)
+    retrieval = EmbeddingRetrieval()
+    retrieval.update(embeddings, labels, indices)
+    agreement = RelationalAgreement()
+    agreement.update(embeddings, embeddings if teacher is None else teacher.embeddings)
+    run.scores = {name: float(value) for m in (retrieval, agreement) for name, value in m.compute().items()}
+    return run
+
+
+@torch.no_grad()
+def embed(network: nn.Module, loader: DataLoader[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings (N, D), labels (N,) and indices (N,) of all samples of an indexed loader.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> from lightning_rkd.data import with_indices
+        >>> data = TensorDataset(torch.eye(3), torch.arange(3))
+        >>> embed(nn.Identity(), with_indices(DataLoader(data, batch_size=2)))[1]
+        tensor([0, 1, 2])
+    """
+    network.eval()
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in loader:
+        assert isinstance(batch, IndexedBatch)
+        x, y = batch.batch
+        parts.append((network(x.to(device)).float().cpu(), y, batch.indices))
+    embeddings, labels, indices = (torch.cat(column) for column in zip(*parts, strict=True))
+    return embeddings, labels, indices
+
+
+def summarise(runs: Iterable[Run]) -> list[Summary]:
+    """Mean and spread over seeds, one summary a network, in the order of their first runs.
+
+    Example:
+        >>> runs = [Run("student", seed, 10, 1.0, {"recall_at_1": r}) for seed, r in enumerate((0.3, 0.5))]
+        >>> summary = summarise(runs)[0]
+        >>> round(summary.mean["recall_at_1"], 3), round(summary.spread["recall_at_1"], 3)
+        (0.4, 0.141)
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.network, []).append(run)
+    summaries = []
+    for network, group in groups.items():
+        columns = {name: [run.scores[name] for run in group] for name in group[0].scores}
+        columns["seconds"] = [run.seconds for run in group]
+        mean = {name: statistics.fmean(values) for name, values in columns.items()}
+        spread = {name: statistics.stdev(values) if len(values) > 1 else 0.0 for name, values in columns.items()}
+        summaries.append(Summary(network, group[0].parameters, len(group), mean, spread))
+    return summaries
+
+
+def cells(summary: Summary, columns: Sequence[str]) -> list[str]:
+    """A row of the table for people: name, parameters, and mean ± spread of every column.
+
+    Example:
+        >>> cells(Summary("student", 3880, 3, {"recall_at_1": 0.34567}, {"recall_at_1": 0.01234}), ["recall_at_1"])
+        ['student', '3,880', '0.346 ± 0.012']
+    """
+    row = [summary.network, f"{summary.parameters:,}"]
+    for name in columns:
+        digits = 0 if name == "seconds" else 3
+        spread = f" ± {summary.spread[name]:.{digits}f}" if summary.seeds > 1 and digits else ""
+        row.append(f"{summary.mean[name]:.{digits}f}{spread}")
+    return row
+
+
+def markdown(summaries: Sequence[Summary], columns: Sequence[str], headings: Mapping[str, str] | None = None) -> str:
+    """The table in Markdown.
+
+    Example:
+        >>> print(markdown([Summary("student", 3880, 1, {"recall_at_1": 0.3}, {"recall_at_1": 0.0})], ["recall_at_1"]))
+        | network | parameters | recall_at_1 |
+        |---|---:|---:|
+        | student | 3,880 | 0.300 |
+        <BLANKLINE>
+    """
+    titles = ["network", "parameters", *((headings or {}).get(name, name) for name in columns)]
+    lines = [titles, *(cells(summary, columns) for summary in summaries)]
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([table[0], "|---|" + "---:|" * (len(titles) - 1), *table[1:], ""])
+
+
+def write_csv(summaries: Sequence[Summary], path: Path) -> None:
+    """The table for programs: for every score its mean and, as ``<score>_spread``, its spread, unrounded."""
+    scores = list(summaries[0].mean)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["network", "parameters", "seeds", *(n for s in scores for n in (s, f"{s}_spread"))])
+        for summary in summaries:
+            values = (v for s in scores for v in (summary.mean[s], summary.spread[s]))
+            writer.writerow([summary.network, summary.parameters, summary.seeds, *values])
+
+
+def write_runs_csv(runs: Sequence[Run], path: Path) -> None:
+    """Every single run, unrounded."""
+    scores = list(runs[0].scores)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["network", "seed", "parameters", *scores, "seconds"])
+        for run in runs:
+            writer.writerow([run.network, run.seed, run.parameters, *(run.scores[s] for s in scores), run.seconds])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's notes and advice belong to runs that people start one by one."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
