@@ -37,7 +37,7 @@ class Teacher:
         torch.Size([2, 3])
     """
 
-    def __init__(self, network: nn.Module, weights: str | os.PathLike[str] | None = None, move: bool = True) -> None:
+    def __init__(self, network: nn.Module, weights: str | Path | None = None, move: bool = True) -> None:
         if not isinstance(network, nn.Module):
             raise TypeError(f"a teacher is an nn.Module, got {type(network).__name__}")
         self.network, self.weights, self.move = network, weights, move
