@@ -1,0 +1,94 @@
+"""Images held as bytes, and a training view of them that changes with the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from lightning_rkd.data.augment import Augment
+from lightning_rkd.data.sampling import Draw
+
+
+class ImageSet(Dataset[tuple[Tensor, int]]):
+    """Images in memory, one byte a value; a sample is ``(x, y)`` with x normalised per channel.
+
+    Args:
+        images: (N, C, H, W), uint8.
+        labels: (N,), int64.
+        mean: Per channel, as a part of the full range; 0 by default.
+        std: Per channel, as a part of the full range; 1 by default.
+
+    Example:
+        >>> data = ImageSet(torch.full((3, 1, 2, 2), 255, dtype=torch.uint8), torch.tensor([0, 0, 1]), mean=(0.5,))
+        >>> x, y = data[2]
+        >>> x.flatten().tolist(), y
+        ([0.5, 0.5, 0.5, 0.5], 1)
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,)
+    ) -> None:
+        if images.ndim != 4 or images.dtype != torch.uint8:
+            raise ValueError(f"images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"labels must be ({len(images)},), one per image; got {tuple(labels.shape)}")
+        self.images, self.labels = images, labels.to(torch.int64)
+        self.mean, self.std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """A whole batch at once; PyTorch's loaders prefer this."""
+        rows = torch.tensor([int(i) for i in indices])
+        return self.samples(self.pixels(rows), rows)
+
+    def pixels(self, rows: Tensor) -> Tensor:
+        """The images of these rows, (N, C, H, W), float32 in 0 to 1."""
+        return self.images[rows].float() / 255
+
+    def samples(self, pixels: Tensor, rows: Tensor) -> list[tuple[Tensor, int]]:
+        """Pixels in 0 to 1, normalised, each with its label."""
+        return list(zip((pixels - self.mean) / self.std, self.labels[rows].tolist(), strict=True))
+
+
+class AugmentedSubset(Subset[tuple[Tensor, int]]):
+    """Rows of an :class:`ImageSet` for training: every epoch shows another random version of each image.
+
+    What an image looks like depends on ``(seed, epoch, row, occurrence)`` alone, where the epoch comes with the index
+    (:class:`~lightning_rkd.data.sampling.Draw`; a plain integer counts as epoch 0) and the occurrence numbers
+    repetitions of a row within a batch. So worker processes, batch composition and resuming do not matter.
+
+    Args:
+        dataset: The root data set.
+        indices: Its rows.
+        augment: What is done to the images.
+        seed: Of the augmentation.
+    """
+
+    dataset: ImageSet
+
+    def __init__(self, dataset: ImageSet, indices: Sequence[int], augment: Augment, seed: int = 0) -> None:
+        super().__init__(dataset, indices)
+        self.augment, self.seed = augment, seed
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """A whole batch at once; PyTorch's loaders prefer this."""
+        rows = [int(self.indices[i]) for i in indices]
+        epochs = [i.epoch if isinstance(i, Draw) else 0 for i in indices]
+        seen: dict[int, int] = {}
+        occurrences = []
+        for row in rows:
+            occurrences.append(seen.get(row, 0))
+            seen[row] = occurrences[-1] + 1
+        pixels = self.augment(self.dataset.pixels(torch.tensor(rows)), self.seed, epochs, rows, occurrences)
+        return self.dataset.samples(pixels, torch.tensor(rows))

@@ -1,0 +1,170 @@
+"""Batches that know which rows of the data set they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+
+@runtime_checkable
+class _Movable(Protocol):
+    def to(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(slots=True)
+class IndexedBatch:
+    """What a loader yielded, and the rows of the root data set it came from.
+
+    Attributes:
+        batch: The batch as the loader would have yielded it.
+        indices: Row of each sample in the root data set, shape (N,), int64, on the CPU or moved along.
+    """
+
+    batch: Any
+    indices: Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> IndexedBatch:
+        """Move everything inside that can be moved, as ``Tensor.to`` would a tensor; indices keep their type.
+
+        Example:
+            >>> moved = IndexedBatch((torch.zeros(2, 3), ["a", "b"]), torch.tensor([4, 7])).to("cpu")
+            >>> moved.batch[0].shape, moved.indices.tolist()
+            (torch.Size([2, 3]), [4, 7])
+        """
+        batch = apply_to_collection(self.batch, _Movable, lambda x: x.to(*args, **kwargs))
+        device = torch.empty(0).to(*args, **kwargs).device
+        return IndexedBatch(batch, self.indices.to(device, non_blocking=kwargs.get("non_blocking", False)))
+
+    def pin_memory(self) -> IndexedBatch:
+        """Copy every tensor to page-locked memory; a :class:`~torch.utils.data.DataLoader` calls this."""
+        batch = apply_to_collection(self.batch, _Pinnable, lambda x: x.pin_memory())
+        return IndexedBatch(batch, self.indices.pin_memory())
+
+
+@runtime_checkable
+class _Pinnable(Protocol):
+    def pin_memory(self) -> Any: ...
+
+
+def with_indices(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The same loader, yielding :class:`IndexedBatch`.
+
+    An index is the row in the *root* data set: :class:`~torch.utils.data.Subset`, however deep, is looked through;
+    every other data set (a ``ConcatDataset`` too) is a root. Sampler, batch sampler, workers, ``collate_fn``,
+    pinning, generator and ``worker_init_fn`` are kept, so the batches are those of the original loader.
+
+    Args:
+        loader: Any loader over a map-style data set. A loader that already yields indices is returned as it is. A
+            subclass of ``DataLoader`` keeps its class, unless it has an ``__init__`` of its own.
+
+    Returns:
+        A new loader; the original one stays usable.
+
+    Raises:
+        TypeError: Iterable-style data sets and ``batch_size=None``, which have no batches of rows to number, and
+            loader classes that could not be rebuilt faithfully.
+
+    Example:
+        >>> data = Subset(Subset(torch.arange(100), range(50, 100)), range(0, 50, 10))
+        >>> [(b.batch.tolist(), b.indices.tolist()) for b in with_indices(DataLoader(data, batch_size=2))]
+        [([50, 60], [50, 60]), ([70, 80], [70, 80]), ([90], [90])]
+    """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"with_indices takes a torch DataLoader, got {type(loader).__name__}")
+    data: Any = loader.dataset
+    if isinstance(data, _WithIndices):
+        return loader
+    if isinstance(data, IterableDataset):
+        raise TypeError(
+            f"with_indices needs a map-style data set, and {type(data).__name__} is iterable: its samples have no row "
+            "numbers. Let it yield an index with every sample and name it with indices=..."
+        )
+    if loader.batch_sampler is None:
+        raise TypeError(
+            "with_indices needs a loader that batches, and this one has batch_size=None: give it a batch size, or a "
+            "batch_sampler, and move its collating into collate_fn"
+        )
+    own_init = any("__init__" in vars(c) for c in type(loader).__mro__[: type(loader).__mro__.index(DataLoader)])
+    if own_init and type(loader).__iter__ is not DataLoader.__iter__:
+        raise TypeError(
+            f"with_indices cannot rebuild a {type(loader).__name__}, which has an __init__ and an __iter__ of its own: "
+            "apply with_indices to the DataLoader inside it"
+        )
+    kind = DataLoader if own_init else type(loader)
+    if loader.batch_size is None:
+        batching: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
+    else:
+        batching = {"batch_size": loader.batch_size, "sampler": loader.sampler, "drop_last": loader.drop_last}
+    if loader.pin_memory_device:
+        batching["pin_memory_device"] = loader.pin_memory_device
+    return kind(
+        _WithIndices(data),
+        **batching,
+        num_workers=loader.num_workers,
+        collate_fn=_Collate(loader.collate_fn),  # type: ignore[arg-type]
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+        in_order=loader.in_order,
+    )
+
+
+@dataclass(slots=True)
+class _Fetched:
+    """The samples of one batch before collating."""
+
+    samples: Any
+    rows: list[int]
+
+
+class _WithIndices(Dataset[Any]):
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.dataset[index], root_row(self.dataset, index)
+
+    def __getitems__(self, indices: Sequence[int]) -> _Fetched:
+        rows = [root_row(self.dataset, i) for i in indices]
+        fetch = getattr(self.dataset, "__getitems__", None)
+        return _Fetched(fetch(indices) if fetch else [self.dataset[i] for i in indices], rows)
+
+
+class _Collate:
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, fetched: _Fetched) -> IndexedBatch:
+        return IndexedBatch(self.collate(fetched.samples), torch.tensor(fetched.rows, dtype=torch.int64))
+
+
+def root_row(dataset: Any, index: int) -> int:
+    """The row of the root data set that ``dataset[index]`` shows, through any depth of ``Subset``.
+
+    Example:
+        >>> root_row(Subset(Subset(range(9), [8, 6, 4]), [2, 0]), 0)
+        4
+    """
+    while True:
+        try:
+            row = int(index)
+        except (TypeError, ValueError):
+            raise TypeError(f"an index must be an integer to number a sample, the sampler gave {index!r}") from None
+        if row < 0:
+            row += len(dataset)
+        if not isinstance(dataset, Subset):
+            return row
+        dataset, index = dataset.dataset, dataset.indices[row]

@@ -1,0 +1,57 @@
+"""A loader that Lightning can stop and resume in the middle of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightning_rkd.data.sampling import PKBatchSampler
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader over a :class:`~lightning_rkd.data.sampling.PKBatchSampler` whose position is saved and restored.
+
+    Two things are added. Lightning finds ``state_dict`` and ``load_state_dict`` and keeps epoch and position in its
+    checkpoints. And workers start with the first batch that is asked for, not with ``iter()``: a resuming Lightning
+    calls ``iter()`` *before* ``set_epoch``, and workers that fetch ahead would then fetch another epoch's batches.
+
+    Example:
+        >>> import torch
+        >>> def loader():
+        ...     return ResumableLoader(torch.arange(8), batch_sampler=PKBatchSampler([0, 0, 1, 1, 2, 2, 3, 3], 1, 2))
+        >>> whole, stopped, resumed = loader(), loader(), loader()
+        >>> head = next(iter(stopped))
+        >>> resumed.load_state_dict(stopped.state_dict())
+        >>> [b.tolist() for b in whole] == [head.tolist(), *(b.tolist() for b in resumed)]
+        True
+    """
+
+    _at: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        sampler = self.batch_sampler
+        if not isinstance(sampler, PKBatchSampler):  # Lightning put its own there, for overfit_batches
+            yield from super().__iter__()
+            return
+        epoch, delivered = sampler.epoch, sampler.first_batch
+        for batch in super().__iter__():
+            delivered += 1
+            self._at = (epoch, delivered)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and the number of batches delivered in it, whatever workers have fetched ahead."""
+        sampler = self.batch_sampler
+        if not isinstance(sampler, PKBatchSampler):
+            return {}
+        here = (sampler.epoch, sampler.first_batch)
+        epoch, first = self._at if self._at is not None and self._at[0] == sampler.epoch else here
+        return {"epoch": epoch, "first_batch": first}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next iteration begin where the state was taken."""
+        if isinstance(self.batch_sampler, PKBatchSampler) and state:
+            self.batch_sampler.load_state_dict(state)
+            self._at = None

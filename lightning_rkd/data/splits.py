@@ -1,0 +1,46 @@
+"""Dividing classes, not samples, among training, validation and test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class ClassSplit(NamedTuple):
+    """Three disjoint lists of classes."""
+
+    train: list[int]
+    validation: list[int]
+    test: list[int]
+
+
+def split_classes(classes: Sequence[int], validation: float = 0.15, test: float = 0.25, seed: int = 0) -> ClassSplit:
+    """Deal classes at random: first the unseen test classes, then, out of the training side, those for validation.
+
+    Args:
+        classes: What is dealt.
+        validation: Part of all classes that validate, at least 2 of them.
+        test: Part of all classes that test, at least 2 of them.
+        seed: Not negative. The test classes depend on ``test`` and ``seed`` only.
+
+    Raises:
+        ValueError: When fewer than 2 classes would be left for training, or the parts are no parts.
+
+    Example:
+        >>> split = split_classes(range(20))
+        >>> [len(part) for part in split], sorted(sum(split, [])) == list(range(20))
+        ([12, 3, 5], True)
+    """
+    if not (0 < validation < 1 and 0 < test < 1 and validation + test < 1):
+        raise ValueError(f"validation and test are parts of the classes, below 1 together; got {validation} and {test}")
+    n_test, n_validation = max(2, round(test * len(classes))), max(2, round(validation * len(classes)))
+    if len(classes) - n_test - n_validation < 2:
+        raise ValueError(
+            f"{len(classes)} classes are too few: 2 must train, 2 validate and 2 test, and the parts "
+            f"validation={validation}, test={test} ask for {n_validation} and {n_test}"
+        )
+    dealt = [classes[i] for i in np.random.default_rng(seed).permutation(len(classes))]
+    parts = dealt[n_test + n_validation :], dealt[n_test : n_test + n_validation], dealt[:n_test]
+    return ClassSplit(*(sorted(part) for part in parts))

@@ -1,0 +1,115 @@
+"""torchvision's classification models with an embedding head in place of the classifier."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from difflib import get_close_matches
+
+from torch import nn
+from torchvision import models
+
+from lightning_rkd.models.heads import EmbeddingHead, L2Normalize
+
+
+def torchvision_embedder(
+    name: str,
+    embedding_dim: int | None = None,
+    weights: str | None = None,
+    normalize: bool = False,
+    in_channels: int = 3,
+) -> nn.Module:
+    """A torchvision classifier turned into an embedder, with the layers ``backbone`` and ``head``.
+
+    ``backbone`` is torchvision's model; its last linear layer gives way to an identity, so it shows the features that
+    layer used to read, (N, F). What stands between pooling and that layer (a norm, a hidden layer) stays.
+
+    Args:
+        name: As in :func:`torchvision.models.list_models`, for example ``resnet18``.
+        embedding_dim: Width of the embedding; ``None`` gives the features themselves.
+        weights: Name of pretrained weights, for example ``DEFAULT`` or ``IMAGENET1K_V1``; ``None`` starts at random
+            and downloads nothing.
+        normalize: Whether embeddings are brought to length one.
+        in_channels: Channels of the images. Other than 3 replaces the first convolution; with pretrained weights it
+            starts from their sum over colours, spread evenly.
+
+    Returns:
+        The network, images (N, in_channels, H, W) -> (N, embedding_dim).
+
+    Raises:
+        ValueError: There is no such model, no such weights, or no linear classifier to replace.
+        RuntimeError: The weights could not be downloaded.
+
+    Example:
+        >>> net = torchvision_embedder("resnet18", embedding_dim=64)
+        >>> type(net.backbone).__name__, net.head
+        ('ResNet', EmbeddingHead(
+          (linear): Linear(in_features=512, out_features=64, bias=True)
+        ))
+    """
+    known = models.list_models(module=models)
+    if name not in known:
+        near = get_close_matches(name.lower(), known, n=5, cutoff=0.4) or known[:5]
+        raise ValueError(f"torchvision has no classification model {name!r}; near ones: {', '.join(near)}")
+    backbone = _build(name, weights)
+    path, classifier = _last_linear(name, backbone)
+    _replace(backbone, path, nn.Identity())
+    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # a second classifier, used in training only
+        if getattr(backbone, auxiliary, None) is not None:
+            setattr(backbone, auxiliary, None)
+            backbone.aux_logits = False  # type: ignore[assignment]
+    if in_channels != 3:
+        _change_channels(name, backbone, in_channels, pretrained=weights is not None)
+    parts: OrderedDict[str, nn.Module] = OrderedDict(backbone=backbone)
+    if embedding_dim is not None:
+        parts["head"] = EmbeddingHead(classifier.in_features, embedding_dim, normalize)
+    else:
+        parts["head"] = L2Normalize() if normalize else nn.Identity()
+    return nn.Sequential(parts)
+
+
+def _build(name: str, weights: str | None) -> nn.Module:
+    if weights is None:
+        # these two warn unless told how to initialise
+        extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        fresh: nn.Module = models.get_model(name, weights=None, **extra)
+        return fresh
+    entries = models.get_model_weights(name)
+    if weights not in entries.__members__:
+        raise ValueError(f"{name} has no weights {weights!r}; there are {', '.join(entries.__members__)}")
+    entry = entries[weights]
+    try:
+        pretrained: nn.Module = models.get_model(name, weights=entry)
+    except OSError as error:  # URLError among them
+        raise RuntimeError(
+            f"the weights {entry} of {name} could not be fetched from {entry.url} ({error}): put the file into "
+            "$TORCH_HOME/hub/checkpoints, or pass weights=None to start at random"
+        ) from error
+    return pretrained
+
+
+def _last_linear(name: str, backbone: nn.Module) -> tuple[str, nn.Linear]:
+    for path, layer in reversed(list(backbone.named_modules())):
+        if isinstance(layer, nn.Linear) and path.split(".")[0] in ("fc", "classifier", "head", "heads"):
+            return path, layer
+    raise ValueError(f"{name} does not end in a linear classifier, so there is none to replace: choose another model")
+
+
+def _replace(root: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, attribute = path.rpartition(".")
+    setattr(root.get_submodule(parent), attribute, new)
+
+
+def _change_channels(name: str, backbone: nn.Module, in_channels: int, pretrained: bool) -> None:
+    if in_channels < 1:
+        raise ValueError(f"in_channels must be at least 1, got {in_channels}")
+    if getattr(backbone, "transform_input", False):
+        raise ValueError(f"{name} with these weights rescales three colours, so in_channels must be 3")
+    for layer in backbone.modules():
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == 3:
+            layer.in_channels = in_channels
+            spread = layer.weight.detach().sum(1, keepdim=True) / in_channels
+            layer.weight = nn.Parameter(spread.repeat(1, in_channels, 1, 1))
+            if not pretrained:
+                layer.reset_parameters()
+            return
+    raise ValueError(f"{name} has no convolution that reads three colours")

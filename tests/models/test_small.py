@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_rkd.models import ConvNet, EmbeddingHead, L2Normalize, count_parameters
+
+
+@pytest.mark.parametrize("side", [28, 32, 64, 105])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_image_size_gives_embeddings(side: int, channels: int) -> None:
+    net = ConvNet(widths=(4, 8, 8), embedding_dim=10, in_channels=channels, pool=2)
+    assert net(torch.randn(3, channels, side, side)).shape == (3, 10)
+
+
+def test_layers_are_named() -> None:
+    net = ConvNet(widths=(4, 6, 8), embedding_dim=10, pool=2)
+    shapes = {}
+    for name in ("backbone.stage1", "backbone.stage2", "backbone.stage3", "backbone", "head"):
+        net.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name: shapes.update({name: tuple(out.shape)})
+        )
+    net(torch.randn(2, 1, 28, 28))
+    assert shapes == {
+        "backbone.stage1": (2, 4, 28, 28),
+        "backbone.stage2": (2, 6, 14, 14),
+        "backbone.stage3": (2, 8, 7, 7),
+        "backbone": (2, 32),
+        "head": (2, 10),
+    }
+
+
+def test_the_default_is_a_teacher_of_174_thousand_parameters() -> None:
+    assert count_parameters(ConvNet()) == 174_008
+
+
+def test_normalised_embeddings_have_length_one_and_others_do_not() -> None:
+    images = torch.randn(5, 1, 28, 28)
+    assert torch.allclose(ConvNet(normalize=True)(images).norm(dim=1), torch.ones(5))
+    assert not torch.allclose(ConvNet()(images).norm(dim=1), torch.ones(5))
+
+
+def test_every_parameter_learns() -> None:
+    net = ConvNet(widths=(4, 8), embedding_dim=6)
+    net(torch.randn(4, 1, 12, 12)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"widths": ()}, "at least one stage"), ({"widths": (4, 0)}, "at least one channel"), ({"depth": 0}, "depth"),
+     ({"pool": 0}, "pool"), ({"embedding_dim": 0}, "embedding_dim")],
+)  # fmt: skip
+def test_impossible_sizes_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConvNet(**arguments)  # type: ignore[arg-type]
+
+
+def test_half_precision_rows_of_great_length_are_normalised() -> None:
+    x = torch.full((1, 4), 1e4, dtype=torch.float16)
+    assert torch.allclose(L2Normalize()(x), torch.full((1, 4), 0.5, dtype=torch.float16))
+
+
+def test_a_row_of_zeros_stays_finite() -> None:
+    x = torch.zeros(1, 4, requires_grad=True)
+    L2Normalize()(x).sum().backward()
+    assert torch.isfinite(x.grad).all()  # type: ignore[arg-type]
+
+
+def test_shared_parameters_count_once() -> None:
+    head = EmbeddingHead(3, 2)
+    assert count_parameters(torch.nn.ModuleList([head, head])) == 8
