@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from lightning_rkd.distributed import Anchors
@@ -82,7 +83,8 @@ def angle_loss(
             f"got {tuple(squared_student.shape)} and {tuple(squared_teacher.shape)}"
         )
     check_reduction(reduction)
-    return _AngleLoss.apply(squared_student, squared_teacher, reduction, anchors, dtype)  # type: ignore[no-any-return]
+    call = _call_uncompiled if torch.compiler.is_compiling() else _call
+    return call(squared_student, squared_teacher.detach(), reduction, anchors, dtype)
 
 
 def check_reduction(reduction: str) -> None:
@@ -93,6 +95,15 @@ def check_reduction(reduction: str) -> None:
     """
     if reduction not in ("official", "distinct"):
         raise ValueError(f"reduction must be 'official' or 'distinct', got {reduction!r}")
+
+
+def _call(*args: Any) -> Tensor:
+    return _AngleLoss.apply(*args)  # type: ignore[no-any-return]
+
+
+# Traced by torch.compile, the loop over tiles would be unrolled. torch.compiler.disable would do the same, but imports
+# the whole compiler on the spot.
+_call_uncompiled = _disable_dynamo(_call)
 
 
 class _AngleLoss(torch.autograd.Function):
@@ -157,9 +168,8 @@ def _loss_and_gradient(
                 if i == k:
                     e.diagonal(dim1=1, dim2=2).zero_()
                 torch.clamp(e, -1, 1, out=g)  # the Huber term is g (e - g / 2), its derivative g
-                flat = g.view(-1)
                 times = 1 if i == k else 2  # tiles below the diagonal are mirror images
-                total.add_(torch.dot(flat, e.view(-1)).sub_(torch.dot(flat, flat), alpha=0.5), alpha=times)
+                total.add_(e.sub_(g, alpha=0.5).mul_(g).sum(), alpha=times)
                 if not with_gradient:
                     continue
                 w.mul_(g)

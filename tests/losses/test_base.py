@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_rkd.losses.base import LossSum, NonFiniteError, RelationalLoss, Term, named_terms, weight_at
+from lightning_rkd.records import Outputs
+
+
+class Gap(RelationalLoss):
+    """Mean absolute difference of the means; keeps what it was given."""
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        self.seen = student, teacher
+        return (student.mean() - teacher.mean()).abs()
+
+
+class Labelled(RelationalLoss):
+    def forward(self, student: Tensor, teacher: Tensor, *, labels: Tensor, epoch: int = 0) -> Tensor:
+        return student.sum() * 0 + labels.sum() + epoch
+
+
+class LogitGap(RelationalLoss):
+    reads = "logits"
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - teacher).abs().mean()
+
+
+class MapGap(RelationalLoss):
+    reads = "maps"
+
+    def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        return torch.stack([(s - t).abs().mean() for s, t in zip(student, teacher, strict=True)]).sum()
+
+
+class Two(RelationalLoss):
+    reads = ("embedding", "logits")
+
+    def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
+        assert student.embedding is not None
+        assert teacher.logits is not None
+        return student.embedding.mean() + teacher.logits.mean()
+
+
+class RKDLike(Gap):
+    pass
+
+
+def doubled(epoch: int) -> float:
+    return 2.0 * epoch
+
+
+ZEROS, ONES = torch.zeros(4, 2), torch.ones(4, 3)
+
+
+# what a class declares
+
+
+def test_what_a_loss_needs_is_read_from_its_signature():
+    assert Gap.needs == frozenset()
+    assert Labelled.needs == {"labels", "epoch"}
+
+
+def test_a_class_that_asks_for_an_unknown_name_is_refused_where_it_is_defined():
+    with pytest.raises(TypeError, match=r"Bad.forward asks for \['label'\].*'labels'"):
+
+        class Bad(RelationalLoss):
+            def forward(self, student: Tensor, teacher: Tensor, *, label: Tensor) -> Tensor: ...
+
+
+@pytest.mark.parametrize("reads", ["embeddings", ("embedding", "logit")])
+def test_a_class_that_reads_an_unknown_field_is_refused_where_it_is_defined(reads):
+    with pytest.raises(TypeError, match="must name fields of Outputs"):
+        type("Bad", (RelationalLoss,), {"reads": reads, "forward": lambda self, student, teacher: None})
+
+
+# what a call accepts
+
+
+def test_context_that_was_not_asked_for_is_refused():
+    with pytest.raises(TypeError, match=r"Gap does not use \['labels'\]; it takes no context"):
+        Gap()(ZEROS, ONES, labels=torch.zeros(4))
+    with pytest.raises(TypeError, match=r"Labelled does not use \['indices'\]; it takes \['epoch', 'labels'\]"):
+        Labelled()(ZEROS, ONES, indices=torch.zeros(4))
+
+
+def test_context_that_is_missing_is_named_with_the_cure():
+    with pytest.raises(ValueError, match=r"Labelled needs \['labels'\]: pass labels=\.\.\."):
+        Labelled()(ZEROS, ONES)
+
+
+def test_labels_must_have_a_row_for_each_sample():
+    with pytest.raises(ValueError, match="labels has 3 rows, but the embeddings have 4"):
+        Labelled()(ZEROS, ONES, labels=torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "error", "message"),
+    [
+        (torch.zeros(3, 2), ONES, ValueError, r"same N samples, got \(3, 2\) and \(4, 3\)"),
+        (torch.zeros(4), ONES, ValueError, r"student's embedding must be \(N, D\), got \(4,\)"),
+        (ZEROS, torch.zeros(4, 3, 2), ValueError, r"teacher's embedding must be \(N, D\), got \(4, 3, 2\)"),
+        (torch.zeros(0, 2), torch.zeros(0, 3), ValueError, r"student's embedding is empty, shape \(0, 2\)"),
+        (ZEROS.long(), ONES, TypeError, r"student's embedding must be floating point, got torch.int64"),
+        (ZEROS, [[1.0]], TypeError, r"teacher's embedding must be a tensor, got list"),
+    ],
+)
+def test_sides_that_do_not_fit_are_refused_with_side_and_shape(student, teacher, error, message):
+    with pytest.raises(error, match=f"Gap: .*{message}"):
+        Gap()(student, teacher)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_values_that_are_not_finite_are_found_with_side_and_row(side, value):
+    sides = {"student": ZEROS.clone(), "teacher": ONES.clone()}
+    sides[side][2, 1] = value
+    with pytest.raises(NonFiniteError, match=f"Gap: the {side}'s output holds NaN or infinity, first in row 2 of 4"):
+        Gap()(sides["student"], sides["teacher"])
+
+
+# what forward receives
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "inside"),
+    [
+        (torch.float16, torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+        (torch.float64, torch.float16, torch.float64),
+    ],
+)
+def test_forward_works_in_float32_at_least_and_in_the_higher_of_two_precisions(student, teacher, inside):
+    loss = Gap()
+    loss(ZEROS.to(student), ONES.to(teacher))
+    assert [x.dtype for x in loss.seen] == [inside, inside]
+
+
+def test_forward_runs_without_autocast_and_with_a_detached_teacher():
+    class Product(Gap):
+        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+            super().forward(student, teacher)
+            return (student @ teacher.T).sum()
+
+    loss, teacher = Product(), torch.ones(4, 2, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(ZEROS.clone().requires_grad_(), teacher)
+    assert value.dtype == torch.float32
+    assert not loss.seen[1].requires_grad
+    assert loss.seen[0].requires_grad
+
+
+def test_a_loss_picks_its_field_from_outputs_and_from_the_only_tap():
+    student, teacher = (Outputs(embedding=x, logits=x + 1) for x in (torch.zeros(4, 2), torch.ones(4, 2)))
+    assert float(Gap()(student, teacher)) == 1
+    assert float(LogitGap()({"head": student}, {"backbone": teacher})) == 1
+    assert float(Two()(student, teacher)) == 2
+
+
+def test_maps_are_compared_one_by_one_and_cast_one_by_one():
+    maps = [torch.zeros(4, 2, 3, 3), torch.zeros(4, 5, 1, 1)]
+    assert float(MapGap()(maps, [m.half() + 1 for m in maps])) == 2
+    with pytest.raises(ValueError, match="the student shows 1 maps, the teacher 2"):
+        MapGap()(maps[:1], maps)
+
+
+def test_a_field_the_tap_does_not_show_is_named():
+    with pytest.raises(ValueError, match="LogitGap, student: the tapped layer shows no logits"):
+        LogitGap()(Outputs(embedding=ZEROS), Outputs(logits=ONES))
+
+
+def test_a_loss_that_reads_two_fields_takes_outputs_only():
+    with pytest.raises(TypeError, match=r"Two, student: this loss reads .* so it takes Outputs, got Tensor"):
+        Two()(ZEROS, ONES)
+
+
+def test_several_taps_without_a_name_are_refused_with_the_names():
+    taps = {"a": Outputs(embedding=ZEROS), "b": Outputs(embedding=ZEROS)}
+    with pytest.raises(ValueError, match=r"tapped at \['a', 'b'\]; say which one with loss.at\('a'\)"):
+        Gap()(taps, {"x": Outputs(embedding=ONES)})
+
+
+# weights, taps and sums
+
+
+@pytest.mark.parametrize("make", [lambda loss: 25 * loss, lambda loss: loss * 25, lambda loss: 5 * (5 * loss)])
+def test_a_weight_multiplies_the_value(make):
+    term = make(Gap())
+    assert isinstance(term, Term)
+    assert float(term(ZEROS, ONES)) == 25
+    assert float(term.raw(ZEROS, ONES)) == 1
+
+
+def test_a_weight_may_follow_the_epoch_also_inside_a_product():
+    term = 3 * (Gap() * doubled)
+    assert [float(term(ZEROS, ONES, epoch=e)) for e in (0, 1, 2)] == [0, 6, 12]
+    assert weight_at(doubled, 4) == 8
+    assert pickle.loads(pickle.dumps(term)).weight_at(2) == 12
+
+
+@pytest.mark.parametrize("wrong", ["25", None, [1]])
+def test_a_weight_that_is_no_number_is_refused(wrong):
+    with pytest.raises(TypeError, match="a weight is a number or a function of the epoch"):
+        Gap() * wrong
+
+
+def test_a_term_gives_its_loss_only_the_context_it_asked_for():
+    value = (2 * Labelled())(ZEROS, ONES, labels=torch.ones(4), indices=torch.zeros(4), epoch=1)
+    assert float(value) == 10  # 2 * (4 + 1)
+
+
+def test_at_reads_the_named_tap_and_the_outer_name_wins():
+    taps = {"low": Outputs(embedding=ZEROS), "high": Outputs(embedding=ZEROS + 3)}
+    teacher = {"low": Outputs(embedding=ONES), "high": Outputs(embedding=ONES)}
+    assert float(Gap().at("low")(taps, teacher)) == 1
+    assert float((2 * Gap()).at("high")(taps, teacher)) == 4
+    assert (2 * Gap().at("low")).at("high").tap == "high"
+    with pytest.raises(ValueError, match=r"there is no tap 'mid'; the taps are \['high', 'low'\]"):
+        Gap().at("mid")(taps, teacher)
+
+
+def test_a_sum_adds_weighted_terms_under_the_names_of_their_classes():
+    total = 25 * Gap() + 50 * LogitGap() + RKDLike().at("layer.3")
+    assert list(total.terms) == ["gap", "logit_gap", "rkd_like_layer_3"]
+    assert isinstance(total, LossSum)
+    both = Outputs(embedding=ZEROS, logits=ZEROS), Outputs(embedding=ONES, logits=ZEROS + 1)
+    assert float((25 * Gap() + 50 * LogitGap())(*both)) == 75
+
+
+def test_two_losses_of_one_class_get_different_names():
+    assert list((Gap() + Gap() + 3 * Gap()).terms) == ["gap", "gap_2", "gap_3"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sum([Gap(), 2 * Gap()]),
+        lambda: LossSum([Gap(), 2 * Gap()]),
+        lambda: LossSum({"a": Gap(), "b": 2 * Gap()}),
+        lambda: 0.5 * (2 * Gap() + 4 * Gap()),
+        lambda: (Gap() + 2 * Gap()).at("only"),
+    ],
+)
+def test_every_way_to_write_a_sum_has_the_same_value(make: Callable[[], LossSum]):
+    assert float(make()(ZEROS, ONES)) == 3
+
+
+def test_a_dict_names_the_terms():
+    assert list(LossSum({"near": Gap(), "far": 2 * Gap()}).terms) == ["near", "far"]
+    assert {name: term.weight for name, term in named_terms({"near": Gap(), "far": 2 * Gap()}).items()} == {
+        "near": 1.0,
+        "far": 2,
+    }
+
+
+def test_a_sum_takes_the_context_of_its_losses_and_refuses_the_rest():
+    total = Gap() + Labelled()
+    assert total.needs == {"labels", "epoch"}
+    assert float(total(ZEROS, ONES, labels=torch.ones(4), epoch=2)) == 7
+    with pytest.raises(TypeError, match=r"no loss of this sum uses \['indices'\]"):
+        total(ZEROS, ONES, indices=torch.zeros(4))
+
+
+@pytest.mark.parametrize("wrong", [{}, []])
+def test_an_empty_sum_is_refused(wrong: Any):
+    with pytest.raises(ValueError, match="at least one loss"):
+        LossSum(wrong)
+
+
+def test_what_is_no_loss_is_refused():
+    with pytest.raises(TypeError, match="a Term weighs one RelationalLoss, got Linear"):
+        Term(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="loss must be a RelationalLoss or a dict of them, got str"):
+        named_terms("RKD")  # type: ignore[arg-type]
+
+
+def test_sums_survive_deepcopy_and_pickle_and_register_their_losses():
+    class WithParameter(Gap):
+        pass
+
+    total = 2 * Gap() + Gap() * doubled
+    for twin in (copy.deepcopy(total), pickle.loads(pickle.dumps(total))):
+        assert float(twin(ZEROS, ONES, epoch=3)) == float(total(ZEROS, ONES, epoch=3)) == 8
+    layered = WithParameter()
+    layered.scale = torch.nn.Parameter(torch.ones(()))
+    assert [name for name, _ in (Gap() + layered).named_parameters()] == ["terms.with_parameter.loss.scale"]
+
+
+def test_importing_the_losses_imports_neither_lightning_nor_numba():
+    code = (
+        "import sys, lightning_rkd.losses\n"
+        "heavy = {'lightning', 'pytorch_lightning', 'lightning_fabric', 'numba', 'jsonargparse', 'torchvision', "
+        "'torch._dynamo'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,240 @@
+"""What every loss promises, checked for whatever ``lightning_rkd.losses`` exports: a new loss is covered untouched."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lightning_rkd.losses
+from lightning_rkd.distributed import gather_rows, row_counts
+from lightning_rkd.losses.base import LossSum, RelationalLoss, Term
+from lightning_rkd.records import Outputs
+from tests.ranks import Ranks
+
+CLASSES = 5
+
+
+def exported() -> list[type[RelationalLoss]]:
+    found = [getattr(lightning_rkd.losses, name) for name in lightning_rkd.losses.__all__]
+    found = [c for c in found if inspect.isclass(c) and issubclass(c, RelationalLoss) and not inspect.isabstract(c)]
+    return [c for c in found if c not in (RelationalLoss, Term, LossSum)]
+
+
+every_loss = pytest.mark.parametrize("cls", exported(), ids=lambda c: c.__name__)
+
+
+def fields(cls: type[RelationalLoss]) -> tuple[str, ...]:
+    return (cls.reads,) if isinstance(cls.reads, str) else cls.reads
+
+
+def rows(cls: type[RelationalLoss], n: int, width: int, dtype: torch.dtype = torch.float32) -> dict[str, list[Tensor]]:
+    """What one network shows for n samples, field by field; ``classifier`` belongs to the network, not to samples."""
+    made = {
+        "embedding": lambda: [torch.randn(n, width, dtype=dtype)],
+        "logits": lambda: [torch.randn(n, CLASSES, dtype=dtype)],
+        "maps": lambda: [torch.randn(n, 4, side, side, dtype=dtype) for side in (4, 2, 2)],
+        "classifier": lambda: [torch.randn(CLASSES, width, dtype=dtype), torch.randn(CLASSES, dtype=dtype)],
+    }
+    return {field: made[field]() for field in fields(cls)}
+
+
+def side(cls: type[RelationalLoss], shown: dict[str, list[Tensor]]) -> Any:
+    packed: dict[str, Any] = {
+        f: v if f == "maps" else tuple(v) if f == "classifier" else v[0] for f, v in shown.items()
+    }
+    return packed[cls.reads] if isinstance(cls.reads, str) else Outputs(**packed)
+
+
+def context(cls: type[RelationalLoss], n: int) -> dict[str, Any]:
+    every = {
+        "labels": torch.arange(n) // 2 % CLASSES,
+        "indices": torch.arange(n),
+        "view": torch.zeros(n, dtype=torch.int64),
+        "epoch": 3,
+    }
+    return {name: value for name, value in every.items() if name in cls.needs}
+
+
+class Sample:
+    """A loss with inputs of both networks; every call starts from the same state of the loss and of the generator."""
+
+    def __init__(self, cls: type[RelationalLoss], n: int = 6, dtype: torch.dtype = torch.float32) -> None:
+        self.cls, self.n = cls, n
+        for widths in ((4, 7), (5, 5)):  # widths may differ, unless the paper forbids it
+            self.loss = cls().to(dtype)
+            self.student, self.teacher = (rows(cls, n, width, dtype) for width in widths)
+            try:
+                self.loss(side(cls, self.student), side(cls, self.teacher), **context(cls, n))  # sizes are filled here
+                break
+            except ValueError:
+                if widths[0] == widths[1]:
+                    raise
+
+    def leaves(self) -> list[Tensor]:
+        return [x.requires_grad_() for values in self.student.values() for x in values]
+
+    def value(self, loss: RelationalLoss | None = None) -> Tensor:
+        torch.manual_seed(0)
+        loss = copy.deepcopy(self.loss if loss is None else loss)
+        return loss(side(self.cls, self.student), side(self.cls, self.teacher), **context(self.cls, self.n))
+
+    def value_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
+        leaves, value = self.leaves(), self.value()
+        grads = torch.autograd.grad(value, leaves, allow_unused=True)
+        return value.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
+
+
+@every_loss
+def test_the_loss_is_a_finite_scalar_with_a_gradient_to_the_student_only(cls):
+    sample = Sample(cls)
+    for values in sample.teacher.values():
+        for x in values:
+            x.requires_grad_()
+    leaves, value = sample.leaves(), sample.value()
+    value.backward()
+    assert value.shape == ()
+    assert value.dtype == torch.float32
+    assert torch.isfinite(value)
+    assert any(x.grad is not None and x.grad.abs().max() > 0 for x in leaves)
+    assert all(x.grad is None or torch.isfinite(x.grad).all() for x in leaves)
+    assert all(x.grad is None for values in sample.teacher.values() for x in values)
+
+
+@every_loss
+def test_the_gradient_passes_gradcheck_in_float64(cls):
+    sample = Sample(cls, n=4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *_: sample.value(), sample.leaves())
+
+
+@every_loss
+def test_the_order_of_the_rows_does_not_matter(cls):
+    sample, order = Sample(cls, dtype=torch.float64), torch.tensor([3, 0, 5, 1, 4, 2])
+    before = sample.value()
+    shuffled = {name: v[order] if isinstance(v, Tensor) else v for name, v in context(cls, 6).items()}
+    for shown in (sample.student, sample.teacher):
+        for field in set(shown) - {"classifier"}:
+            shown[field] = [x[order] for x in shown[field]]
+    torch.manual_seed(0)
+    after = copy.deepcopy(sample.loss)(side(cls, sample.student), side(cls, sample.teacher), **shuffled)
+    torch.testing.assert_close(after, before)
+
+
+@every_loss
+def test_autocast_changes_neither_value_nor_gradient(cls):
+    sample = Sample(cls)
+    plain = sample.value_and_gradient()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = sample.value_and_gradient()
+    torch.testing.assert_close(cast, plain, rtol=0, atol=0)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_give_the_float32_loss_of_the_same_numbers(cls, dtype):
+    sample = Sample(cls)
+    for shown in (sample.student, sample.teacher):
+        for field, values in shown.items():
+            shown[field] = [x.to(dtype) for x in values]
+    half, grads = sample.value_and_gradient()
+    for shown in (sample.student, sample.teacher):
+        for field, values in shown.items():
+            shown[field] = [x.detach().float() for x in values]
+    torch.testing.assert_close(half, sample.value(), rtol=0, atol=0)
+    assert all(g.dtype == dtype and torch.isfinite(g).all() for g in grads)
+
+
+@every_loss
+@pytest.mark.parametrize("where", ["student", "teacher", "both"])
+@pytest.mark.parametrize("how_many", [2, 6])
+def test_duplicates_and_collapsed_batches_give_finite_gradients(cls, where, how_many):
+    sample = Sample(cls)
+    for shown in {"student": [sample.student], "teacher": [sample.teacher]}.get(
+        where, [sample.student, sample.teacher]
+    ):
+        for field in set(shown) - {"classifier"}:
+            for x in shown[field]:
+                x[:how_many] = x[0].clone()
+    value, grads = sample.value_and_gradient()
+    assert torch.isfinite(value)
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+@every_loss
+@pytest.mark.parametrize("n", [1, 2])
+def test_tiny_batches_give_a_finite_loss_that_carries_a_graph(cls, n):
+    value, grads = Sample(cls, n=n).value_and_gradient()
+    assert torch.isfinite(value)
+    assert all(torch.isfinite(g).all() for g in grads)
+
+
+@every_loss
+def test_copies_pickles_and_loaded_states_compute_the_same(cls):
+    sample = Sample(cls)
+    fresh = Sample(cls).loss
+    fresh.load_state_dict(sample.loss.state_dict())
+    for twin in (fresh, copy.deepcopy(sample.loss), pickle.loads(pickle.dumps(sample.loss))):
+        assert torch.equal(sample.value(twin), sample.value())
+
+
+@every_loss
+def test_the_docstring_names_the_paper_and_shows_an_example(cls):
+    doc = inspect.getdoc(cls) or ""
+    assert "Reference:" in doc
+    assert "Example:" in doc
+    assert ">>>" in doc
+    assert str(getattr(cls, "bibtex", "")).lstrip().startswith("@"), "a loss carries the BibTeX entry of its paper"
+
+
+def weighted(shown: dict[str, list[Tensor]], weights: list[Tensor]) -> dict[str, list[Tensor]]:
+    """The student's rows as the product with parameters that all ranks share."""
+    supply = iter(weights)
+    return {field: [x * next(supply) for x in values] for field, values in shown.items()}
+
+
+def weights_for(sample: Sample) -> list[Tensor]:
+    return [
+        torch.ones(x.shape if field == "classifier" else x.shape[1:], dtype=x.dtype, requires_grad=True)
+        for field, values in sample.student.items()
+        for x in values
+    ]
+
+
+def on_a_rank(rank: int, sample: Sample, counts: list[int]) -> list[Tensor]:
+    """The shared parameters' gradients on a rank that holds its part of the rows."""
+    mine, cls, weights = slice(sum(counts[:rank]), sum(counts[: rank + 1])), sample.cls, weights_for(sample)
+    part = [
+        {field: values if field == "classifier" else [x[mine] for x in values] for field, values in shown.items()}
+        for shown in (sample.student, sample.teacher)
+    ]
+    part[0] = weighted(part[0], weights)
+    together = {name: v[mine] if isinstance(v, Tensor) else v for name, v in context(cls, sample.n).items()}
+    factor = len(counts) * counts[rank] / sum(counts)
+    if cls.across_samples:
+        rows_of = row_counts(counts[rank])
+        for shown in part:
+            for field in set(shown) - {"classifier"}:
+                shown[field] = [gather_rows(x, rows_of) for x in shown[field]]
+        together = {name: gather_rows(v, rows_of) if isinstance(v, Tensor) else v for name, v in together.items()}
+        factor = 1.0
+    torch.manual_seed(0)
+    (factor * copy.deepcopy(sample.loss)(side(cls, part[0]), side(cls, part[1]), **together)).backward()
+    return [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+
+
+@every_loss
+@pytest.mark.parametrize("counts", [[3, 3], [5, 1]], ids=["even", "uneven"])
+def test_two_processes_average_to_the_gradient_of_one_big_batch(cls, counts, ranks: Ranks):
+    sample = Sample(cls, dtype=torch.float64)
+    weights = weights_for(sample)
+    torch.manual_seed(0)
+    loss = copy.deepcopy(sample.loss)
+    loss(side(cls, weighted(sample.student, weights)), side(cls, sample.teacher), **context(cls, sample.n)).backward()
+    for w, *grads in zip(weights, *ranks.run(on_a_rank, sample, counts), strict=True):
+        expected = torch.zeros_like(w) if w.grad is None else w.grad
+        torch.testing.assert_close(torch.stack(grads).mean(0), expected)
