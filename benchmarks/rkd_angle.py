@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -47,7 +46,7 @@ def step(name: str, n: int) -> tuple[float, Tensor]:
     student = torch.randn(n, STUDENT_DIM, generator=generator).requires_grad_()
     teacher = torch.randn(n, TEACHER_DIM, generator=generator)
     start = time.perf_counter()
-    LOSSES[name](student, teacher).backward()
+    torch.autograd.backward(LOSSES[name](student, teacher))
     assert student.grad is not None
     return time.perf_counter() - start, student.grad
 
@@ -55,7 +54,10 @@ def step(name: str, n: int) -> tuple[float, Tensor]:
 def time_by_turns(n: int, seconds: float) -> tuple[float, float, float, float]:
     """Median seconds of ours and of the formula, median ratio, and relative difference of the gradients."""
     difference = (step("ours", n)[1] - step("formula", n)[1]).norm() / step("formula", n)[1].norm()
-    ours, theirs, ratios, deadline = [], [], [], time.perf_counter() + seconds
+    ours: list[float] = []
+    theirs: list[float] = []
+    ratios: list[float] = []
+    deadline = time.perf_counter() + seconds
     while len(ratios) < 5 or (time.perf_counter() < deadline and len(ratios) < 200):
         theirs.append(step("formula", n)[0])
         ours += (turn := [step("ours", n)[0] for _ in range(3)])
@@ -71,9 +73,15 @@ def peak(name: str, n: int, threads: int) -> float:
 
 def measure_peak(name: str, n: int) -> float:
     step(name, 16)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_peak()
     step(name, n)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return resident_peak() - before
+
+
+def resident_peak() -> float:
+    """MiB. Linux only: ``getrusage`` would report the parent's peak where that was higher."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def cpu() -> str:

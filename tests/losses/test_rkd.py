@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,7 +235,8 @@ def test_two_ranks_average_to_the_gradient_of_one_batch_of_sixteen(ranks: Ranks,
 
 
 _MEMORY = """
-import resource, torch
+import torch
+from pathlib import Path
 from lightning_rkd.distributed import Anchors
 from lightning_rkd.losses import RKDAngle
 
@@ -246,15 +248,19 @@ def step(n):
     student = torch.randn(n, 128, requires_grad=True)
     RKDAngle()(student, torch.randn(n, 512), anchors=First()).backward()
 
+def peak():  # GiB; getrusage would show the parent's where that was higher
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+
 torch.set_num_threads(1)
 step(64)  # libraries and thread pools
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 step(2048)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+print(peak() - before)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_two_thousand_rows_add_less_than_a_gibibyte():
     done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True, timeout=300)
-    assert float(done.stdout) < 1  # GiB; one N x N x N tensor alone would take 32
+    assert 0.1 < float(done.stdout) < 1  # GiB; some for the N x N matrices, where one N x N x N would take 32
