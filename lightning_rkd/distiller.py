@@ -6,7 +6,9 @@ Module, callback and schemes all call it, so a loss means the same in each.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +83,8 @@ class Distiller:
         weight: Weight = 1.0,
         gather: bool = True,
     ) -> None:
-        self.teacher = teacher if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
+        # a copy: each distillation keeps its own taps of a network that may teach several
+        self.teacher = None if teacher is None else copy(teacher) if isinstance(teacher, Teacher) else Teacher(teacher)
         self.losses = {} if loss is None else named_terms(loss)
         self.teacher_layer, self.weight, self.gather = teacher_layer, weight, gather
         self.student = Reader(student_layer, "student")
@@ -134,6 +137,18 @@ class Distiller:
         if self.inputs is not None:
             self.inputs.stop()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing inside: a backward pass may run layers again (activation checkpointing)."""
+        readers = [r for r in (self.student, self.inputs) if r is not None and r.on]
+        for reader in readers:
+            reader.on = False
+        try:
+            yield
+        finally:
+            for reader in readers:
+                reader.on = True
+
     def shown(self, batch: Batch | None, *, teach: bool = True) -> Shown:
         """What the student showed since ``begin`` and, to ``teach``, what the teacher shows for the same inputs.
 
@@ -147,13 +162,16 @@ class Distiller:
         """
         calls = None if self.inputs is None else self.inputs.take()
         student, views = self.student.take()
-        if calls is None and batch is None:
+        teach = teach and self.teacher is not None
+        if teach and calls is None and batch is None:
             raise CaptureError("the step was given no batch: name the layer that feeds the teacher, input_layer=...")
-        if calls is None and views > 1:
+        if teach and calls is None and views > 1:
             raise CaptureError(
                 f"the student layer ran {views} times in one step, but the teacher is fed the batch once: name the "
                 "layer whose inputs it shall get, input_layer=..."
             )
+        if teach and self.inputs is not None and not calls:
+            raise CaptureError(f"the input_layer {self.inputs.layer!r} was never called in this step")
         shown = Shown(Batch(inputs=None) if batch is None else batch, student, None, views)
         if teach and self.teacher is not None:
             shown.teacher = self.teacher(shown.batch, calls)
@@ -180,19 +198,24 @@ class Distiller:
         student, teacher = shown.student, shown.teacher
         if not self.losses or teacher is None:
             return {}
-        if not any(t.requires_grad for t in _tensors(student)):
-            raise CaptureError(
-                "the student layer shows a tensor without gradient: it is frozen, ran under no_grad, or lies inside "
-                "reentrant activation checkpointing (use_reentrant=False works)"
-            )
+        for name, term in self.losses.items():
+            read = _reads(at_tap(student, term.tap, term.reads, who=name), term)
+            if read and not any(t.requires_grad for t in read):
+                raise CaptureError(
+                    f"{name}: the student layer shows a tensor without gradient: it is frozen, ran under no_grad, "
+                    "lies inside reentrant activation checkpointing (use_reentrant=False works), or is a first Linear, "
+                    "of which the input is read (Tap(layer, at='output') reads the output)"
+                )
         rows, device = _rows(student), _first(student).device
         ranks = rank_and_size(self.group)[1] if self.gather else 1
         counts = row_counts(rows, device, self.group) if ranks > 1 else [rows]
+        needed = frozenset().union(*(term.needs for term in self.losses.values()))
         local = {
-            "labels": _repeat(shown.batch.labels, shown.views),
-            "indices": _repeat(shown.batch.indices, shown.views),
-            "view": torch.arange(shown.views, device=device).repeat_interleave(rows // shown.views),
+            key: _repeat(value, shown.views, device)
+            for key, value in (("labels", shown.batch.labels), ("indices", shown.batch.indices))
+            if key in needed
         }
+        local["view"] = torch.arange(shown.views, device=device).repeat_interleave(rows // shown.views)
         gathered = _Gathered(student, teacher, local, counts, self.group) if ranks > 1 else None
         factor = weight_at(self.weight, epoch)
         values = {}
@@ -268,15 +291,19 @@ class Watch:
         self._waiting: list[tuple[Tensor, Any, str, int]] = []
         self._reported = False
 
+    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
+        return Watch, ()  # copies start anew: events on a GPU cannot be copied
+
     def look(self, term: Term, sides: tuple[Any, Any], name: str, step: int) -> None:
         """Note the state of what a term has just read."""
-        if term.reads != "embedding":
+        read = [[t.detach() for t in _reads(at_tap(s, term.tap, term.reads, who=name), term)] for s in sides]
+        if not all(read):
             return
-        student, teacher = (at_tap(s, term.tap, "embedding", who=name).embedding.detach() for s in sides)
-        bad = [
-            torch.where(b.any(), b.float().argmax(), -1) for b in ((~x.isfinite()).any(1) for x in (student, teacher))
-        ]
-        equal = (student[1:] == student[:1]).all() if len(student) > 1 else torch.zeros((), device=student.device)
+        student = read[0][0]
+        bad = [_first_bad(tensors) for tensors in read]
+        equal = torch.zeros((), device=student.device)
+        if term.reads == "embedding" and len(student) > 1:
+            equal = (student[1:] == student[:1]).all()
         flags = torch.stack([*bad, equal.to(bad[0].dtype)])
         event = None
         if flags.is_cuda:
@@ -285,7 +312,7 @@ class Watch:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         self._waiting.append((flags, event, name, step))
-        if not student.is_cuda:
+        if event is None:
             self.check()
 
     def check(self) -> None:
@@ -319,6 +346,18 @@ def _tensors(shown: Mapping[str, Outputs]) -> list[Tensor]:
     return [t for o in shown.values() for t in (o.embedding, o.logits, *(o.maps or [])) if t is not None]
 
 
+def _reads(shown: Outputs, term: Term) -> list[Tensor]:
+    """The tensors a term reads, without the classifier's weights."""
+    fields = {term.reads} if isinstance(term.reads, str) else set(term.reads)
+    return _tensors({"": Outputs(**{f: getattr(shown, f) for f in fields - {"classifier"}})})
+
+
+def _first_bad(tensors: list[Tensor]) -> Tensor:
+    """The number of the first row with NaN or infinity, or -1, as a tensor on the device."""
+    bad = torch.stack([(~t.isfinite()).flatten(1).any(1) for t in tensors]).any(0)
+    return torch.where(bad.any(), bad.int().argmax(), -1)
+
+
 def _first(shown: Mapping[str, Outputs]) -> Tensor:
     tensors = _tensors(shown)
     if not tensors:
@@ -330,5 +369,5 @@ def _rows(shown: Mapping[str, Outputs]) -> int:
     return len(_first(shown))
 
 
-def _repeat(rows: Tensor | None, views: int) -> Tensor | None:
-    return rows if rows is None or views == 1 else torch.cat([rows] * views)
+def _repeat(rows: Tensor | None, views: int, device: torch.device) -> Tensor | None:
+    return None if rows is None else torch.cat([rows.to(device)] * views)

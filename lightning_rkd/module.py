@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -48,7 +52,8 @@ class DistillationModule(pl.LightningModule):
             ``"logits"`` (a mean over samples, so it sees the rank's own).
         miner: A pytorch-metric-learning miner for the task loss.
         metrics: torchmetrics metrics by name, updated in validation and test with what the parameters of their
-            ``update`` are named after: ``embeddings``, ``labels``, ``indices``, ``is_query``, ``student``, ``teacher``, ``preds``, ``target``.
+            ``update`` are named after: ``embeddings``, ``labels``, ``indices``, ``is_query``, ``student``,
+            ``teacher``, ``preds``, ``target``.
         optimizer: From parameters to optimizer.
         lr_scheduler: From optimizer to scheduler.
         lr_interval: Whether the scheduler steps per ``"epoch"`` or per ``"step"``.
@@ -99,9 +104,9 @@ class DistillationModule(pl.LightningModule):
         gather: bool = True,
     ) -> None:
         super().__init__()
-        plain = {name for name, value in locals().items() if _is_plain(value)}
         # under LightningCLI the hyper-parameters are the configuration: plain values, from which it rebuilds all parts
-        self.save_hyperparameters(ignore=["teacher"] if _built_by_cli() else [n for n in locals() if n not in plain])
+        given = {} if _built_by_cli() else _given_to_init(inspect.currentframe())
+        self.save_hyperparameters(ignore=["teacher", *(n for n, value in given.items() if not _is_plain(value))])
         self.student, self.task_loss, self.miner = student, task_loss, miner
         self.loss = LossSum(loss) if isinstance(loss, dict) else loss
         self.metrics = nn.ModuleDict(metrics or {})
@@ -140,6 +145,9 @@ class DistillationModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that there is something to train, and hook the networks."""
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+        if not any(isinstance(callback, _HandBack) for callback in callbacks):
+            callbacks.insert(0, _HandBack())
         if stage == "fit":
             if self.loss is None and self.task_loss is None:
                 raise ValueError("nothing to train with: pass task_loss=..., or teacher=... and loss=...")
@@ -257,7 +265,7 @@ class DistillationModule(pl.LightningModule):
         self._prepare()
         metrics = self._metrics()
         self._evaluated = [metrics]
-        for _ in range(1, len(loaders) if isinstance(loaders, list) else 1):
+        for _ in CombinedLoader(loaders, "sequential").flattened[1:]:
             self._evaluated.append({name: metric.clone() for name, metric in metrics.items()})
         for metric in (m for each in self._evaluated for m in each.values()):
             metric.reset()
@@ -276,9 +284,28 @@ class DistillationModule(pl.LightningModule):
     def _end_evaluation(self, stage: str) -> None:
         for loader, metrics in enumerate(self._evaluated):
             prefix = stage if len(self._evaluated) == 1 else f"{stage}/{loader}"
-            self.log_dict(computed(metrics, prefix), sync_dist=True, add_dataloader_idx=False)
+            if not self.trainer.sanity_checking:  # a few batches may be too few for a value
+                self.log_dict(computed(metrics, prefix), sync_dist=True, add_dataloader_idx=False)
             for metric in metrics.values():
                 metric.reset()
+
+
+class _HandBack(pl.Callback):
+    """Lightning calls no ``teardown`` after an exception, and tells only callbacks about it."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Hand the teacher back as it was."""
+        if isinstance(pl_module, DistillationModule):
+            pl_module.distiller.detach()
+
+
+def _given_to_init(frame: FrameType | None) -> dict[str, Any]:
+    """The arguments of ``__init__``, of subclasses too, as ``save_hyperparameters`` would collect them."""
+    given: dict[str, Any] = {}
+    if frame is not None:
+        for arguments in collect_init_args(frame, [], classes=(pl.LightningModule,)):
+            given |= arguments
+    return given
 
 
 def _built_by_cli() -> bool:

@@ -74,9 +74,7 @@ def unpack(
         return Batch(batch)
     if isinstance(batch, Mapping):
         if inputs is None:
-            raise TypeError(
-                f"the batch is a mapping with the keys {sorted(batch)}: say which is the input, inputs='...'"
-            )
+            raise TypeError(f"the batch is a mapping with the keys {list(batch)}: say which is the input, inputs='...'")
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
         inputs = 0 if inputs is None else inputs
         labels = 1 if labels is None and len(batch) > 1 else labels
@@ -87,7 +85,7 @@ def unpack(
         try:
             return batch[key]
         except (KeyError, IndexError, TypeError) as error:
-            has = sorted(batch) if isinstance(batch, Mapping) else f"{len(batch)} entries"
+            has = list(batch) if isinstance(batch, Mapping) else f"{len(batch)} entries"
             raise KeyError(f"{name}={key!r} is not in the batch, which has {has}") from error
 
     return Batch(

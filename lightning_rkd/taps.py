@@ -72,7 +72,7 @@ def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]
         if isinstance(chosen, nn.Module):
             return chosen
         raise TypeError(f"the layer function must return a submodule, got {type(chosen).__name__}")
-    modules: dict[str, nn.Module] = dict(network.named_modules())
+    modules: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
     if layer in modules:
         return modules[layer]
     near = difflib.get_close_matches(layer, modules, n=5, cutoff=0.5) or [n for n, _ in network.named_children()][:8]
@@ -84,8 +84,8 @@ def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]
 class Reader:
     """Records what one network shows at its taps while it is switched on.
 
-    ``attach`` hooks the network, ``start`` switches on, ``take`` returns what was seen since and switches off. Each
-    captured tensor is cloned, so that an in-place operation after the layer cannot change it.
+    ``attach`` hooks the network, ``start`` switches on, ``take`` returns what was seen since and switches off. A tensor
+    that was written to after the layer (an in-place operation) is returned as the layer gave it.
 
     Args:
         layer: Any form of :data:`Layer`; ``None`` is the network's own output.
@@ -106,7 +106,7 @@ class Reader:
             else:
                 self.taps[name] = [_as_tap(entry)]
         self._handles: list[RemovableHandle] = []
-        self._seen: dict[str, list[list[Outputs]]] = {}
+        self._seen: dict[str, list[list[_Kept]]] = {}
         self.on = False
 
     def attach(self, network: nn.Module) -> None:
@@ -116,7 +116,10 @@ class Reader:
         for name, layers in found.items():
             for position, (module, tap) in enumerate(layers):
                 hook = Hook(lambda *call, n=name, p=position, t=tap: self._record(n, p, t, *call))
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                if tap.at == "input":  # before the layer runs: it may write over its input
+                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def detach(self) -> None:
         """Take the hooks off; safe to call twice."""
@@ -133,11 +136,6 @@ class Reader:
     def stop(self) -> None:
         """Record no more and forget what was seen."""
         self.on, self._seen = False, {}
-
-    @property
-    def calls(self) -> int:
-        """How often the first tapped layer ran since ``start``."""
-        return max((len(seen) for layers in self._seen.values() for seen in layers), default=0)
 
     def take(self) -> tuple[dict[str, Outputs], int]:
         """What was seen since ``start``, per tap, calls concatenated; and how many calls there were.
@@ -163,17 +161,17 @@ class Reader:
         outputs = {}
         for name, layers in seen.items():
             if name in self._lists:
-                shown = [_joined(one) for one in layers]
+                shown = [_joined([kept.shown() for kept in one]) for one in layers]
                 outputs[name] = Outputs(maps=[m for o in shown for m in o.maps or []])
             else:
-                outputs[name] = _joined(layers[0])
+                outputs[name] = _joined([kept.shown() for kept in layers[0]])
         return outputs, next(iter(calls.values()))
 
     def _record(
-        self, name: str, position: int, tap: Tap, module: nn.Module, args: Any, kwargs: Any, output: Any
+        self, name: str, position: int, tap: Tap, module: nn.Module, args: Any, kwargs: Any, output: Any = None
     ) -> None:
         if self.on:
-            self._seen[name][position].append(_show(tap, module, args, kwargs, output))
+            self._seen[name][position].append(_Kept(_show(tap, module, args, kwargs, output)))
 
 
 class Hook:
@@ -183,7 +181,7 @@ class Hook:
         self.function = function
 
     def __call__(self, *call: Any) -> None:
-        """Pass module, args, kwargs and output on."""
+        """Pass module, args, kwargs and, after the layer ran, output on."""
         if self.function is not None:
             self.function(*call)
 
@@ -316,9 +314,10 @@ def _as_tap(entry: Any) -> Tap:
 
 
 def _show(tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Outputs:
+    given: Any = args[0] if args else next(iter(kwargs.values()), None)
     if tap.at is None and tap.read is None and isinstance(module, nn.Linear):
-        return Outputs(args[0].clone(), output.clone(), [args[0].clone()], (module.weight, module.bias))
-    value = (args[0] if args else next(iter(kwargs.values()))) if tap.at == "input" else output
+        return Outputs(given, output, [given], (module.weight, module.bias))
+    value = given if tap.at == "input" else output
     if tap.read is not None:
         value = tap.read(value, kwargs)
         if isinstance(value, Outputs):
@@ -328,9 +327,41 @@ def _show(tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
             f"the layer {tap.layer!r} ({type(module).__name__}) gives a {type(value).__name__}, not a tensor; "
             "say how to read it: Tap(layer, read=mean_pool), cls_token, global_pool or your own function"
         )
-    value = value.clone()
     flat = value.flatten(1) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
     return Outputs(embedding=flat, logits=flat, maps=[value])
+
+
+class _Kept:
+    """What a layer showed, safe from in-place operations behind it.
+
+    The tensors themselves are preferred to their copies: gradients then add up in the order in which they would had the
+    loss been written into the step, to the last bit.
+    """
+
+    def __init__(self, shown: Outputs) -> None:
+        self.original, self.writes = shown, _writes(shown)
+        copies = {id(t): t.clone() for t in {id(t): t for t in _tensors(shown)}.values()}
+        self.copy = Outputs(
+            embedding=None if shown.embedding is None else copies[id(shown.embedding)],
+            logits=None if shown.logits is None else copies[id(shown.logits)],
+            maps=None if shown.maps is None else [copies[id(m)] for m in shown.maps],
+            classifier=shown.classifier,
+        )
+
+    def shown(self) -> Outputs:
+        return self.original if self.writes is not None and self.writes == _writes(self.original) else self.copy
+
+
+def _writes(shown: Outputs) -> list[int] | None:
+    """How often each tensor has been written to; ``None`` where that is not counted."""
+    tensors = _tensors(shown)
+    if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+        return None
+    return [t._version for t in tensors]
+
+
+def _tensors(shown: Outputs) -> list[Tensor]:
+    return [t for t in (shown.embedding, shown.logits, *(shown.maps or [])) if t is not None]
 
 
 def _joined(shown: list[Outputs]) -> Outputs:
@@ -365,4 +396,6 @@ def _copied(inputs: Any) -> Any:
         return inputs.detach().clone()
     if isinstance(inputs, Mapping):
         return {k: _copied(v) for k, v in inputs.items()}
+    if type(inputs) in (list, tuple):
+        return type(inputs)(_copied(v) for v in inputs)
     return inputs

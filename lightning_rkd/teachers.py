@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.distributed import Group, gather_rows
+from lightning_rkd.distributed import Group, gather_rows, rank_and_size
 from lightning_rkd.records import Batch, Outputs
 from lightning_rkd.taps import Layer, Reader
 
@@ -43,11 +43,15 @@ class Teacher:
         self.network, self.weights, self.move = network, weights, move
         self._loaded = weights is None
         self._reader: Reader | None = None
-        self._home: list[tuple[Tensor, Tensor]] | None = None
-        self._home_buffers: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._away = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What shallow copies and pickles take over: not the hooks, nor the duty to hand the network back."""
+        return self.__dict__ | {"_reader": None, "_modes": [], "_away": False}
 
     def attach(self, layer: Layer | None) -> None:
         """Read the weights file if there is one, and hook the layer."""
@@ -55,30 +59,33 @@ class Teacher:
             assert self.weights is not None
             load_weights(self.network, self.weights)
             self._loaded = True
+        self.detach()
         self._reader = Reader(layer, "teacher")
         self._reader.attach(self.network)
+        self._modes = [(module, module.training) for module in self.network.modules()]
 
     def detach(self) -> None:
-        """Take the hooks off and hand the network back to where it was."""
+        """Take the hooks off and hand the network back as it was."""
         if self._reader is not None:
             self._reader.detach()
-        for tensor, home in self._home or []:
-            tensor.data = home
-        for module, buffers in self._home_buffers:
-            module._buffers.update(buffers)
-        self._home, self._home_buffers = None, []
+        for module, training in self._modes:
+            module.training = training
+        self._modes = []
+        if self._away:
+            self._away = False
+            _homes[self.network].leave()
 
     def to(self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None) -> bool:
         """Move the network, after ``convert`` (a precision plugin's) has cast it; :meth:`detach` undoes both.
 
         Returns whether there was something to do: not for a teacher that has been moved already, or that must not be.
         """
-        if not self.move or self._home is not None:
+        if not self.move or self._away:
             return False
-        self._home = [(p, p.data) for p in self.network.parameters()]
-        self._home_buffers = [(m, dict(m._buffers)) for m in self.network.modules()]  # .to() replaces buffers
+        _Home.of(self.network).enter()
+        self._away = True
         if convert is not None:
-            self.network = convert(self.network)
+            convert(self.network)
         self.network.to(device)
         return True
 
@@ -116,15 +123,53 @@ class Teacher:
             RuntimeError: Ranks hold different teachers.
         """
         tensors = [t.detach() for t in (*self.network.parameters(), *self.network.buffers())]
-        if not tensors:
+        if not tensors or rank_and_size(group)[1] == 1:
             return
-        checksum = torch.stack([torch.stack((t.float().sum(), t.float().abs().sum())) for t in tensors]).sum(0)
-        every = gather_rows(checksum[None], group=group)
-        if not torch.equal(every, every[:1].expand_as(every)):
+        checksum = torch.stack([number * _checksum(t) for number, t in enumerate(tensors, start=1)]).sum()
+        every = gather_rows(checksum[None], group=group).tolist()
+        if len(set(every)) > 1:
             raise RuntimeError(
-                f"the teacher's weights differ between ranks (checksums {every[:, 0].tolist()}): build it from the "
-                "same weights file or seed on every rank"
+                f"the teacher's weights differ between ranks (checksums {every}): build it from the same weights file "
+                "or seed on every rank"
             )
+
+
+class _Home:
+    """Where the tensors of a network were before teachers moved it. The last teacher to leave puts them back."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.teachers = network, 0
+        self.tensors = [(p, p.data) for p in network.parameters()]
+        self.slots = [(m, dict(m._parameters), dict(m._buffers)) for m in network.modules()]  # .to() replaces buffers
+
+    @staticmethod
+    def of(network: nn.Module) -> _Home:
+        return _homes[network] if network in _homes else _Home(network)
+
+    def enter(self) -> None:
+        _homes[self.network] = self
+        self.teachers += 1
+
+    def leave(self) -> None:
+        self.teachers -= 1
+        if self.teachers:
+            return
+        del _homes[self.network]
+        for tensor, data in self.tensors:
+            tensor.data = data
+        for module, parameters, buffers in self.slots:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+
+
+_homes: dict[nn.Module, _Home] = {}  # of the networks that are away; several callbacks may share one
+
+
+def _checksum(x: Tensor) -> Tensor:
+    """Of the bits, in integers: the same on every machine, in whatever order it is summed up."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = torch.view_as_real(x).reshape(-1) if x.is_complex() else x.reshape(-1)
+    return flat.view(kinds[flat.element_size()]).sum(dtype=torch.int64)
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -151,27 +196,46 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
             f"the weights file {str(path)!r} does not exist; train the network first, or correct it"
         )
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        state: Any = load_file(path)
+        try:
+            state: Any = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"the weights file {str(path)!r} is damaged or cut short ({error})") from error
     else:
         check_file(path)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(f"{str(path)!r} holds no weights that can be read safely: {error}") from error
-        state = state.get("state_dict", state)
-    wanted = network.state_dict()
+        state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
+    shapes = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)}
+    wanted = {k: tuple(v.shape) for k, v in network.state_dict().items()}
     first = next(iter(wanted), "")
-    prefixes = [key[: -len(first)] for key in state if key.endswith(first)]
-    for prefix in sorted(set(prefixes), key=lambda p: (p != "student.", p)):
-        stripped = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        if all(k in stripped and stripped[k].shape == v.shape for k, v in wanted.items()):
-            network.load_state_dict({k: stripped[k] for k in wanted})
+    prefixes = {key.removesuffix(first) for key in shapes if f".{key}".endswith(f".{first}")}
+    misfits = {p: [k for k, shape in wanted.items() if shapes.get(p + k) != shape] for p in prefixes}
+    fitting = sorted(p for p, misfit in misfits.items() if not misfit)
+    for prefix in ("student.", "", *fitting):
+        if prefix in fitting and (prefix in ("student.", "") or len(fitting) == 1):
+            network.load_state_dict({k: state[prefix + k] for k in wanted})
             return
+    if fitting:
+        raise ValueError(
+            f"{str(path)!r} holds weights of this {type(network).__name__} under several prefixes, {fitting}; "
+            "save the state dict of the one you mean to a file of its own"
+        )
+    message = f"{str(path)!r} does not hold the weights of this {type(network).__name__}: "
+    if misfits:
+        prefix = min(misfits, key=lambda p: (len(misfits[p]), p))
+        key = misfits[prefix][0]
+        have = f"has shape {shapes[prefix + key]} in the file" if prefix + key in shapes else "is not in the file"
+        raise ValueError(
+            f"{message}{prefix + key!r} {have}, the network needs {wanted[key]} "
+            f"({len(misfits[prefix])} of {len(wanted)} tensors do not fit)"
+        )
     raise ValueError(
-        f"{str(path)!r} does not hold the weights of this {type(network).__name__}: it needs {len(wanted)} tensors "
-        f"such as {first!r} {tuple(wanted[first].shape) if first else ''}, the file has {sorted(state)[:3]} ..."
+        f"{message}it needs {len(wanted)} tensors such as {first!r}, the file has {sorted(shapes)[:3] or 'none'}"
     )
 
 

@@ -14,7 +14,7 @@ from lightning_rkd.distiller import Distiller
 from lightning_rkd.distributed import data_parallel_group
 from lightning_rkd.losses.base import RelationalLoss, Weight, weight_at
 from lightning_rkd.records import Batch, Key, unpack
-from lightning_rkd.taps import CaptureError, Layer
+from lightning_rkd.taps import CaptureError, Layer, find_layer
 from lightning_rkd.teachers import Teacher
 
 
@@ -89,16 +89,13 @@ class RelationalDistillation(pl.Callback):
             weight=weight,
             gather=gather,
         )
-        for taps in self.distiller.student.taps.values():
-            if any(tap.layer == "" for tap in taps):
-                raise ValueError("student_layer must name a layer inside the module, not the module itself")
         self.task_weight = task_weight
         self.manual_backward_index = manual_backward_index
         self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
         self._module: pl.LightningModule | None = None
         self._undo: list[Callable[[], None]] = []
         self._batch: Any = None
-        self._backwards = 0
+        self._backwards: int | None = None  # None outside a step
 
     def unpack(self, batch: Any) -> Batch:
         """Build the :class:`~lightning_rkd.records.Batch` of a step; override it for batches of another make."""
@@ -109,8 +106,17 @@ class RelationalDistillation(pl.Callback):
         if stage != "fit":
             return
         self._detach()
+        own = [name for name, term in self.distiller.losses.items() if [*term.parameters(), *term.buffers()]]
+        if own:
+            raise ValueError(
+                f"the losses {own} hold tensors of their own, which this callback neither trains nor saves; use "
+                "DistillationModule"
+            )
         self._module = pl_module
         self.distiller.attach(pl_module)
+        for tap in (tap for taps in self.distiller.student.taps.values() for tap in taps):
+            if find_layer(pl_module, tap.layer) is pl_module:
+                raise ValueError("student_layer must name a layer inside the module, not the module itself")
         self._undo = [MethodPatch.add(pl_module, "training_step", self._around_step)]
         if not pl_module.automatic_optimization:
             self._undo.append(MethodPatch.add(pl_module, "manual_backward", self._around_backward))
@@ -132,7 +138,7 @@ class RelationalDistillation(pl.Callback):
     def _detach(self) -> None:
         for undo in self._undo:
             undo()
-        self._undo, self._module, self._batch = [], None, None
+        self._undo, self._module, self._batch, self._backwards = [], None, None, None
         self.distiller.detach()
 
     def _around_step(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -156,9 +162,11 @@ class RelationalDistillation(pl.Callback):
             return result
         finally:
             self.distiller.cancel()
-            self._batch = None
+            self._batch, self._backwards = None, None
 
     def _around_backward(self, call: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._backwards is None:
+            return call(loss, *args, **kwargs)
         number, self._backwards = self._backwards, self._backwards + 1
         if number > 0 and self.manual_backward_index is None:
             raise CaptureError(
@@ -167,7 +175,8 @@ class RelationalDistillation(pl.Callback):
             )
         if number == (self.manual_backward_index or 0):
             loss = self._total(loss)
-        return call(loss, *args, **kwargs)
+        with self.distiller.paused():
+            return call(loss, *args, **kwargs)
 
     def _with_terms(self, result: Any) -> Any:
         if result is None:  # the module skips this step
@@ -185,8 +194,10 @@ class RelationalDistillation(pl.Callback):
         assert module is not None
         epoch = module.current_epoch
         terms = self.distiller.terms(self.distiller.shown(self._unpacked()), epoch=epoch, step=module.global_step)
-        # the values are those of the global batch, alike on all ranks: nothing to synchronise
-        module.log_dict({f"distill/{k}": v.detach() for k, v in terms.items()}, on_step=True, on_epoch=False)
+        # the values are those of the global batch, alike on all ranks: nothing to synchronise. Nor is anything averaged
+        # over batches, so their size does not matter; but a step that draws its own batches must name one
+        values = {f"distill/{name}": value.detach() for name, value in terms.items()}
+        module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         weight = weight_at(self.task_weight, epoch)
         total = task if weight == 1 else weight * task
         for value in terms.values():

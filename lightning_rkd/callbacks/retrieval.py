@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 from torchmetrics import Metric
 
 from lightning_rkd.callbacks._patch import MethodPatch
-from lightning_rkd.data.indices import IndexedBatch
-from lightning_rkd.metrics.feed import computed, feed
+from lightning_rkd.data.indices import IndexedBatch, root_row
+from lightning_rkd.metrics.feed import computed, feed, wants
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.records import Batch, Key, unpack
 from lightning_rkd.taps import Layer, Reader
@@ -57,7 +59,7 @@ class RetrievalEvaluation(pl.Callback):
         self._reader = Reader(layer, "student")
         self._undo: list[Callable[[], None]] = []
         self._loaders: list[tuple[dict[str, Metric], list[int] | None]] = []
-        self._position = 0
+        self._position, self._ranks = 0, 1
 
     def unpack(self, batch: Any) -> Batch:
         """Build the :class:`~lightning_rkd.records.Batch` of a step; override it for batches of another make."""
@@ -125,11 +127,11 @@ class RetrievalEvaluation(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log ``val/<metric>``."""
-        self._end(pl_module, "val")
+        self._end(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log ``test/<metric>``."""
-        self._end(pl_module, "test")
+        self._end(trainer, pl_module, "test")
 
     def _detach(self) -> None:
         for undo in self._undo:
@@ -138,8 +140,8 @@ class RetrievalEvaluation(pl.Callback):
         self._reader.detach()
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, loaders: Any) -> None:
-        self._loaders = []
-        for number, loader in enumerate(loaders if isinstance(loaders, list) else [loaders]):
+        self._loaders, self._ranks = [], trainer.world_size
+        for number, loader in enumerate(CombinedLoader(loaders, "sequential").flattened):
             metrics = self.metrics if number == 0 else {name: m.clone() for name, m in self.metrics.items()}
             for metric in metrics.values():
                 metric.to(module.device)
@@ -159,17 +161,27 @@ class RetrievalEvaluation(pl.Callback):
         if opened.indices is None and indexed:
             opened.indices = batch.indices
         metrics, order = self._loaders[loader]
-        rows = 0 if shown.embedding is None else len(shown.embedding)
-        if opened.indices is None and order is not None and opened.labels is not None:
-            opened.indices = opened.labels.new_tensor(order[self._position : self._position + rows]).long()
-        self._position += rows
+        if shown.embedding is not None:
+            rows = len(shown.embedding)
+            if opened.indices is None and order is not None:
+                opened.indices = torch.tensor(
+                    order[self._position : self._position + rows], dtype=torch.int64, device=shown.embedding.device
+                )
+            self._position += rows
+        if opened.indices is None and self._ranks > 1 and any("indices" in wants(m) for m in metrics.values()):
+            raise ValueError(
+                f"on {self._ranks} devices the rows that a distributed sampler repeats must be known to be counted "
+                "once, and this loader's sampler does not tell them: wrap it, with_indices(loader), or name the entry "
+                "of the batch that holds them, indices=..."
+            )
         for metric in metrics.values():
             feed(metric, shown, opened)
 
-    def _end(self, module: pl.LightningModule, stage: str) -> None:
+    def _end(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         for number, (metrics, _) in enumerate(self._loaders):
             prefix = stage if len(self._loaders) == 1 else f"{stage}/{number}"
-            module.log_dict(computed(metrics, prefix), sync_dist=True, add_dataloader_idx=False)
+            if not trainer.sanity_checking:  # a few batches may be too few for a value
+                module.log_dict(computed(metrics, prefix), sync_dist=True, add_dataloader_idx=False)
             for metric in metrics.values():
                 metric.reset()
 
@@ -182,6 +194,7 @@ def _rows_in_order(loader: Any) -> list[int] | None:
     """The data set rows this rank's loader yields, in order, where its sampler tells without being disturbed."""
     if not isinstance(loader, DataLoader) or type(loader.batch_sampler) is not BatchSampler:
         return None
-    if isinstance(loader.sampler, DistributedSampler | SequentialSampler):
-        return list(loader.sampler)
+    # not their subclasses: Lightning wraps other samplers in one, and asking a random one changes what it says next
+    if type(loader.sampler) in (DistributedSampler, SequentialSampler):
+        return [root_row(loader.dataset, row) for row in loader.sampler]
     return None

@@ -1,0 +1,507 @@
+"""The callback leaves no trace, refuses what cannot work, and gives losses what they ask for."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import signal
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_rkd.callbacks.distillation import RelationalDistillation
+from lightning_rkd.data.indices import IndexedBatch, with_indices
+from lightning_rkd.distiller import CollapseWarning
+from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
+from lightning_rkd.losses.rkd import RKD
+from lightning_rkd.taps import CaptureError, LayerNotFoundError, Tap, global_pool
+from lightning_rkd.teachers import Teacher
+from tests import toys
+
+
+def attached(loss: Any = None, teacher: Any = None, **kwargs: Any) -> RelationalDistillation:
+    return RelationalDistillation(teacher or toys.teacher(), loss or RKD(), **{"student_layer": "backbone", **kwargs})
+
+
+# What is left behind
+
+
+class Fails(toys.Student):
+    error: type[BaseException] = KeyError
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 2:
+            raise self.error("stop")
+        return super().training_step(batch, batch_idx)
+
+
+class Interrupted(Fails):
+    error = KeyboardInterrupt
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Lightning ignores further interrupts once it has seen one."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interrupts")
+@pytest.mark.parametrize(("kind", "error"), [(toys.Student, None), (Fails, KeyError), (Interrupted, SystemExit)])
+@pytest.mark.parametrize("callbacks", [1, 2])
+def test_nothing_is_left_behind(kind: Any, error: Any, callbacks: int) -> None:
+    module, teacher = kind(), toys.teacher(dropout=0.5, norm=True).train()
+    before = toys.snapshot(teacher)
+    both = [attached(teacher=teacher, student_layer=layer) for layer in ("backbone", "backbone.last")[:callbacks]]
+    if error is None:
+        toys.fit(module, *both, precision="bf16-true")
+    else:
+        with pytest.raises(error):
+            toys.fit(module, *both, precision="bf16-true")
+    assert toys.attachments(module, teacher) == []
+    assert toys.same(before, teacher)
+
+
+def test_a_second_fit_attaches_anew() -> None:
+    module, callback, once = toys.Student(), attached(), toys.Student()
+    for _ in range(2):
+        toys.fit(module, callback)
+        assert toys.attachments(module, callback.distiller.teacher.network) == []
+    toys.fit(once, attached())
+    toys.fit(once)
+    assert toys.gap(module, once) > 1e-3
+
+
+def test_a_step_that_the_module_itself_carries_is_given_back() -> None:
+    module = toys.Student()
+    own = module.training_step
+    module.training_step = own  # type: ignore[method-assign]
+    toys.fit(module, attached())
+    assert vars(module)["training_step"] == own
+
+
+class Copies(pl.Callback):
+    """Copies and pickles the module in the middle of a fit."""
+
+    def __init__(self) -> None:
+        self.copies: list[toys.Student] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if not self.copies:
+            self.copies = [copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))]
+
+
+class Counts:
+    """A hook that pickles."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, *call: Any) -> None:
+        self.calls += 1
+
+
+@pytest.mark.parametrize("kind", [toys.Student, toys.Manual])
+def test_copies_made_while_attached_are_plain_modules(kind: Any) -> None:
+    module, copies = kind(optimizer=sgd), Copies()
+    toys.fit(module, attached(), copies)
+    for each in copies.copies:
+        assert vars(each)["training_step"].__self__ is each
+        each.backbone.register_forward_hook(count := Counts())
+        toys.fit(each)
+        assert count.calls == toys.STEPS
+        assert b"lightning_rkd.callbacks" not in pickle.dumps(each)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, 0.1)
+
+
+@pytest.mark.parametrize("averaging", [WeightAveraging, lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1)])
+def test_weight_averaging_runs_along(averaging: Any) -> None:
+    module, plain = toys.Student(optimizer=sgd), toys.Student(optimizer=sgd)
+    toys.fit(module, attached(weight=0.0), averaging(), max_epochs=3)
+    toys.fit(plain, averaging(), max_epochs=3)
+    assert toys.gap(module, plain) == 0.0
+    assert toys.attachments(module) == []
+
+
+# What it does not touch
+
+
+def test_the_teacher_is_in_no_checkpoint_optimizer_or_parameter_list(tmp_path: Any) -> None:
+    module, plain = toys.Student(), toys.Student()
+    trainers = [toys.fit(module, attached()), toys.fit(plain)]
+    for number, trainer in enumerate(trainers):
+        trainer.save_checkpoint(tmp_path / f"{number}.ckpt")
+    ours, theirs = (torch.load(tmp_path / f"{n}.ckpt", weights_only=True) for n in range(2))
+    assert list(ours["state_dict"]) == list(theirs["state_dict"])
+    assert ours["callbacks"] == theirs["callbacks"]
+    counts = [sum(len(g["params"]) for g in t.optimizers[0].param_groups) for t in trainers]
+    assert counts[0] == counts[1] == len(list(module.parameters()))
+
+
+def test_validation_is_never_captured() -> None:
+    class Validates(toys.Student):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.backbone(batch[0])
+            self.backbone(batch[0])
+            seen.append(callback.distiller.student._seen)
+
+    seen: list[Any] = []
+    module, plain, callback = Validates(), toys.Student(), attached(RKD())
+    trainer = toys.trainer(callbacks=[callback], num_sanity_val_steps=2, val_check_interval=2)
+    trainer.fit(module, toys.loader(), toys.loader())
+    toys.fit(plain, attached(RKD()))
+    assert seen
+    assert all(captured == {} for captured in seen)
+    assert toys.gap(module, plain) == 0.0
+
+
+def test_train_and_unfreeze_do_not_reach_the_teacher() -> None:
+    class Wakes(toys.Student):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.unfreeze()
+            self.train()
+            return super().training_step(batch, batch_idx)
+
+    teacher = toys.teacher(dropout=0.5, norm=True).requires_grad_(False)
+    before = toys.snapshot(teacher)
+    toys.fit(Wakes(), attached(teacher=teacher))
+    assert toys.same(before, teacher)
+
+
+class Validated(toys.Student):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.backbone(batch[0])
+
+
+class Product(RelationalLoss):
+    """Saves the teacher's tensor for its backward, which an inference tensor would not allow."""
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (student.sum(1) * teacher.sum(1)).mean()
+
+
+def test_validation_in_inference_mode_does_not_spoil_training() -> None:
+    module, teacher = Validated(), toys.teacher(norm=True)
+    callback = attached(Product(), teacher)
+    toys.trainer(callbacks=[callback]).validate(module, toys.loader(), verbose=False)
+    trainer = toys.trainer(callbacks=[callback], num_sanity_val_steps=2)
+    trainer.fit(module, toys.loader(), toys.loader())
+    sum(p.sum() for p in teacher.parameters()).backward()
+
+
+# What a loss is given
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_losses_receive_labels_indices_view_and_epoch(wrapped: bool) -> None:
+    loss, loader = toys.Asking(), toys.loader()
+    seen: list[Any] = []
+
+    class Sees(toys.Student):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            seen.append(type(batch))
+            return super().training_step(batch, batch_idx)
+
+    callback = RelationalDistillation(toys.teacher(), loss, student_layer="backbone", weight=1.0)
+    if not wrapped:
+        with pytest.raises(ValueError, match=r"Asking needs \['indices'\]"):
+            toys.fit(Sees(), callback)
+        return
+    toys.fit(Sees(), callback, batches=with_indices(loader), max_epochs=2)
+    assert IndexedBatch not in seen
+    assert loss.given["indices"].tolist() == list(range(32, 40))
+    assert loss.given["labels"].tolist() == loader.dataset[32:40][1].tolist()
+    assert (loss.given["view"].tolist(), loss.given["epoch"]) == ([0] * 8, 1)
+
+
+def test_an_indexed_batch_survives_a_change_of_precision() -> None:
+    loss = toys.Asking()
+    toys.fit(toys.Student(), attached(loss), batches=with_indices(toys.loader()), precision="bf16-true")
+    assert loss.given["indices"].dtype == torch.int64
+
+
+def test_views_are_numbered_and_labels_and_indices_repeated() -> None:
+    class Twice(toys.Student):
+        def loss(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.head(self.backbone(x) + self.backbone(-x)).sum()
+
+    loss = toys.Asking()
+    toys.fit(Twice(), attached(loss, input_layer="backbone"), batches=with_indices(toys.loader()))
+    assert loss.given["view"].tolist() == [0] * 8 + [1] * 8
+    assert loss.given["indices"].tolist() == [*range(32, 40)] * 2
+    assert loss.given["labels"].shape == (16,)
+
+
+def test_a_batch_may_be_a_mapping_and_a_step_may_draw_its_own_batches() -> None:
+    class Mapped(toys.Student):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.loss(batch["x"], batch["y"])
+
+    class Draws(toys.Student):
+        def training_step(self, dataloader_iter: Any) -> Any:
+            batch, *_ = next(dataloader_iter)
+            return self.loss(*batch)
+
+    plain, mapped, draws = toys.Student(), Mapped(), Draws()
+    toys.fit(plain, attached())
+    batches = [{"x": x, "y": y} for x, y in toys.loader()]
+    toys.fit(mapped, attached(inputs="x", labels="y"), batches=DataLoader(batches, batch_size=None))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*`dataloader_iter`")
+        toys.fit(draws, attached(input_layer="backbone"))
+    assert toys.gap(mapped, plain) == toys.gap(draws, plain) == 0.0
+
+
+def test_terms_are_logged_under_their_names() -> None:
+    trainer = toys.fit(toys.Student(), attached({"gram": 2 * toys.Gram(), "hint": toys.Hint()}))
+    assert sorted(k for k in trainer.callback_metrics) == ["distill/gram", "distill/hint"]
+
+
+# Loud failures
+
+
+class Direct(toys.Student):
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.backbone.forward(x)), y)
+
+
+class Frozen(toys.Student):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone.requires_grad_(False)
+
+
+class Reentrant(toys.Student):
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(checkpoint(self.backbone, x.requires_grad_(), use_reentrant=True)), y)
+
+
+class Twice(toys.Student):
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.backbone(x) + self.backbone(-x)), y)
+
+
+class Half(toys.Student):
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.backbone(x[:4])), y[:4])
+
+
+class Returns(toys.Student):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return [super().training_step(batch, batch_idx)]
+
+
+class NoBackward(toys.Manual):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.loss(*batch).backward()
+
+
+class TwoBackwards(toys.Manual):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for part in (slice(4), slice(4, 8)):
+            self.manual_backward(self.loss(batch[0][part], batch[1][part]))
+
+
+class OneMore(toys.Manual):
+    """Hands a loss to ``manual_backward`` outside its step, too."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.manual_backward(self.head.weight.sum())
+
+
+AT_OUTPUT = {"one": Tap("head", at="output"), "two": "backbone"}
+FAILURES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "unknown layer": (
+        toys.Student,
+        {"student_layer": "bakbone"},
+        LayerNotFoundError,
+        "Student has no layer 'bakbone'; near it: 'backbone'",
+    ),
+    "unknown input layer": (toys.Student, {"input_layer": "haed"}, LayerNotFoundError, "near it: 'head'"),
+    "unknown teacher layer": (
+        toys.Student,
+        {"teacher_layer": "frist"},
+        LayerNotFoundError,
+        "Backbone has no layer 'frist'; near it: 'first'",
+    ),
+    "the module itself": (toys.Student, {"student_layer": ""}, ValueError, "not the module itself"),
+    "the module itself, found": (toys.Student, {"student_layer": lambda m: m}, ValueError, "not the module itself"),
+    "no submodule": (toys.Student, {"student_layer": lambda m: 3}, TypeError, "must return a submodule, got int"),
+    "forward called": (Direct, {}, CaptureError, r"'backbone' was never called in this step.*not \.forward"),
+    "input layer not called": (
+        Direct,
+        {"student_layer": Tap("backbone.last", at="output"), "input_layer": "backbone"},
+        CaptureError,
+        "input_layer 'backbone' was never called",
+    ),
+    "frozen": (Frozen, {}, CaptureError, "rkd: the student layer shows a tensor without gradient: it is frozen"),
+    "one of two frozen": (
+        Frozen,
+        {
+            "student_layer": AT_OUTPUT,
+            "teacher_layer": {"one": "", "two": ""},
+            "loss": {"free": RKD().at("one"), "bound": RKD().at("two")},
+        },
+        CaptureError,
+        "bound: the student layer shows a tensor without gradient",
+    ),
+    "input of a Linear": (toys.Student, {"student_layer": "backbone.first"}, CaptureError, "the input is read"),
+    "reentrant checkpointing": (
+        Reentrant,
+        {"student_layer": Tap("backbone.first", at="output")},
+        CaptureError,
+        "use_reentrant=False works",
+    ),
+    "two calls": (Twice, {}, CaptureError, "ran 2 times in one step.*input_layer="),
+    "rows": (Half, {}, CaptureError, r"shows 4 rows in 1 call\(s\), the teacher 8.*input_layer="),
+    "odd return": (Returns, {}, TypeError, "training_step must return a tensor, a dict.*got list"),
+    "no manual_backward": (NoBackward, {}, CaptureError, r"never called self\.manual_backward"),
+    "two manual_backwards": (
+        TwoBackwards,
+        {"input_layer": "backbone"},
+        CaptureError,
+        "several times: say which call receives the terms, manual_backward_index=0 for the first",
+    ),
+    "index too high": (
+        TwoBackwards,
+        {"manual_backward_index": 2},
+        CaptureError,
+        r"manual_backward_index=2, but the step called manual_backward 2 time\(s\)",
+    ),
+    "labels missing": (
+        toys.Student,
+        {"labels": 5},
+        KeyError,
+        "labels=5 is not in the batch, which has 2 entries",
+    ),
+    "4-D embedding": (
+        toys.Student,
+        {"student_layer": Tap("backbone", read=lambda o, k: o[:, :, None, None].expand(-1, -1, 2, 2))},
+        ValueError,
+        r"student's embedding must be \(N, D\), got \(8, 5, 2, 2\).*global_pool",
+    ),
+    "tuple": (
+        toys.Student,
+        {"student_layer": Tap("backbone", read=lambda o, k: (o, o))},
+        CaptureError,
+        "gives a tuple, not a tensor; say how to read it",
+    ),
+    "no such tap": (
+        toys.Student,
+        {"loss": RKD().at("layer3"), "student_layer": {"layer2": "backbone"}},
+        ValueError,
+        r"there is no tap 'layer3'; the taps are \['layer2'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_what_cannot_work_fails_with_the_cure(case: str) -> None:
+    kind, settings, error, message = FAILURES[case]
+    module, teacher = kind(), toys.teacher()
+    with pytest.raises(error, match=message):
+        toys.fit(module, attached(**{"teacher": teacher, **settings}))
+    assert toys.attachments(module, teacher) == []
+
+
+def test_a_mapping_batch_needs_the_key_of_its_inputs() -> None:
+    batches = DataLoader([{"x": x, "y": y} for x, y in toys.loader()], batch_size=None)
+
+    class Mapped(toys.Student):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.loss(batch["x"], batch["y"])
+
+    with pytest.raises(TypeError, match=r"a mapping with the keys \['x', 'y'\]: say which is the input, inputs="):
+        toys.fit(Mapped(), attached(), batches=batches)
+
+
+def test_a_teacher_inside_the_module_is_refused() -> None:
+    module = toys.Student()
+    with pytest.raises(ValueError, match=r"shares parameters with the student; teach with copy\.deepcopy"):
+        toys.fit(module, attached(teacher=module.backbone))
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_nan_is_reported_with_side_row_and_step(side: str) -> None:
+    x, y = (torch.cat(parts) for parts in zip(*toys.loader(), strict=True))
+    poisoned = x.clone()
+    poisoned[8 * 3 + 5] = torch.nan
+
+    class Reads(toys.Student):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.loss(batch[1 if side == "teacher" else 0], batch[2])
+
+    batches = DataLoader(TensorDataset(poisoned, x, y), batch_size=8)
+    callback = attached(inputs=0 if side == "teacher" else 1)
+    with pytest.raises(NonFiniteError, match=rf"step 3: .*the {side}'s output holds NaN or infinity, first in row 5"):
+        toys.fit(Reads(), callback, batches=batches)
+
+
+def test_a_collapsed_student_is_reported_once() -> None:
+    class Collapsed(toys.Student):
+        def __init__(self) -> None:
+            super().__init__()
+            nn.init.zeros_(self.backbone.last.weight)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.head.parameters(), 0.1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        toys.fit(Collapsed(), attached())
+    (warning,) = [w for w in caught if w.category is CollapseWarning]
+    message = "step 0: the student has collapsed: all rows of the embedding that rkd reads are equal"
+    assert str(warning.message).startswith(message)
+
+
+def test_a_loss_with_tensors_of_its_own_is_refused() -> None:
+    class Learns(toys.Gram):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+    with pytest.raises(ValueError, match=r"the losses \['learns'\] hold tensors of their own.*DistillationModule"):
+        toys.fit(toys.Student(), attached(Learns()))
+
+
+def test_manual_backward_outside_the_step_is_left_alone() -> None:
+    module = OneMore()
+    toys.fit(module, attached())
+
+
+def test_global_pool_is_the_cure_for_maps() -> None:
+    class Conv(toys.Student):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Conv2d(1, 5, (1, 2))  # type: ignore[assignment]
+
+        def loss(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(self.head(self.backbone(x[:, None, None]).mean((2, 3))), y)
+
+    with pytest.raises(ValueError, match="global_pool"):
+        toys.fit(Conv(), attached())
+    toys.fit(Conv(), attached(student_layer=Tap("backbone", read=global_pool)))
+
+
+def test_one_teacher_object_serves_two_callbacks_at_two_layers() -> None:
+    from lightning_rkd.losses.rkd import RKDAngle
+
+    shared, modules = Teacher(toys.teacher()), [toys.Student(), toys.Student()]
+    first, last = Tap("first", at="output"), Tap("last", at="output")
+    toys.fit(modules[0], attached(RKD(), shared, teacher_layer=first), attached(RKDAngle(), shared, teacher_layer=last))
+    toys.fit(modules[1], attached(RKD(), teacher_layer=first), attached(RKDAngle(), teacher_layer=last))
+    assert toys.gap(*modules) == 0.0
+    assert toys.attachments(shared.network) == []

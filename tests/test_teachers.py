@@ -1,0 +1,190 @@
+"""The teacher comes back as it was, and its weights come from the file that holds them or not at all."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_rkd.records import Batch
+from lightning_rkd.taps import Tap
+from lightning_rkd.teachers import Teacher, check_file, load_weights
+from tests import toys
+
+X = torch.randn(4, toys.WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def half(network: nn.Module) -> nn.Module:
+    return network.to(torch.bfloat16)
+
+
+def test_it_teaches_in_eval_mode_without_gradient() -> None:
+    network = toys.teacher(dropout=0.5, norm=True).train()
+    teacher, expected = Teacher(network), copy.deepcopy(network).eval()(X)
+    teacher.attach(None)
+    shown = teacher(Batch(X))[""].embedding
+    assert torch.equal(shown, expected)
+    assert not shown.requires_grad
+    assert torch.equal(teacher(Batch(-X, teacher_inputs=X))[""].embedding, expected)
+    assert torch.equal(teacher(Batch(None), calls=[X, {"x": X}])[""].embedding, torch.cat([expected, expected]))
+
+
+def test_it_is_handed_back_with_its_tensors_values_dtype_and_modes() -> None:
+    network = toys.teacher(dropout=0.5, norm=True).train()
+    network.norm.eval()
+    before = toys.snapshot(network)
+    teacher = Teacher(network)
+    for _ in range(2):
+        teacher.attach(None)
+        assert teacher.to("cpu", half)
+        assert not teacher.to("cpu", half), "it is there already"
+        assert network.first.weight.dtype == network.norm.running_mean.dtype == torch.bfloat16
+        teacher(Batch(X.bfloat16()))
+        teacher.detach()
+        assert toys.same(before, network)
+        assert toys.attachments(network) == []
+
+
+def test_moved_in_inference_mode_it_comes_back_trainable() -> None:
+    network = toys.teacher(norm=True)
+    before, teacher = toys.snapshot(network), Teacher(network)
+    teacher.attach(None)
+    with torch.inference_mode():
+        teacher.to("cpu", half)
+        teacher(Batch(X.bfloat16()))
+    teacher.detach()
+    assert toys.same(before, network)
+    network(X).sum().backward()
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_two_teachers_of_one_network_may_leave_in_any_order(last: int) -> None:
+    network = toys.teacher(norm=True)
+    before, teachers = toys.snapshot(network), [Teacher(network), Teacher(network)]
+    for teacher in teachers:
+        teacher.attach("act")
+        teacher.to("cpu", half)
+    teachers[1 - last].detach()
+    assert network.first.weight.dtype == torch.bfloat16
+    teachers[last](Batch(X.bfloat16()))
+    teachers[last].detach()
+    assert toys.same(before, network)
+    assert toys.attachments(network) == []
+
+
+def test_one_that_must_not_be_moved_is_not() -> None:
+    teacher = Teacher(toys.teacher(), move=False)
+    assert not teacher.to("cpu", half)
+    assert teacher.network.first.weight.dtype == torch.float32
+
+
+def test_copies_share_the_network_and_pickles_work_while_attached() -> None:
+    teacher = Teacher(toys.teacher())
+    teacher.attach("act")
+    assert copy.deepcopy({"module": teacher})["module"].network is teacher.network
+    teacher.to("cpu", half)
+    for twin in (pickle.loads(pickle.dumps(teacher)), copy.copy(teacher)):
+        twin.attach(None)
+        twin.detach()
+        assert teacher(Batch(X.bfloat16()))[""].embedding.dtype == torch.bfloat16, "still hooked, and still away"
+
+
+def test_it_must_be_a_network_and_attached() -> None:
+    with pytest.raises(TypeError, match=r"a teacher is an nn\.Module, got str"):
+        Teacher("resnet50")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="attach the teacher to a layer before calling it"):
+        Teacher(toys.teacher())(Batch(X))
+    with pytest.raises(ValueError, match="no layer 'x'"):
+        Teacher(toys.teacher()).attach(Tap("x"))
+
+
+# Weights
+
+
+def prefixed(prefix: str, network: nn.Module, shift: float = 0.0) -> dict[str, Tensor]:
+    return {f"{prefix}{k}": v + shift if v.is_floating_point() else v for k, v in network.state_dict().items()}
+
+
+def saved(tmp_path: Path, form: str, network: nn.Module) -> Path:
+    if form == "safetensors":
+        save_file(network.state_dict(), tmp_path / "weights.safetensors")
+        return tmp_path / "weights.safetensors"
+    forms: dict[str, Any] = {
+        "plain": network.state_dict(),
+        "checkpoint": {"epoch": 3, "state_dict": prefixed("student.", network) | {"loss.scale": torch.ones(1)}},
+        "deep": {"state_dict": prefixed("net.backbone.", network) | {"net.head.weight": torch.ones(2)}},
+        "the student of several": {
+            "state_dict": prefixed("a.", network, 1) | prefixed("student.", network) | prefixed("z.", network, 1)
+        },
+    }
+    torch.save(forms[form], tmp_path / "weights.pt")
+    return tmp_path / "weights.pt"
+
+
+@pytest.mark.parametrize("form", ["plain", "checkpoint", "deep", "the student of several", "safetensors"])
+def test_weights_are_found_under_any_prefix(form: str, tmp_path: Path) -> None:
+    network, other = toys.teacher(norm=True, seed=1), toys.teacher(norm=True, seed=2)
+    path = saved(tmp_path, form, network)
+    teacher = Teacher(other, weights=path)
+    assert toys.gap(other, network) > 0, "nothing is read before training begins"
+    teacher.attach(None)
+    assert toys.gap(other, network) == 0.0
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    network = toys.teacher(norm=True)
+    path = saved(tmp_path, "checkpoint", network)
+    content = bytearray(path.read_bytes())
+    content[content.index(network.first.weight.detach().numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights\.pt' is damaged in '.*'; use an earlier one"):
+        load_weights(network, path)
+
+
+@pytest.mark.parametrize("form", ["plain", "safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_file_cut_short_is_refused(form: str, share: float, tmp_path: Path) -> None:
+    path = saved(tmp_path, form, toys.teacher())
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    message = r"weights\.\w+' (is damaged or cut short|holds no weights that can be read safely)"
+    with pytest.raises(ValueError, match=message):
+        load_weights(toys.teacher(), path)
+
+
+WHOLE = toys.teacher().state_dict()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {"a": torch.ones(1)}}, r"needs 4 tensors such as 'first.weight', the file has \['a'\]"),
+        ([1, 2], "the file has none"),
+        ({"epoch": 3}, "the file has none"),
+        (nn.Linear(1, 1), "holds no weights that can be read safely"),
+        (toys.Backbone().state_dict(), r"'first.weight' has shape \(8, 6\) in the file, the network needs \(10, 6\)"),
+        ({k: v for k, v in WHOLE.items() if k != "last.bias"}, r"'last.bias' is not in the file, .* \(1 of 4 tensors"),
+        ({f"{p}.{k}": v for p in "ab" for k, v in WHOLE.items()}, r"under several prefixes, \['a\.', 'b\.'\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_none_is_loaded(content: Any, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "weights.pt")
+    network = toys.teacher(seed=1)
+    before = toys.snapshot(network)
+    with pytest.raises(ValueError, match=message):
+        load_weights(network, tmp_path / "weights.pt")
+    assert toys.same(before, network)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"the weights file 'nowhere\.ckpt' does not exist"):
+        Teacher(toys.teacher(), weights="nowhere.ckpt").attach(None)
+
+
+def test_a_sound_file_passes(tmp_path: Path) -> None:
+    check_file(saved(tmp_path, "plain", toys.teacher()))
