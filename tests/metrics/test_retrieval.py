@@ -1,0 +1,417 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
+from torch import Tensor
+
+from lightning_rkd.metrics import EmbeddingRetrieval
+from tests.oracles.retrieval import retrieval
+from tests.ranks import Ranks
+
+PEER = {"recall_at_1": "precision_at_1", "map_at_r": "mean_average_precision_at_r", "r_precision": "r_precision"}
+
+
+def blobs(n: int, d: int, classes: int, noise: float = 1.5) -> tuple[Tensor, Tensor]:
+    labels = torch.randint(classes, (n,))
+    return torch.randn(classes, d)[labels] + noise * torch.randn(n, d), labels
+
+
+def values(metric: EmbeddingRetrieval) -> dict[str, float]:
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
+def evaluate(*columns: Any, **options: Any) -> dict[str, float]:
+    metric = EmbeddingRetrieval(**options)
+    metric.update(*columns)
+    return values(metric)
+
+
+# against others
+
+
+def peer(knn: CustomKNN | None = None) -> AccuracyCalculator:
+    options = {"knn_func": knn} if knn else {}
+    return AccuracyCalculator(include=tuple(PEER.values()), k="max_bin_count", device=torch.device("cpu"), **options)
+
+
+def in_our_words(theirs: dict[str, float]) -> dict[str, float]:
+    return {name: theirs[their_name] for name, their_name in PEER.items()}
+
+
+def test_equals_pytorch_metric_learning_with_faiss() -> None:
+    x, y = blobs(1200, 24, 300)
+    assert evaluate(x, y) == pytest.approx(in_our_words(peer().get_accuracy(x, y)), abs=1e-6)
+
+
+def test_equals_pytorch_metric_learning_in_float64_with_many_neighbours() -> None:
+    # given float32 rows, faiss swaps near ties among 60 neighbours: 1e-5 away from the loop, which we equal
+    x, y = blobs(1200, 24, 20)
+    theirs = peer(CustomKNN(LpDistance(normalize_embeddings=False))).get_accuracy(x.double(), y)
+    assert evaluate(x, y) == pytest.approx(in_our_words(theirs), abs=1e-6)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_equals_pytorch_metric_learning_with_query_and_gallery(distance: str) -> None:
+    x, y = blobs(900, 16, 40)
+    asks = torch.rand(900) < 0.3
+    knn = CustomKNN(CosineSimilarity()) if distance == "cosine" else None
+    theirs = peer(knn).get_accuracy(x[asks], y[asks], x[~asks], y[~asks])
+    assert evaluate(x, y, None, asks, distance=distance) == pytest.approx(in_our_words(theirs), abs=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.lists(st.integers(-2, 2), min_size=2, max_size=2), st.integers(0, 3), st.integers(0, 30), st.booleans()
+        ),
+        min_size=2,
+        max_size=24,
+    ),
+    with_indices=st.booleans(),
+    with_queries=st.booleans(),
+    cosine=st.booleans(),
+    block=st.integers(1, 9),
+    splits=st.lists(st.integers(0, 24), max_size=3),
+    shuffle=st.randoms(use_true_random=False),
+)
+def test_equals_the_loop_with_ties_duplicates_and_lone_classes_in_any_order_and_block(
+    rows: Any, with_indices: bool, with_queries: bool, cosine: bool, block: int, splits: list[int], shuffle: Any
+) -> None:
+    # one index is one sample: its row and label follow from the first that has it
+    first = {(i, asks and with_queries): (x, y) for x, y, i, asks in reversed(rows)}
+    if with_indices:
+        rows = [(*first[i, asks and with_queries], i, asks) for _, _, i, asks in rows]
+    if cosine:  # directions that are exact in floating point, so that the loop sees the same ties
+        rows = [([x[0], 0] if x[0] else [0, x[1]], y, i, asks) for x, y, i, asks in rows]
+    x, y, i, asks = (list(column) for column in zip(*rows, strict=True))
+    options = {"indices": i if with_indices else None, "is_query": asks if with_queries else None}
+    try:
+        expected = retrieval(x, y, **options, k=(1, 3), cosine=cosine)
+    except ZeroDivisionError:
+        with pytest.raises(ValueError, match="queries has a row of its class"):
+            evaluate(torch.tensor(x).float(), torch.tensor(y), *_tensors(options))
+        return
+    if with_indices:
+        shuffle.shuffle(rows)
+        x, y, i, asks = (list(column) for column in zip(*rows, strict=True))
+        options = {"indices": i, "is_query": asks if with_queries else None}
+    metric = EmbeddingRetrieval(k=(1, 3), distance="cosine" if cosine else "euclidean", block_size=block)
+    columns = (torch.tensor(x).float(), torch.tensor(y), *_tensors(options))
+    cuts = sorted({0, *(min(cut, len(x)) for cut in splits), len(x)})
+    for start, stop in itertools.pairwise(cuts):
+        metric.update(*(c if c is None else c[start:stop] for c in columns))
+    assert values(metric) == pytest.approx(expected, abs=1e-6)
+
+
+def _tensors(options: dict[str, Any]) -> list[Tensor | None]:
+    return [None if column is None else torch.tensor(column) for column in options.values()]
+
+
+def test_values_worked_out_by_hand() -> None:
+    # from 0: 1 (same), 3, 4 (same); from 1: 0 (same), 3, 4 (same); from 4: 3, 1 (same), 0 (same); 3 is alone
+    metric = EmbeddingRetrieval(k=(1, 2))
+    metric.update(torch.tensor([[0.0], [1.0], [3.0], [4.0]]), torch.tensor([0, 0, 1, 0]))
+    assert values(metric) == pytest.approx(
+        {"recall_at_1": 2 / 3, "recall_at_2": 1.0, "map_at_r": (0.5 + 0.5 + 0.25) / 3, "r_precision": 0.5}
+    )
+    assert metric.left_out == 1
+
+
+# ties and numerics
+
+
+def test_ties_go_to_the_lower_index_and_without_indices_to_the_earlier_row() -> None:
+    x, y = torch.tensor([[0.0], [1.0], [-1.0]]), torch.tensor([0, 1, 0])
+    asks = torch.tensor([True, False, False])
+    assert evaluate(x, y, None, asks)["recall_at_1"] == 0.0
+    assert evaluate(x[[0, 2, 1]], y[[0, 2, 1]], None, asks)["recall_at_1"] == 1.0
+    assert evaluate(x, y, torch.tensor([0, 2, 1]), asks)["recall_at_1"] == 1.0
+
+
+def test_a_collapsed_network_is_scored_by_index_order() -> None:
+    x, y = torch.full((40, 8), 0.1), torch.arange(40) % 4
+    expected = retrieval(x.tolist(), y.tolist(), k=(1, 5))
+    for block in (3, 16, 64):
+        assert evaluate(x, y, block_size=block, k=(1, 5)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("block", [7, 64, 1024])
+def test_binary_codes_full_of_ties_equal_the_loop(block: int) -> None:
+    x, y = (torch.rand(120, 12) < 0.5).float() * 2 - 1, torch.randint(6, (120,))
+    assert evaluate(x, y, block_size=block) == pytest.approx(retrieval(x.tolist(), y.tolist()), abs=1e-6)
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(1000.0, 1.0), (0.0, 1e15), (0.0, 1e-30), (3.0, 1e-3)])
+def test_offset_and_scale_do_not_blur_the_order(offset: float, scale: float) -> None:
+    x, y = blobs(300, 8, 30)
+    x = x * scale + offset
+    exact = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    nearest = (y[exact.argmin(dim=1)] == y)[torch.bincount(y)[y] > 1].double().mean()
+    assert evaluate(x, y)["recall_at_1"] == pytest.approx(float(nearest), abs=1e-6)
+
+
+def test_one_far_outlier_changes_nothing_for_the_others() -> None:
+    x, y = blobs(200, 8, 20)
+    far, lone = torch.full((1, 8), 1e9), torch.tensor([99])
+    assert evaluate(torch.cat([x, far]), torch.cat([y, lone])) == pytest.approx(evaluate(x, y))
+
+
+def test_neighbours_closer_than_float32_can_tell_are_ordered_in_float64() -> None:
+    y = torch.tensor([0, 1, 0])
+    x = torch.tensor([[0.0, 0.0], [1.0 + 1e-12, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    asks = torch.tensor([True, False, False])
+    assert evaluate(x, y, None, asks)["recall_at_1"] == 1.0
+    assert evaluate(x[:, [1, 0]], y, None, asks)["recall_at_1"] == 1.0
+
+
+def test_a_zero_row_has_cosine_zero_with_everything() -> None:
+    x = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 2.0], [-1.0, 1.0]])
+    asks = torch.tensor([True, False, False, False])
+    for label_of_nearest, expected in ((2, 1.0), (1, 0.0)):
+        y = torch.zeros(4, dtype=torch.int64)
+        y[1:] = 1
+        y[label_of_nearest] = 0
+        assert evaluate(x, y, None, asks, distance="cosine")["recall_at_1"] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_right_up_to_the_rounding_of_the_rows(dtype: torch.dtype) -> None:
+    x, y = blobs(400, 16, 300)  # labels above 256 would not survive bfloat16
+    expected = evaluate(x.to(dtype).float(), y, torch.arange(400))
+    converted, cast, stored = (EmbeddingRetrieval(store_dtype=d) for d in (None, None, dtype))
+    for metric in (converted, cast, stored):
+        metric.update(x[:150], y[:150], torch.arange(150))
+        if metric is converted:
+            metric.to(dtype)
+        if metric is cast:
+            metric.set_dtype(dtype)
+        metric.update(x[150:].to(torch.float32 if metric is stored else dtype), y[150:], torch.arange(150, 400))
+        assert values(metric) == expected
+        assert metric.labels[0].dtype is torch.int64
+        assert metric.compute()["map_at_r"].dtype is torch.float32
+    assert stored.embeddings[0].dtype is dtype
+
+
+@pytest.mark.parametrize("word", ["medium", "highest"])
+def test_reduced_matmul_precision_and_autocast_do_not_reach_the_search(word: str) -> None:
+    x, y = blobs(300, 32, 30)
+    expected, before = evaluate(x, y), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(word)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert evaluate(x, y) == expected
+        assert torch.get_float32_matmul_precision() == word
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_many_neighbours_per_query_are_searched_in_several_tours() -> None:
+    x, y = blobs(1500, 6, 3)
+    whole = evaluate(x, y)
+    assert evaluate(x, y, block_size=64) == whole
+    theirs = peer(CustomKNN(LpDistance(normalize_embeddings=False))).get_accuracy(x.double(), y)
+    assert whole == pytest.approx(in_our_words(theirs), abs=1e-6)
+
+
+# ranks
+
+
+def _on_rank(rank: int, shares: list[Any], options: dict[str, Any]) -> tuple[dict[str, float], int]:
+    metric = EmbeddingRetrieval(**options)
+    for columns in shares[rank]:
+        metric.update(*columns)
+    if not shares[rank]:
+        metric._update_count = 1  # as a loop over an empty loader would leave it, without torchmetrics' warning
+    return values(metric), sum(len(part) for part in metric.embeddings)
+
+
+def _columns(n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    x, y = blobs(n, 5, 12)
+    x[::7] = x[0]  # ties over ranks
+    return x.round(decimals=1).to(dtype), y, torch.randperm(n), torch.rand(n) < 0.4
+
+
+@pytest.mark.parametrize("queries", [False, True])
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_two_processes_with_a_padded_sampler_equal_one(ranks: Ranks, queries: bool, distance: str) -> None:
+    columns = _columns(101)[: 4 if queries else 3]
+    order = [*range(101), 0]  # what DistributedSampler makes of 101 samples on two ranks
+    shares = [[[c[order[r::2]][a:b] for c in columns] for a, b in ((0, 20), (20, 51))] for r in range(2)]
+    for block in (8, 1024):
+        options = {"k": (1, 4), "distance": distance, "block_size": block}
+        one = evaluate(*columns, **options)
+        for result, rows in ranks.run(_on_rank, shares, options):
+            assert result == one
+            assert rows == 51  # nothing was gathered
+
+
+@pytest.mark.parametrize("cut", [0, 3, 70, 101])
+def test_uneven_and_empty_ranks_equal_one(ranks: Ranks, cut: int) -> None:
+    columns = _columns(101, torch.float16)[:3]
+    shares = [[[c[part] for c in columns]] if len(columns[0][part]) else [] for part in (slice(cut), slice(cut, None))]
+    one = evaluate(*columns, k=(1, 2))
+    assert [result for result, _ in ranks.run(_on_rank, shares, {"k": (1, 2), "block_size": 16})] == [one, one]
+
+
+def test_without_indices_two_processes_equal_one_that_sees_rank_0_first(ranks: Ranks) -> None:
+    columns = _columns(60)[:2]
+    shares = [[[c[:25] for c in columns]], [[c[25:] for c in columns]]]
+    assert [result for result, _ in ranks.run(_on_rank, shares, {"block_size": 10})] == [evaluate(*columns)] * 2
+
+
+def test_ranks_that_do_not_fit_are_told_on_every_rank(ranks: Ranks) -> None:
+    y = torch.zeros(4, dtype=torch.int64)
+    for other, message in ((torch.zeros(4, 3), "different widths"), (torch.zeros(4, 2), "some ranks were given")):
+        shares = [[[torch.zeros(4, 2), y, torch.arange(4)]], [[other, y]]]
+        if message == "different widths":
+            shares[1][0].append(torch.arange(4))
+        with pytest.raises(RuntimeError, match=rf"(?s)rank 0.*{message}.*rank 1.*{message}"):
+            ranks.run(_on_rank, shares, {})
+
+
+# as a torchmetrics.Metric
+
+
+def test_calling_it_updates_and_returns_nothing() -> None:
+    x, y = blobs(50, 4, 5)
+    metric = EmbeddingRetrieval()
+    assert metric(x, y) is None
+    assert values(metric) == evaluate(x, y)
+
+
+def test_reset_clone_pickle_and_state_dict_keep_or_drop_the_rows() -> None:
+    x, y = blobs(50, 4, 5)
+    metric = EmbeddingRetrieval(k=(1, 2), distance="cosine")
+    assert metric.state_dict() == {}
+    metric.persistent(True)
+    metric.update(x, y, torch.arange(50))
+    expected = values(metric)
+    for twin in (metric.clone(), copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
+        twin._computed = None
+        assert values(twin) == expected
+    loaded = EmbeddingRetrieval(k=(1, 2), distance="cosine")
+    loaded.persistent(True)
+    loaded.load_state_dict(metric.state_dict())
+    loaded._update_count = 1
+    assert values(loaded) == expected
+    metric.reset()
+    assert metric.embeddings == metric.labels == metric.indices == []
+    metric.update(2 * x, y)  # indices may come or not, anew
+    assert values(metric) == pytest.approx(evaluate(x, y, k=(1, 2), distance="cosine"))
+
+
+def test_updates_may_go_on_after_compute() -> None:
+    x, y = blobs(60, 4, 5)
+    metric = EmbeddingRetrieval()
+    for part in (slice(0, 20), slice(20, 40)):
+        metric.update(x[part], y[part])
+    metric.compute()
+    metric.update(x[40:], y[40:])
+    assert values(metric) == evaluate(x, y)
+
+
+def test_rows_are_copied_so_the_caller_may_reuse_its_buffer() -> None:
+    x, y = blobs(60, 4, 5)
+    metric, buffer = EmbeddingRetrieval(), torch.empty(30, 2, 4)
+    for part in (slice(0, 30), slice(30, 60)):
+        buffer[:, 0] = x[part]
+        metric.update(buffer[:, 0], y[part])
+    assert metric.embeddings[0].untyped_storage().nbytes() == 30 * 4 * 4
+    assert values(metric) == evaluate(x, y)
+
+
+def test_rows_gathered_in_inference_mode_can_be_computed_outside() -> None:
+    x, y = blobs(60, 4, 5)
+    metric = EmbeddingRetrieval()
+    with torch.inference_mode():
+        metric.update(x * 1, y)
+    assert values(metric) == evaluate(x, y)
+
+
+def test_gradients_are_not_kept() -> None:
+    x, y = blobs(30, 4, 3)
+    metric = EmbeddingRetrieval()
+    metric.update(x.requires_grad_(), y)
+    assert not metric.compute()["map_at_r"].requires_grad
+
+
+# mistakes
+
+Y = torch.tensor([0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ((torch.zeros(3, 2, 1, 1), Y), r"embeddings must be \(N, D\), got \(3, 2, 1, 1\)"),
+        ((torch.zeros(3, 2, dtype=torch.int64), Y), "must be floating point, got torch.int64"),
+        ((torch.zeros(3, 2), Y[:2]), "labels has 2 rows, but the embeddings have 3"),
+        ((torch.zeros(3, 2), Y.float()), r"labels must be \(N,\) of integer type"),
+        ((torch.zeros(3, 2), Y, Y[:1]), "indices has 1 rows"),
+        ((torch.zeros(3, 2), Y, None, Y), r"is_query must be \(N,\) of bool type"),
+        ((torch.tensor([[0.0], [torch.nan], [0.0]]), Y), "row 1 of this update holds NaN or infinity"),
+        ((torch.tensor([[0.0], [0.0], [-torch.inf]]), Y), "row 2 of this update"),
+    ],
+)
+def test_a_bad_update_is_refused_and_leaves_the_state_alone(columns: tuple[Any, ...], message: str) -> None:
+    metric = EmbeddingRetrieval()
+    with pytest.raises(ValueError, match=message):
+        metric.update(*columns)
+    assert metric.embeddings == metric.labels == metric.indices == metric.queries == []
+
+
+def test_a_row_that_overflows_in_storage_is_named() -> None:
+    metric = EmbeddingRetrieval(store_dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"row 0 .* once stored in torch.float16"):
+        metric.update(torch.full((1, 2), 1e6), Y[:1])
+
+
+def test_updates_must_be_alike() -> None:
+    x = torch.zeros(3, 2)
+    metric = EmbeddingRetrieval()
+    metric.update(x, Y, torch.arange(3))
+    with pytest.raises(ValueError, match="indices must come with every update or with none"):
+        metric.update(x, Y)
+    with pytest.raises(ValueError, match="is_query must come with every update or with none"):
+        metric.update(x, Y, torch.arange(3), Y == 0)
+    with pytest.raises(ValueError, match="width 2 in an earlier update and have width 5 now"):
+        metric.update(torch.zeros(3, 5), Y, torch.arange(3))
+
+
+def test_one_index_with_two_labels_is_refused() -> None:
+    metric = EmbeddingRetrieval()
+    metric.update(torch.zeros(3, 2), Y, torch.tensor([4, 7, 7]))
+    with pytest.raises(ValueError, match="index 7 came with labels 0 and 1"):
+        metric.compute()
+
+
+def test_compute_before_update_is_an_error() -> None:
+    with pytest.warns(UserWarning, match="before the ``update`` method"), pytest.raises(ValueError, match="no rows"):
+        EmbeddingRetrieval().compute()
+
+
+def test_no_query_with_a_relevant_row_is_an_error() -> None:
+    with pytest.raises(ValueError, match="none of 3 queries has a row of its class among 3 gallery rows"):
+        evaluate(torch.zeros(3, 2), torch.arange(3))
+    with pytest.raises(ValueError, match="none of 3 queries has a row of its class among 0 gallery rows"):
+        evaluate(torch.zeros(3, 2), Y, None, torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"k": 0}, {"k": ()}, {"k": (1, 1)}, {"distance": "manhattan"}, {"block_size": 0}, {"store_dtype": torch.int8}],
+)
+def test_a_bad_option_is_named(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        EmbeddingRetrieval(**options)
