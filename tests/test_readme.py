@@ -1,0 +1,64 @@
+"""The README's examples run as they stand, and its first promise holds bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def block(containing: str) -> str:
+    found = [b for b in BLOCKS if containing in b]
+    assert len(found) == 1, f"{len(found)} examples contain {containing!r}"
+    return found[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_every_example_runs_as_a_file_of_its_own(number: int, tmp_path: Path) -> None:
+    file = tmp_path / "example.py"
+    file.write_text(BLOCKS[number])
+    done = subprocess.run([sys.executable, str(file)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_attach_example_ends_with_the_parameters_of_the_loss_written_by_hand(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fit, before = L.Trainer.fit, []
+
+    def remembering_fit(self: L.Trainer, module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        before.append(copy.deepcopy(module))
+        fit(self, module, *args, **kwargs)
+
+    monkeypatch.setattr(L.Trainer, "fit", remembering_fit)
+    names: dict[str, Any] = {}
+    exec(block("RelationalDistillation("), names)  # README example, as it stands
+    attached = names["trainer"].lightning_module
+
+    class ByHand(names["Classifier"]):  # type: ignore[misc, name-defined]
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            x, y = batch
+            shown = self.backbone(x)
+            with torch.no_grad():
+                taught = names["teacher"](x)
+            return torch.nn.functional.cross_entropy(self.head(shown), y) + names["RKD"]()(shown, taught)
+
+    written = before[0]
+    written.__class__ = ByHand
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    fit(L.Trainer(max_steps=5, **quiet), written, names["data"])
+
+    for (name, a), b in zip(attached.named_parameters(), written.parameters(), strict=True):
+        assert torch.equal(a, b), name
