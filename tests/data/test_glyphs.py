@@ -135,7 +135,8 @@ def test_training_validation_and_test_letters_are_disjoint(cache: Path) -> None:
     module = GlyphDataModule(cache_dir=cache)
     module.setup()
     assert len(set(module.class_names)) == len(module.class_names)
-    parts = [{y for _, y in part} for part in (module.train_set, module.val_set, module.test_set)]
+    sets = (module.train_set, module.val_set, module.test_set)
+    parts = [set(module.root.labels[part.indices].tolist()) for part in sets]
     assert sum(len(part) for part in parts) == len(set.union(*parts)) == len(module.class_names)
     shares = [len(part) / len(module.class_names) for part in parts]
     assert shares == pytest.approx([0.6, 0.15, 0.25], abs=0.01)

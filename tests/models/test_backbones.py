@@ -79,9 +79,14 @@ def test_it_is_annotated_so_that_yaml_may_name_it_as_a_class_path() -> None:
     assert inspect.signature(torchvision_embedder, eval_str=True).return_annotation is nn.Module
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit_b_16", "googlenet", "densenet121", "efficientnet_b0", "vgg11", "swin_t"])
+@pytest.mark.parametrize("name", ["vit_b_16", "densenet121", "efficientnet_b0", "vgg11", "swin_t", "inception_v3"])
 def test_other_families_embed_too(name: str) -> None:
-    side = 224 if name == "vit_b_16" else 64
-    net = torchvision_embedder(name, embedding_dim=8)
-    assert net.train()(torch.randn(2, 3, side, side)).shape == (2, 8)
+    with torch.device("meta"):  # shapes without the work
+        net = torchvision_embedder(name, embedding_dim=8, in_channels=1)
+        assert net.train()(torch.empty(2, 1, 224, 224)).shape == (2, 8)
+
+
+def test_auxiliary_classifiers_are_left_out() -> None:
+    net = torchvision_embedder("googlenet", embedding_dim=8).train()
+    assert net(torch.randn(2, 3, 64, 64)).shape == (2, 8)
+    assert not any(name.startswith("backbone.aux") for name, _ in net.named_parameters())
