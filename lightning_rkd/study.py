@@ -124,7 +124,7 @@ def train(
     return cli.model, cli.datamodule, time.perf_counter() - start
 
 
-def test(
+def measure(
     network: str, trained: tuple[DistillationModule, DisjointClassesDataModule, float], seed: int, teacher: Run | None
 ) -> Run:
     """Embed the test set once, and measure retrieval and the agreement with the teacher (``None`` for the teacher)."""
@@ -134,7 +134,7 @@ def test(
     run = Run(network, seed, count_parameters(module.student), seconds, embeddings=embeddings)
     retrieval = EmbeddingRetrieval()
     retrieval.update(embeddings, labels, indices)
-    agreement = RelationalAgreement()
+    agreement = RelationalAgreement(k=min(10, len(labels) - 1))
     agreement.update(embeddings, embeddings if teacher is None else teacher.embeddings)
     run.scores = {name: float(value) for m in (retrieval, agreement) for name, value in m.compute().items()}
     return run
@@ -199,7 +199,7 @@ def cells(summary: Summary, columns: Sequence[str]) -> list[str]:
     return row
 
 
-def markdown(summaries: Sequence[Summary], columns: Sequence[str], headings: Mapping[str, str] | None = None) -> str:
+def markdown(summaries: Sequence[Summary], columns: Sequence[str]) -> str:
     """The table in Markdown.
 
     Example:
@@ -209,7 +209,7 @@ def markdown(summaries: Sequence[Summary], columns: Sequence[str], headings: Map
         | student | 3,880 | 0.300 |
         <BLANKLINE>
     """
-    titles = ["network", "parameters", *((headings or {}).get(name, name) for name in columns)]
+    titles = ["network", "parameters", *columns]
     lines = [titles, *(cells(summary, columns) for summary in summaries)]
     table = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([table[0], "|---|" + "---:|" * (len(titles) - 1), *table[1:], ""])

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_rkd.teachers import check_file
 
@@ -21,8 +22,8 @@ class TrainingCLI(LightningCLI):
 
     Differences from Lightning's own: ``seed_everything`` is 0; Lightning puts no distributed sampler of its own over
     :class:`~lightning_rkd.data.sampling.PKBatchSampler`; the ``checkpoint`` group configures one ``ModelCheckpoint``
-    that writes ``last.ckpt`` into ``trainer.default_root_dir``, unless the trainer has its own or
-    ``enable_checkpointing`` is false; a checkpoint is verified before it is read; an output folder that cannot be
+    that writes ``last.ckpt`` into ``trainer.default_root_dir`` after every epoch, and ``best.ckpt`` where a ``monitor``
+    is named, unless the trainer has its own or ``enable_checkpointing`` is false; a checkpoint is verified before it is read; an output folder that cannot be
     written is refused before training.
 
     Args:
@@ -63,8 +64,7 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
-                "checkpoint.save_last": True,
-                "checkpoint.save_top_k": 0,
+                "checkpoint.filename": "last",
                 "checkpoint.enable_version_counter": False,  # a second run would write last-v1.ckpt
                 "checkpoint.auto_insert_metric_name": False,  # a metric's name holds a slash
             }
@@ -91,9 +91,20 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"{path!r} is no checkpoint that can be read safely ({reason})") from error
 
     def before_instantiate_classes(self) -> None:
-        """Refuse an output folder that cannot be written."""
+        """Refuse an output folder that cannot be written, and keep best and last checkpoint apart."""
         folder = self._get(self.config, "trainer").get("default_root_dir")
         check_writable(folder or Path.cwd())
+        checkpoint = self._get(self.config, "checkpoint")
+        if checkpoint.monitor is not None and checkpoint.filename == "last":
+            checkpoint.filename, checkpoint.save_last = "best", True
+
+    def before_fit(self) -> None:
+        """Say where Lightning cannot resume exactly."""
+        if self.config_init[self.subcommand].get("ckpt_path") and self.trainer.max_steps != -1:
+            rank_zero_warn(
+                "a run that is limited by max_steps does not resume exactly: Lightning trains one batch too many after "
+                "the end of an epoch. Limit runs by max_epochs to resume them bit for bit"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer; the checkpoint group steps aside where checkpoints are off or have been set up already."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,15 +26,12 @@ from lightning_rkd.data.folder import ImageFolderDataModule, find_images, sugges
 from lightning_rkd.study import Config, Run, Summary, with_settings
 from lightning_rkd.training import check_writable
 
-TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student with RKD-DA"
+TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student + RKD-DA"
 
-COLUMNS = {
-    "recall_at_1": "recall_at_1",
-    "map_at_r": "map_at_r",
-    "distance_correlation": "agreement with the teacher (distance_correlation)",
-    "seconds": "seconds",
-}
-"""Columns of the table, and their headings."""
+COLUMNS = ("recall_at_1", "map_at_r", "distance_correlation", "seconds")
+"""Columns of the table, after name and number of parameters."""
+
+AGREEMENT = "distance_correlation: agreement with the teacher, the rank correlation of distances."
 
 MADE_BY = "demo.yaml"
 """The file that says what a demo did; only a folder that holds it is replaced."""
@@ -82,7 +80,7 @@ def demo(out: Path, seeds: Sequence[int] = (0, 1, 2), steps: int | None = None, 
         ValueError: The data cannot be used.
         OSError: ``out`` cannot be written, or is something that no demo made.
     """
-    console, start = Console(highlight=False), time.perf_counter()
+    console, start = Console(highlight=False, width=None if sys.stdout.isatty() else 100), time.perf_counter()
     with _working_folder(out, console) as work:
         plan = _letters_plan() if data is None else _folder_plan(data, console)
         plan = plan if steps is None else _with_steps(plan, steps)
@@ -97,7 +95,7 @@ def demo(out: Path, seeds: Sequence[int] = (0, 1, 2), steps: int | None = None, 
         _write_pictures(work, runs, module, "letters" if data is None else "classes")
         _write_settings(work, out, seeds, steps, data)
     console.print(_table(summaries))
-    console.print(_verdict(runs))
+    console.print(f"{AGREEMENT}\n{_verdict(runs)}")
     console.print(f"It took {_clock(time.perf_counter() - start)}. In {out} there are now")
     for names, what in (
         ("table.md, table.csv, runs.csv", "the table, and every single run"),
@@ -158,7 +156,7 @@ def _folder_plan(root: Path, console: Console) -> Plan:
     """The plan for letters with the images of a folder, and with networks and sizes that suit them."""
     files = find_images(root)
     side = min(LARGEST_SIDE, suggest_size([path for group in files.values() for path in group]))
-    arguments: dict[str, Any] = {"root": str(root.resolve()), "image_size": side}
+    arguments: dict[str, Any] = {"root": str(root.resolve()), "image_size": side, "batches_per_epoch": 50}
     console.print(f"Reading the images in {root}, at {side} x {side} pixels.")
     limit = max(10, MOST_IMAGES // len(files))
     if any(len(group) > limit for group in files.values()):
@@ -188,7 +186,11 @@ def _folder_plan(root: Path, console: Console) -> Plan:
 
 
 def _with_steps(plan: Plan, steps: int) -> Plan:
-    settings = {"trainer.max_steps": steps, "model.init_args.lr_scheduler.init_args.total_steps": steps}
+    settings = {
+        "trainer.max_epochs": 1,
+        "data.init_args.batches_per_epoch": steps,
+        "model.init_args.lr_scheduler.init_args.total_steps": steps,
+    }
     teacher, alone, distilled = (with_settings(c, settings) for c in (plan.teacher, plan.alone, plan.distilled))
     return Plan(teacher, alone, distilled, plan.things, f"Each for {steps} steps.", plan.images)
 
@@ -212,9 +214,11 @@ def _train_all(
     with Progress(*columns, console=console) as progress:
         for network, config, seed, folder in jobs:
             name = network if network == TEACHER else f"{network}, seed {seed}"
-            bar = _Bar(progress, name, config["trainer"]["max_steps"])
+            bar = _Bar(
+                progress, name, config["trainer"]["max_epochs"] * config["data"]["init_args"]["batches_per_epoch"]
+            )
             trained = study.train(config, folder, seed, [bar], plan.images)
-            runs.append(study.test(network, trained, seed, runs[0] if runs else None))
+            runs.append(study.measure(network, trained, seed, runs[0] if runs else None))
             if not console.is_terminal:
                 scores = runs[-1].scores
                 console.print(f"{name}: {runs[-1].seconds:.0f} s, recall_at_1 {scores['recall_at_1']:.3f}")
@@ -260,8 +264,8 @@ def _working_folder(out: Path, console: Console) -> Iterator[Path]:
 
 
 def _write_tables(work: Path, runs: Sequence[Run], summaries: Sequence[Summary]) -> None:
-    text = study.markdown(summaries, list(COLUMNS), COLUMNS)
-    (work / "table.md").write_text(f"{text}\n{_verdict(runs)}\n", encoding="utf-8")
+    text = study.markdown(summaries, COLUMNS)
+    (work / "table.md").write_text(f"{text}\n{AGREEMENT}\n\n{_verdict(runs)}\n", encoding="utf-8")
     study.write_csv(summaries, work / "table.csv")
     study.write_runs_csv(runs, work / "runs.csv")
 
@@ -311,10 +315,10 @@ def _moved(value: Any, old: str, new: str) -> Any:
 def _table(summaries: Sequence[Summary]) -> Table:
     table = Table()
     table.add_column("network")
-    for heading in ("parameters", *COLUMNS.values()):
+    for heading in ("parameters", *COLUMNS):
         table.add_column(heading, justify="right")
     for summary in summaries:
-        table.add_row(*study.cells(summary, list(COLUMNS)))
+        table.add_row(*study.cells(summary, COLUMNS))
     return table
 
 

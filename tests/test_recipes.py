@@ -1,0 +1,150 @@
+"""Every recipe runs through the real command line, says what it is, and fits its neighbours; killed runs resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+
+from lightning_rkd import cli, recipes
+
+PROGRAM = [sys.executable, "-c", "import sys; from lightning_rkd.cli import main; sys.exit(main())"]
+
+TINY = [
+    "--data.eval_batch_size=64",
+    "--data.batches_per_epoch=2",
+    "--trainer.max_epochs=2",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.limit_val_batches=1",
+]
+LETTERS = ["--data.max_classes=20", "--data.image_size=12", "--data.classes_per_batch=4"]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def loaded(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((recipes.FOLDER / f"{name}.yaml").read_text())
+    return config
+
+
+def tiny(name: str, weights: bool = False) -> list[str]:
+    """Options that make the recipe small and, but for ``weights``, independent of what other runs leave."""
+    options = list(TINY)
+    if "teacher" in loaded(name)["model"]["init_args"] and not weights:
+        untrained = {"model": {"init_args": {"teacher": {"init_args": {"weights": None}}}}}
+        Path("untrained.yaml").write_text(yaml.safe_dump(untrained))
+        options.append("--config=untrained.yaml")
+    if loaded(name)["data"]["class_path"] == "GlyphDataModule":
+        options += LETTERS
+    return options
+
+
+def run(args: list[str], own_process: bool) -> int:
+    return subprocess.run([*PROGRAM, *args], timeout=300).returncode if own_process else cli.main(args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipes.names())
+def test_recipe_fits_and_tests(name: str, tmp_path: Path) -> None:
+    own_process = name == recipes.names()[0]
+    assert run(["fit", "--config", name, *tiny(name)], own_process) == 0
+    checkpoint = Path(loaded(name)["trainer"]["default_root_dir"]) / "last.ckpt"
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["global_step"] == 4
+    assert not [key for key in state["state_dict"] if "teacher" in key]
+    assert run(["test", "--config", name, *tiny(name), "--ckpt_path", str(checkpoint)], own_process) == 0
+    measured = list(tmp_path.glob("runs/*/lightning_logs/*/metrics.csv"))
+    assert any("test/recall_at_1" in path.read_text() for path in measured)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_recipe_says_what_it_does_how_long_it_takes_and_how_to_run_it(name: str) -> None:
+    text = (recipes.FOLDER / f"{name}.yaml").read_text()
+    header = text[: text.index("\nseed_everything")]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert recipes.about(name).endswith(".")
+    assert "minute" in header
+    assert f"lightning-rkd fit --config {name}" in header
+    assert f"--ckpt_path runs/{name}/last.ckpt" in header
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_recipe_ends_its_schedule_with_its_epochs(name: str) -> None:
+    config = loaded(name)
+    steps = config["trainer"]["max_epochs"] * config["data"]["init_args"]["batches_per_epoch"]
+    assert config["model"]["init_args"]["lr_scheduler"]["init_args"]["total_steps"] == steps
+    assert config["trainer"]["default_root_dir"] == f"runs/{name}"
+
+
+def test_the_distilled_student_differs_from_the_one_alone_by_its_teacher_only() -> None:
+    alone, distilled, teacher = (loaded(f"glyphs_{name}") for name in ("student", "rkd", "teacher"))
+    learned = distilled["model"]["init_args"].pop("teacher")["init_args"]
+    distilled["model"]["init_args"].pop("loss")
+    for config in (alone, distilled):
+        config["trainer"].pop("default_root_dir")
+    assert alone == distilled
+    assert learned["network"] == teacher["model"]["init_args"]["student"]
+    assert learned["weights"] == f"{teacher['trainer']['default_root_dir']}/last.ckpt"
+
+
+@pytest.mark.slow
+def test_teachers_weights_come_from_the_teachers_run(tmp_path: Path) -> None:
+    """Run one after the other, the recipes hand the weights on."""
+    assert cli.main(["fit", "--config", "glyphs_teacher", *tiny("glyphs_teacher")]) == 0
+    assert cli.main(["fit", "--config", "glyphs_rkd", *tiny("glyphs_rkd", weights=True)]) == 0
+    assert (tmp_path / "runs" / "glyphs_rkd" / "last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """SIGKILL in the third epoch of shuffled, augmented letters with a teacher; then resume from last.ckpt."""
+    assert cli.main(["fit", "--config", "glyphs_teacher", *tiny("glyphs_teacher")]) == 0
+    options = [option for option in tiny("glyphs_rkd", weights=True) if "max_epochs" not in option]
+    options += ["--data.batches_per_epoch=6", "--trainer.max_epochs=5", "--trainer.limit_val_batches=0"]
+    fit = ["fit", "--config", "glyphs_rkd", *options]
+
+    def process(folder: str, *extra: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*PROGRAM, *fit, "--trainer.default_root_dir", folder, *extra])
+
+    slow = json.dumps({"class_path": "tests.test_recipes.Slowly", "init_args": {"file": str(tmp_path / "epoch")}})
+    whole = process("whole")
+    killed = process("killed", f"--trainer.callbacks+={slow}")
+    while killed.poll() is None and not (tmp_path / "epoch").exists():
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "it was still running"
+    left = torch.load("killed/last.ckpt", weights_only=True)
+    assert left["global_step"] == 12, "the second epoch was saved, the third was under way"
+    assert process("killed", "--ckpt_path", "killed/last.ckpt").wait() == 0
+    assert whole.wait() == 0
+    a, b = (torch.load(f"{folder}/last.ckpt", weights_only=True) for folder in ("whole", "killed"))
+    assert a["global_step"] == b["global_step"] == 30
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    assert all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in a["state_dict"])
+
+
+class Slowly(pl.Callback):
+    """Says that the third epoch is under way, and then waits to be killed."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == 15:
+            self.file.touch()
+            time.sleep(60)
