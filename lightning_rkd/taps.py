@@ -109,6 +109,10 @@ class Reader:
         self._seen: dict[str, list[list[_Kept]]] = {}
         self.on = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take over: they have hooked nothing."""
+        return self.__dict__ | {"_handles": [], "_seen": {}, "on": False}
+
     def attach(self, network: nn.Module) -> None:
         """Hook the layers, after checking that they all exist."""
         self.detach()
@@ -200,6 +204,10 @@ class InputReader:
         self._handle: RemovableHandle | None = None
         self._seen: list[Any] = []
         self.on = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take over: they have hooked nothing."""
+        return self.__dict__ | {"_handle": None, "_seen": [], "on": False}
 
     def attach(self, network: nn.Module) -> None:
         """Hook the layer."""

@@ -24,12 +24,12 @@ from lightning_rkd.taps import (
     mean_pool,
     read,
 )
-from tests import toys
+from tests import nets
 
-X = torch.randn(4, toys.WIDTH, generator=torch.Generator().manual_seed(0))
+X = torch.randn(4, nets.WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-def by_steps(net: toys.Backbone, x: Tensor) -> dict[str, Tensor]:
+def by_steps(net: nets.Backbone, x: Tensor) -> dict[str, Tensor]:
     """What each layer shows, without hooks."""
     first = net.first(x)
     hidden = torch.relu(first)
@@ -37,26 +37,26 @@ def by_steps(net: toys.Backbone, x: Tensor) -> dict[str, Tensor]:
 
 
 def test_the_layers_own_output_is_read_although_the_next_layer_writes_over_it() -> None:
-    net = toys.Backbone()
+    net = nets.Backbone()
     shown = read(net, Tap("first", at="output"), X)
     assert torch.equal(shown.embedding, by_steps(net, X)["first"])
 
 
 def test_the_layers_input_is_read_although_the_layer_writes_over_it() -> None:
-    net = toys.Backbone()
+    net = nets.Backbone()
     shown = read(net, Tap("act", at="input"), X)
     assert torch.equal(shown.embedding, by_steps(net, X)["first"])
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_that_holds_in_inference_mode_where_writes_are_not_counted(mode: Any) -> None:
-    net = toys.Backbone()
+    net = nets.Backbone()
     with mode():
         assert torch.equal(read(net, Tap("first", at="output"), X).embedding, by_steps(net, X)["first"])
 
 
 def test_a_tensor_nobody_wrote_to_is_the_layers_own() -> None:
-    net, reader = nn.Sequential(nn.Linear(toys.WIDTH, 5), nn.Tanh()), Reader("1", "student")
+    net, reader = nn.Sequential(nn.Linear(nets.WIDTH, 5), nn.Tanh()), Reader("1", "student")
     reader.attach(net)
     reader.start()
     output = net(X)
@@ -64,7 +64,7 @@ def test_a_tensor_nobody_wrote_to_is_the_layers_own() -> None:
 
 
 def test_a_linear_shows_input_output_and_weights() -> None:
-    net = toys.Backbone()
+    net = nets.Backbone()
     steps = by_steps(net, X)
     for shown in (read(net, "last", X), read(_Keywords(net.last), "inner", steps["act"])):
         assert torch.equal(shown.embedding, steps["act"])
@@ -94,17 +94,17 @@ class _Keywords(nn.Module):
     ],
 )
 def test_a_layer_may_be_a_path_a_function_or_a_tap(layer: Layer) -> None:
-    net = toys.Backbone()
+    net = nets.Backbone()
     assert torch.equal(read(net, layer, X).embedding, by_steps(net, X)["act"])
 
 
 def test_none_is_the_networks_own_output() -> None:
-    net = toys.Backbone()
+    net = nets.Backbone()
     assert torch.equal(read(net, None, X).embedding, by_steps(net, X)["last"])
 
 
 def test_a_list_gives_maps_and_a_dict_gives_named_taps() -> None:
-    net = toys.Backbone()
+    net = nets.Backbone()
     steps = by_steps(net, X)
     maps = read(net, ["first", "act"], X).maps
     assert [m.shape for m in maps] == [X.shape, steps["act"].shape], "of a Linear the input"
@@ -128,7 +128,7 @@ def test_maps_of_one_position_are_flattened_and_wider_ones_kept() -> None:
 
 
 def test_two_calls_are_concatenated_in_order() -> None:
-    net, reader = toys.Backbone(), Reader(None, "student")
+    net, reader = nets.Backbone(), Reader(None, "student")
     reader.attach(net)
     reader.start()
     a, b = net(X), net(-X)
@@ -158,7 +158,7 @@ def test_read_may_return_outputs_which_later_writes_do_not_change() -> None:
     def both(output: Tensor, kwargs: Any) -> Outputs:
         return Outputs(embedding=output, maps=[output[:, :, None]])
 
-    net = toys.Backbone()
+    net = nets.Backbone()
     shown, expected = read(net, Tap("first", read=both), X), by_steps(net, X)["first"]
     assert torch.equal(shown.embedding, expected)
     assert torch.equal(shown.maps[0][:, :, 0], expected)
@@ -180,13 +180,13 @@ def test_mean_pool_refuses_a_mask_of_another_shape() -> None:
 
 def test_an_unknown_layer_is_answered_with_the_near_ones() -> None:
     with pytest.raises(LayerNotFoundError, match="Backbone has no layer 'frist'; near it: 'first'"):
-        read(toys.Backbone(), "frist", X)
+        read(nets.Backbone(), "frist", X)
     with pytest.raises(LayerNotFoundError, match="near it: 'first', 'norm', 'act', 'drop', 'last'"):
-        find_layer(toys.Backbone(), "zzz")
+        find_layer(nets.Backbone(), "zzz")
 
 
 def test_a_module_under_two_names_is_found_by_both() -> None:
-    net = toys.Backbone()
+    net = nets.Backbone()
     net.alias = net.last
     assert find_layer(net, "last") is find_layer(net, "alias")
 
@@ -210,7 +210,7 @@ def test_a_tap_is_at_output_or_input() -> None:
 
 
 def test_layers_that_run_unequally_often_are_refused() -> None:
-    net, reader = toys.Backbone(), Reader(["first", "last"], "student")
+    net, reader = nets.Backbone(), Reader(["first", "last"], "student")
     reader.attach(net)
     reader.start()
     net(X)
@@ -223,22 +223,22 @@ def test_layers_that_run_unequally_often_are_refused() -> None:
 
 
 def test_nothing_is_recorded_while_off_and_nothing_stays_after_detach() -> None:
-    net, reader, inputs = toys.Backbone(), Reader(["first", Tap("act", at="input")], "student"), InputReader("act")
+    net, reader, inputs = nets.Backbone(), Reader(["first", Tap("act", at="input")], "student"), InputReader("act")
     reader.attach(net)
     inputs.attach(net)
     net(X)
     assert (reader._seen, inputs._seen) == ({}, [])
     reader.attach(net)  # attaching again does not double the hooks
-    assert sum("Hook" in left for left in toys.attachments(net)) == 3
+    assert sum("Hook" in left for left in nets.attachments(net)) == 3
     for _ in range(2):
         reader.detach()
         inputs.detach()
-    assert toys.attachments(net) == []
+    assert nets.attachments(net) == []
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_copies_of_a_hooked_network_record_nothing(duplicate: Any) -> None:
-    net, reader = toys.Backbone(), Reader("act", "student")
+    net, reader = nets.Backbone(), Reader("act", "student")
     reader.attach(net)
     twin = duplicate(net)
     reader.start()
@@ -269,7 +269,7 @@ def test_inputs_are_read_per_call_as_they_were() -> None:
 @pytest.mark.slow
 def test_a_compiled_network_shows_the_same() -> None:
     torch._dynamo.reset()
-    net = toys.Backbone()
+    net = nets.Backbone()
     expected = by_steps(net, X)["first"]
     reader = Reader(Tap("first", at="output"), "student")
     reader.attach(net)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lightning_rkd.records import Batch
 from lightning_rkd.taps import Tap
 from lightning_rkd.teachers import Teacher, check_file, load_weights
-from tests import toys
+from tests import nets
 
-X = torch.randn(4, toys.WIDTH, generator=torch.Generator().manual_seed(0))
+X = torch.randn(4, nets.WIDTH, generator=torch.Generator().manual_seed(0))
 
 
 def half(network: nn.Module) -> nn.Module:
@@ -25,7 +25,7 @@ def half(network: nn.Module) -> nn.Module:
 
 
 def test_it_teaches_in_eval_mode_without_gradient() -> None:
-    network = toys.teacher(dropout=0.5, norm=True).train()
+    network = nets.teacher(dropout=0.5, norm=True).train()
     teacher, expected = Teacher(network), copy.deepcopy(network).eval()(X)
     teacher.attach(None)
     shown = teacher(Batch(X))[""].embedding
@@ -36,9 +36,9 @@ def test_it_teaches_in_eval_mode_without_gradient() -> None:
 
 
 def test_it_is_handed_back_with_its_tensors_values_dtype_and_modes() -> None:
-    network = toys.teacher(dropout=0.5, norm=True).train()
+    network = nets.teacher(dropout=0.5, norm=True).train()
     network.norm.eval()
-    before = toys.snapshot(network)
+    before = nets.snapshot(network)
     teacher = Teacher(network)
     for _ in range(2):
         teacher.attach(None)
@@ -47,26 +47,26 @@ def test_it_is_handed_back_with_its_tensors_values_dtype_and_modes() -> None:
         assert network.first.weight.dtype == network.norm.running_mean.dtype == torch.bfloat16
         teacher(Batch(X.bfloat16()))
         teacher.detach()
-        assert toys.same(before, network)
-        assert toys.attachments(network) == []
+        assert nets.same(before, network)
+        assert nets.attachments(network) == []
 
 
 def test_moved_in_inference_mode_it_comes_back_trainable() -> None:
-    network = toys.teacher(norm=True)
-    before, teacher = toys.snapshot(network), Teacher(network)
+    network = nets.teacher(norm=True)
+    before, teacher = nets.snapshot(network), Teacher(network)
     teacher.attach(None)
     with torch.inference_mode():
         teacher.to("cpu", half)
         teacher(Batch(X.bfloat16()))
     teacher.detach()
-    assert toys.same(before, network)
+    assert nets.same(before, network)
     network(X).sum().backward()
 
 
 @pytest.mark.parametrize("last", [0, 1])
 def test_two_teachers_of_one_network_may_leave_in_any_order(last: int) -> None:
-    network = toys.teacher(norm=True)
-    before, teachers = toys.snapshot(network), [Teacher(network), Teacher(network)]
+    network = nets.teacher(norm=True)
+    before, teachers = nets.snapshot(network), [Teacher(network), Teacher(network)]
     for teacher in teachers:
         teacher.attach("act")
         teacher.to("cpu", half)
@@ -74,18 +74,18 @@ def test_two_teachers_of_one_network_may_leave_in_any_order(last: int) -> None:
     assert network.first.weight.dtype == torch.bfloat16
     teachers[last](Batch(X.bfloat16()))
     teachers[last].detach()
-    assert toys.same(before, network)
-    assert toys.attachments(network) == []
+    assert nets.same(before, network)
+    assert nets.attachments(network) == []
 
 
 def test_one_that_must_not_be_moved_is_not() -> None:
-    teacher = Teacher(toys.teacher(), move=False)
+    teacher = Teacher(nets.teacher(), move=False)
     assert not teacher.to("cpu", half)
     assert teacher.network.first.weight.dtype == torch.float32
 
 
 def test_copies_share_the_network_and_pickles_work_while_attached() -> None:
-    teacher = Teacher(toys.teacher())
+    teacher = Teacher(nets.teacher())
     teacher.attach("act")
     assert copy.deepcopy({"module": teacher})["module"].network is teacher.network
     teacher.to("cpu", half)
@@ -99,9 +99,9 @@ def test_it_must_be_a_network_and_attached() -> None:
     with pytest.raises(TypeError, match=r"a teacher is an nn\.Module, got str"):
         Teacher("resnet50")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="attach the teacher to a layer before calling it"):
-        Teacher(toys.teacher())(Batch(X))
+        Teacher(nets.teacher())(Batch(X))
     with pytest.raises(ValueError, match="no layer 'x'"):
-        Teacher(toys.teacher()).attach(Tap("x"))
+        Teacher(nets.teacher()).attach(Tap("x"))
 
 
 # Weights
@@ -129,16 +129,16 @@ def saved(tmp_path: Path, form: str, network: nn.Module) -> Path:
 
 @pytest.mark.parametrize("form", ["plain", "checkpoint", "deep", "the student of several", "safetensors"])
 def test_weights_are_found_under_any_prefix(form: str, tmp_path: Path) -> None:
-    network, other = toys.teacher(norm=True, seed=1), toys.teacher(norm=True, seed=2)
+    network, other = nets.teacher(norm=True, seed=1), nets.teacher(norm=True, seed=2)
     path = saved(tmp_path, form, network)
     teacher = Teacher(other, weights=path)
-    assert toys.gap(other, network) > 0, "nothing is read before training begins"
+    assert nets.gap(other, network) > 0, "nothing is read before training begins"
     teacher.attach(None)
-    assert toys.gap(other, network) == 0.0
+    assert nets.gap(other, network) == 0.0
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
-    network = toys.teacher(norm=True)
+    network = nets.teacher(norm=True)
     path = saved(tmp_path, "checkpoint", network)
     content = bytearray(path.read_bytes())
     content[content.index(network.first.weight.detach().numpy().tobytes())] ^= 1
@@ -150,14 +150,14 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["plain", "safetensors"])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_a_file_cut_short_is_refused(form: str, share: float, tmp_path: Path) -> None:
-    path = saved(tmp_path, form, toys.teacher())
+    path = saved(tmp_path, form, nets.teacher())
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     message = r"weights\.\w+' (is damaged or cut short|holds no weights that can be read safely)"
     with pytest.raises(ValueError, match=message):
-        load_weights(toys.teacher(), path)
+        load_weights(nets.teacher(), path)
 
 
-WHOLE = toys.teacher().state_dict()
+WHOLE = nets.teacher().state_dict()
 
 
 @pytest.mark.parametrize(
@@ -167,24 +167,24 @@ WHOLE = toys.teacher().state_dict()
         ([1, 2], "the file has none"),
         ({"epoch": 3}, "the file has none"),
         (nn.Linear(1, 1), "holds no weights that can be read safely"),
-        (toys.Backbone().state_dict(), r"'first.weight' has shape \(8, 6\) in the file, the network needs \(10, 6\)"),
+        (nets.Backbone().state_dict(), r"'first.weight' has shape \(8, 6\) in the file, the network needs \(10, 6\)"),
         ({k: v for k, v in WHOLE.items() if k != "last.bias"}, r"'last.bias' is not in the file, .* \(1 of 4 tensors"),
         ({f"{p}.{k}": v for p in "ab" for k, v in WHOLE.items()}, r"under several prefixes, \['a\.', 'b\.'\]"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_and_none_is_loaded(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "weights.pt")
-    network = toys.teacher(seed=1)
-    before = toys.snapshot(network)
+    network = nets.teacher(seed=1)
+    before = nets.snapshot(network)
     with pytest.raises(ValueError, match=message):
         load_weights(network, tmp_path / "weights.pt")
-    assert toys.same(before, network)
+    assert nets.same(before, network)
 
 
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"the weights file 'nowhere\.ckpt' does not exist"):
-        Teacher(toys.teacher(), weights="nowhere.ckpt").attach(None)
+        Teacher(nets.teacher(), weights="nowhere.ckpt").attach(None)
 
 
 def test_a_sound_file_passes(tmp_path: Path) -> None:
-    check_file(saved(tmp_path, "plain", toys.teacher()))
+    check_file(saved(tmp_path, "plain", nets.teacher()))
