@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_rkd.teachers import check_file
 
@@ -23,8 +23,8 @@ class TrainingCLI(LightningCLI):
     Differences from Lightning's own: ``seed_everything`` is 0; Lightning puts no distributed sampler of its own over
     :class:`~lightning_rkd.data.sampling.PKBatchSampler`; the ``checkpoint`` group configures one ``ModelCheckpoint``
     that writes ``last.ckpt`` into ``trainer.default_root_dir`` after every epoch, and ``best.ckpt`` where a ``monitor``
-    is named, unless the trainer has its own or ``enable_checkpointing`` is false; a checkpoint is verified before it is read; an output folder that cannot be
-    written is refused before training.
+    is named, unless the trainer has its own or ``enable_checkpointing`` is false; a checkpoint is verified before it is
+    read; an output folder that cannot be written is refused before training.
 
     Args:
         args: What would stand on the command line, or a configuration as a dict; ``None`` reads ``sys.argv``.
@@ -101,9 +101,10 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Say where Lightning cannot resume exactly."""
         if self.config_init[self.subcommand].get("ckpt_path") and self.trainer.max_steps != -1:
-            rank_zero_warn(
+            warnings.warn(
                 "a run that is limited by max_steps does not resume exactly: Lightning trains one batch too many after "
-                "the end of an epoch. Limit runs by max_epochs to resume them bit for bit"
+                "the end of an epoch. Limit runs by max_epochs to resume them bit for bit",
+                stacklevel=1,
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
