@@ -30,7 +30,7 @@ lint: $(STAMP) ## style, formatting, types and import contracts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 notebooks: $(STAMP) ## run every notebook from top to bottom
 	@$(BIN)/python -m pytest tests/test_notebooks.py -v $(ARGS)
