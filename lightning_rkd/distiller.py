@@ -131,6 +131,14 @@ class Distiller:
         if self.inputs is not None:
             self.inputs.start()
 
+    def finish(self) -> None:
+        """Report what the last steps of a fit left to report; waits for the device.
+
+        Raises:
+            NonFiniteError: NaN or infinity in one of them.
+        """
+        self._watch.check(wait=True)
+
     def cancel(self) -> None:
         """Forget the step that has begun."""
         self.student.stop()
@@ -315,15 +323,17 @@ class Watch:
         if event is None:
             self.check()
 
-    def check(self) -> None:
-        """Report what has arrived.
+    def check(self, *, wait: bool = False) -> None:
+        """Report what has arrived, or, to ``wait``, all that is under way.
 
         Raises:
             NonFiniteError: With side, row and step.
         """
         waiting, self._waiting = self._waiting, []
         for flags, event, name, step in waiting:
-            if event is not None and not event.query():
+            if event is not None and wait:
+                event.synchronize()
+            elif event is not None and not event.query():
                 self._waiting.append((flags, event, name, step))
                 continue
             *bad, equal = flags.tolist()

@@ -167,6 +167,10 @@ class DistillationModule(pl.LightningModule):
         """Move the teacher to where the student is."""
         self._prepare()
 
+    def on_train_end(self) -> None:
+        """Report what the last steps left to report."""
+        self.distiller.finish()
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The weighted sum of task loss and relational terms."""
         opened = self._opened(batch)

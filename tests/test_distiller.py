@@ -206,3 +206,24 @@ def test_collapse_is_a_matter_of_embeddings_with_several_rows() -> None:
         looked("embedding", one, one)
     with pytest.warns(CollapseWarning, match="Lower the learning rate, or add a task loss"):
         looked("embedding", flat, flat)
+
+
+class _FlagUnderWay:
+    """Stands in for a CUDA event that has not happened until it is waited for."""
+
+    def __init__(self) -> None:
+        self.waited = False
+
+    def query(self) -> bool:
+        return self.waited
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+def test_a_non_finite_last_step_is_reported_when_the_fit_ends() -> None:
+    watch = Watch()
+    watch._waiting.append((torch.tensor([2, -1, 0]), _FlagUnderWay(), "rkd", 7))
+    watch.check()  # still under way: nothing to say, nothing lost
+    with pytest.raises(NonFiniteError, match=r"step 7: rkd: the student's output .* row 2"):
+        watch.check(wait=True)

@@ -127,6 +127,10 @@ class RelationalDistillation(pl.Callback):
             pl_module.device, trainer.precision_plugin.convert_module, data_parallel_group(trainer.strategy)
         )
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report what the last steps left to report."""
+        self.distiller.finish()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module and the teacher as they were."""
         self._detach()
