@@ -97,6 +97,7 @@ def _train(args: list[str]) -> None:
         # advice that does not fit images held in memory, folders that are named by the user, and news about packages
         warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+        warnings.filterwarnings("ignore", "The dirpath has changed from")
         warnings.filterwarnings("ignore", r"Starting from v1\.9\.0, `tensorboardX`")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
         warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -24,7 +25,7 @@ class TrainingCLI(LightningCLI):
     :class:`~lightning_rkd.data.sampling.PKBatchSampler`; the ``checkpoint`` group configures one ``ModelCheckpoint``
     that writes ``last.ckpt`` into ``trainer.default_root_dir`` after every epoch, and ``best.ckpt`` where a ``monitor``
     is named, unless the trainer has its own or ``enable_checkpointing`` is false; a checkpoint is verified before it is
-    read; an output folder that cannot be written is refused before training.
+    read, and does not replace the configuration; an output folder that cannot be written is refused before training.
 
     Args:
         args: What would stand on the command line, or a configuration as a dict; ``None`` reads ``sys.argv``.
@@ -76,25 +77,16 @@ class TrainingCLI(LightningCLI):
         self.config = parser.parse_args(args) if args is None or isinstance(args, list) else parser.parse_object(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Verify the checkpoint, before Lightning reads the model's configuration from it."""
-        subcommand = self.config.get("subcommand")
-        path = self.config[subcommand].get("ckpt_path") if subcommand else None
-        if path and path not in ("best", "last", "hpc", "registry") and "://" not in path:
-            if not Path(path).exists():
-                raise FileNotFoundError(f"the checkpoint {path!r} does not exist")
-            if Path(path).is_file():
-                check_file(path)
-        try:
-            super()._parse_ckpt_path()
-        except (pickle.UnpicklingError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path!r} is no checkpoint that can be read safely ({reason})") from error
+        """Let the configuration stand: Lightning would replace it by the one in the checkpoint, without a word."""
 
     def before_instantiate_classes(self) -> None:
-        """Refuse an output folder that cannot be written, and keep best and last checkpoint apart."""
-        folder = self._get(self.config, "trainer").get("default_root_dir")
-        check_writable(folder or Path.cwd())
-        checkpoint = self._get(self.config, "checkpoint")
+        """Refuse checkpoints that cannot be read and folders that cannot be written; name best and last apart."""
+        settings = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        path = settings.get("ckpt_path")
+        if path and path not in ("best", "last", "hpc", "registry") and "://" not in path:
+            check_checkpoint(path, safe=settings.get("weights_only") is not False)
+        check_writable(settings.trainer.default_root_dir or Path.cwd())
+        checkpoint = settings.checkpoint
         if checkpoint.monitor is not None and checkpoint.filename == "last":
             checkpoint.filename, checkpoint.save_last = "best", True
 
@@ -115,6 +107,26 @@ class TrainingCLI(LightningCLI):
         if settings.get("enable_checkpointing") is False or any(isinstance(c, ModelCheckpoint) for c in given):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         return super().instantiate_trainer(**{**kwargs, **self._unsaved})
+
+
+def check_checkpoint(path: str | os.PathLike[str], safe: bool = True) -> None:
+    """Verify the checksums of a checkpoint and, if ``safe``, that it holds nothing but tensors and plain values.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged or no checkpoint; the message names it.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"the checkpoint {str(path)!r} does not exist")
+    if not Path(path).is_file():
+        return  # sharded checkpoints are folders
+    check_file(path)
+    if safe:
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{str(path)!r} is no checkpoint that can be read safely ({reason})") from error
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

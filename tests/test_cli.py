@@ -211,6 +211,16 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
+def test_a_checkpoint_does_not_replace_the_configuration(tmp_path: Path) -> None:
+    run = ["--config", "glyphs_student", *TINY]
+    assert cli.main(["fit", *run]) == 0
+    ckpt = ["--ckpt_path", "runs/glyphs_student/last.ckpt", "--trainer.default_root_dir", "tested"]
+    assert cli.main(["test", *run, *ckpt, "--model.metrics.retrieval.init_args.k=[1,3]"]) == 0
+    config = yaml.safe_load((tmp_path / "tested" / "config.yaml").read_text())
+    assert config["model"]["init_args"]["metrics"]["retrieval"]["init_args"]["k"] == [1, 3]
+
+
+@pytest.mark.slow
 def test_errors_elsewhere_are_one_line_unless_the_traceback_is_wanted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

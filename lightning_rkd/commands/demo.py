@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lightning_rkd import plots, recipes, study
@@ -205,36 +205,45 @@ def _train_all(
         jobs.append((DISTILLED, with_settings(plan.distilled, weights), seed, work / f"rkd-{seed}"))
     runs: list[Run] = []
     columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.description:<24}"),
+        BarColumn(30),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[news]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for network, config, seed, folder in jobs:
-            name = network if network == TEACHER else f"{network}, seed {seed}"
-            bar = _Bar(
-                progress, name, config["trainer"]["max_epochs"] * config["data"]["init_args"]["batches_per_epoch"]
-            )
+            bar = _Bar(progress, network if network == TEACHER else f"{network}, seed {seed}", config)
             trained = study.train(config, folder, seed, [bar], plan.images)
             runs.append(study.measure(network, trained, seed, runs[0] if runs else None))
-            if not console.is_terminal:
-                scores = runs[-1].scores
-                console.print(f"{name}: {runs[-1].seconds:.0f} s, recall_at_1 {scores['recall_at_1']:.3f}")
+            bar.say(f"recall_at_1 {runs[-1].scores['recall_at_1']:.3f} after {_clock(runs[-1].seconds)}")
             if network == TEACHER:
                 module = trained[1]
     return runs, module
 
 
 class _Bar(pl.Callback):
-    """One line of the progress display."""
+    """One line of the progress display; where there is no terminal, a line of text every quarter of the way."""
 
-    def __init__(self, progress: Progress, name: str, steps: int) -> None:
-        self.progress, self.task = progress, progress.add_task(name, total=steps)
+    def __init__(self, progress: Progress, name: str, config: Config) -> None:
+        self.steps: int = config["trainer"]["max_epochs"] * config["data"]["init_args"]["batches_per_epoch"]
+        self.progress, self.name, self.start = progress, name, time.perf_counter()
+        self.task = progress.add_task(name, total=self.steps, news="")
+        self.say(f"{self.steps} steps")
+
+    def say(self, news: str) -> None:
+        """Show what there is to know."""
+        self.progress.update(self.task, news=news)
+        if self.progress.disable:
+            self.progress.console.print(f"  {self.name}: {news}")
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self.progress.update(self.task, completed=trainer.global_step)
+        """Advance."""
+        done = trainer.global_step
+        self.progress.update(self.task, completed=done)
+        every = max(1, self.steps // 4) if self.progress.disable else 10
+        if done % every == 0 and done < self.steps:
+            left = (time.perf_counter() - self.start) / done * (self.steps - done)
+            self.say(f"{done} of {self.steps} steps, about {_clock(left)} left")
 
 
 @contextmanager
@@ -247,20 +256,23 @@ def _working_folder(out: Path, console: Console) -> Iterator[Path]:
     new_parents = [parent for parent in out.parents if not parent.exists()]
     check_writable(out.parent)
     work = out.parent / f".{out.name}-{os.getpid()}"
+    old = work.with_suffix(".old")
     work.mkdir()
     try:
         yield work
         if out.exists():
-            out.rename(work.with_suffix(".old"))
+            out.rename(old)
         work.rename(out)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
+        if old.exists() and not out.exists():
+            old.rename(out)
         for parent in new_parents:
             parent.rmdir()
         if isinstance(error, KeyboardInterrupt | SystemExit):  # Lightning answers Ctrl-C with SystemExit
             console.print(f"Stopped. Nothing was written to {out}.")
         raise
-    shutil.rmtree(work.with_suffix(".old"), ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_tables(work: Path, runs: Sequence[Run], summaries: Sequence[Summary]) -> None:
