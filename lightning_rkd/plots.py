@@ -133,7 +133,7 @@ def relations(
     names = names if max(map(len, names), default=99) <= 14 else []
     long = max(map(len, names), default=0) > 2
 
-    left, bar, panels = (1.1 if long else 0.35), 0.75, len(matrices)
+    left, bar, panels = (1.1 if long else 0.35), 0.95, len(matrices)
     side = (12.0 - left - bar - 0.18 * (panels - 1)) / panels
     top_margin = 1.0 if title else 0.75
     height = side + top_margin + 0.25
