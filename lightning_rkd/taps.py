@@ -33,7 +33,7 @@ class Tap:
 
     def __init__(
         self,
-        layer: Union[Callable[[nn.Module], nn.Module], str] = "",  # noqa: UP007 - Callable first, for jsonargparse
+        layer: Union[Callable[[nn.Module], Any], str] = "",  # noqa: UP007 - Callable first, for jsonargparse
         at: Literal["output", "input"] | None = None,
         read: Callable[[Any, Mapping[str, Any]], Any] | None = None,
     ) -> None:
@@ -45,8 +45,12 @@ class Tap:
         return f"Tap({self.layer!r}, at={self.at!r})"
 
 
-Layer = Union[Tap, dict[str, Union[Tap, str]], list[str], Callable[[nn.Module], nn.Module], str]  # noqa: UP007
-"""Where to read a network. The order matters to jsonargparse: Callable first would turn a dict into a partial."""
+Layer = Union[Tap, dict[str, Union[Tap, str]], list[str], Callable[[nn.Module], Any], str]  # noqa: UP007
+"""Where to read a network; a function must return a submodule.
+
+The order matters to jsonargparse: Callable first would turn a dict into a partial. And were the function declared to
+return an ``nn.Module``, it would look for every path among the names of all modules there are, for seconds.
+"""
 
 
 class LayerNotFoundError(ValueError):

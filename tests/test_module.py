@@ -9,11 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.model_summary import ModelSummary
 from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -31,17 +33,13 @@ from tests import toys
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning")
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, 0.1, momentum=0.9)
-
-
 def student() -> toys.Backbone:
     torch.manual_seed(0)
     return toys.Backbone()
 
 
 def module(**kwargs: Any) -> DistillationModule:
-    return DistillationModule(**{"student": student(), "optimizer": sgd, **kwargs})
+    return DistillationModule(**{"student": student(), "optimizer": toys.sgd, **kwargs})
 
 
 def distilling(**kwargs: Any) -> DistillationModule:
@@ -67,7 +65,7 @@ class Written(pl.LightningModule):
         return 0.5 * self.task_loss(embedding, y, self.miner(embedding, y)) + 2.0 * RKD()(embedding, shown)
 
     def configure_optimizers(self) -> Any:
-        return sgd(self.parameters())
+        return toys.sgd(self.parameters())
 
 
 def test_it_trains_the_weighted_sum_of_task_and_terms() -> None:
@@ -93,7 +91,7 @@ def test_it_trains_the_weighted_sum_of_task_and_terms() -> None:
 def test_without_a_teacher_it_trains_the_task_alone(reads: Any) -> None:
     ours, plain = module(task_loss=nn.CrossEntropyLoss(), task_reads=reads), student()
     toys.fit(ours)
-    optimizer = sgd(plain.parameters())
+    optimizer = toys.sgd(plain.parameters())
     for x, y in toys.loader():
         optimizer.zero_grad()
         F.cross_entropy(plain(x), y).backward()
@@ -151,7 +149,7 @@ def test_an_indexed_batch_a_mapping_and_an_own_unpack_give_the_same() -> None:
             return Batch(inputs=batch[1], labels=batch[0])
 
     plain, indexed, mapped = (distilling() for _ in range(3))
-    own = Own(student(), toys.teacher(norm=True), RKD(), optimizer=sgd)
+    own = Own(student(), toys.teacher(norm=True), RKD(), optimizer=toys.sgd)
     toys.fit(plain)
     toys.fit(indexed, batches=with_indices(toys.loader()))
     mapped._keys["inputs"] = ["x"]
@@ -177,6 +175,7 @@ def test_the_teacher_is_registered_nowhere_and_comes_back_as_it_was() -> None:
     before, ours = toys.snapshot(teacher), distilling(teacher=teacher, task_loss=nn.CrossEntropyLoss())
     ids = {id(p) for p in teacher.parameters()}
     assert not ids & {id(p) for p in ours.parameters()}
+    assert ModelSummary(ours).total_parameters == sum(p.numel() for p in ours.student.parameters())
     trainer = toys.trainer(precision="bf16-true")
     trainer.fit(ours.train(), toys.loader())
     assert not ids & {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
@@ -262,7 +261,7 @@ class Subclass(DistillationModule):
     """With arguments of its own, one of which is no plain value."""
 
     def __init__(self, network: nn.Module, width: int = 3) -> None:
-        super().__init__(network, toys.teacher(norm=True), RKD(), optimizer=sgd, weight=0.5)
+        super().__init__(network, toys.teacher(norm=True), RKD(), optimizer=toys.sgd, weight=0.5)
 
 
 @pytest.mark.parametrize("kind", ["plain", "subclass"])
@@ -283,6 +282,19 @@ def test_checkpoints_are_safe_hold_no_teacher_and_plain_hyper_parameters(kind: s
     )
     assert toys.gap(loaded.student, ours.student) == 0.0
     assert type(loaded.hparams["weight"]) is float
+
+
+@pytest.mark.parametrize("averaging", [WeightAveraging, lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1)])
+def test_averages_of_weights_hold_no_teacher(averaging: Any, tmp_path: Path) -> None:
+    ours = distilling(metrics={"retrieval": EmbeddingRetrieval()})
+    trainer = toys.trainer(max_epochs=3, enable_checkpointing=True, callbacks=[averaging(), keeps(tmp_path)])
+    trainer.fit(ours, toys.loader(), toys.loader())
+    assert "val/recall_at_1" in trainer.callback_metrics
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    network = ours.distiller.teacher.network
+    shapes = {tuple(p.shape) for p in network.parameters()} - {tuple(p.shape) for p in ours.parameters()}
+    assert not shapes & {tuple(t.shape) for t in tree_leaves(checkpoint) if isinstance(t, Tensor)}
+    assert toys.attachments(ours, network) == []
 
 
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path) -> None:
@@ -420,7 +432,7 @@ def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> L
     (tmp_path / "model.yaml").write_text(
         f"""
 model:
-  class_path: DistillationModule
+  class_path: lightning_rkd.module.DistillationModule
   init_args:
     student: {{class_path: tests.toys.Backbone, init_args: {{out: 3}}}}
     teacher: {{class_path: tests.toys.teacher, init_args: {{norm: true}}}}
@@ -446,11 +458,11 @@ trainer: {{accelerator: cpu, devices: 1, max_epochs: 1, logger: false, enable_pr
 
 LAST = "{class_path: lightning_rkd.taps.Tap, init_args: {layer: last, at: output}}"
 LAYERS: dict[str, tuple[str, str, list[Any]]] = {
-    "path": ("last", "RKD", ["last"]),
-    "tap": (LAST, "RKD", ["last"]),
+    "path": ("last", "lightning_rkd.losses.rkd.RKD", ["last"]),
+    "tap": (LAST, "lightning_rkd.losses.rkd.RKD", ["last"]),
     "list": ("[norm, last]", "tests.test_module.Maps", ["norm", "last"]),
-    "dict": (f"{{hidden: norm, embedding: {LAST}}}", "RKD", ["norm", "last"]),
-    "function": ("tests.test_module.find_last", "RKD", [find_last]),
+    "dict": (f"{{hidden: norm, embedding: {LAST}}}", "lightning_rkd.losses.rkd.RKD", ["norm", "last"]),
+    "function": ("tests.test_module.find_last", "lightning_rkd.losses.rkd.RKD", [find_last]),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -266,9 +267,29 @@ def test_inputs_are_read_per_call_as_they_were() -> None:
         net(torch.ones(2, 1), scale=torch.ones(1))
 
 
-@pytest.mark.slow
-def test_a_compiled_network_shows_the_same() -> None:
+@pytest.fixture
+def compiler() -> Iterator[None]:
     torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_what_was_compiled_before_it_was_hooked_fails_with_the_cure() -> None:
+    net, reader = nets.Backbone(), Reader(Tap("first", at="output"), "student")
+    compiled: Any = torch.compile(net, backend="eager")
+    compiled(X)
+    reader.attach(net)
+    reader.start()
+    compiled(X)
+    with pytest.raises(CaptureError, match=r"attach before the first compiled call, or call torch\._dynamo\.reset\(\)"):
+        reader.take()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_network_shows_the_same() -> None:
     net = nets.Backbone()
     expected = by_steps(net, X)["first"]
     reader = Reader(Tap("first", at="output"), "student")
@@ -278,4 +299,3 @@ def test_a_compiled_network_shows_the_same() -> None:
         reader.start()
         compiled(X)
         assert torch.equal(reader.take()[0][""].embedding, expected)
-    torch._dynamo.reset()

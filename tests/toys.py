@@ -30,10 +30,16 @@ __all__ = [
     "gap",
     "loader",
     "same",
+    "sgd",
     "snapshot",
     "teacher",
     "trainer",
 ]
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    """With a rate at which five steps change every weight."""
+    return torch.optim.SGD(parameters, 0.1, momentum=0.9)
 
 
 class Student(pl.LightningModule):
@@ -50,7 +56,7 @@ class Student(pl.LightningModule):
         torch.manual_seed(0)
         self.backbone, self.head = Backbone(dropout, norm), nn.Linear(5, CLASSES)
         self.by_hand = [by_hand]  # in a list: a network among it shall not be registered
-        self.optimizer = optimizer or (lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9))
+        self.optimizer = optimizer or sgd
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         embedding = self.backbone(x)

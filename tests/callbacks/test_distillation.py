@@ -113,7 +113,7 @@ class Counts:
 
 @pytest.mark.parametrize("kind", [toys.Student, toys.Manual])
 def test_copies_made_while_attached_are_plain_modules(kind: Any) -> None:
-    module, copies = kind(optimizer=sgd), Copies()
+    module, copies = kind(), Copies()
     toys.fit(module, attached(), copies)
     for each in copies.copies:
         assert vars(each)["training_step"].__self__ is each
@@ -123,13 +123,9 @@ def test_copies_made_while_attached_are_plain_modules(kind: Any) -> None:
         assert b"lightning_rkd.callbacks" not in pickle.dumps(each)
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, 0.1)
-
-
 @pytest.mark.parametrize("averaging", [WeightAveraging, lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1)])
 def test_weight_averaging_runs_along(averaging: Any) -> None:
-    module, plain = toys.Student(optimizer=sgd), toys.Student(optimizer=sgd)
+    module, plain = toys.Student(), toys.Student()
     toys.fit(module, attached(weight=0.0), averaging(), max_epochs=3)
     toys.fit(plain, averaging(), max_epochs=3)
     assert toys.gap(module, plain) == 0.0
