@@ -149,7 +149,7 @@ def _letters_plan() -> Plan:
         yaml.safe_load((recipes.FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
         for name in ("glyphs_teacher", "glyphs_student", "glyphs_rkd")
     )
-    return Plan(teacher, alone, distilled, "letters of many scripts", "It takes about 5 minutes on 2 CPU cores.")
+    return Plan(teacher, alone, distilled, "letters of many scripts", "It takes about 4 minutes on 2 CPU cores.")
 
 
 def _folder_plan(root: Path, console: Console) -> Plan:
