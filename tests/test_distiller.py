@@ -19,6 +19,8 @@ from lightning_rkd.taps import CaptureError, Tap
 from lightning_rkd.teachers import Teacher
 from tests import nets
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 X, Y = nets.Rows(8).x, nets.Rows(8).y
 
 

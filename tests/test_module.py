@@ -30,7 +30,10 @@ from lightning_rkd.taps import CaptureError, LayerNotFoundError
 from lightning_rkd.teachers import Teacher
 from tests import toys
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
+]
 
 
 def student() -> toys.Backbone:

@@ -29,6 +29,7 @@ from tests.ranks import Ranks
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
 ]
 

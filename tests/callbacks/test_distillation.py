@@ -27,6 +27,8 @@ from lightning_rkd.taps import CaptureError, LayerNotFoundError, Tap, global_poo
 from lightning_rkd.teachers import Teacher
 from tests import toys
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def attached(loss: Any = None, teacher: Any = None, **kwargs: Any) -> RelationalDistillation:
     return RelationalDistillation(teacher or toys.teacher(), loss or RKD(), **{"student_layer": "backbone", **kwargs})

@@ -19,6 +19,8 @@ from lightning_rkd.module import DistillationModule
 from lightning_rkd.taps import Tap
 from tests import toys
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class ByHand:
     """What a user would write: ``loss(embedding, teacher(x))``, the teacher in eval mode and without gradient."""

@@ -17,6 +17,8 @@ from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.taps import CaptureError, LayerNotFoundError, Tap
 from tests import toys
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Evaluated(toys.Student):
     """An ordinary module with a loss of its own in validation and test."""
