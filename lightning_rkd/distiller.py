@@ -89,6 +89,13 @@ class Distiller:
         self.teacher_layer, self.weight, self.gather = teacher_layer, weight, gather
         self.student = Reader(student_layer, "student")
         self.inputs = None if input_layer is None else InputReader(input_layer)
+        taps = {*self.student.taps, *(teacher_layer if isinstance(teacher_layer, Mapping) else ())} - {""}
+        for name, term in self.losses.items():
+            if term.tap is not None and term.tap not in taps:
+                raise ValueError(
+                    f"the loss {name} is read at the tap {term.tap!r}, which no layer is named: the taps are "
+                    f"{sorted(taps) or 'none'}; name it, student_layer={{{term.tap!r}: ...}}"
+                )
         self.group: Group = None
         self._teaching = False
         self._watch = Watch()

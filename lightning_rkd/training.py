@@ -83,7 +83,10 @@ class TrainingCLI(LightningCLI):
         """Refuse checkpoints that cannot be read and folders that cannot be written; name best and last apart."""
         settings = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         path = settings.get("ckpt_path")
-        if path and path not in ("best", "last", "hpc", "registry") and "://" not in path:
+        last = Path(settings.trainer.default_root_dir or Path.cwd()) / "last.ckpt"
+        if path == "last" and last.is_file():
+            path = str(last)
+        if path and path not in ("best", "last", "hpc") and not path.startswith("registry") and "://" not in path:
             check_checkpoint(path, safe=settings.get("weights_only") is not False)
         check_writable(settings.trainer.default_root_dir or Path.cwd())
         checkpoint = settings.checkpoint

@@ -229,3 +229,11 @@ def test_a_non_finite_last_step_is_reported_when_the_fit_ends() -> None:
     watch.check()  # still under way: nothing to say, nothing lost
     with pytest.raises(NonFiniteError, match=r"step 7: rkd: the student's output .* row 2"):
         watch.check(wait=True)
+
+
+def test_a_loss_at_a_tap_that_no_layer_is_named_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tap 'typo'.*the taps are \['deep'\]"):
+        Distiller(nn.Linear(2, 2), RKD().at("typo"), student_layer={"deep": "0"})
+    with pytest.raises(ValueError, match="the taps are none"):
+        Distiller(nn.Linear(2, 2), RKD().at("typo"), student_layer="0")
+    Distiller(nn.Linear(2, 2), RKD().at("deep"), student_layer="0", teacher_layer={"deep": "", "other": ""})

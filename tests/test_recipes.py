@@ -35,6 +35,7 @@ LETTERS = ["--data.max_classes=20", "--data.image_size=12", "--data.classes_per_
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # processes that share few cores
 
 
 def loaded(name: str) -> dict[str, Any]:

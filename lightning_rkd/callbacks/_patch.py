@@ -78,3 +78,13 @@ def _plain(module: nn.Module, method: str) -> Callable[..., Any]:
 
 def _same(value: Any) -> Any:
     return value
+
+
+def open_batches(module: nn.Module) -> list[Callable[[], None]]:
+    """Let the evaluation steps of a module see batches as its loaders made them; returns what undoes it."""
+    steps = ("validation_step", "test_step", "predict_step")
+    return [MethodPatch.add(module, step, _through) for step in steps]
+
+
+def _through(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **kwargs)

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_rkd.callbacks._patch import MethodPatch
+from lightning_rkd.callbacks._patch import MethodPatch, open_batches
 from lightning_rkd.data.indices import IndexedBatch
 from lightning_rkd.distiller import Distiller
 from lightning_rkd.distributed import data_parallel_group
@@ -117,7 +117,7 @@ class RelationalDistillation(pl.Callback):
         for tap in (tap for taps in self.distiller.student.taps.values() for tap in taps):
             if find_layer(pl_module, tap.layer) is pl_module:
                 raise ValueError("student_layer must name a layer inside the module, not the module itself")
-        self._undo = [MethodPatch.add(pl_module, "training_step", self._around_step)]
+        self._undo = [MethodPatch.add(pl_module, "training_step", self._around_step), *open_batches(pl_module)]
         if not pl_module.automatic_optimization:
             self._undo.append(MethodPatch.add(pl_module, "manual_backward", self._around_backward))
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 from torchmetrics import Metric
 
-from lightning_rkd.callbacks._patch import MethodPatch
+from lightning_rkd.callbacks._patch import open_batches
 from lightning_rkd.data.indices import IndexedBatch, root_row
 from lightning_rkd.metrics.feed import computed, feed, wants
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
@@ -71,7 +71,7 @@ class RetrievalEvaluation(pl.Callback):
         if stage == "predict":
             return
         self._reader.attach(pl_module)
-        self._undo = [MethodPatch.add(pl_module, step, _through) for step in ("validation_step", "test_step")]
+        self._undo = open_batches(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as it was."""
@@ -184,10 +184,6 @@ class RetrievalEvaluation(pl.Callback):
                 module.log_dict(computed(metrics, prefix), sync_dist=True, add_dataloader_idx=False)
             for metric in metrics.values():
                 metric.reset()
-
-
-def _through(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return call(*args, **kwargs)
 
 
 def _rows_in_order(loader: Any) -> list[int] | None:

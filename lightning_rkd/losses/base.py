@@ -309,6 +309,8 @@ def _pairs(student: Any, teacher: Any, reads: str | tuple[str, ...], name: str) 
                     f"{name}: the {side}'s embedding must be (N, D), got {tuple(x.shape)}; pool it with "
                     "Tap(layer, read=global_pool) or mean_pool, cls_token"
                 )
+            if field != "embedding" and x.ndim < 2:
+                raise ValueError(f"{name}: the {side}'s {field} must begin with (N, ...), got {tuple(x.shape)}")
             if x.ndim == 0 or x.numel() == 0:
                 raise ValueError(f"{name}: the {side}'s {field} is empty, shape {tuple(x.shape)}")
         if len(a) != len(b):

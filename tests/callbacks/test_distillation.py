@@ -401,7 +401,7 @@ FAILURES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         toys.Student,
         {"loss": RKD().at("layer3"), "student_layer": {"layer2": "backbone"}},
         ValueError,
-        r"there is no tap 'layer3'; the taps are \['layer2'\]",
+        r"read at the tap 'layer3', which no layer is named: the taps are \['layer2'\]",
     ),
 }
 

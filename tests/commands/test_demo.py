@@ -27,6 +27,7 @@ LEFT = {"table.md", "table.csv", "runs.csv", "demo.yaml", "neighbours.png", "rel
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # processes that share few cores
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning turns it off after Ctrl-C
 

@@ -305,3 +305,14 @@ def test_importing_the_losses_imports_neither_lightning_nor_numba():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_logits_without_a_row_dimension_are_refused() -> None:
+    class ReadsLogits(RelationalLoss):
+        reads = "logits"
+
+        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+            return (student - teacher).square().mean()
+
+    with pytest.raises(ValueError, match=r"student's logits must begin with \(N, \.\.\.\), got \(3,\)"):
+        ReadsLogits()(torch.full((3,), torch.nan), torch.zeros(3))
