@@ -93,7 +93,7 @@ class Nearest:
 
 
 def _hits(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """``mask.nonzero(as_tuple=True)``, five times faster where hits are rare: looks at eight entries at once."""
+    """``mask.nonzero(as_tuple=True)`` for rare hits: looks at eight entries at once."""
     columns = mask.shape[1]
     if columns % 8:
         row, column = torch.nonzero(mask, as_tuple=True)

@@ -150,7 +150,7 @@ def _loss_and_gradient(
     at_weight = torch.zeros_like(student)  # gradient through S_ji + S_jk - S_ik
     at_cosine = torch.zeros_like(student)  # gradient through the two square roots, times S_ji
 
-    tiles = -(-n // _SIDE) if n > _SIDE else 1 + (n > 96)  # two halves save a quarter of the work
+    tiles = -(-n // _SIDE) if n > _SIDE else 1 + (n > 96)  # of two halves one off-diagonal tile is a mirror image
     side = -(-n // tiles)
     depth = min(n, max(1, _TILE // side**2))
     buffers = {kind: torch.empty(4, depth * side * side, dtype=kind, device=student.device) for kind in kinds}
