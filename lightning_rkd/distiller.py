@@ -5,8 +5,7 @@ Module, callback and schemes all call it, so a loss means the same in each.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -23,15 +22,14 @@ from lightning_rkd.losses.base import (
     Weight,
     at_tap,
     named_terms,
+    pick,
     weight_at,
 )
+from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.records import Batch, Outputs
 from lightning_rkd.taps import CaptureError, InputReader, Layer, Reader
 from lightning_rkd.teachers import Teacher
-
-
-class CollapseWarning(UserWarning):
-    """All rows of the student's embedding are equal: relational losses have no gradient there."""
+from lightning_rkd.watch import Watch
 
 
 @dataclass(slots=True)
@@ -96,7 +94,9 @@ class Distiller:
                     f"the loss {name} is read at the tap {term.tap!r}, which no layer is named: the taps are "
                     f"{sorted(taps) or 'none'}; name it, student_layer={{{term.tap!r}: ...}}"
                 )
+        self.needs: frozenset[str] = frozenset().union(*(term.needs for term in self.losses.values()))
         self.group: Group = None
+        self.num_samples: int | None = None  # of the training set; set where losses must be sized before the first step
         self._teaching = False
         self._watch = Watch()
 
@@ -113,6 +113,34 @@ class Distiller:
                 raise ValueError("the teacher shares parameters with the student; teach with copy.deepcopy(network)")
             self.teacher.attach(self.teacher_layer)
         self._teaching = teach
+
+    @property
+    def missing_sizes(self) -> frozenset[str]:
+        """The sizes that losses do not know yet."""
+        return frozenset().union(*(term.loss.missing_sizes for term in self.losses.values()))
+
+    def make_ready(self, shown: Shown | None = None, num_samples: int | None = None) -> None:
+        """Let every loss read its files and make its tensors, before optimizers and DDP exist.
+
+        Args:
+            shown: What the networks show for any batch; not needed where the losses know their sizes.
+            num_samples: Size of the training set.
+
+        Raises:
+            ValueError: A loss lacks a size; the message states those that are known.
+        """
+        student, teacher = (None, None) if shown is None else (shown.student, shown.teacher)
+        for term in self.losses.values():
+            term.make_ready(student, teacher, num_samples=num_samples)
+
+    @property
+    def banks(self) -> list[str]:
+        """The losses that remember something from step to step."""
+        return [n for n, t in self.losses.items() if any(isinstance(m, StepState) for m in t.modules())]
+
+    def weight_of(self, name: str, epoch: int) -> float:
+        """The weight of a term in that epoch, the common one included."""
+        return weight_at(self.weight, epoch) * self.losses[name].weight_at(epoch)
 
     def prepare(
         self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None, group: Group = None
@@ -214,25 +242,25 @@ class Distiller:
         if not self.losses or teacher is None:
             return {}
         for name, term in self.losses.items():
-            read = _reads(at_tap(student, term.tap, term.reads, who=name), term)
+            read = at_tap(student, term.tap, term.reads, who=name).tensors(term.reads)
             if read and not any(t.requires_grad for t in read):
                 raise CaptureError(
                     f"{name}: the student layer shows a tensor without gradient: it is frozen, ran under no_grad, "
                     "lies inside reentrant activation checkpointing (use_reentrant=False works), or is a first Linear, "
                     "of which the input is read (Tap(layer, at='output') reads the output)"
                 )
+        self._check_sizes(student, teacher)
         rows, device = _rows(student), _first(student).device
         ranks = rank_and_size(self.group)[1] if self.gather else 1
         counts = row_counts(rows, device, self.group) if ranks > 1 else [rows]
-        needed = frozenset().union(*(term.needs for term in self.losses.values()))
         local = {
             key: _repeat(value, shown.views, device)
             for key, value in (("labels", shown.batch.labels), ("indices", shown.batch.indices))
-            if key in needed
+            if key in self.needs
         }
-        local["view"] = torch.arange(shown.views, device=device).repeat_interleave(rows // shown.views)
+        local["view"] = _views(shown, rows, device)
+        self._check_context(local, shown.batch)
         gathered = _Gathered(student, teacher, local, counts, self.group) if ranks > 1 else None
-        factor = weight_at(self.weight, epoch)
         values = {}
         for name, term in self.losses.items():
             whole = gathered if term.across_samples else None
@@ -246,8 +274,33 @@ class Distiller:
             self._watch.look(term, sides, name, step)
             # a mean over own rows: DDP's mean over ranks must weigh ranks by their rows
             share = 1.0 if term.across_samples else ranks * rows / sum(counts)
-            values[name] = factor * term.weight_at(epoch) * share * value
+            values[name] = self.weight_of(name, epoch) * share * value
         return values
+
+    def _check_sizes(self, student: dict[str, Outputs], teacher: dict[str, Outputs]) -> None:
+        for name, term in self.losses.items():
+            if self.num_samples is not None and term.loss.missing_sizes:
+                sides = (at_tap(side, term.tap, term.reads, who=name) for side in (student, teacher))
+                read = (pick(side, term.reads, who=name) for side in sides)
+                sizes = {**term.loss.shown_sizes(*read), "num_samples": self.num_samples}
+                raise ValueError(
+                    f"{name}: the loss has tensors of its own, which the optimizer must know before training begins: "
+                    f"pass {term.loss.call_with(sizes)}"
+                )
+
+    def _check_context(self, local: Mapping[str, Tensor | None], batch: Batch) -> None:
+        given = {name for name, value in {**local, "mix": batch.mix}.items() if value is not None}
+        for name, term in self.losses.items():
+            for absent in sorted(set(_CURES) & term.loss.required - given):
+                raise CaptureError(f"{name}: {type(term.loss).__name__} needs {absent}, {_CURES[absent]}")
+
+
+_CURES = {
+    "labels": "but the batch has none: say where they are, labels=...",
+    "indices": "the row of every sample in the training set: wrap the training loader, with_indices(loader), or name "
+    "them in the batch, indices=...",
+    "mix": "but the batch was not mixed: pass batch_transform=MixUp() to DistillationModule",
+}
 
 
 class _Gathered:
@@ -295,84 +348,30 @@ class _Gathered:
         return gather_rows(x if x.dtype == torch.float64 else x.float(), self._counts, self._group)
 
 
-class Watch:
-    """Finds NaN, infinity and collapse without stopping the step.
+def keep_from_ddp(module: nn.Module, losses: nn.Module | None) -> None:
+    """Tell DDP not to broadcast what losses inside ``module`` remember from step to step: all ranks hold the same."""
+    inside = {id(m) for m in losses.modules() if isinstance(m, StepState)} if losses is not None else set()
+    own = [f"{at}.{b}" for at, m in module.named_modules() if id(m) in inside for b, _ in m.named_buffers()]
+    if own:
+        ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+        module._ddp_params_and_buffers_to_ignore = sorted({*ignored, *own})  # type: ignore[assignment] # DDP's own name
 
-    On a CPU the loss itself has already refused non-finite values. On other devices a few flags travel to the host
-    while the step goes on, and are looked at when the next one begins.
+
+def refuse_lbfgs(optimizers: Iterable[torch.optim.Optimizer], banks: Sequence[str]) -> None:
+    """An optimizer that evaluates a step several times would change a memory as often.
+
+    Raises:
+        ValueError: There are both.
     """
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[Tensor, Any, str, int]] = []
-        self._reported = False
-
-    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
-        return Watch, ()  # copies start anew: events on a GPU cannot be copied
-
-    def look(self, term: Term, sides: tuple[Any, Any], name: str, step: int) -> None:
-        """Note the state of what a term has just read."""
-        read = [[t.detach() for t in _reads(at_tap(s, term.tap, term.reads, who=name), term)] for s in sides]
-        if not all(read):
-            return
-        student = read[0][0]
-        bad = [_first_bad(tensors) for tensors in read]
-        equal = torch.zeros((), device=student.device)
-        if term.reads == "embedding" and len(student) > 1:
-            equal = (student[1:] == student[:1]).all()
-        flags = torch.stack([*bad, equal.to(bad[0].dtype)])
-        event = None
-        if flags.is_cuda:
-            host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-            flags = host.copy_(flags, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        self._waiting.append((flags, event, name, step))
-        if event is None:
-            self.check()
-
-    def check(self, *, wait: bool = False) -> None:
-        """Report what has arrived, or, to ``wait``, all that is under way.
-
-        Raises:
-            NonFiniteError: With side, row and step.
-        """
-        waiting, self._waiting = self._waiting, []
-        for flags, event, name, step in waiting:
-            if event is not None and wait:
-                event.synchronize()
-            elif event is not None and not event.query():
-                self._waiting.append((flags, event, name, step))
-                continue
-            *bad, equal = flags.tolist()
-            for side, row in zip(("student", "teacher"), bad, strict=True):
-                if row >= 0:
-                    raise NonFiniteError(
-                        f"step {step}: {name}: the {side}'s output holds NaN or infinity, first in row {row}"
-                    )
-            if equal and not self._reported:
-                self._reported = True
-                warnings.warn(
-                    f"step {step}: the student has collapsed: all rows of the embedding that {name} reads are equal, "
-                    "where relational losses have no gradient. Lower the learning rate, or add a task loss",
-                    CollapseWarning,
-                    stacklevel=2,
-                )
+    if banks and any(isinstance(o, torch.optim.LBFGS) for o in optimizers):
+        raise ValueError(
+            f"the losses {list(banks)} remember every evaluation of a step, and LBFGS evaluates each several times: "
+            "use another optimizer"
+        )
 
 
 def _tensors(shown: Mapping[str, Outputs]) -> list[Tensor]:
-    return [t for o in shown.values() for t in (o.embedding, o.logits, *(o.maps or [])) if t is not None]
-
-
-def _reads(shown: Outputs, term: Term) -> list[Tensor]:
-    """The tensors a term reads, without the classifier's weights."""
-    fields = {term.reads} if isinstance(term.reads, str) else set(term.reads)
-    return _tensors({"": Outputs(**{f: getattr(shown, f) for f in fields - {"classifier"}})})
-
-
-def _first_bad(tensors: list[Tensor]) -> Tensor:
-    """The number of the first row with NaN or infinity, or -1, as a tensor on the device."""
-    bad = torch.stack([(~t.isfinite()).flatten(1).any(1) for t in tensors]).any(0)
-    return torch.where(bad.any(), bad.int().argmax(), -1)
+    return [t for outputs in shown.values() for t in outputs.tensors()]
 
 
 def _first(shown: Mapping[str, Outputs]) -> Tensor:
@@ -384,6 +383,15 @@ def _first(shown: Mapping[str, Outputs]) -> Tensor:
 
 def _rows(shown: Mapping[str, Outputs]) -> int:
     return len(_first(shown))
+
+
+def _views(shown: Shown, rows: int, device: torch.device) -> Tensor:
+    """The number of the view of each row: student call by student call, and within a call as the batch says."""
+    each = rows // shown.views
+    own = shown.batch.view
+    if own is None:
+        return torch.arange(shown.views, device=device).repeat_interleave(each)
+    return torch.cat([own.to(device) + call * (own.max() + 1) for call in range(shown.views)])
 
 
 def _repeat(rows: Tensor | None, views: int, device: torch.device) -> Tensor | None:

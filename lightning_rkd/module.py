@@ -13,10 +13,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchmetrics import Metric
 
-from lightning_rkd.data.indices import IndexedBatch
-from lightning_rkd.distiller import Distiller, Shown
+from lightning_rkd.balance import balance_weights
+from lightning_rkd.data.indices import IndexedBatch, first_samples, root_size
+from lightning_rkd.distiller import Distiller, Shown, keep_from_ddp, refuse_lbfgs
 from lightning_rkd.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts
 from lightning_rkd.losses.base import LossSum, RelationalLoss, Weight, weight_at
 from lightning_rkd.metrics.feed import computed, feed, wants
@@ -68,6 +70,14 @@ class DistillationModule(pl.LightningModule):
         weight: Weight of all relational terms, a number or a function of the epoch.
         task_weight: Weight of the task loss, likewise.
         gather: Whether relations and an embedding task loss span the batches of all ranks.
+        balance: Answers "which weight?": in every step each term is weighted so that the norm of its gradient at what
+            it reads is ``balance`` times the task loss's there (times its own weight). The weights found are logged as
+            ``balance/<term>``; where they settle, they can be written down as fixed ones. ``None`` takes the weights as
+            they are.
+
+    Losses with tensors of their own (projectors, banks) are trained and saved with the student; what sizes they do not
+    know are taken from ``example_input_array``, or else from two samples of the training loader, before optimizers
+    exist.
 
     Raises:
         ValueError: A loss without a teacher when a fit begins, nothing to train with, or a student that is frozen.
@@ -92,7 +102,7 @@ class DistillationModule(pl.LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
-        batch_transform: Callable[[Batch], Batch] | None = None,
+        batch_transform: nn.Module | Callable[[Batch], Batch] | None = None,
         student_layer: Layer | None = None,
         teacher_layer: Layer | None = None,
         input_layer: str | None = None,
@@ -102,8 +112,11 @@ class DistillationModule(pl.LightningModule):
         weight: Weight = 1.0,
         task_weight: Weight = 1.0,
         gather: bool = True,
+        balance: float | None = None,
     ) -> None:
         super().__init__()
+        if balance is not None and (balance < 0 or task_loss is None):
+            raise ValueError(f"balance needs a task_loss to compare with, and must be at least 0, got {balance}")
         # under LightningCLI the hyper-parameters are the configuration: plain values, from which it rebuilds all parts
         given = {} if _built_by_cli() else _given_to_init(inspect.currentframe())
         self.save_hyperparameters(ignore=["teacher", *(n for n, value in given.items() if not _is_plain(value))])
@@ -111,6 +124,7 @@ class DistillationModule(pl.LightningModule):
         self.loss = LossSum(loss) if isinstance(loss, dict) else loss
         self.metrics = nn.ModuleDict(metrics or {})
         self.task_reads, self.batch_transform, self.task_weight = task_reads, batch_transform, task_weight
+        self.balance = balance
         self._optimizer, self._lr_scheduler, self._lr_interval = optimizer, lr_scheduler, lr_interval
         self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
         self.distiller = Distiller(
@@ -158,6 +172,13 @@ class DistillationModule(pl.LightningModule):
             raise ValueError(f"the metrics {measured} compare with the teacher: pass teacher=..., or leave them out")
         teach = stage != "predict" and bool(measured or (stage == "fit" and self.loss is not None))
         self.distiller.attach(self.student, teach=teach)
+        if stage == "fit" and self.loss is not None:
+            self._make_losses_ready()
+
+    @property
+    def needs_indices(self) -> bool:
+        """Whether a loss asks for the indices of the samples; our data modules look here."""
+        return "indices" in self.distiller.needs
 
     def teardown(self, stage: str) -> None:
         """Hand the teacher back as it was."""
@@ -166,6 +187,7 @@ class DistillationModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Move the teacher to where the student is."""
         self._prepare()
+        refuse_lbfgs(self.trainer.optimizers, self.distiller.banks)
 
     def on_train_end(self) -> None:
         """Report what the last steps left to report."""
@@ -181,12 +203,19 @@ class DistillationModule(pl.LightningModule):
         shown = self.distiller.shown(opened, teach=self.loss is not None)
         terms = self.distiller.terms(shown, epoch=self.current_epoch, step=self.global_step)
         logged = {f"distill/{name}": value for name, value in terms.items()}
-        parts = list(terms.values())
+        parts = []
         if self.task_loss is not None:
             task = self.task(shown, output)
             logged["train/task"] = task
-            parts.insert(0, weight_at(self.task_weight, self.current_epoch) * task)
-        loss = torch.stack(parts).sum()
+            parts.append(weight_at(self.task_weight, self.current_epoch) * task)
+            if self.balance is not None:
+                factors = balance_weights(terms, parts[0], shown.student, self.distiller.losses, self.distiller.group)
+                for name, factor in factors.items():
+                    weight = self.distiller.weight_of(name, self.current_epoch)
+                    scale = self.balance * abs(weight) * factor
+                    terms[name] = scale * terms[name]
+                    logged[f"balance/{name}"] = scale * weight
+        loss = torch.stack([*parts, *terms.values()]).sum()
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log_dict({name: value.detach() for name, value in logged.items()})
         return loss
@@ -202,6 +231,8 @@ class DistillationModule(pl.LightningModule):
             raise ValueError(f"the student shows no {self.task_reads} for the task loss, but {type(read).__name__}")
         if self.task_reads == "embedding" and shown.views > 1:
             labels = torch.cat([labels] * shown.views)
+        if shown.batch.task_rows is not None:
+            read, labels = read[shown.batch.task_rows], labels[shown.batch.task_rows]
         read = read if read.dtype == torch.float64 else read.float()
         group, ranks = self.distiller.group, rank_and_size(self.distiller.group)[1]
         share = 1.0
@@ -261,6 +292,37 @@ class DistillationModule(pl.LightningModule):
         self.distiller.prepare(
             self.device, self.trainer.precision_plugin.convert_module, data_parallel_group(self.trainer.strategy)
         )
+
+    def _make_losses_ready(self) -> None:
+        """Before optimizers and DDP exist; networks are asked for their widths, where needed, in evaluation mode."""
+        loader, shown, samples = None, None, None
+        if missing := self.distiller.missing_sizes:
+            with torch.random.fork_rng(devices=[]):
+                loader = self.trainer.fit_loop._data_source.dataloader()
+        if "num_samples" in missing and isinstance(data := getattr(loader, "dataset", None), Dataset):
+            samples = root_size(data)
+        if missing - {"num_samples"}:
+            example = self.example_input_array
+            batch = first_samples(loader) if example is None else example
+            if batch is not None:
+                shown = self._shown_once(self._opened(batch))
+        self.distiller.make_ready(shown, samples)
+        keep_from_ddp(self, self.loss)
+
+    @torch.no_grad()
+    def _shown_once(self, batch: Batch) -> Shown:
+        assert self.distiller.teacher is not None
+        modes = [(module, module.training) for module in self.student.modules()]
+        with torch.random.fork_rng(devices=[]):
+            self.student.eval()
+            try:
+                self.distiller.begin()
+                self._call(batch.inputs)
+                return self.distiller.shown(batch)
+            finally:
+                self.distiller.cancel()
+                for module, training in modes:
+                    module.training = training
 
     def _metrics(self) -> dict[str, Metric]:
         return dict(self.metrics.items())  # type: ignore[arg-type] # a ModuleDict of metrics

@@ -10,6 +10,23 @@ from torch import Tensor
 
 
 @dataclass(slots=True)
+class Mix:
+    """How the rows of a batch were mixed: row i is ``ratio[i]`` of itself and the rest of row ``partners[i]``.
+
+    Attributes:
+        partners: (N,), int64.
+        ratio: (N,), between 0 and 1.
+        labels: Classes of the partners, shape (N,); ``None`` where the batch has none.
+        teacher_mixed: Whether the teacher sees mixed rows too; ``None`` where that is not known.
+    """
+
+    partners: Tensor
+    ratio: Tensor
+    labels: Tensor | None = None
+    teacher_mixed: bool | None = None
+
+
+@dataclass(slots=True)
 class Batch:
     """One batch, whatever the loader yielded.
 
@@ -19,7 +36,9 @@ class Batch:
         indices: Row of each sample in the root data set, shape (N,), int64.
         is_query: Marks the rows that ask in a query/gallery evaluation, shape (N,), bool.
         teacher_inputs: What the teacher is called with; ``None`` means ``inputs``.
-        mix: What a batch transform did to the rows (partners and ratios), for losses that ask for ``mix``.
+        mix: With whom the rows were mixed, for losses that ask for ``mix``.
+        view: Which augmented view of its sample a row is, shape (N,), int64; ``None`` where there is one of each.
+        task_rows: The rows that the task loss sees, as numbers or as a mask; ``None`` for all.
     """
 
     inputs: Any
@@ -27,7 +46,9 @@ class Batch:
     indices: Tensor | None = None
     is_query: Tensor | None = None
     teacher_inputs: Any = None
-    mix: Any = None
+    mix: Mix | None = None
+    view: Tensor | None = None
+    task_rows: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -45,6 +66,19 @@ class Outputs:
     logits: Tensor | None = None
     maps: list[Tensor] | None = None
     classifier: tuple[Tensor, Tensor | None] | None = None
+
+    def tensors(self, reads: str | tuple[str, ...] = ("embedding", "logits", "maps")) -> list[Tensor]:
+        """The tensors with a row for each sample among these fields; the classifier has none.
+
+        Example:
+            >>> import torch
+            >>> len(Outputs(embedding=torch.ones(2, 3), maps=[torch.ones(2, 3, 4, 4)]).tensors())
+            2
+        """
+        fields = {reads} if isinstance(reads, str) else set(reads)
+        found = [getattr(self, name) for name in ("embedding", "logits") if name in fields]
+        found += (self.maps or []) if "maps" in fields else []
+        return [x for x in found if x is not None]
 
 
 Key = int | str

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_rkd.data.base import DisjointClassesDataModule, LabelledImages
+from lightning_rkd.data.base import ImageDataModule, LabelledImages
 from lightning_rkd.data.indices import IndexedBatch
 from lightning_rkd.metrics.agreement import RelationalAgreement
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
@@ -89,7 +89,7 @@ def train(
     seed: int,
     callbacks: Sequence[pl.Callback] = (),
     images: LabelledImages | None = None,
-) -> tuple[DistillationModule, DisjointClassesDataModule, float]:
+) -> tuple[DistillationModule, ImageDataModule, float]:
     """Train what a configuration describes, and leave ``config.yaml`` and ``last.ckpt`` in the folder.
 
     Args:
@@ -125,7 +125,7 @@ def train(
 
 
 def measure(
-    network: str, trained: tuple[DistillationModule, DisjointClassesDataModule, float], seed: int, teacher: Run | None
+    network: str, trained: tuple[DistillationModule, ImageDataModule, float], seed: int, teacher: Run | None
 ) -> Run:
     """Embed the test set once, and measure retrieval and the agreement with the teacher (``None`` for the teacher)."""
     module, data, seconds = trained

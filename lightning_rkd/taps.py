@@ -45,7 +45,7 @@ class Tap:
         return f"Tap({self.layer!r}, at={self.at!r})"
 
 
-Layer = Union[Tap, dict[str, Union[Tap, str]], list[str], Callable[[nn.Module], Any], str]  # noqa: UP007
+Layer = Union[Tap, dict[str, Union[Tap, list[str], str]], list[str], Callable[[nn.Module], Any], str]  # noqa: UP007
 """Where to read a network; a function must return a submodule.
 
 The order matters to jsonargparse: Callable first would turn a dict into a partial. And were the function declared to
@@ -352,7 +352,7 @@ class _Kept:
 
     def __init__(self, shown: Outputs) -> None:
         self.original, self.writes = shown, _writes(shown)
-        copies = {id(t): t.clone() for t in {id(t): t for t in _tensors(shown)}.values()}
+        copies = {id(t): t.clone() for t in {id(t): t for t in shown.tensors()}.values()}
         self.copy = Outputs(
             embedding=None if shown.embedding is None else copies[id(shown.embedding)],
             logits=None if shown.logits is None else copies[id(shown.logits)],
@@ -366,14 +366,10 @@ class _Kept:
 
 def _writes(shown: Outputs) -> list[int] | None:
     """How often each tensor has been written to; ``None`` where that is not counted."""
-    tensors = _tensors(shown)
+    tensors = shown.tensors()
     if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
         return None
     return [t._version for t in tensors]
-
-
-def _tensors(shown: Outputs) -> list[Tensor]:
-    return [t for t in (shown.embedding, shown.logits, *(shown.maps or [])) if t is not None]
 
 
 def _joined(shown: list[Outputs]) -> Outputs:

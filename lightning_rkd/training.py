@@ -153,8 +153,16 @@ def import_public_classes() -> None:
 
     import lightning_rkd
     import lightning_rkd.data
+    import lightning_rkd.losses
     import lightning_rkd.models
+    import lightning_rkd.schemes
 
-    for package in (lightning_rkd, lightning_rkd.data, lightning_rkd.models):
+    for package in (
+        lightning_rkd,
+        lightning_rkd.data,
+        lightning_rkd.losses,
+        lightning_rkd.models,
+        lightning_rkd.schemes,
+    ):
         for name in package.__all__:
             getattr(package, name)

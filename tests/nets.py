@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from lightning_rkd.losses.base import RelationalLoss
+from lightning_rkd.losses.parts.state import StepState
 
 WIDTH, CLASSES = 6, 3
 
@@ -37,6 +38,51 @@ class Asking(RelationalLoss):
     def forward(self, student: Tensor, teacher: Tensor, *, labels: Any, indices: Any, view: Any, epoch: int) -> Tensor:
         self.given = {"labels": labels, "indices": indices, "view": view, "epoch": epoch}
         return student.sum() * 0
+
+
+class Projected(RelationalLoss):
+    """Has parameters whose sizes come from the networks."""
+
+    project: nn.Linear
+
+    def __init__(self, student_dim: int | None = None, teacher_dim: int | None = None) -> None:
+        super().__init__()
+        self.sized(student_dim=student_dim, teacher_dim=teacher_dim)
+
+    def build(self, student_dim: int, teacher_dim: int) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.project = nn.Linear(student_dim, teacher_dim)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return F.mse_loss(self.project(student), teacher)
+
+
+class Mean(StepState):
+    """A running mean."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.zeros(width, dtype=torch.float32))
+
+
+class Remembers(RelationalLoss):
+    """Holds the student to the running mean of the teacher's embeddings."""
+
+    mean: Mean
+
+    def __init__(self, teacher_dim: int | None = None, num_samples: int | None = None) -> None:
+        super().__init__()
+        self.sized(teacher_dim=teacher_dim, num_samples=num_samples)
+
+    def build(self, teacher_dim: int, num_samples: int) -> None:
+        self.mean = Mean(teacher_dim)
+
+    def forward(self, student: Tensor, teacher: Tensor, *, indices: Tensor) -> Tensor:
+        loss = (student.mean() - self.mean.value.mean()).square()
+        if self.training:
+            self.mean.value = 0.9 * self.mean.value + 0.1 * teacher.mean(0)
+        return loss
 
 
 class Backbone(nn.Module):

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.distiller import CollapseWarning, Distiller, Watch
+from lightning_rkd.distiller import Distiller
 from lightning_rkd.losses.base import NonFiniteError, RelationalLoss, named_terms
 from lightning_rkd.losses.rkd import RKD, RKDDistance
 from lightning_rkd.records import Batch, Outputs
 from lightning_rkd.taps import CaptureError, Tap
 from lightning_rkd.teachers import Teacher
+from lightning_rkd.watch import CollapseWarning, Watch
 from tests import nets
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.nets import CLASSES, WIDTH, Asking, Backbone, Gram, Hint, Rows, attachments, gap, same, snapshot, teacher
+from tests.nets import (
+    CLASSES,
+    WIDTH,
+    Asking,
+    Backbone,
+    Gram,
+    Hint,
+    Projected,
+    Remembers,
+    Rows,
+    attachments,
+    gap,
+    same,
+    snapshot,
+    teacher,
+)
 
 STEPS = 5
 __all__ = [
@@ -23,6 +38,8 @@ __all__ = [
     "Gram",
     "Hint",
     "Manual",
+    "Projected",
+    "Remembers",
     "Rows",
     "Student",
     "attachments",

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from lightning_rkd.callbacks._guest import Guest, join_optimizer, losses_with_tensors
 from lightning_rkd.callbacks._patch import MethodPatch, open_batches
-from lightning_rkd.data.indices import IndexedBatch
-from lightning_rkd.distiller import Distiller
+from lightning_rkd.data.indices import IndexedBatch, root_size
+from lightning_rkd.distiller import Distiller, keep_from_ddp, refuse_lbfgs
 from lightning_rkd.distributed import data_parallel_group
 from lightning_rkd.losses.base import RelationalLoss, Weight, weight_at
 from lightning_rkd.records import Batch, Key, unpack
 from lightning_rkd.taps import CaptureError, Layer, find_layer
 from lightning_rkd.teachers import Teacher
+
+_numbers = itertools.count()
 
 
 class RelationalDistillation(pl.Callback):
@@ -28,6 +33,10 @@ class RelationalDistillation(pl.Callback):
     with s what ``student_layer`` showed in this step and t what the teacher shows for the same inputs. The gradient is
     that of the same sum written by hand into ``training_step``; accumulation, clipping, precision and strategies act
     on it as on any loss. Terms are logged as ``distill/<name>``.
+
+    A loss with tensors of its own (projectors, banks) is part of the module while it trains, so that devices,
+    precision, DDP and ``self.parameters()`` see it; parameters that no optimizer holds then join the first one's first
+    group. It is saved as the callback's state and never in the module's ``state_dict``. It must be told its sizes.
 
     Args:
         teacher: The teacher: a network, or a :class:`~lightning_rkd.teachers.Teacher`. It stays out of the module,
@@ -48,7 +57,8 @@ class RelationalDistillation(pl.Callback):
             the call (from 0) that receives the terms.
 
     Raises:
-        ValueError: At fit: a layer that does not exist, or a student layer that is the module itself.
+        ValueError: At fit: a layer that does not exist, or a student layer that is the module itself. In the first
+            step: a loss that does not know its sizes; the message states them.
         CaptureError: In a step: the layer was not called, gave no gradient, or was called several times without
             ``input_layer``.
 
@@ -92,7 +102,9 @@ class RelationalDistillation(pl.Callback):
         self.task_weight = task_weight
         self.manual_backward_index = manual_backward_index
         self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
+        self._number = next(_numbers)
         self._module: pl.LightningModule | None = None
+        self._guest: Guest | None = None
         self._undo: list[Callable[[], None]] = []
         self._batch: Any = None
         self._backwards: int | None = None  # None outside a step
@@ -106,12 +118,6 @@ class RelationalDistillation(pl.Callback):
         if stage != "fit":
             return
         self._detach()
-        own = [name for name, term in self.distiller.losses.items() if [*term.parameters(), *term.buffers()]]
-        if own:
-            raise ValueError(
-                f"the losses {own} hold tensors of their own, which this callback neither trains nor saves; use "
-                "DistillationModule"
-            )
         self._module = pl_module
         self.distiller.attach(pl_module)
         for tap in (tap for taps in self.distiller.student.taps.values() for tap in taps):
@@ -120,12 +126,55 @@ class RelationalDistillation(pl.Callback):
         self._undo = [MethodPatch.add(pl_module, "training_step", self._around_step), *open_batches(pl_module)]
         if not pl_module.automatic_optimization:
             self._undo.append(MethodPatch.add(pl_module, "manual_backward", self._around_backward))
+        if not self.distiller.missing_sizes:
+            self.distiller.make_ready()
+        if own := losses_with_tensors(self.distiller.losses):
+            self._guest = Guest(own)
+            self._undo.append(self._guest.move_in(pl_module))
+            keep_from_ddp(pl_module, self._guest)
+
+    @property
+    def needs_indices(self) -> bool:
+        """Whether a loss asks for the indices of the samples; our data modules look here."""
+        return "indices" in self.distiller.needs
+
+    @property
+    def state_key(self) -> str:
+        """Tells the callbacks in a checkpoint apart, by their losses and where these read."""
+        if not losses_with_tensors(self.distiller.losses):
+            return f"{type(self).__qualname__}#{self._number}"
+        taps = (tap.layer for taps in self.distiller.student.taps.values() for tap in taps)
+        places = ", ".join(layer if isinstance(layer, str) else layer.__qualname__ for layer in taps)
+        return f"{type(self).__qualname__}({', '.join(self.distiller.losses)} at {places})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tensors that losses made for themselves."""
+        own = losses_with_tensors(self.distiller.losses)
+        state = {f"{name}.{key}": x for name, loss in own.items() for key, x in loss.state_dict().items()}
+        return {"losses": state} if state else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Give them back."""
+        for name, loss in losses_with_tensors(self.distiller.losses).items():
+            start = f"{name}."
+            loss.load_state_dict(
+                {k.removeprefix(start): x for k, x in state_dict.get("losses", {}).items() if k.startswith(start)}
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Move the teacher to where the student is."""
+        """Move the teacher to where the student is, and let the optimizer have the parameters of losses."""
+        refuse_lbfgs(trainer.optimizers, self.distiller.banks)
+        if self._guest is not None:
+            join_optimizer(self._guest, trainer.optimizers)
         self.distiller.prepare(
             pl_module.device, trainer.precision_plugin.convert_module, data_parallel_group(trainer.strategy)
         )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the training samples, should a loss have to be told their number."""
+        if self.distiller.missing_sizes:
+            dataset = getattr(trainer.train_dataloader, "dataset", None)
+            self.distiller.num_samples = root_size(dataset) if isinstance(dataset, Dataset) else 0
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report what the last steps left to report."""
@@ -142,7 +191,7 @@ class RelationalDistillation(pl.Callback):
     def _detach(self) -> None:
         for undo in self._undo:
             undo()
-        self._undo, self._module, self._batch, self._backwards = [], None, None, None
+        self._undo, self._module, self._batch, self._backwards, self._guest = [], None, None, None, None
         self.distiller.detach()
 
     def _around_step(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

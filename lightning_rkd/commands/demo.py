@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lightning_rkd import plots, recipes, study
-from lightning_rkd.data.base import DisjointClassesDataModule, LabelledImages
+from lightning_rkd.data.base import ImageDataModule, LabelledImages
 from lightning_rkd.data.folder import ImageFolderDataModule, find_images, suggest_size
 from lightning_rkd.study import Config, Run, Summary, with_settings
 from lightning_rkd.training import check_writable
@@ -203,7 +203,7 @@ def _with_steps(plan: Plan, steps: int) -> Plan:
 
 def _train_all(
     plan: Plan, seeds: Sequence[int], work: Path, console: Console
-) -> tuple[list[Run], DisjointClassesDataModule]:
+) -> tuple[list[Run], ImageDataModule]:
     weights = {f"{_TEACHER}.weights": str(work / "teacher" / "last.ckpt")}
     jobs = [(TEACHER, plan.teacher, seeds[0], work / "teacher")]
     for seed in seeds:
@@ -289,7 +289,7 @@ def _write_tables(work: Path, runs: Sequence[Run], summaries: Sequence[Summary])
     study.write_runs_csv(runs, work / "runs.csv")
 
 
-def _write_pictures(work: Path, runs: Sequence[Run], data: DisjointClassesDataModule, things: str) -> None:
+def _write_pictures(work: Path, runs: Sequence[Run], data: ImageDataModule, things: str) -> None:
     rows = torch.tensor(data.test_set.indices)
     images, labels = data.root.images[rows], data.root.labels[rows]
     first = {run.network: run for run in reversed(runs)}

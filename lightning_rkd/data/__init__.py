@@ -1,4 +1,4 @@
-"""Data modules on disjoint classes, P-by-K batches, and loaders that say which sample is which."""
+"""Data modules, P-by-K batches, batch transforms, and loaders that say which sample is which."""
 
 from __future__ import annotations
 
@@ -7,39 +7,48 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_rkd.data.augment import Augment
-    from lightning_rkd.data.base import DisjointClassesDataModule
+    from lightning_rkd.data.base import ImageDataModule
     from lightning_rkd.data.folder import ImageFolderDataModule
     from lightning_rkd.data.glyphs import GlyphDataModule
     from lightning_rkd.data.images import AugmentedSubset, ImageSet
     from lightning_rkd.data.indices import IndexedBatch, with_indices
     from lightning_rkd.data.loader import ResumableLoader
+    from lightning_rkd.data.mixup import MixUp
+    from lightning_rkd.data.rotations import Rotations
     from lightning_rkd.data.sampling import Draw, PKBatchSampler
+    from lightning_rkd.data.views import AugmentedViews
 
 __all__ = [
     "Augment",
     "AugmentedSubset",
-    "DisjointClassesDataModule",
+    "AugmentedViews",
     "Draw",
     "GlyphDataModule",
+    "ImageDataModule",
     "ImageFolderDataModule",
     "ImageSet",
     "IndexedBatch",
+    "MixUp",
     "PKBatchSampler",
     "ResumableLoader",
+    "Rotations",
     "with_indices",
 ]
 
 _HOME = {
     "Augment": "augment",
     "AugmentedSubset": "images",
-    "DisjointClassesDataModule": "base",
+    "AugmentedViews": "views",
     "Draw": "sampling",
     "GlyphDataModule": "glyphs",
+    "ImageDataModule": "base",
     "ImageFolderDataModule": "folder",
     "ImageSet": "images",
     "IndexedBatch": "indices",
+    "MixUp": "mixup",
     "PKBatchSampler": "sampling",
     "ResumableLoader": "loader",
+    "Rotations": "rotations",
     "with_indices": "indices",
 }
 

@@ -1,9 +1,9 @@
-"""What all data modules share: disjoint classes, P-by-K training batches, indexed evaluation batches."""
+"""What all data modules share: a division into parts, resumable training batches, indexed evaluation batches."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -15,7 +15,7 @@ from lightning_rkd.data.images import AugmentedSubset, ImageSet
 from lightning_rkd.data.indices import with_indices
 from lightning_rkd.data.loader import ResumableLoader
 from lightning_rkd.data.sampling import PKBatchSampler
-from lightning_rkd.data.splits import ClassSplit, split_classes
+from lightning_rkd.data.splits import ClassSplit, split_classes, split_samples
 from lightning_rkd.distributed import rank_and_size
 
 
@@ -27,12 +27,14 @@ class LabelledImages(NamedTuple):
     class_names: list[str]
 
 
-class DisjointClassesDataModule(LightningDataModule, ABC):
-    """Images whose training, validation and test classes are disjoint; a data set is one method, :meth:`load`.
+class ImageDataModule(LightningDataModule, ABC):
+    """Images in memory, divided into training, validation and test; a data set is one method, :meth:`load`.
 
-    Samples are ``(x, y)``. Classes are renumbered so that the training classes come first, 0 to
-    ``num_train_classes - 1``. All three sets are views of one root data set, so an index means the same image
-    everywhere. Validation classes are taken out of the training side; the test classes are never looked at.
+    Samples are ``(x, y)``. By default *classes* are divided, as retrieval asks for: training classes come first, 0 to
+    ``num_train_classes - 1``, validation classes are taken out of the training side, and batches are P classes by K
+    samples. With ``split_by="samples"`` all parts show all classes, as classification asks for, every class divided
+    alike, and batches are P K samples drawn without regard to their class. All three sets are views of one root data
+    set, so an index means the same image everywhere. The test part is never looked at.
 
     Order and augmentation of the training batches depend on (seed, epoch, index) alone, and the loader's position is
     part of Lightning's checkpoints: a resumed run is the uninterrupted run, with any number of workers. Validation,
@@ -48,9 +50,10 @@ class DisjointClassesDataModule(LightningDataModule, ABC):
         seed: Of order and augmentation.
         split_seed: Of the division of the classes, apart from ``seed``, so that runs with other seeds may share a
             teacher without its having seen their test classes.
-        validation: Part of all classes that validate.
-        test: Part of all classes that test.
+        validation: Part of all classes (samples) that validate.
+        test: Part of all classes (samples) that test.
         augment: What training batches go through; ``None`` takes what suits the data.
+        split_by: Whether ``"classes"`` or ``"samples"`` are divided.
 
     Attributes:
         train_set: Augmented training images, after ``setup``.
@@ -80,8 +83,11 @@ class DisjointClassesDataModule(LightningDataModule, ABC):
         validation: float = 0.15,
         test: float = 0.25,
         augment: Augment | None = None,
+        split_by: Literal["classes", "samples"] = "classes",
     ) -> None:
         super().__init__()
+        if split_by not in ("classes", "samples"):
+            raise ValueError(f"split_by must be 'classes' or 'samples', got {split_by!r}")
         if eval_batch_size < 1:
             raise ValueError(f"eval_batch_size must be at least 1, got {eval_batch_size}")
         self.classes_per_batch = classes_per_batch
@@ -93,6 +99,7 @@ class DisjointClassesDataModule(LightningDataModule, ABC):
         self.split_seed = split_seed
         self.validation, self.test = validation, test
         self.augment = augment
+        self.split_by = split_by
         self._ready = False
 
     @abstractmethod
@@ -118,20 +125,21 @@ class DisjointClassesDataModule(LightningDataModule, ABC):
         if self._ready:
             return
         data = self.load()
-        split = self.split(data)
-        order = [*split.train, *split.validation, *split.test]
-        renumbered = torch.full((len(data.class_names),), -1)
-        renumbered[torch.tensor(order)] = torch.arange(len(order))
-        labels = renumbered[data.labels]
-        ends = torch.tensor([len(split.train), len(split.train) + len(split.validation), len(order)])
-        part = torch.where(labels < 0, -1, torch.bucketize(labels, ends, right=True))
-        train, val, test = (torch.nonzero(part == i).flatten().tolist() for i in range(3))
+        if self.split_by == "classes":
+            split = self.split(data)
+            order = [*split.train, *split.validation, *split.test]
+            labels, (train, val, test) = _renumbered(data.labels, split, len(data.class_names))
+            self.num_train_classes = len(split.train)
+        else:
+            order, labels = list(range(len(data.class_names))), data.labels
+            train, val, test = split_samples(labels.tolist(), self.validation, self.test, self.split_seed)
+            self.num_train_classes = len(order)
         mean, std = _channel_statistics(data.images, train)
         self.root = ImageSet(data.images, labels, mean, std)
         augment = self.augment if self.augment is not None else self.suggest_augment(data)
         self.train_set = AugmentedSubset(self.root, train, augment, self.seed)
         self.val_set, self.test_set = Subset(self.root, val), Subset(self.root, test)
-        self.class_names, self.num_train_classes = [data.class_names[c] for c in order], len(split.train)
+        self.class_names = [data.class_names[c] for c in order]
         self._choose_sizes(labels[train])
         self._ready = True
 
@@ -143,18 +151,17 @@ class DisjointClassesDataModule(LightningDataModule, ABC):
             self.samples_per_class = max(2, min(typical, 120 // self.classes_per_batch))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Augmented batches of P classes with K samples each."""
+        """Augmented batches; with their indices where a loss of the run needs them."""
         self._refuse_foreign_sampler()
         assert self.classes_per_batch is not None
         assert self.samples_per_class is not None
-        sampler = PKBatchSampler(
-            self.root.labels[self.train_set.indices],
-            self.classes_per_batch,
-            self.samples_per_class,
-            self.seed,
-            self.batches_per_epoch,
-        )
-        return ResumableLoader(self.train_set, batch_sampler=sampler, **self._loading())
+        assert self.samples_per_class is not None
+        labels, p, k = self.root.labels[self.train_set.indices], self.classes_per_batch, self.samples_per_class
+        if self.split_by == "samples":  # every sample a class of its own: batches are drawn without regard to classes
+            labels, p, k = torch.arange(len(labels)), p * k, 1
+        sampler = PKBatchSampler(labels, p, k, self.seed, self.batches_per_epoch)
+        loader = ResumableLoader(self.train_set, batch_sampler=sampler, **self._loading())
+        return with_indices(loader) if self._indices_are_needed() else loader
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Images of validation classes, with their indices."""
@@ -182,6 +189,10 @@ class DisjointClassesDataModule(LightningDataModule, ABC):
             "pin_memory": torch.cuda.is_available(),
         }
 
+    def _indices_are_needed(self) -> bool:
+        parts = (getattr(self.trainer, "lightning_module", None), *getattr(self.trainer, "callbacks", ()))
+        return any(getattr(part, "needs_indices", False) for part in parts)
+
     def _refuse_foreign_sampler(self) -> None:
         connector = getattr(self.trainer, "_accelerator_connector", None)
         if getattr(connector, "is_distributed", False) and getattr(connector, "use_distributed_sampler", False):
@@ -190,6 +201,17 @@ class DisjointClassesDataModule(LightningDataModule, ABC):
                 "sampler in between: pass Trainer(use_distributed_sampler=False), or "
                 "--trainer.use_distributed_sampler=false on the command line"
             )
+
+
+def _renumbered(labels: Tensor, split: ClassSplit, classes: int) -> tuple[Tensor, list[list[int]]]:
+    """Labels with the training classes first, then those for validation and test; and the rows of each part."""
+    order = [*split.train, *split.validation, *split.test]
+    numbers = torch.full((classes,), -1)
+    numbers[torch.tensor(order)] = torch.arange(len(order))
+    new = numbers[labels]
+    ends = torch.tensor([len(split.train), len(split.train) + len(split.validation), len(order)])
+    part = torch.where(new < 0, -1, torch.bucketize(new, ends, right=True))
+    return new, [torch.nonzero(part == i).flatten().tolist() for i in range(3)]
 
 
 def _channel_statistics(images: Tensor, rows: list[int]) -> tuple[list[float], list[float]]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lightning_rkd.data.augment import Augment
-from lightning_rkd.data.base import DisjointClassesDataModule, LabelledImages
+from lightning_rkd.data.base import ImageDataModule, LabelledImages
 from lightning_rkd.data.splits import ClassSplit, split_classes
 
 _log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", "
 _PART_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 
 
-class ImageFolderDataModule(DisjointClassesDataModule):
+class ImageFolderDataModule(ImageDataModule):
     """Images under a folder, at any depth; classes are divided into training, validation and unseen test classes.
 
     A class is the folder that directly holds the images, named by its path below the folder that holds all classes
@@ -52,6 +53,7 @@ class ImageFolderDataModule(DisjointClassesDataModule):
         test: Part of all classes that test.
         augment: What training batches go through; ``None`` turns, scales and shifts a little, and mirrors colour
             images.
+        split_by: Whether ``"classes"`` are divided, or the ``"samples"`` of every class.
 
     Raises:
         FileNotFoundError: The folder does not exist, or holds no images.
@@ -75,14 +77,17 @@ class ImageFolderDataModule(DisjointClassesDataModule):
         validation: float = 0.15,
         test: float = 0.25,
         augment: Augment | None = None,
+        split_by: Literal["classes", "samples"] = "classes",
     ) -> None:
         super().__init__(
             classes_per_batch, samples_per_class, batches_per_epoch, eval_batch_size, num_workers, seed, split_seed,
-            validation, test, augment,
+            validation, test, augment, split_by,
         )  # fmt: skip
         for name, number in {"image_size": image_size, "max_images_per_class": max_images_per_class}.items():
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
+        if splits is not None and split_by != "classes":
+            raise ValueError("splits divides classes, so it goes with split_by='classes'")
         if splits is not None and (unknown := set(splits) - {"train", "validation", "test"}):
             raise ValueError(f"splits takes the keys train, validation and test, got {sorted(unknown)}")
         if splits is not None and not splits.get("test"):

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rkd.data.augment import Augment
-from lightning_rkd.data.base import DisjointClassesDataModule, LabelledImages
+from lightning_rkd.data.base import ImageDataModule, LabelledImages
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ DISTORTION = Augment(rotation=20, scale=0.25, shear=0.3, shift=0.1, noise=0.2)
 """What makes every sample of a letter different, once, when the data set is made."""
 
 
-class GlyphDataModule(DisjointClassesDataModule):
+class GlyphDataModule(ImageDataModule):
     """525 letters (Latin, Greek, Cyrillic, Armenian, Georgian) x 12 faces, distorted, grey, 28 x 28.
 
     Letters that some face draws alike, pixel for pixel, are one class: Latin A stands for Alpha and the Cyrillic A.
@@ -62,6 +63,7 @@ class GlyphDataModule(DisjointClassesDataModule):
         validation: Part of all letters that validate.
         test: Part of all letters that test.
         augment: What training batches go through.
+        split_by: Whether "classes" (letters nobody trained on are tested) or "samples" are divided.
 
     Example:
         >>> data = GlyphDataModule(max_classes=20, classes_per_batch=4, samples_per_class=3)
@@ -86,10 +88,11 @@ class GlyphDataModule(DisjointClassesDataModule):
         validation: float = 0.15,
         test: float = 0.25,
         augment: Augment | None = None,
+        split_by: Literal["classes", "samples"] = "classes",
     ) -> None:
         super().__init__(
             classes_per_batch, samples_per_class, batches_per_epoch, eval_batch_size, num_workers, seed, split_seed,
-            validation, test, augment,
+            validation, test, augment, split_by,
         )  # fmt: skip
         if image_size < 8:
             raise ValueError(f"image_size must be at least 8 pixels, got {image_size}")

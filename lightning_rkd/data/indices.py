@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -168,3 +168,38 @@ def root_row(dataset: Any, index: int) -> int:
         if not isinstance(dataset, Subset):
             return row
         dataset, index = dataset.dataset, dataset.indices[row]
+
+
+def root_size(dataset: Any) -> int:
+    """How many rows the root data set has: one more than the largest index there can be.
+
+    Example:
+        >>> root_size(Subset(Subset(range(9), [8, 6, 4]), [2, 0]))
+        9
+    """
+    while isinstance(dataset, Subset | _WithIndices):
+        dataset = dataset.dataset
+    return len(dataset)
+
+
+def first_samples(loader: Any, count: int = 2) -> Any:
+    """A batch of the first samples of a map-style loader, as its steps would see it; ``None`` where that is not known.
+
+    Neither a sampler nor a worker is started.
+
+    Example:
+        >>> first_samples(DataLoader(range(5), batch_size=4, shuffle=True))
+        tensor([0, 1])
+    """
+    if isinstance(loader, Mapping | list | tuple):
+        loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader), None)
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or dataset is None or isinstance(dataset, IterableDataset):
+        return None
+    rows = range(min(count, len(dataset)))
+    if isinstance(dataset, _WithIndices):
+        return loader.collate_fn(dataset.__getitems__(rows))  # type: ignore[arg-type] # its own collate_fn
+    if loader.batch_sampler is None:
+        return loader.collate_fn(dataset[0]) if rows else None
+    fetch = getattr(dataset, "__getitems__", None)
+    return loader.collate_fn(fetch(list(rows)) if fetch else [dataset[i] for i in rows])

@@ -1,4 +1,4 @@
-"""Dividing classes, not samples, among training, validation and test."""
+"""Dividing classes, or the samples of every class, among training, validation and test."""
 
 from __future__ import annotations
 
@@ -44,3 +44,43 @@ def split_classes(classes: Sequence[int], validation: float = 0.15, test: float 
     dealt = [classes[i] for i in np.random.default_rng(seed).permutation(len(classes))]
     parts = dealt[n_test + n_validation :], dealt[n_test : n_test + n_validation], dealt[:n_test]
     return ClassSplit(*(sorted(part) for part in parts))
+
+
+def split_samples(
+    labels: Sequence[int], validation: float = 0.15, test: float = 0.25, seed: int = 0
+) -> tuple[list[int], list[int], list[int]]:
+    """Deal the rows of every class at random, the same parts of each: first the test rows, then those for validation.
+
+    Args:
+        labels: Class of every row.
+        validation: Part of a class's rows that validate, at least 1.
+        test: Part of a class's rows that test, at least 1.
+        seed: Not negative. The test rows depend on ``test`` and ``seed`` only.
+
+    Returns:
+        Rows for training, validation and test, each ascending.
+
+    Raises:
+        ValueError: A class with fewer than 3 rows, or with none left to train; or the parts are no parts.
+
+    Example:
+        >>> [len(part) for part in split_samples([0] * 20 + [1] * 10)]
+        [19, 4, 7]
+    """
+    if not (0 < validation < 1 and 0 < test < 1 and validation + test < 1):
+        raise ValueError(f"validation and test are parts of the samples, below 1 together; got {validation} and {test}")
+    rows_of: dict[int, list[int]] = {}
+    for row, label in enumerate(labels):
+        rows_of.setdefault(label, []).append(row)
+    parts: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for label in sorted(rows_of):
+        rows = rows_of[label]
+        n_test, n_validation = max(1, round(test * len(rows))), max(1, round(validation * len(rows)))
+        if len(rows) - n_test - n_validation < 1:
+            raise ValueError(f"class {label} has {len(rows)} samples, too few to train, validate and test with")
+        dealt = [rows[i] for i in np.random.default_rng((seed, label)).permutation(len(rows))]
+        for part, chosen in zip(
+            parts, (dealt[n_test + n_validation :], dealt[n_test : n_test + n_validation], dealt[:n_test]), strict=True
+        ):
+            part.extend(chosen)
+    return sorted(parts[0]), sorted(parts[1]), sorted(parts[2])

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.records import Outputs
+from lightning_rkd.losses.sides import (
+    FIELDS,
+    NonFiniteError,
+    Side,
+    at_tap,
+    cast,
+    check_finite,
+    classes,
+    pairs,
+    pick,
+    width,
+)
 
-Side = Tensor | Sequence[Tensor] | Outputs | Mapping[str, Outputs]
-"""What a loss may be given for one network: the value it reads, or ``Outputs`` (per tap) to pick it from."""
+__all__ = [
+    "Card", "LossSum", "NonFiniteError", "RelationalLoss", "Side", "Size", "Term", "Weight", "at_tap", "check_finite",
+    "named_terms", "pick", "weight_at",
+]  # fmt: skip
 
 Weight = float | Callable[[int], float]
 """A number, or a function of the epoch."""
@@ -22,7 +35,35 @@ Weight = float | Callable[[int], float]
 CONTEXT = frozenset({"labels", "indices", "view", "epoch", "mix", "anchors"})
 """What a loss may ask for, as keyword-only parameters of its ``forward``."""
 
-FIELDS = frozenset({"embedding", "logits", "maps", "classifier"})
+SIZES = frozenset({"student_dim", "teacher_dim", "num_classes", "num_samples"})
+"""What a loss with tensors of its own may have to know before it can make them, as parameters of its ``build``."""
+
+INVARIANCES = frozenset({"translation", "rotation", "scale", "row scale", "row shift"})
+"""What may leave a loss unchanged, done to either side alone."""
+
+Size = int | tuple[int, ...]
+"""A width; for maps the channels of every map."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the gallery tells about a method.
+
+    Attributes:
+        paper: Authors, year, title, arXiv number.
+        certainty: How the formula was come by.
+        source: Where it was read.
+        weight: The weight that was published, ``None`` where none is known.
+        weight_note: The setting that the weight belongs to.
+        result: What was published with it, setting and origin included; empty where nothing is known.
+    """
+
+    paper: str
+    certainty: Literal["read in code", "read in paper", "from memory", "reconstruction"]
+    source: str
+    weight: float | None = None
+    weight_note: str = ""
+    result: str = ""
 
 
 def weight_at(weight: Weight, epoch: int) -> float:
@@ -48,6 +89,22 @@ class RelationalLoss(nn.Module):
             tuple of fields, and ``forward`` receives the two ``Outputs``.
         across_samples: Whether the loss relates samples to one another. ``False`` marks a mean of per-sample terms,
             which the engine does not gather over ranks.
+        equal_widths: Whether student and teacher must be equally wide.
+        min_rows: The fewest rows it works with.
+        order_matters: Whether the order of the rows changes the value.
+        dense: Whether the logits it reads are maps (N, K, H, W).
+        exact_gradient: Whether the gradient is that of the value; not where a paper takes for a constant what depends
+            on the student.
+        invariances: What leaves the value unchanged, done to student or teacher alone: ``"translation"`` (the same
+            vector added to all rows), ``"rotation"``, ``"scale"`` (all rows times a positive number), ``"row scale"``
+            (each row times one of its own), ``"row shift"`` (a constant of its own added to each row).
+        card: What the gallery tells about the method; ``bibtex`` is the entry of its paper.
+
+    A loss with tensors of its own (projectors, banks) makes them in a method ``build``, whose parameters name the sizes
+    that it must know: ``student_dim``, ``teacher_dim`` (columns of the embedding or the logits; for maps a tuple of
+    channels), ``num_classes``, ``num_samples`` (of the training set). Its ``__init__`` ends with :meth:`sized`, which
+    builds at once what is known; the rest waits for the first call, or for ``DistillationModule``, which knows all
+    sizes before optimizers are made. What is built stays in float32 (float64), whatever the precision of training.
 
     Raises:
         TypeError: Where a class asks for a name that does not exist, or a call passes one that was not asked for.
@@ -64,8 +121,20 @@ class RelationalLoss(nn.Module):
 
     reads: str | tuple[str, ...] = "embedding"
     across_samples: bool = True
+    equal_widths: bool = False
+    min_rows: ClassVar[int] = 1
+    order_matters: bool = False
+    dense: ClassVar[bool] = False
+    exact_gradient: ClassVar[bool] = True
+    invariances: frozenset[str] = frozenset()
+    card: ClassVar[Card | None] = None
+    bibtex: ClassVar[str] = ""
     needs: frozenset[str] = frozenset()
-    _required: ClassVar[frozenset[str]] = frozenset()
+    required: ClassVar[frozenset[str]] = frozenset()
+    ready: bool = False
+    _wants: ClassVar[tuple[str, ...]] = ()
+    _sizes: Mapping[str, Size] = {}
+    _built = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -82,8 +151,14 @@ class RelationalLoss(nn.Module):
             raise TypeError(
                 f"{cls.__name__}.forward asks for {sorted(unknown)}, but a loss may only ask for {sorted(CONTEXT)}"
             )
+        if not set(cls.invariances) <= INVARIANCES:
+            raise TypeError(f"{cls.__name__}.invariances must be among {sorted(INVARIANCES)}, got {cls.invariances}")
+        builds = inspect.signature(cls.build).parameters if cls.build is not RelationalLoss.build else ()
+        cls._wants = tuple(sorted(set(builds) - {"self"}))
+        if not set(cls._wants) <= SIZES:
+            raise TypeError(f"{cls.__name__}.build asks for {cls._wants}, but may only ask for {sorted(SIZES)}")
         cls.needs = frozenset(asked)
-        cls._required = frozenset(n for n, p in asked.items() if p.default is inspect.Parameter.empty)
+        cls.required = frozenset(n for n, p in asked.items() if p.default is inspect.Parameter.empty)
 
     forward: Callable[..., Tensor]
 
@@ -93,22 +168,124 @@ class RelationalLoss(nn.Module):
         unknown = set(context) - self.needs
         if unknown:
             raise TypeError(f"{name} does not use {sorted(unknown)}; it takes {sorted(self.needs) or 'no context'}")
-        missing = {n for n in self._required if context.get(n) is None}
+        missing = {n for n in self.required if context.get(n) is None}
         if missing:
             raise ValueError(f"{name} needs {sorted(missing)}: pass {', '.join(f'{n}=...' for n in sorted(missing))}")
         s, t = pick(student, self.reads, who=f"{name}, student"), pick(teacher, self.reads, who=f"{name}, teacher")
-        tensors = _pairs(s, t, self.reads, name)
-        rows = len(tensors[0][1])
+        tensors = pairs(s, t, self.reads, name)
+        rows, device = len(tensors[0][1]), tensors[0][1].device
         for key in ("labels", "indices", "view"):
             value = context.get(key)
             if value is not None and len(value) != rows:
-                raise ValueError(f"{name}: {key} has {len(value)} rows, but the embeddings have {rows}")
-        # float32 at least; two different precisions meet at the higher one
+                raise ValueError(f"{name}: {key} has {len(value)} rows, but the {tensors[0][0]} has {rows}")
+        # float32 at least; two different precisions meet at the higher one, unless the loss has tensors of its own
         dtype = torch.float32
         for _, a, b in tensors:
             dtype = torch.promote_types(dtype, torch.promote_types(a.dtype, b.dtype))
-        with torch.autocast(device_type=tensors[0][1].device.type, enabled=False):
-            return super().__call__(_cast(s, dtype), _cast(t, dtype, detach=True), **context)  # type: ignore[no-any-return]
+        if not self.ready:
+            self.make_ready(s, t, like=torch.empty(0, dtype=dtype, device=device))
+        self._check_sizes(s, t)
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), dtype)
+        with torch.autocast(device_type=device.type, enabled=False):
+            return super().__call__(cast(s, dtype), cast(t, dtype, detach=True), **context)  # type: ignore[no-any-return]
+
+    def prepare(self) -> None:
+        """Whatever must wait until training begins, such as reading a file; called once, before :meth:`build`."""
+
+    def build(self, *args: Any, **kwargs: Any) -> None:
+        """Make the loss's own tensors; a subclass names the sizes it needs as parameters."""
+
+    def sized(self, **sizes: Size | None) -> None:
+        """To be called at the end of ``__init__`` with the sizes that are known; builds if none is missing."""
+        self._sizes = {name: size for name, size in sizes.items() if size is not None}
+        self._built = False
+        if not self.missing_sizes:
+            self._build()
+
+    @property
+    def missing_sizes(self) -> tuple[str, ...]:
+        """The sizes that the loss must still be told."""
+        return () if self._built else tuple(name for name in self._wants if name not in self._sizes)
+
+    def make_ready(
+        self, student: Any = None, teacher: Any = None, *, num_samples: int | None = None, like: Tensor | None = None
+    ) -> None:
+        """Read files and make tensors, once; the first call does it where nobody did before.
+
+        Args:
+            student: What the loss will read of the student, from which missing sizes are taken.
+            teacher: The same of the teacher.
+            num_samples: Size of the training set.
+            like: Device and precision of what is made.
+
+        Raises:
+            ValueError: A size is still unknown.
+        """
+        if self.ready:
+            return
+        self.prepare()
+        if not self._built:
+            shown = self.shown_sizes(student, teacher) | ({} if num_samples is None else {"num_samples": num_samples})
+            self._sizes = {k: v for k, v in shown.items() if k in self._wants} | dict(self._sizes)
+            if self.missing_sizes:
+                raise ValueError(
+                    f"{type(self).__name__} does not know {', '.join(self.missing_sizes)}: pass {self.call_with(shown)}"
+                )
+            self._build()
+            if like is not None:
+                self.to(like.device, like.dtype)
+        elif like is not None:
+            self.to(like.device)
+        self.ready = True
+
+    def call_with(self, sizes: Mapping[str, Size]) -> str:
+        """How to make this loss with the sizes it needs, for messages."""
+        known = {**{k: v for k, v in sizes.items() if k in self._wants}, **self._sizes}
+        arguments = ", ".join(f"{name}={known.get(name, '...')}" for name in self._wants)
+        return f"{type(self).__name__}({arguments})"
+
+    def _build(self) -> None:
+        self.build(**{name: self._sizes[name] for name in self._wants})
+        self._built = True
+        if self._wants:
+            self.register_buffer("sizes", _encoded([self._sizes[name] for name in self._wants]))
+
+    def shown_sizes(self, student: Any, teacher: Any) -> dict[str, Size]:
+        """The sizes that can be seen from what the loss reads on both sides."""
+        sizes: dict[str, Size | None] = {}
+        if student is not None and teacher is not None:
+            sizes = {
+                "student_dim": width(student, self.reads),
+                "teacher_dim": width(teacher, self.reads),
+                "num_classes": classes(student, self.reads),
+            }
+        return {name: size for name, size in sizes.items() if size is not None}
+
+    def _check_sizes(self, student: Any, teacher: Any) -> None:
+        for name, shown in self.shown_sizes(student, teacher).items() if self._wants else ():
+            if self._sizes.get(name, shown) != shown:
+                raise ValueError(
+                    f"{type(self).__name__} was made for {name}={self._sizes[name]}, but is shown {name}={shown}"
+                )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Make the tensors that a saved loss had before they are loaded."""
+        if not self._built and f"{prefix}sizes" in state_dict:
+            self._sizes = dict(zip(self._wants, _decoded(state_dict[f"{prefix}sizes"]), strict=True))
+            self._build()
+            saved = (x for key, x in state_dict.items() if key.startswith(prefix) and x.is_floating_point())
+            self.to(dtype=next(saved, torch.empty(0, dtype=torch.float32)).dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move and cast, but never to half precision."""
+
+        def kept(x: Tensor) -> Tensor:
+            moved = fn(x)
+            half = moved.dtype in (torch.float16, torch.bfloat16)
+            return x.to(moved.device, torch.promote_types(x.dtype, torch.float32)) if half else moved
+
+        return super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
 
     def at(self, tap: str) -> Term:
         """This loss, read at the tap of that name: ``RKD().at("layer3")``."""
@@ -155,6 +332,7 @@ class Term(RelationalLoss):
         self.weight: Weight = weight
         self.tap: str | None = tap
         self.reads, self.across_samples, self.needs = loss.reads, loss.across_samples, loss.needs
+        self.ready = True
 
     def weight_at(self, epoch: int = 0) -> float:
         """The weight in that epoch."""
@@ -172,6 +350,17 @@ class Term(RelationalLoss):
             at_tap(teacher, self.tap, self.reads, who=f"{who}, teacher"),
             **{k: v for k, v in context.items() if k in self.needs},
         )
+
+    def make_ready(
+        self, student: Any = None, teacher: Any = None, *, num_samples: int | None = None, like: Tensor | None = None
+    ) -> None:
+        """Make the loss ready for what it will read at its tap."""
+        who = type(self.loss).__name__
+        sides = (
+            None if side is None else pick(at_tap(side, self.tap, self.reads, who=who), self.reads, who=who)
+            for side in (student, teacher)
+        )
+        self.loss.make_ready(*sides, num_samples=num_samples, like=like)
 
     def extra_repr(self) -> str:
         """Weight and tap, for ``print``."""
@@ -241,114 +430,6 @@ def named_terms(loss: RelationalLoss | Mapping[str, RelationalLoss]) -> dict[str
     raise TypeError(f"loss must be a RelationalLoss or a dict of them, got {type(loss).__name__}")
 
 
-def at_tap(side: Side, tap: str | None, reads: str | tuple[str, ...], *, who: str) -> Any:
-    """Pick from a mapping of taps: the named tap, else the only one, else the tap named like the field."""
-    if not isinstance(side, Mapping):
-        return side
-    if tap is not None and set(side) != {""}:
-        if tap not in side:
-            raise ValueError(f"{who}: there is no tap {tap!r}; the taps are {sorted(side)}")
-        return side[tap]
-    if len(side) == 1:
-        return next(iter(side.values()))
-    fields = (reads,) if isinstance(reads, str) else reads
-    if all(field in side for field in fields):
-        return Outputs(**{field: getattr(side[field], field) for field in fields})
-    raise ValueError(
-        f"{who}: reads {reads!r}, but the network is tapped at {sorted(side)}; "
-        f"say which one with loss.at({min(side)!r})"
-    )
-
-
-def pick(side: Any, reads: str | tuple[str, ...], *, who: str) -> Any:
-    """The value a loss reads: the field of ``Outputs``, or the bare tensor it was given."""
-    if isinstance(side, Mapping):
-        side = at_tap(side, None, reads, who=who)
-    fields = (reads,) if isinstance(reads, str) else reads
-    if isinstance(side, Outputs):
-        absent = [f for f in fields if getattr(side, f) is None]
-        if absent:
-            raise ValueError(f"{who}: the tapped layer shows no {' and no '.join(absent)}{_CURE.get(absent[0], '')}")
-        return getattr(side, reads) if isinstance(reads, str) else side
-    if not isinstance(reads, str):
-        raise TypeError(f"{who}: this loss reads {reads}, so it takes Outputs, got {type(side).__name__}")
-    return side
-
-
-_CURE = {
-    "classifier": ": tap the Linear layer that makes the logits",
-    "maps": ": name a list of layers",
-    "embedding": ": name one layer whose output is (N, D)",
-}
-
-
-def _pairs(student: Any, teacher: Any, reads: str | tuple[str, ...], name: str) -> list[tuple[str, Tensor, Tensor]]:
-    """All (field, student tensor, teacher tensor) that a loss is about to compare, checked."""
-    pairs: list[tuple[str, Tensor, Tensor]] = []
-    if isinstance(student, Outputs):
-        for field in ("embedding", "logits"):
-            a, b = getattr(student, field), getattr(teacher, field)
-            if a is not None and b is not None:
-                pairs.append((field, a, b))
-        if student.maps is not None and teacher.maps is not None:
-            pairs += [(f"maps[{i}]", a, b) for i, (a, b) in enumerate(zip(student.maps, teacher.maps, strict=False))]
-    elif isinstance(student, Tensor):
-        pairs.append((str(reads), student, teacher))
-    else:
-        if len(student) != len(teacher):
-            raise ValueError(f"{name}: the student shows {len(student)} maps, the teacher {len(teacher)}")
-        pairs += [(f"maps[{i}]", a, b) for i, (a, b) in enumerate(zip(student, teacher, strict=True))]
-    for field, a, b in pairs:
-        for side, x in (("student", a), ("teacher", b)):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{name}: the {side}'s {field} must be a tensor, got {type(x).__name__}")
-            if not x.is_floating_point():
-                raise TypeError(f"{name}: the {side}'s {field} must be floating point, got {x.dtype}")
-            if field == "embedding" and x.ndim != 2:
-                raise ValueError(
-                    f"{name}: the {side}'s embedding must be (N, D), got {tuple(x.shape)}; pool it with "
-                    "Tap(layer, read=global_pool) or mean_pool, cls_token"
-                )
-            if field != "embedding" and x.ndim < 2:
-                raise ValueError(f"{name}: the {side}'s {field} must begin with (N, ...), got {tuple(x.shape)}")
-            if x.ndim == 0 or x.numel() == 0:
-                raise ValueError(f"{name}: the {side}'s {field} is empty, shape {tuple(x.shape)}")
-        if len(a) != len(b):
-            raise ValueError(
-                f"{name}: student and teacher must show the same N samples, got {tuple(a.shape)} and {tuple(b.shape)}"
-            )
-        if a.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_finite(a, b, name=name)
-    if not pairs:
-        raise ValueError(f"{name}: nothing to compare")
-    return pairs
-
-
-def check_finite(student: Tensor, teacher: Tensor, *, name: str = "the loss") -> None:
-    """Raise :class:`NonFiniteError` naming side and row if either tensor holds NaN or infinity."""
-    for side, x in (("student", student), ("teacher", teacher)):
-        finite = torch.isfinite(x.detach())
-        if not finite.all():
-            row = int((~finite.flatten(1).all(1)).nonzero()[0])
-            raise NonFiniteError(f"{name}: the {side}'s output holds NaN or infinity, first in row {row} of {len(x)}")
-
-
-class NonFiniteError(ValueError):
-    """An embedding, logit or map holds NaN or infinity."""
-
-
-def _cast(value: Any, dtype: torch.dtype, detach: bool = False) -> Any:
-    if isinstance(value, Tensor):
-        return (value.detach() if detach else value).to(dtype)
-    if isinstance(value, Outputs):
-        return Outputs(
-            **{f: _cast(v, dtype, detach) for f in FIELDS if (v := getattr(value, f)) is not None},
-        )
-    if value is None:
-        return None
-    return type(value)(_cast(v, dtype, detach) for v in value)
-
-
 def _as_terms(loss: RelationalLoss) -> list[Term]:
     if isinstance(loss, LossSum):
         return list(named_terms(loss).values())
@@ -379,3 +460,19 @@ class _Product:
 
 def _product(a: Weight, b: Weight) -> Weight:
     return _Product(a, b) if callable(a) or callable(b) else float(a) * float(b)
+
+
+def _encoded(sizes: Sequence[Size]) -> Tensor:
+    """Sizes as one row of integers, each led by its length; a plain number has length 0."""
+    words: list[int] = []
+    for size in sizes:
+        words += [0, size] if isinstance(size, int) else [len(size), *size]
+    return torch.tensor(words, dtype=torch.int64)
+
+
+def _decoded(words: Tensor) -> Iterator[Size]:
+    rest = words.tolist()
+    while rest:
+        length, rest = rest[0], rest[1:]
+        yield tuple(rest[:length]) if length else rest[0]
+        rest = rest[length or 1 :]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rkd.distributed import Anchors
-from lightning_rkd.losses.base import RelationalLoss
+from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.relations.angles import Reduction, angle_loss, check_reduction
 from lightning_rkd.relations.distances import divide_by_mean, safe_sqrt, squared_distances
 
@@ -19,6 +19,9 @@ _BIBTEX = """@inproceedings{park2019relational,
   booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
   year      = {2019}
 }"""
+
+
+_PAPER = "Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068"
 
 
 def rkd_distance(student: Tensor, teacher: Tensor, *, reduction: Reduction = "official") -> Tensor:
@@ -123,6 +126,15 @@ class RKDDistance(RelationalLoss):
     """
 
     bibtex: ClassVar[str] = _BIBTEX
+    card: ClassVar[Card] = Card(
+        paper=_PAPER,
+        certainty="read in code",
+        source="lenscloth/RKD, metric/loss.py",
+        weight=1.0,
+        weight_note="metric learning; 25 in classification",
+        result="CIFAR-100 ResNet50 to VGG11-BN: 72.27 (student alone 71.26)",
+    )
+    invariances = frozenset({"translation", "rotation", "scale"})
 
     def __init__(self, reduction: Reduction = "official") -> None:
         super().__init__()
@@ -173,6 +185,15 @@ class RKDAngle(RelationalLoss):
     """
 
     bibtex: ClassVar[str] = _BIBTEX
+    card: ClassVar[Card] = Card(
+        paper=_PAPER,
+        certainty="read in code",
+        source="lenscloth/RKD, metric/loss.py",
+        weight=2.0,
+        weight_note="metric learning; 50 in classification",
+        result="",
+    )
+    invariances = frozenset({"translation", "rotation", "scale"})
 
     def __init__(self, reduction: Reduction = "official") -> None:
         super().__init__()
@@ -218,6 +239,15 @@ class RKD(RelationalLoss):
     """
 
     bibtex: ClassVar[str] = _BIBTEX
+    card: ClassVar[Card] = Card(
+        paper=_PAPER,
+        certainty="read in code",
+        source="lenscloth/RKD, metric/loss.py",
+        weight=1.0,
+        weight_note="metric learning, with 1 and 2 inside; in classification 1 with 25 and 50 inside",
+        result="CIFAR-100 ResNet50 to VGG11-BN: 72.97 (student alone 71.26)",
+    )
+    invariances = frozenset({"translation", "rotation", "scale"})
 
     def __init__(
         self, distance_weight: float = 1.0, angle_weight: float = 2.0, reduction: Reduction = "official"

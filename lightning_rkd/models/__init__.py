@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_rkd.models.backbones import torchvision_embedder
+    from lightning_rkd.models.classified import Classified
     from lightning_rkd.models.heads import EmbeddingHead, L2Normalize, count_parameters
     from lightning_rkd.models.small import ConvNet
 
-__all__ = ["ConvNet", "EmbeddingHead", "L2Normalize", "count_parameters", "torchvision_embedder"]
+__all__ = ["Classified", "ConvNet", "EmbeddingHead", "L2Normalize", "count_parameters", "torchvision_embedder"]
 
 _HOME = {
+    "Classified": "classified",
     "ConvNet": "small",
     "EmbeddingHead": "heads",
     "L2Normalize": "heads",

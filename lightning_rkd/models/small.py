@@ -55,6 +55,7 @@ class ConvNet(nn.Module):
         parts["flatten"] = nn.Flatten()
         self.backbone = nn.Sequential(parts)
         self.head = EmbeddingHead(channels * pool**2, embedding_dim, normalize)
+        self.embedding_dim = embedding_dim
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> embeddings (N, D)."""

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from lightning_rkd.data import Augment, DisjointClassesDataModule, IndexedBatch
+from lightning_rkd.data import Augment, ImageDataModule, IndexedBatch
 from lightning_rkd.data.base import LabelledImages
 
 pytestmark = [
@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 
-class Squares(DisjointClassesDataModule):
+class Squares(ImageDataModule):
     """20 classes x 6 images of noise whose mean tells the class."""
 
     def load(self) -> LabelledImages:

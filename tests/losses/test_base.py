@@ -99,7 +99,7 @@ def test_context_that_is_missing_is_named_with_the_cure():
 
 
 def test_labels_must_have_a_row_for_each_sample():
-    with pytest.raises(ValueError, match="labels has 3 rows, but the embeddings have 4"):
+    with pytest.raises(ValueError, match="labels has 3 rows, but the embedding has 4"):
         Labelled()(ZEROS, ONES, labels=torch.zeros(3))
 
 

@@ -13,11 +13,13 @@ from torch import Tensor
 
 import lightning_rkd.losses
 from lightning_rkd.distributed import gather_rows, row_counts
-from lightning_rkd.losses.base import LossSum, RelationalLoss, Term
-from lightning_rkd.records import Outputs
+from lightning_rkd.losses.base import INVARIANCES, LossSum, RelationalLoss, Term
+from lightning_rkd.losses.parts.state import StepState
+from lightning_rkd.records import Mix, Outputs
 from tests.ranks import Ranks
 
 CLASSES = 5
+SAMPLES = 50  # in the training set
 
 
 def exported() -> list[type[RelationalLoss]]:
@@ -37,7 +39,7 @@ def rows(cls: type[RelationalLoss], n: int, width: int, dtype: torch.dtype = tor
     """What one network shows for n samples, field by field; ``classifier`` belongs to the network, not to samples."""
     made = {
         "embedding": lambda: [torch.randn(n, width, dtype=dtype)],
-        "logits": lambda: [torch.randn(n, CLASSES, dtype=dtype)],
+        "logits": lambda: [torch.randn(n, CLASSES, *((3, 2) if cls.dense else ()), dtype=dtype)],
         "maps": lambda: [torch.randn(n, 4, side, side, dtype=dtype) for side in (4, 2, 2)],
         "classifier": lambda: [torch.randn(CLASSES, width, dtype=dtype), torch.randn(CLASSES, dtype=dtype)],
     }
@@ -52,29 +54,33 @@ def side(cls: type[RelationalLoss], shown: dict[str, list[Tensor]]) -> Any:
 
 
 def context(cls: type[RelationalLoss], n: int) -> dict[str, Any]:
+    labels = torch.arange(n) // 2 % CLASSES
     every = {
-        "labels": torch.arange(n) // 2 % CLASSES,
+        "labels": labels,
         "indices": torch.arange(n),
-        "view": torch.zeros(n, dtype=torch.int64),
+        "view": torch.arange(n) // max(1, n // 2) % 2,  # the first half are clean, the second another view of them
         "epoch": 3,
+        "mix": Mix(torch.arange(n).roll(1), torch.linspace(0.2, 0.9, n), labels.roll(1)),
     }
     return {name: value for name, value in every.items() if name in cls.needs}
+
+
+def made(cls: type[RelationalLoss]) -> RelationalLoss:
+    return cls(num_samples=SAMPLES) if "num_samples" in inspect.signature(cls.build).parameters else cls()
 
 
 class Sample:
     """A loss with inputs of both networks; every call starts from the same state of the loss and of the generator."""
 
     def __init__(self, cls: type[RelationalLoss], n: int = 6, dtype: torch.dtype = torch.float32) -> None:
-        self.cls, self.n = cls, n
-        for widths in ((4, 7), (5, 5)):  # widths may differ, unless the paper forbids it
-            self.loss = cls().to(dtype)
-            self.student, self.teacher = (rows(cls, n, width, dtype) for width in widths)
-            try:
-                self.loss(side(cls, self.student), side(cls, self.teacher), **context(cls, n))  # sizes are filled here
-                break
-            except ValueError:
-                if widths[0] == widths[1]:
-                    raise
+        torch.manual_seed(1)
+        self.cls, self.n = cls, max(n, cls.min_rows)
+        self.loss = made(cls).to(dtype)
+        widths = (5, 5) if self.loss.equal_widths else (4, 7)
+        self.student, self.teacher = (rows(cls, self.n, width, dtype) for width in widths)
+        sides = side(cls, self.student), side(cls, self.teacher)
+        copy.deepcopy(self.loss)(*sides, **context(cls, self.n))  # works without preparation
+        self.loss.make_ready(*sides, like=torch.empty(0, dtype=dtype))
 
     def leaves(self) -> list[Tensor]:
         return [x.requires_grad_() for values in self.student.values() for x in values]
@@ -109,22 +115,67 @@ def test_the_loss_is_a_finite_scalar_with_a_gradient_to_the_student_only(cls):
 
 
 @every_loss
-def test_the_gradient_passes_gradcheck_in_float64(cls):
+def test_the_gradient_passes_gradcheck_in_float64_unless_the_paper_holds_parts_constant(cls):
     sample = Sample(cls, n=4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *_: sample.value(), sample.leaves())
+    leaves = sample.leaves()
+    assert torch.autograd.gradcheck(lambda *_: sample.value(), leaves, raise_exception=cls.exact_gradient) is (
+        cls.exact_gradient
+    )
+
+
+def reordered(value: Any, order: Tensor) -> Any:
+    if isinstance(value, Mix):
+        return Mix(order.argsort()[value.partners[order]], value.ratio[order], value.labels[order])
+    return value[order] if isinstance(value, Tensor) else value
 
 
 @every_loss
-def test_the_order_of_the_rows_does_not_matter(cls):
-    sample, order = Sample(cls, dtype=torch.float64), torch.tensor([3, 0, 5, 1, 4, 2])
-    before = sample.value()
-    shuffled = {name: v[order] if isinstance(v, Tensor) else v for name, v in context(cls, 6).items()}
-    for shown in (sample.student, sample.teacher):
-        for field in set(shown) - {"classifier"}:
-            shown[field] = [x[order] for x in shown[field]]
-    torch.manual_seed(0)
-    after = copy.deepcopy(sample.loss)(side(cls, sample.student), side(cls, sample.teacher), **shuffled)
-    torch.testing.assert_close(after, before)
+def test_the_order_of_the_rows_matters_only_where_the_loss_says_so(cls):
+    sample = Sample(cls, dtype=torch.float64)
+    shown, expected, values = (sample.student, sample.teacher), sample.value(), []
+    for seed in range(1 if not sample.loss.order_matters else 5):
+        order = torch.randperm(sample.n, generator=torch.Generator().manual_seed(seed))
+        sides = (
+            side(cls, {f: v if f == "classifier" else [x[order] for x in v] for f, v in one.items()}) for one in shown
+        )
+        shuffled = {name: reordered(value, order) for name, value in context(cls, sample.n).items()}
+        torch.manual_seed(0)
+        values.append(copy.deepcopy(sample.loss)(*sides, **shuffled))
+    assert any(not torch.allclose(value, expected) for value in values) is sample.loss.order_matters
+
+
+def changed(x: Tensor, how: str) -> Tensor:
+    """One side after what an invariance names, every row taken as a vector."""
+    torch.manual_seed(2)
+    flat = x.flatten(1)
+    n, width = flat.shape
+    if how == "rotation":
+        flat = flat @ torch.linalg.qr(torch.randn(width, width, dtype=x.dtype))[0]
+    else:
+        flat = {
+            "translation": lambda: flat + torch.randn(width, dtype=x.dtype),
+            "scale": lambda: 3 * flat,
+            "row scale": lambda: flat * (0.5 + torch.rand(n, 1, dtype=x.dtype)),
+            "row shift": lambda: flat + torch.randn(n, 1, dtype=x.dtype),
+        }[how]()
+    return flat.view_as(x)
+
+
+@every_loss
+def test_the_declared_invariances_hold_and_no_other(cls):
+    sample = Sample(cls, dtype=torch.float64)
+    before, held = sample.value(), set()
+    for how in INVARIANCES:
+        values = []
+        for name in ("student", "teacher"):
+            plain = getattr(sample, name)
+            moved = {f: v if f == "classifier" else [changed(x, how) for x in v] for f, v in plain.items()}
+            setattr(sample, name, moved)
+            values.append(sample.value())
+            setattr(sample, name, plain)
+        if all(torch.allclose(value, before, rtol=1e-9, atol=1e-13) for value in values):
+            held.add(how)
+    assert held == set(sample.loss.invariances)
 
 
 @every_loss
@@ -167,8 +218,17 @@ def test_duplicates_and_collapsed_batches_give_finite_gradients(cls, where, how_
 
 @every_loss
 @pytest.mark.parametrize("n", [1, 2])
-def test_tiny_batches_give_a_finite_loss_that_carries_a_graph(cls, n):
-    value, grads = Sample(cls, n=n).value_and_gradient()
+def test_tiny_batches_give_a_finite_loss_that_carries_a_graph_or_are_refused(cls, n):
+    sample = Sample(cls, n=n)
+    if n < cls.min_rows:
+        few = [
+            side(cls, {f: v if f == "classifier" else [x[:n] for x in v] for f, v in shown.items()})
+            for shown in (sample.student, sample.teacher)
+        ]
+        with pytest.raises(ValueError, match=cls.__name__):
+            sample.loss(*few, **context(cls, n))
+        return
+    value, grads = sample.value_and_gradient()
     assert torch.isfinite(value)
     assert all(torch.isfinite(g).all() for g in grads)
 
@@ -176,10 +236,40 @@ def test_tiny_batches_give_a_finite_loss_that_carries_a_graph(cls, n):
 @every_loss
 def test_copies_pickles_and_loaded_states_compute_the_same(cls):
     sample = Sample(cls)
-    fresh = Sample(cls).loss
+    fresh = made(cls)
     fresh.load_state_dict(sample.loss.state_dict())
     for twin in (fresh, copy.deepcopy(sample.loss), pickle.loads(pickle.dumps(sample.loss))):
         assert torch.equal(sample.value(twin), sample.value())
+
+
+@every_loss
+def test_tensors_of_its_own_stay_in_float32_when_training_is_in_half_precision(cls):
+    sample = Sample(cls)
+    value = sample.value()
+    sample.loss.to(torch.bfloat16)
+    assert {x.dtype for x in sample.loss.state_dict().values() if x.is_floating_point()} <= {torch.float32}
+    assert torch.equal(sample.value(), value)
+
+
+@every_loss
+def test_only_banks_change_from_step_to_step_and_only_in_training(cls):
+    sample = Sample(cls)
+    for training in (False, True):
+        loss = copy.deepcopy(sample.loss).train(training)
+        before = copy.deepcopy(loss.state_dict())
+        loss(side(cls, sample.student), side(cls, sample.teacher), **context(cls, sample.n))
+        moved = {name for name, x in loss.state_dict().items() if not torch.equal(x, before[name])}
+        banks = {f"{name}." for name, module in loss.named_modules() if isinstance(module, StepState)}
+        assert all(any(name.startswith(bank) for bank in banks) for name in moved)
+        assert bool(moved) is (training and bool(banks))
+
+
+@every_loss
+def test_the_random_numbers_of_the_training_are_not_touched(cls):
+    sample = Sample(cls)
+    state = torch.get_rng_state()
+    copy.deepcopy(sample.loss)(side(cls, sample.student), side(cls, sample.teacher), **context(cls, sample.n))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @every_loss
@@ -188,7 +278,11 @@ def test_the_docstring_names_the_paper_and_shows_an_example(cls):
     assert "Reference:" in doc
     assert "Example:" in doc
     assert ">>>" in doc
-    assert str(getattr(cls, "bibtex", "")).lstrip().startswith("@"), "a loss carries the BibTeX entry of its paper"
+    assert ".. math::" in doc
+    assert cls.bibtex.lstrip().startswith("@"), "a loss carries the BibTeX entry of its paper"
+    assert cls.card is not None, "a loss tells the gallery about itself"
+    if cls.card.certainty == "reconstruction":
+        assert "reconstruction" in doc
 
 
 def weighted(shown: dict[str, list[Tensor]], weights: list[Tensor]) -> dict[str, list[Tensor]]:
@@ -205,6 +299,12 @@ def weights_for(sample: Sample) -> list[Tensor]:
     ]
 
 
+def part_of(value: Any, mine: slice) -> Any:
+    if isinstance(value, Mix):
+        return Mix(value.partners[mine], value.ratio[mine], value.labels[mine])
+    return value[mine] if isinstance(value, Tensor) else value
+
+
 def on_a_rank(rank: int, sample: Sample, counts: list[int]) -> list[Tensor]:
     """The shared parameters' gradients on a rank that holds its part of the rows."""
     mine, cls, weights = slice(sum(counts[:rank]), sum(counts[: rank + 1])), sample.cls, weights_for(sample)
@@ -213,7 +313,7 @@ def on_a_rank(rank: int, sample: Sample, counts: list[int]) -> list[Tensor]:
         for shown in (sample.student, sample.teacher)
     ]
     part[0] = weighted(part[0], weights)
-    together = {name: v[mine] if isinstance(v, Tensor) else v for name, v in context(cls, sample.n).items()}
+    together = {name: part_of(v, mine) for name, v in context(cls, sample.n).items()}
     factor = len(counts) * counts[rank] / sum(counts)
     if cls.across_samples:
         rows_of = row_counts(counts[rank])
@@ -231,6 +331,7 @@ def on_a_rank(rank: int, sample: Sample, counts: list[int]) -> list[Tensor]:
 @pytest.mark.parametrize("counts", [[3, 3], [5, 1]], ids=["even", "uneven"])
 def test_two_processes_average_to_the_gradient_of_one_big_batch(cls, counts, ranks: Ranks):
     sample = Sample(cls, dtype=torch.float64)
+    counts = [sample.n - 1, 1] if counts[0] == 5 else [sample.n - sample.n // 2, sample.n // 2]
     weights = weights_for(sample)
     torch.manual_seed(0)
     loss = copy.deepcopy(sample.loss)

@@ -1,0 +1,139 @@
+"""Attention transfer (Zagoruyko and Komodakis 2017): where the teacher looks, the student should."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.relations.similarities import unit_rows
+
+
+def attention_map(features: Tensor, *, power: float = 2.0) -> Tensor:
+    r"""How strongly each place of a feature map responds, as a vector of length 1 per sample.
+
+    .. math:: Q_n = \mathrm{vec} \sum_c |A_{nc}|^p, \qquad \hat Q_n = Q_n / \lVert Q_n \rVert_2
+
+    Shapes: (N, C, H, W) -> (N, H W); tokens (N, T, C) -> (N, T).
+
+    Args:
+        features: A map, or tokens.
+        power: p.
+
+    Returns:
+        Tensor of the same dtype; zeros where a map is zero.
+
+    Example:
+        >>> attention_map(torch.tensor([[[[1.0, 0.0]], [[1.0, 2.0]]]]))
+        tensor([[0.4472, 0.8944]])
+    """
+    return unit_rows(features.abs().pow(power).mean(1 if features.ndim == 4 else 2).flatten(1))
+
+
+def attention_transfer(student: Sequence[Tensor], teacher: Sequence[Tensor], *, power: float = 2.0) -> Tensor:
+    """Attention transfer as a function; :class:`AttentionTransfer` says what it computes.
+
+    Shapes: lists of (N, C, H, W) or (N, T, C), as many on both sides -> scalar.
+
+    Args:
+        student: Maps of the student.
+        teacher: Maps of the teacher; constants.
+        power: p.
+
+    Returns:
+        The sum of the losses of all pairs.
+
+    Raises:
+        ValueError: Lists of different length, maps paired with tokens, or different numbers of tokens.
+
+    Example:
+        >>> student, teacher = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 5.0]]]])
+        >>> attention_transfer([student], [teacher])
+        tensor(1.)
+    """
+    if len(student) != len(teacher):
+        raise ValueError(f"AttentionTransfer: {len(student)} maps of the student, but {len(teacher)} of the teacher")
+    losses = []
+    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        if s.ndim not in (3, 4) or s.ndim != t.ndim or (s.ndim == 3 and s.shape[1] != t.shape[1]):
+            raise ValueError(
+                f"AttentionTransfer: maps[{i}] must be (N, C, H, W) on both sides, or (N, T, C) with the same T, got "
+                f"{tuple(s.shape)} and {tuple(t.shape)}; tap layers that show the same places"
+            )
+        if s.ndim == 4:
+            size = min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3])
+            s, t = (x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (s, t))
+        difference = attention_map(s, power=power) - attention_map(t.detach(), power=power)
+        losses.append(difference.square().mean())
+    return torch.stack(losses).sum()
+
+
+class AttentionTransfer(RelationalLoss):
+    r"""Where in an image the student's features are strong should be where the teacher's are.
+
+    .. math::
+        L = \sum_l \frac{1}{N P_l} \sum_n \big\lVert \hat Q^s_{ln} - \hat Q^t_{ln} \big\rVert_2^2, \qquad
+        Q_n = \mathrm{vec} \sum_c |A_{nc}|^p, \quad \hat Q = Q / \lVert Q \rVert_2
+
+    :math:`P_l` is the number of places of map l. Channels are summed out, so their numbers may differ. The loss does
+    not change when the map of a sample is multiplied by a positive number, on either side.
+
+    Departures: the paper writes the norm of the difference; the authors' code, which this follows and on which
+    published weights rest, the mean of its squares. Maps of different spatial size are brought to the smaller one by
+    adaptive average pooling, as RepDistiller does; the authors' code has none. Tokens are an extension. A map of zeros
+    has no attention and passes no gradient.
+
+    Shapes: lists of maps (N, C, H, W) or tokens (N, T, C), as many on both sides -> scalar.
+
+    Args:
+        power: p.
+
+    Raises:
+        ValueError: A power below 1; lists of different length; maps paired with tokens; different numbers of tokens.
+
+    Reference:
+        Zagoruyko and Komodakis 2017, Paying More Attention to Attention: Improving the Performance of Convolutional
+        Neural Networks via Attention Transfer, arXiv:1612.03928.
+
+    Example:
+        >>> student, teacher = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 5.0]]]])
+        >>> AttentionTransfer()([student], [teacher])
+        tensor(1.)
+    """
+
+    reads = "maps"
+    across_samples = False
+    invariances = frozenset({"scale", "row scale"})
+    bibtex: ClassVar[str] = """@inproceedings{zagoruyko2017paying,
+  title     = {Paying More Attention to Attention: Improving the Performance of Convolutional Neural Networks via
+               Attention Transfer},
+  author    = {Zagoruyko, Sergey and Komodakis, Nikos},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2017}
+}"""
+    card: ClassVar[Card] = Card(
+        paper="Zagoruyko and Komodakis 2017, Paying More Attention to Attention, arXiv:1612.03928",
+        certainty="read in code",
+        source="szagoruyko/attention-transfer, utils.py; HobbitLong/RepDistiller, distiller_zoo/AT.py",
+        weight=1000.0,
+        weight_note="CIFAR-100, RepDistiller, the maps at the end of all stages",
+        result="CIFAR-100 resnet32x4 to resnet8x4: 73.44 (student alone 72.50), RepDistiller",
+    )
+
+    def __init__(self, power: float = 2.0) -> None:
+        super().__init__()
+        if not power >= 1:
+            raise ValueError(f"AttentionTransfer: power must be at least 1, got {power}")
+        self.power = power
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """The loss as a scalar."""
+        return attention_transfer(student, teacher, power=self.power)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"power={self.power}"

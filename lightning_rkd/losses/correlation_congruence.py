@@ -1,0 +1,213 @@
+"""Correlation congruence (Peng et al. 2019): the batch's kernel matrix, kept; and two losses that go by its name."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.relations.distances import safe_sqrt
+from lightning_rkd.relations.similarities import unit_rows
+
+Form = Literal["kernel", "norm", "rows"]
+"""``"kernel"`` is the paper's, ``"norm"`` torchdistill's, ``"rows"`` RepDistiller's."""
+
+
+def correlation_congruence(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
+    r"""The paper's kernel form as a function; :class:`CorrelationCongruence` says what it computes.
+
+    Shapes: (N, D_s), (N, D_t) -> scalar, in the dtype of the student.
+
+    Args:
+        student: Embeddings of the student.
+        teacher: Embeddings of the teacher for the same samples; a constant.
+        gamma: Of the Gaussian kernel.
+        order: Of its Taylor expansion.
+
+    Returns:
+        The loss.
+
+    Reference:
+        Peng et al. 2019, Correlation Congruence for Knowledge Distillation, arXiv:1904.01802.
+
+    Example:
+        >>> correlation_congruence(torch.eye(2), torch.ones(2, 3))
+        tensor(0.1266)
+    """
+    s, t = (gaussian_taylor(x @ x.T, gamma, order) for x in (unit_rows(student), unit_rows(teacher.detach())))
+    return (s - t).square().mean()
+
+
+def correlation_congruence_norm(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
+    r"""torchdistill's form as a function; :class:`CorrelationCongruence` says what it computes.
+
+    Shapes: (N, D_s), (N, D_t) -> scalar, in the dtype of the student.
+
+    Args:
+        student: Embeddings of the student, used as given.
+        teacher: Embeddings of the teacher for the same samples; a constant.
+        gamma: Of the Gaussian kernel.
+        order: Of its Taylor expansion.
+
+    Returns:
+        The loss.
+
+    Reference:
+        Peng et al. 2019, Correlation Congruence for Knowledge Distillation, arXiv:1904.01802.
+
+    Example:
+        >>> correlation_congruence_norm(torch.eye(2), torch.ones(2, 3))
+        tensor(1.0679)
+    """
+    s, t = (gaussian_taylor(x @ x.T, gamma, order) for x in (student, teacher.detach()))
+    return safe_sqrt((s - t).square().sum()) / len(student) ** 2
+
+
+def correlation_congruence_rows(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""RepDistiller's form as a function; :class:`CorrelationCongruence` says what it computes.
+
+    Shapes: (N, D), (N, D) -> scalar, in the dtype of the student.
+
+    Args:
+        student: Embeddings of the student.
+        teacher: Embeddings of the teacher for the same samples, equally wide; a constant.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: Different widths.
+
+    Reference:
+        Peng et al. 2019, Correlation Congruence for Knowledge Distillation, arXiv:1904.01802.
+
+    Example:
+        >>> correlation_congruence_rows(torch.eye(3), torch.ones(3, 3))
+        tensor(1.)
+    """
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"CorrelationCongruence: form='rows' compares embeddings of equal width, got {student.shape[1]} of the "
+            f"student and {teacher.shape[1]} of the teacher; use form='kernel', or a student's head as wide as the "
+            "teacher's"
+        )
+    delta = (student - teacher.detach()).abs()
+    return (delta[:-1] * delta[1:]).sum() / max(1, len(delta) - 1)
+
+
+def gaussian_taylor(inner: Tensor, gamma: float, order: int) -> Tensor:
+    r"""Taylor expansion of the Gaussian kernel of unit vectors, from their inner products.
+
+    .. math:: e^{-\gamma \lVert a - b \rVert^2} = e^{-2 \gamma} e^{2 \gamma \langle a, b \rangle} \approx
+        e^{-2 \gamma} \sum_{p=0}^P \frac{(2 \gamma)^p}{p!} \langle a, b \rangle^p
+
+    Shapes: any -> the same.
+
+    Args:
+        inner: Inner products.
+        gamma: Of the kernel.
+        order: The last power P.
+
+    Returns:
+        Tensor of the same shape and dtype.
+
+    Example:
+        >>> gaussian_taylor(torch.tensor([1.0, 0.0]), gamma=0.4, order=2)
+        tensor([0.9526, 0.4493])
+    """
+    total = term = torch.ones_like(inner)
+    for p in range(1, order + 1):
+        term = term * inner * (2 * gamma / p)
+        total = total + term
+    return total * math.exp(-2 * gamma)
+
+
+class CorrelationCongruence(RelationalLoss):
+    r"""The similarities between samples, measured by a Gaussian kernel, should be the teacher's.
+
+    .. math::
+        L = \frac{1}{N^2} \sum_{i,j} \big(k(\hat s_i, \hat s_j) - k(\hat t_i, \hat t_j)\big)^2, \qquad
+        k(a, b) = e^{-2 \gamma} \sum_{p=0}^P \frac{(2 \gamma)^p}{p!} \langle a, b \rangle^p
+
+    with unit rows, for which :math:`k` is the Taylor expansion of :math:`e^{-\gamma \lVert a - b \rVert^2}`. The loss
+    does not change when either side is rotated, or any row scaled.
+
+    Under the same name and often in tables beside it go two different losses:
+
+    .. math::
+        L_\text{norm} = \frac{1}{N^2} \Big( \sum_{i,j} \big(k(s_i, s_j) - k(t_i, t_j)\big)^2 \Big)^{1/2}, \qquad
+        L_\text{rows} = \frac{1}{N-1} \sum_{i=1}^{N-1} \sum_d |s_{id} - t_{id}| \, |s_{i+1,d} - t_{i+1,d}|
+
+    ``"norm"`` is torchdistill's: rows as they are, the root of the sum instead of the sum. ``"rows"`` is
+    RepDistiller's, by whose account the author sent it: products of neighbouring rows, so that the order of the batch
+    matters. Both read embeddings behind a linear layer of width 128 on either network, trained with the student; here
+    they read what they are given. The paper adds a loss on logits, which is a term of its own here.
+
+    Shapes: (N, D_s), (N, D_t) -> scalar; widths must be equal in the form ``"rows"``. A batch of one row gives 0.
+
+    Args:
+        form: ``"kernel"``, the paper's, or ``"norm"`` or ``"rows"``.
+        gamma: Of the Gaussian kernel, positive; 0.4 in published code.
+        order: Of its Taylor expansion, at least 1; 2 in published code.
+
+    Raises:
+        ValueError: Unknown form, ``gamma`` not positive, ``order`` below 1; different widths in the form ``"rows"``.
+
+    Reference:
+        Peng, Jin, Liu, Li, Wu, Liu, Zhou and Zhang 2019, Correlation Congruence for Knowledge Distillation,
+        arXiv:1904.01802.
+
+    Example:
+        >>> student, teacher = torch.eye(2), torch.ones(2, 2)
+        >>> CorrelationCongruence()(student, teacher)
+        tensor(0.1266)
+        >>> CorrelationCongruence("norm")(student, teacher), CorrelationCongruence("rows")(student, teacher)
+        (tensor(0.5362), tensor(0.))
+    """
+
+    bibtex: ClassVar[str] = """@inproceedings{peng2019correlation,
+  title     = {Correlation Congruence for Knowledge Distillation},
+  author    = {Peng, Baoyun and Jin, Xiao and Liu, Jiaheng and Li, Dongsheng and Wu, Yichao and Liu, Yu
+               and Zhou, Shunfeng and Zhang, Zhaoning},
+  booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
+  year      = {2019}
+}"""
+    card: ClassVar[Card] = Card(
+        paper="Peng et al. 2019, Correlation Congruence for Knowledge Distillation, arXiv:1904.01802",
+        certainty="read in code",
+        source="JDAI-CV/FaceX-Zoo, addition_module/face_lightning/KDF/loss/cc.py; yoshitomo-matsubara/torchdistill, "
+        "losses/mid_level.py (norm); HobbitLong/RepDistiller, distiller_zoo/CC.py (rows)",
+        weight=None,
+        weight_note="0.02 for the form rows, CIFAR-100, RepDistiller; 0.003 for the form norm, ImageNet, torchdistill",
+        result="CIFAR-100 resnet32x4 to resnet8x4: 72.97 for the form rows (student alone 72.50), RepDistiller",
+    )
+    invariances = frozenset({"rotation", "row scale", "scale"})
+
+    def __init__(self, form: Form = "kernel", gamma: float = 0.4, order: int = 2) -> None:
+        super().__init__()
+        if form not in ("kernel", "norm", "rows"):
+            raise ValueError(f"CorrelationCongruence: form must be 'kernel', 'norm' or 'rows', got {form!r}")
+        if not gamma > 0:
+            raise ValueError(f"CorrelationCongruence: gamma must be positive, got {gamma}")
+        if order < 1:
+            raise ValueError(f"CorrelationCongruence: order is that of a Taylor expansion, at least 1, got {order}")
+        self.form, self.gamma, self.order = form, gamma, order
+        if form != "kernel":
+            self.invariances = frozenset({"rotation"} if form == "norm" else ())
+        self.order_matters = self.equal_widths = form == "rows"
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss as a scalar."""
+        if len(student) == 1:
+            return student.sum() * 0
+        if self.form == "rows":
+            return correlation_congruence_rows(student, teacher)
+        compare = correlation_congruence if self.form == "kernel" else correlation_congruence_norm
+        return compare(student, teacher, gamma=self.gamma, order=self.order)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"form={self.form!r}" + ("" if self.form == "rows" else f", gamma={self.gamma}, order={self.order}")

@@ -1,0 +1,206 @@
+"""CSKD (Ham, Kim, Lee, Lee and Kim 2023): what a batch says of a class, compared by its cosine."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_logits, check_positive
+from lightning_rkd.relations.similarities import unit_rows
+
+_PAPER = (
+    "Ham, Kim, Lee, Lee and Kim 2023, Cosine Similarity Knowledge Distillation for Individual Class Information "
+    "Transfer, arXiv:2311.14307"
+)
+_SOURCE = "a public implementation on top of multi-level logit distillation: llieeai/lud, mdistiller/distillers/CSKD.py"
+_BIBTEX = """@article{ham2023cosine,
+  title   = {Cosine Similarity Knowledge Distillation for Individual Class Information Transfer},
+  author  = {Ham, Gyeongdo and Kim, Seonghak and Lee, Suin and Lee, Jae-Hyeok and Kim, Daeshik},
+  journal = {arXiv preprint arXiv:2311.14307},
+  year    = {2023}
+}"""
+
+
+def class_similarity(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 4.0) -> Tensor:
+    """One minus the mean cosine of the classes; :class:`ClassSimilarityKD` says what it computes.
+
+    Shapes: (N, K) on both sides -> scalar.
+
+    Args:
+        student: Logits of the student.
+        teacher: Logits of the teacher; a constant.
+        temperature: T, or one per sample, (N, 1).
+
+    Returns:
+        The mean over classes, between 0 and 1, before the factor :math:`\\alpha T^2`.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> class_similarity(logits.flip(0), logits, temperature=1.0)
+        tensor(0.7342)
+    """
+    s, t = (unit_rows((z / temperature).softmax(1).T) for z in (student, teacher.detach()))
+    return 1 - (s * t).sum(1).mean()
+
+
+def cosine_temperatures(student: Tensor, teacher: Tensor, *, low: float = 2.0, high: float = 6.0) -> Tensor:
+    """A temperature for each sample: the more alike the two networks' answers, the colder; a constant.
+
+    :class:`CosineTemperatureKD` says how it is found.
+
+    Shapes: (N, K) on both sides -> (N, 1).
+
+    Args:
+        student: Logits of the student.
+        teacher: Logits of the teacher.
+        low: For the sample on which the networks agree most.
+        high: For the one on which they agree least.
+
+    Returns:
+        The temperatures, without a graph. All are ``low`` where the networks agree equally on all samples.
+
+    Example:
+        >>> student, teacher = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[2.0, 0.0], [2.0, 0.0]])
+        >>> cosine_temperatures(student, teacher).flatten()
+        tensor([2., 6.])
+    """
+    with torch.no_grad():
+        cosines = (unit_rows(student.softmax(1)) * unit_rows(teacher.softmax(1))).sum(1, keepdim=True)
+        most, spread = cosines.max(), cosines.max() - cosines.min()
+        return low + (high - low) * (most - cosines) / torch.where(spread > 0, spread, 1)
+
+
+class ClassSimilarityKD(RelationalLoss):
+    r"""The probabilities that a batch gives to a class should point where the teacher's point.
+
+    .. math::
+        L = \alpha T^2 \Big(1 - \frac{1}{K} \sum_k \cos(p^s_{\cdot k}, p^t_{\cdot k})\Big), \qquad p = \sigma(z / T)
+
+    :math:`\sigma` is the softmax over classes; the cosine is that of columns, vectors with one entry per sample. Their
+    length does not count, so the student need not be as sure of a class as its teacher. The loss does not change when
+    a constant is added to all logits of a sample.
+
+    Certainty: read in code; the body of the paper was not at hand. The code takes the absolute value of the
+    cosine, which is idle, since probabilities are not negative, and adds 1e-8 to its denominator, which makes classes
+    that hardly occur look unlike; here nothing is added.
+
+    The paper's method is this loss plus :class:`CosineTemperatureKD`, on weakly and on strongly augmented images. The
+    code adds two terms of multi-level logit distillation (Gram matrices over classes and over samples), which are not
+    part of this loss.
+
+    Shapes: (N, K) on both sides -> scalar. One row gives 0.
+
+    Args:
+        temperature: T.
+        alpha: :math:`\alpha`.
+
+    Raises:
+        ValueError: A setting that is not positive; dense logits; logits of different class counts.
+
+    Reference:
+        Ham, Kim, Lee, Lee and Kim 2023, Cosine Similarity Knowledge Distillation for Individual Class Information
+        Transfer, arXiv:2311.14307.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> ClassSimilarityKD(temperature=1.0)(logits.flip(0), logits)
+        tensor(1.4684)
+    """
+
+    reads = "logits"
+    equal_widths = True
+    invariances = frozenset({"row shift"})
+    bibtex: ClassVar[str] = _BIBTEX
+    card: ClassVar[Card] = Card(
+        paper=_PAPER,
+        certainty="read in code",
+        source=_SOURCE,
+        weight=1.0,
+        weight_note="that code's default",
+    )
+
+    def __init__(self, temperature: float = 4.0, alpha: float = 2.0) -> None:
+        super().__init__()
+        check_positive("ClassSimilarityKD", temperature=temperature, alpha=alpha)
+        self.temperature, self.alpha = temperature, alpha
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss as a scalar."""
+        check_logits(student, teacher, "ClassSimilarityKD", dims=(2,))
+        factor = self.alpha * self.temperature**2
+        return factor * class_similarity(student, teacher, temperature=self.temperature)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"temperature={self.temperature}, alpha={self.alpha}"
+
+
+class CosineTemperatureKD(RelationalLoss):
+    r"""Class similarity with a temperature of its own for each sample, low where student and teacher agree (CSWT).
+
+    .. math::
+        L = \alpha \bar T^2 \Big(1 - \frac{1}{K} \sum_k \cos(p^s_{\cdot k}, p^t_{\cdot k})\Big), \qquad
+        p_i = \sigma(z_i / T_i), \quad
+        T_i = T_{lo} + (T_{hi} - T_{lo}) \frac{\max_j c_j - c_i}{\max_j c_j - \min_j c_j}
+
+    :math:`c_i` is the cosine of the two networks' probabilities for sample i at temperature 1, :math:`\bar T` the mean
+    of the temperatures. No gradient passes through the temperatures. The loss does not change when a constant is
+    added to all logits of a sample.
+
+    Certainty and departures as for :class:`ClassSimilarityKD`. Where all cosines are equal, as with one row, the
+    code divides 0 by 0; here all temperatures are the low one. The code takes the temperatures of strongly augmented
+    images from the weakly augmented ones; this loss takes them from the logits that it is given.
+
+    Shapes: (N, K) on both sides -> scalar. One row gives 0.
+
+    Args:
+        low: :math:`T_{lo}`.
+        high: :math:`T_{hi}`.
+        alpha: :math:`\alpha`.
+
+    Raises:
+        ValueError: A setting that is not positive, or ``low`` above ``high``; dense logits; logits of different class
+            counts.
+
+    Reference:
+        Ham, Kim, Lee, Lee and Kim 2023, Cosine Similarity Knowledge Distillation for Individual Class Information
+        Transfer, arXiv:2311.14307.
+
+    Example:
+        >>> student, teacher = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[2.0, 0.0], [2.0, 0.0]])
+        >>> CosineTemperatureKD()(student, teacher)
+        tensor(0.3456)
+    """
+
+    reads = "logits"
+    equal_widths = True
+    invariances = frozenset({"row shift"})
+    exact_gradient = False
+    bibtex: ClassVar[str] = _BIBTEX
+    card: ClassVar[Card] = Card(
+        paper=_PAPER,
+        certainty="read in code",
+        source=_SOURCE,
+        weight=1.0,
+        weight_note="that code's default",
+    )
+
+    def __init__(self, low: float = 2.0, high: float = 6.0, alpha: float = 2.0) -> None:
+        super().__init__()
+        check_positive("CosineTemperatureKD", low=low, high=high, alpha=alpha)
+        if low > high:
+            raise ValueError(f"CosineTemperatureKD: low must not exceed high, got low={low} and high={high}")
+        self.low, self.high, self.alpha = low, high, alpha
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss as a scalar."""
+        check_logits(student, teacher, "CosineTemperatureKD", dims=(2,))
+        temperatures = cosine_temperatures(student, teacher, low=self.low, high=self.high)
+        return self.alpha * temperatures.mean() ** 2 * class_similarity(student, teacher, temperature=temperatures)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"low={self.low}, high={self.high}, alpha={self.alpha}"

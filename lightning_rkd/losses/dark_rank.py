@@ -1,0 +1,230 @@
+"""DarkRank (Chen, Wang and Zhang 2018): the order in which other samples lie around each one."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.relations.distances import distances
+from lightning_rkd.relations.ranks import log_probability_of_order, nearest, permutations
+
+_PAPER = (
+    "Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer, "
+    "arXiv:1707.01220"
+)
+_BIBTEX = """@inproceedings{chen2018darkrank,
+  title     = {{DarkRank}: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer},
+  author    = {Chen, Yuntao and Wang, Naiyan and Zhang, Zhaoxiang},
+  booktitle = {AAAI Conference on Artificial Intelligence},
+  year      = {2018}
+}"""
+_LONGEST = 7  # lists have 5,040 orders, each of which is scored
+
+
+def hard_dark_rank(
+    student: Tensor, teacher: Tensor, *, alpha: float = 3.0, beta: float = 3.0, length: int = 4
+) -> Tensor:
+    r"""The hard transfer as a function; :class:`HardDarkRank` says what it computes.
+
+    Shapes: (N, D_s), (N, D_t) -> scalar, float32, or float64 where the student is.
+
+    Args:
+        student: Embeddings of the student.
+        teacher: Embeddings of the teacher for the same samples; a constant.
+        alpha: Factor of the scores.
+        beta: Power of the distances in the scores.
+        length: How many nearest samples are ranked.
+
+    Returns:
+        The loss.
+
+    Reference:
+        Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer,
+        arXiv:1707.01220.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [1.5]])
+        >>> hard_dark_rank(student, teacher)
+        tensor(7.)
+    """
+    scores, _ = _scores(student, teacher, alpha, beta, length)
+    return -log_probability_of_order(scores).mean().to(torch.promote_types(student.dtype, torch.float32))
+
+
+def soft_dark_rank(
+    student: Tensor, teacher: Tensor, *, alpha: float = 3.0, beta: float = 3.0, length: int = 4
+) -> Tensor:
+    r"""The soft transfer as a function; :class:`SoftDarkRank` says what it computes.
+
+    Shapes: (N, D_s), (N, D_t) -> scalar, float32, or float64 where the student is.
+
+    Args:
+        student: Embeddings of the student.
+        teacher: Embeddings of the teacher for the same samples; a constant.
+        alpha: Factor of the scores.
+        beta: Power of the distances in the scores.
+        length: How many nearest samples are ranked.
+
+    Returns:
+        The loss.
+
+    Reference:
+        Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer,
+        arXiv:1707.01220.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [1.5]])
+        >>> soft_dark_rank(student, teacher)
+        tensor(6.4644)
+    """
+    both = _scores(student, teacher, alpha, beta, length)
+    orders = permutations(both[0].shape[1], student.device)
+    log_q, log_p = (log_probability_of_order(scores[:, orders]) for scores in both)  # (N, length!)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(1)
+    return divergence.mean().to(torch.promote_types(student.dtype, torch.float32))
+
+
+class HardDarkRank(RelationalLoss):
+    r"""The student should rank each sample's nearest neighbours in the teacher's order.
+
+    .. math::
+        L = -\frac{1}{N} \sum_i \sum_{l=1}^{L} \Big( S_{i \pi_i(l)} - \log \sum_{m \ge l} e^{S_{i \pi_i(m)}} \Big),
+        \qquad S_{ij} = -\alpha \lVert s_i - s_j \rVert^\beta
+
+    where :math:`\pi_i` lists the L nearest samples of sample i to the teacher, nearest first: the negative
+    log-likelihood of the teacher's ranking. The loss does not change when either side is moved or rotated. Scores grow
+    with the third power of distances, so embeddings are meant to have unit length on both sides: with a student that
+    is not normalised published results are much worse.
+
+    Departures from the code of Park et al. (Relational Knowledge Distillation), which published weights come from: a
+    sample is never in its own list, where theirs drops whichever of several duplicates comes first; distances are exact
+    and duplicates pass no gradient. DarkRank's own code ranks the whole batch instead of L samples, and only from its
+    first half, which its sampler fills with pairs of a class.
+
+    Shapes: (N, D_s), (N, D_t) -> scalar. Lists are as long as the batch allows; up to two rows give 0.
+
+    Args:
+        alpha: Factor of the scores; 3 in published code.
+        beta: Power of the distances in the scores; 3 in published code, at least 1.
+        length: How many nearest samples are ranked; 4 in published code.
+
+    Raises:
+        ValueError: ``alpha`` not positive, ``beta`` below 1, ``length`` below 1.
+
+    Reference:
+        Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer,
+        arXiv:1707.01220.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [1.5]])
+        >>> HardDarkRank()(student, teacher)  # the middle sample's neighbours are in the wrong order
+        tensor(7.)
+    """
+
+    bibtex: ClassVar[str] = _BIBTEX
+    card: ClassVar[Card] = Card(
+        paper=_PAPER,
+        certainty="read in code",
+        source="lenscloth/RKD, metric/loss.py",
+        weight=1.0,
+        weight_note="metric learning with unit embeddings, beside a triplet loss, LabelRelaxation",
+        result="R@1 on CUB/Cars/SOP, BN-Inception-512 to itself: 66.7/84.0/75.7 (teacher 69.1/86.4/79.2), "
+        "LabelRelaxation",
+    )
+    invariances = frozenset({"translation", "rotation"})
+
+    def __init__(self, alpha: float = 3.0, beta: float = 3.0, length: int = 4) -> None:
+        super().__init__()
+        _check("HardDarkRank", alpha, beta, length)
+        self.alpha, self.beta, self.length = alpha, beta, length
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss as a scalar."""
+        return hard_dark_rank(student, teacher, alpha=self.alpha, beta=self.beta, length=self.length)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"alpha={self.alpha}, beta={self.beta}, length={self.length}"
+
+
+class SoftDarkRank(RelationalLoss):
+    r"""All orders of each sample's nearest neighbours should be as likely to the student as to the teacher.
+
+    .. math::
+        L = \frac{1}{N} \sum_i \sum_{\pi} P_t(\pi \mid i) \log \frac{P_t(\pi \mid i)}{P_s(\pi \mid i)}, \qquad
+        \log P(\pi \mid i) = \sum_{l=1}^{L} \Big( S_{i \pi(l)} - \log \sum_{m \ge l} e^{S_{i \pi(m)}} \Big)
+
+    over all L! orders of the L nearest samples of sample i to the teacher, with the scores :math:`S` of
+    :class:`HardDarkRank`, whose notes on lengths hold here too.
+
+    Departures from the authors' code: theirs leaves the teacher's entropy, a constant, in the loss, and takes only the
+    first half of the batch as queries, which its sampler fills with pairs of a class; its scores
+    :math:`-(3.5\, d^2)^2` are ``alpha=12.25, beta=4`` here, and its weight 16.
+
+    Shapes: (N, D_s), (N, D_t) -> scalar. Lists are as long as the batch allows; up to two rows give 0. Time and memory
+    grow with N L!.
+
+    Args:
+        alpha: Factor of the scores.
+        beta: Power of the distances in the scores, at least 1.
+        length: How many nearest samples are ranked; 4 in the authors' code, at most 7.
+
+    Raises:
+        ValueError: ``alpha`` not positive, ``beta`` below 1, ``length`` not from 1 to 7.
+
+    Reference:
+        Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer,
+        arXiv:1707.01220.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [1.5]])
+        >>> SoftDarkRank()(student, teacher)
+        tensor(6.4644)
+    """
+
+    bibtex: ClassVar[str] = _BIBTEX
+    card: ClassVar[Card] = Card(
+        paper=_PAPER,
+        certainty="read in code",
+        source="TuSimple/DarkRank, PYOP/listnet_loss.py",
+        weight=16.0,
+        weight_note="Market-1501 with unit embeddings, alpha=12.25 and beta=4, the authors' readme",
+    )
+    invariances = frozenset({"translation", "rotation"})
+
+    def __init__(self, alpha: float = 3.0, beta: float = 3.0, length: int = 4) -> None:
+        super().__init__()
+        _check("SoftDarkRank", alpha, beta, length)
+        if length > _LONGEST:
+            raise ValueError(
+                f"SoftDarkRank: length must be at most {_LONGEST}, since all orders are scored, got {length}; "
+                "HardDarkRank takes longer lists"
+            )
+        self.alpha, self.beta, self.length = alpha, beta, length
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss as a scalar."""
+        return soft_dark_rank(student, teacher, alpha=self.alpha, beta=self.beta, length=self.length)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"alpha={self.alpha}, beta={self.beta}, length={self.length}"
+
+
+def _scores(student: Tensor, teacher: Tensor, alpha: float, beta: float, length: int) -> tuple[Tensor, Tensor]:
+    """Scores in student and teacher of each sample's nearest to the teacher, nearest first; (N, L) each."""
+    s, t = distances(student), distances(teacher.detach())
+    near = nearest(t, length)
+    return -alpha * s.gather(1, near).pow(beta), -alpha * t.gather(1, near).pow(beta)
+
+
+def _check(name: str, alpha: float, beta: float, length: int) -> None:
+    if not alpha > 0:
+        raise ValueError(f"{name}: alpha must be positive, got {alpha}")
+    if not beta >= 1:
+        raise ValueError(f"{name}: beta must be at least 1 (below, duplicates have infinite gradients), got {beta}")
+    if length < 1:
+        raise ValueError(f"{name}: length is the number of samples ranked, at least 1, got {length}")

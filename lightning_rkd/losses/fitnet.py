@@ -1,0 +1,109 @@
+"""FitNets (Romero et al. 2015): hints, the teacher's feature maps that the student learns to predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_rkd.losses.base import Card, RelationalLoss
+
+
+class FitNetHint(RelationalLoss):
+    r"""From the student's feature map a linear regressor should be able to predict the teacher's.
+
+    .. math::
+        L = \sum_l \frac{1}{N C_l H_l W_l} \sum_{n,c,h,w} \big(r_l(S_l)_{nchw} - T_{lnchw}\big)^2
+
+    :math:`r_l` is a 1 x 1 convolution from the student's channels to the teacher's, one for each pair of maps, trained
+    with the student. The paper has one pair, from the middle of the networks.
+
+    Departures: the mean, where the paper writes half the sum, as published comparisons do, whose weights assume it.
+    Where the student's map is larger than the teacher's, so is the paper's kernel, and a valid convolution makes up
+    the difference; here the sizes must agree, and then the paper's kernel is 1 x 1 too. Its regressor ends in the hint
+    layer's non-linearity: pass ``relu=True`` where the teacher's map comes from behind a ReLU. RepDistiller, from
+    which weight and result are quoted, has batch normalisation before the ReLU, and other kernels where sizes differ.
+    The paper trains on hints alone first; here the loss is one term among others.
+
+    Shapes: lists of maps (N, C, H, W) or tokens (N, T, C), as many on both sides and equal but for C -> scalar.
+
+    Args:
+        student_dim: The channels of each of the student's maps; taken from the first batch if left out.
+        teacher_dim: The same of the teacher.
+        relu: Whether the regressors end in a ReLU.
+
+    Raises:
+        ValueError: Maps that differ in number, kind or spatial size, or in channels from what the loss was made for.
+
+    Reference:
+        Romero, Ballas, Kahou, Chassang, Gatta and Bengio 2015, FitNets: Hints for Thin Deep Nets, arXiv:1412.6550.
+
+    Example:
+        >>> hint = FitNetHint((2,), (3,))
+        >>> predicted = hint.regressors[0].bias.expand(4, 5, 5, 3).movedim(-1, 1)  # from a map of zeros
+        >>> round(hint([torch.zeros(4, 2, 5, 5)], [predicted + 2]).item(), 4)
+        4.0
+    """
+
+    reads = "maps"
+    across_samples = False
+    bibtex: ClassVar[str] = """@inproceedings{romero2015fitnets,
+  title     = {{FitNets}: Hints for Thin Deep Nets},
+  author    = {Romero, Adriana and Ballas, Nicolas and Kahou, Samira Ebrahimi and Chassang, Antoine and
+               Gatta, Carlo and Bengio, Yoshua},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2015}
+}"""
+    card: ClassVar[Card] = Card(
+        paper="Romero, Ballas, Kahou, Chassang, Gatta and Bengio 2015, FitNets: Hints for Thin Deep Nets, "
+        "arXiv:1412.6550",
+        certainty="read in code",
+        source="adri-romsor/FitNets, costs/HintCost.py; HobbitLong/RepDistiller, distiller_zoo/FitNet.py",
+        weight=100.0,
+        weight_note="CIFAR-100, RepDistiller, one map of the middle",
+        result="CIFAR-100 resnet32x4 to resnet8x4: 73.50 (student alone 72.50), RepDistiller",
+    )
+    regressors: nn.ModuleList
+
+    def __init__(
+        self,
+        student_dim: Sequence[int] | None = None,
+        teacher_dim: Sequence[int] | None = None,
+        relu: bool = False,
+    ) -> None:
+        super().__init__()
+        self.relu = relu
+        channels = (None if dims is None else tuple(dims) for dims in (student_dim, teacher_dim))
+        self.sized(**dict(zip(("student_dim", "teacher_dim"), channels, strict=True)))
+
+    def build(self, student_dim: tuple[int, ...], teacher_dim: tuple[int, ...]) -> None:
+        """Make a regressor for every pair of maps."""
+        if len(student_dim) != len(teacher_dim):
+            raise ValueError(
+                f"FitNetHint: maps are compared in pairs, got channels {student_dim} of the student and {teacher_dim} "
+                "of the teacher; name as many layers of either"
+            )
+        self.regressors = nn.ModuleList(
+            nn.Linear(s, t, dtype=torch.float32) for s, t in zip(student_dim, teacher_dim, strict=True)
+        )
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """The loss as a scalar."""
+        losses = []
+        for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+            s, t = (x.movedim(1, -1) if x.ndim == 4 else x for x in (s, t))  # a linear layer is a 1 x 1 convolution
+            if s.shape[:-1] != t.shape[:-1]:
+                raise ValueError(
+                    f"FitNetHint: maps[{i}] of student and teacher may differ in channels only, got "
+                    f"{tuple(student[i].shape)} and {tuple(teacher[i].shape)}; tap layers of the same resolution"
+                )
+            predicted = self.regressors[i](s)
+            losses.append(F.mse_loss(predicted.relu() if self.relu else predicted, t))
+        return torch.stack(losses).sum()
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"relu={self.relu}"

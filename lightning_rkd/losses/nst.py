@@ -1,0 +1,165 @@
+"""Neuron selectivity transfer (Huang and Wang 2017): where the channels of a map are active, as a distribution."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.relations.channels import channel_vectors, unit_channels
+
+Kernel = Literal["polynomial", "linear", "gaussian"]
+
+
+def neuron_selectivity(student: Tensor, teacher: Tensor, *, kernel: Kernel = "polynomial") -> Tensor:
+    r"""NST for one pair of maps; :class:`NST` says what it computes.
+
+    Shapes: (N, C_s, H_s, W_s), (N, C_t, H_t, W_t) -> scalar; or tokens (N, T, C_s), (N, T, C_t).
+
+    Args:
+        student: Map of the student.
+        teacher: Map of the teacher for the same samples; a constant.
+        kernel: ``"polynomial"``, ``"linear"`` or ``"gaussian"``.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: Unknown kernel, tokens of different number, or something that is no map.
+
+    Reference:
+        Huang and Wang 2017, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, arXiv:1707.01219.
+
+    Example:
+        >>> student, teacher = torch.eye(2).view(1, 2, 1, 2), torch.ones(1, 1, 1, 2)
+        >>> neuron_selectivity(student, teacher), neuron_selectivity(student, teacher, kernel="linear")
+        (tensor(0.5000), tensor(0.0858))
+    """
+    _check(kernel)
+    s, t = _common_size(student, teacher.detach())
+    s, t = unit_channels(channel_vectors(s, who="NST")), unit_channels(channel_vectors(t, who="NST"))
+    if kernel == "linear":
+        return (s.mean(1) - t.mean(1)).square().sum(1).mean()
+    if kernel == "gaussian":
+        return _gaussian(s, t)
+    return _polynomial(s, t)
+
+
+def _polynomial(s: Tensor, t: Tensor) -> Tensor:
+    positions, channels = s.shape[2], max(s.shape[1], t.shape[1])
+    if positions <= channels:  # the same number from P x P instead of C x C products
+        gap = s.transpose(1, 2) @ s / s.shape[1] - t.transpose(1, 2) @ t / t.shape[1]
+        return gap.square().sum((1, 2)).mean()
+    tt, ss, st = ((a @ b.transpose(1, 2)).square().mean() for a, b in ((t, t), (s, s), (s, t)))
+    return tt + ss - 2 * st
+
+
+def _gaussian(s: Tensor, t: Tensor) -> Tensor:
+    joint = torch.cat((s, t), dim=1)
+    norms = joint.square().sum(2)
+    squared = (norms[:, :, None] + norms[:, None] - 2 * joint @ joint.transpose(1, 2)).clamp(min=0)
+    bandwidth = squared.detach().mean((1, 2), keepdim=True)
+    k = torch.exp(-squared / (2 * torch.where(bandwidth > 0, bandwidth, 1)))
+    c = s.shape[1]
+    return k[:, :c, :c].mean() + k[:, c:, c:].mean() - 2 * k[:, :c, c:].mean()
+
+
+def _common_size(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    if s.ndim == t.ndim == 4:
+        if s.shape[2:] == t.shape[2:]:
+            return s, t
+        size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
+        return F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size)
+    if s.ndim != t.ndim or (s.ndim == 3 and s.shape[1] != t.shape[1]):
+        raise ValueError(
+            "NST: student and teacher must show maps (N, C, H, W), or equally many tokens (N, T, C), "
+            f"got {tuple(s.shape)} and {tuple(t.shape)}; drop class tokens or pool with a Tap's read"
+        )
+    return s, t
+
+
+def _check(kernel: str) -> None:
+    if kernel not in ("polynomial", "linear", "gaussian"):
+        raise ValueError(f"NST: kernel must be 'polynomial', 'linear' or 'gaussian', got {kernel!r}")
+
+
+class NST(RelationalLoss):
+    r"""Matches, sample by sample, the distribution of the student's channels over positions to the teacher's.
+
+    .. math::
+        L = \sum_{\text{maps}} \frac{1}{N} \sum_n \Big[
+        \frac{1}{C_t^2} \sum_{i,i'} k(\hat t_i, \hat t_{i'}) + \frac{1}{C_s^2} \sum_{j,j'} k(\hat s_j, \hat s_{j'})
+        - \frac{2}{C_s C_t} \sum_{j,i} k(\hat s_j, \hat t_i) \Big]
+
+    the squared maximum mean discrepancy between two sets of channels, where :math:`\hat s_j` is channel j of sample
+    n's map as a vector of H W positions, divided by its norm. The kernels, with the weights :math:`\lambda` of the
+    paper's :math:`\lambda / 2 \cdot L`, are
+
+    - ``"polynomial"``, :math:`k(x, y) = (x^\top y)^2`, which compares Gram matrices of positions;
+    - ``"linear"``, :math:`k(x, y) = x^\top y`, which compares mean maps, as attention transfer does;
+    - ``"gaussian"``, :math:`k(x, y) = \exp(-\lVert x - y \rVert^2 / 2 \sigma^2)`. Its bandwidth is quoted from memory:
+      :math:`\sigma^2` is the mean squared distance of the pairs. Here the pairs are all those of a sample's
+      :math:`C_s + C_t` channels, and no gradient passes through :math:`\sigma`.
+
+    The loss does not change when all maps of one side are scaled, nor when each sample's are.
+
+    Departures: zero channels, common behind a ReLU, pass no gradient, where published code divides by 1e-12. The
+    constant teacher-teacher term is kept, as in RepDistiller, so that a match gives 0; the authors' MXNet code drops
+    it. Maps of different height or width are average-pooled to the smaller of the two, as RepDistiller does for square
+    ones; nothing is published for tokens, so their numbers must agree.
+
+    Shapes: lists of maps (N, C_s, H, W), (N, C_t, H, W), or of tokens (N, T, C_s), (N, T, C_t) -> scalar. Channels
+    may differ.
+
+    Args:
+        kernel: ``"polynomial"``, ``"linear"`` or ``"gaussian"``.
+
+    Raises:
+        ValueError: Unknown kernel, or maps that do not fit.
+
+    Reference:
+        Huang and Wang 2017, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, arXiv:1707.01219.
+        Their weight is 50 for the polynomial kernel.
+
+    Example:
+        >>> student, teacher = torch.eye(2).view(1, 2, 1, 2), torch.ones(1, 1, 1, 2)
+        >>> NST()([student], [teacher])
+        tensor(0.5000)
+    """
+
+    reads = "maps"
+    across_samples = False
+    invariances = frozenset({"scale", "row scale"})
+    bibtex: ClassVar[str] = """@article{huang2017like,
+  title   = {Like What You Like: Knowledge Distill via Neuron Selectivity Transfer},
+  author  = {Huang, Zehao and Wang, Naiyan},
+  journal = {arXiv:1707.01219},
+  year    = {2017}
+}"""
+    card: ClassVar[Card] = Card(
+        paper="Huang and Wang 2017, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, "
+        "arXiv:1707.01219",
+        certainty="read in code",
+        source="HobbitLong/RepDistiller, distiller_zoo/NST.py; TuSimple/neuron-selectivity-transfer, "
+        "symbol/transfer.py; the Gaussian kernel's bandwidth from memory",
+        weight=50.0,
+        weight_note="CIFAR-100, RepDistiller; ImageNet, the authors' configuration",
+        result="CIFAR-100 resnet32x4 to resnet8x4: 73.30 (student alone 72.50), RepDistiller",
+    )
+
+    def __init__(self, kernel: Kernel = "polynomial") -> None:
+        super().__init__()
+        _check(kernel)
+        self.kernel: Kernel = kernel
+
+    def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        """The loss as a scalar, summed over the maps."""
+        terms = [neuron_selectivity(s, t, kernel=self.kernel) for s, t in zip(student, teacher, strict=True)]
+        return torch.stack(terms).sum()
+
+    def extra_repr(self) -> str:
+        """The setting, for ``print``."""
+        return f"kernel={self.kernel!r}"

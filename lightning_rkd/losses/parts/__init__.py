@@ -1,0 +1,1 @@
+"""What several losses share: state that changes from step to step, memory banks, projectors."""

@@ -1,0 +1,110 @@
+"""Relaxed contrastive loss (Kim, Kim, Cho and Kwak 2021): the teacher's similarities as soft labels of pairs."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.relations.distances import distances, squared_distances
+from lightning_rkd.relations.similarities import unit_rows
+
+
+def relaxed_contrastive(student: Tensor, teacher: Tensor, *, sigma: float = 1.0, delta: float = 1.0) -> Tensor:
+    r"""The loss as a function; :class:`RelaxedContrastive` says what it computes.
+
+    Shapes: (N, D_s), (N, D_t) -> scalar, float32, or float64 where the student is.
+
+    Args:
+        student: Embeddings of the student.
+        teacher: Embeddings of the teacher for the same samples; a constant.
+        sigma: Bandwidth of the teacher's similarity.
+        delta: Margin, in mean distances.
+
+    Returns:
+        The loss.
+
+    Reference:
+        Kim, Kim, Cho and Kwak 2021, Embedding Transfer with Label Relaxation for Improved Metric Learning,
+        arXiv:2103.14908.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[1.0], [1.0], [-1.0]])
+        >>> relaxed_contrastive(student, teacher)
+        tensor(0.6047)
+    """
+    d = distances(student)
+    mean = d.mean(1, keepdim=True)
+    d = d / torch.where(mean > 0, mean, 1)
+    alike = torch.exp(-squared_distances(unit_rows(teacher.detach())) / sigma)
+    pull, push = alike * d.square(), (1 - alike) * (delta - d).relu().square()
+    # on the diagonal alike is 1 and d is 0
+    return ((pull + push).sum() / len(student)).to(torch.promote_types(student.dtype, torch.float32))
+
+
+class RelaxedContrastive(RelationalLoss):
+    r"""Pulls pairs of samples together as much as the teacher finds them alike, and pushes them apart else.
+
+    .. math::
+        L = \frac{1}{N} \sum_{i \ne j} w_{ij} d_{ij}^2 + (1 - w_{ij}) \max(0, \delta - d_{ij})^2, \qquad
+        d_{ij} = \frac{\lVert s_i - s_j \rVert}{\frac{1}{N} \sum_m \lVert s_i - s_m \rVert}, \quad
+        w_{ij} = e^{-\lVert \hat t_i - \hat t_j \rVert^2 / \sigma}
+
+    The teacher's rows are normalised, the student's are not. The mean distance of a sample runs over all N samples,
+    itself included, and is part of the graph. The loss does not change when either side is rotated or scaled.
+
+    Departures: distances are exact (float64, centred) where the authors' are clamped at 1e-6; duplicates have distance
+    0, count as all pairs do, and pass no gradient.
+
+    Shapes: (N, D_s), (N, D_t) -> scalar. A batch of one row gives 0.
+
+    Args:
+        sigma: Bandwidth of the teacher's similarity; 1 in the paper.
+        delta: Margin, in mean distances of the sample; 1 in the paper.
+
+    Raises:
+        ValueError: A bandwidth or margin that is not positive.
+
+    Reference:
+        Kim, Kim, Cho and Kwak 2021, Embedding Transfer with Label Relaxation for Improved Metric Learning,
+        arXiv:2103.14908. There it is the only loss, with several augmented views of each image in a batch.
+
+    Example:
+        >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[1.0], [1.0], [-1.0]])
+        >>> RelaxedContrastive()(student, teacher)
+        tensor(0.6047)
+    """
+
+    bibtex: ClassVar[str] = """@inproceedings{kim2021embedding,
+  title     = {Embedding Transfer with Label Relaxation for Improved Metric Learning},
+  author    = {Kim, Sungyeon and Kim, Dongwon and Cho, Minsu and Kwak, Suha},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  year      = {2021}
+}"""
+    card: ClassVar[Card] = Card(
+        paper="Kim, Kim, Cho and Kwak 2021, Embedding Transfer with Label Relaxation for Improved Metric Learning, "
+        "arXiv:2103.14908",
+        certainty="read in code",
+        source="tjddus9597/LabelRelaxation-CVPR21, code/Relaxed_losses.py",
+        weight=1.0,
+        weight_note="metric learning, the only loss",
+        result="R@1 on CUB/Cars/SOP, BN-Inception-512 to itself: 72.1/89.6/79.8 (teacher 69.1/86.4/79.2)",
+    )
+    invariances = frozenset({"rotation", "scale"})
+
+    def __init__(self, sigma: float = 1.0, delta: float = 1.0) -> None:
+        super().__init__()
+        for name, value in (("sigma", sigma), ("delta", delta)):
+            if not value > 0:
+                raise ValueError(f"RelaxedContrastive: {name} must be positive, got {value}")
+        self.sigma, self.delta = sigma, delta
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss as a scalar."""
+        return relaxed_contrastive(student, teacher, sigma=self.sigma, delta=self.delta)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"sigma={self.sigma}, delta={self.delta}"

@@ -1,0 +1,160 @@
+"""Relational representation distillation (Giakoumoglou and Stathaki 2024): similarities to what was seen before."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.parts.memory import Queue
+from lightning_rkd.losses.parts.projector import Projector
+
+
+def relational_cross_entropy(
+    student: Tensor, teacher: Tensor, memory: Tensor, *, student_temperature: float, teacher_temperature: float
+) -> Tensor:
+    r"""RRD for given projections and memory; :class:`RRD` says what it computes.
+
+    Shapes: (N, d), (N, d), (M, d) -> scalar.
+
+    Args:
+        student: Projected embeddings of the student, rows of length 1.
+        teacher: The same of the teacher; a constant.
+        memory: Rows that the similarities are taken to.
+        student_temperature: Of the student's softmax.
+        teacher_temperature: Of the teacher's softmax.
+
+    Returns:
+        The loss.
+
+    Reference:
+        Giakoumoglou and Stathaki 2024, Relational Representation Distillation, arXiv:2407.12073.
+
+    Example:
+        >>> memory = torch.eye(2)
+        >>> relational_cross_entropy(memory, memory, memory, student_temperature=1.0, teacher_temperature=0.02)
+        tensor(0.3133)
+    """
+    target = (teacher.detach() @ memory.T / teacher_temperature).softmax(1)
+    return -(target * F.log_softmax(student @ memory.T / student_temperature, dim=1)).sum(1).mean()
+
+
+class RRD(RelationalLoss):
+    r"""The student's similarities to the teacher's last embeddings, as a distribution, should be the teacher's.
+
+    .. math::
+        L = -\frac{1}{N} \sum_i \sum_{m} p^t_{im} \log p^s_{im}, \qquad
+        p^t_i = \mathrm{softmax}(Q\, \hat t_i / \tau_t), \quad p^s_i = \mathrm{softmax}(Q\, \hat s_i / \tau_s)
+
+    with :math:`\hat s = g_s(s) / \lVert g_s(s) \rVert`, :math:`\hat t = g_t(t) / \lVert g_t(t) \rVert`, linear maps
+    :math:`g_s, g_t` to d dimensions, and Q the M last rows :math:`\hat t`, those of the batch included. It is the
+    cross entropy of the authors' code: the Kullback-Leibler divergence of the paper plus the teacher's entropy, which
+    is constant, so that a match does not give 0. As :math:`\tau_t \to 0` it becomes InfoNCE.
+
+    :math:`g_t` stays at its random start. In the authors' code it is handed to the optimizer too, but no gradient ever
+    reaches it, and here it is marked so. The queue is filled in training only; outside of it the batch takes the place
+    of the oldest rows for the moment.
+
+    Departures: the rows of the first queue have length 1, where the authors' code normalises columns; after M samples
+    there is no difference. Any batch size up to M will do, where theirs must divide M. The temperatures are the
+    defaults of the authors' training scripts, a sharp teacher and a soft student, as the current abstract says; a
+    comment in their class and earlier versions of the abstract say the reverse. Their second variant, with one memory
+    row for every training sample, is not here.
+
+    Shapes: student (N, D_s), teacher (N, D_t) -> scalar.
+
+    Args:
+        student_dim: D_s; ``None`` waits for the first call.
+        teacher_dim: D_t.
+        dim: d.
+        queue_size: M.
+        student_temperature: :math:`\tau_s`.
+        teacher_temperature: :math:`\tau_t`.
+        seed: Of the first rows of the queue.
+
+    Raises:
+        ValueError: A temperature that is not positive, or a batch larger than the queue.
+
+    Reference:
+        Giakoumoglou and Stathaki 2024, Relational Representation Distillation, arXiv:2407.12073.
+
+    Example:
+        >>> loss = RRD(student_dim=4, teacher_dim=8, queue_size=16)
+        >>> loss(torch.randn(6, 4), torch.randn(6, 8)).shape, loss.queue.filled
+        (torch.Size([]), 6)
+        >>> memory = torch.eye(2)
+        >>> relational_cross_entropy(memory, memory, memory, student_temperature=1.0, teacher_temperature=0.02)
+        tensor(0.3133)
+    """
+
+    bibtex: ClassVar[str] = """@article{giakoumoglou2024relational,
+  title   = {Relational Representation Distillation},
+  author  = {Giakoumoglou, Nikolaos and Stathaki, Tania},
+  journal = {arXiv:2407.12073},
+  year    = {2024}
+}"""
+    card: ClassVar[Card] = Card(
+        paper="Giakoumoglou and Stathaki 2024, Relational Representation Distillation, arXiv:2407.12073",
+        certainty="read in code",
+        source="giakoumoglou/rrd, cifar/distillers/RRD.py and cifar/train_student.py",
+        weight=1.0,
+        weight_note="CIFAR-100, the authors' README",
+    )
+    project_student: Projector
+    project_teacher: Projector
+    queue: Queue
+
+    def __init__(
+        self,
+        student_dim: int | None = None,
+        teacher_dim: int | None = None,
+        *,
+        dim: int = 128,
+        queue_size: int = 16384,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.02,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("student_temperature", student_temperature), ("teacher_temperature", teacher_temperature)):
+            if value <= 0:
+                raise ValueError(f"RRD: {name} must be positive, got {value}")
+        self.dim, self.queue_size, self.seed = dim, queue_size, seed
+        self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
+        self.sized(student_dim=student_dim, teacher_dim=teacher_dim)
+
+    def build(self, student_dim: int, teacher_dim: int) -> None:
+        """Make the two linear maps, of which the student's learns, and the queue."""
+        self.project_student = Projector(student_dim, self.dim)
+        self.project_teacher = Projector(teacher_dim, self.dim).requires_grad_(False)
+        self.queue = Queue(self.queue_size, self.dim, seed=self.seed)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss as a scalar; in training the teacher's rows then stay in the queue."""
+        if len(teacher) > self.queue_size:
+            raise ValueError(
+                f"RRD: a batch of {len(teacher)} rows does not fit into the queue of {self.queue_size}; "
+                "pass a larger queue_size"
+            )
+        s, t = self.project_student(student), self.project_teacher(teacher)
+        oldest = (int(self.queue.pushed) + torch.arange(len(t), device=t.device)) % self.queue_size
+        loss = relational_cross_entropy(
+            s,
+            t,
+            self.queue.contents().index_copy_(0, oldest, t),
+            student_temperature=self.student_temperature,
+            teacher_temperature=self.teacher_temperature,
+        )
+        if self.training:
+            self.queue.push(t)
+        return loss
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return (
+            f"dim={self.dim}, queue_size={self.queue_size}, student_temperature={self.student_temperature}, "
+            f"teacher_temperature={self.teacher_temperature}"
+        )

@@ -1,0 +1,165 @@
+"""What a loss is given for one network: picking the value it reads, checking it, casting it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_rkd.records import Outputs
+
+Side = Tensor | Sequence[Tensor] | Outputs | Mapping[str, Outputs]
+"""What a loss may be given for one network: the value it reads, or ``Outputs`` (per tap) to pick it from."""
+
+FIELDS = frozenset({"embedding", "logits", "maps", "classifier"})
+
+
+class NonFiniteError(ValueError):
+    """An embedding, logit or map holds NaN or infinity."""
+
+
+def at_tap(side: Side, tap: str | None, reads: str | tuple[str, ...], *, who: str) -> Any:
+    """Pick from a mapping of taps: the named tap, else the only one, else the tap named like the field."""
+    if not isinstance(side, Mapping):
+        return side
+    if tap is not None and set(side) != {""}:
+        if tap not in side:
+            raise ValueError(f"{who}: there is no tap {tap!r}; the taps are {sorted(side)}")
+        return side[tap]
+    if len(side) == 1:
+        return next(iter(side.values()))
+    fields = (reads,) if isinstance(reads, str) else reads
+    if all(field in side for field in fields):
+        return Outputs(**{field: getattr(side[field], field) for field in fields})
+    raise ValueError(
+        f"{who}: reads {reads!r}, but the network is tapped at {sorted(side)}; "
+        f"say which one with loss.at({min(side)!r})"
+    )
+
+
+def pick(side: Any, reads: str | tuple[str, ...], *, who: str) -> Any:
+    """The value a loss reads: the field of ``Outputs``, or the bare tensor it was given."""
+    if isinstance(side, Mapping):
+        side = at_tap(side, None, reads, who=who)
+    fields = (reads,) if isinstance(reads, str) else reads
+    if isinstance(side, Outputs):
+        absent = [f for f in fields if getattr(side, f) is None]
+        if absent:
+            raise ValueError(f"{who}: the tapped layer shows no {' and no '.join(absent)}{_CURE.get(absent[0], '')}")
+        return getattr(side, reads) if isinstance(reads, str) else side
+    if not isinstance(reads, str):
+        raise TypeError(f"{who}: this loss reads {reads}, so it takes Outputs, got {type(side).__name__}")
+    return side
+
+
+_CURE = {
+    "classifier": ": tap the Linear layer that makes the logits",
+    "maps": ": name a list of layers",
+    "embedding": ": name one layer whose output is (N, D)",
+}
+
+
+def pairs(student: Any, teacher: Any, reads: str | tuple[str, ...], name: str) -> list[tuple[str, Tensor, Tensor]]:
+    """All (field, student tensor, teacher tensor) that a loss is about to compare, checked.
+
+    Raises:
+        TypeError: Something is no floating-point tensor.
+        ValueError: Sides that do not fit, or hold NaN or infinity (CPU only).
+    """
+    found: list[tuple[str, Tensor, Tensor]] = []
+    if isinstance(student, Outputs):
+        for field in ("embedding", "logits"):
+            a, b = getattr(student, field), getattr(teacher, field)
+            if a is not None and b is not None:
+                found.append((field, a, b))
+        if student.maps is not None and teacher.maps is not None:
+            found += [(f"maps[{i}]", a, b) for i, (a, b) in enumerate(zip(student.maps, teacher.maps, strict=False))]
+    elif isinstance(student, Tensor):
+        found.append((str(reads), student, teacher))
+    else:
+        if len(student) != len(teacher):
+            raise ValueError(f"{name}: the student shows {len(student)} maps, the teacher {len(teacher)}")
+        found += [(f"maps[{i}]", a, b) for i, (a, b) in enumerate(zip(student, teacher, strict=True))]
+    for field, a, b in found:
+        for side, x in (("student", a), ("teacher", b)):
+            _check(x, field, side, name)
+        if len(a) != len(b):
+            raise ValueError(
+                f"{name}: student and teacher must show the same N samples, got {tuple(a.shape)} and {tuple(b.shape)}"
+            )
+        if a.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_finite(a, b, name=name)
+    if not found:
+        raise ValueError(f"{name}: nothing to compare")
+    return found
+
+
+def _check(x: Any, field: str, side: str, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: the {side}'s {field} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: the {side}'s {field} must be floating point, got {x.dtype}")
+    if field == "embedding" and x.ndim != 2:
+        raise ValueError(
+            f"{name}: the {side}'s embedding must be (N, D), got {tuple(x.shape)}; pool it with "
+            "Tap(layer, read=global_pool) or mean_pool, cls_token"
+        )
+    if field != "embedding" and x.ndim < 2:
+        raise ValueError(f"{name}: the {side}'s {field} must begin with (N, ...), got {tuple(x.shape)}")
+    if x.ndim == 0 or x.numel() == 0:
+        raise ValueError(f"{name}: the {side}'s {field} is empty, shape {tuple(x.shape)}")
+
+
+def check_finite(student: Tensor, teacher: Tensor, *, name: str = "the loss") -> None:
+    """Raise :class:`NonFiniteError` naming side and row if either tensor holds NaN or infinity."""
+    for side, x in (("student", student), ("teacher", teacher)):
+        finite = torch.isfinite(x.detach())
+        if not finite.all():
+            row = int((~finite.flatten(1).all(1)).nonzero()[0])
+            raise NonFiniteError(f"{name}: the {side}'s output holds NaN or infinity, first in row {row} of {len(x)}")
+
+
+def cast(value: Any, dtype: torch.dtype, detach: bool = False) -> Any:
+    """A side in another precision and, to ``detach``, out of the graph."""
+    if isinstance(value, Tensor):
+        return (value.detach() if detach else value).to(dtype)
+    if isinstance(value, Outputs):
+        return Outputs(**{f: cast(v, dtype, detach) for f in FIELDS if (v := getattr(value, f)) is not None})
+    if value is None:
+        return None
+    return type(value)(cast(v, dtype, detach) for v in value)
+
+
+def width(value: Any, reads: str | tuple[str, ...]) -> int | tuple[int, ...] | None:
+    """The size of what a loss reads: columns of an embedding or of logits, channels of every map.
+
+    Example:
+        >>> width(torch.ones(2, 5), "embedding"), width([torch.ones(2, 3, 4, 4), torch.ones(2, 6, 2, 2)], "maps")
+        (5, (3, 6))
+    """
+    if isinstance(value, Outputs):
+        fields = (reads,) if isinstance(reads, str) else reads
+        field = next((f for f in ("embedding", "maps", "logits") if f in fields), None)
+        return None if field is None else width(getattr(value, field), field)
+    if isinstance(value, Tensor):
+        return value.shape[1]
+    if value is None or reads == "classifier":
+        return None if value is None else value[0].shape[1]
+    return tuple(_channels(m) for m in value)
+
+
+def _channels(m: Tensor) -> int:
+    return m.shape[2] if m.ndim == 3 else m.shape[1]  # tokens are (N, T, C)
+
+
+def classes(value: Any, reads: str | tuple[str, ...]) -> int | None:
+    """The number of classes a side shows, from its logits or from its classifier; ``None`` where it shows neither."""
+    if isinstance(value, Outputs):
+        if value.logits is not None:
+            return value.logits.shape[1]
+        return None if value.classifier is None else len(value.classifier[0])
+    if reads == "logits":
+        return int(value.shape[1])
+    return len(value[0]) if reads == "classifier" else None

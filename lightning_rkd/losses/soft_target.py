@@ -1,0 +1,101 @@
+"""Soft targets (Hinton, Vinyals and Dean 2015): the teacher's class probabilities, softened by a temperature."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_logits, check_positive, pixels_as_rows
+
+
+def soft_target(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
+    """Hinton's loss as a function; :class:`SoftTarget` says what it computes.
+
+    Shapes: (N, K) or (N, K, H, W) on both sides -> scalar.
+
+    Args:
+        student: Logits of the student.
+        teacher: Logits of the teacher; a constant.
+        temperature: T.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: Logits of different shape, or a temperature that is not positive.
+
+    Example:
+        >>> import torch
+        >>> soft_target(torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]]))
+        tensor(1.7751)
+    """
+    check_logits(student, teacher, "SoftTarget")
+    check_positive("SoftTarget", temperature=temperature)
+    s, t = (F.log_softmax(pixels_as_rows(z) / temperature, dim=1) for z in (student, teacher.detach()))
+    return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
+
+
+class SoftTarget(RelationalLoss):
+    r"""Knowledge distillation proper: the student's softened class probabilities should be the teacher's.
+
+    .. math::
+        L = \frac{T^2}{N} \sum_i \mathrm{KL}\big(\sigma(z^t_i / T) \,\Vert\, \sigma(z^s_i / T)\big)
+
+    :math:`\sigma` is the softmax over classes. The factor :math:`T^2` keeps the gradient's size when T changes. The
+    loss does not change when a constant is added to all logits of a sample, on either side.
+
+    Departures: the paper minimises the cross-entropy with the soft targets, which differs by the teacher's entropy, a
+    constant; published code takes this divergence. Dense logits are compared pixel by pixel, as distillation for
+    segmentation does; the mean then runs over pixels too.
+
+    Shapes: (N, K) or (N, K, H, W) on both sides -> scalar.
+
+    Args:
+        temperature: T; 4 in published comparisons.
+
+    Raises:
+        ValueError: A temperature that is not positive; logits of different class counts or shapes.
+
+    Reference:
+        Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
+
+    Example:
+        >>> import torch
+        >>> SoftTarget()(torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]]))
+        tensor(1.7751)
+    """
+
+    reads = "logits"
+    across_samples = False
+    equal_widths = True
+    invariances = frozenset({"row shift"})
+    bibtex: ClassVar[str] = """@article{hinton2015distilling,
+  title   = {Distilling the Knowledge in a Neural Network},
+  author  = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
+  journal = {arXiv preprint arXiv:1503.02531},
+  year    = {2015}
+}"""
+    card: ClassVar[Card] = Card(
+        paper="Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531",
+        certainty="read in code",
+        source="HobbitLong/RepDistiller, distiller_zoo/KD.py",
+        weight=0.9,
+        weight_note="CIFAR-100, RepDistiller, with 0.1 on the task loss",
+        result="CIFAR-100 resnet32x4 to resnet8x4: 73.33 (student alone 72.50), RepDistiller",
+    )
+
+    def __init__(self, temperature: float = 4.0) -> None:
+        super().__init__()
+        check_positive("SoftTarget", temperature=temperature)
+        self.temperature = temperature
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss as a scalar."""
+        return soft_target(student, teacher, temperature=self.temperature)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"temperature={self.temperature}"

@@ -1,0 +1,195 @@
+"""Similarity transfer (after Zhao, Gong, Sun, Dong and Yu 2021): soft targets for virtual samples made by mixup."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.records import Mix
+
+Variant = Literal["virtual", "blended", "wrong classes"]
+"""What the student of similarity transfer imitates."""
+
+
+def similarity_transfer(
+    student: Tensor,
+    teacher: Tensor,
+    mix: Mix,
+    labels: Tensor | None = None,
+    *,
+    variant: Variant = "virtual",
+    share: float = 0.9,
+    temperature: float = 4.0,
+) -> Tensor:
+    """STKD as a function; :class:`STKD` says what it computes.
+
+    Shapes: (N, K), (N, K) -> scalar.
+
+    Args:
+        student: Logits of the student for the mixed samples.
+        teacher: Logits of the teacher for the mixed samples; for the samples themselves where ``variant="blended"``.
+        mix: With whom each sample was mixed.
+        labels: Classes of the samples (N,), or mixed soft labels (N, K).
+        variant: What the student imitates.
+        share: Of imitation; the rest is cross-entropy.
+        temperature: T.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: As :class:`STKD`.
+
+    Reference:
+        Zhao, Gong, Sun, Dong and Yu 2021, Similarity Transfer for Knowledge Distillation, arXiv:2103.10047.
+
+    Example:
+        >>> mix = Mix(torch.tensor([1, 0]), torch.tensor([0.75, 0.75]), labels=torch.tensor([1, 0]))
+        >>> student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[4.0, 0.0], [0.0, 2.0]])
+        >>> similarity_transfer(student, teacher, mix, torch.tensor([0, 1]))
+        tensor(0.5492)
+    """
+    if student.ndim != 2 or student.shape != teacher.shape:
+        raise ValueError(
+            "STKD: student and teacher must show logits (N, K) of the same classes, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if len(mix.ratio) != len(student):
+        raise ValueError(f"STKD: {len(mix.ratio)} rows were mixed, but the student shows {len(student)}")
+    if mix.teacher_mixed is (variant == "blended"):
+        sees = "the samples themselves" if mix.teacher_mixed else "mixed samples"
+        raise ValueError(
+            f"STKD: with variant {variant!r} the teacher must see {sees}: MixUp(clean_teacher={mix.teacher_mixed})"
+        )
+    mixed = None
+    if share < 1 or variant == "wrong classes":
+        mixed = _mixed_labels(labels, mix, student)
+    z, t = student / temperature, teacher.detach() / temperature
+    if variant == "blended":
+        ratio, p = mix.ratio.to(t.dtype)[:, None], t.softmax(1)
+        target = ratio * p + (1 - ratio) * p[mix.partners]
+    elif variant == "wrong classes" and mixed is not None:
+        never = torch.finfo(z.dtype).min / 2  # probability 0, and no NaN where all classes are right
+        z, t = (x.masked_fill(mixed > 0, never) for x in (z, t))
+        target = t.softmax(1)
+    else:
+        target = t.softmax(1)
+    imitation = temperature**2 * F.kl_div(z.log_softmax(1), target, reduction="batchmean")
+    if share == 1 or mixed is None:
+        return imitation
+    return (1 - share) * F.cross_entropy(student, mixed) + share * imitation
+
+
+class STKD(RelationalLoss):
+    r"""STKD-style similarity transfer, a reconstruction: soft targets for mixtures of two samples.
+
+    With :math:`\tilde{x} = \lambda x + (1 - \lambda) x_\pi` of :class:`~lightning_rkd.data.mixup.MixUp`, labels
+    :math:`y` and :math:`y_\pi`, and the logits s and t of student and teacher,
+
+    .. math::
+        L = (1 - w) \big[\lambda \mathrm{CE}(s(\tilde{x}), y) + (1 - \lambda) \mathrm{CE}(s(\tilde{x}), y_\pi)\big]
+        + w T^2 \, \mathrm{KL}\big(p \,\Vert\, \sigma(s(\tilde{x}) / T)\big)
+
+    as a mean over samples, where the target p is
+
+    - ``"virtual"``: :math:`\sigma(t(\tilde{x}) / T)`, what the teacher says of the mixture;
+    - ``"blended"``: :math:`\lambda \sigma(t(x) / T) + (1 - \lambda) \sigma(t(x_\pi) / T)`, the mixture of what it says
+      of the two samples, which it must be shown unmixed, ``MixUp(clean_teacher=True)``;
+    - ``"wrong classes"``: as ``"virtual"``, with p and :math:`\sigma(s)` restricted to the classes that have no part in
+      the mixture's label, and normalised there.
+
+    **A reconstruction, not the paper's loss.** Only the abstract could be read, and no code was published. It says that
+    virtual samples are made by mixup, that a virtual sample should have "a similar probability distribution in the
+    teacher and student networks", and that the loss "can fully utilize the incorrect classes similarities by the mixed
+    labels". The equations above are the plainest reading of that, w, T and the variants are ours, and no published
+    number belongs to them.
+
+    The loss does not change when a constant is added to all logits of a sample.
+
+    Shapes: (N, K), (N, K) -> scalar. A mixture of which no class is wrong has nothing to imitate in
+    ``"wrong classes"`` and adds 0 there.
+
+    Args:
+        variant: ``"virtual"``, ``"blended"`` or ``"wrong classes"``.
+        share: w, between 0 and 1. With 1 the cross-entropy is left to a task loss, for which ``MixUp(num_classes=K)``
+            mixes the labels; labels are then needed by ``"wrong classes"`` only.
+        temperature: T.
+
+    Raises:
+        ValueError: Settings out of range, rows that were not mixed, missing labels, labels or logits of other classes.
+
+    Reference:
+        Zhao, Gong, Sun, Dong and Yu 2021, Similarity Transfer for Knowledge Distillation, arXiv:2103.10047.
+
+    Example:
+        >>> mix = Mix(torch.tensor([1, 0]), torch.tensor([0.75, 0.75]), labels=torch.tensor([1, 0]))
+        >>> student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[4.0, 0.0], [0.0, 2.0]])
+        >>> STKD()(student, teacher, mix=mix, labels=torch.tensor([0, 1]))
+        tensor(0.5492)
+        >>> STKD(share=1.0)(student, teacher, mix=mix)
+        tensor(0.5476)
+    """
+
+    reads = "logits"
+    across_samples = False
+    invariances = frozenset({"row shift"})
+    card = Card(
+        paper="Zhao, Gong, Sun, Dong and Yu 2021, Similarity Transfer for Knowledge Distillation, arXiv:2103.10047",
+        certainty="reconstruction",
+        source="the abstract; no code was published",
+    )
+    bibtex: ClassVar[str] = """@article{zhao2021similarity,
+  title   = {Similarity Transfer for Knowledge Distillation},
+  author  = {Zhao, Haoran and Gong, Kun and Sun, Xin and Dong, Junyu and Yu, Hui},
+  journal = {arXiv preprint arXiv:2103.10047},
+  year    = {2021}
+}"""
+
+    def __init__(self, variant: Variant = "virtual", share: float = 0.9, temperature: float = 4.0) -> None:
+        super().__init__()
+        if variant not in get_args(Variant):
+            raise ValueError(f"STKD: variant must be one of {', '.join(map(repr, get_args(Variant)))}, got {variant!r}")
+        if not 0 <= share <= 1:
+            raise ValueError(f"STKD: share must be between 0 and 1, got {share}")
+        if not temperature > 0:
+            raise ValueError(f"STKD: temperature must be positive, got {temperature}")
+        self.variant, self.share, self.temperature = variant, share, temperature
+
+    def forward(self, student: Tensor, teacher: Tensor, *, mix: Mix, labels: Tensor | None = None) -> Tensor:
+        """The loss as a scalar."""
+        return similarity_transfer(
+            student, teacher, mix, labels, variant=self.variant, share=self.share, temperature=self.temperature
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"variant={self.variant!r}, share={self.share}, temperature={self.temperature}"
+
+
+def _mixed_labels(labels: Tensor | None, mix: Mix, logits: Tensor) -> Tensor:
+    """Soft labels (N, K): mixed already, or from the classes of both partners."""
+    if labels is None:
+        raise ValueError(
+            "STKD needs labels: say where the batch has them, labels=..., or leave out what needs them, "
+            "STKD(share=1.0) with variant 'virtual' or 'blended'"
+        )
+    classes = logits.shape[1]
+    if labels.is_floating_point():
+        if labels.shape != logits.shape:
+            raise ValueError(
+                f"STKD: soft labels must be {tuple(logits.shape)} like the logits, got {tuple(labels.shape)}"
+            )
+        return labels.to(logits.dtype)
+    if mix.labels is None:
+        raise ValueError("STKD: the mix has no labels of the partners, Mix(partners, ratio, labels=...)")
+    ratio = mix.ratio.to(logits.dtype)[:, None]
+    mixed = logits.new_zeros(logits.shape)
+    for one, part in ((labels, ratio), (mix.labels, 1 - ratio)):
+        if one.device.type == "cpu" and not 0 <= (low := int(one.min())) <= (high := int(one.max())) < classes:
+            raise ValueError(f"STKD: labels go from {low} to {high}, but the logits have {classes} classes")
+        mixed = mixed.scatter_add(1, one[:, None].long(), part)
+    return mixed

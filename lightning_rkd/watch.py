@@ -1,0 +1,85 @@
+"""Finds NaN, infinity and collapse in what the networks show, without stopping the step."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_rkd.losses.base import NonFiniteError, Term, at_tap
+
+
+class CollapseWarning(UserWarning):
+    """All rows of the student's embedding are equal: relational losses have no gradient there."""
+
+
+class Watch:
+    """Finds NaN, infinity and collapse without stopping the step.
+
+    On a CPU the loss itself has already refused non-finite values. On other devices a few flags travel to the host
+    while the step goes on, and are looked at when the next one begins.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Any, str, int]] = []
+        self._reported = False
+
+    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
+        return Watch, ()  # copies start anew: events on a GPU cannot be copied
+
+    def look(self, term: Term, sides: tuple[Any, Any], name: str, step: int) -> None:
+        """Note the state of what a term has just read."""
+        read = [[t.detach() for t in at_tap(s, term.tap, term.reads, who=name).tensors(term.reads)] for s in sides]
+        if not all(read):
+            return
+        student = read[0][0]
+        bad = [_first_bad(tensors) for tensors in read]
+        equal = torch.zeros((), device=student.device)
+        if term.reads == "embedding" and len(student) > 1:
+            equal = (student[1:] == student[:1]).all()
+        flags = torch.stack([*bad, equal.to(bad[0].dtype)])
+        event = None
+        if flags.is_cuda:
+            host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+            flags = host.copy_(flags, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self._waiting.append((flags, event, name, step))
+        if event is None:
+            self.check()
+
+    def check(self, *, wait: bool = False) -> None:
+        """Report what has arrived, or, to ``wait``, all that is under way.
+
+        Raises:
+            NonFiniteError: With side, row and step.
+        """
+        waiting, self._waiting = self._waiting, []
+        for flags, event, name, step in waiting:
+            if event is not None and wait:
+                event.synchronize()
+            elif event is not None and not event.query():
+                self._waiting.append((flags, event, name, step))
+                continue
+            *bad, equal = flags.tolist()
+            for side, row in zip(("student", "teacher"), bad, strict=True):
+                if row >= 0:
+                    raise NonFiniteError(
+                        f"step {step}: {name}: the {side}'s output holds NaN or infinity, first in row {row}"
+                    )
+            if equal and not self._reported:
+                self._reported = True
+                warnings.warn(
+                    f"step {step}: the student has collapsed: all rows of the embedding that {name} reads are equal, "
+                    "where relational losses have no gradient. Lower the learning rate, or add a task loss",
+                    CollapseWarning,
+                    stacklevel=2,
+                )
+
+
+def _first_bad(tensors: list[Tensor]) -> Tensor:
+    """The number of the first row with NaN or infinity, or -1, as a tensor on the device."""
+    bad = torch.stack([(~t.isfinite()).flatten(1).any(1) for t in tensors]).any(0)
+    return torch.where(bad.any(), bad.int().argmax(), -1)

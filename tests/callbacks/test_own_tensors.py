@@ -1,0 +1,139 @@
+"""Losses with parameters or memories: the callback trains, saves and synchronises them as the module itself would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+
+from lightning_rkd.callbacks.distillation import RelationalDistillation
+from lightning_rkd.data.indices import with_indices
+from lightning_rkd.losses.base import RelationalLoss
+from tests import toys
+from tests.callbacks.test_ddp import batches, devices
+from tests.ranks import Ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def attached(loss: RelationalLoss | dict[str, RelationalLoss], **settings: Any) -> RelationalDistillation:
+    return RelationalDistillation(toys.teacher(), loss, student_layer="backbone", **settings)
+
+
+class ByHand(toys.Student):
+    """The same loss, written into the module."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.hint = toys.Projected(5, 7)
+        self.taught = [toys.teacher().eval()]
+        self.by_hand = [lambda embedding, x: self.hint(embedding, self.taught[0](x).detach())]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_loss_with_parameters_trains_as_if_written_into_the_module(precision: Any) -> None:
+    by_hand, module, loss = ByHand(), toys.Student(), toys.Projected(5, 7)
+    toys.fit(by_hand, precision=precision)
+    toys.fit(module, attached(loss), precision=precision)
+    assert toys.gap(by_hand.backbone, module.backbone) == toys.gap(by_hand.hint, loss) == 0.0
+    assert toys.gap(loss, toys.Projected(5, 7)) > 1e-3
+    assert next(loss.parameters()).dtype == torch.float32
+
+
+def test_parameters_that_no_optimizer_holds_join_the_first_group_and_schedulers_live_on() -> None:
+    class Chosen(toys.Student):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD([*self.backbone.parameters(), *self.head.parameters()], 0.1, momentum=0.9)
+            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)]
+
+    module, loss = Chosen(), toys.Projected(5, 7)
+    trainer = toys.fit(module, attached(loss), max_epochs=2)
+    (group,) = trainer.optimizers[0].param_groups
+    assert {id(p) for p in loss.parameters()} <= {id(p) for p in group["params"]}
+    assert toys.gap(loss, toys.Projected(5, 7)) > 1e-3
+
+
+def test_nothing_of_the_loss_stays_in_the_module_or_its_checkpoint(tmp_path: Path) -> None:
+    module, callback = toys.Student(), attached(toys.Projected(5, 7))
+    before = set(dict(module.named_modules()))
+    trainer = toys.fit(module, callback, enable_checkpointing=True, default_root_dir=tmp_path)
+    assert set(dict(module.named_modules())) == before
+    path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    saved = torch.load(path, weights_only=True)
+    assert set(saved["state_dict"]) == set(toys.Student().state_dict())
+    (state,) = [s for key, s in saved["callbacks"].items() if key.startswith("RelationalDistillation")]
+    assert sorted(state["losses"]) == [f"projected.{key}" for key in ("project.bias", "project.weight", "sizes")]
+
+
+def loss_for_resume() -> dict[str, RelationalLoss]:
+    return {"projected": toys.Projected(5, 7), "remembers": toys.Remembers(7, 40)}
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path) -> None:
+    loader = with_indices(toys.loader())
+    whole, whole_loss = toys.Student(), loss_for_resume()
+    toys.fit(whole, attached(whole_loss), batches=loader, max_epochs=2)
+    half = toys.fit(toys.Student(), attached(loss_for_resume()), batches=loader)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    module, loss = toys.Student(), loss_for_resume()
+    trainer = toys.trainer(callbacks=[attached(loss)], max_epochs=2)
+    trainer.fit(module, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert toys.gap(whole, module) == 0.0
+    assert all(toys.gap(whole_loss[name], loss[name]) == 0.0 for name in loss)
+
+
+def test_a_loss_that_lacks_its_sizes_is_told_them_in_the_error() -> None:
+    loader = with_indices(toys.loader())
+    with pytest.raises(ValueError, match=r"pass Projected\(student_dim=5, teacher_dim=7\)"):
+        toys.fit(toys.Student(), attached(toys.Projected()), batches=loader)
+    with pytest.raises(ValueError, match=r"pass Remembers\(num_samples=40, teacher_dim=7\)"):
+        toys.fit(toys.Student(), attached(toys.Remembers()), batches=loader)
+
+
+def test_a_loss_made_for_other_widths_says_so() -> None:
+    with pytest.raises(ValueError, match="Projected was made for student_dim=6, but is shown student_dim=5"):
+        toys.fit(toys.Student(), attached(toys.Projected(6, 7)))
+
+
+def test_a_memory_and_an_optimizer_that_evaluates_steps_several_times_are_refused() -> None:
+    module = toys.Student(optimizer=torch.optim.LBFGS)
+    with pytest.raises(ValueError, match="remember every evaluation of a step, and LBFGS evaluates each several times"):
+        toys.fit(module, attached(toys.Remembers(7, 40)), batches=with_indices(toys.loader()))
+
+
+def test_two_callbacks_with_tensors_of_their_own_live_side_by_side() -> None:
+    first, second = toys.Projected(5, 7), toys.Projected(8, 10)
+    inside = RelationalDistillation(toys.teacher(), second, student_layer="backbone.drop", teacher_layer="drop")
+    both = [attached(first), inside]
+    toys.fit(toys.Student(), *both)
+    assert toys.gap(first, toys.Projected(5, 7)) > 1e-3
+    assert toys.gap(second, toys.Projected(8, 10)) > 1e-4
+
+
+def test_averages_of_weights_work_and_hold_nothing_of_the_loss(tmp_path: Path) -> None:
+    saved = tmp_path / "last.ckpt"
+    callbacks = [attached(toys.Projected(5, 7)), WeightAveraging()]
+    toys.fit(toys.Student(), *callbacks).save_checkpoint(saved)
+    assert not [key for key in torch.load(saved, weights_only=True)["state_dict"] if "distill" in key]
+
+
+def in_two_processes(rank: int | None) -> dict[str, Tensor]:
+    module, losses = toys.Student(), {"projected": toys.Projected(5, 7), "remembers": toys.Remembers(7, 80)}
+    with devices(rank) as where:
+        toys.fit(module, attached(losses), batches=with_indices(batches(rank)), **where)
+    own = {f"{name}.{key}": x for name, loss in losses.items() for key, x in loss.state_dict().items()}
+    return {name: x.clone() for name, x in {**module.state_dict(), **own}.items()}
+
+
+@pytest.mark.slow
+def test_on_two_devices_parameters_and_memories_are_those_of_one_device(ranks: Ranks) -> None:
+    first, second = ranks.run(in_two_processes)
+    alone = in_two_processes(None)
+    assert first.keys() == alone.keys()
+    for name, x in alone.items():
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+        torch.testing.assert_close(first[name], x, rtol=0, atol=1e-6)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_rkd.losses.dist import DIST
+from tests.oracles import dist as oracle
+from tests.oracles.differences import central_differences
+
+
+def det(n: int, d: int, a: float, b: float) -> Tensor:
+    i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(d, dtype=torch.float64)
+    return torch.sin(a * i + b * j + 0.3 * i * j)
+
+
+@pytest.mark.parametrize(
+    ("loss", "value"),
+    [
+        (DIST(gamma=0), 1.1095336949342),
+        (DIST(beta=0), 0.9892270493859574),
+        (DIST(2, 3), 2 * 1.1095336949342 + 3 * 0.9892270493859574),
+    ],
+    ids=str,
+)
+def test_the_values_are_those_of_the_authors_code(loss, value):
+    assert float(loss(3 * det(6, 5, 0.9, 0.4), 3 * det(6, 5, 0.2, 1.7))) == pytest.approx(value, abs=1e-10)
+
+
+@pytest.mark.parametrize("settings", [(1.0, 1.0, 1.0), (2.0, 0.5, 4.0)])
+@pytest.mark.parametrize(("n", "k"), [(2, 2), (2, 5), (7, 3), (5, 20)])
+def test_the_loss_is_that_of_the_loops(n, k, settings):
+    student, teacher = 3 * np.random.default_rng(n).normal(size=(2, n, k))
+    ours = DIST(*settings)(torch.from_numpy(student), torch.from_numpy(teacher))
+    assert ours.item() == pytest.approx(oracle.dist(student, teacher, *settings), rel=1e-9)
+
+
+def test_the_gradient_is_that_of_central_differences_of_the_loops():
+    student, teacher = np.random.default_rng(0).normal(size=(2, 4, 3))
+    x = torch.from_numpy(student).requires_grad_()
+    DIST(2.0, 1.0, 2.0)(x, torch.from_numpy(teacher)).backward()
+    expected = central_differences(lambda s: oracle.dist(s, teacher, 2.0, 1.0, 2.0), student)
+    np.testing.assert_allclose(x.grad, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_every_pixel_of_dense_logits_is_a_sample():
+    student, teacher = torch.randn(2, 2, 4, 3, 2, dtype=torch.float64)
+    rows = [x.permute(0, 2, 3, 1).reshape(-1, 4).numpy() for x in (student, teacher)]
+    assert float(DIST()(student, teacher)) == pytest.approx(oracle.dist(*rows), rel=1e-10)
+
+
+def test_a_teacher_that_only_exaggerates_costs_next_to_nothing():
+    probabilities = torch.tensor([[0.4, 0.3, 0.3], [0.2, 0.5, 0.3], [0.3, 0.3, 0.4]], dtype=torch.float64)
+    sharper = 2 * (probabilities - 1 / 3) + 1 / 3
+    assert abs(float(DIST()(probabilities.log(), sharper.log()))) < 1e-5
+    assert float(DIST()(probabilities.log(), sharper.flip(1).log())) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_uniform_predictions_correlate_with_nothing_and_keep_gradients_of_ordinary_size(side, dtype):
+    student, teacher = torch.randn(2, 6, 10, dtype=dtype)
+    (student if side == "student" else teacher).fill_(0.1)
+    student.requires_grad_()
+    loss = DIST()(student, teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(2, abs=1e-5)
+    assert student.grad.abs().max() < 1
+
+
+def test_of_one_sample_only_the_row_counts():
+    student, teacher = np.random.default_rng(0).normal(size=(2, 1, 5))
+    value = DIST()(torch.from_numpy(student), torch.from_numpy(teacher))
+    assert value.item() == pytest.approx(oracle.dist(student, teacher, gamma=0) + 1, rel=1e-9)
+
+
+def test_different_class_counts_are_refused_with_both_counts_and_the_cure():
+    with pytest.raises(ValueError, match=r"DIST: the student has 5 classes, the teacher 7.*embeddings"):
+        DIST()(torch.randn(3, 5), torch.randn(3, 7))
+
+
+def test_a_temperature_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match="DIST: tau must be a positive number, got 0"):
+        DIST(tau=0)
+
+
+def test_settings_show_when_printed():
+    assert str(DIST(2.0)) == "DIST(beta=2.0, gamma=1.0, tau=1.0)"

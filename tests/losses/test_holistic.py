@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_rkd.distributed import gather_rows
+from lightning_rkd.losses import HolisticKD
+from lightning_rkd.losses.holistic import prediction_graph
+from lightning_rkd.records import Outputs
+from tests.oracles import holistic as oracle
+from tests.oracles.memory import project, renewed
+from tests.ranks import Ranks
+
+
+def small(**settings) -> HolisticKD:
+    return HolisticKD(4, 6, 12, **{"dim": 5, "negatives": 7, "neighbours": 3, **settings}).double()
+
+
+def batches(n: int, steps: int = 1) -> list[dict[str, Tensor]]:
+    return [
+        {
+            "student": torch.randn(n, 4, dtype=torch.float64),
+            "student_logits": torch.randn(n, 3, dtype=torch.float64),
+            "teacher": torch.randn(n, 6, dtype=torch.float64),
+            "teacher_logits": torch.randn(n, 3, dtype=torch.float64),
+            "indices": torch.randperm(12)[:n],
+            "labels": torch.randint(3, (n,)),
+        }
+        for _ in range(steps)
+    ]
+
+
+def value_of(loss: HolisticKD, batch: dict[str, Tensor]) -> Tensor:
+    sides = (Outputs(embedding=batch[name], logits=batch[f"{name}_logits"]) for name in ("student", "teacher"))
+    return loss(*sides, indices=batch["indices"], labels=batch["labels"])
+
+
+def layer(module: nn.Module) -> tuple[list[list[float]], list[float]]:
+    return module.linear.weight.tolist(), module.linear.bias.tolist()
+
+
+@pytest.mark.parametrize("negatives_from", ["own", "other"])
+@pytest.mark.parametrize(
+    ("n", "settings"), [(3, {}), (6, {"negatives": 1}), (7, {"temperature": 0.5, "smoothing": 0.2})]
+)
+def test_loss_and_memories_over_several_steps_are_those_of_the_loops(n, settings, negatives_from):
+    loss = small(negatives_from=negatives_from, **settings)
+    banks = (loss.student_memory, loss.teacher_memory)
+    memories = [bank.rows.tolist() for bank in banks]
+    for batch in batches(n, steps=3):
+        indices = batch["indices"].tolist()
+        which = loss.student_memory.draw(batch["indices"], loss.negatives, batch["labels"]).tolist()
+        rows, smooth = [], []
+        for name in ("student", "teacher"):
+            rows.append(project(*layer(getattr(loss, f"{name}_projector")), batch[name].tolist()))
+            near = oracle.neighbours(batch[f"{name}_logits"].tolist(), 3)
+            smooth.append(oracle.tag_conv(rows[-1], near, *layer(getattr(loss, f"{name}_conv"))))
+        expected = 0.0
+        for mine, other in ((0, 1), (1, 0)):
+            noise = memories[mine if negatives_from == "own" else other]
+            partners = [memories[other][i] for i in indices]
+            expected += oracle.info_nce(rows[mine], partners, noise, which, loss.temperature)
+            mixed = renewed(memories[other], indices, smooth[other], loss.smoothing)
+            partners = [mixed[i] for i in indices]
+            expected += oracle.info_nce(smooth[mine], partners, noise, which, loss.temperature)
+        assert value_of(loss, batch).item() == pytest.approx(expected, rel=1e-10)
+        memories = [renewed(m, indices, x, loss.momentum) for m, x in zip(memories, rows, strict=True)]
+        for bank, expected_rows in zip(banks, memories, strict=True):
+            torch.testing.assert_close(bank.rows, torch.tensor(expected_rows, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_the_graph_is_the_normalised_adjacency_of_the_neighbours():
+    logits = torch.randn(9, 4, dtype=torch.float64)
+    graph = prediction_graph(logits, 4)
+    for i, near in enumerate(oracle.neighbours(logits.tolist(), 4)):
+        assert near[0] == i
+        assert set(graph[i].nonzero().flatten().tolist()) == set(near)
+    assert set(graph.flatten().tolist()) == {0.0, 0.25}
+
+
+def test_the_gradient_is_right_where_no_constant_cuts_it():
+    loss, (batch,) = small(smoothing=1.0), batches(5)
+    batch["student"].requires_grad_()
+    assert torch.autograd.gradcheck(lambda *_: value_of(copy.deepcopy(loss), batch), [batch["student"]])
+
+
+def test_the_gradient_takes_partners_as_constants():
+    loss, (batch,) = small().eval(), batches(5)
+    x = batch["student"].requires_grad_()
+    (grad,) = torch.autograd.grad(value_of(loss, batch), x)
+    frozen = {name: value.detach().clone() for name, value in batch.items()}
+    partner = loss._partner
+    s = loss.student_projector(frozen["student"])
+    smooth = loss.student_conv(s, prediction_graph(frozen["student_logits"], 3)).detach()
+
+    def with_frozen(memory, indices, rows):
+        return partner(memory, indices, smooth if memory is loss.student_memory else rows)
+
+    loss._partner = with_frozen
+    step = 1e-6
+    for i, k in ((0, 0), (2, 3), (4, 1)):
+        values = []
+        for sign in (1, -1):
+            moved = x.detach().clone()
+            moved[i, k] += sign * step
+            values.append(value_of(loss, batch | {"student": moved}).item())
+        assert (values[0] - values[1]) / (2 * step) == pytest.approx(grad[i, k].item(), rel=1e-5, abs=1e-8)
+
+
+def test_logits_receive_no_gradient():
+    loss, (batch,) = small(), batches(5)
+    batch["student_logits"].requires_grad_()
+    batch["student"].requires_grad_()
+    value_of(loss, batch).backward()
+    assert batch["student_logits"].grad is None
+
+
+def test_evaluation_leaves_the_memories_untouched_and_repeats_itself():
+    loss, (batch,) = small().eval(), batches(4)
+    before = copy.deepcopy(loss.state_dict())
+    assert torch.equal(value_of(loss, batch), value_of(loss, batch))
+    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+
+
+def test_a_run_taken_up_half_way_goes_on_bit_for_bit():
+    steps, loss = batches(4, steps=6), small().float()
+    for batch in steps[:3]:
+        value_of(loss, batch)
+    resumed = HolisticKD(dim=5, negatives=7, neighbours=3)
+    resumed.load_state_dict(copy.deepcopy(loss.state_dict()))
+    for batch in steps[3:]:
+        assert torch.equal(value_of(loss, batch), value_of(resumed, batch))
+
+
+def _train(rank: int, loss: HolisticKD, steps: list[dict[str, Tensor]], counts: list[int]) -> dict[str, Tensor]:
+    mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    loss = copy.deepcopy(loss)  # what is sent to a process is shared memory
+    for batch in steps:
+        value_of(loss, {name: gather_rows(value[mine]) for name, value in batch.items()})
+    return {name: buffer.clone() for name, buffer in loss.named_buffers()}
+
+
+def test_two_ranks_hold_the_same_memories_as_one_process_after_three_steps(ranks: Ranks):
+    loss, steps = small(), batches(6, steps=3)
+    held = ranks.run(_train, loss, steps, [4, 2])
+    for name, value in _train(0, loss, steps, [6]).items():
+        assert torch.equal(held[0][name], held[1][name]), name
+        assert torch.equal(held[0][name], value), name
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_batch_smaller_than_the_neighbourhood_names_loss_and_cure(n):
+    with pytest.raises(
+        ValueError, match=f"HolisticKD: a graph of k=3 nearest .* at least 3 samples, got a batch of {n}"
+    ):
+        value_of(small(), batches(n)[0])
+
+
+def test_an_index_outside_the_memory_names_loss_and_cure():
+    (batch,) = batches(4)
+    with pytest.raises(ValueError, match="HolisticKD: index 70 is outside its memory of 12 samples; pass num_samples"):
+        value_of(small(), batch | {"indices": torch.tensor([0, 1, 70, 2])})
+
+
+def test_labels_are_asked_for():
+    side = Outputs(embedding=torch.ones(8, 2), logits=torch.ones(8, 3))
+    with pytest.raises(ValueError, match=r"HolisticKD needs \['labels'\]"):
+        HolisticKD(num_samples=9)(side, side, indices=torch.arange(8))
+
+
+def test_logits_of_pixels_are_refused():
+    side = Outputs(embedding=torch.ones(8, 2), logits=torch.ones(8, 3, 4, 4))
+    with pytest.raises(
+        ValueError, match=r"HolisticKD: the student's logits must be \(N, classes\), got \(8, 3, 4, 4\)"
+    ):
+        HolisticKD(num_samples=9)(side, side, indices=torch.arange(8), labels=torch.arange(8) % 3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"neighbours": 0},
+        {"negatives": 0},
+        {"temperature": 0.0},
+        {"momentum": 1.5},
+        {"smoothing": -0.1},
+        {"negatives_from": "teacher"},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"HolisticKD takes .* got"):
+        HolisticKD(**wrong)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_rkd.losses import IRG
+from lightning_rkd.losses.irg import edges, transformation
+from lightning_rkd.records import Outputs
+from tests.oracles import irg as oracle
+
+
+def shown(maps: list[np.ndarray], logits: np.ndarray | None = None) -> Outputs:
+    return Outputs(
+        logits=None if logits is None else torch.from_numpy(logits), maps=[torch.from_numpy(m) for m in maps]
+    )
+
+
+def networks(n: int = 5, channels: tuple[int, int] = (2, 3)) -> tuple[Outputs, Outputs, dict[str, float]]:
+    """Two networks with four maps, and the parts of the loss by loops."""
+    rng = np.random.default_rng(0)
+    s, t = ([rng.normal(size=(n, c, 3, 2)), rng.normal(size=(n, c, 3, 2)), rng.normal(size=(n, 2 * c, 2, 2)),
+             rng.normal(size=(n, 2 * c, 1, 1))] for c in channels)  # fmt: skip
+    zs, zt = rng.normal(size=(2, n, 4))
+    ps, pt = ([oracle.pooled(m) for m in maps] for maps in (s, t))
+    parts = {
+        "vertices": oracle.vertices(zs, zt),
+        "last": oracle.edges(ps[3], pt[3]),
+        "third": oracle.edges(ps[2], pt[3]),
+        "first stage": oracle.transformation((ps[0], ps[1]), (pt[0], pt[1])),
+        "second stage": oracle.transformation((ps[2], ps[3]), (pt[2], pt[3])),
+    }
+    return shown(s, zs), shown(t, zt), parts
+
+
+STAGES = [(0, 1), (2, 3)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_the_loss_is_the_weighted_sum_of_the_loops(n):
+    s, t, parts = networks(n)
+    loss = IRG(0.3, 2.0, 5.0, edge_layers=(-1, 2), transform_layers=STAGES)
+    expected = (
+        0.3 * parts["vertices"]
+        + 2 * (parts["last"] + parts["third"])
+        + 5 * (parts["first stage"] + parts["second stage"])
+    )
+    assert float(loss(s, t)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_defaults_are_the_authors_weights_on_the_last_edges():
+    s, t, parts = networks()
+    loss = IRG(transform_layers=STAGES)
+    keys = ("vertices", "last", "first stage", "second stage")
+    assert float(loss(s, t)) == pytest.approx(0.005 * sum(parts[k] for k in keys), rel=1e-9)
+
+
+def test_without_a_list_every_map_goes_with_its_next():
+    s, t, parts = networks()
+    s, t = (Outputs(maps=x.maps[:2]) for x in (s, t))  # type: ignore[index]
+    assert float(IRG(0, 0, 1)(s, t)) == pytest.approx(parts["first stage"], rel=1e-9)
+    assert float(IRG(0, 0, 1)(Outputs(maps=s.maps[:1]), Outputs(maps=t.maps[:1]))) == 0  # type: ignore[index]
+
+
+def test_without_a_weight_for_vertices_no_logits_are_needed():
+    assert IRG(vertex_weight=0).reads == ("maps",)
+    s, t, _ = networks()
+    with pytest.raises(ValueError, match="logits"):
+        IRG(transform_layers=STAGES)(Outputs(maps=s.maps), Outputs(maps=t.maps))
+
+
+def test_tokens_with_the_same_numbers_give_the_same_loss():
+    s, t, _ = networks()
+    tokens = [Outputs(logits=x.logits, maps=[m.flatten(2).transpose(1, 2) for m in x.maps or []]) for x in (s, t)]
+    loss = IRG(transform_layers=STAGES)
+    torch.testing.assert_close(loss(*tokens), loss(s, t))
+
+
+@pytest.mark.parametrize("what", [edges, lambda x: transformation(x, 2 * x.square())], ids=["edges", "moves"])
+def test_the_gradient_is_that_of_differences_through_the_largest_too(what):
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(what(x).shape, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: (what(x) * weights).sum(), x)
+
+
+def test_a_batch_that_does_not_spread_or_move_gives_zeros_and_no_gradient():
+    x = torch.ones(3, 2, requires_grad=True)
+    (edges(x).sum() + transformation(x, x).sum()).backward()
+    assert edges(x).abs().max() == 0
+    assert x.grad is not None
+    assert x.grad.abs().max() == 0
+
+
+def test_what_does_not_fit_is_refused_with_the_cure():
+    s, t, _ = networks()
+    with pytest.raises(ValueError, match=r"student's maps 1 and 2 have 2 and 4; .* transform_layers=\[\(0, 1\)"):
+        IRG()(s, t)
+    with pytest.raises(ValueError, match="IRG: there is no map 7, the networks show 4"):
+        IRG(edge_layers=(7,))(s, t)
+    with pytest.raises(ValueError, match="IRG: there is no map -5"):
+        IRG(transform_layers=[(0, -5)])(s, t)
+    with pytest.raises(ValueError, match=r"logits over the same classes, got \(5, 3\) and \(5, 4\)"):
+        IRG(transform_layers=STAGES)(Outputs(logits=torch.ones(5, 3), maps=s.maps), t)

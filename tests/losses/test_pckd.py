@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_rkd.data.rotations import Rotations
+from lightning_rkd.losses import PCKD
+from lightning_rkd.losses.pckd import category_contrast, preview_weights
+from lightning_rkd.records import Batch, Outputs
+from tests.oracles import pckd as oracle
+
+CLASSES = 4
+SHIPPED = (0.05, 1.0, 20.0, 0.0)
+
+
+def side(rows: int, width: int, bias: bool = True) -> Outputs:
+    x, z = torch.randn(rows, width, dtype=torch.float64), 2 * torch.randn(rows, CLASSES, dtype=torch.float64)
+    weight = torch.randn(CLASSES, width, dtype=torch.float64)
+    return Outputs(x, z, classifier=(weight, torch.randn(CLASSES, dtype=torch.float64) if bias else None))
+
+
+def arrays(shown: Outputs) -> tuple[np.ndarray, ...]:
+    return tuple(x.numpy() for x in (shown.embedding, shown.logits, *shown.classifier))
+
+
+def views(samples: int, count: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Labels and view of every row in the layout of Rotations, and the row of each row's sample in view 0."""
+    labels = torch.randint(CLASSES, (samples,)).repeat(count)
+    return labels, torch.arange(count).repeat_interleave(samples), list(range(samples)) * count
+
+
+@pytest.mark.parametrize("weights", [SHIPPED, (0.3, 0.5, 1.0, 2.0)], ids=["shipped", "all"])
+@pytest.mark.parametrize(("samples", "count"), [(1, 1), (2, 1), (5, 1), (1, 4), (3, 4), (4, 2)])
+@pytest.mark.parametrize("widths", [(3, 5), (4, 4)], ids=["other widths", "same widths"])
+@pytest.mark.parametrize("epoch", [0, 200])
+def test_the_loss_is_that_of_the_loops(samples, count, widths, weights, epoch):
+    student, teacher = (side(samples * count, width) for width in widths)
+    labels, view, sample = views(samples, count)
+    loss = PCKD(*weights, student_dim=widths[0], teacher_dim=widths[1]).double()
+    parameters = {name: p.detach().numpy() for name, p in loss.named_parameters()}
+    ours = loss(student, teacher, labels=labels, epoch=epoch, view=None if count == 1 else view)
+    expected = oracle.pckd(arrays(student), arrays(teacher), labels.tolist(), sample, epoch, parameters, weights)
+    assert float(ours.detach()) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_authors_small_number_in_the_logarithm_changes_next_to_nothing():
+    student, teacher = side(8, 4), side(8, 6)
+    labels, _, sample = views(8, 1)
+    loss = PCKD(student_dim=4, teacher_dim=6).double()
+    parameters = {name: p.detach().numpy() for name, p in loss.named_parameters()}
+    ours = loss(student, teacher, labels=labels, epoch=0)
+    theirs = oracle.pckd(arrays(student), arrays(teacher), labels.tolist(), sample, 0, parameters, eps=1e-7)
+    assert float(ours.detach()) == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", [SHIPPED, (0.3, 0.5, 1.0, 2.0)], ids=["shipped", "all"])
+def test_the_gradient_passes_gradcheck_where_no_sample_is_hard(weights):
+    student, teacher = side(4, 2), side(4, 2)
+    loss = PCKD(*weights, student_dim=2, teacher_dim=2).double()
+    leaves = [x.requires_grad_() for x in (student.embedding, student.logits, *student.classifier, *loss.parameters())]
+
+    def value(*_: Tensor) -> Tensor:
+        return loss(student, teacher, labels=torch.tensor([0, 1, 1, 3]), epoch=10_000)
+
+    assert torch.autograd.gradcheck(value, leaves, fast_mode=True)
+
+
+def test_the_weights_of_hard_samples_are_constants():
+    student, teacher = side(6, 3), side(6, 5)
+    labels = torch.tensor([0, 1, 1, 3, 2, 2])
+    loss = PCKD(1.0, 0.0, 0.0, 0.0, student_dim=3, teacher_dim=5).double()
+    assert preview_weights(student.logits, labels).min() < 1
+    student.logits.requires_grad_()
+    student.embedding.requires_grad_()
+    loss(student, teacher, labels=labels, epoch=0).backward()
+    assert student.logits.grad is None
+    assert student.embedding.grad.abs().max() > 0
+
+
+def test_easy_samples_weigh_one_and_hard_ones_less():
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 0.0], [-2.0, 0.0]]), torch.tensor([0, 0, 0])
+    ce = torch.tensor([0.126928, 0.693147, 2.126928])
+    hard = ce[2] / ce.mean()
+    torch.testing.assert_close(
+        preview_weights(logits, labels), torch.stack([hard * 0 + 1, hard * 0 + 1, (-(hard**2)).exp()])
+    )
+
+
+def test_as_training_goes_on_samples_of_every_hardness_count_fully():
+    logits, labels = torch.randn(20, 5), torch.randint(5, (20,))
+    full = [int((preview_weights(logits, labels, epoch=epoch) == 1).sum()) for epoch in (0, 100, 200, 2000)]
+    assert full == sorted(full)
+    assert full[0] < full[-1] == 20
+
+
+def test_rotated_rows_take_the_weight_of_their_sample_in_any_layout():
+    logits, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    own = preview_weights(logits, labels)
+    assert len(own.unique()) > 1
+    first = torch.cat([logits, torch.randn(9, 5)])  # as Rotations lays out
+    view = torch.arange(4).repeat_interleave(3)
+    torch.testing.assert_close(preview_weights(first, labels.repeat(4), view), own.repeat(4))
+    woven = first.view(4, 3, 5).transpose(0, 1).reshape(12, 5)  # sample by sample
+    torch.testing.assert_close(
+        preview_weights(woven, labels.repeat_interleave(4), torch.arange(4).repeat(3)), own.repeat_interleave(4)
+    )
+    ranks = torch.tensor([0, 1, 3, 4, 6, 7, 9, 10, 2, 5, 8, 11])  # two ranks with two samples and one
+    torch.testing.assert_close(
+        preview_weights(first[ranks], labels.repeat(4)[ranks], view[ranks]), own.repeat(4)[ranks]
+    )
+
+
+def test_rows_of_one_class_attract_and_of_others_repel():
+    apart = category_contrast(3 * torch.eye(4), 3 * torch.eye(4), torch.arange(4))
+    confused = category_contrast(3 * torch.eye(4), 3 * torch.eye(4).roll(1, 0), torch.arange(4))
+    assert (apart < confused).all()
+
+
+def test_classifiers_are_compared_only_where_their_shapes_are_the_same():
+    labels = torch.tensor([0, 1, 2, 3])
+    for widths, bias, compared in (((3, 3), True, True), ((3, 3), False, True), ((3, 4), True, False)):
+        student, teacher = (side(4, width, bias) for width in widths)
+        value = PCKD(0.0, 1.0, 0.0, 0.0)(student, teacher, labels=labels, epoch=0)
+        expected = torch.zeros((), dtype=torch.float64)
+        if compared:
+            joined = [
+                torch.cat([w, *([] if b is None else [b[:, None]])], 1)
+                for w, b in (student.classifier, teacher.classifier)
+            ]
+            expected = (joined[0] - joined[1]).square().mean()
+        torch.testing.assert_close(value.detach(), expected)
+
+
+def test_it_takes_what_rotations_make():
+    images, labels = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 2])
+    batch = Rotations()(Batch(images, labels))
+
+    def shown(width: int) -> Outputs:
+        backbone, head = torch.nn.Linear(16, width), torch.nn.Linear(width, 3)
+        x = backbone(batch.inputs.flatten(1))
+        return Outputs(x, head(x), classifier=(head.weight, head.bias))
+
+    student = shown(4)
+    value = PCKD(kl_weight=1.0)(student, shown(6), labels=batch.labels, view=batch.view, epoch=0)
+    value.backward()
+    assert torch.isfinite(value.detach())
+    assert all(p.grad is not None for p in student.classifier)
+
+
+def test_a_single_row_has_the_batch_statistics_of_itself():
+    loss, one = PCKD(0.0, 0.0, 1.0, 0.0), side(1, 3)
+    teacher = side(1, 5)
+    value = loss(one, teacher, labels=torch.tensor([0]), epoch=0)
+    hidden = loss.align[1].bias.relu()  # what is left of a row minus its mean
+    expected = 2 - 2 * torch.cosine_similarity(loss.align[3](hidden), teacher.embedding[0], dim=0)
+    torch.testing.assert_close(value, expected)
+
+
+def test_labels_that_are_no_class_numbers_are_refused():
+    for labels in (torch.rand(4, CLASSES), torch.rand(4)):
+        with pytest.raises(ValueError, match=r"PCKD: labels must be \(N,\) class numbers"):
+            PCKD()(side(4, 3), side(4, 3), labels=labels, epoch=0)
+
+
+def test_networks_of_other_classes_are_refused():
+    teacher = side(4, 3)
+    teacher.classifier = (torch.randn(7, 3), torch.randn(7))
+    with pytest.raises(ValueError, match="PCKD: student and teacher must tell the same classes apart, got 4 and 7"):
+        PCKD()(side(4, 3), teacher, labels=torch.arange(4), epoch=0)
+
+
+def test_views_without_their_sample_are_refused():
+    with pytest.raises(ValueError, match="PCKD: row 3 is view 1 of a sample whose view 0 is not in the batch"):
+        PCKD()(side(4, 3), side(4, 3), labels=torch.arange(4), view=torch.tensor([0, 1, 2, 1]), epoch=0)
+
+
+def test_settings_out_of_range_are_refused_and_settings_show_when_printed():
+    for name in ("temperature", "kl_temperature", "growth"):
+        with pytest.raises(ValueError, match=f"PCKD: {name} must be positive, got 0"):
+            PCKD(**{name: 0})
+    assert "PCKD(\n  contrast_weight=0.05, correlation_weight=1.0, align_weight=20.0, kl_weight=0.0" in str(
+        PCKD(student_dim=2, teacher_dim=2)
+    )

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_rkd.losses import RRD
+from tests.oracles import rrd as oracle
+
+
+def small(**kwargs: float) -> RRD:
+    return RRD(3, 4, dim=2, queue_size=5, **kwargs).double()  # type: ignore[arg-type]
+
+
+def by_loops(loss: RRD, student: torch.Tensor, teacher: torch.Tensor, queue: list[list[float]]) -> float:
+    def project(x: torch.Tensor, linear: torch.nn.Linear) -> list[list[float]]:
+        return oracle.project(x.numpy(), linear.weight.detach().numpy(), linear.bias.detach().numpy())
+
+    s, t = project(student, loss.project_student.linear), project(teacher, loss.project_teacher.linear)
+    queue += t
+    return oracle.rrd(s, t, queue[-5:], loss.student_temperature, loss.teacher_temperature)
+
+
+@pytest.mark.parametrize("temperatures", [(0.1, 0.02), (0.5, 1.0)])
+def test_over_several_steps_the_loss_is_that_of_the_loops_with_the_last_rows(temperatures):
+    torch.manual_seed(0)
+    loss = small(student_temperature=temperatures[0], teacher_temperature=temperatures[1])
+    queue = loss.queue.rows.tolist()
+    for n in (2, 4, 1, 5, 3):
+        student, teacher = torch.randn(n, 3, dtype=torch.float64), torch.randn(n, 4, dtype=torch.float64)
+        expected = by_loops(loss, student, teacher, queue)
+        assert loss(student, teacher).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_outside_of_training_the_value_is_the_same_and_the_queue_stays():
+    loss = small()
+    student, teacher = torch.randn(4, 3), torch.randn(4, 4)
+    before = copy.deepcopy(loss.queue.state_dict())
+    outside = loss.eval()(student, teacher)
+    assert all(torch.equal(x, before[name]) for name, x in loss.queue.state_dict().items())
+    torch.testing.assert_close(loss.train()(student, teacher), outside)
+    assert loss.queue.filled == 4
+
+
+def test_the_teachers_map_never_learns_and_the_students_does():
+    loss = small()
+    loss(torch.randn(4, 3), torch.randn(4, 4)).backward()
+    assert not any(p.requires_grad for p in loss.project_teacher.parameters())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in loss.project_student.parameters())
+
+
+def test_a_sharp_teacher_makes_it_info_nce():
+    torch.manual_seed(1)
+    loss = small(student_temperature=0.1, teacher_temperature=1e-9)
+    student, teacher = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    s, t = loss.project_student(student), loss.project_teacher(teacher)
+    torch.testing.assert_close(loss(student, teacher), F.cross_entropy(s @ t.T / 0.1, torch.arange(5)))
+
+
+def test_the_defaults_are_those_of_the_authors_scripts():
+    loss = RRD(2, 2)
+    assert (loss.dim, loss.queue_size) == (128, 16384)
+    assert (loss.student_temperature, loss.teacher_temperature) == (0.1, 0.02)
+    np.testing.assert_allclose(loss.queue.rows.norm(dim=1).numpy(), 1, rtol=1e-5)
+
+
+def test_what_does_not_fit_is_refused_with_the_cure():
+    with pytest.raises(ValueError, match="RRD: a batch of 6 rows does not fit into the queue of 5; pass a larger"):
+        small()(torch.randn(6, 3), torch.randn(6, 4))
+    with pytest.raises(ValueError, match="RRD: teacher_temperature must be positive, got 0"):
+        RRD(teacher_temperature=0)

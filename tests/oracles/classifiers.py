@@ -1,0 +1,99 @@
+"""Soft targets and cross-entropies in plain Python loops, and what the schemes for classifiers make of them.
+
+Written from the equations in the published code named by each scheme; logits are lists of rows of floats.
+"""
+
+from __future__ import annotations
+
+import math
+
+Rows = list[list[float]]
+
+
+def softmax(row: list[float], temperature: float = 1.0) -> list[float]:
+    highest = max(row)
+    powers = [math.exp((z - highest) / temperature) for z in row]
+    return [p / sum(powers) for p in powers]
+
+
+def cross_entropy(logits: Rows, labels: list[int]) -> float:
+    total = 0.0
+    for row, label in zip(logits, labels, strict=True):
+        total -= math.log(softmax(row)[label])
+    return total / len(logits)
+
+
+def divergence(student: Rows, teacher: Rows, temperature: float) -> float:
+    """KL of the teacher's softened probabilities from the student's, mean over rows, without T squared."""
+    total = 0.0
+    for zs, zt in zip(student, teacher, strict=True):
+        for p, q in zip(softmax(zt, temperature), softmax(zs, temperature), strict=True):
+            total += p * math.log(p / q)
+    return total / len(student)
+
+
+def soft_and_hard(student: Rows, teacher: Rows, labels: list[int], temperature: float, alpha: float) -> float:
+    soft = alpha * temperature * temperature * divergence(student, teacher, temperature)
+    return soft + (1 - alpha) * cross_entropy(student, labels)
+
+
+def multi_head(
+    final: tuple[Rows, Rows], heads: list[tuple[Rows, Rows]], labels: list[int], temperature: float, alpha: float,
+    beta: float,
+) -> tuple[float, float]:  # fmt: skip
+    """The two parts of the loss; every pair is (student, teacher)."""
+    last = soft_and_hard(*final, labels, temperature, alpha)
+    middle = 0.0
+    for zs, zt in heads:
+        middle += cross_entropy(zt, labels) + beta * soft_and_hard(zs, zt, labels, temperature, alpha)
+    return last, middle
+
+
+def online(branches: list[Rows], labels: list[int], temperature: float) -> tuple[float, float]:
+    """Cross-entropies and soft targets, each summed over branches."""
+    rows, classes = range(len(branches[0])), range(len(branches[0][0]))
+    mean = [[sum(z[i][k] for z in branches) / len(branches) for k in classes] for i in rows]
+    hard = sum(cross_entropy(z, labels) for z in branches)
+    return hard, sum(temperature**2 * divergence(z, mean, temperature) for z in branches)
+
+
+def overlap(weights: list[Rows]) -> float:
+    """Frobenius norms of the products of every two classifiers' weights, each K rows of D numbers."""
+    total = 0.0
+    for i in range(len(weights)):
+        for j in range(i + 1, len(weights)):
+            a, b = weights[i], weights[j]
+            square = 0.0
+            for p in range(len(a[0])):
+                for q in range(len(b[0])):
+                    square += sum(a[k][p] * b[k][q] for k in range(len(a))) ** 2
+            total += math.sqrt(square)
+    return total
+
+
+Shown = tuple[list[float], Rows]
+"""Scores and auxiliary logits of one relation net for all anchors."""
+
+
+def relations(near: list[Shown], far: list[Shown], labels: list[int], others: list[int]) -> tuple[float, float, float]:
+    """Classes, triplets and scores of class-oriented self-distillation; the last net belongs to the deepest stage."""
+    count = len(labels)
+    classes = triplet = scores = 0.0
+    for (p, aux_p), (n, aux_n) in zip(near, far, strict=True):
+        classes += 0.16 * divergence(aux_p, near[-1][1], 1.0) + 0.04 * cross_entropy(aux_p, labels)
+        classes += 0.04 * divergence(aux_n, far[-1][1], 1.0)
+        for i in range(count):
+            smooth = [0.5 * (k == labels[i]) + 0.5 * (k == others[i]) for k in range(len(aux_n[i]))]
+            predicted = softmax(aux_n[i], 3.0)
+            classes -= 0.01 * sum(t * math.log(q) for t, q in zip(smooth, predicted, strict=True)) / count
+            triplet += 0.01 * max(p[i] - n[i] + 1.0, 0.0) / count
+            scores += 0.01 * ((p[i] - near[-1][0][i]) ** 2 + (n[i] - far[-1][0][i]) ** 2) / count
+    return classes, triplet, scores
+
+
+def squared(a: Rows, b: Rows) -> float:
+    """Mean over samples of squared distances, divided by the number of features."""
+    total = 0.0
+    for x, y in zip(a, b, strict=True):
+        total += sum((p - q) ** 2 for p, q in zip(x, y, strict=True)) / len(x)
+    return total / len(a)

@@ -1,0 +1,24 @@
+"""CRCD's feature relation by plain loops, from crcd/criterion.py and crcd/memory.py of Lechatelia/CRCD."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tests.oracles.memory import Row, Rows, dot, nce, unit
+
+
+def relation(x: Row, anchor: Row) -> list[float]:
+    return unit([a - b + 1e-6 for a, b in zip(x, anchor, strict=True)])
+
+
+def crcd(
+    features: Rows, memory: Rows, indices: Sequence[int], which: Sequence[Sequence[int]], temperature: float, z: float
+) -> float:
+    """One of the two terms."""
+    exponentials = []
+    for v, chosen in zip(features, which, strict=True):
+        for a in indices:
+            mine = relation(v, memory[a])
+            exponentials.append([math.exp(dot(mine, relation(memory[j], memory[a])) / temperature) for j in chosen])
+    return nce(exponentials, z, len(memory))

@@ -1,0 +1,39 @@
+"""Class similarity and cosine-weighted temperatures in loops."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.oracles.sample_contrastive import cosine
+from tests.oracles.soft_target import softmax
+
+
+def columns(student: np.ndarray, teacher: np.ndarray, temperatures: list[float]) -> float:
+    """One minus the mean over classes of the cosine between the two columns of probabilities."""
+    ps, pt = (np.array([softmax(z, t) for z, t in zip(side, temperatures, strict=True)]) for side in (student, teacher))
+    classes = student.shape[1]
+    return 1 - sum(cosine(ps[:, k], pt[:, k]) for k in range(classes)) / classes
+
+
+def class_similarity(student: np.ndarray, teacher: np.ndarray, temperature: float = 4.0, alpha: float = 2.0) -> float:
+    return alpha * temperature**2 * columns(student, teacher, [temperature] * len(student))
+
+
+def temperatures(student: np.ndarray, teacher: np.ndarray, low: float = 2.0, high: float = 6.0) -> list[float]:
+    c = [cosine(np.array(softmax(a, 1)), np.array(softmax(b, 1))) for a, b in zip(student, teacher, strict=True)]
+    if max(c) == min(c):
+        return [low] * len(c)
+    return [(high - low) / (min(c) - max(c)) * (v - max(c)) + low for v in c]
+
+
+def cosine_temperature(
+    student: np.ndarray,
+    teacher: np.ndarray,
+    low: float = 2.0,
+    high: float = 6.0,
+    alpha: float = 2.0,
+    fixed: list[float] | None = None,
+) -> float:
+    """With the temperatures of these logits, or with those given."""
+    each = temperatures(student, teacher, low, high) if fixed is None else fixed
+    return alpha * (sum(each) / len(each)) ** 2 * columns(student, teacher, each)

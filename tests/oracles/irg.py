@@ -1,0 +1,43 @@
+"""Instance relationship graphs as the authors' Caffe layers compute them, loop by loop."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def pooled(maps: np.ndarray) -> np.ndarray:
+    n, c = maps.shape[:2]
+    return np.array([[sum(maps[i, k].reshape(-1)) / maps[i, k].size for k in range(c)] for i in range(n)])
+
+
+def squared(a: np.ndarray, b: np.ndarray) -> float:
+    return sum((float(x) - float(y)) ** 2 for x, y in zip(a, b, strict=True))
+
+
+def edge_map(x: np.ndarray) -> list[list[float]]:
+    """Squared distances between the samples over the largest of them."""
+    d = [[squared(a, b) for b in x] for a in x]
+    largest = max(v for row in d for v in row) or 1.0
+    return [[v / largest for v in row] for row in d]
+
+
+def moved(before: np.ndarray, after: np.ndarray) -> list[float]:
+    """Squared distance between a sample's two features over the largest in the batch."""
+    d = [squared(a, b) for a, b in zip(before, after, strict=True)]
+    largest = max(d) or 1.0
+    return [v / largest for v in d]
+
+
+def vertices(s: np.ndarray, t: np.ndarray) -> float:
+    return sum(squared(a, b) for a, b in zip(s, t, strict=True)) / (2 * len(s))
+
+
+def edges(s: np.ndarray, t: np.ndarray) -> float:
+    """Caffe's Euclidean loss of two blobs of N rows."""
+    pairs = zip(edge_map(s), edge_map(t), strict=True)
+    return sum((x - y) ** 2 for a, b in pairs for x, y in zip(a, b, strict=True)) / (2 * len(s))
+
+
+def transformation(s: tuple[np.ndarray, np.ndarray], t: tuple[np.ndarray, np.ndarray]) -> float:
+    """Caffe's Euclidean loss of two blobs of one row."""
+    return sum((x - y) ** 2 for x, y in zip(moved(*s), moved(*t), strict=True)) / 2

@@ -1,0 +1,96 @@
+"""PCKD as the authors' code computes it (losses.py, loops.py), one row and one pair at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def softmax(z: Array, t: float = 1.0) -> list[float]:
+    total = sum(math.exp(v / t) for v in z)
+    return [math.exp(v / t) / total for v in z]
+
+
+def unit(x: Array) -> Array:
+    return x / math.sqrt(sum(v * v for v in x))
+
+
+def preview(
+    logits: Array, labels: Sequence[int], sample: Sequence[int], epoch: int, growth: float = 1.005
+) -> list[float]:
+    """w of every row; ``sample[i]`` is the row that shows the sample of row i unrotated. Their epochs begin at 1."""
+    first = sorted(set(sample))
+    ce = {i: -math.log(softmax(logits[i])[labels[i]]) for i in first}
+    mean = sum(ce.values()) / len(ce)
+    threshold = growth ** (epoch + 1)
+    w = {i: 1.0 if c / mean <= threshold else math.exp(-((c / mean) ** 2)) for i, c in ce.items()}
+    return [w[i] for i in sample]
+
+
+def contrast(s: Array, t: Array, labels: Sequence[int], temperature: float = 4.0, eps: float = 0.0) -> list[float]:
+    """Sum of a row's two supervised contrastive terms; ``eps`` is what their logarithm adds."""
+    u, y = np.concatenate([s, t]), [*labels, *labels]
+    terms = []
+    for a in range(len(u)):
+        scores = [float(u[a] @ u[b]) / temperature for b in range(len(u))]
+        top = max(scores)
+        total = sum(math.exp(scores[b] - top) for b in range(len(u)) if b != a)
+        same = [b for b in range(len(u)) if b != a and y[b] == y[a]]
+        mean = sum(scores[b] - top - math.log(total + eps) for b in same) / len(same)
+        terms.append(-temperature / 0.07 * mean)
+    return [terms[i] + terms[i + len(s)] for i in range(len(s))]
+
+
+def mlp(x: Array, layers: dict[str, Array]) -> Array:
+    """Linear, batch norm of this batch (eps 1e-5), ReLU, linear."""
+    hidden = np.array(
+        [[float(w @ row) + b for w, b in zip(layers["0.weight"], layers["0.bias"], strict=True)] for row in x]
+    )
+    for j in range(hidden.shape[1]):
+        column = hidden[:, j]
+        mean = sum(column) / len(column)
+        variance = sum((v - mean) ** 2 for v in column) / len(column)
+        hidden[:, j] = [
+            max(0.0, (v - mean) / math.sqrt(variance + 1e-5) * layers["1.weight"][j] + layers["1.bias"][j])
+            for v in column
+        ]
+    return np.array(
+        [[float(w @ row) + b for w, b in zip(layers["3.weight"], layers["3.bias"], strict=True)] for row in hidden]
+    )
+
+
+def pckd(
+    student: tuple[Array, Array, Array, Array],
+    teacher: tuple[Array, Array, Array, Array],
+    labels: Sequence[int],
+    sample: Sequence[int],
+    epoch: int,
+    parameters: dict[str, Array],
+    weights: Sequence[float] = (0.05, 1.0, 20.0, 0.0),
+    eps: float = 0.0,
+) -> float:
+    """L without its task loss. Sides are (embedding, logits, weight, bias); ``weights`` are beta, alpha, f, delta."""
+    (s, zs, ws, bs), (t, zt, wt, bt) = student, teacher
+    beta, alpha, f, delta = weights
+    w = preview(zs, labels, sample, epoch)
+
+    def scores(which: str, centres: Array) -> Array:
+        a, b = parameters[f"{which}.linear.weight"], parameters[f"{which}.linear.bias"]
+        return np.array([[float(c @ unit(a @ row + b)) for c in centres] for row in s])
+
+    con = contrast(scores("to_student", ws), scores("to_teacher", wt), labels, eps=eps)
+    total = beta * sum(a * b for a, b in zip(w, con, strict=True)) / len(s)
+    if ws.shape == wt.shape:
+        a, b = (np.concatenate([x, y[:, None]], 1) for x, y in ((ws, bs), (wt, bt)))
+        total += alpha * sum((p - q) ** 2 for p, q in zip(a.flat, b.flat, strict=True)) / a.size
+    projected = mlp(s, {k.removeprefix("align."): v for k, v in parameters.items() if k.startswith("align.")})
+    total += f * (2 - 2 * sum(float(unit(a) @ unit(b)) for a, b in zip(projected, t, strict=True)) / len(s))
+    kl, first = 0.0, sorted(set(sample))
+    for i in first:
+        p, q = softmax(zt[i], 4.0), softmax(zs[i], 4.0)
+        kl += w[i] * 16 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / len(first)
+    return total + delta * kl
