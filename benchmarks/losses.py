@@ -42,6 +42,7 @@ ALONE = "no distillation"
 
 # What a loss is given beyond its defaults, by dotted path in the recipe
 SETTINGS: dict[str, dict[str, Any]] = {
+    "IRG": {"model.init_args.loss.init_args.transform_layers": []},  # stages of different widths
     "STKD": {
         "model.init_args.loss.init_args.share": 1.0,
         "model.init_args.batch_transform": {

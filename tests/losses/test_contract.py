@@ -14,6 +14,8 @@ from torch import Tensor
 import lightning_rkd.losses
 from lightning_rkd.distributed import gather_rows, row_counts
 from lightning_rkd.losses.base import INVARIANCES, LossSum, RelationalLoss, Term
+from lightning_rkd.losses.mhgd import MHGD
+from lightning_rkd.losses.parts.attention_graph import AttentionGraph
 from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.records import Mix, Outputs
 from tests.ranks import Ranks
@@ -66,6 +68,10 @@ def context(cls: type[RelationalLoss], n: int) -> dict[str, Any]:
 
 
 def made(cls: type[RelationalLoss]) -> RelationalLoss:
+    if cls is MHGD:  # knows nothing without the graph that its first stage learns
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return MHGD(AttentionGraph((4, 4, 4)))
     return cls(num_samples=SAMPLES) if "num_samples" in inspect.signature(cls.build).parameters else cls()
 
 
