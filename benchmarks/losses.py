@@ -1,13 +1,17 @@
 """Every loss on the letters of ``GlyphDataModule``: same student and steps, three seeds, weights chosen in validation.
 
-Run ``python benchmarks/losses.py``; it writes ``docs/losses_on_glyphs.md`` and the single runs beside it as CSV. A run
-that was stopped goes on where it was: finished trainings are kept in ``--out``. Two processes (``--jobs``) with one
-thread each share the work.
+Run ``python benchmarks/losses.py``; it writes ``docs/losses_on_glyphs.md``. Every training is a line of
+``docs/losses_on_glyphs.csv`` and is not repeated where that line is there: a run that was stopped goes on, and a new
+loss is added to the others (delete the file to begin anew). ``--jobs`` processes with one thread each share the work.
 
 Teacher and student are those of the recipes ``glyphs_classifier_teacher`` and ``glyphs_distill``. For each loss
     1. the weight that makes its gradient as long as the task's is found in a short run (``balance=1``);
-    2. that weight times 0.3, 1 and 3 is tried with the first seed, and chosen by MAP@R of the *validation* letters;
-    3. the other seeds are trained with the chosen weight, and all seeds are tested on the *test* letters, once.
+    2. that weight times 0.3, 1, 3 and 10 is tried with the first seed, and chosen by MAP@R of the *validation* letters;
+    3. the other seeds are trained with the chosen weight.
+The test letters choose nothing.
+
+Runs with one seed see the same images in the same order, whatever the loss, so the teacher's embeddings and logits are
+kept from the first of them. Seconds per step are measured without that.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -29,15 +34,20 @@ import lightning.pytorch as pl
 import torch
 import yaml
 
+import lightning_rkd.losses
 from lightning_rkd import recipes
+from lightning_rkd.losses import LossSum, RelationalLoss, Term
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
+from lightning_rkd.records import Batch, Outputs
 from lightning_rkd.study import embed, train, with_settings
+from lightning_rkd.teachers import Teacher
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "losses_on_glyphs.md"
-FACTORS = (0.3, 1.0, 3.0)
+RUNS = PAGE.with_suffix(".csv")
+FACTORS = (0.3, 1.0, 3.0, 10.0)
 SEEDS = (0, 1, 2)
-STEPS, CALIBRATION, TIMED = 500, 60, 40
+STEPS, CALIBRATION, TIMED = 300, 50, 40
 ALONE = "no distillation"
 
 # What a loss is given beyond its defaults, by dotted path in the recipe
@@ -57,11 +67,8 @@ LEFT_OUT = {"AICSD": "reads dense logits (segmentation)"}
 
 def names() -> list[str]:
     """The losses of the gallery that can be trained here."""
-    import lightning_rkd.losses as every
-    from lightning_rkd.losses import LossSum, RelationalLoss, Term
-
-    found = [n for n in every.__all__ if isinstance(c := getattr(every, n), type) and issubclass(c, RelationalLoss)]
-    classes = {n: getattr(every, n) for n in found}
+    found = {name: getattr(lightning_rkd.losses, name) for name in lightning_rkd.losses.__all__}
+    classes = {n: c for n, c in found.items() if isinstance(c, type) and issubclass(c, RelationalLoss)}
     return sorted(n for n, c in classes.items() if c not in (RelationalLoss, Term, LossSum) and n not in LEFT_OUT)
 
 
@@ -93,7 +100,59 @@ def student(loss: str, steps: int, teacher: Path, weight: float | None, **more: 
             "model.init_args.weight": 1.0 if weight is None else weight,
             **SETTINGS.get(loss, {}),
         }
+    if loss == "MHGD":
+        settings["model.init_args.loss.init_args.estimator"] = str(trained_estimator(teacher))
     return with_settings(config, settings)
+
+
+class Kept:
+    """A teacher whose answers to inputs that it has seen before are taken from a file."""
+
+    def __init__(self, teacher: Teacher, file: Path) -> None:
+        self.teacher, self.file, self.new = teacher, file, False
+        self.known: dict[str, Any] = torch.load(file) if file.exists() else {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.teacher, name)
+
+    def __call__(self, batch: Batch, calls: Any = None) -> dict[str, Outputs]:
+        key = hashlib.sha1(batch.inputs.numpy().tobytes()).hexdigest()
+        if key not in self.known:
+            shown = self.teacher(batch, calls)
+            self.known[key], self.new = (shown["embedding"].embedding, shown["logits"].logits), True
+        embedding, logits = self.known[key]
+        everything = Outputs(embedding, logits, None, self._classifier())
+        return dict.fromkeys(("embedding", "logits", "classifier"), everything)
+
+    def _classifier(self) -> tuple[Any, Any]:
+        layer = self.teacher.network.classifier
+        return layer.weight.detach(), layer.bias.detach()
+
+
+class Remember(pl.Callback):
+    """Puts :class:`Kept` between a run and its teacher."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        module.distiller.teacher = Kept(module.distiller.teacher, self.file)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        kept = module.distiller.teacher
+        if kept.new:
+            partial = self.file.with_suffix(f".{os.getpid()}")
+            torch.save(kept.known, partial)
+            partial.replace(self.file)
+
+
+def remembering(loss: str, seed: int, out: Path) -> list[pl.Callback]:
+    """For losses that read no maps and see the batches as they come."""
+    if loss == ALONE:
+        return []
+    reads = getattr(lightning_rkd.losses, loss).reads
+    plain = "maps" not in reads and "model.init_args.batch_transform" not in SETTINGS.get(loss, {})
+    return [Remember(out / f"teacher-{seed}.pt")] if plain else []
 
 
 class Clock(pl.Callback):
@@ -114,7 +173,13 @@ class Clock(pl.Callback):
 def calibrate(loss: str, teacher: Path, folder: Path) -> float:
     """The weight at which the loss pulls at what it reads as strongly as the task: the median of the last steps."""
     clock = Clock()
-    train(student(loss, CALIBRATION, teacher, None, **{"model.init_args.balance": 1.0}), folder, 0, [clock])
+    settings = {"model.init_args.balance": 1.0}
+    train(
+        student(loss, CALIBRATION, teacher, None, **settings),
+        folder,
+        0,
+        [clock, *remembering(loss, 0, folder.parents[1])],
+    )
     found = [b for b in clock.balance[-CALIBRATION // 2 :] if b > 0]
     return statistics.median(found) if found else 1.0
 
@@ -126,55 +191,82 @@ def scores(module: pl.LightningModule, loader: Any) -> dict[str, float]:
     return {name: float(value) for name, value in metric.compute().items()}
 
 
+COLUMNS = ["loss", "kind", "weight", "seed", "seconds"]
+COLUMNS += [f"{part}_{score}" for part in ("val", "test") for score in ("recall_at_1", "map_at_r", "r_precision")]
+
+
+def kept_rows() -> list[dict[str, Any]]:
+    """The trainings that have been done: of kind ``train``, ``balance`` (the weight that was found) or ``time``."""
+    if not RUNS.exists():
+        return []
+    with RUNS.open(newline="", encoding="utf-8") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    for row in rows:
+        row |= {k: float(v) if v else None for k, v in row.items() if k not in ("loss", "kind")}
+    return rows
+
+
+def keep(row: dict[str, Any]) -> dict[str, Any]:
+    """Add a line to the file; lines of several processes do not mix."""
+    line = ",".join("" if row.get(key) is None else str(row[key]) for key in COLUMNS) + "\n"
+    with RUNS.open("a", encoding="utf-8") as file:
+        file.write(line)
+    return row
+
+
 def run(loss: str, weight: float | None, seed: int, teacher: Path, folder: Path) -> dict[str, Any]:
     """Train one student and measure it on validation and test letters."""
-    module, data, seconds = train(student(loss, STEPS, teacher, weight), folder, seed)
-    row: dict[str, Any] = {"loss": loss, "weight": weight, "seed": seed, "seconds": seconds}
+    callbacks = remembering(loss, seed, folder.parents[1])
+    module, data, seconds = train(student(loss, STEPS, teacher, weight), folder, seed, callbacks)
+    row: dict[str, Any] = {"loss": loss, "kind": "train", "weight": weight, "seed": seed, "seconds": seconds}
     for part, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
         row |= {f"{part}_{name}": value for name, value in scores(module, loader).items()}
     return row
 
 
 def work(job: tuple[str, Path, Path]) -> str:
-    """All trainings of one loss that are not there yet, one JSON line each."""
+    """All trainings of one loss that have not been done."""
     loss, teacher, out = job
     torch.set_num_threads(1)
-    file = out / f"{loss.replace(' ', '_')}.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = [row for row in kept_rows() if row["loss"] == loss]
+    folder = out / "run" / loss.replace(" ", "_")
 
-    def kept(weight: float | None, seed: int) -> dict[str, Any]:
+    def trained(weight: float | None, seed: int) -> dict[str, Any]:
         for row in done:
-            if row["weight"] == weight and row["seed"] == seed:
+            if (row["kind"], row["weight"], row["seed"]) == ("train", weight, seed):
                 return row
-        row = run(loss, weight, seed, teacher, out / "run" / loss.replace(" ", "_"))
-        done.append(row)
-        with file.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-        return row
+        return keep(run(loss, weight, seed, teacher, folder))
 
     weight = None
     if loss != ALONE:
-        note = out / f"{loss}.balance"
-        if not note.exists():
-            note.write_text(repr(calibrate(loss, teacher, out / "run" / loss)))
-        tried = [kept(float(f"{factor * float(note.read_text()):.3g}"), SEEDS[0]) for factor in FACTORS]
+        found = [row["weight"] for row in done if row["kind"] == "balance"]
+        if not found:
+            found = [float(f"{calibrate(loss, teacher, folder):.3g}")]
+            keep({"loss": loss, "kind": "balance", "weight": found[0]})
+        tried = [trained(float(f"{factor * found[0]:.3g}"), SEEDS[0]) for factor in FACTORS]
         weight = max(tried, key=lambda row: row["val_map_at_r"])["weight"]
-    rows = [kept(weight, seed) for seed in SEEDS]
-    (out / f"{loss.replace(' ', '_')}.json").write_text(json.dumps(rows))
+    rows = [trained(weight, seed) for seed in SEEDS]
     return f"{loss}: weight {weight}, recall_at_1 {statistics.fmean(row['test_recall_at_1'] for row in rows):.3f}"
 
 
 def timed(losses: list[str], teacher: Path, out: Path) -> dict[str, float]:
     """Median seconds per step, one loss after the other on an otherwise idle machine."""
-    file = out / "seconds.json"
-    known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    known = {row["loss"]: row["seconds"] for row in kept_rows() if row["kind"] == "time"}
     for loss in losses:
         if loss not in known:
             clock = Clock()
             train(student(loss, TIMED, teacher, 1e-6), out / "run" / loss.replace(" ", "_"), 0, [clock])
             known[loss] = statistics.median(clock.seconds[10:])
-            file.write_text(json.dumps(known))
+            keep({"loss": loss, "kind": "time", "seconds": known[loss]})
     return known
+
+
+def chosen(loss: str) -> list[dict[str, Any]]:
+    """The trainings of a loss with the weight that was chosen in validation, one a seed."""
+    rows = [row for row in kept_rows() if row["loss"] == loss and row["kind"] == "train"]
+    first = [row for row in rows if row["seed"] == SEEDS[0]]
+    weight = max(first, key=lambda row: row["val_map_at_r"])["weight"]
+    return [next(row for row in rows if row["weight"] == weight and row["seed"] == seed) for seed in SEEDS]
 
 
 def trained_teacher(out: Path) -> tuple[Path, dict[str, float]]:
@@ -184,6 +276,15 @@ def trained_teacher(out: Path) -> tuple[Path, dict[str, float]]:
         module, data, _ = train(with_settings(config, {"trainer.accelerator": "cpu"}), folder, 0)
         (folder / "scores.json").write_text(json.dumps(scores(module, data.test_dataloader())))
     return folder / "last.ckpt", json.loads((folder / "scores.json").read_text())
+
+
+def trained_estimator(teacher: Path) -> Path:
+    """The checkpoint of MHGD's first stage on that teacher."""
+    folder = teacher.parent.with_name("estimator")
+    if not (folder / "last.ckpt").exists():
+        settings = {"model.init_args.teacher.init_args.weights": str(teacher), "trainer.accelerator": "cpu"}
+        train(with_settings(recipe("glyphs_mhgd_estimator"), settings), folder, SEEDS[0])
+    return folder / "last.ckpt"
 
 
 def cell(values: list[float]) -> str:
@@ -230,6 +331,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="some losses only; no page is written")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if not RUNS.exists():
+        RUNS.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
     torch.set_num_threads(1)
     teacher, of_teacher = trained_teacher(args.out)
     losses = [ALONE, *names()] if args.only is None else args.only
@@ -240,12 +343,7 @@ def main() -> None:
     if args.only is not None:
         return
     seconds = timed(losses, teacher, args.out)
-    rows = {loss: json.loads((args.out / f"{loss.replace(' ', '_')}.json").read_text()) for loss in losses}
-    PAGE.write_text(page(rows, seconds, of_teacher), encoding="utf-8")
-    with PAGE.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[ALONE][0]))
-        writer.writeheader()
-        writer.writerows(row for loss in losses for row in rows[loss])
+    PAGE.write_text(page({loss: chosen(loss) for loss in losses}, seconds, of_teacher), encoding="utf-8")
     print(f"wrote {PAGE}")
 
 

@@ -24,7 +24,21 @@ CERTAINTY = {
     "reconstruction": "**reconstruction**: no complete source could be found",
 }
 
-NOT_SHIPPED: dict[str, str] = {}
+NOT_SHIPPED: dict[str, str] = {
+    "VRM": "Virtual Relation Matching (Zhang et al. 2025, arXiv:2502.20760). Known are its edges between samples and "
+    "between classes over two views, a Huber loss and that only real-virtual edges are kept. Missing are the criterion "
+    "and the share of edges that are pruned as unreliable, the Huber threshold and form, the reduction over edges, "
+    "both weights, where logits are standardised, and the augmentation of the second view.",
+    "The gradient relation of CRCD": "`CRCD` has the feature relation. Of the gradient relation the authors' script "
+    "calls a function that is not defined, and its weight and combination with the other terms are missing.",
+    "The attention fusion of OKDMDE": "`OnlineBranches` takes the mean of the branches' logits; the layers of the "
+    "paper's Feature Fusion Module could not be found.",
+    "One network split into student and assistant": "`ResidualKD` trains two networks. How the paper separates the "
+    "channels of one is not known.",
+    "Score distillation of EmbedDistill": "`EmbedDistill` matches embeddings; no complete formula of the score term "
+    "could be found.",
+    "FLRKD, Graph Flow, ReKD": "only titles, tables or parts of code could be found, and no formula.",
+}
 """Methods that were looked for and left out, with what is missing."""
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -89,11 +91,13 @@ def test_wheel_built_from_the_source_archive_is_complete(tmp_path: Path) -> None
     assert any(name.endswith("licenses/LICENSE") for name in packed)
 
 
+LOSS, EXPORT = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M | re.S)
+
+
 def test_the_loss_in_contributing_runs(tmp_path: Path) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M | re.S)
-    file = tmp_path / "similarity.py"
-    file.write_text(block)
-    spec = importlib.util.spec_from_file_location("similarity", file)
+    file = tmp_path / "cka.py"
+    file.write_text(LOSS)
+    spec = importlib.util.spec_from_file_location("cka", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -101,3 +105,30 @@ def test_the_loss_in_contributing_runs(tmp_path: Path) -> None:
     failed, tried = doctest.testmod(module)
     assert failed == 0
     assert tried > 0
+
+
+@pytest.mark.slow
+def test_a_new_loss_is_one_file_and_one_export(tmp_path: Path) -> None:
+    """Does to a copy what CONTRIBUTING says, and runs the contract on the new loss."""
+    for folder in ("lightning_rkd", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    losses = tmp_path / "lightning_rkd" / "losses"
+    (losses / "cka.py").write_text(LOSS)
+    exports = (losses / "__init__.py").read_text()
+    (losses / "__init__.py").write_text(exports.replace("__all__ = [", f'{EXPORT}\n__all__ = [\n    "CKA",', 1))
+    contract = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/losses/test_contract.py",
+        "-k",
+        "CKA",
+    ]
+    own = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(contract, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 20

@@ -176,6 +176,10 @@ class RelationalLoss(nn.Module):
         rows, device = len(tensors[0][1]), tensors[0][1].device
         for key in ("labels", "indices", "view"):
             value = context.get(key)
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name}: {key} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one"
+                )
             if value is not None and len(value) != rows:
                 raise ValueError(f"{name}: {key} has {len(value)} rows, but the {tensors[0][0]} has {rows}")
         # float32 at least; two different precisions meet at the higher one, unless the loss has tensors of its own

@@ -160,9 +160,10 @@ class SoftDarkRank(RelationalLoss):
     over all L! orders of the L nearest samples of sample i to the teacher, with the scores :math:`S` of
     :class:`HardDarkRank`, whose notes on lengths hold here too.
 
-    Departures from the authors' code: theirs leaves the teacher's entropy, a constant, in the loss, and takes only the
-    first half of the batch as queries, which its sampler fills with pairs of a class; its scores
-    :math:`-(3.5\, d^2)^2` are ``alpha=12.25, beta=4`` here, and its weight 16.
+    Departures from the authors' code: theirs leaves the teacher's entropy, a constant, in the loss, takes only the
+    first half of the batch as queries, which its sampler fills with pairs of a class, and its hand-written gradient
+    moves the listed samples but not the query; its scores :math:`-(3.5\, d^2)^2` are ``alpha=12.25, beta=4`` here, and
+    its weight 16.
 
     Shapes: (N, D_s), (N, D_t) -> scalar. Lists are as long as the batch allows; up to two rows give 0. Time and memory
     grow with N L!.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_channels
 
 
 class FitNetHint(RelationalLoss):
@@ -75,6 +76,7 @@ class FitNetHint(RelationalLoss):
         relu: bool = False,
     ) -> None:
         super().__init__()
+        check_channels("FitNetHint", student_dim=student_dim, teacher_dim=teacher_dim)
         self.relu = relu
         channels = (None if dims is None else tuple(dims) for dims in (student_dim, teacher_dim))
         self.sized(**dict(zip(("student_dim", "teacher_dim"), channels, strict=True)))
@@ -95,9 +97,9 @@ class FitNetHint(RelationalLoss):
         losses = []
         for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
             s, t = (x.movedim(1, -1) if x.ndim == 4 else x for x in (s, t))  # a linear layer is a 1 x 1 convolution
-            if s.shape[:-1] != t.shape[:-1]:
+            if s.ndim > 4 or s.shape[:-1] != t.shape[:-1]:
                 raise ValueError(
-                    f"FitNetHint: maps[{i}] of student and teacher may differ in channels only, got "
+                    f"FitNetHint: maps[{i}] must be (N, C, H, W) or (N, T, C) and may differ in channels only, got "
                     f"{tuple(student[i].shape)} and {tuple(teacher[i].shape)}; tap layers of the same resolution"
                 )
             predicted = self.regressors[i](s)

@@ -30,7 +30,8 @@ def prediction_graph(logits: Tensor, k: int) -> Tensor:
                 [0.0000, 0.5000, 0.5000]])
     """
     predictions = F.normalize(logits.detach().softmax(dim=1), dim=1)
-    return knn_graph(1 - predictions @ predictions.T, k, who="HolisticKD").to(logits.dtype) / k
+    graph = knn_graph(1 - predictions @ predictions.T, k, who="HolisticKD", argument="neighbours")
+    return graph.to(logits.dtype) / k
 
 
 class GraphConv(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_channels
 from lightning_rkd.relations.channels import channel_vectors, unit_channels
 
 
@@ -107,9 +108,7 @@ class ICKD(RelationalLoss):
 
     def __init__(self, student_dim: Sequence[int] | None = None, teacher_dim: Sequence[int] | None = None) -> None:
         super().__init__()
-        for name, size in (("student_dim", student_dim), ("teacher_dim", teacher_dim)):
-            if isinstance(size, int):
-                raise TypeError(f"ICKD: {name} lists the channels of every map, got {size}; pass [{size}]")
+        check_channels("ICKD", student_dim=student_dim, teacher_dim=teacher_dim)
         self.sized(
             student_dim=None if student_dim is None else tuple(student_dim),
             teacher_dim=None if teacher_dim is None else tuple(teacher_dim),

@@ -16,6 +16,7 @@ from lightning_rkd.losses.parts.attention_graph import (
     frozen_attention,
     trained_attention,
 )
+from lightning_rkd.losses.parts.checks import check_channels
 from lightning_rkd.relations.singular import align, positions, right_singular_vectors
 
 _CANDIDATES = 4  # singular vectors of the student, of which one is compared
@@ -127,6 +128,7 @@ class MHGD(RelationalLoss):
         super().__init__()
         if reduction not in ("official", "mean"):
             raise ValueError(f"MHGD: reduction must be 'official' or 'mean', got {reduction!r}")
+        check_channels("MHGD", student_dim=student_dim, teacher_dim=teacher_dim)
         self._estimator = (estimator,)  # in a tuple: a network among it is no part of this loss
         self._state: dict[str, Tensor] | None = None
         self._known = False

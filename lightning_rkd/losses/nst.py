@@ -73,10 +73,10 @@ def _common_size(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             return s, t
         size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
         return F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size)
-    if s.ndim != t.ndim or (s.ndim == 3 and s.shape[1] != t.shape[1]):
+    if s.ndim != 3 or t.ndim != 3 or s.shape[1] != t.shape[1]:  # a vector has no positions to be selective about
         raise ValueError(
             "NST: student and teacher must show maps (N, C, H, W), or equally many tokens (N, T, C), "
-            f"got {tuple(s.shape)} and {tuple(t.shape)}; drop class tokens or pool with a Tap's read"
+            f"got {tuple(s.shape)} and {tuple(t.shape)}; drop class tokens, or tap layers before pooling"
         )
     return s, t
 

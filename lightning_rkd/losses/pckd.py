@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_classes, check_logits
 from lightning_rkd.losses.parts.projector import Projector
 from lightning_rkd.records import Outputs
 
@@ -129,7 +130,8 @@ class PCKD(RelationalLoss):
         teacher_dim: D_T; ``None`` is read off the teacher.
 
     Raises:
-        ValueError: Labels that are not (N,), networks of different classes, or views that do not hold the same samples.
+        ValueError: Labels that are not (N,) or no classes of the networks, networks of different classes, dense logits,
+            or views that do not hold the same samples.
 
     Reference:
         Ding, Wu, Dong, Li, Qin, Gan and Nie 2024, Preview-based Category Contrastive Learning for Knowledge
@@ -212,9 +214,12 @@ class PCKD(RelationalLoss):
                 f"PCKD: labels must be (N,) class numbers, got {labels.dtype} of {tuple(labels.shape)}; it does not go "
                 "with mixed or soft labels"
             )
-        if len(s_centres) != len(t_centres) or s_logits.shape != t_logits.shape:
+        check_logits(s_logits, t_logits, "PCKD", dims=(2,))
+        check_classes(labels, s_logits.shape[1], "PCKD")
+        if not len(s_centres) == len(t_centres) == s_logits.shape[1]:
             raise ValueError(
                 f"PCKD: student and teacher must tell the same classes apart, got {len(s_centres)} and {len(t_centres)}"
+                f" rows in the classifiers and {s_logits.shape[1]} logits; tap the Linear layer that makes the logits"
             )
         weights = preview_weights(s_logits, labels, view, epoch=epoch, growth=self.growth)
         contrast = category_contrast(

@@ -108,9 +108,10 @@ class PKT(RelationalLoss):
 
 
 def _probabilities(x: Tensor, reduction: Reduction) -> Tensor:
-    kernel = (cosine_similarities(x, eps=_EPS) + 1) / 2
+    kernel = ((cosine_similarities(x, eps=_EPS) + 1) / 2).clamp(min=0)  # rounding may leave a cosine below -1
     if reduction == "distinct":
         kernel = kernel * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
     total = kernel.sum(1, keepdim=True)
-    nonzero = total > _EPS  # without, a sample is opposite to all others, or alone
+    rounding = 4 * len(x) * torch.finfo(x.dtype).eps
+    nonzero = total > rounding  # without, a sample is opposite to all others, or alone
     return kernel / torch.where(nonzero, total, 1)

@@ -55,6 +55,7 @@ def pick(side: Any, reads: str | tuple[str, ...], *, who: str) -> Any:
 
 
 _CURE = {
+    "logits": ": tap the Linear layer that makes them, or any layer whose output they are",
     "classifier": ": tap the Linear layer that makes the logits",
     "maps": ": name a list of layers",
     "embedding": ": name one layer whose output is (N, D)",
@@ -76,6 +77,8 @@ def pairs(student: Any, teacher: Any, reads: str | tuple[str, ...], name: str) -
                 found.append((field, a, b))
         if student.maps is not None and teacher.maps is not None:
             found += [(f"maps[{i}]", a, b) for i, (a, b) in enumerate(zip(student.maps, teacher.maps, strict=False))]
+    elif reads == "maps" and (isinstance(student, Tensor) or isinstance(teacher, Tensor)):
+        raise TypeError(f"{name}: maps come as a list, also a single one: pass [map] for student and teacher")
     elif isinstance(student, Tensor):
         found.append((str(reads), student, teacher))
     else:

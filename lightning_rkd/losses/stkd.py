@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_classes, check_logits
 from lightning_rkd.records import Mix
 
 Variant = Literal["virtual", "blended", "wrong classes"]
@@ -53,11 +54,7 @@ def similarity_transfer(
         >>> similarity_transfer(student, teacher, mix, torch.tensor([0, 1]))
         tensor(0.5492)
     """
-    if student.ndim != 2 or student.shape != teacher.shape:
-        raise ValueError(
-            "STKD: student and teacher must show logits (N, K) of the same classes, got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
+    check_logits(student, teacher, "STKD", dims=(2,))
     if len(mix.ratio) != len(student):
         raise ValueError(f"STKD: {len(mix.ratio)} rows were mixed, but the student shows {len(student)}")
     if mix.teacher_mixed is (variant == "blended"):
@@ -189,7 +186,6 @@ def _mixed_labels(labels: Tensor | None, mix: Mix, logits: Tensor) -> Tensor:
     ratio = mix.ratio.to(logits.dtype)[:, None]
     mixed = logits.new_zeros(logits.shape)
     for one, part in ((labels, ratio), (mix.labels, 1 - ratio)):
-        if one.device.type == "cpu" and not 0 <= (low := int(one.min())) <= (high := int(one.max())) < classes:
-            raise ValueError(f"STKD: labels go from {low} to {high}, but the logits have {classes} classes")
+        check_classes(one, classes, "STKD")
         mixed = mixed.scatter_add(1, one[:, None].long(), part)
     return mixed

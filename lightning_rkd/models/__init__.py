@@ -1,4 +1,4 @@
-"""Networks: small ones for the recipes, torchvision's with an embedding head, and the heads themselves."""
+"""Networks: small ones for the recipes, torchvision's with an embedding head, heads, and what trains prototypes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,25 @@ if TYPE_CHECKING:
     from lightning_rkd.models.backbones import torchvision_embedder
     from lightning_rkd.models.classified import Classified
     from lightning_rkd.models.heads import EmbeddingHead, L2Normalize, count_parameters
+    from lightning_rkd.models.prototypes import PrototypicalLoss
     from lightning_rkd.models.small import ConvNet
 
-__all__ = ["Classified", "ConvNet", "EmbeddingHead", "L2Normalize", "count_parameters", "torchvision_embedder"]
+__all__ = [
+    "Classified",
+    "ConvNet",
+    "EmbeddingHead",
+    "L2Normalize",
+    "PrototypicalLoss",
+    "count_parameters",
+    "torchvision_embedder",
+]
 
 _HOME = {
     "Classified": "classified",
     "ConvNet": "small",
     "EmbeddingHead": "heads",
     "L2Normalize": "heads",
+    "PrototypicalLoss": "prototypes",
     "count_parameters": "heads",
     "torchvision_embedder": "backbones",
 }

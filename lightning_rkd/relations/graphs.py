@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def knn_graph(distance: Tensor, k: int, *, include_self: bool = True, who: str = "knn_graph") -> Tensor:
+def knn_graph(
+    distance: Tensor, k: int, *, include_self: bool = True, who: str = "knn_graph", argument: str = "k"
+) -> Tensor:
     """Directed k-nearest-neighbour graph of a batch; row i marks the k neighbours of sample i.
 
     The diagonal of ``distance`` is not looked at: with ``include_self`` a sample is always the first of its own k
@@ -20,6 +22,7 @@ def knn_graph(distance: Tensor, k: int, *, include_self: bool = True, who: str =
         k: Neighbours of each sample; with ``include_self`` the sample itself is one of them.
         include_self: Whether a sample is its own neighbour.
         who: Begins the error message: the loss that asks.
+        argument: What the loss calls k, for the error message.
 
     Returns:
         The graph: entry (i, j) is true where j is among the k nearest of i.
@@ -43,8 +46,8 @@ def knn_graph(distance: Tensor, k: int, *, include_self: bool = True, who: str =
     if n < needed:
         raise ValueError(
             f"{who}: a graph of k={k} nearest neighbours{', self included,' if include_self else ''} needs at least "
-            f"{needed} samples, got a batch of {n}; lower k, or use larger batches (DataLoader(drop_last=True) leaves "
-            "the last short one out)"
+            f"{needed} samples, got a batch of {n}; lower {argument}, or use larger batches "
+            "(DataLoader(drop_last=True) leaves the last short one out)"
         )
     first_or_last = float("-inf") if include_self else float("inf")
     nearest = distance.detach().clone().fill_diagonal_(first_or_last).argsort(dim=1, stable=True)[:, :k]

@@ -103,6 +103,11 @@ def test_labels_must_have_a_row_for_each_sample():
         Labelled()(ZEROS, ONES, labels=torch.zeros(3))
 
 
+def test_labels_must_be_a_tensor():
+    with pytest.raises(TypeError, match=r"Labelled: labels must be a tensor, got list; torch\.as_tensor"):
+        Labelled()(ZEROS, ONES, labels=[0, 1, 2, 3])
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "error", "message"),
     [
@@ -172,6 +177,13 @@ def test_maps_are_compared_one_by_one_and_cast_one_by_one():
     assert float(MapGap()(maps, [m.half() + 1 for m in maps])) == 2
     with pytest.raises(ValueError, match="the student shows 1 maps, the teacher 2"):
         MapGap()(maps[:1], maps)
+
+
+def test_a_map_without_a_list_around_it_is_refused_with_the_cure():
+    one = torch.ones(2, 3, 4, 4)
+    for student, teacher in ((one, one), ([one], one), (one, [one])):
+        with pytest.raises(TypeError, match=r"MapGap: maps come as a list, also a single one: pass \[map\]"):
+            MapGap()(student, teacher)
 
 
 def test_a_field_the_tap_does_not_show_is_named():

@@ -81,6 +81,13 @@ def test_different_spatial_sizes_are_refused_with_the_cure():
         FitNetHint()([torch.randn(2, 3, 4, 4)], [torch.randn(2, 4, 2, 2)])
 
 
+def test_volumes_and_channels_that_are_no_list_are_refused():
+    with pytest.raises(ValueError, match=r"FitNetHint: maps\[0\] must be \(N, C, H, W\) or"):
+        FitNetHint()([torch.randn(2, 3, 4, 4, 4)], [torch.randn(2, 3, 4, 4, 4)])
+    with pytest.raises(TypeError, match=r"FitNetHint: student_dim lists the channels of every map, got 3; pass \[3\]"):
+        FitNetHint(3, 4)
+
+
 def test_maps_paired_with_tokens_are_refused():
     with pytest.raises(ValueError, match=r"FitNetHint: maps\[0\]"):
         FitNetHint()([torch.randn(2, 3, 4, 4)], [torch.randn(2, 16, 4)])

@@ -225,7 +225,7 @@ def test_without_an_estimator_the_message_says_how_to_get_one():
 
 def test_a_missing_a_damaged_and_a_wrong_file_are_refused_by_name(tmp_path: Path):
     shown, path = maps(4, (3, 4), (4, 2)), tmp_path / "some.ckpt"
-    with pytest.raises(FileNotFoundError, match=r"some\.ckpt.*train the estimator first"):
+    with pytest.raises(FileNotFoundError, match=r"MHGD: .*some\.ckpt.*train the estimator first"):
         MHGD(path)(shown, shown)
     torch.save({"state_dict": {"weight": torch.ones(2)}}, path)
     with pytest.raises(ValueError, match=r"some\.ckpt' holds no attention graphs.*AttentionGraphEstimator"):
@@ -234,7 +234,7 @@ def test_a_missing_a_damaged_and_a_wrong_file_are_refused_by_name(tmp_path: Path
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"some\.ckpt' is damaged"):
+    with pytest.raises(ValueError, match=r"MHGD: .*some\.ckpt' is damaged"):
         MHGD(path)(shown, shown)
 
 
@@ -249,6 +249,11 @@ def test_a_single_map_is_refused():
     shown = maps(4, (3,), (4,))
     with pytest.raises(ValueError, match=r"MHGD relates consecutive stages.*name lists of layers"):
         MHGD(AttentionGraph((3, 4)))(shown, shown)
+
+
+def test_channels_that_are_no_list_are_refused():
+    with pytest.raises(TypeError, match=r"MHGD: teacher_dim lists the channels of every map, got 5; pass \[5\]"):
+        MHGD(student_dim=[4], teacher_dim=5)  # type: ignore[arg-type]
 
 
 def test_an_unknown_reduction_is_refused():

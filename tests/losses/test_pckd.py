@@ -171,6 +171,17 @@ def test_networks_of_other_classes_are_refused():
         PCKD()(side(4, 3), teacher, labels=torch.arange(4), epoch=0)
 
 
+def test_logits_and_labels_of_other_classes_and_of_pixels_are_refused():
+    student, other, dense = side(4, 3), side(4, 3), side(4, 3)
+    other.logits, dense.logits = torch.randn(4, 7), torch.randn(4, CLASSES, 2, 2)
+    with pytest.raises(ValueError, match=r"PCKD: the student has 4 classes, the teacher 7.*embeddings"):
+        PCKD()(student, other, labels=torch.arange(4), epoch=0)
+    with pytest.raises(ValueError, match=r"PCKD: the student's logits must be \(N, K\)"):
+        PCKD()(dense, dense, labels=torch.arange(4), epoch=0)
+    with pytest.raises(ValueError, match="PCKD: labels go from 0 to 6, but the logits have 4 classes; number"):
+        PCKD()(student, student, labels=torch.tensor([0, 6, 1, 2]), epoch=0)
+
+
 def test_views_without_their_sample_are_refused():
     with pytest.raises(ValueError, match="PCKD: row 3 is view 1 of a sample whose view 0 is not in the batch"):
         PCKD()(side(4, 3), side(4, 3), labels=torch.arange(4), view=torch.tensor([0, 1, 2, 1]), epoch=0)

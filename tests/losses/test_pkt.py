@@ -64,6 +64,18 @@ def test_a_sample_alone_or_opposite_to_all_others_gives_a_finite_gradient(reduct
         assert value == 0
 
 
+@REDUCTION
+def test_wide_opposite_rows_whose_cosine_rounds_below_minus_one_give_finite_losses(reduction):
+    row = torch.randn(1, 2048, generator=torch.Generator().manual_seed(0))
+    student = torch.cat([factor * row for factor in (1, -1.37, -0.73, -3.3)]).requires_grad_()
+    teacher = torch.randn(4, 5)
+    values = [PKT(reduction)(student, teacher), PKT(reduction)(teacher.requires_grad_(), student)]
+    torch.stack(values).sum().backward()
+    assert all(torch.isfinite(value) for value in values)
+    assert torch.isfinite(student.grad).all()
+    assert torch.isfinite(teacher.grad).all()
+
+
 def test_lengths_do_not_matter_and_directions_do():
     student, teacher = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
     lengths = 0.5 + torch.rand(6, 1, dtype=torch.float64)

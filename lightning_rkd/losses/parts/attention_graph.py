@@ -142,8 +142,8 @@ def attention_between(channels: Sequence[int], heads: int, *, frozen: bool = Fal
     """
     if len(channels) < 2 or heads < 1:
         raise ValueError(
-            "an attention graph relates consecutive stages: it needs the channels of at least two, and at least one "
-            f"head; got channels={tuple(channels)} and heads={heads}"
+            "MHGD: an attention graph relates consecutive stages: it needs the channels of at least two, and at least "
+            f"one head; got channels={tuple(channels)} and heads={heads}"
         )
     return nn.ModuleList(AttentionHeads(f, b, heads, frozen=frozen) for f, b in pairwise(channels))
 
@@ -169,8 +169,8 @@ def trained_attention(estimator: str | os.PathLike[str] | nn.Module | Mapping[st
     prefixes = [key.removesuffix(mark) + "attention." for key in whole if f".{key}".endswith(f".{mark}")]
     if len(prefixes) != 1:
         raise ValueError(
-            f"{what} holds {len(prefixes) or 'no'} attention graphs, where one is needed: name the checkpoint that "
-            "AttentionGraphEstimator left"
+            f"MHGD: {what} holds {len(prefixes) or 'no'} attention graphs, where one is needed: name the checkpoint "
+            "that AttentionGraphEstimator left"
         )
     return {key.removeprefix(prefixes[0]): value for key, value in whole.items() if key.startswith(prefixes[0])}
 
@@ -203,7 +203,7 @@ def frozen_attention(state: Mapping[str, Tensor], eps: float = 1e-5) -> dict[str
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}; train the estimator first, or correct the path")
+        raise FileNotFoundError(f"MHGD: there is no file {str(path)!r}; train the estimator first, or correct the path")
     try:
         with zipfile.ZipFile(path) as archive:  # a flipped bit would otherwise load in silence
             damaged = archive.testzip()
@@ -211,7 +211,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise zipfile.BadZipFile(damaged)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{str(path)!r} is damaged or no checkpoint ({error})") from error
+        raise ValueError(f"MHGD: {str(path)!r} is damaged or no checkpoint ({error})") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 

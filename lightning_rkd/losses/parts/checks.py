@@ -62,6 +62,40 @@ def pixels_as_rows(logits: Tensor) -> Tensor:
     return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
 
 
+def check_classes(labels: Tensor, classes: int, who: str) -> None:
+    """Refuse class numbers that the logits do not have; on a CPU, since other devices would be waited for.
+
+    Raises:
+        ValueError: Naming the smallest and the largest label.
+
+    Example:
+        >>> import torch
+        >>> check_classes(torch.tensor([0, 4]), 5, "STKD")
+    """
+    if labels.device.type != "cpu":
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{who}: labels go from {low} to {high}, but the logits have {classes} classes; number the classes from 0, "
+            "and give the networks an output for each"
+        )
+
+
+def check_channels(who: str, **channels: object) -> None:
+    """Refuse one number where the channels of every map are asked for.
+
+    Raises:
+        TypeError: Naming loss and argument.
+
+    Example:
+        >>> check_channels("ICKD", student_dim=[64], teacher_dim=None)
+    """
+    for name, size in channels.items():
+        if isinstance(size, int):
+            raise TypeError(f"{who}: {name} lists the channels of every map, got {size}; pass [{size}]")
+
+
 def check_positive(who: str, **values: float) -> None:
     """Refuse a setting that is not a positive, finite number.
 
