@@ -89,7 +89,8 @@ class ClassSimilarityKD(RelationalLoss):
 
     The paper's method is this loss plus :class:`CosineTemperatureKD`, on weakly and on strongly augmented images. The
     code adds two terms of multi-level logit distillation (Gram matrices over classes and over samples), which are not
-    part of this loss.
+    part of this loss, and halves what the weakly augmented images give (it multiplies by the share of rows on which the
+    teacher is less sure than the median).
 
     Shapes: (N, K) on both sides -> scalar. One row gives 0.
 

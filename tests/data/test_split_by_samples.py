@@ -20,7 +20,7 @@ def data(**settings: Any) -> Squares:
 def test_all_parts_show_all_classes_and_share_no_row() -> None:
     module = data()
     rows = [list(part.indices) for part in (module.train_set, module.val_set, module.test_set)]
-    assert sorted(sum(rows, [])) == list(range(120))
+    assert sorted(row for part in rows for row in part) == list(range(120))
     assert [set(module.root.labels[torch.tensor(part)].tolist()) for part in rows] == [set(range(20))] * 3
     assert module.num_train_classes == 20
     assert module.class_names[3] == "c3"

@@ -124,15 +124,11 @@ def test_the_loss_is_a_finite_scalar_with_a_gradient_to_the_student_only(cls):
 def test_the_gradient_passes_gradcheck_in_float64_unless_the_paper_holds_parts_constant(cls):
     sample = Sample(cls, n=4, dtype=torch.float64)
     leaves = sample.leaves()
-    assert torch.autograd.gradcheck(lambda *_: sample.value(), leaves, raise_exception=cls.exact_gradient) is (
-        cls.exact_gradient
+    many = sum(x.numel() for x in leaves) > 100  # then along random directions instead of entry by entry
+    passes = torch.autograd.gradcheck(
+        lambda *_: sample.value(), leaves, raise_exception=cls.exact_gradient, fast_mode=many
     )
-
-
-def reordered(value: Any, order: Tensor) -> Any:
-    if isinstance(value, Mix):
-        return Mix(order.argsort()[value.partners[order]], value.ratio[order], value.labels[order])
-    return value[order] if isinstance(value, Tensor) else value
+    assert passes is cls.exact_gradient
 
 
 @every_loss
@@ -214,7 +210,7 @@ def test_duplicates_and_collapsed_batches_give_finite_gradients(cls, where, how_
     for shown in {"student": [sample.student], "teacher": [sample.teacher]}.get(
         where, [sample.student, sample.teacher]
     ):
-        for field in set(shown) - {"classifier"}:
+        for field in sorted(set(shown) - {"classifier"}):  # the same order on every rank
             for x in shown[field]:
                 x[:how_many] = x[0].clone()
     value, grads = sample.value_and_gradient()
@@ -324,7 +320,7 @@ def on_a_rank(rank: int, sample: Sample, counts: list[int]) -> list[Tensor]:
     if cls.across_samples:
         rows_of = row_counts(counts[rank])
         for shown in part:
-            for field in set(shown) - {"classifier"}:
+            for field in sorted(set(shown) - {"classifier"}):  # the same order on every rank
                 shown[field] = [gather_rows(x, rows_of) for x in shown[field]]
         together = {name: gather_rows(v, rows_of) if isinstance(v, Tensor) else v for name, v in together.items()}
         factor = 1.0
