@@ -182,6 +182,8 @@ class RelationalLoss(nn.Module):
                 )
             if value is not None and len(value) != rows:
                 raise ValueError(f"{name}: {key} has {len(value)} rows, but the {tensors[0][0]} has {rows}")
+            if value is not None and value.ndim == 1 and value.is_floating_point():
+                raise TypeError(f"{name}: {key} are whole numbers, one per row, got {value.dtype}; cast them, .long()")
         # float32 at least; two different precisions meet at the higher one, unless the loss has tensors of its own
         dtype = torch.float32
         for _, a, b in tensors:

@@ -96,7 +96,7 @@ class ClassSimilarityKD(RelationalLoss):
 
     Args:
         temperature: T.
-        alpha: :math:`\alpha`.
+        scale: :math:`\alpha`.
 
     Raises:
         ValueError: A setting that is not positive; dense logits; logits of different class counts.
@@ -123,20 +123,20 @@ class ClassSimilarityKD(RelationalLoss):
         weight_note="that code's default",
     )
 
-    def __init__(self, temperature: float = 4.0, alpha: float = 2.0) -> None:
+    def __init__(self, temperature: float = 4.0, scale: float = 2.0) -> None:
         super().__init__()
-        check_positive("ClassSimilarityKD", temperature=temperature, alpha=alpha)
-        self.temperature, self.alpha = temperature, alpha
+        check_positive("ClassSimilarityKD", temperature=temperature, scale=scale)
+        self.temperature, self.scale = temperature, scale
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
         check_logits(student, teacher, "ClassSimilarityKD", dims=(2,))
-        factor = self.alpha * self.temperature**2
+        factor = self.scale * self.temperature**2
         return factor * class_similarity(student, teacher, temperature=self.temperature)
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
-        return f"temperature={self.temperature}, alpha={self.alpha}"
+        return f"temperature={self.temperature}, scale={self.scale}"
 
 
 class CosineTemperatureKD(RelationalLoss):
@@ -160,7 +160,7 @@ class CosineTemperatureKD(RelationalLoss):
     Args:
         low: :math:`T_{lo}`.
         high: :math:`T_{hi}`.
-        alpha: :math:`\alpha`.
+        scale: :math:`\alpha`.
 
     Raises:
         ValueError: A setting that is not positive, or ``low`` above ``high``; dense logits; logits of different class
@@ -189,19 +189,19 @@ class CosineTemperatureKD(RelationalLoss):
         weight_note="that code's default",
     )
 
-    def __init__(self, low: float = 2.0, high: float = 6.0, alpha: float = 2.0) -> None:
+    def __init__(self, low: float = 2.0, high: float = 6.0, scale: float = 2.0) -> None:
         super().__init__()
-        check_positive("CosineTemperatureKD", low=low, high=high, alpha=alpha)
+        check_positive("CosineTemperatureKD", low=low, high=high, scale=scale)
         if low > high:
             raise ValueError(f"CosineTemperatureKD: low must not exceed high, got low={low} and high={high}")
-        self.low, self.high, self.alpha = low, high, alpha
+        self.low, self.high, self.scale = low, high, scale
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
         check_logits(student, teacher, "CosineTemperatureKD", dims=(2,))
         temperatures = cosine_temperatures(student, teacher, low=self.low, high=self.high)
-        return self.alpha * temperatures.mean() ** 2 * class_similarity(student, teacher, temperature=temperatures)
+        return self.scale * temperatures.mean() ** 2 * class_similarity(student, teacher, temperature=temperatures)
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
-        return f"low={self.low}, high={self.high}, alpha={self.alpha}"
+        return f"low={self.low}, high={self.high}, scale={self.scale}"

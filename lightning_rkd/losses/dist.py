@@ -13,7 +13,14 @@ from lightning_rkd.losses.parts.checks import check_logits, check_positive, pixe
 _EPS = 1e-8  # the authors'
 
 
-def dist(student: Tensor, teacher: Tensor, *, beta: float = 1.0, gamma: float = 1.0, tau: float = 1.0) -> Tensor:
+def dist(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    inter_weight: float = 1.0,
+    intra_weight: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
     """DIST as a function; :class:`DIST` says what it computes.
 
     Shapes: (N, K) or (N, K, H, W) on both sides -> scalar.
@@ -21,9 +28,9 @@ def dist(student: Tensor, teacher: Tensor, *, beta: float = 1.0, gamma: float = 
     Args:
         student: Logits of the student.
         teacher: Logits of the teacher; a constant.
-        beta: Weight of the inter-class relation, over rows.
-        gamma: Weight of the intra-class relation, over columns.
-        tau: Temperature.
+        inter_weight: Of the inter-class relation, over rows.
+        intra_weight: Of the intra-class relation, over columns.
+        temperature: Of both softmaxes.
 
     Returns:
         The loss.
@@ -38,10 +45,10 @@ def dist(student: Tensor, teacher: Tensor, *, beta: float = 1.0, gamma: float = 
         tensor(1.3117)
     """
     check_logits(student, teacher, "DIST")
-    check_positive("DIST", tau=tau)
-    s, t = ((pixels_as_rows(z) / tau).softmax(1) for z in (student, teacher.detach()))
+    check_positive("DIST", temperature=temperature)
+    s, t = ((pixels_as_rows(z) / temperature).softmax(1) for z in (student, teacher.detach()))
     inter, intra = 1 - _pearson(s, t).mean(), 1 - _pearson(s.T, t.T).mean()
-    return tau**2 * (beta * inter + gamma * intra)
+    return temperature**2 * (inter_weight * inter + intra_weight * intra)
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
@@ -77,9 +84,9 @@ class DIST(RelationalLoss):
     Shapes: (N, K), or (N, K, H, W) with every pixel a sample, on both sides -> scalar.
 
     Args:
-        beta: Weight of the rows.
-        gamma: Weight of the columns.
-        tau: Temperature; 1 in the authors' ImageNet and segmentation settings, 4 on CIFAR-100.
+        inter_weight: :math:`\beta`, of the rows.
+        intra_weight: :math:`\gamma`, of the columns.
+        temperature: :math:`\tau`; 1 in the authors' ImageNet and segmentation settings, 4 on CIFAR-100.
 
     Raises:
         ValueError: A temperature that is not positive; logits of different class counts or shapes.
@@ -108,19 +115,25 @@ class DIST(RelationalLoss):
         certainty="read in code",
         source="hunto/image_classification_sota, lib/models/losses/dist_kd.py; hunto/DIST_KD, segmentation/losses",
         weight=2.0,
-        weight_note="ImageNet with tau=1 and CIFAR-100 with tau=4",
+        weight_note="ImageNet with temperature=1 and CIFAR-100 with temperature=4",
         result="CIFAR-100 resnet32x4 to resnet8x4: 76.31 (student alone 72.50), the authors",
     )
 
-    def __init__(self, beta: float = 1.0, gamma: float = 1.0, tau: float = 1.0) -> None:
+    def __init__(self, inter_weight: float = 1.0, intra_weight: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()
-        check_positive("DIST", tau=tau)
-        self.beta, self.gamma, self.tau = beta, gamma, tau
+        check_positive("DIST", temperature=temperature)
+        self.inter_weight, self.intra_weight, self.temperature = inter_weight, intra_weight, temperature
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
-        return dist(student, teacher, beta=self.beta, gamma=self.gamma, tau=self.tau)
+        return dist(
+            student,
+            teacher,
+            inter_weight=self.inter_weight,
+            intra_weight=self.intra_weight,
+            temperature=self.temperature,
+        )
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
-        return f"beta={self.beta}, gamma={self.gamma}, tau={self.tau}"
+        return f"inter_weight={self.inter_weight}, intra_weight={self.intra_weight}, temperature={self.temperature}"

@@ -69,10 +69,10 @@ class EmbedDistill(RelationalLoss):
     Shapes: (N, D_s), (N, D_t) -> scalar.
 
     Args:
-        distance: ``"l2"`` as in the paper, or ``"cosine"``.
-        projection: Whether there is a P; ``None``: where the widths differ.
         student_dim: D_s; taken from the first batch if left out.
         teacher_dim: D_t; taken from the first batch if left out.
+        distance: ``"l2"`` as in the paper, or ``"cosine"``.
+        projection: Whether there is a P; ``None``: where the widths differ.
 
     Raises:
         ValueError: An unknown distance; different widths and no projection; widths other than the loss was made for.
@@ -107,10 +107,11 @@ class EmbedDistill(RelationalLoss):
 
     def __init__(
         self,
-        distance: Distance = "l2",
-        projection: bool | None = None,
         student_dim: int | None = None,
         teacher_dim: int | None = None,
+        *,
+        distance: Distance = "l2",
+        projection: bool | None = None,
     ) -> None:
         super().__init__()
         _check_distance(distance)

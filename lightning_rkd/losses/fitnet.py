@@ -73,6 +73,7 @@ class FitNetHint(RelationalLoss):
         self,
         student_dim: Sequence[int] | None = None,
         teacher_dim: Sequence[int] | None = None,
+        *,
         relu: bool = False,
     ) -> None:
         super().__init__()

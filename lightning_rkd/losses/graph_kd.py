@@ -14,7 +14,7 @@ from lightning_rkd.relations.similarities import cosine_similarities, layer_rows
 
 
 def graph_kd(
-    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, k: int | None = None, power: int = 1
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, neighbours: int | None = None, power: int = 1
 ) -> Tensor:
     r"""The loss of one pair of layers as a function; :class:`GraphKD` says what it computes.
 
@@ -24,14 +24,15 @@ def graph_kd(
         student: Activations of the student, flattened.
         teacher: The same of the teacher for the same samples; a constant.
         mask: What the edges of both graphs are multiplied with, (N, N).
-        k: Nearest neighbours by which the teacher's graph, and so the student's, is thinned out; ``None`` keeps all.
+        neighbours: k, of each sample, itself not counted, by which the teacher's graph, and so the student's, is
+            thinned out; ``None`` keeps all edges.
         power: Of the adjacency matrices that are compared.
 
     Returns:
         The loss.
 
     Raises:
-        ValueError: A batch of k samples or fewer.
+        ValueError: A batch of ``neighbours`` samples or fewer.
 
     Reference:
         Lassance et al. 2020, Deep Geometric Knowledge Distillation with Graphs, arXiv:1911.03080.
@@ -43,8 +44,8 @@ def graph_kd(
     s, t = (normalised_adjacency(cosine_similarities(x).fill_diagonal_(0).relu()) for x in (student, teacher.detach()))
     if mask is not None:
         s, t = s * mask, t * mask
-    if k is not None:
-        near = knn_graph(-t, k, include_self=False, who="GraphKD")
+    if neighbours is not None:
+        near = knn_graph(-t, neighbours, include_self=False, who="GraphKD", argument="neighbours")
         either = near | near.T
         s, t = s * either, t * either
     gap: Tensor = torch.linalg.matrix_power(s, power) - torch.linalg.matrix_power(t, power)
@@ -72,16 +73,17 @@ class GraphKD(RelationalLoss):
     one row gives 0.
 
     Args:
-        k: Nearest neighbours of each sample, itself not counted, by which the teacher's graph is thinned out; ``None``
-            keeps all edges, as in the authors' main setting.
+        neighbours: k, the nearest of each sample, by which the teacher's graph is thinned out. The sample itself is not
+            counted here (:class:`~lightning_rkd.losses.HolisticKD` counts it). ``None`` keeps all edges, as in the
+            authors' main setting.
         power: p, at least 1; 1 in the authors' main setting.
         edges: ``"all"``, or those ``"within"`` or ``"between"`` classes, for which the loss needs ``labels``, (N,) or
             soft (N, K).
         reads: ``"embedding"``, or ``"maps"`` as in the paper.
 
     Raises:
-        ValueError: Unknown ``edges`` or ``reads``, ``k`` or ``power`` below 1, a batch of k samples or fewer, or no
-            labels where edges depend on classes.
+        ValueError: Unknown ``edges`` or ``reads``, ``neighbours`` or ``power`` below 1, a batch of ``neighbours``
+            samples or fewer, or no labels where edges depend on classes.
 
     Reference:
         Lassance, Bontonou, Hacene, Gripon, Tang and Ortega 2020, Deep Geometric Knowledge Distillation with Graphs,
@@ -113,21 +115,21 @@ class GraphKD(RelationalLoss):
 
     def __init__(
         self,
-        k: int | None = None,
+        neighbours: int | None = None,
         power: int = 1,
         edges: Literal["all", "within", "between"] = "all",
         reads: Literal["embedding", "maps"] = "embedding",
     ) -> None:
         super().__init__()
-        if k is not None and k < 1:
-            raise ValueError(f"GraphKD: k is a number of neighbours, at least 1, or None for all edges, got {k}")
+        if neighbours is not None and neighbours < 1:
+            raise ValueError(f"GraphKD: neighbours must be at least 1, or None for all edges, got {neighbours}")
         if power < 1:
             raise ValueError(f"GraphKD: power must be at least 1, got {power}")
         if edges not in ("all", "within", "between"):
             raise ValueError(f"GraphKD: edges must be 'all', 'within' or 'between', got {edges!r}")
         if reads not in ("embedding", "maps"):
             raise ValueError(f"GraphKD: reads must be 'embedding' or 'maps', got {reads!r}")
-        self.k, self.power, self.edges, self.reads = k, power, edges, reads
+        self.neighbours, self.power, self.edges, self.reads = neighbours, power, edges, reads
 
     def forward(
         self,
@@ -139,12 +141,12 @@ class GraphKD(RelationalLoss):
         """The loss as a scalar; ``labels`` are needed where edges depend on classes."""
         layers = list(zip(layer_rows(student), layer_rows(teacher), strict=True))
         mask = self._mask(labels, layers[0][0].dtype)
-        each = [graph_kd(s, t, mask=mask, k=self.k, power=self.power) for s, t in layers]
+        each = [graph_kd(s, t, mask=mask, neighbours=self.neighbours, power=self.power) for s, t in layers]
         return torch.stack(each).mean()
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
-        return f"k={self.k}, power={self.power}, edges={self.edges!r}, reads={self.reads!r}"
+        return f"neighbours={self.neighbours}, power={self.power}, edges={self.edges!r}, reads={self.reads!r}"
 
     def _mask(self, labels: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if self.edges == "all":

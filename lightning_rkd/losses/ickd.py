@@ -73,7 +73,8 @@ class ICKD(RelationalLoss):
         teacher_dim: Channels of each of the teacher's maps.
 
     Raises:
-        ValueError: Maps that do not fit, or a batch of a single position, which cannot be normalised.
+        ValueError: Maps that do not fit; vectors, which have no positions; or a batch of a single position, which
+            cannot be normalised.
 
     Reference:
         Liu, Huang, Lin, Xie, Wang, Chang and Liang 2021, Exploring Inter-Channel Correlation for Diversity-preserved
@@ -130,6 +131,11 @@ class ICKD(RelationalLoss):
         """The loss as a scalar, summed over the maps."""
         terms = []
         for embed, s, t in zip(self.embed, student, teacher, strict=True):
+            if s.ndim not in (3, 4) or t.ndim not in (3, 4):  # a vector's channels have no positions to correlate over
+                raise ValueError(
+                    "ICKD: student and teacher must show maps (N, C, H, W) or tokens (N, T, C), "
+                    f"got {tuple(s.shape)} and {tuple(t.shape)}; tap layers before pooling"
+                )
             channels = channel_vectors(s, who="ICKD")
             if channels.shape[0] * channels.shape[2] == 1:
                 raise ValueError(

@@ -76,11 +76,11 @@ class MHGD(RelationalLoss):
 
     Args:
         estimator: What stage 1 left: its checkpoint, read when training begins, or the network itself.
+        student_dim: Channels of the student's maps; filled in where not given.
+        teacher_dim: Channels of the teacher's maps; filled in where not given.
         heads: Graphs per pair of stages, as in stage 1.
         reduction: ``"official"`` sums over pairs, heads and entries, so grows with the batch; ``"mean"`` takes the mean
             over pairs, heads and rows.
-        student_dim: Channels of the student's maps; filled in where not given.
-        teacher_dim: Channels of the teacher's maps; filled in where not given.
 
     Raises:
         ValueError: No estimator; one of other channels or heads; fewer than two maps; unknown reduction.
@@ -120,10 +120,11 @@ class MHGD(RelationalLoss):
     def __init__(
         self,
         estimator: str | Path | nn.Module | None = None,
-        heads: int = 8,
-        reduction: Literal["official", "mean"] = "official",
         student_dim: Sequence[int] | None = None,
         teacher_dim: Sequence[int] | None = None,
+        *,
+        heads: int = 8,
+        reduction: Literal["official", "mean"] = "official",
     ) -> None:
         super().__init__()
         if reduction not in ("official", "mean"):

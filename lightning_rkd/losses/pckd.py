@@ -119,6 +119,8 @@ class PCKD(RelationalLoss):
     to the same sample.
 
     Args:
+        student_dim: D_S; ``None`` is read off the student.
+        teacher_dim: D_T; ``None`` is read off the teacher.
         contrast_weight: :math:`\beta`.
         correlation_weight: :math:`\alpha`.
         align_weight: f.
@@ -126,8 +128,6 @@ class PCKD(RelationalLoss):
         temperature: T.
         kl_temperature: :math:`T_{KL}`.
         growth: g.
-        student_dim: D_S; ``None`` is read off the student.
-        teacher_dim: D_T; ``None`` is read off the teacher.
 
     Raises:
         ValueError: Labels that are not (N,) or no classes of the networks, networks of different classes, dense logits,
@@ -172,6 +172,9 @@ class PCKD(RelationalLoss):
 
     def __init__(
         self,
+        student_dim: int | None = None,
+        teacher_dim: int | None = None,
+        *,
         contrast_weight: float = 0.05,
         correlation_weight: float = 1.0,
         align_weight: float = 20.0,
@@ -179,8 +182,6 @@ class PCKD(RelationalLoss):
         temperature: float = 4.0,
         kl_temperature: float = 4.0,
         growth: float = 1.005,
-        student_dim: int | None = None,
-        teacher_dim: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("temperature", temperature), ("kl_temperature", kl_temperature), ("growth", growth)):
@@ -209,7 +210,7 @@ class PCKD(RelationalLoss):
         """The loss as a scalar."""
         s, s_logits, s_centres, s_bias = _shown(student)
         t, t_logits, t_centres, t_bias = _shown(teacher)
-        if labels.ndim != 1 or labels.is_floating_point():
+        if labels.ndim != 1:
             raise ValueError(
                 f"PCKD: labels must be (N,) class numbers, got {labels.dtype} of {tuple(labels.shape)}; it does not go "
                 "with mixed or soft labels"

@@ -103,8 +103,8 @@ class RRD(RelationalLoss):
         weight=1.0,
         weight_note="CIFAR-100, the authors' README",
     )
-    project_student: Projector
-    project_teacher: Projector
+    student_projector: Projector
+    teacher_projector: Projector
     queue: Queue
 
     def __init__(
@@ -128,8 +128,8 @@ class RRD(RelationalLoss):
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
         """Make the two linear maps, of which the student's learns, and the queue."""
-        self.project_student = Projector(student_dim, self.dim)
-        self.project_teacher = Projector(teacher_dim, self.dim).requires_grad_(False)
+        self.student_projector = Projector(student_dim, self.dim)
+        self.teacher_projector = Projector(teacher_dim, self.dim).requires_grad_(False)
         self.queue = Queue(self.queue_size, self.dim, seed=self.seed)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class RRD(RelationalLoss):
                 f"RRD: a batch of {len(teacher)} rows does not fit into the queue of {self.queue_size}; "
                 "pass a larger queue_size"
             )
-        s, t = self.project_student(student), self.project_teacher(teacher)
+        s, t = self.student_projector(student), self.teacher_projector(teacher)
         oldest = (int(self.queue.pushed) + torch.arange(len(t), device=t.device)) % self.queue_size
         loss = relational_cross_entropy(
             s,

@@ -11,7 +11,7 @@ from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_positive
 
 
-def log_sum(student: Tensor, teacher: Tensor, *, exponent: float = 4.0, eps: float = 1e-5) -> Tensor:
+def log_sum(student: Tensor, teacher: Tensor, *, power: float = 4.0, eps: float = 1e-5) -> Tensor:
     """SRD after the projector as a function; :class:`SRD` says what it computes.
 
     Shapes: (N, D) on both sides -> scalar.
@@ -19,7 +19,7 @@ def log_sum(student: Tensor, teacher: Tensor, *, exponent: float = 4.0, eps: flo
     Args:
         student: Projected embeddings of the student.
         teacher: Embeddings of the teacher; a constant.
-        exponent: Of the differences.
+        power: Of the differences.
         eps: Keeps the logarithm finite where the two agree.
 
     Returns:
@@ -33,7 +33,7 @@ def log_sum(student: Tensor, teacher: Tensor, *, exponent: float = 4.0, eps: flo
     if len(student) == 1:
         return student.sum() * 0
     differences = _standardised(student) - _standardised(teacher.detach())
-    return (differences.abs().pow(exponent).sum() + eps).log()
+    return (differences.abs().pow(power).sum() + eps).log()
 
 
 def _standardised(x: Tensor) -> Tensor:
@@ -64,11 +64,11 @@ class SRD(RelationalLoss):
     Args:
         student_dim: D_s; taken from the first batch if left out.
         teacher_dim: D_t; taken from the first batch if left out.
-        exponent: :math:`\alpha`.
+        power: :math:`\alpha`.
         eps: :math:`\varepsilon`.
 
     Raises:
-        ValueError: A setting that is not positive, an exponent below 1, or widths other than the loss was made for.
+        ValueError: A setting that is not positive, a power below 1, or widths other than the loss was made for.
 
     Reference:
         Miles and Mikolajczyk 2024, Understanding the Role of the Projector in Knowledge Distillation,
@@ -102,14 +102,15 @@ class SRD(RelationalLoss):
         self,
         student_dim: int | None = None,
         teacher_dim: int | None = None,
-        exponent: float = 4.0,
+        *,
+        power: float = 4.0,
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        check_positive("SRD", exponent=exponent, eps=eps)
-        if exponent < 1:
-            raise ValueError(f"SRD: below 1 the exponent's gradient has no bound; got exponent={exponent}")
-        self.exponent, self.eps = exponent, eps
+        check_positive("SRD", power=power, eps=eps)
+        if power < 1:
+            raise ValueError(f"SRD: below 1 the power's gradient has no bound; got power={power}")
+        self.power, self.eps = power, eps
         self.sized(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
@@ -118,8 +119,8 @@ class SRD(RelationalLoss):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
-        return log_sum(self.project(student), teacher, exponent=self.exponent, eps=self.eps)
+        return log_sum(self.project(student), teacher, power=self.power, eps=self.eps)
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
-        return f"exponent={self.exponent}, eps={self.eps}"
+        return f"power={self.power}, eps={self.eps}"

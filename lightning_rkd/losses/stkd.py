@@ -12,7 +12,7 @@ from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_classes, check_logits
 from lightning_rkd.records import Mix
 
-Variant = Literal["virtual", "blended", "wrong classes"]
+Form = Literal["virtual", "blended", "wrong classes"]
 """What the student of similarity transfer imitates."""
 
 
@@ -22,7 +22,7 @@ def similarity_transfer(
     mix: Mix,
     labels: Tensor | None = None,
     *,
-    variant: Variant = "virtual",
+    form: Form = "virtual",
     share: float = 0.9,
     temperature: float = 4.0,
 ) -> Tensor:
@@ -32,10 +32,10 @@ def similarity_transfer(
 
     Args:
         student: Logits of the student for the mixed samples.
-        teacher: Logits of the teacher for the mixed samples; for the samples themselves where ``variant="blended"``.
+        teacher: Logits of the teacher for the mixed samples; for the samples themselves where ``form="blended"``.
         mix: With whom each sample was mixed.
         labels: Classes of the samples (N,), or mixed soft labels (N, K).
-        variant: What the student imitates.
+        form: What the student imitates.
         share: Of imitation; the rest is cross-entropy.
         temperature: T.
 
@@ -57,19 +57,19 @@ def similarity_transfer(
     check_logits(student, teacher, "STKD", dims=(2,))
     if len(mix.ratio) != len(student):
         raise ValueError(f"STKD: {len(mix.ratio)} rows were mixed, but the student shows {len(student)}")
-    if mix.teacher_mixed is (variant == "blended"):
+    if mix.teacher_mixed is (form == "blended"):
         sees = "the samples themselves" if mix.teacher_mixed else "mixed samples"
         raise ValueError(
-            f"STKD: with variant {variant!r} the teacher must see {sees}: MixUp(clean_teacher={mix.teacher_mixed})"
+            f"STKD: with form {form!r} the teacher must see {sees}: MixUp(clean_teacher={mix.teacher_mixed})"
         )
     mixed = None
-    if share < 1 or variant == "wrong classes":
+    if share < 1 or form == "wrong classes":
         mixed = _mixed_labels(labels, mix, student)
     z, t = student / temperature, teacher.detach() / temperature
-    if variant == "blended":
+    if form == "blended":
         ratio, p = mix.ratio.to(t.dtype)[:, None], t.softmax(1)
         target = ratio * p + (1 - ratio) * p[mix.partners]
-    elif variant == "wrong classes" and mixed is not None:
+    elif form == "wrong classes" and mixed is not None:
         never = torch.finfo(z.dtype).min / 2  # probability 0, and no NaN where all classes are right
         z, t = (x.masked_fill(mixed > 0, never) for x in (z, t))
         target = t.softmax(1)
@@ -102,7 +102,7 @@ class STKD(RelationalLoss):
     **A reconstruction, not the paper's loss.** Only the abstract could be read, and no code was published. It says that
     virtual samples are made by mixup, that a virtual sample should have "a similar probability distribution in the
     teacher and student networks", and that the loss "can fully utilize the incorrect classes similarities by the mixed
-    labels". The equations above are the plainest reading of that, w, T and the variants are ours, and no published
+    labels". The equations above are the plainest reading of that, w, T and the forms are ours, and no published
     number belongs to them.
 
     The loss does not change when a constant is added to all logits of a sample.
@@ -111,7 +111,7 @@ class STKD(RelationalLoss):
     ``"wrong classes"`` and adds 0 there.
 
     Args:
-        variant: ``"virtual"``, ``"blended"`` or ``"wrong classes"``.
+        form: ``"virtual"``, ``"blended"`` or ``"wrong classes"``.
         share: w, between 0 and 1. With 1 the cross-entropy is left to a task loss, for which ``MixUp(num_classes=K)``
             mixes the labels; labels are then needed by ``"wrong classes"`` only.
         temperature: T.
@@ -146,25 +146,25 @@ class STKD(RelationalLoss):
   year    = {2021}
 }"""
 
-    def __init__(self, variant: Variant = "virtual", share: float = 0.9, temperature: float = 4.0) -> None:
+    def __init__(self, form: Form = "virtual", share: float = 0.9, temperature: float = 4.0) -> None:
         super().__init__()
-        if variant not in get_args(Variant):
-            raise ValueError(f"STKD: variant must be one of {', '.join(map(repr, get_args(Variant)))}, got {variant!r}")
+        if form not in get_args(Form):
+            raise ValueError(f"STKD: form must be one of {', '.join(map(repr, get_args(Form)))}, got {form!r}")
         if not 0 <= share <= 1:
             raise ValueError(f"STKD: share must be between 0 and 1, got {share}")
         if not temperature > 0:
             raise ValueError(f"STKD: temperature must be positive, got {temperature}")
-        self.variant, self.share, self.temperature = variant, share, temperature
+        self.form, self.share, self.temperature = form, share, temperature
 
     def forward(self, student: Tensor, teacher: Tensor, *, mix: Mix, labels: Tensor | None = None) -> Tensor:
         """The loss as a scalar."""
         return similarity_transfer(
-            student, teacher, mix, labels, variant=self.variant, share=self.share, temperature=self.temperature
+            student, teacher, mix, labels, form=self.form, share=self.share, temperature=self.temperature
         )
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
-        return f"variant={self.variant!r}, share={self.share}, temperature={self.temperature}"
+        return f"form={self.form!r}, share={self.share}, temperature={self.temperature}"
 
 
 def _mixed_labels(labels: Tensor | None, mix: Mix, logits: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def _mixed_labels(labels: Tensor | None, mix: Mix, logits: Tensor) -> Tensor:
     if labels is None:
         raise ValueError(
             "STKD needs labels: say where the batch has them, labels=..., or leave out what needs them, "
-            "STKD(share=1.0) with variant 'virtual' or 'blended'"
+            "STKD(share=1.0) with form 'virtual' or 'blended'"
         )
     classes = logits.shape[1]
     if labels.is_floating_point():

@@ -41,12 +41,12 @@ def knn_graph(
     if distance.shape != (n, n):
         raise ValueError(f"{who}: a graph is built from an (N, N) matrix, got {tuple(distance.shape)}")
     if k < 1:
-        raise ValueError(f"{who}: k is the number of neighbours of each sample, at least 1, got {k}")
+        raise ValueError(f"{who}: {argument} is the number of neighbours of each sample, at least 1, got {k}")
     needed = k if include_self else k + 1
     if n < needed:
         raise ValueError(
-            f"{who}: a graph of k={k} nearest neighbours{', self included,' if include_self else ''} needs at least "
-            f"{needed} samples, got a batch of {n}; lower {argument}, or use larger batches "
+            f"{who}: a graph with {argument}={k}, the sample itself {'' if include_self else 'not '}counted, needs at "
+            f"least {needed} samples, got a batch of {n}; lower {argument}, or use larger batches "
             "(DataLoader(drop_last=True) leaves the last short one out)"
         )
     first_or_last = float("-inf") if include_self else float("inf")

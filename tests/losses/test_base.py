@@ -227,7 +227,8 @@ def test_a_weight_that_is_no_number_is_refused(wrong):
 
 
 def test_a_term_gives_its_loss_only_the_context_it_asked_for():
-    value = (2 * Labelled())(ZEROS, ONES, labels=torch.ones(4), indices=torch.zeros(4), epoch=1)
+    labels, indices = torch.ones(4, dtype=torch.int64), torch.arange(4)
+    value = (2 * Labelled())(ZEROS, ONES, labels=labels, indices=indices, epoch=1)
     assert float(value) == 10  # 2 * (4 + 1)
 
 
@@ -278,7 +279,7 @@ def test_a_dict_names_the_terms():
 def test_a_sum_takes_the_context_of_its_losses_and_refuses_the_rest():
     total = Gap() + Labelled()
     assert total.needs == {"labels", "epoch"}
-    assert float(total(ZEROS, ONES, labels=torch.ones(4), epoch=2)) == 7
+    assert float(total(ZEROS, ONES, labels=torch.ones(4, dtype=torch.int64), epoch=2)) == 7
     with pytest.raises(TypeError, match=r"no loss of this sum uses \['indices'\]"):
         total(ZEROS, ONES, indices=torch.zeros(4))
 
@@ -328,3 +329,13 @@ def test_logits_without_a_row_dimension_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"student's logits must begin with \(N, \.\.\.\), got \(3,\)"):
         ReadsLogits()(torch.full((3,), torch.nan), torch.zeros(3))
+
+
+def test_labels_that_are_no_whole_numbers_are_refused() -> None:
+    class Labelled(RelationalLoss):
+        def forward(self, student: Tensor, teacher: Tensor, *, labels: Tensor) -> Tensor:
+            return student.sum()
+
+    with pytest.raises(TypeError, match="Labelled: labels are whole numbers, one per row"):
+        Labelled()(torch.ones(3, 2), torch.ones(3, 2), labels=torch.ones(3))
+    Labelled()(torch.ones(3, 2), torch.ones(3, 2), labels=torch.ones(3, 4))  # soft labels

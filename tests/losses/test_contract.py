@@ -131,6 +131,12 @@ def test_the_gradient_passes_gradcheck_in_float64_unless_the_paper_holds_parts_c
     assert passes is cls.exact_gradient
 
 
+def reordered(value: Any, order: Tensor) -> Any:
+    if isinstance(value, Mix):
+        return Mix(order.argsort()[value.partners[order]], value.ratio[order], value.labels[order])
+    return value[order] if isinstance(value, Tensor) else value
+
+
 @every_loss
 def test_the_order_of_the_rows_matters_only_where_the_loss_says_so(cls):
     sample = Sample(cls, dtype=torch.float64)

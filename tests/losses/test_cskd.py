@@ -77,8 +77,8 @@ def test_different_class_counts_and_dense_logits_are_refused(loss):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="ClassSimilarityKD: temperature must be a positive number"):
         ClassSimilarityKD(temperature=0)
-    with pytest.raises(ValueError, match="ClassSimilarityKD: alpha must be a positive number"):
-        ClassSimilarityKD(alpha=-1)
+    with pytest.raises(ValueError, match="ClassSimilarityKD: scale must be a positive number"):
+        ClassSimilarityKD(scale=-1)
     with pytest.raises(ValueError, match="CosineTemperatureKD: low must be a positive number"):
         CosineTemperatureKD(low=0)
     with pytest.raises(ValueError, match="low must not exceed high, got low=6 and high=2"):
@@ -86,5 +86,5 @@ def test_settings_that_make_no_sense_are_refused():
 
 
 def test_settings_show_when_printed():
-    assert str(ClassSimilarityKD()) == "ClassSimilarityKD(temperature=4.0, alpha=2.0)"
-    assert str(CosineTemperatureKD()) == "CosineTemperatureKD(low=2.0, high=6.0, alpha=2.0)"
+    assert str(ClassSimilarityKD()) == "ClassSimilarityKD(temperature=4.0, scale=2.0)"
+    assert str(CosineTemperatureKD()) == "CosineTemperatureKD(low=2.0, high=6.0, scale=2.0)"

@@ -18,8 +18,8 @@ def det(n: int, d: int, a: float, b: float) -> Tensor:
 @pytest.mark.parametrize(
     ("loss", "value"),
     [
-        (DIST(gamma=0), 1.1095336949342),
-        (DIST(beta=0), 0.9892270493859574),
+        (DIST(intra_weight=0), 1.1095336949342),
+        (DIST(inter_weight=0), 0.9892270493859574),
         (DIST(2, 3), 2 * 1.1095336949342 + 3 * 0.9892270493859574),
     ],
     ids=str,
@@ -72,7 +72,7 @@ def test_uniform_predictions_correlate_with_nothing_and_keep_gradients_of_ordina
 def test_of_one_sample_only_the_row_counts():
     student, teacher = np.random.default_rng(0).normal(size=(2, 1, 5))
     value = DIST()(torch.from_numpy(student), torch.from_numpy(teacher))
-    assert value.item() == pytest.approx(oracle.dist(student, teacher, gamma=0) + 1, rel=1e-9)
+    assert value.item() == pytest.approx(oracle.dist(student, teacher, intra_weight=0) + 1, rel=1e-9)
 
 
 def test_different_class_counts_are_refused_with_both_counts_and_the_cure():
@@ -81,9 +81,9 @@ def test_different_class_counts_are_refused_with_both_counts_and_the_cure():
 
 
 def test_a_temperature_that_is_not_positive_is_refused():
-    with pytest.raises(ValueError, match="DIST: tau must be a positive number, got 0"):
-        DIST(tau=0)
+    with pytest.raises(ValueError, match="DIST: temperature must be a positive number, got 0"):
+        DIST(temperature=0)
 
 
 def test_settings_show_when_printed():
-    assert str(DIST(2.0)) == "DIST(beta=2.0, gamma=1.0, tau=1.0)"
+    assert str(DIST(2.0)) == "DIST(inter_weight=2.0, intra_weight=1.0, temperature=1.0)"

@@ -16,7 +16,7 @@ BOTH = pytest.mark.parametrize("distance", ["l2", "cosine"])
 @pytest.mark.parametrize(("n", "d"), [(1, 1), (1, 4), (7, 3), (20, 5)])
 def test_the_loss_is_that_of_the_loops(n, d, distance):
     student, teacher = np.random.default_rng(n).normal(size=(2, n, d))
-    ours = EmbedDistill(distance)(torch.from_numpy(student), torch.from_numpy(teacher))
+    ours = EmbedDistill(distance=distance)(torch.from_numpy(student), torch.from_numpy(teacher))
     assert ours.item() == pytest.approx(oracle.embed_distill(student, teacher, distance), rel=1e-10, abs=1e-14)
 
 
@@ -24,7 +24,7 @@ def test_the_loss_is_that_of_the_loops(n, d, distance):
 def test_the_loss_with_a_projection_is_that_of_the_projected_student(distance):
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(size=(5, 3)), rng.normal(size=(5, 4))
-    loss = EmbedDistill(distance, student_dim=3, teacher_dim=4).double()
+    loss = EmbedDistill(3, 4, distance=distance).double()
     weight, bias = loss.project.weight.detach().numpy(), loss.project.bias.detach().numpy()
     ours = loss(torch.from_numpy(student), torch.from_numpy(teacher))
     expected = oracle.embed_distill(student @ weight.T + bias, teacher, distance)
@@ -35,7 +35,7 @@ def test_the_loss_with_a_projection_is_that_of_the_projected_student(distance):
 def test_the_gradient_is_that_of_central_differences_of_the_loops(distance):
     student, teacher = np.random.default_rng(0).normal(size=(2, 4, 3))
     x = torch.from_numpy(student).requires_grad_()
-    EmbedDistill(distance)(x, torch.from_numpy(teacher)).backward()
+    EmbedDistill(distance=distance)(x, torch.from_numpy(teacher)).backward()
     expected = central_differences(lambda s: oracle.embed_distill(s, teacher, distance), student)
     np.testing.assert_allclose(x.grad, expected, rtol=1e-6, atol=1e-9)
 
@@ -55,7 +55,7 @@ def test_a_sample_that_matches_exactly_passes_no_gradient():
 
 def test_a_row_of_zeros_has_cosine_distance_one_and_passes_no_gradient():
     student = torch.zeros(2, 3, requires_grad=True)
-    loss = EmbedDistill("cosine")(student, torch.randn(2, 3))
+    loss = EmbedDistill(distance="cosine")(student, torch.randn(2, 3))
     loss.backward()
     assert loss.item() == 1
     assert torch.equal(student.grad, torch.zeros(2, 3))
@@ -85,7 +85,7 @@ def test_different_widths_without_a_projection_are_refused_with_the_cure():
 
 def test_an_unknown_distance_is_refused_with_the_two_that_exist():
     with pytest.raises(ValueError, match="EmbedDistill: distance must be 'l2' or 'cosine', got 'mse'"):
-        EmbedDistill("mse")
+        EmbedDistill(distance="mse")
 
 
 def test_settings_show_when_printed():

@@ -36,13 +36,15 @@ def test_the_loss_is_that_of_the_loops(n, power, positive):
 
 
 @pytest.mark.parametrize("edges", ["all", "within", "between"])
-@pytest.mark.parametrize("k", [1, 2, 6, None])
-def test_thinned_out_graphs_are_those_of_the_loops(k, edges):
+@pytest.mark.parametrize("neighbours", [1, 2, 6, None])
+def test_thinned_out_graphs_are_those_of_the_loops(neighbours, edges):
     student, teacher = sides()
     same = (LABELS[:, None] == LABELS).double().numpy()
     mask = {"all": None, "within": same, "between": 1 - same}[edges]
-    value = GraphKD(k=k, power=2, edges=edges)(torch.from_numpy(student), torch.from_numpy(teacher), labels=LABELS)
-    assert float(value) == pytest.approx(oracle.graph_kd([student], [teacher], mask, k, 2), rel=1e-10)
+    value = GraphKD(neighbours=neighbours, power=2, edges=edges)(
+        torch.from_numpy(student), torch.from_numpy(teacher), labels=LABELS
+    )
+    assert float(value) == pytest.approx(oracle.graph_kd([student], [teacher], mask, neighbours, 2), rel=1e-10)
 
 
 def test_soft_labels_that_are_certain_act_like_hard_ones():
@@ -59,7 +61,9 @@ def test_layers_of_any_sizes_are_averaged():
     assert float(value) == pytest.approx(expected, rel=1e-11)
 
 
-@pytest.mark.parametrize("settings", [{}, {"k": 2}, {"power": 3}, {"edges": "within"}, {"edges": "between", "k": 1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"neighbours": 2}, {"power": 3}, {"edges": "within"}, {"edges": "between", "neighbours": 1}]
+)
 def test_the_gradient_passes_gradcheck(settings):
     student, teacher = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     loss = GraphKD(**settings)
@@ -83,15 +87,17 @@ def test_edges_that_depend_on_classes_need_labels():
     assert torch.isfinite(GraphKD()(torch.rand(4, 2), torch.rand(4, 2)))
 
 
-def test_a_batch_of_k_samples_is_refused_with_the_cure():
-    with pytest.raises(ValueError, match=r"GraphKD: .*k=4.* at least 5 samples, got a batch of 4; lower k"):
-        GraphKD(k=4)(torch.rand(4, 2), torch.rand(4, 2))
+def test_a_batch_of_no_more_samples_than_neighbours_is_refused_with_the_cure():
+    with pytest.raises(
+        ValueError, match=r"GraphKD: .*neighbours=4.* at least 5 samples, got a batch of 4; lower neighbours"
+    ):
+        GraphKD(neighbours=4)(torch.rand(4, 2), torch.rand(4, 2))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k": 0}, "k is a number of neighbours, at least 1, or None .*got 0"),
+        ({"neighbours": 0}, "neighbours must be at least 1, or None for all edges, got 0"),
         ({"power": 0}, "power must be at least 1, got 0"),
         ({"edges": "intra"}, "edges must be 'all', 'within' or 'between', got 'intra'"),
         ({"reads": "logits"}, "reads must be 'embedding' or 'maps', got 'logits'"),
@@ -103,4 +109,4 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 
 
 def test_settings_show_when_printed():
-    assert str(GraphKD(k=5, reads="maps")) == "GraphKD(k=5, power=1, edges='all', reads='maps')"
+    assert str(GraphKD(neighbours=5, reads="maps")) == "GraphKD(neighbours=5, power=1, edges='all', reads='maps')"

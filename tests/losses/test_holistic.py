@@ -155,7 +155,7 @@ def test_two_ranks_hold_the_same_memories_as_one_process_after_three_steps(ranks
 def test_a_batch_smaller_than_the_neighbourhood_names_loss_and_cure(n):
     with pytest.raises(
         ValueError,
-        match=f"HolisticKD: a graph of k=3 nearest .* at least 3 samples, got a batch of {n}; lower neighbours,",
+        match=f"HolisticKD: a graph with neighbours=3, .* at least 3 samples, got a batch of {n}; lower neighbours,",
     ):
         value_of(small(), batches(n)[0])
 

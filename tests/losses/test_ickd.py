@@ -64,3 +64,9 @@ def test_what_does_not_fit_is_refused_with_the_cure():
         inter_channel_correlation(torch.ones(1, 2, 3), torch.ones(1, 3, 3))
     with pytest.raises(ValueError, match=r"made for student_dim=\(2,\), but is shown student_dim=\(3,\)"):
         ICKD([2], [2])([torch.ones(2, 3, 2, 2)], [torch.ones(2, 2, 2, 2)])
+
+
+@pytest.mark.parametrize(("student", "teacher"), [((4, 2), (4, 3, 2, 2)), ((4, 2, 2, 2), (4, 3)), ((4, 2), (4, 3))])
+def test_vectors_are_refused_with_the_cure(student, teacher):
+    with pytest.raises(ValueError, match=r"ICKD: .*maps \(N, C, H, W\) or tokens .*\(4, .*; tap layers before pooling"):
+        ICKD()([torch.ones(student)], [torch.ones(teacher)])

@@ -43,7 +43,7 @@ def ready(loss: MHGD, student: list[Tensor], teacher: list[Tensor]) -> MHGD:
 def exact(trained: AttentionGraph, student: list[Tensor], teacher: list[Tensor]) -> MHGD:
     """In float64 from the start: heads are frozen in the precision of the loss."""
     widths = [tuple(m.shape[1] for m in side) for side in (student, teacher)]
-    return ready(MHGD(trained, trained.heads, "official", *widths).double(), student, teacher)
+    return ready(MHGD(trained, *widths, heads=trained.heads).double(), student, teacher)
 
 
 def projection(linear: nn.Sequential) -> dict[str, Any]:

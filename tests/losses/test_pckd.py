@@ -15,6 +15,10 @@ CLASSES = 4
 SHIPPED = (0.05, 1.0, 20.0, 0.0)
 
 
+def weighted(*weights: float) -> dict[str, float]:
+    return dict(zip(("contrast_weight", "correlation_weight", "align_weight", "kl_weight"), weights, strict=True))
+
+
 def side(rows: int, width: int, bias: bool = True) -> Outputs:
     x, z = torch.randn(rows, width, dtype=torch.float64), 2 * torch.randn(rows, CLASSES, dtype=torch.float64)
     weight = torch.randn(CLASSES, width, dtype=torch.float64)
@@ -38,7 +42,7 @@ def views(samples: int, count: int) -> tuple[Tensor, Tensor, list[int]]:
 def test_the_loss_is_that_of_the_loops(samples, count, widths, weights, epoch):
     student, teacher = (side(samples * count, width) for width in widths)
     labels, view, sample = views(samples, count)
-    loss = PCKD(*weights, student_dim=widths[0], teacher_dim=widths[1]).double()
+    loss = PCKD(*widths, **weighted(*weights)).double()
     parameters = {name: p.detach().numpy() for name, p in loss.named_parameters()}
     ours = loss(student, teacher, labels=labels, epoch=epoch, view=None if count == 1 else view)
     expected = oracle.pckd(arrays(student), arrays(teacher), labels.tolist(), sample, epoch, parameters, weights)
@@ -58,7 +62,7 @@ def test_the_authors_small_number_in_the_logarithm_changes_next_to_nothing():
 @pytest.mark.parametrize("weights", [SHIPPED, (0.3, 0.5, 1.0, 2.0)], ids=["shipped", "all"])
 def test_the_gradient_passes_gradcheck_where_no_sample_is_hard(weights):
     student, teacher = side(4, 2), side(4, 2)
-    loss = PCKD(*weights, student_dim=2, teacher_dim=2).double()
+    loss = PCKD(2, 2, **weighted(*weights)).double()
     leaves = [x.requires_grad_() for x in (student.embedding, student.logits, *student.classifier, *loss.parameters())]
 
     def value(*_: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ def test_the_gradient_passes_gradcheck_where_no_sample_is_hard(weights):
 def test_the_weights_of_hard_samples_are_constants():
     student, teacher = side(6, 3), side(6, 5)
     labels = torch.tensor([0, 1, 1, 3, 2, 2])
-    loss = PCKD(1.0, 0.0, 0.0, 0.0, student_dim=3, teacher_dim=5).double()
+    loss = PCKD(3, 5, **weighted(1.0, 0.0, 0.0, 0.0)).double()
     assert preview_weights(student.logits, labels).min() < 1
     student.logits.requires_grad_()
     student.embedding.requires_grad_()
@@ -122,7 +126,7 @@ def test_classifiers_are_compared_only_where_their_shapes_are_the_same():
     labels = torch.tensor([0, 1, 2, 3])
     for widths, bias, compared in (((3, 3), True, True), ((3, 3), False, True), ((3, 4), True, False)):
         student, teacher = (side(4, width, bias) for width in widths)
-        value = PCKD(0.0, 1.0, 0.0, 0.0)(student, teacher, labels=labels, epoch=0)
+        value = PCKD(**weighted(0.0, 1.0, 0.0, 0.0))(student, teacher, labels=labels, epoch=0)
         expected = torch.zeros((), dtype=torch.float64)
         if compared:
             joined = [
@@ -150,7 +154,7 @@ def test_it_takes_what_rotations_make():
 
 
 def test_a_single_row_has_the_batch_statistics_of_itself():
-    loss, one = PCKD(0.0, 0.0, 1.0, 0.0), side(1, 3)
+    loss, one = PCKD(**weighted(0.0, 0.0, 1.0, 0.0)), side(1, 3)
     teacher = side(1, 5)
     value = loss(one, teacher, labels=torch.tensor([0]), epoch=0)
     hidden = loss.align[1].bias.relu()  # what is left of a row minus its mean
@@ -159,9 +163,10 @@ def test_a_single_row_has_the_batch_statistics_of_itself():
 
 
 def test_labels_that_are_no_class_numbers_are_refused():
-    for labels in (torch.rand(4, CLASSES), torch.rand(4)):
-        with pytest.raises(ValueError, match=r"PCKD: labels must be \(N,\) class numbers"):
-            PCKD()(side(4, 3), side(4, 3), labels=labels, epoch=0)
+    with pytest.raises(ValueError, match=r"PCKD: labels must be \(N,\) class numbers"):
+        PCKD()(side(4, 3), side(4, 3), labels=torch.rand(4, CLASSES), epoch=0)
+    with pytest.raises(TypeError, match="PCKD: labels are whole numbers, one per row"):
+        PCKD()(side(4, 3), side(4, 3), labels=torch.rand(4), epoch=0)
 
 
 def test_networks_of_other_classes_are_refused():

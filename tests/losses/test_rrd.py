@@ -19,7 +19,7 @@ def by_loops(loss: RRD, student: torch.Tensor, teacher: torch.Tensor, queue: lis
     def project(x: torch.Tensor, linear: torch.nn.Linear) -> list[list[float]]:
         return oracle.project(x.numpy(), linear.weight.detach().numpy(), linear.bias.detach().numpy())
 
-    s, t = project(student, loss.project_student.linear), project(teacher, loss.project_teacher.linear)
+    s, t = project(student, loss.student_projector.linear), project(teacher, loss.teacher_projector.linear)
     queue += t
     return oracle.rrd(s, t, queue[-5:], loss.student_temperature, loss.teacher_temperature)
 
@@ -48,15 +48,15 @@ def test_outside_of_training_the_value_is_the_same_and_the_queue_stays():
 def test_the_teachers_map_never_learns_and_the_students_does():
     loss = small()
     loss(torch.randn(4, 3), torch.randn(4, 4)).backward()
-    assert not any(p.requires_grad for p in loss.project_teacher.parameters())
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in loss.project_student.parameters())
+    assert not any(p.requires_grad for p in loss.teacher_projector.parameters())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in loss.student_projector.parameters())
 
 
 def test_a_sharp_teacher_makes_it_info_nce():
     torch.manual_seed(1)
     loss = small(student_temperature=0.1, teacher_temperature=1e-9)
     student, teacher = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
-    s, t = loss.project_student(student), loss.project_teacher(teacher)
+    s, t = loss.student_projector(student), loss.teacher_projector(teacher)
     torch.testing.assert_close(loss(student, teacher), F.cross_entropy(s @ t.T / 0.1, torch.arange(5)))
 
 

@@ -15,7 +15,7 @@ def weight_of(loss: SRD) -> np.ndarray:
     return loss.project.weight.detach().double().numpy()
 
 
-@pytest.mark.parametrize("settings", [{}, {"exponent": 2.0, "eps": 0.1}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"power": 2.0, "eps": 0.1}], ids=str)
 @pytest.mark.parametrize(("n", "student_dim", "teacher_dim"), [(2, 3, 5), (7, 4, 4), (20, 6, 2)])
 def test_the_loss_is_that_of_the_loops(n, student_dim, teacher_dim, settings):
     rng = np.random.default_rng(n)
@@ -92,7 +92,7 @@ def test_training_the_projector_alone_lowers_the_loss():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"eps": 0.0}, "eps must be a positive"), ({"exponent": -4.0}, "exponent must"), ({"exponent": 0.5}, "below 1")],
+    [({"eps": 0.0}, "eps must be a positive"), ({"power": -4.0}, "power must"), ({"power": 0.5}, "below 1")],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ValueError, match=f"SRD: .*{message}" if message != "below 1" else "SRD: below 1"):
@@ -100,4 +100,4 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 
 
 def test_settings_show_when_printed():
-    assert "exponent=4.0, eps=1e-05" in str(SRD())
+    assert "power=4.0, eps=1e-05" in str(SRD())

@@ -16,8 +16,8 @@ from lightning_rkd.losses.stkd import similarity_transfer
 from lightning_rkd.records import Batch, Mix
 from tests.oracles import stkd as oracle
 
-VARIANTS = ["virtual", "blended", "wrong classes"]
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
+FORMS = ["virtual", "blended", "wrong classes"]
+every_form = pytest.mark.parametrize("form", FORMS)
 
 
 def example(n: int = 6, k: int = 5, seed: int = 0) -> tuple[Tensor, Tensor, Mix, Tensor]:
@@ -28,45 +28,45 @@ def example(n: int = 6, k: int = 5, seed: int = 0) -> tuple[Tensor, Tensor, Mix,
     return student, teacher, Mix(partners, ratio, labels[partners]), labels
 
 
-@every_variant
+@every_form
 @given(
     n=st.integers(1, 6), k=st.integers(3, 7), seed=st.integers(0, 10_000), share=st.floats(0, 1), t=st.floats(0.5, 20)
 )
 @settings(deadline=None, max_examples=25)
-def test_the_loss_is_that_of_the_loops(variant, n, k, seed, share, t):
+def test_the_loss_is_that_of_the_loops(form, n, k, seed, share, t):
     student, teacher, mix, labels = example(n, k, seed)
-    ours = STKD(variant, share, t)(student, teacher, mix=mix, labels=labels)
+    ours = STKD(form, share, t)(student, teacher, mix=mix, labels=labels)
     expected = oracle.stkd(
-        student.numpy(), teacher.numpy(), mix.ratio.tolist(), mix.partners.tolist(), labels.tolist(), variant, share, t
+        student.numpy(), teacher.numpy(), mix.ratio.tolist(), mix.partners.tolist(), labels.tolist(), form, share, t
     )
     assert float(ours) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-@every_variant
+@every_form
 @pytest.mark.parametrize("share", [0.0, 0.9, 1.0])
-def test_the_gradient_passes_gradcheck(variant, share):
+def test_the_gradient_passes_gradcheck(form, share):
     student, teacher, mix, labels = example(4)
-    loss = STKD(variant, share)
+    loss = STKD(form, share)
     assert torch.autograd.gradcheck(
         lambda s: loss(s, teacher, mix=mix, labels=labels), (student.requires_grad_(),), eps=1e-6
     )
 
 
-@every_variant
-def test_soft_labels_that_were_mixed_give_the_same_loss(variant):
+@every_form
+def test_soft_labels_that_were_mixed_give_the_same_loss(form):
     student, teacher, mix, labels = example()
     ratio = mix.ratio[:, None]
     soft = ratio * F.one_hot(labels, 5) + (1 - ratio) * F.one_hot(labels[mix.partners], 5)
-    loss = STKD(variant)
+    loss = STKD(form)
     torch.testing.assert_close(
         loss(student, teacher, mix=mix, labels=soft), loss(student, teacher, mix=mix, labels=labels)
     )
 
 
-@pytest.mark.parametrize("variant", ["virtual", "wrong classes"])
-def test_a_student_that_agrees_with_the_teacher_has_nothing_to_imitate(variant):
+@pytest.mark.parametrize("form", ["virtual", "wrong classes"])
+def test_a_student_that_agrees_with_the_teacher_has_nothing_to_imitate(form):
     _, teacher, mix, labels = example()
-    loss = STKD(variant, share=1.0)
+    loss = STKD(form, share=1.0)
     assert abs(float(loss(teacher + 7, teacher, mix=mix, labels=labels))) < 1e-12
 
 
@@ -75,8 +75,8 @@ def test_unmixed_samples_make_it_ordinary_distillation():
     alone = Mix(torch.arange(6), torch.ones(6, dtype=torch.float64), labels)
     kl = F.kl_div((student / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean")
     expected = 0.1 * F.cross_entropy(student, labels) + 0.9 * 16 * kl
-    for variant in ("virtual", "blended"):
-        torch.testing.assert_close(STKD(variant)(student, teacher, mix=alone, labels=labels), expected)
+    for form in ("virtual", "blended"):
+        torch.testing.assert_close(STKD(form)(student, teacher, mix=alone, labels=labels), expected)
 
 
 def test_the_right_classes_do_not_matter_where_only_the_wrong_ones_are_imitated():
@@ -97,12 +97,12 @@ def test_where_no_class_is_wrong_there_is_nothing_to_imitate():
     assert torch.equal(student.grad, torch.zeros(2, 2))
 
 
-@every_variant
-def test_extreme_logits_give_finite_gradients(variant):
+@every_form
+def test_extreme_logits_give_finite_gradients(form):
     student = (1e4 * torch.randn(4, 5)).requires_grad_()
     _, _, mix, labels = example(4)
     mix.ratio = torch.tensor([0.0, 1.0, 0.5, 1e-30])
-    value = STKD(variant)(student, 1e4 * torch.randn(4, 5), mix=mix, labels=labels)
+    value = STKD(form)(student, 1e4 * torch.randn(4, 5), mix=mix, labels=labels)
     value.backward()
     assert math.isfinite(value.detach())
     assert torch.isfinite(student.grad).all()
@@ -111,13 +111,13 @@ def test_extreme_logits_give_finite_gradients(variant):
 def test_it_takes_what_mixup_makes():
     x, y = torch.randn(8, 3), torch.arange(8) % 4
     student, teacher = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
-    for variant, clean in (("virtual", False), ("blended", True), ("wrong classes", False)):
+    for form, clean in (("virtual", False), ("blended", True), ("wrong classes", False)):
         batch = MixUp(clean_teacher=clean)(Batch(x, y))
         seen = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
         shown = student(batch.inputs), teacher(seen)
-        value = STKD(variant)(*shown, mix=batch.mix, labels=batch.labels)
+        value = STKD(form)(*shown, mix=batch.mix, labels=batch.labels)
         arrays = [v.detach().double().numpy() for v in shown]
-        expected = oracle.stkd(*arrays, batch.mix.ratio.tolist(), batch.mix.partners.tolist(), y.tolist(), variant)
+        expected = oracle.stkd(*arrays, batch.mix.ratio.tolist(), batch.mix.partners.tolist(), y.tolist(), form)
         assert float(value.detach()) == pytest.approx(expected, rel=1e-5)
         assert np.array_equal(seen.numpy(), x.numpy()) is clean
 
@@ -125,8 +125,8 @@ def test_it_takes_what_mixup_makes():
 def test_without_the_cross_entropy_it_needs_no_labels():
     student, teacher, mix, _ = example()
     mix.labels = None
-    for variant in ("virtual", "blended"):
-        assert STKD(variant, share=1.0)(student, teacher, mix=mix) > 0
+    for form in ("virtual", "blended"):
+        assert STKD(form, share=1.0)(student, teacher, mix=mix) > 0
 
 
 def test_samples_that_were_not_mixed_are_refused():
@@ -159,7 +159,7 @@ def test_labels_and_logits_that_do_not_fit_are_refused():
 
 
 def test_settings_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="STKD: variant must be one of 'virtual', 'blended', 'wrong classes', got 'x'"):
+    with pytest.raises(ValueError, match="STKD: form must be one of 'virtual', 'blended', 'wrong classes', got 'x'"):
         STKD("x")
     with pytest.raises(ValueError, match=r"STKD: share must be between 0 and 1, got 1\.5"):
         STKD(share=1.5)
@@ -172,7 +172,7 @@ def test_the_teacher_gets_no_gradient_and_settings_show_when_printed():
     teacher.requires_grad_()
     similarity_transfer(student.requires_grad_(), teacher, mix, labels).backward()
     assert teacher.grad is None
-    assert str(STKD("blended", 0.5, 2)) == "STKD(variant='blended', share=0.5, temperature=2)"
+    assert str(STKD("blended", 0.5, 2)) == "STKD(form='blended', share=0.5, temperature=2)"
 
 
 def test_a_teacher_that_sees_the_wrong_samples_is_refused():

@@ -15,8 +15,8 @@ def columns(student: np.ndarray, teacher: np.ndarray, temperatures: list[float])
     return 1 - sum(cosine(ps[:, k], pt[:, k]) for k in range(classes)) / classes
 
 
-def class_similarity(student: np.ndarray, teacher: np.ndarray, temperature: float = 4.0, alpha: float = 2.0) -> float:
-    return alpha * temperature**2 * columns(student, teacher, [temperature] * len(student))
+def class_similarity(student: np.ndarray, teacher: np.ndarray, temperature: float = 4.0, scale: float = 2.0) -> float:
+    return scale * temperature**2 * columns(student, teacher, [temperature] * len(student))
 
 
 def temperatures(student: np.ndarray, teacher: np.ndarray, low: float = 2.0, high: float = 6.0) -> list[float]:
@@ -31,9 +31,9 @@ def cosine_temperature(
     teacher: np.ndarray,
     low: float = 2.0,
     high: float = 6.0,
-    alpha: float = 2.0,
+    scale: float = 2.0,
     fixed: list[float] | None = None,
 ) -> float:
     """With the temperatures of these logits, or with those given."""
     each = temperatures(student, teacher, low, high) if fixed is None else fixed
-    return alpha * (sum(each) / len(each)) ** 2 * columns(student, teacher, each)
+    return scale * (sum(each) / len(each)) ** 2 * columns(student, teacher, each)

@@ -16,9 +16,15 @@ def pearson(a: list[float], b: list[float]) -> float:
     return sum(u * v for u, v in zip(ca, cb, strict=True)) / (lengths + 1e-8)
 
 
-def dist(student: np.ndarray, teacher: np.ndarray, beta: float = 1.0, gamma: float = 1.0, tau: float = 1.0) -> float:
+def dist(
+    student: np.ndarray,
+    teacher: np.ndarray,
+    inter_weight: float = 1.0,
+    intra_weight: float = 1.0,
+    temperature: float = 1.0,
+) -> float:
     n, k = student.shape
-    ps, pt = ([softmax(z, tau) for z in side] for side in (student, teacher))
+    ps, pt = ([softmax(z, temperature) for z in side] for side in (student, teacher))
     inter = 1 - sum(pearson(ps[i], pt[i]) for i in range(n)) / n
     intra = 1 - sum(pearson([row[j] for row in ps], [row[j] for row in pt]) for j in range(k)) / k
-    return tau**2 * (beta * inter + gamma * intra)
+    return temperature**2 * (inter_weight * inter + intra_weight * intra)

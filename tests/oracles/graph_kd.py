@@ -13,7 +13,7 @@ def graph_kd(
     students: list[np.ndarray],
     teachers: list[np.ndarray],
     mask: np.ndarray | None = None,
-    k: int | None = None,
+    neighbours: int | None = None,
     power: int = 1,
 ) -> float:
     """Mean over pairs of layers, each (N, ...), of the sum of squared differences of all edges."""
@@ -21,8 +21,8 @@ def graph_kd(
     for student, teacher in zip(students, teachers, strict=True):
         n = len(student)
         graphs = [_adjacency(x.reshape(n, -1), mask) for x in (student, teacher)]
-        if k is not None:
-            keep = _neighbours(graphs[1], k)
+        if neighbours is not None:
+            keep = _neighbours(graphs[1], neighbours)
             graphs = [[[g[i][j] if keep[i][j] else 0.0 for j in range(n)] for i in range(n)] for g in graphs]
         s, t = (_power(g, power) for g in graphs)
         total += sum((s[i][j] - t[i][j]) ** 2 for i in range(n) for j in range(n))

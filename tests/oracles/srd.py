@@ -17,11 +17,9 @@ def standardised(x: np.ndarray) -> np.ndarray:
     return out
 
 
-def srd(
-    student: np.ndarray, teacher: np.ndarray, weight: np.ndarray, exponent: float = 4.0, eps: float = 1e-5
-) -> float:
+def srd(student: np.ndarray, teacher: np.ndarray, weight: np.ndarray, power: float = 4.0, eps: float = 1e-5) -> float:
     """With the projector's (D_t, D_s) weight."""
     projected = np.array([[sum(w * v for w, v in zip(row, s, strict=True)) for row in weight] for s in student])
     a, b = standardised(projected), standardised(teacher)
     n, d = teacher.shape
-    return math.log(eps + sum(abs(float(a[i, j] - b[i, j])) ** exponent for i in range(n) for j in range(d)))
+    return math.log(eps + sum(abs(float(a[i, j] - b[i, j])) ** power for i in range(n) for j in range(d)))

@@ -23,7 +23,7 @@ def stkd(
     ratio: Sequence[float],
     partners: Sequence[int],
     labels: Sequence[int],
-    variant: str = "virtual",
+    form: str = "virtual",
     share: float = 0.9,
     temperature: float = 4.0,
 ) -> float:
@@ -33,12 +33,12 @@ def stkd(
         y, other, part = labels[i], labels[partners[i]], ratio[i]
         task = part * cross_entropy(student[i], y) + (1 - part) * cross_entropy(student[i], other)
         classes = range(student.shape[1])
-        if variant == "blended":
+        if form == "blended":
             own = softmax([v / temperature for v in teacher[i]])
             its = softmax([v / temperature for v in teacher[partners[i]]])
             p = [part * a + (1 - part) * b for a, b in zip(own, its, strict=True)]
         else:
-            if variant == "wrong classes":
+            if form == "wrong classes":
                 classes = [c for c in classes if c not in (y, other)]
             p = softmax([teacher[i][c] / temperature for c in classes])
         q = softmax([student[i][c] / temperature for c in classes])
