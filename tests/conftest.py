@@ -10,6 +10,13 @@ import torch
 from tests.ranks import Ranks
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes take seconds to start, so whatever needs them is slow."""
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

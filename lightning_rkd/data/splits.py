@@ -65,7 +65,7 @@ def split_samples(
 
     Example:
         >>> [len(part) for part in split_samples([0] * 20 + [1] * 10)]
-        [19, 4, 7]
+        [18, 5, 7]
     """
     if not (0 < validation < 1 and 0 < test < 1 and validation + test < 1):
         raise ValueError(f"validation and test are parts of the samples, below 1 together; got {validation} and {test}")

@@ -167,6 +167,7 @@ def test_a_replaced_batch_sampler_of_plain_torch_works() -> None:
     assert all(torch.equal(b.batch[0], b.indices) for b in loader)
 
 
+@pytest.mark.slow
 def test_importing_it_imports_no_lightning() -> None:
     code = (
         "import sys, lightning_rkd.data.indices, lightning_rkd.data.sampling, lightning_rkd.models.small\n"

@@ -309,6 +309,7 @@ def test_sums_survive_deepcopy_and_pickle_and_register_their_losses():
     assert [name for name, _ in (Gap() + layered).named_parameters()] == ["terms.with_parameter.loss.scale"]
 
 
+@pytest.mark.slow
 def test_importing_the_losses_imports_neither_lightning_nor_numba():
     code = (
         "import sys, lightning_rkd.losses\n"

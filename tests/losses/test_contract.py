@@ -72,7 +72,12 @@ def made(cls: type[RelationalLoss]) -> RelationalLoss:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return MHGD(AttentionGraph((4, 4, 4)))
-    return cls(num_samples=SAMPLES) if "num_samples" in inspect.signature(cls.build).parameters else cls()
+    arguments: dict[str, int] = {}
+    if "num_samples" in inspect.signature(cls.build).parameters:
+        arguments["num_samples"] = SAMPLES
+    if "negatives" in inspect.signature(cls.__init__).parameters:
+        arguments["negatives"] = 32  # thousands by default
+    return cls(**arguments)
 
 
 class Sample:

@@ -70,6 +70,7 @@ def test_a_checkpoint_is_safe_holds_no_tensor_of_the_teacher_and_loads_without_i
     assert torch.equal(loaded.eval()(x), module.eval()(x))
 
 
+@pytest.mark.slow
 @every_scheme
 def test_a_resumed_run_is_the_uninterrupted_run(case: Case, tmp_path: Path) -> None:
     whole, first, resumed = (case.made() for _ in range(3))
@@ -84,6 +85,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(case: Case, tmp_path: Path) -> N
     assert toys.gap(first, whole) > 1e-3
 
 
+@pytest.mark.slow
 @every_scheme
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_other_precisions_train(case: Case, precision: Any) -> None:
