@@ -145,8 +145,18 @@ class Distiller:
     def prepare(
         self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None, group: Group = None
     ) -> None:
-        """Move the teacher to the student's device and precision, and check that all ranks hold the same one."""
+        """Move the teacher to the student's device and precision, and check that all ranks hold the same one.
+
+        Raises:
+            ValueError: A memory on several ranks that does not see the rows of all.
+            RuntimeError: Ranks hold different teachers.
+        """
         self.group = group
+        if self.banks and not self.gather and rank_and_size(group)[1] > 1:
+            raise ValueError(
+                f"gather=False, but the losses {self.banks} remember what they have seen, which must be the same on "
+                "all ranks: leave gather=True"
+            )
         if self._teaching and self.teacher is not None and self.teacher.to(device, convert):
             self.teacher.check_same_on_ranks(group)
 

@@ -120,6 +120,22 @@ def test_on_two_devices_parameters_and_memories_are_those_of_one_device(ranks: R
         torch.testing.assert_close(first[name], alone[name], rtol=0, atol=1e-5)
 
 
+def local_memory(rank: int | None) -> str:
+    ours = module(toys.Remembers(7, 80), gather=False)
+    try:
+        with devices(rank) as where:
+            toys.fit(ours, batches=with_indices(batches(rank)), **where)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_a_memory_that_would_differ_between_ranks_is_refused(ranks: Ranks) -> None:
+    assert all("leave gather=True" in message for message in ranks.run(local_memory))
+    assert local_memory(None) == "", "on one device there is nothing to gather"
+
+
 # Balance
 
 

@@ -201,9 +201,7 @@ def _with_steps(plan: Plan, steps: int) -> Plan:
     return Plan(teacher, alone, distilled, plan.things, f"Each for {steps} steps.", plan.images)
 
 
-def _train_all(
-    plan: Plan, seeds: Sequence[int], work: Path, console: Console
-) -> tuple[list[Run], ImageDataModule]:
+def _train_all(plan: Plan, seeds: Sequence[int], work: Path, console: Console) -> tuple[list[Run], ImageDataModule]:
     weights = {f"{_TEACHER}.weights": str(work / "teacher" / "last.ckpt")}
     jobs = [(TEACHER, plan.teacher, seeds[0], work / "teacher")]
     for seed in seeds:

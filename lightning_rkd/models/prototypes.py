@@ -31,7 +31,7 @@ def prototypical_loss(embeddings: Tensor, labels: Tensor, shots: int = 1) -> Ten
         >>> prototypical_loss(rows, torch.tensor([0, 1, 0, 1]))
         tensor(0.0181)
     """
-    classes, member = labels.unique(return_inverse=True)
+    classes, member = torch.unique(labels, return_inverse=True)
     membership = F.one_hot(member, len(classes))
     place = membership.cumsum(0).gather(1, member[:, None]).squeeze(1) - 1  # number of a row within its class
     support = place < shots
