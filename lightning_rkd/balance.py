@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ def balance_weights(
     student: Mapping[str, Outputs],
     losses: Mapping[str, Term],
     group: Group = None,
+    scale: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     r"""Factors that bring the gradients of loss terms to the size of the task's gradient.
 
@@ -33,9 +34,12 @@ def balance_weights(
         student: What the student showed, per tap.
         losses: The losses behind the terms.
         group: Process group over whose rows the norms extend.
+        scale: What a gradient scaler makes of a loss before its backward pass: in half precision, gradients at maps
+            would vanish without.
 
     Returns:
-        A factor per term, a scalar of the term's dtype.
+        A factor per term, a scalar of the term's dtype; NaN where the term's gradient overflows, which a gradient
+        scaler answers with a smaller scale.
 
     Raises:
         ValueError: The task, or a term, does not depend on what the term reads.
@@ -55,13 +59,14 @@ def balance_weights(
         term = losses[name]
         read = at_tap(student, term.tap, term.reads, who=name).tensors(term.reads)
         at = [x for x in read if x.requires_grad]
-        of_task, of_term = (_gradient_norm(loss, at, group) for loss in (task, value))
+        of_task, of_term = (_gradient_norm(loss if scale is None else scale(loss), at, group) for loss in (task, value))
         if of_task is None or of_term is None:
             raise ValueError(
                 f"balance: the {'task loss' if of_task is None else 'term'} does not depend on what {name} reads, so "
                 "gradients cannot be compared there; tap a layer that both pass through, or set weights by hand"
             )
-        factors[name] = torch.where(of_term > 0, of_task / torch.where(of_term > 0, of_term, 1), 0).to(value.dtype)
+        ratio = torch.where(of_term > 0, of_task / torch.where(of_term > 0, of_term, 1), 0)
+        factors[name] = torch.where(of_term.isfinite(), ratio, torch.nan).to(value.dtype)
     return factors
 
 

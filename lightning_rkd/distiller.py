@@ -5,7 +5,7 @@ Module, callback and schemes all call it, so a loss means the same in each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.distributed import Anchors, Group, gather_rows, rank_and_size, row_counts
+from lightning_rkd.distributed import Anchors, Group, rank_and_size, row_counts
+from lightning_rkd.gathered import Gathered
 from lightning_rkd.losses.base import (
     NonFiniteError,
     RelationalLoss,
-    Term,
     Weight,
     at_tap,
     named_terms,
@@ -26,6 +26,7 @@ from lightning_rkd.losses.base import (
     weight_at,
 )
 from lightning_rkd.losses.parts.state import StepState
+from lightning_rkd.losses.sizes import Size
 from lightning_rkd.records import Batch, Outputs
 from lightning_rkd.taps import CaptureError, InputReader, Layer, Reader
 from lightning_rkd.teachers import Teacher
@@ -96,7 +97,7 @@ class Distiller:
                 )
         self.needs: frozenset[str] = frozenset().union(*(term.needs for term in self.losses.values()))
         self.group: Group = None
-        self.num_samples: int | None = None  # of the training set; set where losses must be sized before the first step
+        self.known_sizes: Mapping[str, Size] | None = None  # set where losses must have their tensors before a step
         self._teaching = False
         self._watch = Watch()
 
@@ -117,7 +118,7 @@ class Distiller:
     @property
     def missing_sizes(self) -> frozenset[str]:
         """The sizes that losses do not know yet."""
-        return frozenset().union(*(term.loss.missing_sizes for term in self.losses.values()))
+        return frozenset().union(*(term.missing_sizes for term in self.losses.values()))
 
     def make_ready(self, shown: Shown | None = None, num_samples: int | None = None) -> None:
         """Let every loss read its files and make its tensors, before optimizers and DDP exist.
@@ -264,19 +265,22 @@ class Distiller:
         ranks = rank_and_size(self.group)[1] if self.gather else 1
         counts = row_counts(rows, device, self.group) if ranks > 1 else [rows]
         local = {
-            key: _repeat(value, shown.views, device)
+            key: _repeat(key, value, shown.views, device)
             for key, value in (("labels", shown.batch.labels), ("indices", shown.batch.indices))
             if key in self.needs
         }
         local["view"] = _views(shown, rows, device)
         self._check_context(local, shown.batch)
-        gathered = _Gathered(student, teacher, local, counts, self.group) if ranks > 1 else None
+        mix = shown.batch.mix
+        gathered = Gathered(student, teacher, local, mix, counts, self.group) if ranks > 1 else None
         values = {}
         for name, term in self.losses.items():
             whole = gathered if term.across_samples else None
             sides = whole.sides(term, name) if whole else (student, teacher)
             context: dict[str, Any] = {k: whole.rows(k) if whole else local[k] for k in local if k in term.needs}
-            context |= {"epoch": epoch, "mix": shown.batch.mix, "anchors": Anchors(self.group) if whole else None}
+            context |= {"epoch": epoch, "anchors": Anchors(self.group) if whole else None}
+            if "mix" in term.needs:
+                context["mix"] = whole.mix() if whole else mix
             try:
                 value = term.raw(*sides, **context)
             except NonFiniteError as error:
@@ -289,10 +293,10 @@ class Distiller:
 
     def _check_sizes(self, student: dict[str, Outputs], teacher: dict[str, Outputs]) -> None:
         for name, term in self.losses.items():
-            if self.num_samples is not None and term.loss.missing_sizes:
+            if self.known_sizes is not None and term.missing_sizes:
                 sides = (at_tap(side, term.tap, term.reads, who=name) for side in (student, teacher))
                 read = (pick(side, term.reads, who=name) for side in sides)
-                sizes = {**term.loss.shown_sizes(*read), "num_samples": self.num_samples}
+                sizes = {**term.loss.shown_sizes(*read), **self.known_sizes}
                 raise ValueError(
                     f"{name}: the loss has tensors of its own, which the optimizer must know before training begins: "
                     f"pass {term.loss.call_with(sizes)}"
@@ -311,73 +315,6 @@ _CURES = {
     "them in the batch, indices=...",
     "mix": "but the batch was not mixed: pass batch_transform=MixUp() to DistillationModule",
 }
-
-
-class _Gathered:
-    """Rows of all ranks, gathered once per tap and field however many losses read them."""
-
-    def __init__(
-        self,
-        student: dict[str, Outputs],
-        teacher: dict[str, Outputs],
-        local: dict[str, Tensor | None],
-        counts: list[int],
-        group: Group,
-    ) -> None:
-        self._given, self._local, self._counts, self._group = (student, teacher), local, counts, group
-        self._whole: dict[tuple[int, int, str], Any] = {}
-
-    def sides(self, term: Term, name: str) -> tuple[Outputs, Outputs]:
-        fields = (term.reads,) if isinstance(term.reads, str) else term.reads
-        student, teacher = (
-            self._outputs(number, at_tap(given, term.tap, term.reads, who=name), fields)
-            for number, given in enumerate(self._given)
-        )
-        return student, teacher
-
-    def rows(self, key: str) -> Tensor | None:
-        value = self._local[key]
-        if value is not None and (0, 0, key) not in self._whole:
-            self._whole[0, 0, key] = gather_rows(value, self._counts, self._group)
-        return self._whole.get((0, 0, key))
-
-    def _outputs(self, side: int, local: Outputs, fields: tuple[str, ...]) -> Outputs:
-        whole = Outputs(classifier=local.classifier)
-        for field in fields:
-            value = getattr(local, field)
-            if field != "classifier" and value is not None:
-                key = (side + 1, id(value[0] if isinstance(value, list) else value), field)
-                if key not in self._whole:
-                    self._whole[key] = (
-                        [self._gather(v) for v in value] if isinstance(value, list) else self._gather(value)
-                    )
-                setattr(whole, field, self._whole[key])
-        return whole
-
-    def _gather(self, x: Tensor) -> Tensor:
-        return gather_rows(x if x.dtype == torch.float64 else x.float(), self._counts, self._group)
-
-
-def keep_from_ddp(module: nn.Module, losses: nn.Module | None) -> None:
-    """Tell DDP not to broadcast what losses inside ``module`` remember from step to step: all ranks hold the same."""
-    inside = {id(m) for m in losses.modules() if isinstance(m, StepState)} if losses is not None else set()
-    own = [f"{at}.{b}" for at, m in module.named_modules() if id(m) in inside for b, _ in m.named_buffers()]
-    if own:
-        ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
-        module._ddp_params_and_buffers_to_ignore = sorted({*ignored, *own})  # type: ignore[assignment] # DDP's own name
-
-
-def refuse_lbfgs(optimizers: Iterable[torch.optim.Optimizer], banks: Sequence[str]) -> None:
-    """An optimizer that evaluates a step several times would change a memory as often.
-
-    Raises:
-        ValueError: There are both.
-    """
-    if banks and any(isinstance(o, torch.optim.LBFGS) for o in optimizers):
-        raise ValueError(
-            f"the losses {list(banks)} remember every evaluation of a step, and LBFGS evaluates each several times: "
-            "use another optimizer"
-        )
 
 
 def _tensors(shown: Mapping[str, Outputs]) -> list[Tensor]:
@@ -404,5 +341,9 @@ def _views(shown: Shown, rows: int, device: torch.device) -> Tensor:
     return torch.cat([own.to(device) + call * (own.max() + 1) for call in range(shown.views)])
 
 
-def _repeat(rows: Tensor | None, views: int, device: torch.device) -> Tensor | None:
+def _repeat(name: str, rows: Any, views: int, device: torch.device) -> Tensor | None:
+    if not (rows is None or isinstance(rows, Tensor)):
+        raise CaptureError(
+            f"the {name} of a batch must be a tensor, got {type(rows).__name__}: say where they are, {name}=..."
+        )
     return None if rows is None else torch.cat([rows.to(device)] * views)

@@ -176,7 +176,15 @@ def data_parallel_group(strategy: Any) -> Group:
         >>> data_parallel_group(object()) is None
         True
     """
+    return strategy.device_mesh["data_parallel"].get_group() if has_mesh(strategy) else None
+
+
+def has_mesh(strategy: Any) -> bool:
+    """Whether a Lightning strategy lays its ranks out in a model-parallel mesh.
+
+    Example:
+        >>> has_mesh(object())
+        False
+    """
     mesh = getattr(strategy, "device_mesh", None)
-    if "data_parallel" in (getattr(mesh, "mesh_dim_names", None) or ()):
-        return mesh["data_parallel"].get_group()  # type: ignore[index] # a DeviceMesh
-    return None
+    return "data_parallel" in (getattr(mesh, "mesh_dim_names", None) or ())

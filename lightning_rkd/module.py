@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
-from types import FrameType
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.parsing import collect_init_args
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torchmetrics import Metric
 
 from lightning_rkd.balance import balance_weights
-from lightning_rkd.data.indices import IndexedBatch, first_samples, root_size
-from lightning_rkd.distiller import Distiller, Shown, keep_from_ddp, refuse_lbfgs
+from lightning_rkd.data.indices import first_samples, opened, samples_of
+from lightning_rkd.distiller import Distiller, Shown
 from lightning_rkd.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts
+from lightning_rkd.hosting import keep_from_ddp, refuse_averages, refuse_lbfgs, refuse_unsynchronised
 from lightning_rkd.losses.base import LossSum, RelationalLoss, Weight, weight_at
 from lightning_rkd.metrics.feed import computed, feed, wants
+from lightning_rkd.plumbing import hand_back_after_exceptions, save_plain_hyperparameters
 from lightning_rkd.records import Batch, Key, Outputs, unpack
-from lightning_rkd.taps import Layer
+from lightning_rkd.taps import CaptureError, Layer
 from lightning_rkd.teachers import Teacher
-
-try:  # only tells whether LightningCLI builds this module; private in Lightning
-    from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-except ImportError:  # pragma: no cover
-    _given_hyperparameters = None  # type: ignore[assignment]
 
 
 class DistillationModule(pl.LightningModule):
@@ -117,9 +113,7 @@ class DistillationModule(pl.LightningModule):
         super().__init__()
         if balance is not None and (balance < 0 or task_loss is None):
             raise ValueError(f"balance needs a task_loss to compare with, and must be at least 0, got {balance}")
-        # under LightningCLI the hyper-parameters are the configuration: plain values, from which it rebuilds all parts
-        given = {} if _built_by_cli() else _given_to_init(inspect.currentframe())
-        self.save_hyperparameters(ignore=["teacher", *(n for n, value in given.items() if not _is_plain(value))])
+        save_plain_hyperparameters(self, inspect.currentframe())
         self.student, self.task_loss, self.miner = student, task_loss, miner
         self.loss = LossSum(loss) if isinstance(loss, dict) else loss
         self.metrics = nn.ModuleDict(metrics or {})
@@ -159,9 +153,7 @@ class DistillationModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that there is something to train, and hook the networks."""
-        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by a connector
-        if not any(isinstance(callback, _HandBack) for callback in callbacks):
-            callbacks.insert(0, _HandBack())
+        hand_back_after_exceptions(self.trainer)
         if stage == "fit":
             if self.loss is None and self.task_loss is None:
                 raise ValueError("nothing to train with: pass task_loss=..., or teacher=... and loss=...")
@@ -172,8 +164,9 @@ class DistillationModule(pl.LightningModule):
             raise ValueError(f"the metrics {measured} compare with the teacher: pass teacher=..., or leave them out")
         teach = stage != "predict" and bool(measured or (stage == "fit" and self.loss is not None))
         self.distiller.attach(self.student, teach=teach)
-        if stage == "fit" and self.loss is not None:
+        if stage == "fit":
             self._make_losses_ready()
+            keep_from_ddp(self)
 
     @property
     def needs_indices(self) -> bool:
@@ -182,12 +175,21 @@ class DistillationModule(pl.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Hand the teacher back as it was."""
+        self.hand_back()
+
+    def hand_back(self) -> None:
+        """Take all hooks off, and leave the teacher as it was."""
         self.distiller.detach()
 
     def on_fit_start(self) -> None:
         """Move the teacher to where the student is."""
         self._prepare()
         refuse_lbfgs(self.trainer.optimizers, self.distiller.banks)
+        refuse_unsynchronised(self.distiller.losses, self.trainer.strategy, self.distiller.gather)
+
+    def on_train_start(self) -> None:
+        """Move the teacher, where Lightning's learning rate finder trains before ``on_fit_start``."""
+        self._prepare()
 
     def on_train_end(self) -> None:
         """Report what the last steps left to report."""
@@ -195,13 +197,7 @@ class DistillationModule(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The weighted sum of task loss and relational terms."""
-        opened = self._opened(batch)
-        if self.batch_transform is not None:
-            opened = self.batch_transform(opened)
-        self.distiller.begin()
-        output = self._call(opened.inputs)
-        shown = self.distiller.shown(opened, teach=self.loss is not None)
-        terms = self.distiller.terms(shown, epoch=self.current_epoch, step=self.global_step)
+        shown, output, terms = self.forward_both(batch)
         logged = {f"distill/{name}": value for name, value in terms.items()}
         parts = []
         if self.task_loss is not None:
@@ -209,7 +205,15 @@ class DistillationModule(pl.LightningModule):
             logged["train/task"] = task
             parts.append(weight_at(self.task_weight, self.current_epoch) * task)
             if self.balance is not None:
-                factors = balance_weights(terms, parts[0], shown.student, self.distiller.losses, self.distiller.group)
+                scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+                factors = balance_weights(
+                    terms,
+                    parts[0],
+                    shown.student,
+                    self.distiller.losses,
+                    self.distiller.group,
+                    None if scaler is None else scaler.scale,
+                )
                 for name, factor in factors.items():
                     weight = self.distiller.weight_of(name, self.current_epoch)
                     scale = self.balance * abs(weight) * factor
@@ -219,6 +223,16 @@ class DistillationModule(pl.LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log_dict({name: value.detach() for name, value in logged.items()})
         return loss
+
+    def forward_both(self, batch: Any) -> tuple[Shown, Any, dict[str, Tensor]]:
+        """What a training step begins with: what both networks show, what the student returns, and the terms."""
+        given = self._opened(batch)
+        if self.batch_transform is not None:
+            given = self.batch_transform(given)
+        self.distiller.begin()
+        output = self._call(given.inputs)
+        shown = self.distiller.shown(given, teach=self.loss is not None)
+        return shown, output, self.distiller.terms(shown, epoch=self.current_epoch, step=self.global_step)
 
     def task(self, shown: Shown, output: Any) -> Tensor:
         """The task loss of a step: of the rows of all ranks for an embedding, of the rank's own rows for logits."""
@@ -257,10 +271,10 @@ class DistillationModule(pl.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor | None:
         """The embedding of the batch."""
-        opened = self._opened(batch)
+        given = self._opened(batch)
         self.distiller.begin()
-        self._call(opened.inputs)
-        return self.distiller.shown(opened, teach=False).embedding.embedding
+        self._call(given.inputs)
+        return self.distiller.shown(given, teach=False).embedding.embedding
 
     def on_validation_start(self) -> None:
         """Empty the metrics; the sanity check leaves nothing behind."""
@@ -279,11 +293,7 @@ class DistillationModule(pl.LightningModule):
         self._end_evaluation("test")
 
     def _opened(self, batch: Any) -> Batch:
-        if isinstance(batch, IndexedBatch):
-            opened = self.unpack(batch.batch)
-            opened.indices = batch.indices if opened.indices is None else opened.indices
-            return opened
-        return self.unpack(batch)
+        return opened(batch, self.unpack)
 
     def _call(self, inputs: Any) -> Any:
         return self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
@@ -295,34 +305,54 @@ class DistillationModule(pl.LightningModule):
 
     def _make_losses_ready(self) -> None:
         """Before optimizers and DDP exist; networks are asked for their widths, where needed, in evaluation mode."""
-        loader, shown, samples = None, None, None
-        if missing := self.distiller.missing_sizes:
-            with torch.random.fork_rng(devices=[]):
-                loader = self.trainer.fit_loop._data_source.dataloader()
-        if "num_samples" in missing and isinstance(data := getattr(loader, "dataset", None), Dataset):
-            samples = root_size(data)
-        if missing - {"num_samples"}:
-            example = self.example_input_array
-            batch = first_samples(loader) if example is None else example
-            if batch is not None:
-                shown = self._shown_once(self._opened(batch))
-        self.distiller.make_ready(shown, samples)
-        keep_from_ddp(self, self.loss)
+        missing = self.distiller.missing_sizes
+        if not missing:
+            self.distiller.make_ready()
+            return
+        unsized = [term for term in self.distiller.losses.values() if term.missing_sizes]
+        with isolate_rng(include_cuda=False):
+            loader = self.trainer.fit_loop._data_source.dataloader()
+            batch = self._example(loader) if missing - {"num_samples"} else None
+            try:
+                shown = None if batch is None else self._shown_once(batch)
+            except CaptureError:
+                raise
+            except Exception as error:
+                cure = ", ".join(term.loss.call_with({}) for term in unsized)
+                raise ValueError(
+                    f"the networks, asked for their widths before training, failed ({error}): set example_input_array, "
+                    f"or pass {cure}"
+                ) from error
+        self.distiller.make_ready(shown, samples_of(loader))
+        cure = ", ".join(term.loss.call_with({}) for term in unsized)
+        refuse_averages(self.trainer.callbacks, f"tell the losses their sizes, {cure}")  # type: ignore[attr-defined]
+
+    def _example(self, loader: Any) -> Batch | None:
+        """Something to show both networks: the example of an input, else the first samples of the training set."""
+        example = self.example_input_array
+        if isinstance(example, tuple) and len(example) == 1:
+            (example,) = example
+        if isinstance(example, Tensor | Mapping):
+            return Batch(example)
+        batch = first_samples(loader)
+        if batch is None:
+            return None
+        transform = copy.deepcopy(self.batch_transform)  # it may count its steps
+        return self._opened(batch) if transform is None else transform(self._opened(batch))
 
     @torch.no_grad()
     def _shown_once(self, batch: Batch) -> Shown:
         assert self.distiller.teacher is not None
         modes = [(module, module.training) for module in self.student.modules()]
-        with torch.random.fork_rng(devices=[]):
-            self.student.eval()
-            try:
-                self.distiller.begin()
-                self._call(batch.inputs)
-                return self.distiller.shown(batch)
-            finally:
-                self.distiller.cancel()
-                for module, training in modes:
-                    module.training = training
+        self.student.eval()
+        try:
+            self.distiller.begin()
+            self._call(batch.inputs)
+            return self.distiller.shown(batch)
+        finally:
+            self.distiller.cancel()
+            for module, training in modes:
+                module.training = training
 
     def _metrics(self) -> dict[str, Metric]:
         return dict(self.metrics.items())  # type: ignore[arg-type] # a ModuleDict of metrics
@@ -337,15 +367,15 @@ class DistillationModule(pl.LightningModule):
             metric.reset()
 
     def _evaluate(self, batch: Any, loader: int) -> None:
-        opened = self._opened(batch)
+        given = self._opened(batch)
         metrics = self._evaluated[loader]
         teach = any("teacher" in wants(metric) for metric in metrics.values())
         self.distiller.begin()
-        output = self._call(opened.inputs)
-        shown = self.distiller.shown(opened, teach=teach)
+        output = self._call(given.inputs)
+        shown = self.distiller.shown(given, teach=teach)
         student = Outputs(embedding=shown.embedding.embedding, logits=output if isinstance(output, Tensor) else None)
         for metric in metrics.values():
-            feed(metric, student, opened, shown.teacher_embedding)
+            feed(metric, student, given, shown.teacher_embedding)
 
     def _end_evaluation(self, stage: str) -> None:
         for loader, metrics in enumerate(self._evaluated):
@@ -354,33 +384,3 @@ class DistillationModule(pl.LightningModule):
                 self.log_dict(computed(metrics, prefix), sync_dist=True, add_dataloader_idx=False)
             for metric in metrics.values():
                 metric.reset()
-
-
-class _HandBack(pl.Callback):
-    """Lightning calls no ``teardown`` after an exception, and tells only callbacks about it."""
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Hand the teacher back as it was."""
-        if isinstance(pl_module, DistillationModule):
-            pl_module.distiller.detach()
-
-
-def _given_to_init(frame: FrameType | None) -> dict[str, Any]:
-    """The arguments of ``__init__``, of subclasses too, as ``save_hyperparameters`` would collect them."""
-    given: dict[str, Any] = {}
-    if frame is not None:
-        for arguments in collect_init_args(frame, [], classes=(pl.LightningModule,)):
-            given |= arguments
-    return given
-
-
-def _built_by_cli() -> bool:
-    return _given_hyperparameters is not None and _given_hyperparameters.get() is not None
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
-    return value is None or isinstance(value, bool | int | float | str)

@@ -37,7 +37,7 @@ class Watch:
         student = read[0][0]
         bad = [_first_bad(tensors) for tensors in read]
         equal = torch.zeros((), device=student.device)
-        if term.reads == "embedding" and len(student) > 1:
+        if term.reads == "embedding" and term.across_samples and len(student) > 1:
             equal = (student[1:] == student[:1]).all()
         flags = torch.stack([*bad, equal.to(bad[0].dtype)])
         event = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.distiller import Distiller
+from lightning_rkd.gathered import Gathered
 from lightning_rkd.losses.base import NonFiniteError, RelationalLoss, named_terms
 from lightning_rkd.losses.rkd import RKD, RKDDistance
 from lightning_rkd.records import Batch, Outputs
@@ -82,6 +83,11 @@ def test_labels_that_no_loss_asks_for_may_be_anything() -> None:
     assert terms["rkd"].requires_grad
 
 
+def test_labels_that_a_loss_asks_for_must_be_a_tensor() -> None:
+    with pytest.raises(CaptureError, match=r"the labels of a batch must be a tensor, got list: .*labels=\.\.\."):
+        step(Distiller(nets.teacher(), nets.Asking()), batch=Batch(X, labels=["a"] * 8))  # type: ignore[arg-type]
+
+
 def test_without_a_loss_there_are_no_terms_and_without_a_teacher_calls_may_repeat() -> None:
     distiller, student = Distiller(None, None), nets.Backbone()
     distiller.attach(student, teach=False)
@@ -104,6 +110,20 @@ def test_half_precision_is_computed_in_float32() -> None:
     expected = RKD()(student(X.bfloat16()).float(), teacher(X.bfloat16()).float())
     assert terms["rkd"].dtype == torch.float32
     assert torch.equal(terms["rkd"], expected)
+
+
+def test_taps_that_share_a_map_are_gathered_apart() -> None:
+    class Maps(RelationalLoss):
+        reads = "maps"
+
+    x, y, z = (torch.randn(2, c, 1, 1) for c in (1, 2, 3))
+    shown = {"a": Outputs(maps=[x, y]), "b": Outputs(maps=[x, z])}
+    gathered = Gathered(shown, shown, {}, None, [2], None)
+    for tap, expected in {"a": (x, y), "b": (x, z)}.items():
+        student, teacher = gathered.sides(Maps().at(tap), "maps")
+        for maps in (student.maps, teacher.maps):
+            assert maps is not None
+            assert [m.shape for m in maps] == [m.shape for m in expected]
 
 
 def test_nothing_stays_after_detach() -> None:
@@ -209,6 +229,13 @@ def test_collapse_is_a_matter_of_embeddings_with_several_rows() -> None:
         looked("embedding", one, one)
     with pytest.warns(CollapseWarning, match="Lower the learning rate, or add a task loss"):
         looked("embedding", flat, flat)
+
+
+def test_collapse_is_no_matter_of_losses_that_take_samples_one_by_one() -> None:
+    loss, flat = nets.Hint(), Outputs(embedding=torch.ones(4, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Watch().look(named_terms(loss)["hint"], (flat, flat), "hint", 0)
 
 
 class _FlagUnderWay:

@@ -22,7 +22,7 @@ from lightning_rkd.distributed import (
 )
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.rkd import RKD
-from lightning_rkd.records import Batch
+from lightning_rkd.records import Batch, Mix
 from lightning_rkd.taps import Tap
 from lightning_rkd.teachers import Teacher
 from tests import nets
@@ -199,6 +199,46 @@ def _alone(rank: int) -> Any:
     student(batch.inputs)
     terms = distiller.terms(distiller.shown(batch))
     return {k: v.detach() for k, v in terms.items()}, None
+
+
+class Mixed(RelationalLoss):
+    """Relates samples, and every one to the partner that it was mixed with."""
+
+    def forward(self, student: Tensor, teacher: Tensor, *, mix: Mix) -> Tensor:
+        assert mix.labels is not None
+        target = mix.ratio[:, None] * teacher + mix.labels[:, None] * teacher[mix.partners]
+        return (student @ student.T - target @ target.T).square().mean()
+
+
+def mixture(counts: tuple[int, ...]) -> Mix:
+    """Of all rows, each mixed with one of its own rank."""
+    firsts = [sum(counts[:rank]) for rank in range(len(counts))]
+    partners = torch.cat([torch.arange(n).flip(0) + first for n, first in zip(counts, firsts, strict=True)])
+    return Mix(partners, torch.linspace(0.1, 0.9, 16), ROWS.y[partners], teacher_mixed=False)
+
+
+def mixed(rank: int, counts: tuple[int, ...], own: int | None = None) -> Tensor:
+    whole, place = (
+        mixture(counts if own is None else (own, 16 - own)),
+        slice(sum(counts[:rank]), sum(counts[: rank + 1])),
+    )
+    local = Mix(
+        whole.partners[place] - place.start, whole.ratio[place], None if whole.labels is None else whole.labels[place]
+    )
+    distiller, student = Distiller(nets.teacher(), Mixed()), nets.Backbone()
+    torch.manual_seed(0)
+    student.load_state_dict(nets.Backbone().state_dict())
+    distiller.attach(student)
+    distiller.begin()
+    student(ROWS.x[place])
+    return distiller.terms(distiller.shown(Batch(ROWS.x[place], mix=local)))["mixed"].detach()
+
+
+@pytest.mark.parametrize("counts", [(8, 8), (11, 5)])
+def test_mixtures_are_gathered_with_the_rows(ranks: Ranks, counts: tuple[int, int]) -> None:
+    first, second = ranks.run(mixed, counts)
+    assert first == second
+    torch.testing.assert_close(first, mixed(0, (16,), counts[0]))
 
 
 def compared(rank: int, kind: str) -> str:

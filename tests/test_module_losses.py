@@ -6,14 +6,18 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_rkd.balance import balance_weights
-from lightning_rkd.data.indices import first_samples, root_size, with_indices
+from lightning_rkd.data.indices import first_samples, root_size, samples_of, with_indices
 from lightning_rkd.losses.base import RelationalLoss, named_terms
 from lightning_rkd.losses.rkd import RKD, RKDDistance
 from lightning_rkd.module import DistillationModule
@@ -55,13 +59,80 @@ def test_the_number_of_samples_is_that_of_the_root_data_set() -> None:
     assert loss.state_dict()["sizes"].tolist() == [0, 40, 0, 7]
 
 
-def test_sizes_that_cannot_be_found_are_asked_for() -> None:
-    class Stream(IterableDataset[Any]):
-        def __iter__(self) -> Any:
-            return iter(toys.loader().dataset)
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(toys.loader().dataset)
 
+
+def test_sizes_that_cannot_be_found_are_asked_for() -> None:
     with pytest.raises(ValueError, match=r"pass Projected\(student_dim=\.\.\., teacher_dim=\.\.\.\)"):
-        toys.fit(module(toys.Projected()), batches=torch.utils.data.DataLoader(Stream(), 8))
+        toys.fit(module(toys.Projected()), batches=DataLoader(Stream(), 8))
+
+
+@pytest.mark.parametrize("example", [(torch.zeros(2, toys.WIDTH),), {"x": torch.zeros(2, toys.WIDTH)}])
+def test_an_example_is_given_to_the_networks_as_lightning_gives_it(example: Any) -> None:
+    loss = toys.Projected()
+    ours = module(loss)
+    ours.example_input_array = example
+    toys.fit(ours, batches=DataLoader(Stream(), 8))
+    assert loss.state_dict()["sizes"].tolist() == [0, 5, 0, 7]
+
+
+class OfTwo(DistillationModule):
+    def unpack(self, batch: Any) -> Batch:
+        return super().unpack(batch["a"])
+
+
+def test_sizes_are_found_with_several_loaders() -> None:
+    loss = toys.Projected()
+    ours = OfTwo(toys.Backbone(), toys.teacher(), loss, optimizer=toys.sgd)
+    toys.trainer().fit(ours, {"a": toys.loader(), "b": toys.loader(rows=16)})
+    assert loss.state_dict()["sizes"].tolist() == [0, 5, 0, 7]
+
+
+def test_networks_are_asked_for_sizes_with_what_the_batch_transform_makes() -> None:
+    seen: list[int] = []
+
+    class ToFloat(nn.Module):
+        def forward(self, batch: Batch) -> Batch:
+            seen.append(len(batch.inputs))
+            return Batch(batch.inputs.float(), batch.labels)
+
+    loss, transform = toys.Projected(), ToFloat()
+    whole = DataLoader(TensorDataset(torch.ones(40, toys.WIDTH, dtype=torch.uint8), torch.zeros(40)), 8)
+    toys.fit(module(loss, batch_transform=transform), batches=whole)
+    assert seen == [2, *[8] * toys.STEPS]
+    assert loss.state_dict()["sizes"].tolist() == [0, 5, 0, 7]
+
+
+def test_networks_that_fail_when_asked_for_sizes_are_reported_with_the_cure() -> None:
+    wide = DataLoader(TensorDataset(torch.ones(40, 3), torch.zeros(40)), 8)
+    with pytest.raises(ValueError, match=r"failed \(.*mat1 .*set example_input_array, or pass Projected\(student_dim"):
+        toys.fit(module(toys.Projected()), batches=wide)
+
+
+def test_looking_for_sizes_leaves_the_random_numbers_of_augmentations_alone() -> None:
+    class Noisy(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            x, y = super().__getitem__(index)
+            return x + float(np.random.rand()), y  # noqa: NPY002 - the global generator, as many augmentations use it
+
+    def trained(loss: RelationalLoss) -> DistillationModule:
+        ours = module(loss)
+        np.random.seed(0)  # noqa: NPY002
+        torch.manual_seed(1)
+        toys.fit(ours, batches=DataLoader(Noisy(*toys.loader().dataset.tensors), 8))
+        return ours
+
+    assert toys.gap(trained(toys.Projected()), trained(toys.Projected(5, 7))) == 0.0
+
+
+def test_a_learning_rate_finder_finds_the_teacher_in_the_precision_of_the_student(tmp_path: Path) -> None:
+    ours = module(toys.Projected())
+    ours.lr = 0.1
+    finder = LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+    toys.fit(ours, finder, precision="bf16-true", default_root_dir=tmp_path)
+    assert finder.optimal_lr is not None
 
 
 def test_a_checkpoint_rebuilds_what_the_loss_had_made(tmp_path: Path) -> None:
@@ -188,6 +259,26 @@ def test_balance_without_a_task_is_refused() -> None:
         module(RKD(), balance=1.0)
 
 
+def test_balance_finds_gradients_that_half_precision_would_lose_without_its_scaler() -> None:
+    def found(**settings: Any) -> float:
+        small = {"weight": 1e-9, "task_weight": 1e-9, "task_loss": nn.CrossEntropyLoss(), "balance": 1.0}
+        torch.manual_seed(0)
+        ours = DistillationModule(toys.Backbone(), toys.teacher(), RKD(), optimizer=toys.sgd, **small)
+        return float(toys.fit(ours, max_steps=1, **settings).callback_metrics["balance/rkd"])
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    half = found(plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+    assert half == pytest.approx(found(), rel=0.05)
+
+
+def test_a_term_whose_gradient_overflows_makes_the_scaler_step_back() -> None:
+    x = torch.randn(4, 3, dtype=torch.float16, requires_grad=True)
+    losses = named_terms(RKDDistance())
+    terms = {"rkd_distance": losses["rkd_distance"](x, torch.randn(4, 2))}
+    factor = balance_weights(terms, x.float().sum(), {"": Outputs(embedding=x)}, losses, scale=lambda loss: 1e8 * loss)
+    assert bool(factor["rkd_distance"].isnan())
+
+
 def balanced_in_two_processes(rank: int | None) -> dict[str, Tensor]:
     torch.manual_seed(0)
     ours = DistillationModule(
@@ -238,11 +329,23 @@ def test_first_samples_are_as_the_steps_would_see_them() -> None:
     loader = toys.loader(shuffle=True)
     x, y = loader.dataset.tensors
     state = copy.deepcopy(torch.get_rng_state())
-    first = first_samples([loader])
+    first = first_samples(loader)
     assert torch.equal(first[0], x[:2])
     assert torch.equal(first[1], y[:2])
-    indexed = first_samples({"train": with_indices(loader)})
-    assert indexed.indices.tolist() == [0, 1]
+    several = {"a": [loader], "b": with_indices(loader)}
+    for together in (first_samples(several), first_samples(CombinedLoader(several))):
+        assert torch.equal(together["a"][0][0], x[:2])
+        assert together["b"].indices.tolist() == [0, 1]
     assert torch.equal(torch.get_rng_state(), state)
     assert first_samples([1, 2, 3]) is None
-    assert root_size(with_indices(loader).dataset) == 40
+    assert first_samples([loader, 1]) is None
+
+
+def test_the_number_of_samples_is_known_of_sized_loaders_only() -> None:
+    loader = toys.loader()
+    assert root_size(with_indices(loader).dataset) == samples_of(loader) == samples_of(with_indices(loader)) == 40
+    assert samples_of(DataLoader(list(range(9)), 4)) == 9
+    assert samples_of(DataLoader(list(loader), batch_size=None)) is None, "of batches"
+    assert samples_of(DataLoader(Stream(), 8)) is None
+    assert samples_of({"a": loader}) is None
+    assert root_size(object()) is None

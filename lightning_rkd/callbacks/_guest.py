@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
-
-_log = logging.getLogger(__name__)
 
 
 class Guest(nn.ModuleDict):
@@ -25,6 +24,10 @@ class Guest(nn.ModuleDict):
 
     def move_in(self, host: nn.Module) -> Callable[[], None]:
         """Become a submodule of the host, under a name that it does not use; returns the function that undoes it."""
+        for tensor in itertools.chain(self.parameters(), self.buffers()):
+            # spawned ranks share it, and each would write to it
+            if tensor.device.type == "cpu" and tensor.is_shared():  # type: ignore[no-untyped-call]
+                tensor.data = tensor.data.clone()
         number = 0
         while hasattr(host, name := f"_distillation_losses_{number}"):
             number += 1
@@ -58,13 +61,12 @@ def join_optimizer(guest: Guest, optimizers: list[Optimizer]) -> None:
     if not optimizers:
         raise ValueError(f"the losses have parameters, {own[0][0]} for one, but the module configures no optimizer")
     optimizers[0].param_groups[0]["params"].extend(p for _, p in own)
-    _log.info(
-        "%d parameters of the distillation losses join the first parameter group of %s",
-        sum(p.numel() for _, p in own),
-        type(optimizers[0]).__name__,
+    rank_zero_info(
+        f"{sum(p.numel() for _, p in own)} parameters of the distillation losses join the first parameter group of "
+        f"{type(optimizers[0]).__name__}"
     )
 
 
 def losses_with_tensors(losses: dict[str, Any]) -> dict[str, nn.Module]:
     """Those of the terms whose losses have, or will have, parameters or buffers."""
-    return {n: t.loss for n, t in losses.items() if t.loss.missing_sizes or [*t.loss.parameters(), *t.loss.buffers()]}
+    return {n: t.loss for n, t in losses.items() if t.missing_sizes or [*t.loss.parameters(), *t.loss.buffers()]}

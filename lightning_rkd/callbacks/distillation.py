@@ -8,13 +8,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from lightning_rkd.callbacks._guest import Guest, join_optimizer, losses_with_tensors
 from lightning_rkd.callbacks._patch import MethodPatch, open_batches
-from lightning_rkd.data.indices import IndexedBatch, root_size
-from lightning_rkd.distiller import Distiller, keep_from_ddp, refuse_lbfgs
+from lightning_rkd.data.indices import opened, samples_of
+from lightning_rkd.distiller import Distiller
 from lightning_rkd.distributed import data_parallel_group
+from lightning_rkd.hosting import keep_from_ddp, refuse_averages, refuse_lbfgs, refuse_unsynchronised
 from lightning_rkd.losses.base import RelationalLoss, Weight, weight_at
 from lightning_rkd.records import Batch, Key, unpack
 from lightning_rkd.taps import CaptureError, Layer, find_layer
@@ -36,7 +36,8 @@ class RelationalDistillation(pl.Callback):
 
     A loss with tensors of its own (projectors, banks) is part of the module while it trains, so that devices,
     precision, DDP and ``self.parameters()`` see it; parameters that no optimizer holds then join the first one's first
-    group. It is saved as the callback's state and never in the module's ``state_dict``. It must be told its sizes.
+    group. It is saved as the callback's state and never in the module's ``state_dict``. It must be told its sizes. Two
+    callbacks whose losses have the same names at the same layer must name them apart, ``loss={"a": ...}``.
 
     Args:
         teacher: The teacher: a network, or a :class:`~lightning_rkd.teachers.Teacher`. It stays out of the module,
@@ -105,6 +106,7 @@ class RelationalDistillation(pl.Callback):
         self._number = next(_numbers)
         self._module: pl.LightningModule | None = None
         self._guest: Guest | None = None
+        self._prepared = False
         self._undo: list[Callable[[], None]] = []
         self._batch: Any = None
         self._backwards: int | None = None  # None outside a step
@@ -126,12 +128,15 @@ class RelationalDistillation(pl.Callback):
         self._undo = [MethodPatch.add(pl_module, "training_step", self._around_step), *open_batches(pl_module)]
         if not pl_module.automatic_optimization:
             self._undo.append(MethodPatch.add(pl_module, "manual_backward", self._around_backward))
+        self.distiller.known_sizes = {}
         if not self.distiller.missing_sizes:
             self.distiller.make_ready()
         if own := losses_with_tensors(self.distiller.losses):
+            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+            earlier = itertools.takewhile(lambda callback: callback is not self, callbacks)
+            refuse_averages(earlier, f"name the {type(self).__name__} callback before it")
             self._guest = Guest(own)
-            self._undo.append(self._guest.move_in(pl_module))
-            keep_from_ddp(pl_module, self._guest)
+            self._undo += [self._guest.move_in(pl_module), keep_from_ddp(pl_module)]
 
     @property
     def needs_indices(self) -> bool:
@@ -144,7 +149,10 @@ class RelationalDistillation(pl.Callback):
         if not losses_with_tensors(self.distiller.losses):
             return f"{type(self).__qualname__}#{self._number}"
         taps = (tap.layer for taps in self.distiller.student.taps.values() for tap in taps)
-        places = ", ".join(layer if isinstance(layer, str) else layer.__qualname__ for layer in taps)
+        places = ", ".join(
+            layer if isinstance(layer, str) else getattr(layer, "__qualname__", type(layer).__qualname__)
+            for layer in taps
+        )
         return f"{type(self).__qualname__}({', '.join(self.distiller.losses)} at {places})"
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,17 +172,15 @@ class RelationalDistillation(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Move the teacher to where the student is, and let the optimizer have the parameters of losses."""
         refuse_lbfgs(trainer.optimizers, self.distiller.banks)
+        refuse_unsynchronised(self.distiller.losses, trainer.strategy, self.distiller.gather)
         if self._guest is not None:
             join_optimizer(self._guest, trainer.optimizers)
-        self.distiller.prepare(
-            pl_module.device, trainer.precision_plugin.convert_module, data_parallel_group(trainer.strategy)
-        )
+        self._prepare(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the training samples, should a loss have to be told their number."""
-        if self.distiller.missing_sizes:
-            dataset = getattr(trainer.train_dataloader, "dataset", None)
-            self.distiller.num_samples = root_size(dataset) if isinstance(dataset, Dataset) else 0
+        if (samples := samples_of(trainer.train_dataloader)) is not None:
+            self.distiller.known_sizes = {"num_samples": samples}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report what the last steps left to report."""
@@ -188,14 +194,23 @@ class RelationalDistillation(pl.Callback):
         """Leave the module and the teacher as they were; Lightning calls no ``teardown`` here."""
         self._detach()
 
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.distiller.prepare(
+            pl_module.device, trainer.precision_plugin.convert_module, data_parallel_group(trainer.strategy)
+        )
+        self._prepared = True
+
     def _detach(self) -> None:
         for undo in self._undo:
             undo()
         self._undo, self._module, self._batch, self._backwards, self._guest = [], None, None, None, None
+        self._prepared = False
         self.distiller.detach()
 
     def _around_step(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self._module is not None
+        if not self._prepared:  # Lightning's learning rate finder trains before on_fit_start, without callbacks
+            self._prepare(self._module.trainer, self._module)
         self._batch, self._backwards = (args[0] if args else None), 0
         self.distiller.begin()
         try:
@@ -261,8 +276,4 @@ class RelationalDistillation(pl.Callback):
         given = self._batch
         if given is None or hasattr(given, "__next__"):  # no batch, or Lightning's dataloader_iter
             return None
-        if isinstance(given, IndexedBatch):
-            batch = self.unpack(given.batch)
-            batch.indices = given.indices if batch.indices is None else batch.indices
-            return batch
-        return self.unpack(given)
+        return opened(given, self.unpack)

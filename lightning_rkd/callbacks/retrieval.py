@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Seque
 from torchmetrics import Metric
 
 from lightning_rkd.callbacks._patch import open_batches
-from lightning_rkd.data.indices import IndexedBatch, root_row
+from lightning_rkd.data.indices import opened, root_row
 from lightning_rkd.metrics.feed import computed, feed, wants
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.records import Batch, Key, unpack
@@ -156,26 +156,23 @@ class RetrievalEvaluation(pl.Callback):
     def _update(self, batch: Any, loader: int) -> None:
         taps, _ = self._reader.take()
         shown = next(iter(taps.values()))
-        indexed = isinstance(batch, IndexedBatch)
-        opened = self.unpack(batch.batch if indexed else batch)
-        if opened.indices is None and indexed:
-            opened.indices = batch.indices
+        rows_of = opened(batch, self.unpack)
         metrics, order = self._loaders[loader]
         if shown.embedding is not None:
             rows = len(shown.embedding)
-            if opened.indices is None and order is not None:
-                opened.indices = torch.tensor(
+            if rows_of.indices is None and order is not None:
+                rows_of.indices = torch.tensor(
                     order[self._position : self._position + rows], dtype=torch.int64, device=shown.embedding.device
                 )
             self._position += rows
-        if opened.indices is None and self._ranks > 1 and any("indices" in wants(m) for m in metrics.values()):
+        if rows_of.indices is None and self._ranks > 1 and any("indices" in wants(m) for m in metrics.values()):
             raise ValueError(
                 f"on {self._ranks} devices the rows that a distributed sampler repeats must be known to be counted "
                 "once, and this loader's sampler does not tell them: wrap it, with_indices(loader), or name the entry "
                 "of the batch that holds them, indices=..."
             )
         for metric in metrics.values():
-            feed(metric, shown, opened)
+            feed(metric, shown, rows_of)
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         for number, (metrics, _) in enumerate(self._loaders):

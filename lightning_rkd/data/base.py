@@ -155,10 +155,15 @@ class ImageDataModule(LightningDataModule, ABC):
         self._refuse_foreign_sampler()
         assert self.classes_per_batch is not None
         assert self.samples_per_class is not None
-        assert self.samples_per_class is not None
         labels, p, k = self.root.labels[self.train_set.indices], self.classes_per_batch, self.samples_per_class
         if self.split_by == "samples":  # every sample a class of its own: batches are drawn without regard to classes
-            labels, p, k = torch.arange(len(labels)), p * k, 1
+            rows, needed = len(labels), p * k * rank_and_size()[1]
+            if rows < needed:
+                raise ValueError(
+                    f"batches of classes_per_batch x samples_per_class = {p} x {k} on {rank_and_size()[1]} device(s) "
+                    f"need at least {needed} training samples, and there are {rows}: lower either"
+                )
+            labels, p, k = torch.arange(rows), p * k, 1
         sampler = PKBatchSampler(labels, p, k, self.seed, self.batches_per_epoch)
         loader = ResumableLoader(self.train_set, batch_sampler=sampler, **self._loading())
         return with_indices(loader) if self._indices_are_needed() else loader

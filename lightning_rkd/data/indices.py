@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from lightning_rkd.records import Batch
 
 
 @runtime_checkable
@@ -50,6 +52,19 @@ class IndexedBatch:
 @runtime_checkable
 class _Pinnable(Protocol):
     def pin_memory(self) -> Any: ...
+
+
+def opened(batch: Any, unpack: Callable[[Any], Batch]) -> Batch:
+    """What ``unpack`` makes of a batch, with the indices of an :class:`IndexedBatch` unless it finds some itself.
+
+    Example:
+        >>> opened(IndexedBatch(torch.ones(2, 3), torch.tensor([4, 7])), Batch).indices
+        tensor([4, 7])
+    """
+    if not isinstance(batch, IndexedBatch):
+        return unpack(batch)
+    found = unpack(batch.batch)
+    return found if found.indices is not None else replace(found, indices=batch.indices)
 
 
 def with_indices(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -170,8 +185,8 @@ def root_row(dataset: Any, index: int) -> int:
         dataset, index = dataset.dataset, dataset.indices[row]
 
 
-def root_size(dataset: Any) -> int:
-    """How many rows the root data set has: one more than the largest index there can be.
+def root_size(dataset: Any) -> int | None:
+    """How many rows the root data set has, one more than the largest index there can be; ``None`` where it has no size.
 
     Example:
         >>> root_size(Subset(Subset(range(9), [8, 6, 4]), [2, 0]))
@@ -179,27 +194,52 @@ def root_size(dataset: Any) -> int:
     """
     while isinstance(dataset, Subset | _WithIndices):
         dataset = dataset.dataset
-    return len(dataset)
+    try:
+        return None if isinstance(dataset, IterableDataset) else len(dataset)
+    except (TypeError, NotImplementedError):
+        return None
 
 
-def first_samples(loader: Any, count: int = 2) -> Any:
-    """A batch of the first samples of a map-style loader, as its steps would see it; ``None`` where that is not known.
-
-    Neither a sampler nor a worker is started.
+def samples_of(loader: Any) -> int | None:
+    """The size of the root data set behind a loader; ``None`` where it is not known.
 
     Example:
-        >>> first_samples(DataLoader(range(5), batch_size=4, shuffle=True))
-        tensor([0, 1])
+        >>> samples_of(DataLoader(range(9), batch_size=4)), samples_of(DataLoader([range(4)], batch_size=None))
+        (9, None)
     """
-    if isinstance(loader, Mapping | list | tuple):
-        loader = next(iter(loader.values() if isinstance(loader, Mapping) else loader), None)
+    batches = isinstance(loader, DataLoader) and loader.batch_sampler is not None  # else its rows are batches already
+    return root_size(loader.dataset) if batches else None
+
+
+def first_samples(loaders: Any, count: int = 2) -> Any:
+    """A batch of the first samples, as the steps would see it; ``None`` where a loader is not of the map style.
+
+    Neither a sampler nor a worker is started. Several loaders, in a mapping, a sequence or Lightning's
+    ``CombinedLoader``, give a batch of batches.
+
+    Example:
+        >>> loader = DataLoader(range(5), batch_size=4, shuffle=True)
+        >>> first_samples(loader), first_samples({"a": loader})
+        (tensor([0, 1]), {'a': tensor([0, 1])})
+    """
+    loaders = getattr(loaders, "iterables", loaders)
+    if isinstance(loaders, Mapping):
+        batches = {key: first_samples(loader, count) for key, loader in loaders.items()}
+        return None if any(batch is None for batch in batches.values()) else batches
+    if isinstance(loaders, list | tuple):
+        parts = [first_samples(loader, count) for loader in loaders]
+        return None if not parts or any(part is None for part in parts) else parts
+    return _first_samples(loaders, count)
+
+
+def _first_samples(loader: Any, count: int) -> Any:
     dataset = getattr(loader, "dataset", None)
-    if not isinstance(loader, DataLoader) or dataset is None or isinstance(dataset, IterableDataset):
+    if not isinstance(loader, DataLoader) or root_size(dataset) is None:
         return None
-    rows = range(min(count, len(dataset)))
+    rows = range(min(count, len(loader.dataset)))  # type: ignore[arg-type] # a sized one
     if isinstance(dataset, _WithIndices):
         return loader.collate_fn(dataset.__getitems__(rows))  # type: ignore[arg-type] # its own collate_fn
     if loader.batch_sampler is None:
-        return loader.collate_fn(dataset[0]) if rows else None
+        return loader.collate_fn(loader.dataset[0]) if rows else None
     fetch = getattr(dataset, "__getitems__", None)
-    return loader.collate_fn(fetch(list(rows)) if fetch else [dataset[i] for i in rows])
+    return loader.collate_fn(fetch(list(rows)) if fetch else [loader.dataset[i] for i in rows])

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.losses.sides import (
-    FIELDS,
-    NonFiniteError,
-    Side,
-    at_tap,
-    cast,
-    check_finite,
-    classes,
-    pairs,
-    pick,
-    width,
-)
+from lightning_rkd.losses.sides import FIELDS, NonFiniteError, Side, at_tap, cast, check_finite, pairs, pick
+from lightning_rkd.losses.sizes import Size, Sized
 
 __all__ = [
     "Card", "LossSum", "NonFiniteError", "RelationalLoss", "Side", "Size", "Term", "Weight", "at_tap", "check_finite",
@@ -35,14 +25,8 @@ Weight = float | Callable[[int], float]
 CONTEXT = frozenset({"labels", "indices", "view", "epoch", "mix", "anchors"})
 """What a loss may ask for, as keyword-only parameters of its ``forward``."""
 
-SIZES = frozenset({"student_dim", "teacher_dim", "num_classes", "num_samples"})
-"""What a loss with tensors of its own may have to know before it can make them, as parameters of its ``build``."""
-
 INVARIANCES = frozenset({"translation", "rotation", "scale", "row scale", "row shift"})
 """What may leave a loss unchanged, done to either side alone."""
-
-Size = int | tuple[int, ...]
-"""A width; for maps the channels of every map."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +60,7 @@ def weight_at(weight: Weight, epoch: int) -> float:
     return float(weight(epoch)) if callable(weight) else float(weight)
 
 
-class RelationalLoss(nn.Module):
+class RelationalLoss(Sized):
     r"""Base of all losses: compares what a student and a teacher show for the same N samples.
 
     A subclass writes ``forward(self, student, teacher)`` as plain maths and may ask for more through keyword-only
@@ -119,7 +103,6 @@ class RelationalLoss(nn.Module):
         tensor(1.)
     """
 
-    reads: str | tuple[str, ...] = "embedding"
     across_samples: bool = True
     equal_widths: bool = False
     min_rows: ClassVar[int] = 1
@@ -131,21 +114,20 @@ class RelationalLoss(nn.Module):
     bibtex: ClassVar[str] = ""
     needs: frozenset[str] = frozenset()
     required: ClassVar[frozenset[str]] = frozenset()
-    ready: bool = False
-    _wants: ClassVar[tuple[str, ...]] = ()
-    _sizes: Mapping[str, Size] = {}
-    _built = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         fields = {cls.reads} if isinstance(cls.reads, str) else set(cls.reads) if isinstance(cls.reads, tuple) else None
         if fields is not None and not fields <= FIELDS:
             raise TypeError(f"{cls.__name__}.reads must name fields of Outputs {sorted(FIELDS)}, got {cls.reads!r}")
-        asked = {
-            name: p
-            for name, p in inspect.signature(cls.forward).parameters.items()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY
-        }
+        parameters = inspect.signature(cls.forward).parameters
+        by_position = [*parameters][3:]  # behind self, student and teacher
+        asked = {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        if misplaced := CONTEXT & set(by_position) - set(asked):
+            raise TypeError(
+                f"{cls.__name__}.forward takes {sorted(misplaced)} by position, but what a loss asks for stands behind "
+                f"a star: forward(self, student, teacher, *, {', '.join(sorted(misplaced))})"
+            )
         unknown = set(asked) - CONTEXT
         if unknown:
             raise TypeError(
@@ -153,10 +135,6 @@ class RelationalLoss(nn.Module):
             )
         if not set(cls.invariances) <= INVARIANCES:
             raise TypeError(f"{cls.__name__}.invariances must be among {sorted(INVARIANCES)}, got {cls.invariances}")
-        builds = inspect.signature(cls.build).parameters if cls.build is not RelationalLoss.build else ()
-        cls._wants = tuple(sorted(set(builds) - {"self"}))
-        if not set(cls._wants) <= SIZES:
-            raise TypeError(f"{cls.__name__}.build asks for {cls._wants}, but may only ask for {sorted(SIZES)}")
         cls.needs = frozenset(asked)
         cls.required = frozenset(n for n, p in asked.items() if p.default is inspect.Parameter.empty)
 
@@ -184,114 +162,18 @@ class RelationalLoss(nn.Module):
                 raise ValueError(f"{name}: {key} has {len(value)} rows, but the {tensors[0][0]} has {rows}")
             if value is not None and value.ndim == 1 and value.is_floating_point():
                 raise TypeError(f"{name}: {key} are whole numbers, one per row, got {value.dtype}; cast them, .long()")
+        if (mix := context.get("mix")) is not None and len(mix.ratio) != rows:
+            raise ValueError(f"{name}: mix has {len(mix.ratio)} rows, but the {tensors[0][0]} has {rows}")
         # float32 at least; two different precisions meet at the higher one, unless the loss has tensors of its own
         dtype = torch.float32
         for _, a, b in tensors:
             dtype = torch.promote_types(dtype, torch.promote_types(a.dtype, b.dtype))
         if not self.ready:
             self.make_ready(s, t, like=torch.empty(0, dtype=dtype, device=device))
-        self._check_sizes(s, t)
+        self.check_sizes(s, t)
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), dtype)
         with torch.autocast(device_type=device.type, enabled=False):
             return super().__call__(cast(s, dtype), cast(t, dtype, detach=True), **context)  # type: ignore[no-any-return]
-
-    def prepare(self) -> None:
-        """Whatever must wait until training begins, such as reading a file; called once, before :meth:`build`."""
-
-    def build(self, *args: Any, **kwargs: Any) -> None:
-        """Make the loss's own tensors; a subclass names the sizes it needs as parameters."""
-
-    def sized(self, **sizes: Size | None) -> None:
-        """To be called at the end of ``__init__`` with the sizes that are known; builds if none is missing."""
-        self._sizes = {name: size for name, size in sizes.items() if size is not None}
-        self._built = False
-        if not self.missing_sizes:
-            self._build()
-
-    @property
-    def missing_sizes(self) -> tuple[str, ...]:
-        """The sizes that the loss must still be told."""
-        return () if self._built else tuple(name for name in self._wants if name not in self._sizes)
-
-    def make_ready(
-        self, student: Any = None, teacher: Any = None, *, num_samples: int | None = None, like: Tensor | None = None
-    ) -> None:
-        """Read files and make tensors, once; the first call does it where nobody did before.
-
-        Args:
-            student: What the loss will read of the student, from which missing sizes are taken.
-            teacher: The same of the teacher.
-            num_samples: Size of the training set.
-            like: Device and precision of what is made.
-
-        Raises:
-            ValueError: A size is still unknown.
-        """
-        if self.ready:
-            return
-        self.prepare()
-        if not self._built:
-            shown = self.shown_sizes(student, teacher) | ({} if num_samples is None else {"num_samples": num_samples})
-            self._sizes = {k: v for k, v in shown.items() if k in self._wants} | dict(self._sizes)
-            if self.missing_sizes:
-                raise ValueError(
-                    f"{type(self).__name__} does not know {', '.join(self.missing_sizes)}: pass {self.call_with(shown)}"
-                )
-            self._build()
-            if like is not None:
-                self.to(like.device, like.dtype)
-        elif like is not None:
-            self.to(like.device)
-        self.ready = True
-
-    def call_with(self, sizes: Mapping[str, Size]) -> str:
-        """How to make this loss with the sizes it needs, for messages."""
-        known = {**{k: v for k, v in sizes.items() if k in self._wants}, **self._sizes}
-        arguments = ", ".join(f"{name}={known.get(name, '...')}" for name in self._wants)
-        return f"{type(self).__name__}({arguments})"
-
-    def _build(self) -> None:
-        self.build(**{name: self._sizes[name] for name in self._wants})
-        self._built = True
-        if self._wants:
-            self.register_buffer("sizes", _encoded([self._sizes[name] for name in self._wants]))
-
-    def shown_sizes(self, student: Any, teacher: Any) -> dict[str, Size]:
-        """The sizes that can be seen from what the loss reads on both sides."""
-        sizes: dict[str, Size | None] = {}
-        if student is not None and teacher is not None:
-            sizes = {
-                "student_dim": width(student, self.reads),
-                "teacher_dim": width(teacher, self.reads),
-                "num_classes": classes(student, self.reads),
-            }
-        return {name: size for name, size in sizes.items() if size is not None}
-
-    def _check_sizes(self, student: Any, teacher: Any) -> None:
-        for name, shown in self.shown_sizes(student, teacher).items() if self._wants else ():
-            if self._sizes.get(name, shown) != shown:
-                raise ValueError(
-                    f"{type(self).__name__} was made for {name}={self._sizes[name]}, but is shown {name}={shown}"
-                )
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Make the tensors that a saved loss had before they are loaded."""
-        if not self._built and f"{prefix}sizes" in state_dict:
-            self._sizes = dict(zip(self._wants, _decoded(state_dict[f"{prefix}sizes"]), strict=True))
-            self._build()
-            saved = (x for key, x in state_dict.items() if key.startswith(prefix) and x.is_floating_point())
-            self.to(dtype=next(saved, torch.empty(0, dtype=torch.float32)).dtype)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move and cast, but never to half precision."""
-
-        def kept(x: Tensor) -> Tensor:
-            moved = fn(x)
-            half = moved.dtype in (torch.float16, torch.bfloat16)
-            return x.to(moved.device, torch.promote_types(x.dtype, torch.float32)) if half else moved
-
-        return super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
 
     def at(self, tap: str) -> Term:
         """This loss, read at the tap of that name: ``RKD().at("layer3")``."""
@@ -357,6 +239,11 @@ class Term(RelationalLoss):
             **{k: v for k, v in context.items() if k in self.needs},
         )
 
+    @property
+    def missing_sizes(self) -> tuple[str, ...]:
+        """The sizes that the loss must still be told."""
+        return self.loss.missing_sizes
+
     def make_ready(
         self, student: Any = None, teacher: Any = None, *, num_samples: int | None = None, like: Tensor | None = None
     ) -> None:
@@ -397,7 +284,10 @@ class LossSum(RelationalLoss):
             named = _named([loss if isinstance(loss, Term) else Term(loss) for loss in terms])
         if not named:
             raise ValueError("a sum of losses needs at least one loss")
-        self.terms = nn.ModuleDict(named)
+        try:
+            self.terms = nn.ModuleDict(named)
+        except KeyError as error:  # a dot, or the name of a method of every module
+            raise ValueError(f"a loss cannot have that name, {error.args[0]}; choose another") from None
         self.needs = frozenset().union(*(term.needs for term in named.values()))
 
     def __call__(self, student: Side, teacher: Side, **context: Any) -> Tensor:
@@ -407,6 +297,18 @@ class LossSum(RelationalLoss):
             raise TypeError(f"no loss of this sum uses {sorted(unknown)}; together they take {sorted(self.needs)}")
         parts = [term(student, teacher, **context) for term in self.terms.values()]
         return torch.stack(parts).sum()
+
+    @property
+    def missing_sizes(self) -> tuple[str, ...]:
+        """The sizes that losses of the sum must still be told."""
+        return tuple(sorted({size for term in named_terms(self).values() for size in term.missing_sizes}))
+
+    def make_ready(
+        self, student: Any = None, teacher: Any = None, *, num_samples: int | None = None, like: Tensor | None = None
+    ) -> None:
+        """Make every loss ready for what it will read."""
+        for term in named_terms(self).values():
+            term.make_ready(student, teacher, num_samples=num_samples, like=like)
 
     def __mul__(self, weight: Weight) -> LossSum:  # type: ignore[override] # a weighted sum stays a sum
         return LossSum({name: Term(term, weight) for name, term in named_terms(self).items()})
@@ -466,19 +368,3 @@ class _Product:
 
 def _product(a: Weight, b: Weight) -> Weight:
     return _Product(a, b) if callable(a) or callable(b) else float(a) * float(b)
-
-
-def _encoded(sizes: Sequence[Size]) -> Tensor:
-    """Sizes as one row of integers, each led by its length; a plain number has length 0."""
-    words: list[int] = []
-    for size in sizes:
-        words += [0, size] if isinstance(size, int) else [len(size), *size]
-    return torch.tensor(words, dtype=torch.int64)
-
-
-def _decoded(words: Tensor) -> Iterator[Size]:
-    rest = words.tolist()
-    while rest:
-        length, rest = rest[0], rest[1:]
-        yield tuple(rest[:length]) if length else rest[0]
-        rest = rest[length or 1 :]

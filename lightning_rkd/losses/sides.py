@@ -133,36 +133,3 @@ def cast(value: Any, dtype: torch.dtype, detach: bool = False) -> Any:
     if value is None:
         return None
     return type(value)(cast(v, dtype, detach) for v in value)
-
-
-def width(value: Any, reads: str | tuple[str, ...]) -> int | tuple[int, ...] | None:
-    """The size of what a loss reads: columns of an embedding or of logits, channels of every map.
-
-    Example:
-        >>> width(torch.ones(2, 5), "embedding"), width([torch.ones(2, 3, 4, 4), torch.ones(2, 6, 2, 2)], "maps")
-        (5, (3, 6))
-    """
-    if isinstance(value, Outputs):
-        fields = (reads,) if isinstance(reads, str) else reads
-        field = next((f for f in ("embedding", "maps", "logits") if f in fields), None)
-        return None if field is None else width(getattr(value, field), field)
-    if isinstance(value, Tensor):
-        return value.shape[1]
-    if value is None or reads == "classifier":
-        return None if value is None else value[0].shape[1]
-    return tuple(_channels(m) for m in value)
-
-
-def _channels(m: Tensor) -> int:
-    return m.shape[2] if m.ndim == 3 else m.shape[1]  # tokens are (N, T, C)
-
-
-def classes(value: Any, reads: str | tuple[str, ...]) -> int | None:
-    """The number of classes a side shows, from its logits or from its classifier; ``None`` where it shows neither."""
-    if isinstance(value, Outputs):
-        if value.logits is not None:
-            return value.logits.shape[1]
-        return None if value.classifier is None else len(value.classifier[0])
-    if reads == "logits":
-        return int(value.shape[1])
-    return len(value[0]) if reads == "classifier" else None

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from lightning_rkd.distiller import Shown, refuse_lbfgs
+from lightning_rkd.distiller import Shown
 from lightning_rkd.distributed import gather_rows, rank_and_size, row_counts
+from lightning_rkd.hosting import refuse_lbfgs
 from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.memory import generator
 from lightning_rkd.losses.parts.state import StepState

@@ -12,14 +12,16 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_rkd.data.indices import IndexedBatch, first_samples
+from lightning_rkd.data.indices import first_samples, opened
 from lightning_rkd.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts, sum_over_ranks
 from lightning_rkd.losses.base import Card, pick, weight_at
 from lightning_rkd.losses.mhgd import MHGD
 from lightning_rkd.losses.parts.attention_graph import AttentionGraph, attention_sizes, trained_attention
-from lightning_rkd.module import DistillationModule, _built_by_cli, _given_to_init, _is_plain
+from lightning_rkd.module import DistillationModule
+from lightning_rkd.plumbing import hand_back_after_exceptions, save_plain_hyperparameters
 from lightning_rkd.records import Batch, Key, unpack
 from lightning_rkd.relations.singular import positions, right_singular_vectors
 from lightning_rkd.taps import Layer
@@ -88,8 +90,7 @@ class AttentionGraphEstimator(pl.LightningModule):
         inputs: Key | list[str] | None = None,
     ) -> None:
         super().__init__()
-        given = {} if _built_by_cli() else _given_to_init(inspect.currentframe())
-        self.save_hyperparameters(ignore=["teacher", *(n for n, value in given.items() if not _is_plain(value))])
+        save_plain_hyperparameters(self, inspect.currentframe())
         self.teacher = copy(teacher) if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
         self.teacher_layer, self.heads, self.seed, self.inputs = teacher_layer, heads, seed, inputs
         self._optimizer = optimizer
@@ -113,15 +114,17 @@ class AttentionGraphEstimator(pl.LightningModule):
         """Hook the teacher, whose weights file is read now if it has one, and make the graph."""
         if self.teacher is None:
             raise ValueError("AttentionGraphEstimator learns from a teacher: pass teacher=... and teacher_layer=[...]")
-        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by a connector
-        if not any(isinstance(callback, _HandBack) for callback in callbacks):
-            callbacks.insert(0, _HandBack())
+        hand_back_after_exceptions(self.trainer)
         self.teacher.attach(self.teacher_layer)
         if self.graph is None:
             self.graph = AttentionGraph([m.shape[-1] for m in self._shown_once(stage)], self.heads, self.seed)
 
     def teardown(self, stage: str) -> None:
         """Hand the teacher back as it was."""
+        self.hand_back()
+
+    def hand_back(self) -> None:
+        """Take the hooks off, and leave the teacher as it was."""
         if self.teacher is not None:
             self.teacher.detach()
 
@@ -133,6 +136,10 @@ class AttentionGraphEstimator(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Move the teacher to where the graph is."""
+        self._prepare()
+
+    def on_train_start(self) -> None:
+        """Move the teacher, where Lightning's learning rate finder trains before ``on_fit_start``."""
         self._prepare()
 
     def on_validation_start(self) -> None:
@@ -181,8 +188,8 @@ class AttentionGraphEstimator(pl.LightningModule):
 
     def _maps(self, batch: Any) -> list[Tensor]:
         assert self.teacher is not None
-        opened = self.unpack(batch.batch if isinstance(batch, IndexedBatch) else batch)
-        maps: list[Tensor] = pick(self.teacher(opened), "maps", who="AttentionGraphEstimator, teacher")
+        shown = self.teacher(opened(batch, self.unpack))
+        maps: list[Tensor] = pick(shown, "maps", who="AttentionGraphEstimator, teacher")
         return maps
 
     @torch.no_grad()
@@ -190,7 +197,7 @@ class AttentionGraphEstimator(pl.LightningModule):
         """The teacher's maps of two samples, before it is moved."""
         trainer: Any = self.trainer
         loops = {"fit": trainer.fit_loop, "validate": trainer.validate_loop, "test": trainer.test_loop}
-        with torch.random.fork_rng(devices=[]):
+        with isolate_rng(include_cuda=False):
             batch = first_samples(loops[stage]._data_source.dataloader())
             if batch is None:
                 raise ValueError(
@@ -277,13 +284,7 @@ class MHGDModule(DistillationModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step of the optimizer; returns the sum of task loss and relational terms, for the record."""
-        opened = self._opened(batch)
-        if self.batch_transform is not None:
-            opened = self.batch_transform(opened)
-        self.distiller.begin()
-        output = self._call(opened.inputs)
-        shown = self.distiller.shown(opened)
-        terms = self.distiller.terms(shown, epoch=self.current_epoch, step=self.global_step)
+        shown, output, terms = self.forward_both(batch)
         task = self.task(shown, output)
         weighted = weight_at(self.task_weight, self.current_epoch) * task
         distillation = torch.stack(list(terms.values())).sum()
@@ -374,12 +375,3 @@ def _mean_over_ranks(tensors: list[Tensor], group: Any) -> list[Tensor]:
     flat = sum_over_ranks(torch.cat([t.flatten().to(dtype) for t in tensors]), group) / ranks
     parts = torch.split(flat, [t.numel() for t in tensors])
     return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
-
-
-class _HandBack(pl.Callback):
-    """Lightning calls no ``teardown`` after an exception, and tells only callbacks about it."""
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Hand the teacher back as it was."""
-        if isinstance(pl_module, AttentionGraphEstimator):
-            pl_module.teardown("fit")

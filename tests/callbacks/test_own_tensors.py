@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.data.indices import with_indices
@@ -44,7 +47,9 @@ def test_a_loss_with_parameters_trains_as_if_written_into_the_module(precision: 
     assert next(loss.parameters()).dtype == torch.float32
 
 
-def test_parameters_that_no_optimizer_holds_join_the_first_group_and_schedulers_live_on() -> None:
+def test_parameters_that_no_optimizer_holds_join_the_first_group_and_schedulers_live_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Chosen(toys.Student):
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD([*self.backbone.parameters(), *self.head.parameters()], 0.1, momentum=0.9)
@@ -55,6 +60,7 @@ def test_parameters_that_no_optimizer_holds_join_the_first_group_and_schedulers_
     (group,) = trainer.optimizers[0].param_groups
     assert {id(p) for p in loss.parameters()} <= {id(p) for p in group["params"]}
     assert toys.gap(loss, toys.Projected(5, 7)) > 1e-3
+    assert "42 parameters of the distillation losses join the first parameter group of SGD" in caplog.text
 
 
 def test_nothing_of_the_loss_stays_in_the_module_or_its_checkpoint(tmp_path: Path) -> None:
@@ -67,6 +73,18 @@ def test_nothing_of_the_loss_stays_in_the_module_or_its_checkpoint(tmp_path: Pat
     assert set(saved["state_dict"]) == set(toys.Student().state_dict())
     (state,) = [s for key, s in saved["callbacks"].items() if key.startswith("RelationalDistillation")]
     assert sorted(state["losses"]) == [f"projected.{key}" for key in ("project.bias", "project.weight", "sizes")]
+
+
+def test_what_ddp_was_told_about_a_memory_is_taken_back() -> None:
+    module, told = toys.Student(), []
+
+    class Looks(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            told.extend(pl_module._ddp_params_and_buffers_to_ignore)  # type: ignore[arg-type]
+
+    toys.fit(module, attached(toys.Remembers(7, 40)), Looks(), batches=with_indices(toys.loader()))
+    assert told == ["_distillation_losses_0.remembers.mean.value"]
+    assert not hasattr(module, "_ddp_params_and_buffers_to_ignore")
 
 
 def loss_for_resume() -> dict[str, RelationalLoss]:
@@ -94,6 +112,25 @@ def test_a_loss_that_lacks_its_sizes_is_told_them_in_the_error() -> None:
         toys.fit(toys.Student(), attached(toys.Remembers()), batches=loader)
 
 
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(toys.loader().dataset)
+
+
+def test_a_loader_without_a_size_leaves_the_number_of_samples_open_in_the_error() -> None:
+    with pytest.raises(ValueError, match=r"pass Projected\(student_dim=5, teacher_dim=7\)"):
+        toys.fit(toys.Student(), attached(toys.Projected()), batches=DataLoader(Stream(), 8))
+    keyed = [{"x": x, "y": y, "i": torch.arange(8)} for x, y in toys.loader()]
+    callback = attached(toys.Remembers(), inputs="x", labels="y", indices="i")
+    with pytest.raises(ValueError, match=r"pass Remembers\(num_samples=\.\.\., teacher_dim=7\)"):
+        toys.fit(Keyed(), callback, batches=keyed)
+
+
+class Keyed(toys.Student):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch["x"], batch["y"])
+
+
 def test_a_loss_made_for_other_widths_says_so() -> None:
     with pytest.raises(ValueError, match="Projected was made for student_dim=6, but is shown student_dim=5"):
         toys.fit(toys.Student(), attached(toys.Projected(6, 7)))
@@ -119,6 +156,58 @@ def test_averages_of_weights_work_and_hold_nothing_of_the_loss(tmp_path: Path) -
     callbacks = [attached(toys.Projected(5, 7)), WeightAveraging()]
     toys.fit(toys.Student(), *callbacks).save_checkpoint(saved)
     assert not [key for key in torch.load(saved, weights_only=True)["state_dict"] if "distill" in key]
+
+
+def test_averages_that_copied_the_module_before_a_loss_joined_it_are_refused() -> None:
+    callbacks = [WeightAveraging(), attached(toys.Projected(5, 7))]
+    with pytest.raises(ValueError, match="name the RelationalDistillation callback before it"):
+        toys.fit(toys.Student(), *callbacks)
+    toys.fit(toys.Student(), *callbacks[::-1])
+
+
+def test_a_layer_may_be_any_function_also_where_a_loss_is_saved() -> None:
+    callback = RelationalDistillation(
+        toys.teacher(), toys.Projected(5, 7), student_layer=operator.attrgetter("backbone")
+    )
+    assert callback.state_key == "RelationalDistillation(projected at attrgetter)"
+
+
+class Adjustable(toys.Student):
+    lr = 0.1
+
+
+def test_a_learning_rate_finder_finds_the_teacher_and_parameters_join_afterwards(tmp_path: Path) -> None:
+    loss, finder = toys.Projected(5, 7), LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+    toys.fit(Adjustable(), finder, attached(loss), precision="bf16-true", default_root_dir=tmp_path)
+    assert toys.gap(loss, toys.Projected(5, 7)) > 1e-3
+
+
+class Keeps(pl.Callback):
+    """Writes what the callback's loss has learnt, from the process in which it did."""
+
+    def __init__(self, loss: RelationalLoss, path: Path) -> None:
+        self.loss, self.path = loss, path
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            torch.save(self.loss.state_dict(), self.path)
+
+
+def trained_alike(path: Path, **settings: Any) -> dict[str, Tensor]:
+    """On rows that are all the same, so that it does not matter which device gets which."""
+    rows = DataLoader(TensorDataset(torch.ones(80, toys.WIDTH), torch.zeros(80).long()), settings.pop("batch_size"))
+    loss = toys.Projected(5, 7)
+    toys.fit(toys.Student(), attached(loss), Keeps(loss, path), batches=rows, **settings)
+    state: dict[str, Tensor] = torch.load(path, weights_only=True)
+    return state
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:step 0. the student has collapsed")
+def test_spawned_processes_do_not_write_to_one_anothers_parameters(tmp_path: Path) -> None:
+    alone = trained_alike(tmp_path / "alone.pt", batch_size=16)
+    spawned = trained_alike(tmp_path / "spawned.pt", batch_size=8, strategy="ddp_spawn", devices=2)
+    torch.testing.assert_close(spawned, alone, rtol=0, atol=1e-6)
 
 
 def in_two_processes(rank: int | None) -> dict[str, Tensor]:

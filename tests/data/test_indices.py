@@ -11,6 +11,8 @@ import torch
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDataset, RandomSampler, Subset
 
 from lightning_rkd.data import IndexedBatch, PKBatchSampler, ResumableLoader, with_indices
+from lightning_rkd.data.indices import opened
+from lightning_rkd.records import Batch, unpack
 
 
 class Numbers(torch.utils.data.Dataset[Any]):
@@ -147,6 +149,16 @@ def test_indices_stay_whole_numbers_when_the_batch_is_cast() -> None:
     assert cast.batch.dtype == torch.float16
     # through half precision 2 ** 40 would be infinite
     assert cast.indices.tolist() == [2**40]
+
+
+def test_an_opened_batch_has_the_indices_of_the_loader_unless_it_names_its_own() -> None:
+    indexed = IndexedBatch((torch.ones(2, 3), torch.zeros(2), torch.tensor([8, 9])), torch.tensor([4, 7]))
+    assert opened(indexed, unpack).indices.tolist() == [4, 7]
+    assert opened(indexed, lambda batch: unpack(batch, indices=2)).indices.tolist() == [8, 9]
+    assert opened(indexed.batch, unpack).indices is None
+    own = Batch(torch.ones(2, 3))
+    assert opened(IndexedBatch(own, torch.tensor([4, 7])), unpack).indices.tolist() == [4, 7]
+    assert own.indices is None, "the loader's own batch is left alone"
 
 
 def test_a_batch_survives_pickling() -> None:

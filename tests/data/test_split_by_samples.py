@@ -54,3 +54,8 @@ def test_classes_that_are_too_small_and_parts_that_are_none_are_refused() -> Non
         split_samples([0] * 9, 0.5, 0.5)
     with pytest.raises(ValueError, match="split_by must be 'classes' or 'samples'"):
         Squares(split_by="rows")  # type: ignore[arg-type]
+
+
+def test_batches_of_more_samples_than_there_are_are_refused_with_the_numbers() -> None:
+    with pytest.raises(ValueError, match=r"= 20 x 50 on 1 device\(s\) need at least 1000 training samples, and there "):
+        data(classes_per_batch=20, samples_per_class=50).train_dataloader()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.losses.base import LossSum, NonFiniteError, RelationalLoss, Term, named_terms, weight_at
-from lightning_rkd.records import Outputs
+from lightning_rkd.records import Mix, Outputs
+from tests.nets import Projected, Remembers
 
 
 class Gap(RelationalLoss):
@@ -77,6 +78,13 @@ def test_a_class_that_asks_for_an_unknown_name_is_refused_where_it_is_defined():
             def forward(self, student: Tensor, teacher: Tensor, *, label: Tensor) -> Tensor: ...
 
 
+def test_a_class_that_asks_without_a_star_is_refused_with_the_cure():
+    with pytest.raises(TypeError, match=r"Bad.forward takes \['labels'\] by position.*teacher, \*, labels\)"):
+
+        class Bad(RelationalLoss):
+            def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor: ...
+
+
 @pytest.mark.parametrize("reads", ["embeddings", ("embedding", "logit")])
 def test_a_class_that_reads_an_unknown_field_is_refused_where_it_is_defined(reads):
     with pytest.raises(TypeError, match="must name fields of Outputs"):
@@ -101,6 +109,15 @@ def test_context_that_is_missing_is_named_with_the_cure():
 def test_labels_must_have_a_row_for_each_sample():
     with pytest.raises(ValueError, match="labels has 3 rows, but the embedding has 4"):
         Labelled()(ZEROS, ONES, labels=torch.zeros(3))
+
+
+def test_a_mixture_must_have_a_row_for_each_sample():
+    class Mixed(RelationalLoss):
+        def forward(self, student: Tensor, teacher: Tensor, *, mix: Mix) -> Tensor:
+            return student.sum()
+
+    with pytest.raises(ValueError, match="Mixed: mix has 3 rows, but the embedding has 4"):
+        Mixed()(ZEROS, ONES, mix=Mix(torch.arange(3), torch.ones(3)))
 
 
 def test_labels_must_be_a_tensor():
@@ -288,6 +305,20 @@ def test_a_sum_takes_the_context_of_its_losses_and_refuses_the_rest():
 def test_an_empty_sum_is_refused(wrong: Any):
     with pytest.raises(ValueError, match="at least one loss"):
         LossSum(wrong)
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys"])
+def test_a_name_that_a_module_cannot_have_is_refused(name: str):
+    with pytest.raises(ValueError, match=f"a loss cannot have that name, .*{name}"):
+        LossSum({name: Gap()})
+
+
+def test_a_sum_and_a_term_tell_and_make_what_their_losses_miss():
+    total = 2 * Projected() + Gap() + Remembers().at("only")
+    assert total.missing_sizes == ("num_samples", "student_dim", "teacher_dim")
+    assert (2 * Projected()).missing_sizes == ("student_dim", "teacher_dim")
+    total.make_ready(ZEROS, ONES, num_samples=9)
+    assert total.missing_sizes == ()
 
 
 def test_what_is_no_loss_is_refused():
