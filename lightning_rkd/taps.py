@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_rkd.pooling import cls_token as cls_token
+from lightning_rkd.pooling import global_pool as global_pool
+from lightning_rkd.pooling import mean_pool as mean_pool
 from lightning_rkd.records import Outputs
 
 
@@ -270,51 +273,6 @@ def read(network: nn.Module, layer: Layer | None, *args: Any, **kwargs: Any) -> 
     return next(iter(outputs.values()))
 
 
-def global_pool(output: Any, kwargs: Mapping[str, Any]) -> Tensor:
-    """Mean over the spatial positions: (N, C, H, W) -> (N, C).
-
-    Example:
-        >>> global_pool(torch.ones(2, 3, 4, 4), {}).shape
-        torch.Size([2, 3])
-    """
-    x = _first_tensor(output)
-    if x.ndim < 3:
-        raise ValueError(f"global_pool takes maps (N, C, H, W), got {tuple(x.shape)}")
-    return x.flatten(2).mean(2)
-
-
-def mean_pool(output: Any, kwargs: Mapping[str, Any]) -> Tensor:
-    """Mean over tokens, (N, T, D) -> (N, D), leaving out those the layer's ``attention_mask`` (N, T) marks with 0.
-
-    Example:
-        >>> mean_pool(torch.tensor([[[1.0], [3.0]]]), {"attention_mask": torch.tensor([[1, 0]])})
-        tensor([[1.]])
-    """
-    x = _first_tensor(output)
-    if x.ndim != 3:
-        raise ValueError(f"mean_pool takes tokens (N, T, D), got {tuple(x.shape)}")
-    mask = kwargs.get("attention_mask")
-    if mask is None:
-        return x.mean(1)
-    if tuple(mask.shape) != tuple(x.shape[:2]):
-        raise ValueError(f"mean_pool takes an attention_mask (N, T) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
-    weights: Tensor = mask.to(x.dtype).unsqueeze(2)
-    return (x * weights).sum(1) / weights.sum(1).clamp(min=1)
-
-
-def cls_token(output: Any, kwargs: Mapping[str, Any]) -> Tensor:
-    """The first token: (N, T, D) -> (N, D).
-
-    Example:
-        >>> cls_token(torch.arange(4.0).view(1, 2, 2), {})
-        tensor([[0., 1.]])
-    """
-    x = _first_tensor(output)
-    if x.ndim != 3:
-        raise ValueError(f"cls_token takes tokens (N, T, D), got {tuple(x.shape)}")
-    return x[:, 0]
-
-
 def _as_tap(entry: Any) -> Tap:
     if isinstance(entry, Tap):
         return entry
@@ -389,14 +347,6 @@ def _joined(shown: list[Outputs]) -> Outputs:
         maps=[m for m in maps if m is not None] if maps and all(m is not None for m in maps) else None,
         classifier=shown[-1].classifier,
     )
-
-
-def _first_tensor(output: Any) -> Tensor:
-    hidden = getattr(output, "last_hidden_state", output)
-    first = hidden[0] if isinstance(hidden, list | tuple) and hidden else hidden
-    if isinstance(first, Tensor):
-        return first
-    raise TypeError(f"expected a tensor or an output that begins with one, got {type(output).__name__}")
 
 
 def _copied(inputs: Any) -> Any:
