@@ -45,8 +45,9 @@ class EmbeddingHead(nn.Sequential):
 
     Example:
         >>> import torch
-        >>> EmbeddingHead(8, 4, normalize=True)(torch.randn(2, 8)).norm(dim=1)
-        tensor([1.0000, 1.0000], grad_fn=<LinalgVectorNormBackward0>)
+        >>> rows = EmbeddingHead(8, 4, normalize=True)(torch.randn(2, 8))
+        >>> rows.shape, bool(rows.norm(dim=1).allclose(torch.ones(2)))
+        (torch.Size([2, 4]), True)
     """
 
     def __init__(self, in_features: int, embedding_dim: int, normalize: bool = False) -> None:
