@@ -235,7 +235,8 @@ def work(job: tuple[str, Path, Path]) -> str:
         for row in done:
             if (row["kind"], row["weight"], row["seed"]) == ("train", weight, seed):
                 return row
-        return keep(run(loss, weight, seed, teacher, folder))
+        done.append(keep(run(loss, weight, seed, teacher, folder)))
+        return done[-1]
 
     weight = None
     if loss != ALONE:
