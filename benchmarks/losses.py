@@ -50,17 +50,24 @@ SEEDS = (0, 1, 2)
 STEPS, CALIBRATION, TIMED = 300, 50, 40
 ALONE = "no distillation"
 
-# What a loss is given beyond its defaults, by dotted path in the recipe
-SETTINGS: dict[str, dict[str, Any]] = {
-    "IRG": {"model.init_args.loss.init_args.transform_layers": []},  # stages of different widths
-    "STKD": {
-        "model.init_args.loss.init_args.share": 1.0,
-        "model.init_args.batch_transform": {
-            "class_path": "MixUp",
-            "init_args": {"num_classes": 315},
+# What a loss is given beyond its defaults: why, and the settings by dotted path in the recipe
+BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
+    "CRCD": (
+        "100 negatives instead of 500, for a step that takes seconds otherwise",
+        {"model.init_args.loss.init_args.negatives": 100},
+    ),
+    "IRG": (
+        "no relations between stages, whose widths differ here",
+        {"model.init_args.loss.init_args.transform_layers": []},
+    ),
+    "STKD": (
+        "images mixed with `MixUp`, and the whole loss its transfer term, as the task has a loss of its own",
+        {
+            "model.init_args.loss.init_args.share": 1.0,
+            "model.init_args.batch_transform": {"class_path": "MixUp", "init_args": {"num_classes": 315}},
         },
-    },
-    "PCKD": {"model.init_args.batch_transform": {"class_path": "Rotations"}},
+    ),
+    "PCKD": ("images also rotated with `Rotations`", {"model.init_args.batch_transform": {"class_path": "Rotations"}}),
 }
 LEFT_OUT = {"AICSD": "reads dense logits (segmentation)"}
 
@@ -70,6 +77,11 @@ def names() -> list[str]:
     found = {name: getattr(lightning_rkd.losses, name) for name in lightning_rkd.losses.__all__}
     classes = {n: c for n, c in found.items() if isinstance(c, type) and issubclass(c, RelationalLoss)}
     return sorted(n for n, c in classes.items() if c not in (RelationalLoss, Term, LossSum) and n not in LEFT_OUT)
+
+
+def beyond(loss: str) -> dict[str, Any]:
+    """The settings of a loss that are not its defaults."""
+    return BEYOND[loss][1] if loss in BEYOND else {}
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -98,7 +110,7 @@ def student(loss: str, steps: int, teacher: Path, weight: float | None, **more: 
             "model.init_args.teacher.init_args.weights": str(teacher),
             "model.init_args.loss": {"class_path": loss, "init_args": {}},
             "model.init_args.weight": 1.0 if weight is None else weight,
-            **SETTINGS.get(loss, {}),
+            **beyond(loss),
         }
     if loss == "MHGD":
         settings["model.init_args.loss.init_args.estimator"] = str(trained_estimator(teacher))
@@ -151,7 +163,7 @@ def remembering(loss: str, seed: int, out: Path) -> list[pl.Callback]:
     if loss == ALONE:
         return []
     reads = getattr(lightning_rkd.losses, loss).reads
-    plain = "maps" not in reads and "model.init_args.batch_transform" not in SETTINGS.get(loss, {})
+    plain = "maps" not in reads and "model.init_args.batch_transform" not in beyond(loss)
     return [Remember(out / f"teacher-{seed}.pt")] if plain else []
 
 
@@ -321,6 +333,7 @@ def page(rows: dict[str, list[dict[str, Any]]], seconds: dict[str, float], teach
         name = loss if loss == ALONE else f"[`{loss}`](losses.md#{loss.lower()})"
         number = "" if weight is None else f"{weight:.3g}"
         lines.append(f"| {name} | {cell(recall)} | {cell(precision)} | {number} | {1000 * seconds[loss]:.0f} |")
+    lines += ["", "Beyond the defaults: " + "; ".join(f"`{loss}`: {why}" for loss, (why, _) in BEYOND.items()) + "."]
     lines += ["", "Left out: " + "; ".join(f"`{loss}`, which {why}" for loss, why in LEFT_OUT.items()) + "."]
     return "\n".join(lines) + "\n"
 
