@@ -26,9 +26,10 @@ CERTAINTY = {
 
 NOT_SHIPPED: dict[str, str] = {
     "VRM": "Virtual Relation Matching (Zhang et al. 2025, arXiv:2502.20760). Known are its edges between samples and "
-    "between classes over two views, a Huber loss and that only real-virtual edges are kept. Missing are the criterion "
-    "and the share of edges that are pruned as unreliable, the Huber threshold and form, the reduction over edges, "
-    "both weights, where logits are standardised, and the augmentation of the second view.",
+    "between classes over two views, a Huber loss and that only real-virtual edges are kept. Paper and code could not "
+    "be read in full; missing are the criterion and the share of edges that are pruned as unreliable, the Huber "
+    "threshold and form, the reduction over edges, both weights, where logits are standardised, and the augmentation "
+    "of the second view.",
     "The gradient relation of CRCD": "`CRCD` has the feature relation. Of the gradient relation the authors' script "
     "calls a function that is not defined, and its weight and combination with the other terms are missing.",
     "The attention fusion of OKDMDE": "`OnlineBranches` takes the mean of the branches' logits; the layers of the "

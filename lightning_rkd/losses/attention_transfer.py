@@ -98,6 +98,8 @@ class AttentionTransfer(RelationalLoss):
     Reference:
         Zagoruyko and Komodakis 2017, Paying More Attention to Attention: Improving the Performance of Convolutional
         Neural Networks via Attention Transfer, arXiv:1612.03928.
+        Certainty: read in code, szagoruyko/attention-transfer, utils.py; HobbitLong/RepDistiller,
+        distiller_zoo/AT.py.
 
     Example:
         >>> student, teacher = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 5.0]]]])

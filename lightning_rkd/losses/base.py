@@ -105,10 +105,10 @@ class RelationalLoss(Sized):
 
     across_samples: bool = True
     equal_widths: bool = False
-    min_rows: ClassVar[int] = 1
+    min_rows: int = 1
     order_matters: bool = False
     dense: ClassVar[bool] = False
-    exact_gradient: ClassVar[bool] = True
+    exact_gradient: bool = True
     invariances: frozenset[str] = frozenset()
     card: ClassVar[Card | None] = None
     bibtex: ClassVar[str] = ""
@@ -142,7 +142,7 @@ class RelationalLoss(Sized):
 
     def __call__(self, student: Side, teacher: Side, **context: Any) -> Tensor:
         """The loss as a scalar, after checking and casting both sides."""
-        name = type(self).__name__
+        name = self.called
         unknown = set(context) - self.needs
         if unknown:
             raise TypeError(f"{name} does not use {sorted(unknown)}; it takes {sorted(self.needs) or 'no context'}")

@@ -159,6 +159,9 @@ class CorrelationCongruence(RelationalLoss):
     Reference:
         Peng, Jin, Liu, Li, Wu, Liu, Zhou and Zhang 2019, Correlation Congruence for Knowledge Distillation,
         arXiv:1904.01802.
+        Certainty: read in code, JDAI-CV/FaceX-Zoo, addition_module/face_lightning/KDF/loss/cc.py;
+        yoshitomo-matsubara/torchdistill, losses/mid_level.py (norm); HobbitLong/RepDistiller,
+        distiller_zoo/CC.py (rows).
 
     Example:
         >>> student, teacher = torch.eye(2), torch.ones(2, 2)

@@ -117,6 +117,7 @@ class HardDarkRank(RelationalLoss):
     Reference:
         Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer,
         arXiv:1707.01220.
+        Certainty: read in code, lenscloth/RKD, metric/loss.py.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [1.5]])
@@ -179,6 +180,7 @@ class SoftDarkRank(RelationalLoss):
     Reference:
         Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer,
         arXiv:1707.01220.
+        Certainty: read in code, TuSimple/DarkRank, PYOP/listnet_loss.py.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [1.5]])

@@ -93,6 +93,8 @@ class DIST(RelationalLoss):
 
     Reference:
         Huang, You, Wang, Qian and Xu 2022, Knowledge Distillation from A Stronger Teacher, arXiv:2205.10536.
+        Certainty: read in code, hunto/image_classification_sota, lib/models/losses/dist_kd.py; hunto/DIST_KD,
+        segmentation/losses.
 
     Example:
         >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0]])

@@ -80,6 +80,8 @@ class EmbedDistill(RelationalLoss):
     Reference:
         Kim, Rawat, Zaheer, Jayasumana, Sadhanala, Jitkrittum, Menon, Fergus and Kumar 2023, EmbedDistill: A Geometric
         Knowledge Distillation for Information Retrieval, arXiv:2301.12005.
+        Certainty: read in code, sentence-transformers, EmbedDistillLoss, which cites the paper's equations 7
+        and 8.
 
     Example:
         >>> student, teacher = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [2.0, 0.0]])

@@ -88,6 +88,7 @@ class GraphKD(RelationalLoss):
     Reference:
         Lassance, Bontonou, Hacene, Gripon, Tang and Ortega 2020, Deep Geometric Knowledge Distillation with Graphs,
         arXiv:1911.03080.
+        Certainty: read in code, cadurosar/graph_kd, utils.py.
 
     Example:
         >>> student, teacher = torch.ones(3, 2), torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
@@ -109,7 +110,7 @@ class GraphKD(RelationalLoss):
         certainty="read in code",
         source="cadurosar/graph_kd, utils.py",
         weight=25.0,
-        weight_note="CIFAR-10, three maps, batches of 128",
+        weight_note="CIFAR-10, three maps (reads='maps'), batches of 128",
     )
     invariances = frozenset({"rotation", "row scale", "scale"})
 
@@ -130,6 +131,7 @@ class GraphKD(RelationalLoss):
         if reads not in ("embedding", "maps"):
             raise ValueError(f"GraphKD: reads must be 'embedding' or 'maps', got {reads!r}")
         self.neighbours, self.power, self.edges, self.reads = neighbours, power, edges, reads
+        self.min_rows = 1 if neighbours is None else neighbours + 1
 
     def forward(
         self,

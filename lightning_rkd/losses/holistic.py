@@ -105,6 +105,7 @@ class HolisticKD(RelationalLoss):
     Reference:
         Zhou, Wang, Chen, Chen, Wang, Wang and Bu 2021, Distilling Holistic Knowledge with Graph Neural Networks,
         arXiv:2108.05507.
+        Certainty: read in code, wyc-ruiker/HKD, distiller_zoo/GNN.py.
 
     Example:
         >>> loss = HolisticKD(num_samples=50)
@@ -116,8 +117,8 @@ class HolisticKD(RelationalLoss):
     """
 
     reads = ("embedding", "logits")
-    min_rows: ClassVar[int] = 8
-    exact_gradient: ClassVar[bool] = False  # so finite differences of the value are not the gradient
+    min_rows = 8
+    exact_gradient = False  # so finite differences of the value are not the gradient
     bibtex: ClassVar[str] = """@inproceedings{zhou2021distilling,
   title     = {Distilling Holistic Knowledge with Graph Neural Networks},
   author    = {Zhou, Sheng and Wang, Yucheng and Chen, Defang and Chen, Jiawei and Wang, Xin and Wang, Can

@@ -79,6 +79,7 @@ class ICKD(RelationalLoss):
     Reference:
         Liu, Huang, Lin, Xie, Wang, Chang and Liang 2021, Exploring Inter-Channel Correlation for Diversity-preserved
         Knowledge Distillation, arXiv:2202.03680.
+        Certainty: read in code, ADLab-AutoDrive/ICKD, Cifar100/distiller_zoo/ICKD.py.
 
     Example:
         >>> loss = ICKD(student_dim=[1], teacher_dim=[2])

@@ -88,6 +88,7 @@ class MHGD(RelationalLoss):
 
     Reference:
         Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.
+        Certainty: read in code, sseung0703/KD_methods_with_TF, nets/Relation.py and nets/SVP.py.
 
     Example:
         >>> from lightning_rkd.losses.parts.attention_graph import AttentionGraph

@@ -123,6 +123,8 @@ class NST(RelationalLoss):
     Reference:
         Huang and Wang 2017, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, arXiv:1707.01219.
         Their weight is 50 for the polynomial kernel.
+        Certainty: read in code, HobbitLong/RepDistiller, distiller_zoo/NST.py;
+        TuSimple/neuron-selectivity-transfer, symbol/transfer.py; the Gaussian kernel's bandwidth from memory.
 
     Example:
         >>> student, teacher = torch.eye(2).view(1, 2, 1, 2), torch.ones(1, 1, 1, 2)
@@ -154,6 +156,7 @@ class NST(RelationalLoss):
         super().__init__()
         _check(kernel)
         self.kernel: Kernel = kernel
+        self.exact_gradient = kernel != "gaussian"  # its bandwidth is held constant
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         """The loss as a scalar, summed over the maps."""

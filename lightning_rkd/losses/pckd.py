@@ -136,6 +136,8 @@ class PCKD(RelationalLoss):
     Reference:
         Ding, Wu, Dong, Li, Qin, Gan and Nie 2024, Preview-based Category Contrastive Learning for Knowledge
         Distillation, arXiv:2410.14143.
+        Certainty: read in code, MuHeDing/PCKD, helper/losses.py and helper/loops.py; the MLP in ifding/DLKD,
+        models/mlp_head.py.
 
     Example:
         >>> _ = torch.manual_seed(0)

@@ -69,6 +69,7 @@ class PKT(RelationalLoss):
 
     Reference:
         Passalis and Tefas 2018, Learning Deep Representations with Probabilistic Knowledge Transfer, arXiv:1803.10837.
+        Certainty: read in code, passalis/probabilistic_kt, nn/pkt.py.
 
     Example:
         >>> student, teacher = torch.eye(3), torch.tensor([[1.0], [1.0], [-1.0]])

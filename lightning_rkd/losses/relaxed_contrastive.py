@@ -70,6 +70,7 @@ class RelaxedContrastive(RelationalLoss):
     Reference:
         Kim, Kim, Cho and Kwak 2021, Embedding Transfer with Label Relaxation for Improved Metric Learning,
         arXiv:2103.14908. There it is the only loss, with several augmented views of each image in a batch.
+        Certainty: read in code, tjddus9597/LabelRelaxation-CVPR21, code/Relaxed_losses.py.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[1.0], [1.0], [-1.0]])

@@ -118,6 +118,7 @@ class RKDDistance(RelationalLoss):
     Reference:
         Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068. Their weight is 1 in metric
         learning and 25 in classification.
+        Certainty: read in code, lenscloth/RKD, metric/loss.py.
 
     Example:
         >>> loss = RKDDistance()
@@ -177,6 +178,7 @@ class RKDAngle(RelationalLoss):
     Reference:
         Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068. Their weight is 2 in metric
         learning and 50 in classification.
+        Certainty: read in code, lenscloth/RKD, metric/loss.py.
 
     Example:
         >>> loss = RKDAngle(reduction="distinct")
@@ -229,6 +231,7 @@ class RKD(RelationalLoss):
 
     Reference:
         Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
+        Certainty: read in code, lenscloth/RKD, metric/loss.py.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.eye(3)
@@ -245,7 +248,8 @@ class RKD(RelationalLoss):
         source="lenscloth/RKD, metric/loss.py",
         weight=1.0,
         weight_note="metric learning, with 1 and 2 inside; in classification 1 with 25 and 50 inside",
-        result="CIFAR-100 ResNet50 to VGG11-BN: 72.97 (student alone 71.26)",
+        result="CIFAR-100 ResNet50 to VGG11-BN: 72.97 (student alone 71.26). R@1 on CUB/Cars/SOP, BN-Inception-512 to "
+        "itself: 70.9/88.9/78.5 (teacher 69.1/86.4/79.2: it is weak on SOP), LabelRelaxation",
     )
     invariances = frozenset({"translation", "rotation", "scale"})
 

@@ -80,6 +80,7 @@ class RRD(RelationalLoss):
 
     Reference:
         Giakoumoglou and Stathaki 2024, Relational Representation Distillation, arXiv:2407.12073.
+        Certainty: read in code, giakoumoglou/rrd, cifar/distillers/RRD.py and cifar/train_student.py.
 
     Example:
         >>> loss = RRD(student_dim=4, teacher_dim=8, queue_size=16)

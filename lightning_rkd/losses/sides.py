@@ -76,15 +76,13 @@ def pairs(student: Any, teacher: Any, reads: str | tuple[str, ...], name: str) -
             if a is not None and b is not None:
                 found.append((field, a, b))
         if student.maps is not None and teacher.maps is not None:
-            found += [(f"maps[{i}]", a, b) for i, (a, b) in enumerate(zip(student.maps, teacher.maps, strict=False))]
+            found += _maps(student.maps, teacher.maps, name)
     elif reads == "maps" and (isinstance(student, Tensor) or isinstance(teacher, Tensor)):
         raise TypeError(f"{name}: maps come as a list, also a single one: pass [map] for student and teacher")
     elif isinstance(student, Tensor):
         found.append((str(reads), student, teacher))
     else:
-        if len(student) != len(teacher):
-            raise ValueError(f"{name}: the student shows {len(student)} maps, the teacher {len(teacher)}")
-        found += [(f"maps[{i}]", a, b) for i, (a, b) in enumerate(zip(student, teacher, strict=True))]
+        found += _maps(student, teacher, name)
     for field, a, b in found:
         for side, x in (("student", a), ("teacher", b)):
             _check(x, field, side, name)
@@ -97,6 +95,14 @@ def pairs(student: Any, teacher: Any, reads: str | tuple[str, ...], name: str) -
     if not found:
         raise ValueError(f"{name}: nothing to compare")
     return found
+
+
+def _maps(student: Sequence[Tensor], teacher: Sequence[Tensor], name: str) -> list[tuple[str, Tensor, Tensor]]:
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"{name}: the student shows {len(student)} maps, the teacher {len(teacher)}; name as many layers of each"
+        )
+    return [(f"maps[{i}]", a, b) for i, (a, b) in enumerate(zip(student, teacher, strict=True))]
 
 
 def _check(x: Any, field: str, side: str, name: str) -> None:

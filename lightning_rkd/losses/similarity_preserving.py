@@ -59,6 +59,7 @@ class SimilarityPreserving(RelationalLoss):
 
     Reference:
         Tung and Mori 2019, Similarity-Preserving Knowledge Distillation, arXiv:1907.09682.
+        Certainty: read in code, HobbitLong/RepDistiller, distiller_zoo/SP.py.
 
     Example:
         >>> student, teacher = torch.eye(2), torch.ones(2, 1)
@@ -80,7 +81,7 @@ class SimilarityPreserving(RelationalLoss):
         certainty="read in code",
         source="HobbitLong/RepDistiller, distiller_zoo/SP.py",
         weight=3000.0,
-        weight_note="CIFAR-100, last map before pooling, RepDistiller",
+        weight_note="CIFAR-100, last map before pooling (reads='maps'), RepDistiller",
         result="CIFAR-100 resnet32x4 to resnet8x4: 72.94 (student alone 72.50), RepDistiller",
     )
     invariances = frozenset({"rotation", "scale"})

@@ -26,6 +26,7 @@ class Sized(nn.Module):
     Class attributes:
         reads: What the sizes are taken from, a field of :class:`~lightning_rkd.records.Outputs` or a tuple of them.
         ready: Whether files have been read and tensors made.
+        called: What messages call it: the class's own name, unless a scheme gives its part the scheme's.
 
     Raises:
         TypeError: Where a class's ``build`` asks for a size that does not exist.
@@ -46,12 +47,15 @@ class Sized(nn.Module):
 
     reads: str | tuple[str, ...] = "embedding"
     ready: bool = False
+    called: str = ""
     _wants: ClassVar[tuple[str, ...]] = ()
     _sizes: Mapping[str, Size] = {}
     _built = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "called" not in vars(cls):
+            cls.called = cls.__name__
         builds = inspect.signature(cls.build).parameters if cls.build is not Sized.build else ()
         cls._wants = tuple(sorted(set(builds) - {"self"}))
         if not set(cls._wants) <= SIZES:
@@ -132,7 +136,8 @@ class Sized(nn.Module):
         for name, shown in self.shown_sizes(student, teacher).items() if self._wants else ():
             if self._sizes.get(name, shown) != shown:
                 raise ValueError(
-                    f"{type(self).__name__} was made for {name}={self._sizes[name]}, but is shown {name}={shown}"
+                    f"{self.called} was made for {name}={self._sizes[name]}, but is shown {name}={shown}: make it for "
+                    "what the networks show, or read them elsewhere"
                 )
 
     def _build(self) -> None:

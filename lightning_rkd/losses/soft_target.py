@@ -61,6 +61,7 @@ class SoftTarget(RelationalLoss):
 
     Reference:
         Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
+        Certainty: read in code, HobbitLong/RepDistiller, distiller_zoo/KD.py.
 
     Example:
         >>> import torch

@@ -73,6 +73,7 @@ class SRD(RelationalLoss):
     Reference:
         Miles and Mikolajczyk 2024, Understanding the Role of the Projector in Knowledge Distillation,
         arXiv:2303.11098.
+        Certainty: read in code, roymiles/Simple-Recipe-Distillation, imagenet/torchdistill/losses/single.py.
 
     Example:
         >>> loss = SRD(student_dim=2, teacher_dim=3)

@@ -99,7 +99,7 @@ class STKD(RelationalLoss):
     - ``"wrong classes"``: as ``"virtual"``, with p and :math:`\sigma(s)` restricted to the classes that have no part in
       the mixture's label, and normalised there.
 
-    **A reconstruction, not the paper's loss.** Only the abstract could be read, and no code was published. It says that
+    **A reconstruction, not the paper's loss.** Only the abstract could be read, and no code was found. It says that
     virtual samples are made by mixup, that a virtual sample should have "a similar probability distribution in the
     teacher and student networks", and that the loss "can fully utilize the incorrect classes similarities by the mixed
     labels". The equations above are the plainest reading of that, w, T and the forms are ours, and no published
@@ -137,7 +137,7 @@ class STKD(RelationalLoss):
     card = Card(
         paper="Zhao, Gong, Sun, Dong and Yu 2021, Similarity Transfer for Knowledge Distillation, arXiv:2103.10047",
         certainty="reconstruction",
-        source="the abstract; no code was published",
+        source="the abstract; no code was found",
     )
     bibtex: ClassVar[str] = """@article{zhao2021similarity,
   title   = {Similarity Transfer for Knowledge Distillation},

@@ -78,6 +78,7 @@ class TTM(RelationalLoss):
 
     Reference:
         Zheng and Yang 2024, Knowledge Distillation Based on Transformed Teacher Matching, arXiv:2402.11148.
+        Certainty: read in the paper, its equation 2 and algorithm 1; zkxufo/TTM, distiller_zoo/ttm.py.
 
     Example:
         >>> import torch
@@ -133,6 +134,7 @@ class WTTM(RelationalLoss):
 
     Reference:
         Zheng and Yang 2024, Knowledge Distillation Based on Transformed Teacher Matching, arXiv:2402.11148.
+        Certainty: read in the paper, its section 4 and algorithm 1; zkxufo/TTM, distiller_zoo/wttm.py.
 
     Example:
         >>> import torch

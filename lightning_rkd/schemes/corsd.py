@@ -137,6 +137,7 @@ class RelationNets(RelationalLoss):
 
     reads = ("maps", "logits")
     across_samples = False
+    called = "CORSD"
     nets: nn.ModuleList
     judge: nn.Sequential
     memory: ClassMemory

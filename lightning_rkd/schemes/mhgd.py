@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Iterable
 from copy import copy
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -68,6 +69,7 @@ class AttentionGraphEstimator(pl.LightningModule):
 
     Reference:
         Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.
+        Certainty: read in code, sseung0703/KD_methods_with_TF, nets/Relation.py and nets/SVP.py.
 
     Example:
         >>> estimator = AttentionGraphEstimator(channels=[8, 16], heads=2)
@@ -76,7 +78,7 @@ class AttentionGraphEstimator(pl.LightningModule):
     """
 
     bibtex: ClassVar[str] = MHGD.bibtex
-    card: ClassVar[Card] = MHGD.card
+    card: ClassVar[Card] = replace(MHGD.card, weight=None, weight_note="it is a stage of its own", result="")
 
     def __init__(
         self,
@@ -242,6 +244,8 @@ class MHGDModule(DistillationModule):
 
     Reference:
         Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.
+        Certainty: read in code, sseung0703/KD_methods_with_TF, nets/Relation.py, nets/SVP.py and, for the clipping,
+        op_util.py.
 
     Example:
         >>> from lightning_rkd.losses.rkd import RKD
@@ -251,7 +255,10 @@ class MHGDModule(DistillationModule):
     """
 
     bibtex: ClassVar[str] = MHGD.bibtex
-    card: ClassVar[Card] = MHGD.card
+    card: ClassVar[Card] = replace(
+        MHGD.card,
+        source="sseung0703/KD_methods_with_TF, nets/Relation.py, nets/SVP.py and, for the clipping, op_util.py",
+    )
 
     @property  # type: ignore[misc] # nobody sets it
     def automatic_optimization(self) -> bool:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.losses.parts.checks import check_positive
+from lightning_rkd.losses.parts.checks import check_logits, check_positive
 from lightning_rkd.losses.soft_target import soft_target
 from lightning_rkd.module import DistillationModule
 from lightning_rkd.records import Batch, Key, Outputs
@@ -211,12 +211,14 @@ class _Final(RelationalLoss):
 
     reads = "logits"
     across_samples = False
+    called = "MultiHeadDistillation"
 
     def __init__(self, temperature: float, alpha: float) -> None:
         super().__init__()
         self.temperature, self.alpha = temperature, alpha
 
     def forward(self, student: Tensor, teacher: Tensor, *, labels: Tensor) -> Tensor:
+        check_logits(student, teacher, self.called)
         return soft_and_hard(student, teacher, labels, temperature=self.temperature, alpha=self.alpha)
 
 
@@ -225,6 +227,7 @@ class _Heads(RelationalLoss):
 
     reads = ("maps", "logits")
     across_samples = False
+    called = "MultiHeadDistillation"
     heads: nn.ModuleList
     guides: nn.ModuleList
 

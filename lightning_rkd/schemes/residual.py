@@ -26,6 +26,9 @@ class ResidualPair(nn.Module):
         assistant: A, whose features have the same shape.
         head: Takes the sum.
 
+    Raises:
+        ValueError: Features of different shapes.
+
     Example:
         >>> pair = ResidualPair(nn.Linear(3, 2), nn.Linear(3, 2))
         >>> x = torch.ones(4, 3)
@@ -40,7 +43,13 @@ class ResidualPair(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The sum, or what the head makes of it."""
-        return self.head(self.student(*args, **kwargs) + self.assistant(*args, **kwargs))
+        student, assistant = self.student(*args, **kwargs), self.assistant(*args, **kwargs)
+        if student.shape != assistant.shape:
+            raise ValueError(
+                f"ResidualKD adds the features of student and assistant, so they need one shape: got "
+                f"{tuple(student.shape)} and {tuple(assistant.shape)}; end both with a layer of the teacher's width"
+            )
+        return self.head(student + assistant)
 
 
 class ResidualKD(DistillationModule):
@@ -166,6 +175,7 @@ class _Mimic(RelationalLoss):
 
     reads = "maps"
     across_samples = False
+    called = "ResidualKD"
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         _check(student, teacher)
@@ -177,6 +187,7 @@ class _Residual(RelationalLoss):
 
     reads = "maps"
     across_samples = False
+    called = "ResidualKD"
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         _check(student, teacher)
@@ -184,11 +195,11 @@ class _Residual(RelationalLoss):
 
 
 def _check(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
-    shapes = [tuple(x.shape) for x in (*student, teacher[0])]
-    if len(set(shapes)) > 1:
+    if student[0].shape != teacher[0].shape:
         raise ValueError(
-            f"ResidualKD subtracts features, so they need one shape: student {shapes[0]}, assistant {shapes[1]}, "
-            f"teacher {shapes[2]}; end student and assistant with a layer of the teacher's width"
+            f"ResidualKD subtracts features, so they need one shape: student and assistant "
+            f"{tuple(student[0].shape)}, teacher {tuple(teacher[0].shape)}; end student and assistant with a layer of "
+            "the teacher's width"
         )
 
 

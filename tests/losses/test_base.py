@@ -196,6 +196,22 @@ def test_maps_are_compared_one_by_one_and_cast_one_by_one():
         MapGap()(maps[:1], maps)
 
 
+@pytest.mark.parametrize("reads", ["maps", ("maps", "logits")])
+def test_unequally_many_maps_are_refused_however_they_come(reads: Any) -> None:
+    class Reads(RelationalLoss):
+        def forward(self, student: Any, teacher: Any) -> Tensor:
+            raise AssertionError("not reached")
+
+    Reads.reads = reads
+    two, three = (Outputs(maps=[torch.ones(2, 1, 3, 3)] * n, logits=torch.ones(2, 3)) for n in (2, 3))
+    for sides, message in (
+        ((two, three), "student shows 2 maps, the teacher 3"),
+        ((three, two), "3 maps, the teacher 2"),
+    ):
+        with pytest.raises(ValueError, match=f"Reads: the .*{message}; name as many layers of each"):
+            Reads()(*sides)
+
+
 def test_a_map_without_a_list_around_it_is_refused_with_the_cure():
     one = torch.ones(2, 3, 4, 4)
     for student, teacher in ((one, one), ([one], one), (one, [one])):

@@ -6,6 +6,7 @@ Written from the equations in the published code named by each scheme; logits ar
 from __future__ import annotations
 
 import math
+from typing import Any
 
 Rows = list[list[float]]
 
@@ -97,3 +98,34 @@ def squared(a: Rows, b: Rows) -> float:
     for x, y in zip(a, b, strict=True):
         total += sum((p - q) ** 2 for p, q in zip(x, y, strict=True)) / len(x)
     return total / len(a)
+
+
+def judged(
+    logits: Rows, labels: list[int], others: list[int], seen: Rows, classes: list[int], judge: dict[str, Any]
+) -> float:
+    """1.29 times the mean distance to the memory of the own class, less that to another class.
+
+    ``seen`` are the predictions of earlier samples, of the ``classes``; a class's memory is their mean, counted with
+    the certainty it begins with. The judge is a linear layer to one number, batch norm over all pairs (their own mean
+    and variance where ``mean`` is None), ReLU, another linear layer and the logistic function.
+    """
+    count = len(logits[0])
+    memory = []
+    for c in range(count):
+        rows = [[float(k == c) for k in range(count)]] + [p for p, own in zip(seen, classes, strict=True) if own == c]
+        memory.append([sum(row[k] for row in rows) / len(rows) for k in range(count)])
+    values = []
+    for choice in (labels, others):
+        for z, c in zip(logits, choice, strict=True):
+            pair = softmax(z) + memory[c]
+            values.append(sum(w * x for w, x in zip(judge["weights"], pair, strict=True)) + judge["bias"])
+    mean, var = judge["mean"], judge["var"]
+    if mean is None:
+        mean = sum(values) / len(values)
+        var = sum((v - mean) ** 2 for v in values) / len(values)
+    scores = []
+    for v in values:
+        normed = judge["gamma"] * (v - mean) / math.sqrt(var + judge["eps"]) + judge["beta"]
+        scores.append(1 / (1 + math.exp(-(judge["slope"] * max(normed, 0.0) + judge["offset"]))))
+    rows = len(logits)
+    return 1.29 * (sum(scores[:rows]) - sum(scores[rows:])) / rows

@@ -41,18 +41,28 @@ def test_all_terms_but_the_memory_are_those_of_the_equation() -> None:
     assert (classes, triplet, scores) == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_memory_tells_the_own_class_from_another() -> None:
-    relations = CASE.made().relations.eval()
+@pytest.mark.parametrize("training", [True, False])
+def test_the_memory_tells_the_own_class_from_another(training: bool) -> None:
+    relations = CASE.made().double().relations.train(training)
     here, labels = shown()
-    memory = float(relations(here, here, labels=labels).detach()[3])
-    probabilities, means = here.logits.softmax(1), torch.eye(3)
-    random = generator(0, 0)
+    here = Outputs(maps=[m.double() for m in here.maps or []], logits=here.logits.double())
+    before = torch.randn(5, 3, dtype=torch.float64).softmax(1), torch.tensor([0, 2, 2, 1, 0])
+    relations.memory.update(*before)
+    random = generator(0, 1)
     triplets(labels, random)
     other = (labels + torch.randint(1, 3, labels.shape, generator=random)) % 3
     assert bool((other != labels).all())
-    with torch.no_grad():
-        own, wrong = (relations.judge(torch.cat([probabilities, means[c]], 1)).mean() for c in (labels, other))
-    assert memory == pytest.approx(1.29 * float(own - wrong), abs=1e-6)
+    mix, norm, _, last, _ = relations.judge
+    judge = {
+        "weights": mix.weight[0].tolist(), "bias": mix.bias.item(), "gamma": norm.weight.item(),
+        "beta": norm.bias.item(), "mean": None if training else norm.running_mean.item(),
+        "var": None if training else norm.running_var.item(), "eps": norm.eps, "slope": last.weight.item(),
+        "offset": last.bias.item(),
+    }  # fmt: skip
+    expected = oracle.judged(
+        here.logits.tolist(), labels.tolist(), other.tolist(), before[0].tolist(), before[1].tolist(), judge
+    )
+    assert relations(here, here, labels=labels)[3].item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_the_deepest_stage_teaches_and_does_not_learn_from_the_others() -> None:
@@ -134,7 +144,9 @@ def test_batches_and_optimizers_that_cannot_work_are_refused() -> None:
         fit(CASE.made(), batches=[(x, 0 * y)])
     with pytest.raises(ValueError, match=r"one class per sample, \(N,\), got labels \(12, 3\)"):
         fit(CASE.made(), batches=[(x, nn.functional.one_hot(y, 3).float())])
-    with pytest.raises(ValueError, match=r"made for student_dim=\(4, 7\), but is shown student_dim=\(4, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"^CORSD was made for student_dim=\(4, 7\), but is shown student_dim=\(4, 6\): make"
+    ):
         fit(CASE.made(channels=[4, 7]), batches=[(x, y)])
     with pytest.raises(ValueError, match="LBFGS"):
         fit(CASE.made(optimizer=torch.optim.LBFGS), batches=[(x, y)])

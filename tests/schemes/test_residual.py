@@ -86,13 +86,15 @@ def test_maps_are_compared_as_they_are() -> None:
         return ResidualKD(student, assistant, network, teacher_layer="backbone.stage1", optimizer=toys.sgd)
 
     fit(module(net(2)))
-    with pytest.raises(ValueError, match=r"student \(12, 4, 8, 8\), .* teacher \(12, 8, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"student and assistant \(12, 4, 8, 8\), teacher \(12, 8, 8, 8\)"):
         fit(module(teacher()))
 
 
 def test_what_cannot_work_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"need one shape: student \(12, 5\), assistant \(12, 5\), teacher \(12, 3\)"):
+    with pytest.raises(ValueError, match=r"student and assistant \(12, 5\), teacher \(12, 3\)"):
         fit(CASE.made(teacher=teacher()))
+    with pytest.raises(ValueError, match=r"need one shape: got \(12, 5\) and \(12, 6\); end both with a layer"):
+        fit(CASE.made(assistant=nn.Sequential(nn.Flatten(), nn.Linear(64, 6))))
     with pytest.raises(ValueError, match="nothing trains the head: pass task_loss="):
         CASE.made(head=nn.Linear(5, 3))
     with pytest.raises(ValueError, match="name one teacher_layer"):

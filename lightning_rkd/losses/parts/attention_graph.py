@@ -64,7 +64,8 @@ class Estimator(nn.Module):
         y = W \Vert_h (G_h X) + b, \quad X = \mathrm{ReLU}(\mathrm{BN}(W_0 V_F)), \quad G_h = m_h\,\mathrm{softmax}(A_h)
 
     In training a sample's graph is dropped (:math:`m_{hi} = 0`) in those heads where noise of a standard normal
-    distribution lies below its mean over the heads, in about half of them; in evaluation all heads count half.
+    distribution lies below its mean over the heads, in about half of them. In evaluation all heads count half, which is
+    ours: the published code drops there as well.
 
     Shapes: front (N, C_F), logits (heads, N, N), kept (heads, N, 1) -> (N, C_B), unit rows.
 
