@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -42,13 +43,14 @@ class Lesson:
 
 
 class BaseTeacher(ABC):
-    """Whoever teaches: not an ``nn.Module``, so that it is registered nowhere; copies of what refers to it share it.
+    """Whoever teaches: not an ``nn.Module``, so that it is registered nowhere.
 
-    ``attach`` and ``detach`` bracket a fit, ``to`` follows when the student's device is known.
+    ``attach`` and ``detach`` bracket a fit, ``to`` follows when the student's device is known. Copies, deep ones too,
+    share the networks, but not what a fit has attached.
     """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> BaseTeacher:
-        return self
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return copy(self)
 
     @abstractmethod
     def attach(self, layer: Layer | None) -> None:

@@ -99,11 +99,12 @@ def test_an_ensemble_of_equal_teachers_is_that_teacher(loss: Any, combine: Any) 
 
 def test_each_teacher_is_read_at_its_own_layer_or_at_the_common_one() -> None:
     a, b = nets.teacher(), wide()
-    hidden, last = Tap("first", at="output"), Tap("last", at="output")
+    hidden, last, once = Tap("first", at="output"), Tap("last", at="output"), Teacher(b)
     expected = {
         "by name": ({"teachers": {"a": a, "b": b}, "layers": {"b": hidden}}, last, (a(X), b.first(X))),
         "in order": ({"teachers": [a, b], "layers": [hidden, None]}, None, (a.first(X), b.eval()(X))),
         "all alike": ({"teachers": [Teacher(a), b]}, hidden, (a.first(X), b.first(X))),
+        "one teacher twice": ({"teachers": [once, once], "layers": [hidden, last]}, None, (b.first(X), b(X))),
         "one network twice": ({"teachers": [b, b], "layers": [hidden, last]}, None, (b.first(X), b(X))),
     }
     for settings, common, shown in expected.values():
@@ -340,13 +341,13 @@ def test_all_teachers_are_handed_back(combine: Any, shared: bool) -> None:
 def test_copies_share_the_networks_and_pickles_work_while_attached() -> None:
     teacher = EnsembleTeacher({"a": nets.teacher(), "b": wide()}, combine="losses")
     teacher.attach("drop")
-    assert copy.deepcopy({"module": teacher})["module"] is teacher
-    for twin in (pickle.loads(pickle.dumps(teacher)), copy.copy(teacher)):
+    deep = copy.deepcopy({"module": teacher})["module"]
+    assert all(deep.teachers[n].network is teacher.teachers[n].network for n in "ab")  # type: ignore[attr-defined]
+    for twin in (pickle.loads(pickle.dumps(teacher)), copy.copy(teacher), deep):
         twin.attach(None)
         assert [one.shown[""].embedding.shape[1] for one in twin.lessons(Batch(X))] == [7, 9]
         twin.detach()
         assert [one.shown[""].embedding.shape[1] for one in teacher.lessons(Batch(X))] == [10, 12], "still hooked"
-    assert copy.copy(teacher).teachers["a"].network is teacher.teachers["a"].network  # type: ignore[attr-defined]
 
 
 def test_one_ensemble_serves_two_distillers_at_two_layers() -> None:

@@ -37,7 +37,9 @@ def fitted(rank: int | None, face: str, teacher: Any, loss: Any, counts: tuple[i
 
 
 def by_an_ensemble(rank: int | None, face: str, combine: Any, counts: tuple[int, int] = (8, 8)) -> dict[str, Tensor]:
-    loss = RKD() + toys.Hint() + toys.Gram()
+    loss: Any = RKD() + toys.Hint() + toys.Gram()
+    if combine == "relations":
+        loss = loss + toys.Projected(5, 16)
     return fitted(rank, face, EnsembleTeacher([toys.teacher(), wide()], [1, 3], combine), loss, counts)
 
 

@@ -48,6 +48,16 @@ def test_it_is_handed_back_with_its_tensors_values_dtype_and_modes() -> None:
         assert nets.attachments(network) == []
 
 
+def test_it_comes_back_from_another_device() -> None:
+    network = nets.teacher(norm=True)
+    before, teacher = nets.snapshot(network), Teacher(network)
+    teacher.attach(None)
+    teacher.to("meta")
+    assert {t.device.type for t in (*network.parameters(), *network.buffers())} == {"meta"}
+    teacher.detach()
+    assert nets.same(before, network)
+
+
 def test_moved_in_inference_mode_it_comes_back_trainable() -> None:
     network = nets.teacher(norm=True)
     before, teacher = nets.snapshot(network), Teacher(network)
@@ -99,9 +109,10 @@ def test_modes_come_back_when_a_second_teacher_of_the_network_has_seen_it_teach(
 def test_copies_share_the_network_and_pickles_work_while_attached() -> None:
     teacher = Teacher(nets.teacher())
     teacher.attach("act")
-    assert copy.deepcopy({"module": teacher})["module"].network is teacher.network
+    deep = copy.deepcopy({"module": teacher})["module"]
+    assert deep.network is teacher.network
     teacher.to("cpu", half)
-    for twin in (pickle.loads(pickle.dumps(teacher)), copy.copy(teacher)):
+    for twin in (pickle.loads(pickle.dumps(teacher)), copy.copy(teacher), deep):
         twin.attach(None)
         twin.detach()
         assert teacher(Batch(X.bfloat16()))[""].embedding.dtype == torch.bfloat16, "still hooked, and still away"

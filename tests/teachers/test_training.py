@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from lightning_rkd.data.indices import with_indices
 from lightning_rkd.losses.rkd import RKD, RKDAngle, RKDDistance
 from lightning_rkd.metrics.agreement import RelationalAgreement
 from lightning_rkd.taps import Tap
@@ -120,6 +121,30 @@ def test_teachers_may_be_two_layers_of_one_network(face: str) -> None:
     assert toys.attachments(network) == []
 
 
+@pytest.mark.parametrize("face", FACES)
+def test_a_projector_and_a_memory_see_one_teacher_as_wide_as_all(face: str) -> None:
+    first, second = (network.eval() for network in pair())
+    written = toys.Projected(5, 16), toys.Remembers(16, 40)
+
+    def by_hand(embedding: Tensor, x: Tensor) -> Tensor:
+        both = torch.cat([math.sqrt(0.75) * shown(first, x), 0.5 * shown(second, x)], dim=1)
+        return written[0](embedding, both) + written[1](embedding, both, indices=torch.arange(8))
+
+    loss = {"projected": toys.Projected(), "remembers": toys.Remembers()}
+    batches, teacher = with_indices(toys.loader()), EnsembleTeacher(pair(), [3, 1])
+    module, callbacks = taught(face, teacher, loss)
+    if face == "callback":
+        with pytest.raises(ValueError, match=r"pass Projected\(student_dim=5, teacher_dim=16\)"):
+            toys.fit(module, *callbacks, batches=batches)
+        loss = {"projected": toys.Projected(5, 16), "remembers": toys.Remembers(16, 40)}
+        module, callbacks = taught(face, teacher, loss)
+    expected = gradients(User(by_hand), max_steps=1)
+    assert largest(gradients(module, *callbacks, max_steps=1, batches=batches), expected) <= 1e-6
+    assert largest(gradients(User(), max_steps=1), expected) > 1e-3
+    assert toys.gap(loss["remembers"], written[1]) <= 1e-6
+    assert float(written[1].mean.value.abs().max()) > 0
+
+
 class Stops(pl.Callback):
     """Notes the teachers' precision, and stops a fit in the middle."""
 
@@ -186,6 +211,31 @@ def test_agreement_with_an_ensemble_is_that_with_the_joint_embedding() -> None:
         expected.update(shown(module.student.backbone, x), joined)  # type: ignore[union-attr, arg-type]
         for name, value in expected.compute().items():
             assert float(trainer.callback_metrics[f"val/{name}"]) == pytest.approx(float(value), abs=1e-4)
+
+
+class TrainsACopy(pl.Callback):
+    """Copies the module in the middle of its fit, and trains the copy."""
+
+    def __init__(self) -> None:
+        self.copies: list[pl.LightningModule] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if not self.copies:
+            self.copies = [copy.deepcopy(pl_module)]
+            toys.fit(self.copies[0], precision="bf16-true")
+
+
+@pytest.mark.parametrize("kind", ["one", *COMBINE])
+def test_a_copy_trained_in_the_middle_of_a_fit_does_not_take_the_teacher_away(kind: Any) -> None:
+    networks = pair()
+    before = [toys.snapshot(network) for network in networks]
+    teacher = networks[1] if kind == "one" else EnsembleTeacher(networks, combine=kind)
+    trains = TrainsACopy()
+    disturbed, _ = taught("module", teacher, RKD())
+    quiet, _ = taught("module", teacher, RKD())
+    assert largest(gradients(disturbed, trains, precision="bf16-true"), gradients(quiet, precision="bf16-true")) == 0.0
+    assert toys.gap(trains.copies[0].student, Net()) > 1e-3  # type: ignore[arg-type]
+    assert all(toys.same(*each) for each in zip(before, networks, strict=True))
 
 
 # Left alone, and compiled
