@@ -78,6 +78,7 @@ class Teacher(BaseTeacher):
 
         Raises:
             RuntimeError: The teacher has not been attached.
+            ValueError: It is sharded, and not to be left where it is.
         """
         if self._home is None:
             raise RuntimeError("attach the teacher to a layer before moving it")
@@ -85,6 +86,11 @@ class Teacher(BaseTeacher):
             return False
         self._prepared = True
         if self.move:
+            if any(map(_is_part, self.network.parameters())):
+                raise ValueError(
+                    "the teacher is sharded over ranks, so it could not be handed back as it was after being moved: "
+                    "leave it where it is, Teacher(network, move=False)"
+                )
             self._home.remember_tensors()
             if convert is not None:
                 convert(self.network)
@@ -187,8 +193,13 @@ def _whole_tensors(network: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers, and what quantised layers hold instead; not the parts of sharded tensors."""
     packed = (t for t in tree_leaves(network.state_dict()) if isinstance(t, Tensor) and t.is_quantized)
     for tensor in (*network.parameters(), *network.buffers(), *packed):
-        if not hasattr(tensor, "full_tensor"):
+        if not _is_part(tensor):
             yield tensor.detach()
+
+
+def _is_part(x: Tensor) -> bool:
+    """Whether a rank holds but a part of it (a DTensor)."""
+    return hasattr(x, "full_tensor")
 
 
 def _checksum(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from lightning_rkd.losses.rkd import RKD
@@ -106,15 +107,18 @@ def test_a_fit_with_teachers_that_differ_between_ranks_is_refused(ranks: Ranks, 
 # Sharded
 
 
-def by_a_sharded_teacher(rank: int | None, face: str, kind: str) -> tuple[dict[str, Tensor], list[bool]]:
-    network: nn.Module = wide()
-    if rank is not None:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+def sharded(network: nn.Module) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (2,))
-        for part in (network.first, network):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)  # type: ignore[arg-type]
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (network.first, network):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)  # type: ignore[arg-type]
+    return network
+
+
+def by_a_sharded_teacher(rank: int | None, face: str, kind: str) -> tuple[dict[str, Tensor], list[bool]]:
+    network = wide() if rank is None else sharded(wide())
     before = [hasattr(p, "full_tensor") for p in network.parameters()]
     teacher: Any = Teacher(network, move=False)
     if kind == "ensemble":
@@ -128,9 +132,25 @@ def by_a_sharded_teacher(rank: int | None, face: str, kind: str) -> tuple[dict[s
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("kind", ["alone", "ensemble"])
 def test_a_sharded_teacher_teaches_as_the_whole_one(ranks: Ranks, kind: str, face: str) -> None:
-    (first, sharded), (second, _) = ranks.run(by_a_sharded_teacher, face, kind)
-    assert all(sharded)
+    (first, parts), (second, _) = ranks.run(by_a_sharded_teacher, face, kind)
+    assert all(parts)
     alone, _ = by_a_sharded_teacher(None, face, kind)
     assert largest(first, second) == 0.0
     assert largest(first, alone) <= 1e-6
     assert largest(fitted(None, face, wide(), 0.0 * RKD()), alone) > 1e-3
+
+
+def moved_although_sharded(rank: int, face: str) -> str:
+    network = sharded(wide())
+    try:
+        fitted(rank, face, network, RKD())
+    except ValueError as error:
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+        return str(error)
+    return "taught"
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_sharded_teacher_that_is_to_be_moved_is_refused_with_the_cure(ranks: Ranks, face: str) -> None:
+    for message in ranks.run(moved_although_sharded, face):
+        assert message.endswith("leave it where it is, Teacher(network, move=False)")
