@@ -68,7 +68,8 @@ class EnsembleTeacher(BaseTeacher):
 
     .. math:: L(s) = \sum_k w_k L(s, t^k), \qquad \sum_k w_k = 1.
 
-    It is there for whatever a loss reads. Its cost grows with the number of teachers.
+    It is there for whatever a loss reads; logits and maps themselves are never averaged. Its cost grows with the number
+    of teachers.
 
     ``combine="relations"`` makes one teacher of all: its embedding is theirs side by side, each times
     :math:`\sqrt{w_k}`. The loss is evaluated once, against averaged relations:

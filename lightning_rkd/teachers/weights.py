@@ -21,7 +21,8 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is damaged, or its keys or shapes do not fit the network.
+        ValueError: The file is damaged, its keys or shapes do not fit the network, or it is the folder of a sharded
+            checkpoint.
 
     Example:
         >>> import tempfile
@@ -32,6 +33,11 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
         tensor([[1., 1.]], requires_grad=True)
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"the weights {str(path)!r} are a folder, as sharded checkpoints are; make one file of it first: "
+            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f"the weights file {str(path)!r} does not exist; train the network first, or correct it"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -59,6 +59,7 @@ def terms(teacher: Any, loss: Any, x: Tensor = X, student: nn.Module | None = No
 # What they show together
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.tuples(st.floats(0.01, 100), st.integers(1, 4), st.floats(1e-3, 1e3)), min_size=1, max_size=4),
     st.integers(0, 99),
@@ -107,8 +108,8 @@ def test_each_teacher_is_read_at_its_own_layer_or_at_the_common_one() -> None:
         "one teacher twice": ({"teachers": [once, once], "layers": [hidden, last]}, None, (b.first(X), b(X))),
         "one network twice": ({"teachers": [b, b], "layers": [hidden, last]}, None, (b.first(X), b(X))),
     }
-    for settings, common, shown in expected.values():
-        teacher = EnsembleTeacher(**settings, combine="losses")
+    for arguments, common, shown in expected.values():
+        teacher = EnsembleTeacher(**arguments, combine="losses")
         teacher.attach(common)
         lessons = teacher.lessons(Batch(X))
         teacher.detach()

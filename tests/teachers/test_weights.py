@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,12 @@ def test_weights_that_do_not_fit_are_refused_and_none_is_loaded(content: Any, me
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"the weights file 'nowhere\.ckpt' does not exist"):
         Teacher(nets.teacher(), weights="nowhere.ckpt").attach(None)
+
+
+def test_the_folder_of_a_sharded_checkpoint_is_refused_with_the_cure(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"are a folder, as sharded checkpoints are.*consolidate_checkpoint"):
+        Teacher(nets.teacher(), weights=tmp_path).attach(None)
+    assert importlib.util.find_spec("lightning.pytorch.utilities.consolidate_checkpoint") is not None
 
 
 def test_a_sound_file_passes(tmp_path: Path) -> None:
