@@ -18,13 +18,14 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
     from lightning_rkd.module import DistillationModule
     from lightning_rkd.taps import Tap
-    from lightning_rkd.teachers import Teacher
+    from lightning_rkd.teachers import EnsembleTeacher, Teacher
 
     __version__: str
 else:  # what Python runs (PEP 562)
     _HOMES = {
         "DistillationModule": "module",
         "EmbeddingRetrieval": "metrics.retrieval",
+        "EnsembleTeacher": "teachers",
         "PKBatchSampler": "data.sampling",
         "RKD": "losses.rkd",
         "RKDAngle": "losses.rkd",
@@ -57,6 +58,7 @@ __all__ = [
     "RKD",
     "DistillationModule",
     "EmbeddingRetrieval",
+    "EnsembleTeacher",
     "PKBatchSampler",
     "RKDAngle",
     "RKDDistance",

@@ -5,7 +5,7 @@ Module, callback and schemes all call it, so a loss means the same in each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -29,17 +29,22 @@ from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.losses.sizes import Size
 from lightning_rkd.records import Batch, Outputs
 from lightning_rkd.taps import CaptureError, InputReader, Layer, Reader
-from lightning_rkd.teachers import Teacher
+from lightning_rkd.teachers.base import BaseTeacher, Lesson
+from lightning_rkd.teachers.ensemble import joint
+from lightning_rkd.teachers.teacher import Teacher
 from lightning_rkd.watch import Watch
 
 
 @dataclass(slots=True)
 class Shown:
-    """What one step showed: per tap, the rows of all ``views`` (student calls) one after the other."""
+    """What one step showed: per tap, the rows of all ``views`` (student calls) one after the other.
+
+    There is no lesson where nobody taught, one from a teacher, and several where losses are averaged over teachers.
+    """
 
     batch: Batch
     student: dict[str, Outputs]
-    teacher: dict[str, Outputs] | None = None
+    lessons: Sequence[Lesson] = ()
     views: int = 1
 
     @property
@@ -49,10 +54,11 @@ class Shown:
 
     @property
     def teacher_embedding(self) -> Outputs | None:
-        """The same for the teacher."""
-        if self.teacher is None:
-            return None
-        return at_tap(self.teacher, None, "embedding", who="teacher")  # type: ignore[no-any-return]
+        """The same for the teacher; several are joined."""
+        shown = [at_tap(lesson.shown, None, "embedding", who="teacher") for lesson in self.lessons]
+        if len(shown) > 1:
+            return joint(shown, [lesson.share for lesson in self.lessons])
+        return shown[0] if shown else None
 
 
 class Distiller:
@@ -62,7 +68,7 @@ class Distiller:
     fit.
 
     Args:
-        teacher: The teacher; ``None`` only where there is no loss.
+        teacher: A network, or whoever teaches; ``None`` only where there is no loss.
         loss: A loss, a sum, or a dict of losses; ``None`` only reads the networks.
         student_layer: Where to read the student; ``None`` is its output.
         teacher_layer: Where to read the teacher; ``None`` is its output.
@@ -73,7 +79,7 @@ class Distiller:
 
     def __init__(
         self,
-        teacher: Teacher | nn.Module | None,
+        teacher: BaseTeacher | nn.Module | None,
         loss: RelationalLoss | Mapping[str, RelationalLoss] | None,
         *,
         student_layer: Layer | None = None,
@@ -82,19 +88,22 @@ class Distiller:
         weight: Weight = 1.0,
         gather: bool = True,
     ) -> None:
+        if not (teacher is None or isinstance(teacher, BaseTeacher)):
+            teacher = Teacher(teacher)
         # a copy: each distillation keeps its own taps of a network that may teach several
-        self.teacher = None if teacher is None else copy(teacher) if isinstance(teacher, Teacher) else Teacher(teacher)
+        self.teacher: BaseTeacher | None = copy(teacher)
         self.losses = {} if loss is None else named_terms(loss)
         self.teacher_layer, self.weight, self.gather = teacher_layer, weight, gather
         self.student = Reader(student_layer, "student")
         self.inputs = None if input_layer is None else InputReader(input_layer)
-        taps = {*self.student.taps, *(teacher_layer if isinstance(teacher_layer, Mapping) else ())} - {""}
+        taps = {*self.student.taps, *(() if self.teacher is None else self.teacher.taps(teacher_layer))} - {""}
         for name, term in self.losses.items():
             if term.tap is not None and term.tap not in taps:
                 raise ValueError(
                     f"the loss {name} is read at the tap {term.tap!r}, which no layer is named: the taps are "
                     f"{sorted(taps) or 'none'}; name it, student_layer={{{term.tap!r}: ...}}"
                 )
+        self._check_losses()
         self.needs: frozenset[str] = frozenset().union(*(term.needs for term in self.losses.values()))
         self.group: Group = None
         self.known_sizes: Mapping[str, Size] | None = None  # set where losses must have their tensors before a step
@@ -130,7 +139,8 @@ class Distiller:
         Raises:
             ValueError: A loss lacks a size; the message states those that are known.
         """
-        student, teacher = (None, None) if shown is None else (shown.student, shown.teacher)
+        student = None if shown is None else shown.student
+        teacher = None if shown is None or not shown.lessons else shown.lessons[0].shown
         for term in self.losses.values():
             term.make_ready(student, teacher, num_samples=num_samples)
 
@@ -149,7 +159,7 @@ class Distiller:
         """Move the teacher to the student's device and precision, and check that all ranks hold the same one.
 
         Raises:
-            ValueError: A memory on several ranks that does not see the rows of all.
+            ValueError: A memory on several ranks that does not see the rows of all; a loss that the teacher refuses.
             RuntimeError: Ranks hold different teachers.
         """
         self.group = group
@@ -158,6 +168,7 @@ class Distiller:
                 f"gather=False, but the losses {self.banks} remember what they have seen, which must be the same on "
                 "all ranks: leave gather=True"
             )
+        self._check_losses()  # some have made their tensors only now
         if self._teaching and self.teacher is not None and self.teacher.to(device, convert):
             self.teacher.check_same_on_ranks(group)
 
@@ -226,15 +237,16 @@ class Distiller:
             )
         if teach and self.inputs is not None and not calls:
             raise CaptureError(f"the input_layer {self.inputs.layer!r} was never called in this step")
-        shown = Shown(Batch(inputs=None) if batch is None else batch, student, None, views)
+        shown = Shown(Batch(inputs=None) if batch is None else batch, student, views=views)
         if teach and self.teacher is not None:
-            shown.teacher = self.teacher(shown.batch, calls)
-            if _rows(student) != _rows(shown.teacher):
-                raise CaptureError(
-                    f"the student layer shows {_rows(student)} rows in {views} call(s), the teacher "
-                    f"{_rows(shown.teacher)}; where the student sees other inputs than the batch, name the layer that "
-                    "gets them: input_layer=..."
-                )
+            shown.lessons = self.teacher.lessons(shown.batch, calls)
+            for lesson in shown.lessons:
+                if _rows(student) != _rows(lesson.shown):
+                    raise CaptureError(
+                        f"the student layer shows {_rows(student)} rows in {views} call(s), the "
+                        f"{lesson.who} {_rows(lesson.shown)}; where the student sees other inputs than the batch, name "
+                        "the layer that gets them: input_layer=..."
+                    )
         return shown
 
     def terms(self, shown: Shown, *, epoch: int = 0, step: int = 0) -> dict[str, Tensor]:
@@ -249,8 +261,8 @@ class Distiller:
             CaptureError: The student showed something without a gradient.
             NonFiniteError: NaN or infinity on either side, with side and row; a step late on a GPU.
         """
-        student, teacher = shown.student, shown.teacher
-        if not self.losses or teacher is None:
+        student = shown.student
+        if not self.losses or not shown.lessons:
             return {}
         for name, term in self.losses.items():
             read = at_tap(student, term.tap, term.reads, who=name).tensors(term.reads)
@@ -260,7 +272,7 @@ class Distiller:
                     "lies inside reentrant activation checkpointing (use_reentrant=False works), or is a first Linear, "
                     "of which the input is read (Tap(layer, at='output') reads the output)"
                 )
-        self._check_sizes(student, teacher)
+        self._check_sizes(student, shown.lessons[0].shown)
         rows, device = _rows(student), _first(student).device
         ranks = rank_and_size(self.group)[1] if self.gather else 1
         counts = row_counts(rows, device, self.group) if ranks > 1 else [rows]
@@ -272,24 +284,38 @@ class Distiller:
         local["view"] = _views(shown, rows, device)
         self._check_context(local, shown.batch)
         mix = shown.batch.mix
-        gathered = Gathered(student, teacher, local, mix, counts, self.group) if ranks > 1 else None
+        gathered = Gathered(local, mix, counts, self.group) if ranks > 1 else None
         values = {}
         for name, term in self.losses.items():
             whole = gathered if term.across_samples else None
-            sides = whole.sides(term, name) if whole else (student, teacher)
             context: dict[str, Any] = {k: whole.rows(k) if whole else local[k] for k in local if k in term.needs}
             context |= {"epoch": epoch, "anchors": Anchors(self.group) if whole else None}
             if "mix" in term.needs:
                 context["mix"] = whole.mix() if whole else mix
-            try:
-                value = term.raw(*sides, **context)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"step {step}: {error}") from None
-            self._watch.look(term, sides, name, step)
+            value = self._average(name, shown, whole, context, step)
             # a mean over own rows: DDP's mean over ranks must weigh ranks by their rows
             share = 1.0 if term.across_samples else ranks * rows / sum(counts)
             values[name] = self.weight_of(name, epoch) * share * value
         return values
+
+    def _average(self, name: str, shown: Shown, whole: Gathered | None, context: dict[str, Any], step: int) -> Tensor:
+        """The raw value of a term, averaged over the lessons."""
+        term, values = self.losses[name], []
+        for lesson in shown.lessons:
+            s, t = (whole.side(x, term, name) if whole else x for x in (shown.student, lesson.shown))
+            among = f" ({lesson.who})" if lesson.teacher else ""
+            try:
+                value = term.raw(s, t, **context)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"step {step}{among}: {error}") from None
+            self._watch.look(term, (s, t), name + among, step)
+            values.append(value if lesson.share == 1 else lesson.share * value)
+        return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+    def _check_losses(self) -> None:
+        if self.teacher is not None:
+            for name, term in self.losses.items():
+                self.teacher.check_loss(name, term)
 
     def _check_sizes(self, student: dict[str, Outputs], teacher: dict[str, Outputs]) -> None:
         for name, term in self.losses.items():

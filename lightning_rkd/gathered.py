@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -16,34 +17,20 @@ class Gathered:
     """Rows of all ranks; every tensor is gathered once, however many taps show it and losses read it.
 
     Args:
-        student: What the student showed of the local rows, per tap.
-        teacher: The same for the teacher.
         local: Labels, indices and views of the local rows.
         mix: With whom the local rows were mixed.
         counts: Rows of every rank.
         group: Process group.
     """
 
-    def __init__(
-        self,
-        student: dict[str, Outputs],
-        teacher: dict[str, Outputs],
-        local: dict[str, Tensor | None],
-        mix: Mix | None,
-        counts: list[int],
-        group: Group,
-    ) -> None:
-        self._given, self._local, self._counts, self._group = (student, teacher), local, counts, group
-        self._mix = mix
-        self._whole: dict[int, Tensor] = {}  # by the id of the local tensor, which the above keep alive
+    def __init__(self, local: dict[str, Tensor | None], mix: Mix | None, counts: list[int], group: Group) -> None:
+        self._local, self._mix, self._counts, self._group = local, mix, counts, group
+        self._whole: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the local tensor, which stays alive in it
 
-    def sides(self, term: Term, name: str) -> tuple[Outputs, Outputs]:
-        """What a term reads of student and teacher."""
+    def side(self, shown: Mapping[str, Outputs], term: Term, name: str) -> Outputs:
+        """What a term reads of what a network showed of the local rows, per tap."""
         fields = (term.reads,) if isinstance(term.reads, str) else term.reads
-        student, teacher = (
-            self._outputs(at_tap(given, term.tap, term.reads, who=name), fields) for given in self._given
-        )
-        return student, teacher
+        return self._outputs(at_tap(shown, term.tap, term.reads, who=name), fields)
 
     def rows(self, key: str) -> Tensor | None:
         """Labels, indices or views."""
@@ -72,5 +59,5 @@ class Gathered:
     def _gather(self, x: Tensor) -> Tensor:
         if id(x) not in self._whole:
             half = x.dtype in (torch.float16, torch.bfloat16)
-            self._whole[id(x)] = gather_rows(x.float() if half else x, self._counts, self._group)
-        return self._whole[id(x)]
+            self._whole[id(x)] = x, gather_rows(x.float() if half else x, self._counts, self._group)
+        return self._whole[id(x)][1]

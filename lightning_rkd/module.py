@@ -25,7 +25,7 @@ from lightning_rkd.metrics.feed import computed, feed, wants
 from lightning_rkd.plumbing import hand_back_after_exceptions, save_plain_hyperparameters
 from lightning_rkd.records import Batch, Key, Outputs, unpack
 from lightning_rkd.taps import CaptureError, Layer
-from lightning_rkd.teachers import Teacher
+from lightning_rkd.teachers import BaseTeacher
 
 
 class DistillationModule(pl.LightningModule):
@@ -41,7 +41,8 @@ class DistillationModule(pl.LightningModule):
 
     Args:
         student: The network to train. ``forward`` is its forward.
-        teacher: A network, or a :class:`~lightning_rkd.teachers.Teacher`. Absent from checkpoints, optimizers and
+        teacher: A network, a :class:`~lightning_rkd.teachers.Teacher`, or an
+            :class:`~lightning_rkd.teachers.EnsembleTeacher` of several. Absent from checkpoints, optimizers and
             parameter counts; not needed to validate, test or predict.
         loss: A relational loss, a sum, or a dict of losses.
         task_loss: Any ``nn.Module`` called ``(outputs, labels)``: of ``torch.nn``, or a loss of
@@ -88,7 +89,7 @@ class DistillationModule(pl.LightningModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: Teacher | nn.Module | None = None,
+        teacher: BaseTeacher | nn.Module | None = None,
         loss: RelationalLoss | dict[str, RelationalLoss] | None = None,
         *,
         task_loss: nn.Module | None = None,

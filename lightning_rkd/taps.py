@@ -79,7 +79,11 @@ def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]
         if isinstance(chosen, nn.Module):
             return chosen
         raise TypeError(f"the layer function must return a submodule, got {type(chosen).__name__}")
-    modules: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
+    full: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
+    if layer in full:
+        return full[layer]
+    # what torch.compile wraps keeps the names that it had
+    modules = {name.replace("_orig_mod.", ""): module for name, module in full.items()}
     if layer in modules:
         return modules[layer]
     near = difflib.get_close_matches(layer, modules, n=5, cutoff=0.5) or [n for n, _ in network.named_children()][:8]

@@ -118,12 +118,11 @@ def test_taps_that_share_a_map_are_gathered_apart() -> None:
 
     x, y, z = (torch.randn(2, c, 1, 1) for c in (1, 2, 3))
     shown = {"a": Outputs(maps=[x, y]), "b": Outputs(maps=[x, z])}
-    gathered = Gathered(shown, shown, {}, None, [2], None)
+    gathered = Gathered({}, None, [2], None)
     for tap, expected in {"a": (x, y), "b": (x, z)}.items():
-        student, teacher = gathered.sides(Maps().at(tap), "maps")
-        for maps in (student.maps, teacher.maps):
-            assert maps is not None
-            assert [m.shape for m in maps] == [m.shape for m in expected]
+        maps = gathered.side(shown, Maps().at(tap), "maps").maps
+        assert maps is not None
+        assert [m.shape for m in maps] == [m.shape for m in expected]
 
 
 def test_nothing_stays_after_detach() -> None:

@@ -287,6 +287,16 @@ def test_what_was_compiled_before_it_was_hooked_fails_with_the_cure() -> None:
         reader.take()
 
 
+def test_what_was_compiled_keeps_the_names_it_had() -> None:
+    inner = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    outer = nn.Sequential(torch.compile(inner, backend="eager"))  # type: ignore[arg-type]
+    assert find_layer(outer, "0.1") is find_layer(outer, "0._orig_mod.1") is inner[1]
+    assert find_layer(outer, "0") is outer[0], "as it is called"
+    assert find_layer(torch.compile(outer, backend="eager"), "0.1") is inner[1]  # type: ignore[arg-type]
+    with pytest.raises(LayerNotFoundError, match=r"has no layer '0\.2'; near it: '0\.1', '0\.0', '0'"):
+        find_layer(outer, "0.2")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_a_compiled_network_shows_the_same() -> None:

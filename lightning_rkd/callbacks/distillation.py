@@ -18,7 +18,7 @@ from lightning_rkd.hosting import keep_from_ddp, refuse_averages, refuse_lbfgs, 
 from lightning_rkd.losses.base import RelationalLoss, Weight, weight_at
 from lightning_rkd.records import Batch, Key, unpack
 from lightning_rkd.taps import CaptureError, Layer, find_layer
-from lightning_rkd.teachers import Teacher
+from lightning_rkd.teachers import BaseTeacher
 
 _numbers = itertools.count()
 
@@ -40,8 +40,9 @@ class RelationalDistillation(pl.Callback):
     callbacks whose losses have the same names at the same layer must name them apart, ``loss={"a": ...}``.
 
     Args:
-        teacher: The teacher: a network, or a :class:`~lightning_rkd.teachers.Teacher`. It stays out of the module,
-            its checkpoints and its optimizers.
+        teacher: The teacher: a network, a :class:`~lightning_rkd.teachers.Teacher`, or an
+            :class:`~lightning_rkd.teachers.EnsembleTeacher` of several. It stays out of the module, its checkpoints and
+            its optimizers.
         loss: A loss, a sum such as ``25 * RKDDistance() + 50 * RKDAngle()``, or a dict of losses.
         student_layer: Where to read the student: a dotted path in the module, a function from module to submodule, a
             :class:`~lightning_rkd.taps.Tap`, a list of paths (feature maps), or a dict of named taps.
@@ -76,7 +77,7 @@ class RelationalDistillation(pl.Callback):
 
     def __init__(
         self,
-        teacher: Teacher | nn.Module,
+        teacher: BaseTeacher | nn.Module,
         loss: RelationalLoss | dict[str, RelationalLoss],
         *,
         student_layer: Layer,

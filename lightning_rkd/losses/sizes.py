@@ -75,6 +75,11 @@ class Sized(nn.Module):
             self._build()
 
     @property
+    def wanted_sizes(self) -> tuple[str, ...]:
+        """The sizes that the loss's own tensors follow from."""
+        return self._wants
+
+    @property
     def missing_sizes(self) -> tuple[str, ...]:
         """The sizes that the loss must still be told."""
         return () if self._built else tuple(name for name in self._wants if name not in self._sizes)

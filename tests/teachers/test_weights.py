@@ -1,9 +1,8 @@
-"""The teacher comes back as it was, and its weights come from the file that holds them or not at all."""
+"""A teacher's weights come from the file that holds them, undamaged, or not at all."""
 
 from __future__ import annotations
 
-import copy
-import pickle
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,99 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_rkd.records import Batch
-from lightning_rkd.taps import Tap
 from lightning_rkd.teachers import Teacher, check_file, load_weights
 from tests import nets
-
-X = torch.randn(4, nets.WIDTH, generator=torch.Generator().manual_seed(0))
-
-
-def half(network: nn.Module) -> nn.Module:
-    return network.to(torch.bfloat16)
-
-
-def test_it_teaches_in_eval_mode_without_gradient() -> None:
-    network = nets.teacher(dropout=0.5, norm=True).train()
-    teacher, expected = Teacher(network), copy.deepcopy(network).eval()(X)
-    teacher.attach(None)
-    shown = teacher(Batch(X))[""].embedding
-    assert torch.equal(shown, expected)
-    assert not shown.requires_grad
-    assert torch.equal(teacher(Batch(-X, teacher_inputs=X))[""].embedding, expected)
-    assert torch.equal(teacher(Batch(None), calls=[X, {"x": X}])[""].embedding, torch.cat([expected, expected]))
-
-
-def test_it_is_handed_back_with_its_tensors_values_dtype_and_modes() -> None:
-    network = nets.teacher(dropout=0.5, norm=True).train()
-    network.norm.eval()
-    before = nets.snapshot(network)
-    teacher = Teacher(network)
-    for _ in range(2):
-        teacher.attach(None)
-        assert teacher.to("cpu", half)
-        assert not teacher.to("cpu", half), "it is there already"
-        assert network.first.weight.dtype == network.norm.running_mean.dtype == torch.bfloat16
-        teacher(Batch(X.bfloat16()))
-        teacher.detach()
-        assert nets.same(before, network)
-        assert nets.attachments(network) == []
-
-
-def test_moved_in_inference_mode_it_comes_back_trainable() -> None:
-    network = nets.teacher(norm=True)
-    before, teacher = nets.snapshot(network), Teacher(network)
-    teacher.attach(None)
-    with torch.inference_mode():
-        teacher.to("cpu", half)
-        teacher(Batch(X.bfloat16()))
-    teacher.detach()
-    assert nets.same(before, network)
-    network(X).sum().backward()
-
-
-@pytest.mark.parametrize("last", [0, 1])
-def test_two_teachers_of_one_network_may_leave_in_any_order(last: int) -> None:
-    network = nets.teacher(norm=True)
-    before, teachers = nets.snapshot(network), [Teacher(network), Teacher(network)]
-    for teacher in teachers:
-        teacher.attach("act")
-        teacher.to("cpu", half)
-    teachers[1 - last].detach()
-    assert network.first.weight.dtype == torch.bfloat16
-    teachers[last](Batch(X.bfloat16()))
-    teachers[last].detach()
-    assert nets.same(before, network)
-    assert nets.attachments(network) == []
-
-
-def test_one_that_must_not_be_moved_is_not() -> None:
-    teacher = Teacher(nets.teacher(), move=False)
-    assert not teacher.to("cpu", half)
-    assert teacher.network.first.weight.dtype == torch.float32
-
-
-def test_copies_share_the_network_and_pickles_work_while_attached() -> None:
-    teacher = Teacher(nets.teacher())
-    teacher.attach("act")
-    assert copy.deepcopy({"module": teacher})["module"].network is teacher.network
-    teacher.to("cpu", half)
-    for twin in (pickle.loads(pickle.dumps(teacher)), copy.copy(teacher)):
-        twin.attach(None)
-        twin.detach()
-        assert teacher(Batch(X.bfloat16()))[""].embedding.dtype == torch.bfloat16, "still hooked, and still away"
-
-
-def test_it_must_be_a_network_and_attached() -> None:
-    with pytest.raises(TypeError, match=r"a teacher is an nn\.Module, got str"):
-        Teacher("resnet50")  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="attach the teacher to a layer before calling it"):
-        Teacher(nets.teacher())(Batch(X))
-    with pytest.raises(ValueError, match="no layer 'x'"):
-        Teacher(nets.teacher()).attach(Tap("x"))
-
-
-# Weights
 
 
 def prefixed(prefix: str, network: nn.Module, shift: float = 0.0) -> dict[str, Tensor]:
@@ -186,5 +94,22 @@ def test_a_missing_file_is_named() -> None:
         Teacher(nets.teacher(), weights="nowhere.ckpt").attach(None)
 
 
+def test_the_folder_of_a_sharded_checkpoint_is_refused_with_the_cure(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"are a folder, as sharded checkpoints are.*consolidate_checkpoint"):
+        Teacher(nets.teacher(), weights=tmp_path).attach(None)
+    assert importlib.util.find_spec("lightning.pytorch.utilities.consolidate_checkpoint") is not None
+
+
 def test_a_sound_file_passes(tmp_path: Path) -> None:
     check_file(saved(tmp_path, "plain", nets.teacher()))
+
+
+def test_a_compiled_network_is_given_the_weights_of_a_plain_one(tmp_path: Path) -> None:
+    source, network = nets.teacher(seed=1), nets.teacher(seed=2)
+    torch.save(source.state_dict(), tmp_path / "plain.pt")
+    torch.save(torch.compile(source, backend="eager").state_dict(), tmp_path / "compiled.pt")  # type: ignore[attr-defined]
+    load_weights(torch.compile(network, backend="eager"), tmp_path / "plain.pt")  # type: ignore[arg-type]
+    assert nets.gap(network, source) == 0.0
+    other = nets.teacher(seed=2)
+    load_weights(other, tmp_path / "compiled.pt")
+    assert nets.gap(other, source) == 0.0
