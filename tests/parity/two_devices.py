@@ -221,18 +221,17 @@ class Gathered(modules.Written):
         return hand(embedding, x)
 
 
-def spawned() -> Cell:
-    """Processes that the trainer starts itself, to which everything is sent by pickle."""
-    by_ranks = callback("ddp_spawn")
+def spawned(on_ranks: Cell) -> Cell:
+    """The same in processes that the trainer starts itself, to which everything is sent by pickle."""
 
     def build(how: How, rank: int | None) -> Run:
-        run = by_ranks.build(how, None)
+        run = on_ranks.build(how, None)
         if how == "ours":
             run.settings = {"strategy": "ddp_spawn", "devices": 2, "use_distributed_sampler": False}
             run.batches = loader(EVEN, alone=False)
         return run
 
-    return Cell("ddp_spawn", "callback", build, ALMOST, slow=True)
+    return Cell("ddp_spawn", on_ranks.face, build, ALMOST, slow=True)
 
 
 UNUSED = {"find_unused_parameters": True}
@@ -285,5 +284,6 @@ CELLS = [
     module("DDP, bf16-mixed", RKD, reference="same ranks", written=Gathered, settings={"precision": "bf16-mixed"}),
     module("DDP, bf16-true", RKD, reference="same ranks", written=Gathered, settings={"precision": "bf16-true"}),
     module("FSDP2", kind=ShardsStudent, mesh=True),
-    spawned(),
+    spawned(callback("DDP")),
+    spawned(module("DDP")),
 ]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd.losses.rkd import RKD, RKDAngle, RKDDistance
@@ -305,7 +305,8 @@ class Recomputes(toys.Backbone):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.requires_grad_() if self.reentrant else x
-        shown: Tensor = checkpoint(super().forward, x, use_reentrant=self.reentrant)
+        with set_checkpoint_early_stop(False):  # else the last layer would not run again to its end
+            shown: Tensor = checkpoint(super().forward, x, use_reentrant=self.reentrant)
         return shown
 
 
