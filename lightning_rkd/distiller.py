@@ -188,6 +188,12 @@ class Distiller:
         if self.inputs is not None:
             self.inputs.start()
 
+    def begin_again(self) -> None:
+        """In the middle of a step: what was shown so far counts only where nothing is shown from now on."""
+        self.student.start_again()
+        if self.inputs is not None:
+            self.inputs.start_again()
+
     def finish(self) -> None:
         """Report what the last steps of a fit left to report; waits for the device.
 

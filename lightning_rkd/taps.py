@@ -118,11 +118,12 @@ class Reader:
                 self.taps[name] = [_as_tap(entry)]
         self._handles: list[RemovableHandle] = []
         self._seen: dict[str, list[list[_Kept]]] = {}
+        self._before: dict[str, list[list[_Kept]]] = {}
         self.on = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take over: they have hooked nothing."""
-        return self.__dict__ | {"_handles": [], "_seen": {}, "on": False}
+        return self.__dict__ | {"_handles": [], "_seen": {}, "_before": {}, "on": False}
 
     def attach(self, network: nn.Module) -> None:
         """Hook the layers, after checking that they all exist."""
@@ -145,12 +146,19 @@ class Reader:
 
     def start(self) -> None:
         """Forget what was seen and record from now on."""
-        self._seen = {name: [[] for _ in taps] for name, taps in self.taps.items()}
+        self._seen, self._before = {name: [[] for _ in taps] for name, taps in self.taps.items()}, {}
         self.on = True
+
+    def start_again(self) -> None:
+        """Record from now on; what was seen before is taken only if no layer runs again."""
+        if self.on and _any_call(self._seen):
+            before = self._seen
+            self.start()
+            self._before = before
 
     def stop(self) -> None:
         """Record no more and forget what was seen."""
-        self.on, self._seen = False, {}
+        self.on, self._seen, self._before = False, {}, {}
 
     def take(self) -> tuple[dict[str, Outputs], int]:
         """What was seen since ``start``, per tap, calls concatenated; and how many calls there were.
@@ -158,7 +166,8 @@ class Reader:
         Raises:
             CaptureError: A tapped layer never ran, or the layers ran unequally often.
         """
-        seen, self.on, self._seen = self._seen, False, {}
+        seen = self._seen if _any_call(self._seen) or not self._before else self._before
+        self.stop()
         calls = {
             f"{tap.layer!r}": len(one)
             for name, layers in seen.items()
@@ -214,11 +223,12 @@ class InputReader:
         self.layer = layer
         self._handle: RemovableHandle | None = None
         self._seen: list[Any] = []
+        self._before: list[Any] = []
         self.on = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take over: they have hooked nothing."""
-        return self.__dict__ | {"_handle": None, "_seen": [], "on": False}
+        return self.__dict__ | {"_handle": None, "_seen": [], "_before": [], "on": False}
 
     def attach(self, network: nn.Module) -> None:
         """Hook the layer."""
@@ -235,15 +245,20 @@ class InputReader:
 
     def start(self) -> None:
         """Forget what was seen and record from now on."""
-        self._seen, self.on = [], True
+        self._seen, self._before, self.on = [], [], True
+
+    def start_again(self) -> None:
+        """Record from now on; what was seen before is taken only if the layer does not run again."""
+        if self.on and self._seen:
+            self._seen, self._before = [], self._seen
 
     def stop(self) -> None:
         """Record no more and forget what was seen."""
-        self._seen, self.on = [], False
+        self._seen, self._before, self.on = [], [], False
 
     def take(self) -> list[Any]:
         """The inputs of every call since ``start``."""
-        seen = self._seen
+        seen = self._seen or self._before
         self.stop()
         return seen
 
@@ -324,6 +339,10 @@ class _Kept:
 
     def shown(self) -> Outputs:
         return self.original if self.writes is not None and self.writes == _writes(self.original) else self.copy
+
+
+def _any_call(seen: Mapping[str, list[list[_Kept]]]) -> bool:
+    return any(one for layers in seen.values() for one in layers)
 
 
 def _writes(shown: Outputs) -> list[int] | None:

@@ -186,6 +186,23 @@ def test_an_unknown_layer_is_answered_with_the_near_ones() -> None:
         find_layer(nets.Backbone(), "zzz")
 
 
+class Around(nn.Module):
+    """As torch.compile puts it around a module."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = network
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "_orig_mod" else getattr(self._orig_mod, name)
+
+
+def test_a_path_reaches_through_what_compiling_puts_around_a_module() -> None:
+    net = nets.Backbone()
+    outer = nn.Sequential(Around(net))
+    assert find_layer(outer, "0.last") is find_layer(outer, "0._orig_mod.last") is net.last
+
+
 def test_a_module_under_two_names_is_found_by_both() -> None:
     net = nets.Backbone()
     net.alias = net.last
@@ -272,6 +289,25 @@ def compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_new_start_within_a_step_forgets_only_where_a_layer_runs_again(again: bool) -> None:
+    net, reader, inputs = nets.Backbone(), Reader("drop", "student"), InputReader("")
+    for each in (reader, inputs):
+        each.attach(net)
+        each.start()
+    net(X)
+    for each in (reader, inputs):
+        each.start_again()
+        each.start_again()
+    if again:
+        net(2 * X)
+    expected = 2 * X if again else X
+    (seen,), (shown, calls) = inputs.take(), reader.take()
+    assert torch.equal(seen, expected)
+    assert calls == 1
+    assert torch.equal(shown[""].embedding, by_steps(net, expected)["act"])
 
 
 @pytest.mark.slow

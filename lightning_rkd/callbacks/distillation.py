@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_rkd.taps import CaptureError, Layer, find_layer
 from lightning_rkd.teachers import BaseTeacher
 
 _numbers = itertools.count()
+_DETACHED = {"_module": None, "_guest": None, "_prepared": False, "_batch": None, "_backwards": None}
 
 
 class RelationalDistillation(pl.Callback):
@@ -56,7 +58,8 @@ class RelationalDistillation(pl.Callback):
         task_weight: Weight of the module's own loss, likewise.
         gather: Whether relations span the batches of all ranks (k devices then equal one big batch).
         manual_backward_index: With manual optimisation and several ``manual_backward`` calls in a step: the number of
-            the call (from 0) that receives the terms.
+            the call (from 0) that receives the terms. They are made of what the layer showed since the call before it,
+            or, where it has not run since, earlier in the step.
 
     Raises:
         ValueError: At fit: a layer that does not exist, or a student layer that is the module itself. In the first
@@ -111,6 +114,10 @@ class RelationalDistillation(pl.Callback):
         self._undo: list[Callable[[], None]] = []
         self._batch: Any = None
         self._backwards: int | None = None  # None outside a step
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take over: they are attached to nothing."""
+        return self.__dict__ | _DETACHED | {"_undo": []}
 
     def unpack(self, batch: Any) -> Batch:
         """Build the :class:`~lightning_rkd.records.Batch` of a step; override it for batches of another make."""
@@ -194,6 +201,8 @@ class RelationalDistillation(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the module and the teacher as they were; Lightning calls no ``teardown`` here."""
         self._detach()
+        if "pickle" in str(exception):
+            self._name_what_cannot_be_sent(exception)
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.distiller.prepare(
@@ -204,9 +213,27 @@ class RelationalDistillation(pl.Callback):
     def _detach(self) -> None:
         for undo in self._undo:
             undo()
-        self._undo, self._module, self._batch, self._backwards, self._guest = [], None, None, None, None
-        self._prepared = False
+        vars(self).update(self.__getstate__())
         self.distiller.detach()
+
+    def _name_what_cannot_be_sent(self, exception: BaseException) -> None:
+        """Spawned processes get everything by pickle, which knows no lambdas."""
+        given = {
+            "student_layer": self.distiller.student.taps,
+            "teacher_layer": self.distiller.teacher_layer,
+            "input_layer": self.distiller.inputs,
+            "weight": self.distiller.weight,
+            "task_weight": self.task_weight,
+            "loss": self.distiller.losses,
+        }
+        for name, value in given.items():
+            try:
+                pickle.dumps(value)
+            except (pickle.PicklingError, AttributeError, TypeError):
+                exception.add_note(
+                    f"{name}, or something in it, cannot be sent to spawned processes: give a function that is defined "
+                    "at the top of a module, no lambda; or train with strategy='ddp'"
+                )
 
     def _around_step(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self._module is not None
@@ -242,10 +269,14 @@ class RelationalDistillation(pl.Callback):
                 "the step calls manual_backward several times: say which call receives the terms, "
                 "manual_backward_index=0 for the first"
             )
-        if number == (self.manual_backward_index or 0):
+        chosen = self.manual_backward_index or 0
+        if number == chosen:
             loss = self._total(loss)
         with self.distiller.paused():
-            return call(loss, *args, **kwargs)
+            result = call(loss, *args, **kwargs)
+        if number < chosen:
+            self.distiller.begin_again()
+        return result
 
     def _with_terms(self, result: Any) -> Any:
         if result is None:  # the module skips this step

@@ -61,6 +61,10 @@ class RetrievalEvaluation(pl.Callback):
         self._loaders: list[tuple[dict[str, Metric], list[int] | None]] = []
         self._position, self._ranks = 0, 1
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take over: they are attached to nothing."""
+        return self.__dict__ | {"_undo": [], "_loaders": []}
+
     def unpack(self, batch: Any) -> Batch:
         """Build the :class:`~lightning_rkd.records.Batch` of a step; override it for batches of another make."""
         return unpack(batch, **self._keys)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,19 +12,20 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from pytorch_metric_learning import losses, miners
-from torch import Tensor, nn
-from torch.nn import functional as F
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
 from lightning_rkd.data.indices import with_indices
-from lightning_rkd.losses.rkd import RKD
+from lightning_rkd.data.sampling import PKBatchSampler
+from lightning_rkd.losses.rkd import RKD, RKDAngle
 from lightning_rkd.metrics.agreement import RelationalAgreement
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.module import DistillationModule
+from lightning_rkd.relations.angles import _Side
 from tests import toys
 from tests.ranks import Ranks
 
@@ -60,74 +62,121 @@ def batches(rank: int | None, counts: tuple[int, int] = (8, 8)) -> DataLoader[An
     return DataLoader(TensorDataset(data.x, data.y), batch_sampler=order)
 
 
-class OnlyDistilled(toys.Student):
-    """Its backbone gets a gradient from the relations alone, and one layer from nobody."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Linear(2, 2)
-
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(self.head(self.backbone(x).detach()), y)
-
-
-def distilled(kind: str) -> tuple[pl.LightningModule, list[pl.Callback]]:
-    """A module and its callbacks, the same on every rank."""
-    torch.manual_seed(0)
-    if kind.startswith("module"):
-        module = DistillationModule(
-            toys.Backbone(),
-            toys.teacher(norm=True),
-            RKD() + toys.Hint(),
-            task_loss=nn.CrossEntropyLoss() if kind == "module, logits" else losses.ProxyAnchorLoss(toys.CLASSES, 5),
-            miner=None if kind == "module, logits" else miners.MultiSimilarityMiner(),
-            task_reads="logits" if kind == "module, logits" else "embedding",
-            optimizer=lambda parameters: torch.optim.SGD(parameters, 0.01),
-        )
-        return module, []
-    classes = {"manual": toys.Manual, "only distilled": OnlyDistilled}
-    callback = RelationalDistillation(toys.teacher(norm=True), RKD() + toys.Hint(), student_layer="backbone")
-    return classes.get(kind, toys.Student)(), [callback]
-
-
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "plain": ({}, {}),
-    "accumulate": ({}, {"accumulate_grad_batches": 2}),
-    "static graph": ({"static_graph": True}, {}),
-    "manual": ({}, {}),
-    "only distilled": ({"find_unused_parameters": True}, {}),
-    "module": ({}, {}),
-    "module, logits": ({}, {}),
-}
-
-
-def trained(rank: int | None, kind: str, counts: tuple[int, int] = (8, 8)) -> dict[str, Tensor]:
-    strategy, settings = CASES[kind]
-    module, callbacks = distilled(kind)
-    with devices(rank, **strategy) as where:
-        toys.fit(module, *callbacks, batches=batches(rank, counts), **where, **settings)
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
 def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert list(a) == list(b)
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_two_devices_train_as_one_with_the_whole_batch(ranks: Ranks, kind: str) -> None:
-    first, second = ranks.run(trained, kind)
-    assert largest(first, second) == 0.0
-    assert largest(first, trained(None, kind)) <= 1e-6
-    untrained, _ = distilled(kind)
-    assert largest(first, untrained.state_dict()) > 1e-3
+# Work
 
 
-@pytest.mark.parametrize("kind", ["module", "module, logits"])
-def test_uneven_batches_weigh_as_their_rows(ranks: Ranks, kind: str) -> None:
-    first, second = ranks.run(trained, kind, (11, 5))
+def angles(rank: int | None) -> tuple[int, dict[str, Tensor]]:
+    """How many triplets this process looked at in a training, and what it learnt."""
+    seen, cosines = [0], _Side.cosines
+
+    def counted(self: _Side, *where: slice, **kwargs: Any) -> None:
+        seen[0] += math.prod(each.stop - each.start for each in where)
+        cosines(self, *where, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, devices(rank) as where:
+        patch.setattr(_Side, "cosines", counted)
+        module = toys.Student()
+        callback = RelationalDistillation(toys.teacher(), RKDAngle(), student_layer="backbone")
+        toys.fit(module, callback, batches=batches(rank), **where)
+    return seen[0], {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_each_of_two_devices_does_half_of_the_cubic_work(ranks: Ranks) -> None:
+    (first, learnt), (second, _) = ranks.run(angles)
+    alone, expected = angles(None)
+    assert first == second == alone / 2 == toys.STEPS * 16**3  # of both networks
+    assert largest(learnt, expected) <= 1e-6
+
+
+# Batches of few classes
+
+
+class Sees(toys.Student):
+    """Keeps the numbers of the rows it is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[int]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y, rows = batch
+        self.seen.append(rows.tolist())
+        return self.loss(x, y)
+
+
+LABELS = [row % 8 for row in range(64)]
+
+
+def dealt(rank: int | None, own_sampler: bool = False) -> list[list[int]] | str:
+    """The batches of two epochs, P = 2 on each of two devices or 4 on one; or what was refused."""
+    rows = toys.Rows(64)
+    data = TensorDataset(rows.x, rows.y, torch.arange(64))
+    sampler = PKBatchSampler(LABELS, classes_per_batch=4 if rank is None else 2, samples_per_class=4)
+    module = Sees()
+    callback = RelationalDistillation(toys.teacher(), RKD(), student_layer="backbone")
+    with devices(rank) as where:
+        settings = where | ({"use_distributed_sampler": True} if own_sampler else {})
+        try:
+            toys.fit(module, callback, batches=DataLoader(data, batch_sampler=sampler), max_epochs=2, **settings)
+        except TypeError as error:
+            return str(error)
+    return module.seen
+
+
+def test_batches_of_few_classes_reach_two_devices_intact(ranks: Ranks) -> None:
+    first, second = ranks.run(dealt)
+    alone = dealt(None)
+    assert len(first) == len(second) == len(alone) == 2 * 4
+    for own in (first, second):
+        for batch in own:
+            counts = Counter(LABELS[row] for row in batch)
+            assert sorted(counts.values()) == [4, 4], "two classes, four rows of each"
+    assert [a + b for a, b in zip(first, second, strict=True)] == alone
+    assert alone[:4] != alone[4:], "each epoch in an order of its own"
+
+
+def test_a_sampler_in_between_is_refused_with_the_cure(ranks: Ranks) -> None:
+    for answer in ranks.run(dealt, True):
+        assert "or set `Trainer(use_distributed_sampler=False)`" in answer
+
+
+# Batch norm over devices
+
+
+def normalised(rank: int | None, device: str) -> dict[str, Tensor] | str:
+    """Train a student with batch norm, on two devices with the statistics of both."""
+    module = toys.Student(norm=True)
+    callback = RelationalDistillation(toys.teacher(), RKD(), student_layer="backbone")
+    with devices(rank) as where:
+        settings = where | ({} if rank is None else {"sync_batchnorm": True})
+        if device == "cuda":
+            settings["accelerator"] = "gpu"
+            if rank is not None:  # both share one GPU, which gloo allows
+                settings["strategy"] = DDPStrategy(
+                    CUDAAccelerator(), [torch.device("cuda", 0)] * 2, process_group_backend="gloo"
+                )
+        try:
+            toys.fit(module, callback, batches=batches(rank), **settings)
+        except ValueError as error:
+            return str(error)
+    return {name: value.cpu() for name, value in module.state_dict().items()}
+
+
+def test_synchronised_batch_norm_is_refused_on_cpus_by_torch(ranks: Ranks) -> None:
+    for answer in ranks.run(normalised, "cpu"):
+        assert "SyncBatchNorm layers only work with GPU modules" in answer
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="SyncBatchNorm needs a GPU")
+def test_with_synchronised_batch_norm_two_devices_are_one(ranks: Ranks) -> None:
+    first, second = ranks.run(normalised, "cuda")
     assert largest(first, second) == 0.0
-    assert largest(first, trained(None, kind)) <= 1e-6
+    assert largest(first, normalised(None, "cuda")) <= 1e-6
 
 
 # Evaluation
@@ -174,7 +223,7 @@ def test_a_sampler_of_which_the_order_cannot_be_known_is_refused(ranks: Ranks) -
         assert "wrap it, with_indices(loader), or name the entry" in str(answer)
 
 
-# Other strategies
+# Sharded modules
 
 
 class Sharded(toys.Student):
@@ -184,26 +233,3 @@ class Sharded(toys.Student):
         mesh = self.device_mesh["data_parallel"]
         for part in (self.backbone, self.head):
             fully_shard(part, mesh=mesh)
-
-
-def sharded(rank: int) -> dict[str, Tensor]:
-    module, callbacks = Sharded(), distilled("plain")[1]
-    with devices(rank) as where:
-        strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo")
-        toys.fit(module, *callbacks, batches=batches(rank), **where | {"strategy": strategy})
-        return {name: value.full_tensor().clone() for name, value in module.state_dict().items()}  # type: ignore[operator]
-
-
-def test_a_sharded_student_trains_as_on_one_device(ranks: Ranks) -> None:
-    first, second = ranks.run(sharded)
-    assert largest(first, second) == 0.0
-    assert largest(first, trained(None, "plain")) <= 1e-6
-
-
-def test_a_spawned_run_pickles_clean_modules_and_leaves_no_process() -> None:
-    module, callbacks = distilled("plain")
-    toys.fit(module, *callbacks, strategy="ddp_spawn", devices=2)
-    untrained, _ = distilled("plain")
-    assert largest(dict(module.state_dict()), dict(untrained.state_dict())) > 1e-3
-    assert toys.attachments(module, callbacks[0].distiller.teacher.network) == []  # type: ignore[attr-defined]
-    assert not [p for p in multiprocessing.active_children() if p.name.startswith("SpawnProcess") and not p.daemon]
