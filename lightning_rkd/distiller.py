@@ -285,7 +285,7 @@ class Distiller:
                 value = term.raw(*sides, **context)
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {step}: {error}") from None
-            self._watch.look(term, sides, name, step)
+            self._watch.look(term, sides, name, step, value)
             # a mean over own rows: DDP's mean over ranks must weigh ranks by their rows
             share = 1.0 if term.across_samples else ranks * rows / sum(counts)
             values[name] = self.weight_of(name, epoch) * share * value
