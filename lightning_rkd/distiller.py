@@ -314,7 +314,7 @@ class Distiller:
                 value = term.raw(s, t, **context)
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {step}{among}: {error}") from None
-            self._watch.look(term, (s, t), name + among, step)
+            self._watch.look(term, (s, t), name + among, step, value)
             values.append(value if lesson.share == 1 else lesson.share * value)
         return values[0] if len(values) == 1 else torch.stack(values).sum()
 

@@ -29,8 +29,8 @@ class Watch:
     def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
         return Watch, ()  # copies start anew: events on a GPU cannot be copied
 
-    def look(self, term: Term, sides: tuple[Any, Any], name: str, step: int) -> None:
-        """Note the state of what a term has just read."""
+    def look(self, term: Term, sides: tuple[Any, Any], name: str, step: int, value: Tensor | None = None) -> None:
+        """Note the state of what a term has just read, and whether its value has overflowed."""
         read = [[t.detach() for t in at_tap(s, term.tap, term.reads, who=name).tensors(term.reads)] for s in sides]
         if not all(read):
             return
@@ -39,7 +39,8 @@ class Watch:
         equal = torch.zeros((), device=student.device)
         if term.reads == "embedding" and term.across_samples and len(student) > 1:
             equal = (student[1:] == student[:1]).all()
-        flags = torch.stack([*bad, equal.to(bad[0].dtype)])
+        overflow = torch.zeros_like(equal) if value is None else ~value.detach().isfinite().all()
+        flags = torch.stack([*bad, overflow.to(bad[0].dtype), equal.to(bad[0].dtype)])
         event = None
         if flags.is_cuda:
             host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
@@ -63,12 +64,17 @@ class Watch:
             elif event is not None and not event.query():
                 self._waiting.append((flags, event, name, step))
                 continue
-            *bad, equal = flags.tolist()
+            *bad, overflow, equal = flags.tolist()
             for side, row in zip(("student", "teacher"), bad, strict=True):
                 if row >= 0:
                     raise NonFiniteError(
                         f"step {step}: {name}: the {side}'s output holds NaN or infinity, first in row {row}"
                     )
+            if overflow:
+                raise NonFiniteError(
+                    f"step {step}: {name}: overflow: both sides are finite, but the loss is not. Scale down or "
+                    "normalise what the networks show, and look for NaN in the loss's own parameters"
+                )
             if equal and not self._reported:
                 self._reported = True
                 warnings.warn(

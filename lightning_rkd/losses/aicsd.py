@@ -85,6 +85,9 @@ class AICSD(RelationalLoss):
     mirror image, counts 21 classes whatever the data, and averages divergences over the batch before it compares them.
     So no published weight belongs to the scale of this loss.
 
+    Logits that vary by less than 0.01 over an image have divergences too small for float32: what is compared then is
+    mostly rounding (pass float64).
+
     Shapes: (N, K, H, W) on both sides, of one spatial size (the paper brings both to that of the image) -> scalar.
     One class gives 0.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.relations.scales import ordinary, power_of_two
 from lightning_rkd.relations.similarities import unit_rows
 
 
@@ -31,7 +32,14 @@ def attention_map(features: Tensor, *, power: float = 2.0) -> Tensor:
         >>> attention_map(torch.tensor([[[[1.0, 0.0]], [[1.0, 2.0]]]]))
         tensor([[0.4472, 0.8944]])
     """
-    return unit_rows(features.abs().pow(power).mean(1 if features.ndim == 4 else 2).flatten(1))
+    strength = _strength(features, power)
+    if not ordinary(torch.linalg.vector_norm(strength.detach(), dim=1), features):
+        strength = _strength(features / power_of_two(features, tuple(range(1, features.ndim))), power)
+    return unit_rows(strength)
+
+
+def _strength(features: Tensor, power: float) -> Tensor:
+    return features.abs().pow(power).mean(1 if features.ndim == 4 else 2).flatten(1)
 
 
 def attention_transfer(student: Sequence[Tensor], teacher: Sequence[Tensor], *, power: float = 2.0) -> Tensor:

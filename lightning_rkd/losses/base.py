@@ -11,7 +11,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.losses.sides import FIELDS, NonFiniteError, Side, at_tap, cast, check_finite, pairs, pick
+from lightning_rkd.losses.context import checked_context
+from lightning_rkd.losses.sides import (
+    FIELDS,
+    NonFiniteError,
+    Side,
+    at_tap,
+    cast,
+    check_finite,
+    check_value,
+    pairs,
+    pick,
+)
 from lightning_rkd.losses.sizes import Size, Sized
 
 __all__ = [
@@ -92,8 +103,8 @@ class RelationalLoss(Sized):
 
     Raises:
         TypeError: Where a class asks for a name that does not exist, or a call passes one that was not asked for.
-        ValueError: Sides that do not fit (rank, batch size, empty), or hold NaN or infinity (CPU; on other devices
-            the engine finds those without stopping the step).
+        ValueError: Sides that do not fit (rank, batch size, device, empty), hold NaN or infinity, or give a loss that
+            overflows (the last two on a CPU; on other devices the engine finds them without stopping the step).
 
     Example:
         >>> class MeanGap(RelationalLoss):
@@ -152,18 +163,7 @@ class RelationalLoss(Sized):
         s, t = pick(student, self.reads, who=f"{name}, student"), pick(teacher, self.reads, who=f"{name}, teacher")
         tensors = pairs(s, t, self.reads, name)
         rows, device = len(tensors[0][1]), tensors[0][1].device
-        for key in ("labels", "indices", "view"):
-            value = context.get(key)
-            if value is not None and not isinstance(value, Tensor):
-                raise TypeError(
-                    f"{name}: {key} must be a tensor, got {type(value).__name__}; torch.as_tensor makes one"
-                )
-            if value is not None and len(value) != rows:
-                raise ValueError(f"{name}: {key} has {len(value)} rows, but the {tensors[0][0]} has {rows}")
-            if value is not None and value.ndim == 1 and value.is_floating_point():
-                raise TypeError(f"{name}: {key} are whole numbers, one per row, got {value.dtype}; cast them, .long()")
-        if (mix := context.get("mix")) is not None and len(mix.ratio) != rows:
-            raise ValueError(f"{name}: mix has {len(mix.ratio)} rows, but the {tensors[0][0]} has {rows}")
+        context = checked_context(context, rows, tensors[0][0], device, name)
         # float32 at least; two different precisions meet at the higher one, unless the loss has tensors of its own
         dtype = torch.float32
         for _, a, b in tensors:
@@ -173,7 +173,10 @@ class RelationalLoss(Sized):
         self.check_sizes(s, t)
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), dtype)
         with torch.autocast(device_type=device.type, enabled=False):
-            return super().__call__(cast(s, dtype), cast(t, dtype, detach=True), **context)  # type: ignore[no-any-return]
+            value: Tensor = super().__call__(cast(s, dtype), cast(t, dtype, detach=True), **context)
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            check_value(value, tensors, self)
+        return value
 
     def at(self, tap: str) -> Term:
         """This loss, read at the tap of that name: ``RKD().at("layer3")``."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_logits, check_positive
+from lightning_rkd.relations.scales import exact, far_above_rounding
 from lightning_rkd.relations.similarities import unit_rows
 
 _PAPER = (
@@ -42,8 +43,22 @@ def class_similarity(student: Tensor, teacher: Tensor, *, temperature: float | T
         >>> class_similarity(logits.flip(0), logits, temperature=1.0)
         tensor(0.7342)
     """
-    s, t = (unit_rows((z / temperature).softmax(1).T) for z in (student, teacher.detach()))
+    s, t = (_directions(z / temperature) for z in (student, teacher.detach()))
     return 1 - (s * t).sum(1).mean()
+
+
+def _cosines(student: Tensor, teacher: Tensor) -> Tensor:
+    return (unit_rows(student.softmax(1)) * unit_rows(teacher.softmax(1))).sum(1, keepdim=True)
+
+
+def _directions(logits: Tensor) -> Tensor:
+    """Unit vectors of the classes' probabilities, (K, N): right also for a class whose probabilities underflow."""
+    p = logits.softmax(1)
+    if far_above_rounding(p.amax(0)):
+        return unit_rows(p.T)
+    logits = logits - logits.detach().amax(1, keepdim=True)  # beside large logits their logarithms would be lost
+    log_p = logits.log_softmax(1).T
+    return unit_rows((log_p - log_p.detach().amax(1, keepdim=True)).exp())
 
 
 def cosine_temperatures(student: Tensor, teacher: Tensor, *, low: float = 2.0, high: float = 6.0) -> Tensor:
@@ -68,9 +83,12 @@ def cosine_temperatures(student: Tensor, teacher: Tensor, *, low: float = 2.0, h
         tensor([2., 6.])
     """
     with torch.no_grad():
-        cosines = (unit_rows(student.softmax(1)) * unit_rows(teacher.softmax(1))).sum(1, keepdim=True)
+        cosines = _cosines(student, teacher)
+        if not far_above_rounding(cosines.max() - cosines.min()):  # or rounding would be spread over all temperatures
+            cosines = _cosines(exact(student), exact(teacher))
         most, spread = cosines.max(), cosines.max() - cosines.min()
-        return low + (high - low) * (most - cosines) / torch.where(spread > 0, spread, 1)
+        temperatures: Tensor = low + (high - low) * (most - cosines) / torch.where(spread > 0, spread, 1)
+        return temperatures.to(student.dtype)
 
 
 class ClassSimilarityKD(RelationalLoss):

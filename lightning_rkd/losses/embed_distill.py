@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.relations.distances import safe_sqrt
-from lightning_rkd.relations.similarities import unit_rows
+from lightning_rkd.relations.similarities import row_lengths, unit_rows
 
 Distance = Literal["l2", "cosine"]
 
@@ -44,7 +43,7 @@ def embedding_distance(student: Tensor, teacher: Tensor, *, distance: Distance =
     teacher = teacher.detach()
     if distance == "cosine":
         return (1 - (unit_rows(student) * unit_rows(teacher)).sum(1)).mean()
-    return safe_sqrt((student - teacher).square().sum(1)).mean()
+    return row_lengths(student - teacher).mean()
 
 
 def _check_distance(distance: str) -> None:

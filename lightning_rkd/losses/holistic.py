@@ -13,6 +13,7 @@ from lightning_rkd.losses.parts.memory import MemoryBank
 from lightning_rkd.losses.parts.projector import Projector
 from lightning_rkd.records import Outputs
 from lightning_rkd.relations.graphs import knn_graph
+from lightning_rkd.relations.similarities import unit_rows
 
 
 def prediction_graph(logits: Tensor, k: int) -> Tensor:
@@ -51,7 +52,7 @@ class GraphConv(nn.Module):
 
     def forward(self, x: Tensor, graph: Tensor) -> Tensor:
         """The smoothed rows."""
-        return F.normalize(self.linear(torch.cat([x, graph @ x], dim=1)), dim=1)
+        return unit_rows(self.linear(torch.cat([x, graph @ x], dim=1)))
 
 
 class HolisticKD(RelationalLoss):

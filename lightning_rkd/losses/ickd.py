@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_channels
 from lightning_rkd.relations.channels import channel_vectors, unit_channels
+from lightning_rkd.relations.scales import not_too_large, ordinary, power_of_two
 
 
 def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
@@ -41,8 +42,17 @@ def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
             f"ICKD compares equally many channels of the same samples, got {tuple(student.shape)} "
             f"and {tuple(teacher.shape)}; bring the student to the teacher's channels first"
         )
-    s, t = (unit_channels(x @ x.transpose(1, 2)) for x in (student, teacher.detach()))
+    s, t = (unit_channels(_gram(x)) for x in (student, teacher.detach()))
     return (s - t).square().sum() / (s.shape[0] * s.shape[1])
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Inner products of each sample's channels, up to a factor of its own that keeps them in range."""
+    gram = x @ x.transpose(1, 2)
+    if ordinary(torch.diagonal(gram, dim1=1, dim2=2), x):
+        return gram
+    x = x / power_of_two(x, (1, 2))
+    return x @ x.transpose(1, 2)
 
 
 class ICKD(RelationalLoss):
@@ -143,5 +153,7 @@ class ICKD(RelationalLoss):
                     f"ICKD: batch normalisation needs more than one position, got a map {tuple(s.shape)}; use a "
                     "larger batch (drop_last=True) or a layer before pooling"
                 )
+            # what all positions share is standardised away behind the convolution, and would cost digits inside it
+            channels = not_too_large(channels - channels[:1, :, :1].detach(), (0, 1, 2))
             terms.append(inter_channel_correlation(embed(channels), channel_vectors(t, who="ICKD")))
         return torch.stack(terms).sum()

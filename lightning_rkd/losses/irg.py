@@ -12,6 +12,7 @@ from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.records import Outputs
 from lightning_rkd.relations.channels import channel_vectors
 from lightning_rkd.relations.distances import squared_distances
+from lightning_rkd.relations.scales import power_of_two
 
 
 def edges(x: Tensor) -> Tensor:
@@ -39,7 +40,8 @@ def transformation(before: Tensor, after: Tensor) -> Tensor:
         >>> transformation(torch.zeros(2, 1), torch.tensor([[1.0], [2.0]]))
         tensor([0.2500, 1.0000])
     """
-    return _over_largest((after - before).square().sum(1))
+    move = after - before
+    return _over_largest((move / power_of_two(move, (0, 1))).square().sum(1))
 
 
 def _over_largest(x: Tensor) -> Tensor:

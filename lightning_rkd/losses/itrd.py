@@ -6,8 +6,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.relations.columns import centred
+from lightning_rkd.relations.scales import smallest_length
 from lightning_rkd.relations.similarities import cosine_similarities
 
 
@@ -43,7 +46,7 @@ def correlation_loss(student: Tensor, teacher: Tensor, *, alpha: float = 1.5) ->
     if len(student) < 2:
         return student.sum() * 0
     c = (_standardised(student) * _standardised(teacher.detach())).mean(0)
-    return (c - 1).square().pow(alpha).sum().log2()
+    return (c - 1).square().pow(alpha).sum().log2().to(student.dtype)
 
 
 def mutual_information_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -76,11 +79,10 @@ def mutual_information_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _standardised(x: Tensor) -> Tensor:
-    rounding = (8 * torch.finfo(x.dtype).eps) ** 2 * x.square().mean(0)
-    x = x - x.mean(0)
-    variance = x.square().sum(0) / (len(x) - 1)
-    varies = variance > rounding
-    return torch.where(varies, x / torch.where(varies, variance, 1).sqrt(), 0)
+    rows = centred(x)
+    variance = rows.square().sum(0) / (len(x) - 1)
+    constant = variance <= smallest_length(x.dtype) ** 2
+    return torch.where(constant, 0, rows / torch.where(constant, 1, variance).sqrt())
 
 
 def _over_trace(g: Tensor) -> Tensor:
@@ -163,8 +165,9 @@ class ITRD(RelationalLoss):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
-        mapped = self.embed(student)
-        own = student if student.shape[1] == teacher.shape[1] else mapped
+        # correlations know no bias, beside which small differences would be lost; it only stays in the graph
+        mapped = F.linear(centred(student).to(student.dtype), self.embed.weight) + 0 * self.embed.bias
+        own = student if student.shape[1] == teacher.shape[1] else mapped + self.embed(student.mean(0, keepdim=True))
         correlation = correlation_loss(mapped, teacher, alpha=self.alpha)
         return self.correlation_weight * correlation + self.mutual_weight * mutual_information_loss(own, teacher)
 

@@ -12,6 +12,8 @@ from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_classes, check_logits
 from lightning_rkd.losses.parts.projector import Projector
 from lightning_rkd.records import Outputs
+from lightning_rkd.relations.columns import centred
+from lightning_rkd.relations.scales import not_too_large
 
 _BASE_TEMPERATURE = 0.07
 
@@ -229,7 +231,9 @@ class PCKD(RelationalLoss):
             self.to_student(s) @ s_centres.T, self.to_teacher(s) @ t_centres.T, labels, temperature=self.temperature
         )
         rows = s if len(s) > 1 else s.expand(2, -1)  # torch normalises no single row; twice the same has its statistics
-        align = 2 - 2 * F.cosine_similarity(self.align(rows)[: len(s)], t).mean()
+        # what all rows share is standardised away behind the first layer, and would cost digits inside it
+        rows = not_too_large(centred(rows).to(s.dtype), (0, 1))
+        align = 2 - 2 * F.cosine_similarity(self.align(rows)[: len(s)], not_too_large(t, 1)).mean()
         loss = self.contrast_weight * (weights * contrast).mean() + self.align_weight * align
         parts = [(a, b) for a, b in ((s_centres, t_centres), (s_bias, t_bias)) if a is not None and b is not None]
         if s_centres.shape == t_centres.shape and (s_bias is None) == (t_bias is None):

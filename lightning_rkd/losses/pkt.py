@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.relations.angles import Reduction, check_reduction
+from lightning_rkd.relations.scales import exact, far_above_rounding
 from lightning_rkd.relations.similarities import cosine_similarities
 
 _EPS = 1e-7  # of the authors' code, in the norms and in the logarithm
@@ -41,7 +42,7 @@ def pkt(student: Tensor, teacher: Tensor, *, reduction: Reduction = "official") 
     q, p = (_probabilities(x, reduction) for x in (student, teacher.detach()))
     n = len(student)
     count = n * n if reduction == "official" else max(1, n * (n - 1))
-    return (p * ((p + _EPS) / (q + _EPS)).log()).sum() / count
+    return ((p * ((p + _EPS) / (q + _EPS)).log()).sum() / count).to(student.dtype)  # p or q may be float64
 
 
 class PKT(RelationalLoss):
@@ -108,11 +109,17 @@ class PKT(RelationalLoss):
         return f"reduction={self.reduction!r}"
 
 
+def _kernel(x: Tensor) -> Tensor:
+    return ((cosine_similarities(x, eps=_EPS) + 1) / 2).clamp(min=0)  # rounding may leave a cosine below -1
+
+
 def _probabilities(x: Tensor, reduction: Reduction) -> Tensor:
-    kernel = ((cosine_similarities(x, eps=_EPS) + 1) / 2).clamp(min=0)  # rounding may leave a cosine below -1
+    kernel = _kernel(x)
+    if not far_above_rounding(kernel):  # of opposite rows float32 leaves about the 1e-7 that they are compared with
+        kernel = _kernel(exact(x))
     if reduction == "distinct":
-        kernel = kernel * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
+        kernel = kernel * (1 - torch.eye(len(x), dtype=kernel.dtype, device=x.device))
     total = kernel.sum(1, keepdim=True)
-    rounding = 4 * len(x) * torch.finfo(x.dtype).eps
+    rounding = 4 * len(x) * torch.finfo(kernel.dtype).eps
     nonzero = total > rounding  # without, a sample is opposite to all others, or alone
     return kernel / torch.where(nonzero, total, 1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_rkd.records import Outputs
 
@@ -17,7 +17,7 @@ FIELDS = frozenset({"embedding", "logits", "maps", "classifier"})
 
 
 class NonFiniteError(ValueError):
-    """An embedding, logit or map holds NaN or infinity."""
+    """An embedding, logit or map holds NaN or infinity, or a loss of finite ones overflows."""
 
 
 def at_tap(side: Side, tap: str | None, reads: str | tuple[str, ...], *, who: str) -> Any:
@@ -67,9 +67,12 @@ def pairs(student: Any, teacher: Any, reads: str | tuple[str, ...], name: str) -
 
     Raises:
         TypeError: Something is no floating-point tensor.
-        ValueError: Sides that do not fit, or hold NaN or infinity (CPU only).
+        ValueError: Sides that do not fit, lie on different devices, or hold NaN or infinity (CPU only).
     """
     found: list[tuple[str, Tensor, Tensor]] = []
+    for who, side in (("student", student), ("teacher", teacher)) if reads in ("embedding", "logits") else ():
+        if not isinstance(side, Tensor):
+            raise TypeError(f"{name}: the {who}'s {reads} must be a tensor, got {type(side).__name__}")
     if isinstance(student, Outputs):
         for field in ("embedding", "logits"):
             a, b = getattr(student, field), getattr(teacher, field)
@@ -82,6 +85,9 @@ def pairs(student: Any, teacher: Any, reads: str | tuple[str, ...], name: str) -
     elif isinstance(student, Tensor):
         found.append((str(reads), student, teacher))
     else:
+        for who, side in (("student", student), ("teacher", teacher)):
+            if not isinstance(side, Sequence):
+                raise TypeError(f"{name}: reads the {reads} of the {who}, a list of tensors, got {type(side).__name__}")
         found += _maps(student, teacher, name)
     for field, a, b in found:
         for side, x in (("student", a), ("teacher", b)):
@@ -90,10 +96,24 @@ def pairs(student: Any, teacher: Any, reads: str | tuple[str, ...], name: str) -
             raise ValueError(
                 f"{name}: student and teacher must show the same N samples, got {tuple(a.shape)} and {tuple(b.shape)}"
             )
+        if len(a) != len(found[0][1]):
+            raise ValueError(
+                f"{name}: all that a network shows must be of the same N samples, got {len(found[0][1])} rows of "
+                f"{found[0][0]} and {len(a)} of {field}"
+            )
+        if len(devices := {x.device for x in (found[0][1], a, b)}) > 1:
+            raise ValueError(
+                f"{name}: student and teacher must be on one device, got {' and '.join(sorted(map(str, devices)))}; "
+                f"call .to({str(found[0][1].device)!r}) on the network or on what it shows"
+            )
         if a.device.type == "cpu" and not torch.compiler.is_compiling():
             check_finite(a, b, name=name)
     if not found:
         raise ValueError(f"{name}: nothing to compare")
+    if "classifier" in reads and isinstance(student, Outputs) and found[0][1].device.type == "cpu":
+        for who, side in (("student", student), ("teacher", teacher)):
+            if not all(x.isfinite().all() for x in side.classifier or () if x is not None):
+                raise NonFiniteError(f"{name}: the {who}'s classifier holds NaN or infinity")
     return found
 
 
@@ -109,7 +129,13 @@ def _check(x: Any, field: str, side: str, name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: the {side}'s {field} must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
-        raise TypeError(f"{name}: the {side}'s {field} must be floating point, got {x.dtype}")
+        raise TypeError(f"{name}: the {side}'s {field} must be floating point, got {x.dtype}; call .float() on it")
+    if x.dtype not in _PRECISIONS:
+        raise TypeError(f"{name}: the {side}'s {field} is {x.dtype}, in which nothing can be computed; call .float()")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: the {side}'s {field} must be dense, got {x.layout}; call .to_dense() on it")
+    if x.is_meta:
+        raise ValueError(f"{name}: the {side}'s {field} is on the meta device, where tensors hold no numbers")
     if field == "embedding" and x.ndim != 2:
         raise ValueError(
             f"{name}: the {side}'s embedding must be (N, D), got {tuple(x.shape)}; pool it with "
@@ -119,6 +145,37 @@ def _check(x: Any, field: str, side: str, name: str) -> None:
         raise ValueError(f"{name}: the {side}'s {field} must begin with (N, ...), got {tuple(x.shape)}")
     if x.ndim == 0 or x.numel() == 0:
         raise ValueError(f"{name}: the {side}'s {field} is empty, shape {tuple(x.shape)}")
+
+
+_PRECISIONS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def check_value(value: Tensor, read: Sequence[tuple[str, Tensor, Tensor]], loss: nn.Module) -> None:
+    """Raise :class:`NonFiniteError` where a loss of finite sides is none that its student's precision can hold.
+
+    Args:
+        value: The loss.
+        read: What it compared, as :func:`pairs` gives it.
+        loss: The module, whose own parameters may be what is broken.
+    """
+    dtype = torch.float32
+    for _, a, _ in read:
+        dtype = torch.promote_types(dtype, a.dtype)
+    if (value.detach().abs() <= min(torch.finfo(dtype).max, torch.finfo(value.dtype).max)).all():
+        return
+    name = type(loss).__name__
+    for own, x in (*loss.named_parameters(), *loss.named_buffers()):
+        if not torch.isfinite(x).all():
+            raise NonFiniteError(
+                f"{name}: its own {own} holds NaN or infinity: an earlier step has spoilt it; lower the learning rate, "
+                "or clip gradients"
+            )
+    largest = ", ".join(f"{field} {a.abs().max():.1e} and {b.abs().max():.1e}" for field, a, b in read)
+    raise NonFiniteError(
+        f"{name}: overflow: both sides are finite, but the loss is {value.detach().flatten()[0]:.1e}, which {dtype} "
+        f"cannot hold. The largest magnitudes of student and teacher are: {largest}. Scale down or normalise what is "
+        "large, or pass float64"
+    )
 
 
 def check_finite(student: Tensor, teacher: Tensor, *, name: str = "the loss") -> None:
@@ -133,6 +190,8 @@ def check_finite(student: Tensor, teacher: Tensor, *, name: str = "the loss") ->
 def cast(value: Any, dtype: torch.dtype, detach: bool = False) -> Any:
     """A side in another precision and, to ``detach``, out of the graph."""
     if isinstance(value, Tensor):
+        if value.is_inference() and not torch.is_inference_mode_enabled():
+            value = value.clone()  # of a teacher run in inference mode: such tensors cannot be saved for backward
         return (value.detach() if detach else value).to(dtype)
     if isinstance(value, Outputs):
         return Outputs(**{f: cast(v, dtype, detach) for f in FIELDS if (v := getattr(value, f)) is not None})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.relations.scales import ordinary, power_of_two
 from lightning_rkd.relations.similarities import layer_rows, unit_rows
 
 
@@ -31,8 +32,17 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
         >>> similarity_preserving(torch.eye(2), torch.ones(2, 1))
         tensor(0.2929)
     """
-    s, t = (unit_rows(x @ x.T) for x in (student.flatten(1), teacher.detach().flatten(1)))
+    s, t = (unit_rows(_gram(x.flatten(1))) for x in (student, teacher.detach()))
     return (s - t).square().mean()
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Inner products of the rows, up to a factor that keeps them in range."""
+    gram = x @ x.T
+    if ordinary(gram.diagonal(), x):
+        return gram
+    x = x / power_of_two(x, (0, 1))
+    return x @ x.T
 
 
 class SimilarityPreserving(RelationalLoss):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_positive
+from lightning_rkd.relations.columns import centred
 
 
 def log_sum(student: Tensor, teacher: Tensor, *, power: float = 4.0, eps: float = 1e-5) -> Tensor:
@@ -33,13 +34,13 @@ def log_sum(student: Tensor, teacher: Tensor, *, power: float = 4.0, eps: float 
     if len(student) == 1:
         return student.sum() * 0
     differences = _standardised(student) - _standardised(teacher.detach())
-    return (differences.abs().pow(power).sum() + eps).log()
+    return (differences.abs().pow(power).sum() + eps).log().to(student.dtype)
 
 
 def _standardised(x: Tensor) -> Tensor:
     """Columns with mean 0 and variance 1: batch normalisation in training mode, without memory."""
-    variance, mean = torch.var_mean(x, 0, correction=0)
-    return (x - mean) * (variance + 1e-4).rsqrt()  # 1e-4 as in the authors' ImageNet code
+    rows = centred(x)
+    return rows * (rows.square().mean(0) + 1e-4).rsqrt()  # 1e-4 as in the authors' ImageNet code
 
 
 class SRD(RelationalLoss):
@@ -120,6 +121,8 @@ class SRD(RelationalLoss):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
+        # what all rows share is standardised away behind the projector, and would cost digits inside it
+        student = centred(student).to(student.dtype)
         return log_sum(self.project(student), teacher, power=self.power, eps=self.eps)
 
     def extra_repr(self) -> str:

@@ -67,6 +67,11 @@ def similarity_transfer(
         mixed = _mixed_labels(labels, mix, student)
     z, t = student / temperature, teacher.detach() / temperature
     if form == "blended":
+        if mix.partners.device.type == "cpu" and not 0 <= int(mix.partners.min()) <= int(mix.partners.max()) < len(t):
+            raise ValueError(
+                f"STKD: mix.partners are rows of the batch, from 0 to {len(t) - 1}, but go from "
+                f"{int(mix.partners.min())} to {int(mix.partners.max())}"
+            )
         ratio, p = mix.ratio.to(t.dtype)[:, None], t.softmax(1)
         target = ratio * p + (1 - ratio) * p[mix.partners]
     elif form == "wrong classes" and mixed is not None:

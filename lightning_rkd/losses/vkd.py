@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.relations.scales import not_too_large
 
 
 def orthonormal(x: Tensor) -> Tensor:
@@ -89,4 +90,5 @@ class VkD(RelationalLoss):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
-        return F.smooth_l1_loss(student @ orthonormal(self.matrix).T, F.layer_norm(teacher, teacher.shape[1:]))
+        target = F.layer_norm(not_too_large(teacher, 1), teacher.shape[1:])
+        return F.smooth_l1_loss(student @ orthonormal(self.matrix).T, target)

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from lightning_rkd.distributed import gather_rows
 
+_RANGE = 1e150  # squares of what lies within it, and of its inverse, are in the range of float64
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -53,17 +54,30 @@ class RowMetric(Metric):
 
 
 def checked_rows(x: Tensor, dtype: torch.dtype | None, before: list[Tensor], who: str) -> Tensor:
-    """A copy of (N, D) rows, ready to be stored; NaN and infinity are found here on the CPU."""
+    """A copy of (N, D) rows, ready to be stored; on a CPU NaN, infinity and what has no square are found here."""
     if not isinstance(x, Tensor) or x.ndim != 2:
         raise ValueError(f"{who} must be (N, D), got {_shape(x)}; flatten or pool them first")
-    if not x.is_floating_point():
+    if not x.is_floating_point() or x.dtype not in _DTYPES:
         raise ValueError(f"{who} must be floating point, got {x.dtype}; call .float() on them")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"{who} can be stored in {', '.join(map(str, _DTYPES))}, got store_dtype={dtype}")
+    if x.layout is not torch.strided or x.is_meta or x.shape[1] == 0:
+        raise ValueError(
+            f"{who} must be dense (N, D) numbers with D of at least 1, got {_shape(x)}, {x.layout}, on {x.device}"
+        )
     if before and before[0].shape[1] != x.shape[1]:
         raise ValueError(f"{who} had width {before[0].shape[1]} in an earlier update and have width {x.shape[1]} now")
     # a copy: the caller's tensor may be a view of something much bigger, or a buffer about to be written again
     rows = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device).copy_(x.detach())
     if rows.device.type == "cpu" and (row := first_bad(rows)) >= 0:
         raise ValueError(f"{who}: row {row} of this update holds NaN or infinity{_stored(x[row], rows.dtype)}")
+    if rows.device.type == "cpu" and rows.dtype is torch.float64 and rows.numel():
+        largest = float(rows.abs().max())
+        if largest and not 1 / _RANGE < largest < _RANGE:
+            raise ValueError(
+                f"{who}: the largest magnitude of this update is {largest:.0e}, of which float64 cannot hold "
+                "the square; multiply all embeddings by one number, which changes no neighbour and no angle"
+            )
     return rows
 
 
@@ -77,6 +91,8 @@ def checked_column(x: Tensor, rows: int, who: str, boolean: bool = False) -> Ten
         raise ValueError(f"{who} must be (N,) of {kind} type, got {_shape(x)}")
     if len(x) != rows:
         raise ValueError(f"{who} has {len(x)} rows, but the embeddings have {rows}")
+    if x.is_meta:
+        raise ValueError(f"{who} are on the meta device, where tensors hold no numbers")
     return torch.empty(x.shape, dtype=torch.int64, device=x.device).copy_(x)
 
 

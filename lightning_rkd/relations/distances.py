@@ -55,8 +55,8 @@ def safe_sqrt(squared: Tensor) -> Tensor:
         >>> x.grad
         tensor([0.0000, 0.2500])
     """
-    positive = squared > 0
-    return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
+    zero = squared <= 0
+    return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
 
 
 def distances(x: Tensor) -> Tensor:

@@ -93,6 +93,6 @@ def normalised_adjacency(adjacency: Tensor) -> Tensor:
         tensor([0.5000, 0.0000, 0.8660])
     """
     degree = adjacency.sum(1)
-    connected = degree > len(adjacency) * torch.finfo(adjacency.dtype).eps
-    scale = torch.where(connected, torch.where(connected, degree, 1).rsqrt(), 0)
+    isolated = degree <= len(adjacency) * torch.finfo(adjacency.dtype).eps
+    scale = torch.where(isolated, 0, torch.where(isolated, 1, degree).rsqrt())
     return scale[:, None] * adjacency * scale

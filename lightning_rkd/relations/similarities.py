@@ -7,14 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_rkd.relations.distances import safe_sqrt
+from lightning_rkd.relations.scales import exact, ordinary, power_of_two
+
 
 def unit_rows(x: Tensor, *, eps: float = 0.0) -> Tensor:
     r"""Rows divided by their Euclidean norm; zero rows stay zero and pass no gradient.
 
     .. math:: \hat x_i = x_i / (\lVert x_i \rVert_2 + \varepsilon)
 
-    ``torch.nn.functional.normalize`` lets a zero row pass a gradient 1e12 times too large. Here a row is a zero row
-    where its squared norm underflows.
+    ``torch.nn.functional.normalize`` lets a zero row pass a gradient 1e12 times too large, and makes rows zero whose
+    squares overflow. Here a row may have any length that its gradient, about one over the length, can follow: it is a
+    zero row below 1.2e-35 in float32 (:func:`~lightning_rkd.relations.scales.smallest_length`).
 
     Shapes: (N, D) -> (N, D).
 
@@ -30,8 +34,39 @@ def unit_rows(x: Tensor, *, eps: float = 0.0) -> Tensor:
         [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
     """
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    nonzero = norm > torch.finfo(x.dtype).tiny ** 0.5
-    return torch.where(nonzero, x / torch.where(nonzero, norm + eps, 1), 0)
+    if ordinary(norm[:, 0], x):
+        zero, length = norm == 0, norm + eps if eps else norm
+    else:
+        scale = power_of_two(x, 1)
+        x = x / scale
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        zero = norm < 1  # a row that scale could not bring there is too short; NaN stays NaN
+        length = norm + eps / scale if eps else norm
+    return torch.where(zero, 0, x / torch.where(zero, 1, length))
+
+
+def row_lengths(x: Tensor) -> Tensor:
+    r"""Euclidean norms of the rows, right for every length; zero rows pass no gradient.
+
+    .. math:: \lVert x_i \rVert_2
+
+    Shapes: (N, D) -> (N,).
+
+    Args:
+        x: Embeddings, or differences of them.
+
+    Returns:
+        Tensor of the same dtype.
+
+    Example:
+        >>> row_lengths(torch.tensor([[3e30, 4e30], [0.0, 0.0]]))
+        tensor([5.0000e+30, 0.0000e+00])
+    """
+    squared = x.square().sum(1)
+    if ordinary(squared, x):
+        return safe_sqrt(squared)
+    scale = power_of_two(x, 1)
+    return scale[:, 0] * safe_sqrt((x / scale).square().sum(1))
 
 
 def cosine_similarities(x: Tensor, *, eps: float = 0.0) -> Tensor:
@@ -78,8 +113,10 @@ def tanimoto_coefficients(x: Tensor) -> Tensor:
         tensor([1.0000, 0.6667, 0.0000])
     """
     inner = x @ x.T
+    if not ordinary(inner.diagonal(), x):
+        inner = exact(x) @ exact(x).T
     squared = inner.diagonal()
-    return _tanimoto(inner, squared[:, None] + squared)
+    return _tanimoto(inner, squared[:, None] + squared).to(x.dtype)
 
 
 def tanimoto_of_pairs(a: Tensor, b: Tensor) -> Tensor:
@@ -98,13 +135,14 @@ def tanimoto_of_pairs(a: Tensor, b: Tensor) -> Tensor:
         >>> tanimoto_of_pairs(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
         tensor([0.6667, 1.0000])
     """
-    return _tanimoto((a * b).sum(1), a.square().sum(1) + b.square().sum(1))
+    dtype, a, b = a.dtype, exact(a), exact(b)
+    return _tanimoto((a * b).sum(1), a.square().sum(1) + b.square().sum(1)).to(dtype)
 
 
 def _tanimoto(inner: Tensor, squares: Tensor) -> Tensor:
     union = squares - inner  # at least half of squares: there is no cancellation
-    nonzero = union > torch.finfo(union.dtype).tiny
-    return torch.where(nonzero, inner / torch.where(nonzero, union, 1), 1)
+    zero = union <= torch.finfo(union.dtype).tiny
+    return torch.where(zero, 1, inner / torch.where(zero, 1, union))
 
 
 def layer_rows(shown: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -19,8 +19,8 @@ def test_unit_rows_are_those_of_pytorch():
     torch.testing.assert_close(unit_rows(x, eps=0.5).norm(dim=1), x.norm(dim=1) / (x.norm(dim=1) + 0.5))
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-18, 1e18])
-def test_rows_of_any_length_have_finite_gradients(scale):
+@pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-30, 1e-18, 1e18, 1e30])
+def test_rows_of_any_length_have_their_direction_and_finite_gradients(scale):
     x = torch.randn(5, 3)
     x[1:3] *= scale
     x.requires_grad_()
@@ -28,7 +28,9 @@ def test_rows_of_any_length_have_finite_gradients(scale):
     (unit * torch.randn(5, 3)).sum().backward()
     assert torch.isfinite(unit).all()
     assert torch.isfinite(x.grad).all()
-    if scale in (0.0, 1e-30):  # the squared norm underflows
+    if scale >= 1e-30:
+        torch.testing.assert_close(unit, F.normalize(x.detach().double(), dim=1, eps=1e-300).float())
+    else:  # a gradient could not follow
         assert not unit[1:3].any()
         assert not x.grad[1:3].any()
 

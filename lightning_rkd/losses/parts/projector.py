@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from lightning_rkd.relations.similarities import unit_rows
 
 
 class Projector(nn.Module):
@@ -29,4 +30,4 @@ class Projector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The projected rows."""
-        return F.normalize(self.linear(x), dim=1)
+        return unit_rows(self.linear(x))

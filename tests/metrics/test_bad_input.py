@@ -1,0 +1,163 @@
+"""Bad input at volume: both metrics give what exact arithmetic gives at any magnitude, or say what is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_rkd.metrics import EmbeddingRetrieval, RelationalAgreement
+from tests.oracles.retrieval import retrieval
+from tests.wild import DTYPES, Wild, wild
+
+volume = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+
+
+def evaluated(metric: Any, *columns: Any) -> dict[str, float]:
+    metric.update(*columns)
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
+def check_retrieval(how: Wild, n: int, width: int, block: int) -> None:
+    x, labels = how.of(n, width), torch.arange(n) % 2
+    rows = [[Fraction(v) for v in row] for row in x.double().tolist()]
+    expected = retrieval(rows, labels.tolist(), k=(1, 2))
+    assert evaluated(EmbeddingRetrieval(k=(1, 2), block_size=block), x, labels) == pytest.approx(expected, abs=1e-6)
+
+
+def check_cosine(how: Wild, n: int, width: int) -> None:
+    """Directions are the same whatever the lengths of the rows."""
+    x, labels = how.of(n, width), torch.arange(n) % 2
+    x = torch.where(x.double().abs() < 1e-30, 0, x.double())  # no power of two below pushes anything out of range
+    powers = 2.0 ** torch.linspace(-60, 60, n).round()[:, None]
+    values = [evaluated(EmbeddingRetrieval(distance="cosine"), rows, labels) for rows in (x, x * powers)]
+    assert values[0] == values[1]
+    assert all(0 <= value <= 1 for value in values[0].values())
+
+
+def check_agreement(student: Wild, teacher: Wild, n: int, widths: tuple[int, int]) -> None:
+    """Finite, in bounds, and the same after both sides have been brought to ordinary magnitudes."""
+    sides = [how.of(n, width) for how, width in zip((student, teacher), widths, strict=True)]
+    values = evaluated(RelationalAgreement(k=1, triplets=20), *sides)
+    assert 0 <= values["neighbour_overlap_at_1"] <= 1
+    assert -1.001 <= values["distance_correlation"] <= 1.001
+    assert 0 <= values["angle_gap"] <= 180
+    ordinary = [x.double() / 2.0 ** math.frexp(float(x.double().abs().max()))[1] for x in sides]
+    assert evaluated(RelationalAgreement(k=1, triplets=20), *ordinary) == pytest.approx(values, abs=1e-6)
+
+
+sizes = st.sampled_from((3, 4, 6, 12))
+
+
+@volume
+@given(how=wild(), n=sizes, width=st.integers(1, 4), block=st.sampled_from((1, 4, 64)))
+def test_retrieval_of_any_numbers_is_that_of_exact_arithmetic(how, n, width, block):
+    check_retrieval(how, n, width, block)
+
+
+@volume
+@given(how=wild(), n=sizes, width=st.integers(1, 4))
+def test_retrieval_by_directions_knows_no_lengths_at_any_magnitude(how, n, width):
+    check_cosine(how, n, width)
+
+
+@volume
+@given(student=wild(), teacher=wild(), n=sizes, widths=st.tuples(st.integers(1, 3), st.integers(1, 3)))
+def test_agreement_of_any_numbers_is_in_bounds_and_knows_no_scale(student, teacher, n, widths):
+    check_agreement(student, teacher, n, widths)
+
+
+@pytest.mark.slow
+@settings(volume, max_examples=300)
+@given(student=wild(), teacher=wild(), n=sizes, width=st.integers(1, 4), block=st.sampled_from((1, 4, 64)))
+def test_so_are_many_more(student, teacher, n, width, block):
+    check_retrieval(student, n, width, block)
+    check_cosine(student, n, width)
+    check_agreement(student, teacher, n, (width, 3))
+
+
+@pytest.mark.parametrize("metric", [EmbeddingRetrieval, RelationalAgreement])
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_float64_numbers_without_a_square_are_refused_with_their_magnitude(metric, scale):
+    x, metric = torch.randn(6, 3, dtype=torch.float64).clamp(-0.9, 0.9) * scale, metric()
+    second = torch.arange(6) if isinstance(metric, EmbeddingRetrieval) else x
+    with pytest.raises(
+        ValueError, match=r"embeddings: the largest magnitude of this update is .*e[+-]\d+.* multiply all"
+    ):
+        metric.update(x, second)
+    metric.update(torch.zeros_like(x), second if second is not x else torch.ones_like(x))
+
+
+WRONG: dict[str, Callable[[Tensor], Any]] = {
+    "no columns": lambda x: x[:, :0],
+    "one dimension": lambda x: x.flatten(),
+    "no dimension": lambda x: x.sum(),
+    "three dimensions": lambda x: x[..., None],
+    "whole numbers": lambda x: x.long(),
+    "truth values": lambda x: x > 0,
+    "complex numbers": lambda x: x.to(torch.complex64),
+    "eight bits": lambda x: x.to(torch.float8_e4m3fn),
+    "a sparse tensor": lambda x: x.to_sparse(),
+    "numbers elsewhere": lambda x: x.to("meta"),
+    "NaN": lambda x: x.where(x < x.max(), torch.nan),
+    "infinity": lambda x: x.where(x < x.max(), -torch.inf),
+    "a list": lambda x: x.tolist(),
+    "an array": lambda x: x.numpy(),
+    "nothing": lambda x: None,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_rows_that_cannot_be_are_refused_by_name_and_leave_nothing_behind(wrong):
+    x = torch.randn(6, 3)
+    retrieval, agreement = EmbeddingRetrieval(), RelationalAgreement(k=1)
+    with pytest.raises(ValueError, match=r"^embeddings"):
+        retrieval.update(WRONG[wrong](x), torch.arange(6))
+    for which, name in enumerate(("student", "teacher")):
+        with pytest.raises(ValueError, match=rf"^{name} embeddings"):
+            agreement.update(*(WRONG[wrong](x) if which == i else x for i in (0, 1)))
+    assert not retrieval.embeddings
+    assert not retrieval.labels
+    assert not agreement.student
+    assert not agreement.teacher
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_too_few_samples_are_refused_with_their_number(n):
+    x, labels = torch.randn(n, 3), torch.arange(n)
+    with pytest.raises(ValueError, match=f"none of {n} queries has a row of its class"):
+        evaluated(EmbeddingRetrieval(), x, labels)
+    with pytest.raises(ValueError, match=f"{n} different samples are too few"):
+        evaluated(RelationalAgreement(k=1), x, x)
+
+
+def test_columns_without_numbers_are_refused_by_name():
+    x, labels = torch.randn(6, 3), torch.arange(6) % 2
+    with pytest.raises(ValueError, match="labels are on the meta device"):
+        EmbeddingRetrieval().update(x, labels.to("meta"))
+    with pytest.raises(ValueError, match="indices are on the meta device"):
+        EmbeddingRetrieval().update(x, labels, labels.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+@pytest.mark.parametrize("shift", [0, -100])
+def test_labels_of_any_integer_type_and_sign_are_only_names(dtype, shift):
+    x, labels = torch.randn(8, 3), torch.arange(8) % 3
+    named = (labels + shift).to(dtype) if shift >= 0 or dtype.is_signed else labels.to(dtype)
+    assert evaluated(EmbeddingRetrieval(), x, named) == evaluated(EmbeddingRetrieval(), x, labels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["strided", "transposed", "reversed strides"])
+def test_views_are_scored_like_copies(dtype, layout):
+    view, copy = (Wild(dtype=dtype, layout=how).of(8, 3) for how in (layout, "contiguous"))
+    labels = torch.arange(8) % 3
+    assert evaluated(EmbeddingRetrieval(), view, labels) == evaluated(EmbeddingRetrieval(), copy, labels)
+    assert evaluated(RelationalAgreement(k=1), view, copy)["angle_gap"] == 0
