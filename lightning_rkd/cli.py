@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from lightning_rkd import recipes
+from lightning_rkd.stopping import TERMINATED, at_sigterm, end_with_first_rank
 
 COMMANDS = {
     "demo": "Train a teacher, a student alone and a distilled student, and compare them.",
@@ -40,17 +41,30 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The command line without the program's name; ``None`` reads ``sys.argv``.
 
     Returns:
-        The exit code: 0, 1 after an error, 2 after a wrong command line or configuration, 130 after Ctrl-C.
+        The exit code: 0, 1 after an error, 2 after a wrong command line or configuration, 130 after Ctrl-C, 143 after
+        SIGTERM.
 
     Example:
         >>> main(["--version"])
         0.1.0
         0
     """
+    given = list(sys.argv[1:] if args is None else args)
+    with at_sigterm() as sigterm:
+        code = _exit_code(given)
+    if sigterm.received:  # whatever else it may have set off
+        code = TERMINATED
+        print("terminated", file=sys.stderr)
+    if code in (130, TERMINATED) and given[:1] == ["fit"]:
+        print("(the same command with --ckpt_path last goes on from the last checkpoint)", file=sys.stderr)
+    return code
+
+
+def _exit_code(args: list[str]) -> int:
     from argparse import ArgumentError
 
     try:
-        _command(list(sys.argv[1:] if args is None else args))
+        _command(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -93,6 +107,7 @@ def _command(args: list[str]) -> None:
 
 
 def _train(args: list[str]) -> None:
+    end_with_first_rank()
     with warnings.catch_warnings():
         # advice that does not fit images held in memory, folders that are named by the user, and news about packages
         warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")

@@ -194,6 +194,14 @@ class Distiller:
         if self.inputs is not None:
             self.inputs.start_again()
 
+    def look_at_losses(self, losses: Mapping[str, Tensor], step: int) -> None:
+        """Report parts of a step's loss that are not finite: at once on a CPU, a step later on a GPU.
+
+        Raises:
+            NonFiniteError: With their names.
+        """
+        self._watch.look_at_losses(losses, step)
+
     def finish(self) -> None:
         """Report what the last steps of a fit left to report; waits for the device.
 

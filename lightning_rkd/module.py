@@ -78,6 +78,8 @@ class DistillationModule(pl.LightningModule):
 
     Raises:
         ValueError: A loss without a teacher when a fit begins, nothing to train with, or a student that is frozen.
+        NonFiniteError: NaN or infinity in an output, with side, row and step; in a loss; or in the weights, when a
+            checkpoint is about to be written.
 
     Example:
         >>> from lightning_rkd.losses.rkd import RKD
@@ -205,21 +207,22 @@ class DistillationModule(pl.LightningModule):
             task = self.task(shown, output)
             logged["train/task"] = task
             parts.append(weight_at(self.task_weight, self.current_epoch) * task)
-            if self.balance is not None:
-                scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-                factors = balance_weights(
-                    terms,
-                    parts[0],
-                    shown.student,
-                    self.distiller.losses,
-                    self.distiller.group,
-                    None if scaler is None else scaler.scale,
-                )
-                for name, factor in factors.items():
-                    weight = self.distiller.weight_of(name, self.current_epoch)
-                    scale = self.balance * abs(weight) * factor
-                    terms[name] = scale * terms[name]
-                    logged[f"balance/{name}"] = scale * weight
+        self.distiller.look_at_losses(logged, self.global_step)
+        if self.balance is not None:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            factors = balance_weights(
+                terms,
+                parts[0],
+                shown.student,
+                self.distiller.losses,
+                self.distiller.group,
+                None if scaler is None else scaler.scale,
+            )
+            for name, factor in factors.items():
+                weight = self.distiller.weight_of(name, self.current_epoch)
+                scale = self.balance * abs(weight) * factor
+                terms[name] = scale * terms[name]
+                logged[f"balance/{name}"] = scale * weight
         loss = torch.stack([*parts, *terms.values()]).sum()
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log_dict({name: value.detach() for name, value in logged.items()})

@@ -8,6 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.parsing import collect_init_args
 
+from lightning_rkd.watch import refuse_broken_weights
+
 try:  # only tells whether LightningCLI builds a module; private in Lightning
     from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 except ImportError:  # pragma: no cover
@@ -15,7 +17,14 @@ except ImportError:  # pragma: no cover
 
 
 class _HandBack(pl.Callback):
-    """Lightning calls no ``teardown`` after an exception, and tells only callbacks about it."""
+    """Lightning calls no ``teardown`` after an exception, and tells only callbacks about it.
+
+    What a checkpoint must not hold is looked at here too: subclasses override ``on_save_checkpoint`` of a module.
+    """
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Refuse weights that hold NaN."""
+        refuse_broken_weights(pl_module, trainer.global_step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Hand the teacher back as it was."""

@@ -1,12 +1,16 @@
 """Several ways to train, several seeds, one table: what ``demo`` stands on.
 
-A run is a configuration as ``lightning-rkd fit`` takes it, and leaves it resolved beside its checkpoint.
+A run is a configuration as ``lightning-rkd fit`` takes it, and leaves it resolved beside its checkpoint. What
+:func:`run` has finished is not done again, and what was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import copy
 import csv
+import hashlib
+import io
+import json
 import logging
 import statistics
 import time
@@ -24,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from lightning_rkd.data.base import ImageDataModule, LabelledImages
 from lightning_rkd.data.indices import IndexedBatch
+from lightning_rkd.files import check_file, write_whole
 from lightning_rkd.metrics.agreement import RelationalAgreement
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.models.heads import count_parameters
@@ -83,14 +88,14 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     return changed
 
 
-def train(
+def prepare(
     config: Config,
     folder: Path,
     seed: int,
     callbacks: Sequence[pl.Callback] = (),
     images: LabelledImages | None = None,
-) -> tuple[DistillationModule, ImageDataModule, float]:
-    """Train what a configuration describes, and leave ``config.yaml`` and ``last.ckpt`` in the folder.
+) -> TrainingCLI:
+    """Build what a configuration describes: ``.model``, ``.datamodule`` and ``.trainer``.
 
     Args:
         config: The configuration. Its seeds and its output folder are replaced; it runs without validation or logger.
@@ -98,9 +103,6 @@ def train(
         seed: Of initial weights, order and augmentation.
         callbacks: Callbacks that the saved configuration does not mention.
         images: What the configured data would load, where it has been loaded already.
-
-    Returns:
-        The trained module, its data, and the seconds that training took.
     """
     settings = {
         "seed_everything": seed,
@@ -117,11 +119,131 @@ def train(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        if images is not None:
-            cli.datamodule.load = lambda: images
+    if images is not None:
+        cli.datamodule.load = lambda: images
+    return cli
+
+
+def train(
+    config: Config,
+    folder: Path,
+    seed: int,
+    callbacks: Sequence[pl.Callback] = (),
+    images: LabelledImages | None = None,
+    resume: Path | None = None,
+) -> tuple[DistillationModule, ImageDataModule, float]:
+    """Train what a configuration describes, and leave ``config.yaml`` and ``last.ckpt`` in the folder.
+
+    Arguments are those of :func:`prepare`; ``resume`` is a checkpoint to go on from.
+
+    Returns:
+        The trained module, its data, and the seconds that training took.
+    """
+    cli = prepare(config, folder, seed, callbacks, images)
+    with _quiet():
         start = time.perf_counter()
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume)
     return cli.model, cli.datamodule, time.perf_counter() - start
+
+
+RESULT = "result.pt"
+"""What a finished run leaves beside its checkpoint."""
+
+
+def run(
+    network: str,
+    config: Config,
+    folder: Path,
+    seed: int,
+    teacher: Run | None,
+    callbacks: Sequence[pl.Callback] = (),
+    images: LabelledImages | None = None,
+) -> Run:
+    """Train and measure, or go on where an earlier call with the same arguments was interrupted.
+
+    A finished run lies in ``result.pt`` and is read from there. Result and checkpoint carry the configuration, the seed
+    and the versions that they belong to: those of other settings in the same folder are not used, but replaced.
+
+    Args:
+        network: Name of the way it is trained.
+        config: See :func:`prepare`.
+        folder: Where to write, and where the earlier call has written.
+        seed: Of initial weights, order and augmentation.
+        teacher: The teacher's run; ``None`` for the teacher itself.
+        callbacks: Callbacks that the saved configuration does not mention.
+        images: What the configured data would load, where it has been loaded already.
+
+    Raises:
+        ValueError: What the earlier call has left is damaged; the message names the file.
+    """
+    identity = _identity(config, seed, teacher, images)
+    if (kept := _kept(folder / RESULT, identity)) is not None:
+        return Run(network, seed, *(kept[name] for name in ("parameters", "seconds", "scores", "embeddings")))
+    checkpoint, signed = folder / "last.ckpt", _Signed(identity)
+    if (begun := _kept(checkpoint, identity)) is not None:
+        signed.before = begun[_Signed.KEY]["seconds"]
+    resume = None if begun is None else checkpoint
+    module, data, seconds = train(config, folder, seed, [*callbacks, signed], images, resume)
+    found = measure(network, (module, data, signed.before + seconds), seed, teacher)
+    kept = {name: getattr(found, name) for name in ("parameters", "seconds", "scores", "embeddings")}
+    content = io.BytesIO()
+    torch.save({_Signed.KEY: {"identity": identity}, **kept}, content)
+    write_whole(folder / RESULT, content.getbuffer())
+    return found
+
+
+class _Signed(pl.Callback):
+    """Writes into a run's checkpoints what they belong to, and how long the run had taken by then."""
+
+    KEY = "study"
+
+    def __init__(self, identity: str) -> None:
+        self.identity, self.before, self.start = identity, 0.0, 0.0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self.start = time.perf_counter()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Sign."""
+        seconds = self.before + time.perf_counter() - self.start
+        checkpoint[self.KEY] = {"identity": self.identity, "seconds": seconds}
+
+
+def _identity(config: Config, seed: int, teacher: Run | None, images: LabelledImages | None) -> str:
+    """All that a run's digits depend on, as text."""
+    from lightning_rkd import __version__
+
+    parts = {
+        "config": config,
+        "seed": seed,
+        "teacher": None if teacher is None else digest(teacher.embeddings),
+        "images": None if images is None else digest(images.images),
+        "lightning_rkd": __version__,
+        "torch": str(torch.__version__),
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+def digest(x: Tensor) -> str:
+    """Short name for the content of a tensor on the CPU.
+
+    Example:
+        >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(torch.ones(2))
+        (True, False)
+    """
+    return hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _kept(path: Path, identity: str) -> dict[str, Any] | None:
+    """What a file holds, if there is one of the same identity."""
+    if not path.is_file():
+        return None
+    check_file(path)
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content if content.get(_Signed.KEY, {}).get("identity") == identity else None
 
 
 def measure(
@@ -218,22 +340,25 @@ def markdown(summaries: Sequence[Summary], columns: Sequence[str]) -> str:
 def write_csv(summaries: Sequence[Summary], path: Path) -> None:
     """The table for programs: for every score its mean and, as ``<score>_spread``, its spread, unrounded."""
     scores = list(summaries[0].mean)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["network", "parameters", "seeds", *(n for s in scores for n in (s, f"{s}_spread"))])
-        for summary in summaries:
-            values = (v for s in scores for v in (summary.mean[s], summary.spread[s]))
-            writer.writerow([summary.network, summary.parameters, summary.seeds, *values])
+    rows: list[Sequence[Any]] = [["network", "parameters", "seeds", *(n for s in scores for n in (s, f"{s}_spread"))]]
+    for summary in summaries:
+        values = (v for s in scores for v in (summary.mean[s], summary.spread[s]))
+        rows.append([summary.network, summary.parameters, summary.seeds, *values])
+    _write_rows(rows, path)
 
 
 def write_runs_csv(runs: Sequence[Run], path: Path) -> None:
     """Every single run, unrounded."""
     scores = list(runs[0].scores)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["network", "seed", "parameters", *scores, "seconds"])
-        for run in runs:
-            writer.writerow([run.network, run.seed, run.parameters, *(run.scores[s] for s in scores), run.seconds])
+    rows: list[Sequence[Any]] = [["network", "seed", "parameters", *scores, "seconds"]]
+    rows += [[run.network, run.seed, run.parameters, *(run.scores[s] for s in scores), run.seconds] for run in runs]
+    _write_rows(rows, path)
+
+
+def _write_rows(rows: Iterable[Sequence[Any]], path: Path) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    write_whole(path, text.getvalue().encode())
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -12,10 +12,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from lightning_rkd.teachers import check_file
+from lightning_rkd.files import check_file, write_whole
+from lightning_rkd.stopping import pass_sigterm_on
 
 
 class TrainingCLI(LightningCLI):
@@ -24,8 +26,9 @@ class TrainingCLI(LightningCLI):
     Differences from Lightning's own: ``seed_everything`` is 0; Lightning puts no distributed sampler of its own over
     :class:`~lightning_rkd.data.sampling.PKBatchSampler`; the ``checkpoint`` group configures one ``ModelCheckpoint``
     that writes ``last.ckpt`` into ``trainer.default_root_dir`` after every epoch, and ``best.ckpt`` where a ``monitor``
-    is named, unless the trainer has its own or ``enable_checkpointing`` is false; a checkpoint is verified before it is
-    read, and does not replace the configuration; an output folder that cannot be written is refused before training.
+    is named, unless the trainer has its own or ``enable_checkpointing`` is false; checkpoints and ``config.yaml`` are
+    whole or not there, whenever the run is killed; a checkpoint is verified before it is read, and does not replace the
+    configuration; an output folder that cannot be written is refused before training; SIGTERM reaches every rank.
 
     Args:
         args: What would stand on the command line, or a configuration as a dict; ``None`` reads ``sys.argv``.
@@ -51,6 +54,7 @@ class TrainingCLI(LightningCLI):
         import_public_classes()
         self._unsaved = trainer
         super().__init__(
+            save_config_callback=_WholeConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"use_distributed_sampler": False, "callbacks": list(callbacks)},
             seed_everything_default=0,
@@ -109,7 +113,48 @@ class TrainingCLI(LightningCLI):
         given = given if isinstance(given, list) else [given]
         if settings.get("enable_checkpointing") is False or any(isinstance(c, ModelCheckpoint) for c in given):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
-        return super().instantiate_trainer(**{**kwargs, **self._unsaved})
+        trainer = super().instantiate_trainer(**{**kwargs, **self._unsaved})
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        pass_sigterm_on(trainer)
+        return trainer
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are whole or not there: ``Trainer(plugins=[WholeCheckpointIO()])``; the command line has it.
+
+    Lightning writes to the system's temporary folder and moves the file, which copies it where that folder is on
+    another disk: a run that is killed meanwhile loses the old checkpoint and the new one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write beside the old one, and put it in its place when all of it has reached the disk."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content.getbuffer())
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Verify the checksums, then load."""
+        if Path(path).is_file():
+            check_file(path)
+        return super().load_checkpoint(path, *args, **kwargs)
+
+
+class _WholeConfig(SaveConfigCallback):
+    """Saves the configuration under another name first, so that a run that is killed cannot cut it short."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        name = self.config_filename
+        self.config_filename = f".{name}.part"
+        super().setup(trainer, pl_module, stage)
+        self.config_filename = name
+        part = Path(trainer.log_dir or ".", f".{name}.part")  # every rank has to ask for log_dir
+        if trainer.is_global_zero and part.exists():
+            part.replace(part.with_name(name))
 
 
 def check_checkpoint(path: str | os.PathLike[str], safe: bool = True) -> None:
@@ -127,8 +172,8 @@ def check_checkpoint(path: str | os.PathLike[str], safe: bool = True) -> None:
     if safe:
         try:
             torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # whatever a damaged pickle makes of itself
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{str(path)!r} is no checkpoint that can be read safely ({reason})") from error
 
 

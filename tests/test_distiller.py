@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -252,7 +253,7 @@ class _FlagUnderWay:
 
 def test_a_non_finite_last_step_is_reported_when_the_fit_ends() -> None:
     watch = Watch()
-    watch._waiting.append((torch.tensor([2, -1, 0, 0]), _FlagUnderWay(), "rkd", 7))
+    watch._waiting.append((torch.tensor([2, -1, 0, 0]), _FlagUnderWay(), partial(watch._report_outputs, "rkd", 7)))
     watch.check()  # still under way: nothing to say, nothing lost
     with pytest.raises(NonFiniteError, match=r"step 7: rkd: the student's output .* row 2"):
         watch.check(wait=True)

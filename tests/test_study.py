@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -87,6 +88,84 @@ def test_measuring_embeds_the_unseen_classes_once_and_agrees_with_the_metrics() 
     assert int(labels.min()) >= data.num_train_classes
     metric.update(module.student.eval()(images).detach(), labels)
     assert teacher.scores["recall_at_1"] == pytest.approx(float(metric.compute()["recall_at_1"]))
+
+
+class Stops(pl.Callback):
+    """Ctrl-C in the middle of the third epoch; counts the steps of what is not stopped."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.steps = at, 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        if trainer.global_step == self.at:
+            raise ZeroDivisionError("stopped")
+
+
+def three_epochs(**settings: Any) -> Config:
+    return tiny("glyphs_student", 4, **{"trainer.max_epochs": 3, **settings})
+
+
+def digits(run: Run) -> tuple[Any, ...]:
+    return run.network, run.seed, run.parameters, run.scores, run.embeddings.tolist()
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_from_its_last_epoch_to_the_same_digits() -> None:
+    with pytest.raises(ZeroDivisionError):
+        study.run("student", three_epochs(), Path("stopped"), 1, None, [Stops(at=10)])
+    assert torch.load("stopped/last.ckpt", weights_only=True)["global_step"] == 8
+    assert not Path("stopped", study.RESULT).exists()
+    counts, whole = Stops(), study.run("student", three_epochs(), Path("whole"), 1, None)
+    resumed = study.run("student", three_epochs(), Path("stopped"), 1, None, [counts])
+    assert counts.steps == 4
+    assert digits(resumed) == digits(whole)
+    assert same(weights("stopped/last.ckpt"), weights("whole/last.ckpt"))
+    assert resumed.seconds > 0
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_read_back_and_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = study.run("teacher", tiny("glyphs_student"), Path("teacher"), 0, None)
+    student = study.run("student", tiny("glyphs_student"), Path("student"), 1, teacher)
+    monkeypatch.setattr(study, "train", lambda *args, **kwargs: pytest.fail("it trained"))
+    assert digits(study.run("teacher", tiny("glyphs_student"), Path("teacher"), 0, None)) == digits(teacher)
+    again = study.run("student", tiny("glyphs_student"), Path("student"), 1, teacher)
+    assert (*digits(again), again.seconds) == (*digits(student), student.seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_belongs_to_other_settings_is_never_taken(finished: bool) -> None:
+    """Another rate, another seed, another teacher: trained from the beginning, as in a folder of its own."""
+    teacher = Run("teacher", 0, 1, 1.0, embeddings=torch.eye(3))
+    try:
+        study.run("a", three_epochs(), Path("run"), 1, None, [Stops(None if finished else 10)])
+    except ZeroDivisionError:
+        assert not finished
+    assert Path("run", study.RESULT).exists() == finished
+    slower = three_epochs(**{"model.init_args.optimizer.init_args.weight_decay": 0.5})
+    for config, seed, taught in ((slower, 1, None), (three_epochs(), 2, None), (three_epochs(), 1, teacher)):
+        counts = Stops(at=6)
+        with pytest.raises(ZeroDivisionError):
+            study.run("b", config, Path("run"), seed, taught, [counts])
+        assert counts.steps == 6, "from the beginning"
+    whole = study.run("b", slower, Path("own"), 1, None)
+    assert digits(study.run("b", slower, Path("run"), 1, None)) == digits(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [study.RESULT, "last.ckpt"])
+def test_what_is_damaged_is_named(name: str) -> None:
+    study.run("student", tiny("glyphs_student"), Path("run"), 1, None)
+    path = Path("run", name)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    if name == "last.ckpt":
+        Path("run", study.RESULT).unlink()
+    with pytest.raises(ValueError, match=rf"'run/{name}' is damaged"):
+        study.run("student", tiny("glyphs_student"), Path("run"), 1, None)
 
 
 def test_embedding_keeps_order_and_evaluates_in_eval_mode() -> None:

@@ -20,6 +20,7 @@ from lightning_rkd.losses.base import RelationalLoss, Weight, weight_at
 from lightning_rkd.records import Batch, Key, unpack
 from lightning_rkd.taps import CaptureError, Layer, find_layer
 from lightning_rkd.teachers import BaseTeacher
+from lightning_rkd.watch import refuse_broken_weights
 
 _numbers = itertools.count()
 _DETACHED = {"_module": None, "_guest": None, "_prepared": False, "_batch": None, "_backwards": None}
@@ -176,6 +177,10 @@ class RelationalDistillation(pl.Callback):
             loss.load_state_dict(
                 {k.removeprefix(start): x for k, x in state_dict.get("losses", {}).items() if k.startswith(start)}
             )
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Refuse weights that hold NaN: the checkpoint would replace a sound one."""
+        refuse_broken_weights(pl_module, trainer.global_step)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Move the teacher to where the student is, and let the optimizer have the parameters of losses."""

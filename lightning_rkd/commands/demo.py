@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
+import io
+import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from rich.table import Table
 from lightning_rkd import plots, recipes, study
 from lightning_rkd.data.base import ImageDataModule, LabelledImages
 from lightning_rkd.data.folder import ImageFolderDataModule, find_images, suggest_size
+from lightning_rkd.files import write_whole
 from lightning_rkd.study import Config, Run, Summary, with_settings
 from lightning_rkd.training import check_writable
 
@@ -34,7 +34,7 @@ COLUMNS = ("recall_at_1", "map_at_r", "distance_correlation", "seconds")
 AGREEMENT = "distance_correlation: agreement with the teacher, the rank correlation of distances."
 
 MADE_BY = "demo.yaml"
-"""The file that says what a demo did; only a folder that holds it is replaced."""
+"""The file that says what a demo does; a folder that holds it is gone on with, if it says the same."""
 
 LARGEST_SIDE, MOST_IMAGES = 32, 25_000
 """What is read of a folder of images, so that the demo takes minutes."""
@@ -59,41 +59,49 @@ def main(args: Sequence[str]) -> None:
 
     Raises:
         ValueError: Data that cannot be used.
-        OSError: An output folder that cannot be written or that no demo made.
+        OSError: An output folder that cannot be written, or that holds something else.
     """
     options = _parser().parse_args(args)
-    demo(options.out, options.seeds, options.steps, options.data)
+    try:
+        demo(options.out, options.seeds, options.steps, options.data)
+    except (KeyboardInterrupt, SystemExit):  # Lightning answers Ctrl-C with SystemExit
+        print(f"Stopped. The same command goes on from here: {shlex.join(['lightning-rkd', 'demo', *args])}")
+        raise
 
 
 def demo(out: Path, seeds: Sequence[int] = (0, 1, 2), steps: int | None = None, data: Path | None = None) -> None:
     """Train, compare, print the table, and leave table, pictures, checkpoints and configurations in a folder.
 
-    All work happens in a temporary folder beside ``out``, which takes its place at the end.
+    What was interrupted goes on when the same is asked for again: networks that were finished are not trained again,
+    and the one that was under way goes on from its last epoch.
 
     Args:
-        out: Output folder; replaced if a demo made it.
+        out: Output folder: a new one, or one that the same demo has begun or finished.
         seeds: Of the students. The teacher has the first of them.
         steps: Of each network; ``None`` takes what suits the data.
         data: Folder of images, a class being the folder that directly holds them; ``None`` takes letters.
 
     Raises:
         ValueError: The data cannot be used.
-        OSError: ``out`` cannot be written, or is something that no demo made.
+        OSError: ``out`` cannot be written, or holds another demo or something that no demo made.
     """
     console, start = Console(highlight=False, width=None if sys.stdout.isatty() else 100), time.perf_counter()
-    with _working_folder(out, console) as work:
-        plan = _letters_plan() if data is None else _folder_plan(data, console)
-        plan = plan if steps is None else _with_steps(plan, steps)
-        console.print(
-            f"Data: {plan.things}. All networks are tested on classes that none of them has seen in training.\n"
-            f"Now training one teacher, and for each of {len(seeds)} seeds a student alone and the same student with "
-            f"RKD-DA. {plan.duration}"
-        )
-        runs, module = _train_all(plan, seeds, work, console)
-        summaries = study.summarise(runs)
-        _write_tables(work, runs, summaries)
-        _write_pictures(work, runs, module, "letters" if data is None else "classes")
-        _write_settings(work, out, seeds, steps, data)
+    _check_folder(out)
+    plan = _letters_plan() if data is None else _folder_plan(data, console)
+    plan = plan if steps is None else _with_steps(plan, steps)
+    if _begin(out, _settings(seeds, steps, data, plan.images)):
+        console.print(f"Going on with what {out} holds.")
+    console.print(
+        f"Data: {plan.things}. All networks are tested on classes that none of them has seen in training.\n"
+        f"Now training one teacher, and for each of {len(seeds)} seeds a student alone and the same student with "
+        f"RKD-DA. {plan.duration}"
+    )
+    runs = _train_all(plan, seeds, out, console)
+    summaries = study.summarise(runs)
+    _write_tables(out, runs, summaries)
+    module = study.prepare(plan.teacher, out / "teacher", seeds[0], images=plan.images).datamodule
+    module.setup("test")
+    _write_pictures(out, runs, module, "letters" if data is None else "classes")
     console.print(_table(summaries))
     console.print(f"{AGREEMENT}\n{_verdict(runs)}")
     console.print(f"It took {_clock(time.perf_counter() - start)}. In {out} there are now")
@@ -192,21 +200,23 @@ def _folder_plan(root: Path, console: Console) -> Plan:
 
 
 def _with_steps(plan: Plan, steps: int) -> Plan:
+    # as many epochs as leave about 50 steps to each: there is a checkpoint at the end of every epoch
+    epochs = next(n for n in range(max(1, steps // 50), 0, -1) if steps % n == 0)
     settings = {
-        "trainer.max_epochs": 1,
-        "data.init_args.batches_per_epoch": steps,
+        "trainer.max_epochs": epochs,
+        "data.init_args.batches_per_epoch": steps // epochs,
         "model.init_args.lr_scheduler.init_args.total_steps": steps,
     }
     teacher, alone, distilled = (with_settings(c, settings) for c in (plan.teacher, plan.alone, plan.distilled))
     return Plan(teacher, alone, distilled, plan.things, f"Each for {steps} steps.", plan.images)
 
 
-def _train_all(plan: Plan, seeds: Sequence[int], work: Path, console: Console) -> tuple[list[Run], ImageDataModule]:
-    weights = {f"{_TEACHER}.weights": str(work / "teacher" / "last.ckpt")}
-    jobs = [(TEACHER, plan.teacher, seeds[0], work / "teacher")]
+def _train_all(plan: Plan, seeds: Sequence[int], out: Path, console: Console) -> list[Run]:
+    weights = {f"{_TEACHER}.weights": str(out / "teacher" / "last.ckpt")}
+    jobs = [(TEACHER, plan.teacher, seeds[0], out / "teacher")]
     for seed in seeds:
-        jobs.append((ALONE, plan.alone, seed, work / f"alone-{seed}"))
-        jobs.append((DISTILLED, with_settings(plan.distilled, weights), seed, work / f"rkd-{seed}"))
+        jobs.append((ALONE, plan.alone, seed, out / f"alone-{seed}"))
+        jobs.append((DISTILLED, with_settings(plan.distilled, weights), seed, out / f"rkd-{seed}"))
     runs: list[Run] = []
     columns = (
         TextColumn("{task.description:<24}"),
@@ -217,12 +227,9 @@ def _train_all(plan: Plan, seeds: Sequence[int], work: Path, console: Console) -
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for network, config, seed, folder in jobs:
             bar = _Bar(progress, network if network == TEACHER else f"{network}, seed {seed}", config)
-            trained = study.train(config, folder, seed, [bar], plan.images)
-            runs.append(study.measure(network, trained, seed, runs[0] if runs else None))
+            runs.append(study.run(network, config, folder, seed, runs[0] if runs else None, [bar], plan.images))
             bar.say(f"recall_at_1 {runs[-1].scores['recall_at_1']:.3f} after {_clock(runs[-1].seconds)}")
-            if network == TEACHER:
-                module = trained[1]
-    return runs, module
+    return runs
 
 
 class _Bar(pl.Callback):
@@ -232,6 +239,7 @@ class _Bar(pl.Callback):
         self.steps: int = config["trainer"]["max_epochs"] * config["data"]["init_args"]["batches_per_epoch"]
         self.progress, self.name, self.start = progress, name, time.perf_counter()
         self.task = progress.add_task(name, total=self.steps, news="")
+        self.first = 0
         self.say(f"{self.steps} steps")
 
     def say(self, news: str) -> None:
@@ -240,93 +248,87 @@ class _Bar(pl.Callback):
         if self.progress.disable:
             self.progress.console.print(f"  {self.name}: {news}")
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin, or go on."""
+        self.first, self.start = trainer.global_step, time.perf_counter()
+        if self.first:
+            self.say(f"goes on after {self.first} steps")
+
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Advance."""
         done = trainer.global_step
         self.progress.update(self.task, completed=done)
         every = max(1, self.steps // 4) if self.progress.disable else 10
         if done % every == 0 and done < self.steps:
-            left = (time.perf_counter() - self.start) / done * (self.steps - done)
+            left = (time.perf_counter() - self.start) / (done - self.first) * (self.steps - done)
             self.say(f"{done} of {self.steps} steps, about {_clock(left)} left")
 
 
-@contextmanager
-def _working_folder(out: Path, console: Console) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place if all goes well, and vanishes if not."""
+def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"the output folder {str(out)!r} is a file; choose another one with --out")
     if out.is_dir() and any(out.iterdir()) and not (out / MADE_BY).is_file():
         raise FileExistsError(f"{str(out)!r} holds something that no demo made; choose another folder with --out")
-    new_parents = [parent for parent in out.parents if not parent.exists()]
-    check_writable(out.parent)
-    work = out.parent / f".{out.name}-{os.getpid()}"
-    old = work.with_name(f"{work.name}.old")
-    work.mkdir()
-    try:
-        yield work
-        if out.exists():
-            out.rename(old)
-        work.rename(out)
-    except BaseException as error:
-        shutil.rmtree(work, ignore_errors=True)
-        if old.exists() and not out.exists():
-            old.rename(out)
-        with suppress(OSError):  # something else may have been written there meanwhile
-            for parent in new_parents:
-                parent.rmdir()
-        if isinstance(error, KeyboardInterrupt | SystemExit):  # Lightning answers Ctrl-C with SystemExit
-            console.print(f"Stopped. Nothing was written to {out}.")
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_tables(work: Path, runs: Sequence[Run], summaries: Sequence[Summary]) -> None:
+def _settings(
+    seeds: Sequence[int], steps: int | None, data: Path | None, images: LabelledImages | None
+) -> dict[str, Any]:
+    """What a demo is told, and what it runs on."""
+    from lightning_rkd import __version__
+
+    return {
+        "made_by": "lightning-rkd demo",
+        "lightning_rkd": __version__,
+        "torch": str(torch.__version__),
+        "data": None if data is None else str(data.resolve()),
+        "images": None if images is None else study.digest(images.images),
+        "seeds": list(seeds),
+        "steps": steps,
+    }
+
+
+def _begin(out: Path, settings: Mapping[str, Any]) -> bool:
+    """Write the settings into a new folder, or find that they are those of an old one (True)."""
+    check_writable(out)
+    path = out / MADE_BY
+    if not path.exists():
+        write_whole(path, yaml.safe_dump(dict(settings), sort_keys=False).encode())
+        return False
+    theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+    theirs = theirs if isinstance(theirs, dict) else {}
+    if other := [f"{k} {theirs.get(k)} there, {v} now" for k, v in settings.items() if theirs.get(k) != v]:
+        raise FileExistsError(
+            f"{str(out)!r} holds a demo with other settings ({'; '.join(other)}): choose another folder with --out, or "
+            "delete that one"
+        )
+    return True
+
+
+def _write_tables(out: Path, runs: Sequence[Run], summaries: Sequence[Summary]) -> None:
     text = study.markdown(summaries, COLUMNS)
-    (work / "table.md").write_text(f"{text}\n{AGREEMENT}\n\n{_verdict(runs)}\n", encoding="utf-8")
-    study.write_csv(summaries, work / "table.csv")
-    study.write_runs_csv(runs, work / "runs.csv")
+    write_whole(out / "table.md", f"{text}\n{AGREEMENT}\n\n{_verdict(runs)}\n".encode())
+    study.write_csv(summaries, out / "table.csv")
+    study.write_runs_csv(runs, out / "runs.csv")
 
 
-def _write_pictures(work: Path, runs: Sequence[Run], data: ImageDataModule, things: str) -> None:
+def _write_pictures(out: Path, runs: Sequence[Run], data: ImageDataModule, things: str) -> None:
     rows = torch.tensor(data.test_set.indices)
     images, labels = data.root.images[rows], data.root.labels[rows]
     first = {run.network: run for run in reversed(runs)}
     shown = {name: first[name] for name in (TEACHER, ALONE, DISTILLED)}
     found = {f"{name}\nrecall@1 {run.scores['recall_at_1']:.2f}": run.embeddings for name, run in shown.items()}
-    plots.neighbours(images, labels, found, title=f"The five nearest images, of {things} unseen in training").savefig(
-        work / "neighbours.png"
+    neighbours = plots.neighbours(
+        images, labels, found, title=f"The five nearest images, of {things} unseen in training"
     )
     agreement = {n: f"correlation with the teacher {r.scores['distance_correlation']:.2f}" for n, r in shown.items()}
     seen = {f"{n}\n{'' if n == TEACHER else agreement[n]}": run.embeddings for n, run in shown.items()}
-    plots.relations(
-        seen, labels, data.class_names, title=f"Distances between images of {things} unseen in training"
-    ).savefig(work / "relations.png")
-
-
-def _write_settings(work: Path, out: Path, seeds: Sequence[int], steps: int | None, data: Path | None) -> None:
-    """Say what was done, and let the configurations name the folder in which they will lie."""
-    from lightning_rkd import __version__
-
-    for path in work.glob("*/config.yaml"):
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        path.write_text(yaml.safe_dump(_moved(config, str(work), str(out)), sort_keys=False), encoding="utf-8")
-    settings = {
-        "made_by": "lightning-rkd demo",
-        "lightning_rkd": __version__,
-        "torch": str(torch.__version__),
-        "data": None if data is None else str(data.resolve()),
-        "seeds": list(seeds),
-        "steps": steps,
-    }
-    (work / MADE_BY).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-
-
-def _moved(value: Any, old: str, new: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _moved(entry, old, new) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_moved(entry, old, new) for entry in value]
-    return value.replace(old, new) if isinstance(value, str) else value
+    title = f"Distances between images of {things} unseen in training"
+    relations = plots.relations(seen, labels, data.class_names, title=title)
+    for name, figure in (("neighbours.png", neighbours), ("relations.png", relations)):
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+        write_whole(out / name, picture.getbuffer())
 
 
 def _table(summaries: Sequence[Summary]) -> Table:

@@ -169,9 +169,9 @@ class CosineTemperatureKD(RelationalLoss):
     of the temperatures. No gradient passes through the temperatures. The loss does not change when a constant is
     added to all logits of a sample.
 
-    Certainty: read in code; that and the departures are as for :class:`ClassSimilarityKD`. Where all cosines are equal, as with one row, the
-    code divides 0 by 0; here all temperatures are the low one. The code takes the temperatures of strongly augmented
-    images from the weakly augmented ones; this loss takes them from the logits that it is given.
+    Certainty: read in code; that and the departures are as for :class:`ClassSimilarityKD`. Where all cosines are equal,
+    as with one row, the code divides 0 by 0; here all temperatures are the low one. The code takes the temperatures of
+    strongly augmented images from the weakly augmented ones; this loss takes them from the logits that it is given.
 
     Shapes: (N, K) on both sides -> scalar. One row gives 0.
 

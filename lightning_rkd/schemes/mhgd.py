@@ -296,8 +296,10 @@ class MHGDModule(DistillationModule):
         weighted = weight_at(self.task_weight, self.current_epoch) * task
         distillation = torch.stack(list(terms.values())).sum()
         loss = (weighted + distillation).detach()
+        logged = {"train/task": task.detach(), **{f"distill/{name}": v.detach() for name, v in terms.items()}}
+        self.distiller.look_at_losses(logged, self.global_step)
         self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({"train/task": task.detach(), **{f"distill/{name}": v.detach() for name, v in terms.items()}})
+        self.log_dict(logged)
         self._step(weighted, distillation)
         return loss
 

@@ -5,5 +5,4 @@ from lightning_rkd.teachers.base import Lesson as Lesson
 from lightning_rkd.teachers.ensemble import EnsembleTeacher as EnsembleTeacher
 from lightning_rkd.teachers.ensemble import joint_embedding as joint_embedding
 from lightning_rkd.teachers.teacher import Teacher as Teacher
-from lightning_rkd.teachers.weights import check_file as check_file
 from lightning_rkd.teachers.weights import load_weights as load_weights

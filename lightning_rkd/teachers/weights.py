@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_rkd.files import check_file
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -54,7 +54,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
         check_file(path)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except Exception as error:  # whatever a damaged pickle makes of itself
             raise ValueError(f"{str(path)!r} holds no weights that can be read safely: {error}") from error
         state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
     network = getattr(network, "_orig_mod", network)  # torch.compile puts its own prefix before every name
@@ -85,23 +85,3 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
     raise ValueError(
         f"{message}it needs {len(wanted)} tensors such as {first!r}, the file has {sorted(shapes)[:3] or 'none'}"
     )
-
-
-def check_file(path: str | os.PathLike[str]) -> None:
-    """Verify the checksums inside a file written by ``torch.save``; a flipped bit would otherwise load in silence.
-
-    Raises:
-        ValueError: The file is cut short or damaged; the message names it.
-    """
-    with Path(path).open("rb") as file:
-        if file.read(2) != b"PK":
-            return  # the format before torch 1.6 carries no checksums
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(
-            f"the checkpoint {str(path)!r} is damaged or cut short ({error}); use an earlier one"
-        ) from error
-    if damaged is not None:
-        raise ValueError(f"the checkpoint {str(path)!r} is damaged in {damaged!r}; use an earlier one")

@@ -1,11 +1,9 @@
-"""The demo on miniature settings: what it leaves, what it refuses, and that an interrupted one leaves nothing."""
+"""The demo on miniature settings: what it leaves, what it refuses, and that an interrupted one goes on."""
 
 from __future__ import annotations
 
+import csv
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from lightning_rkd import cli, recipes, study
 from lightning_rkd.commands import demo
 from lightning_rkd.models.heads import count_parameters
 from lightning_rkd.models.small import ConvNet
+from tests.processes import end_of, start
 
 LEFT = {"table.md", "table.csv", "runs.csv", "demo.yaml", "neighbours.png", "relations.png", "teacher"}
 
@@ -77,14 +76,10 @@ def test_the_demo_leaves_a_table_pictures_networks_and_configurations(
         with Image.open(out / name) as picture:
             assert 1100 <= picture.width <= 1300
     for name in ("teacher", *names):
-        assert (out / name / "last.ckpt").is_file()
-        assert ".demo-" not in (out / name / "config.yaml").read_text(), "no configuration names the temporary folder"
+        assert {path.name for path in (out / name).iterdir()} == {"config.yaml", "last.ckpt", study.RESULT}
 
     fit = ["fit", "--config", "out/demo/rkd-4/config.yaml", "--trainer.enable_progress_bar=false"]
     assert cli.main([*fit, "--trainer.default_root_dir=again"]) == 0, "a configuration it left can be run"
-
-    assert cli.main([*args[:-1], "out/demo"]) == 0, "a folder that a demo made is replaced"
-    assert {path.name for path in Path("out").iterdir()} == {"demo"}
 
 
 def test_the_student_has_at_most_a_tenth_of_the_teachers_parameters() -> None:
@@ -109,33 +104,91 @@ def test_the_plan_suits_the_images(photos: Path) -> None:
     assert count_parameters(ConvNet(**students[0])) <= count_parameters(ConvNet(**networks[0])) / 10
 
 
+STOP = """
+import os, signal
+from lightning_rkd.commands import demo
+advance = demo._Bar.on_train_batch_end
+def stop(self, trainer, *args, **kwargs):
+    if self.name == "student alone, seed 0" and trainer.global_step == 75:
+        os.kill(os.getpid(), signal.SIGTERM)
+    advance(self, trainer, *args, **kwargs)
+demo._Bar.on_train_batch_end = stop
+"""
+
+
+def scores(out: str) -> list[list[str]]:
+    """Every run, without the seconds it took."""
+    with Path(out, "runs.csv").open(newline="") as file:
+        return [row[:-1] for row in csv.reader(file)]
+
+
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    program = [sys.executable, "-c", "import sys; from lightning_rkd.cli import main; sys.exit(main())"]
-    process = subprocess.Popen(
-        [*program, "demo", "--out", "new/runs/demo"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    while process.poll() is None and not list(tmp_path.glob("new/runs/.demo-*/teacher/config.yaml")):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Stopped. Nothing was written to new/runs/demo." in output
+def test_a_demo_that_is_stopped_goes_on_to_the_table_of_one_that_is_not(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM in the second epoch of a student; then the same command, twice."""
+    args = ["demo", "--data", str(photos), "--steps", "100", "--seeds", "1", "--out", "new/stopped"]
+    code, output = end_of(start(*args, first=STOP))
+    assert code == 143, output
+    assert f"Stopped. The same command goes on from here: lightning-rkd {' '.join(args)}" in output
     assert "Traceback" not in output
-    assert not (tmp_path / "new").exists()
+    left = Path("new/stopped")
+    assert {path.name for path in left.iterdir()} == {demo.MADE_BY, "teacher", "alone-0"}
+    assert (left / "teacher" / study.RESULT).exists()
+    assert not (left / "alone-0" / study.RESULT).exists()
+
+    teacher = (left / "teacher" / "last.ckpt").stat().st_mtime_ns
+    assert cli.main(args) == 0
+    said = capsys.readouterr().out
+    assert "Going on with what new/stopped holds." in said
+    assert "student alone, seed 0: goes on after 50 steps" in said
+    assert (left / "teacher" / "last.ckpt").stat().st_mtime_ns == teacher, "not trained again"
+    assert cli.main([*args[:-1], "whole"]) == 0
+    assert scores("new/stopped") == scores("whole")
+    assert (left / "neighbours.png").read_bytes() == Path("whole/neighbours.png").read_bytes()
+
+    monkeypatch.setattr(study, "train", lambda *args, **kwargs: pytest.fail("it trained"))
+    tables = {path: path.read_bytes() for path in left.glob("*.*")}
+    assert cli.main(args) == 0, "what is finished is only shown again"
+    assert {path: path.read_bytes() for path in left.glob("*.*")} == tables
 
 
-def test_an_interrupted_demo_leaves_an_earlier_one_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_says_which_command_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(study, "train", interrupt)
-    earlier = Path("runs/demo")
-    earlier.mkdir(parents=True)
-    (earlier / demo.MADE_BY).write_text("earlier")
-    assert cli.main(["demo"]) == 130
-    assert [path.name for path in Path("runs").iterdir()] == ["demo"]
-    assert (earlier / demo.MADE_BY).read_text() == "earlier"
+    assert cli.main(["demo", "--out", "my runs", "--steps=2"]) == 130
+    assert "goes on from here: lightning-rkd demo --out 'my runs' --steps=2\n" in capsys.readouterr().out
+
+
+def test_a_demo_with_other_settings_is_left_as_it_is(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that was made from other pictures in the same folder."""
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "train", interrupt)
+    args = ["--data", str(photos), "--steps", "7", "--seeds", "2", "--out", "out"]
+    assert cli.main(["demo", *args]) == 130
+    before = (Path("out") / demo.MADE_BY).read_bytes()
+    untrained(monkeypatch)
+    error = error_of([*args, "--steps", "8"], capsys)
+    assert "'out' holds a demo with other settings (steps 7 there, 8 now): choose another folder with --out" in error
+    assert "seeds [0, 1] there, [1] now" in error_of([*args, "--seeds", "1,"], capsys)
+    Image.new("RGB", (16, 16)).save(photos / "group0" / "class0" / "0.png")
+    assert "(images " in error_of(args, capsys)
+    assert (Path("out") / demo.MADE_BY).read_bytes() == before
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (97, 1), (100, 2), (500, 10), (5000, 100), (101 * 50, 101)])
+def test_steps_are_divided_into_epochs_that_each_leave_a_checkpoint(steps: int, epochs: int) -> None:
+    plan = demo._with_steps(demo._letters_plan(), steps)
+    for config in (plan.teacher, plan.alone, plan.distilled):
+        assert config["trainer"]["max_epochs"] == epochs
+        assert config["data"]["init_args"]["batches_per_epoch"] * epochs == steps
 
 
 def test_output_that_cannot_be_written_is_refused_before_training(
@@ -146,7 +199,7 @@ def test_output_that_cannot_be_written_is_refused_before_training(
     Path("mine").mkdir()
     Path("mine/thesis.tex").write_text("no demo made this")
     assert "the output folder 'file' is a file" in error_of(["--out", "file"], capsys)
-    assert "the output folder 'file/sub' cannot be written" in error_of(["--out", "file/sub/demo"], capsys)
+    assert "the output folder 'file/sub/demo' cannot be written" in error_of(["--out", "file/sub/demo"], capsys)
     assert "'mine' holds something that no demo made" in error_of(["--out", "mine"], capsys)
     assert Path("mine/thesis.tex").exists()
 

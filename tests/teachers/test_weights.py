@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_rkd.teachers import Teacher, check_file, load_weights
+from lightning_rkd.files import check_file
+from lightning_rkd.teachers import Teacher, load_weights
 from tests import nets
 
 

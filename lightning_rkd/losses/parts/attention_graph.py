@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_rkd.files import check_file
 from lightning_rkd.losses.parts.memory import generator
 
 
@@ -206,12 +205,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"MHGD: there is no file {str(path)!r}; train the estimator first, or correct the path")
     try:
-        with zipfile.ZipFile(path) as archive:  # a flipped bit would otherwise load in silence
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(damaged)
+        check_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # whatever a damaged pickle makes of itself
         raise ValueError(f"MHGD: {str(path)!r} is damaged or no checkpoint ({error})") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
