@@ -43,7 +43,7 @@ from lightning_rkd.losses.base import NonFiniteError
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.records import Batch, Outputs
 from lightning_rkd.study import embed, train, with_settings
-from lightning_rkd.teachers import Teacher
+from lightning_rkd.teachers import Lesson, Teacher
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "losses_on_glyphs.md"
@@ -140,14 +140,14 @@ class Kept:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.teacher, name)
 
-    def __call__(self, batch: Batch, calls: Any = None) -> dict[str, Outputs]:
+    def lessons(self, batch: Batch, calls: Any = None) -> list[Lesson]:
         key = hashlib.sha1(batch.inputs.numpy().tobytes()).hexdigest()
         if key not in self.known:
             shown = self.teacher(batch, calls)
             self.known[key] = shown["embedding"].embedding, shown["logits"].logits, shown["maps"].maps
             self.new = True
         everything = Outputs(*self.known[key], self._classifier())
-        return dict.fromkeys(("embedding", "logits", "maps", "classifier"), everything)
+        return [Lesson(dict.fromkeys(("embedding", "logits", "maps", "classifier"), everything))]
 
     def _classifier(self) -> tuple[Any, Any]:
         layer = self.teacher.network.classifier
