@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.parity import Cell, callback, left_nothing, measure, module, two_devices
+from tests.parity.__main__ import PAGE
 from tests.parity.refused import REFUSED, Refused
 from tests.ranks import Ranks
 
@@ -58,3 +59,10 @@ def test_what_cannot_be_the_same_is_refused_with_the_cure(cell: Refused) -> None
 def test_every_cell_has_a_name_of_its_own() -> None:
     names = [str(cell) for cell in [*callback.CELLS, *module.CELLS, *two_devices.CELLS, *REFUSED]]
     assert len(set(names)) == len(names)
+
+
+def test_the_page_in_the_docs_shows_these_cells_and_no_other() -> None:
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    shown = [row for row in rows if row.strip("| ")]
+    expected = [cell.name for cell in [*callback.CELLS, *module.CELLS, *two_devices.CELLS]] + [str(c) for c in REFUSED]
+    assert sorted(shown) == sorted(expected)

@@ -23,7 +23,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 HEAD = """# The same computation
 
 Distillation attached from outside, or by `DistillationModule`, is the same computation as the loss written by hand into
-`training_step`. Each line below is one way to train (five steps at least), done both ways. Shown is the largest
+`training_step`. Each line below is one way to train (at least five batches), done both ways. Shown is the largest
 difference between the gradients of all parameters in all steps (before and after clipping), and between all weights at
 the end; what it may be (0 is bit for bit); and, as a proof that the line tests something, the largest gradient, and the
 largest change that distillation makes to a gradient.

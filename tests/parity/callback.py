@@ -267,6 +267,7 @@ CELLS = [
         "batch size finder, a loss with a memory",
         users.TunedWithTensors,
         others=(TRIALS,),
+        slow=True,
         **{**WITH_MEMORY, "batches": None},
     ),
     cell("fit twice", train=twice),
