@@ -164,7 +164,7 @@ def pairs_of_sides(test: Callable[..., None]) -> Callable[..., None]:
 
 WIDTHS = ((3, 5), (1, 4), (4, 1), (2, 2), (1, 1))
 derandomised = settings(
-    max_examples=12,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     database=None,
@@ -182,7 +182,7 @@ def test_any_numbers_give_what_float64_gives_or_a_named_overflow(cls, student, t
 
 @pytest.mark.slow
 @every_loss
-@settings(derandomised, max_examples=60)
+@settings(derandomised, max_examples=36)
 @pairs_of_sides
 def test_many_more_numbers_do_too(cls, student, teacher, n, widths):
     check_against_float64(cls, student, teacher, n, widths if not made(cls).equal_widths else (widths[0],) * 2)
