@@ -265,3 +265,12 @@ def test_a_loss_at_a_tap_that_no_layer_is_named_is_refused() -> None:
     with pytest.raises(ValueError, match="the taps are none"):
         Distiller(nn.Linear(2, 2), RKD().at("typo"), student_layer="0")
     Distiller(nn.Linear(2, 2), RKD().at("deep"), student_layer="0", teacher_layer={"deep": "", "other": ""})
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_loss_that_overflows_where_no_loss_looks_is_found_with_its_step(value: float) -> None:
+    (term,) = named_terms(nets.Hint()).values()
+    fine = Outputs(embedding=torch.randn(4, 2))
+    Watch().look(term, (fine, fine), "hint", 4, torch.tensor(1.0))
+    with pytest.raises(NonFiniteError, match="step 4: hint: overflow: both sides are finite, but the loss is not"):
+        Watch().look(term, (fine, fine), "hint", 4, torch.tensor(value))

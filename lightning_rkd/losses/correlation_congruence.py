@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.relations.distances import safe_sqrt
-from lightning_rkd.relations.similarities import unit_rows
+from lightning_rkd.relations.similarities import row_lengths, unit_rows
 
 Form = Literal["kernel", "norm", "rows"]
 """``"kernel"`` is the paper's, ``"norm"`` torchdistill's, ``"rows"`` RepDistiller's."""
@@ -63,7 +62,7 @@ def correlation_congruence_norm(student: Tensor, teacher: Tensor, *, gamma: floa
         tensor(1.0679)
     """
     s, t = (gaussian_taylor(x @ x.T, gamma, order) for x in (student, teacher.detach()))
-    return safe_sqrt((s - t).square().sum()) / len(student) ** 2
+    return row_lengths((s - t).reshape(1, -1)).squeeze(0) / len(student) ** 2
 
 
 def correlation_congruence_rows(student: Tensor, teacher: Tensor) -> Tensor:

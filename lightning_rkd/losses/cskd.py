@@ -56,9 +56,8 @@ def _directions(logits: Tensor) -> Tensor:
     p = logits.softmax(1)
     if far_above_rounding(p.amax(0)):
         return unit_rows(p.T)
-    logits = logits - logits.detach().amax(1, keepdim=True)  # beside large logits their logarithms would be lost
-    log_p = logits.log_softmax(1).T
-    return unit_rows((log_p - log_p.detach().amax(1, keepdim=True)).exp())
+    log_p = exact(logits).log_softmax(1).T  # beside large logits float32 would lose their logarithms
+    return unit_rows((log_p - log_p.detach().amax(1, keepdim=True)).exp()).to(logits.dtype)
 
 
 def cosine_temperatures(student: Tensor, teacher: Tensor, *, low: float = 2.0, high: float = 6.0) -> Tensor:

@@ -80,7 +80,7 @@ class Noise:
         value, grads = value_and_gradient(cls, widths, *sides, n, exact=True)
         has_unit = "row shift" in loss.invariances or any("bias" in name for name, _ in loss.named_parameters())
         magnitudes = tuple(norm([x for f, v in s.items() if f != "classifier" for x in v]) or 1.0 for s in sides)
-        ordinary = 1.0 if "row shift" in loss.invariances else 1e-3
+        ordinary = 1.0 if "row shift" in loss.invariances else 1e-2
         for scales in {magnitudes} if "scale" in loss.invariances else {magnitudes, (1.0, 1.0)}:
             plain = (shown(cls, Wild(x, dtype=torch.float64, seed=i), n, widths[i]) for i, x in enumerate(scales))
             ordinary = max(ordinary, abs(value_and_gradient(cls, widths, *plain, n, exact=True)[0]))
@@ -136,8 +136,8 @@ def check_against_float64(cls: type[RelationalLoss], student: Wild, teacher: Wil
         assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(rounded, grads, strict=True))
     assert abs(value) < torch.inf
     assert all(torch.isfinite(g).all() for g in grads)
-    if cls is AICSD and min(norm(sides[0]["logits"]), norm(sides[1]["logits"])) < 1:
-        return  # its docstring says so
+    if cls is AICSD and min(x.double().flatten(1).abs().amax(1).min() for s in sides for x in s["logits"]) < 1:
+        return  # its docstring says that such logits leave nothing but rounding
     gaps = [a.double() - b for a, b in zip(grads, exact, strict=True)]
     if abs(value - expected) <= 1e-5 * abs(expected) and norm(gaps) <= 1e-3 * norm(exact):
         return
@@ -164,7 +164,7 @@ def pairs_of_sides(test: Callable[..., None]) -> Callable[..., None]:
 
 WIDTHS = ((3, 5), (1, 4), (4, 1), (2, 2), (1, 1))
 derandomised = settings(
-    max_examples=12,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     database=None,
@@ -182,7 +182,7 @@ def test_any_numbers_give_what_float64_gives_or_a_named_overflow(cls, student, t
 
 @pytest.mark.slow
 @every_loss
-@settings(derandomised, max_examples=60)
+@settings(derandomised, max_examples=36)
 @pairs_of_sides
 def test_many_more_numbers_do_too(cls, student, teacher, n, widths):
     check_against_float64(cls, student, teacher, n, widths if not made(cls).equal_widths else (widths[0],) * 2)
