@@ -67,6 +67,9 @@ class RelationalDistillation(pl.Callback):
             step: a loss that does not know its sizes; the message states them.
         CaptureError: In a step: the layer was not called, gave no gradient, or was called several times without
             ``input_layer``.
+        NonFiniteError: NaN or infinity in what either side shows, with side, row and step; or in the module's weights
+            when a checkpoint is about to be written. What the module's own loss is remains its affair: if that is NaN,
+            it shows in one of these ways.
 
     Reference:
         Park, Kim, Lu, Cho. Relational Knowledge Distillation. CVPR 2019. arXiv:1904.05068.
