@@ -6,13 +6,14 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.distributed import Group, gather_rows, rank_and_size
+from lightning_rkd.distributed import Group, gather_rows, rank_and_size, together
 from lightning_rkd.records import Batch, Outputs
 from lightning_rkd.taps import Layer, Reader
 
@@ -57,7 +58,7 @@ class Teacher:
         """Read the weights file if there is one, and hook the layer."""
         if not self._loaded:
             assert self.weights is not None
-            load_weights(self.network, self.weights)
+            together(partial(load_weights, self.network, self.weights))  # a machine may lack the file
             self._loaded = True
         self.detach()
         self._reader = Reader(layer, "teacher")

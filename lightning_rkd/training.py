@@ -6,15 +6,18 @@ import os
 import pickle
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_rkd.distributed import from_all, together
 from lightning_rkd.teachers import check_file
 
 
@@ -25,7 +28,8 @@ class TrainingCLI(LightningCLI):
     :class:`~lightning_rkd.data.sampling.PKBatchSampler`; the ``checkpoint`` group configures one ``ModelCheckpoint``
     that writes ``last.ckpt`` into ``trainer.default_root_dir`` after every epoch, and ``best.ckpt`` where a ``monitor``
     is named, unless the trainer has its own or ``enable_checkpointing`` is false; a checkpoint is verified before it is
-    read, and does not replace the configuration; an output folder that cannot be written is refused before training.
+    read, and does not replace the configuration; an output folder that cannot be written is refused before training;
+    what one of several machines lacks is an error on all of them.
 
     Args:
         args: What would stand on the command line, or a configuration as a dict; ``None`` reads ``sys.argv``.
@@ -82,13 +86,19 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse checkpoints that cannot be read and folders that cannot be written; name best and last apart."""
         settings = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
-        path = settings.get("ckpt_path")
-        last = Path(settings.trainer.default_root_dir or Path.cwd()) / "last.ckpt"
+        path, folder = settings.get("ckpt_path"), Path(settings.trainer.default_root_dir or Path.cwd())
+        last = folder / "last.ckpt"
+        requeued = "hpc" if SLURMEnvironment.detect() else ""
+        self._sought = {"last": "last*.ckpt", "hpc": "hpc_ckpt_*.ckpt"}.get(path or requeued, "")
         if path == "last" and last.is_file():
             path = str(last)
+        self._checks: list[Callable[[], None]] = [partial(check_writable, folder)]
         if path and path not in ("best", "last", "hpc") and not path.startswith("registry") and "://" not in path:
-            check_checkpoint(path, safe=settings.get("weights_only") is not False)
-        check_writable(settings.trainer.default_root_dir or Path.cwd())
+            safe = settings.get("weights_only") is not False
+            self._checks.insert(0, partial(check_checkpoint, path, safe=safe))
+        if settings.trainer.num_nodes == 1:
+            for check in self._checks:
+                check()
         checkpoint = settings.checkpoint
         if checkpoint.monitor is not None and checkpoint.filename == "last":
             checkpoint.filename, checkpoint.save_last = "best", True
@@ -109,7 +119,33 @@ class TrainingCLI(LightningCLI):
         given = given if isinstance(given, list) else [given]
         if settings.get("enable_checkpointing") is False or any(isinstance(c, ModelCheckpoint) for c in given):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
-        return super().instantiate_trainer(**{**kwargs, **self._unsaved})
+        made: pl.Trainer = super().instantiate_trainer(**{**kwargs, **self._unsaved})
+        if made.num_nodes > 1:
+            made.callbacks.insert(0, _EveryMachine(self._checks, self._sought))  # type: ignore[attr-defined] # set later
+        return made
+
+
+class _EveryMachine(pl.Callback):
+    """Looks at the files once the machines are joined: one that gave up before would leave the others waiting."""
+
+    def __init__(self, checks: Sequence[Callable[[], None]], sought: str) -> None:
+        self.checks, self.sought = checks, sought
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot be read or written on one of them, and to resume on some only."""
+        together(self._check)
+        folder = Path(trainer.default_root_dir)
+        every = from_all(sorted(path.name for path in folder.glob(self.sought)) if self.sought else [])
+        if any(found != every[0] for found in every):
+            has = "; ".join(f"rank {rank}: {', '.join(found) or 'none'}" for rank, found in enumerate(every))
+            raise ValueError(
+                f"the machines do not find the same checkpoints to resume from in {str(folder)!r} ({has}): copy them "
+                "from the machine of rank 0, which writes them, or use a folder that the machines share"
+            )
+
+    def _check(self) -> None:
+        for check in self.checks:
+            check()
 
 
 def check_checkpoint(path: str | os.PathLike[str], safe: bool = True) -> None:
