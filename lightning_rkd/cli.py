@@ -183,3 +183,7 @@ options:
   --version        Show the version.
 
 An error is one line; {TRACEBACK}=1 shows where it came from."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

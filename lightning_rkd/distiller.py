@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.distributed import Anchors, Group, rank_and_size, row_counts
+from lightning_rkd.distributed import Anchors, Group, rank_and_size, row_counts, together
 from lightning_rkd.gathered import Gathered
 from lightning_rkd.losses.base import (
     NonFiniteError,
@@ -141,8 +141,12 @@ class Distiller:
         """
         student = None if shown is None else shown.student
         teacher = None if shown is None or not shown.lessons else shown.lessons[0].shown
-        for term in self.losses.values():
-            term.make_ready(student, teacher, num_samples=num_samples)
+
+        def make_ready() -> None:
+            for term in self.losses.values():
+                term.make_ready(student, teacher, num_samples=num_samples)
+
+        together(make_ready)  # a machine may lack a file
 
     @property
     def banks(self) -> list[str]:

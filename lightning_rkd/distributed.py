@@ -5,9 +5,10 @@ Every function is a plain identity when no process group is initialised.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor
 
 Group = Any
 """A ``torch.distributed.ProcessGroup``, or ``None`` for the default group."""
+
+T = TypeVar("T")
 
 
 def rank_and_size(group: Group = None) -> tuple[int, int]:
@@ -27,6 +30,53 @@ def rank_and_size(group: Group = None) -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
+
+
+def from_all(value: T, group: Group = None) -> list[T]:
+    """A small plain value of every rank, in rank order; every rank must call it.
+
+    Example:
+        >>> from_all("here")
+        ['here']
+    """
+    _, size = rank_and_size(group)
+    every = [value] * size
+    if size > 1:
+        dist.all_gather_object(every, value, group=group)
+    return every
+
+
+def together(work: Callable[[], T], group: Group = None) -> T:
+    """Do what may fail on some ranks only, such as reading a file that one machine lacks, and fail on all of them.
+
+    Otherwise the ranks that did not fail would wait for the one that did, and not know why. Every rank must call it.
+
+    Args:
+        work: What to do.
+        group: Process group.
+
+    Returns:
+        What ``work`` returned here.
+
+    Raises:
+        RuntimeError: It failed on another rank, which the message names with its machine. Where it failed here, that
+            error itself is raised.
+
+    Example:
+        >>> together(lambda: 5)
+        5
+    """
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as failure:
+        error = failure
+    said = from_all(None if error is None else f"(on {socket.gethostname()}): {error}", group)
+    if error is not None:
+        raise error
+    if failed := [f"rank {rank} {words}" for rank, words in enumerate(said) if words is not None]:
+        raise RuntimeError("; ".join(failed))
+    return result
 
 
 def row_counts(rows: int, device: torch.device | str = "cpu", group: Group = None) -> list[int]:
@@ -140,6 +190,27 @@ def travelling_blocks(
                     dist.broadcast(b, src=source if group is None else dist.get_global_rank(group, source), group=group)
             yield first + start, blocks
         first += count
+
+
+def rows_at(parts: tuple[Tensor, ...], numbers: Tensor, block: int, group: Group = None) -> tuple[Tensor, ...]:
+    """Copies of rows of any ranks, found as all rows travel past; every rank must call it, even for no rows.
+
+    Args:
+        parts: Tensors with the same number of local rows, as for :func:`travelling_blocks`.
+        numbers: (M,) which rows, counted over all ranks in rank order; may repeat, and differ between ranks.
+        block: Rows per travelling block.
+        group: Process group.
+
+    Example:
+        >>> rows_at((torch.tensor([5.0, 6.0, 7.0]),), torch.tensor([2, 0, 2]), block=2)
+        (tensor([7., 5., 7.]),)
+    """
+    found = tuple(p.new_empty((len(numbers), *p.shape[1:])) for p in parts)
+    for start, blocks in travelling_blocks(parts, block, group):
+        (here,) = torch.nonzero((numbers >= start) & (numbers < start + len(blocks[0])), as_tuple=True)
+        for rows, given in zip(found, blocks, strict=True):
+            rows[here] = given[numbers[here] - start]
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,19 @@ import io
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from lightning_rkd.distributed import from_all, together
 from lightning_rkd.files import check_file, write_whole
 from lightning_rkd.stopping import pass_sigterm_on
 
@@ -28,7 +31,8 @@ class TrainingCLI(LightningCLI):
     that writes ``last.ckpt`` into ``trainer.default_root_dir`` after every epoch, and ``best.ckpt`` where a ``monitor``
     is named, unless the trainer has its own or ``enable_checkpointing`` is false; checkpoints and ``config.yaml`` are
     whole or not there, whenever the run is killed; a checkpoint is verified before it is read, and does not replace the
-    configuration; an output folder that cannot be written is refused before training; SIGTERM reaches every rank.
+    configuration; an output folder that cannot be written is refused before training;
+    SIGTERM reaches every rank; what one of several machines lacks is an error on all of them.
 
     Args:
         args: What would stand on the command line, or a configuration as a dict; ``None`` reads ``sys.argv``.
@@ -86,13 +90,19 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse checkpoints that cannot be read and folders that cannot be written; name best and last apart."""
         settings = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
-        path = settings.get("ckpt_path")
-        last = Path(settings.trainer.default_root_dir or Path.cwd()) / "last.ckpt"
+        path, folder = settings.get("ckpt_path"), Path(settings.trainer.default_root_dir or Path.cwd())
+        last = folder / "last.ckpt"
+        requeued = "hpc" if SLURMEnvironment.detect() else ""
+        self._sought = {"last": "last*.ckpt", "hpc": "hpc_ckpt_*.ckpt"}.get(path or requeued, "")
         if path == "last" and last.is_file():
             path = str(last)
+        self._checks: list[Callable[[], None]] = [partial(check_writable, folder)]
         if path and path not in ("best", "last", "hpc") and not path.startswith("registry") and "://" not in path:
-            check_checkpoint(path, safe=settings.get("weights_only") is not False)
-        check_writable(settings.trainer.default_root_dir or Path.cwd())
+            safe = settings.get("weights_only") is not False
+            self._checks.insert(0, partial(check_checkpoint, path, safe=safe))
+        if settings.trainer.num_nodes == 1:
+            for check in self._checks:
+                check()
         checkpoint = settings.checkpoint
         if checkpoint.monitor is not None and checkpoint.filename == "last":
             checkpoint.filename, checkpoint.save_last = "best", True
@@ -117,6 +127,8 @@ class TrainingCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         pass_sigterm_on(trainer)
+        if trainer.num_nodes > 1:
+            trainer.callbacks.insert(0, _EveryMachine(self._checks, self._sought))  # type: ignore[attr-defined] # set later
         return trainer
 
 
@@ -155,6 +167,29 @@ class _WholeConfig(SaveConfigCallback):
         part = Path(trainer.log_dir or ".", f".{name}.part")  # every rank has to ask for log_dir
         if trainer.is_global_zero and part.exists():
             part.replace(part.with_name(name))
+
+
+class _EveryMachine(pl.Callback):
+    """Looks at the files once the machines are joined: one that gave up before would leave the others waiting."""
+
+    def __init__(self, checks: Sequence[Callable[[], None]], sought: str) -> None:
+        self.checks, self.sought = checks, sought
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot be read or written on one of them, and to resume on some only."""
+        together(self._check)
+        folder = Path(trainer.default_root_dir)
+        every = from_all(sorted(path.name for path in folder.glob(self.sought)) if self.sought else [])
+        if any(found != every[0] for found in every):
+            has = "; ".join(f"rank {rank}: {', '.join(found) or 'none'}" for rank, found in enumerate(every))
+            raise ValueError(
+                f"the machines do not find the same checkpoints to resume from in {str(folder)!r} ({has}): copy them "
+                "from the machine of rank 0, which writes them, or use a folder that the machines share"
+            )
+
+    def _check(self) -> None:
+        for check in self.checks:
+            check()
 
 
 def check_checkpoint(path: str | os.PathLike[str], safe: bool = True) -> None:

@@ -49,7 +49,7 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> Sequence[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300) -> Sequence[Any]:
         for pipe in self.pipes:
             pipe.send((function, args))
         results, errors = [], []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,9 @@ from lightning_rkd.distributed import (
     gather_rows,
     rank_and_size,
     row_counts,
+    rows_at,
     sum_over_ranks,
+    together,
     travelling_blocks,
 )
 from lightning_rkd.losses.base import RelationalLoss
@@ -80,6 +84,50 @@ def test_whole_numbers_sums_shares_and_blocks(ranks: Ranks) -> None:
         ([0, 1, 7], (0, 2), 3.0, blocks, (0, 2), 4.0),
         ([0, 1, 7], (2, 5), 3.0, blocks, (1, 2), 4.0),
     ]
+
+
+def wanted(rank: int, counts: tuple[int, ...], numbers: list[int]) -> Any:
+    mine = part(torch.arange(16), rank, counts)
+    found, double = rows_at((mine, 2.0 * mine[:, None]), torch.tensor(numbers[rank:], dtype=torch.int64), block=3)
+    return found.tolist(), double.flatten().tolist()
+
+
+@pytest.mark.parametrize("counts", [*SPLITS.values(), (0, 16)])
+def test_rows_of_any_rank_are_found_by_number(ranks: Ranks, counts: tuple[int, ...]) -> None:
+    numbers = [15, 0, 7, 7, 12]
+    for rank, (found, double) in enumerate(ranks.run(wanted, counts, numbers)):
+        assert found == numbers[rank:]
+        assert double == [2.0 * number for number in numbers[rank:]]
+    assert all(found == [] for found, _ in ranks.run(wanted, counts, []))
+
+
+def reading(rank: int, there: tuple[str, str]) -> str:
+    return together(Path(there[rank]).read_text)
+
+
+def test_what_fails_on_one_rank_fails_on_all_and_is_named(ranks: Ranks, tmp_path: Path) -> None:
+    present, absent = tmp_path / "present", tmp_path / "absent"
+    present.write_text("content")
+    assert list(ranks.run(reading, (str(present), str(present)))) == ["content", "content"]
+    with pytest.raises(RuntimeError) as failed:
+        ranks.run(reading, (str(present), str(absent)))
+    here, there = str(failed.value).split("rank 1:\n")
+    assert f"RuntimeError: rank 1 (on {socket.gethostname()}): [Errno 2] No such file" in here
+    assert "FileNotFoundError: [Errno 2]" in there
+
+
+def teaching(rank: int, weights: tuple[str, str]) -> None:
+    Teacher(nets.teacher(seed=rank), weights=weights[rank]).attach(None)
+
+
+def test_a_weights_file_that_one_machine_lacks_is_an_error_on_all(ranks: Ranks, tmp_path: Path) -> None:
+    torch.save(nets.teacher().state_dict(), tmp_path / "teacher.pt")
+    with pytest.raises(RuntimeError) as failed:
+        ranks.run(teaching, (str(tmp_path / "teacher.pt"), "nowhere.pt"))
+    lacking = "the weights file 'nowhere.pt' does not exist"
+    here, there = str(failed.value).split("rank 1:\n")
+    assert f"RuntimeError: rank 1 (on {socket.gethostname()}): {lacking}" in here
+    assert f"FileNotFoundError: {lacking}" in there
 
 
 def test_alone_everything_is_an_identity() -> None:

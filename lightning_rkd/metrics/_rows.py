@@ -52,6 +52,12 @@ class RowMetric(Metric):
             parts[:] = [torch.cat([part.to(widest) for part in parts])]
         return parts[0] if parts else None
 
+    def _everyones(self, name: str, counts: list[int], device: torch.device) -> Tensor:
+        """A column of integers of all ranks, in rank order."""
+        mine = self._joined(name)
+        mine = torch.empty(0, dtype=torch.int64, device=device) if mine is None else mine
+        return gather_rows(mine, counts, self.process_group)
+
 
 def checked_rows(x: Tensor, dtype: torch.dtype | None, before: list[Tensor], who: str) -> Tensor:
     """A copy of (N, D) rows, ready to be stored; on a CPU NaN, infinity and what has no square are found here."""
@@ -106,7 +112,8 @@ def same_as_before(given: bool, earlier: list[Tensor], updated: bool, who: str) 
 
 def first_bad(rows: Tensor) -> int:
     """The number of the first row with NaN or infinity, or -1."""
-    bad = ~torch.isfinite(rows).all(dim=1)
+    whole = [torch.isfinite(block).all(dim=1) for block in torch.split(rows, 1024)]  # isfinite copies what it reads
+    bad = ~torch.cat(whole)
     return int(bad.to(torch.uint8).argmax()) if bool(bad.any()) else -1
 
 
@@ -123,9 +130,8 @@ def agree(rows: tuple[Tensor | None, ...], optional: tuple[bool, ...], device: t
     """Let ranks agree on widths, dtypes and columns before anything else travels; errors are raised on all of them."""
     held = [x for x in rows if x is not None]
     mine = [len(held[0]) if held else -1, *(int(flag) for flag in optional)]
-    for x in rows:
-        on_device = x is not None and x.device.type != "cpu"  # rows on the CPU were checked when they came
-        mine += [0, 0, -1] if x is None else [x.shape[1], _DTYPES.index(x.dtype), first_bad(x) if on_device else -1]
+    for x in rows:  # those on an accelerator have not been looked at before, nor those from a checkpoint
+        mine += [0, 0, -1] if x is None else [x.shape[1], _DTYPES.index(x.dtype), first_bad(x)]
     table = gather_rows(torch.tensor([mine], dtype=torch.int64, device=device), group=group).tolist()
     full = [line for line in table if line[0] >= 0]
     if not full:
@@ -161,6 +167,17 @@ def first_of_each(keys: Tensor) -> Tensor:
     new = torch.ones_like(order, dtype=torch.bool)
     new[1:] = which[order][1:] != which[order][:-1]
     return torch.zeros_like(new).index_put_((order,), new)
+
+
+def places_of(keys: Tensor) -> Tensor:
+    """The place of every key in their ascending order; equal keys keep their order.
+
+    Example:
+        >>> places_of(torch.tensor([30, 10, 20])).tolist()
+        [2, 0, 1]
+    """
+    order = keys.argsort(stable=True)
+    return torch.empty_like(order).index_put_((order,), torch.arange(len(order), device=order.device))
 
 
 def points(rows: Tensor, cosine: bool) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_rkd.distributed import Anchors, gather_rows
+from lightning_rkd.distributed import Anchors, rank_and_size, row_counts, rows_at, sum_over_ranks, travelling_blocks
 from lightning_rkd.metrics._nearest import distances, full_precision
 from lightning_rkd.metrics._rows import (
     RowMetric,
@@ -15,11 +16,14 @@ from lightning_rkd.metrics._rows import (
     checked_column,
     checked_rows,
     first_of_each,
+    places_of,
     points,
     same_as_before,
 )
 
 _ENTRIES = 2**21  # float64 entries per working array: 16 MiB
+_BLOCK = 1024  # rows that travel together
+_TRIPLETS = 256  # measured together, whatever the number of processes, so that the sum is the same to the last bit
 
 
 class RelationalAgreement(RowMetric):
@@ -42,8 +46,9 @@ class RelationalAgreement(RowMetric):
     sample that comes twice counts once, and rows are sorted by index, so the same anchors and triplets are drawn
     whatever the number of processes and the order of the updates.
 
-    Cost: :math:`O(A N (D + \log N))` for A anchors. Under several processes ``compute()``, which all must enter,
-    gathers the rows of all on each (N (D_s + D_t) numbers), and the anchors and triplets are shared out.
+    Cost: :math:`O(A N (D + \log N))` for A anchors. Under several processes each keeps its own rows; in ``compute()``,
+    which all must enter, blocks of rows pass by every process, each measures the anchors that are among its own rows
+    and its share of the triplets, so none ever holds all embeddings. Values are the same for any number of processes.
 
     Args:
         k: Neighbours compared.
@@ -117,40 +122,106 @@ class RelationalAgreement(RowMetric):
         """Compare; every process must call it."""
         device = self.student[0].device if self.student else self.device
         with full_precision(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            student, teacher = self._everyones_rows(device)
-            n = len(student)
-            if n < max(self.k + 1, 3):
-                raise ValueError(f"{n} different samples are too few: k = {self.k} needs at least {max(self.k + 1, 3)}")
-            generator = torch.Generator().manual_seed(self.seed)
-            i, j, k = draw_triplets(n, self.triplets, generator).to(device)
-            anchors = torch.randperm(n, generator=generator)[: self.max_anchors].sort().values.to(device)
-            share = Anchors(self.process_group)
-            sums = torch.zeros(3, dtype=torch.float64, device=device)
-            first, stop = share.share(len(anchors))
-            for block in torch.split(anchors[first:stop], max(1, _ENTRIES // n)):
-                sums[:2] += _compared(_distances(student, block), _distances(teacher, block), self.k)
-            first, stop = share.share(self.triplets)
-            lines = max(1, _ENTRIES // (student.shape[1] + teacher.shape[1]))
-            for block in torch.split(torch.arange(first, stop, device=device), lines):
-                a, b = (angles(x[i[block]], x[j[block]], x[k[block]]) for x in (student, teacher))
-                sums[2] += (a - b).abs().sum()
-            overlap, correlation, gap = share.sum(sums).unbind()
-            means = (overlap / (len(anchors) * self.k), correlation / len(anchors), gap / self.triplets)
+            means = self._means(device)
         names = (f"neighbour_overlap_at_{self.k}", "distance_correlation", "angle_gap")
-        return {name: value.float() for name, value in zip(names, means, strict=True)}
+        return dict(zip(names, means.float(), strict=True))
 
-    def _everyones_rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _means(self, device: torch.device) -> Tensor:
+        rows = self._rows(device)
+        n = len(rows.places)
+        if n < max(self.k + 1, 3):
+            raise ValueError(f"{n} different samples are too few: k = {self.k} needs at least {max(self.k + 1, 3)}")
+        generator = torch.Generator().manual_seed(self.seed)
+        triplets = draw_triplets(n, self.triplets, generator).to(device)
+        anchors = torch.randperm(n, generator=generator)[: self.max_anchors].sort().values.to(device)
+        overlap, correlation = rows.compared(anchors, self.k).sum(dim=1)
+        gap = rows.angle_gaps(triplets).sum()
+        return torch.stack([overlap / (len(anchors) * self.k), correlation / len(anchors), gap / self.triplets])
+
+    def _rows(self, device: torch.device) -> _Rows:
         sides = (self._joined("student"), self._joined("teacher"))
         held = agree(sides, (bool(self.indices),), device, self.process_group)
-        student, teacher = (gather_rows(rows, held.counts, self.process_group) for rows in held.rows)
+        rank, _ = rank_and_size(self.process_group)
+        first = sum(held.counts[:rank])
+        mine = slice(first, first + held.counts[rank])
+        student, teacher = held.rows
+        keys = torch.arange(sum(held.counts), device=device)
         if held.optional[0]:
-            mine = self._joined("indices")
-            mine = torch.empty(0, dtype=torch.int64, device=device) if mine is None else mine
-            indices = gather_rows(mine, held.counts, self.process_group)
-            kept = torch.nonzero(first_of_each(indices))[:, 0]
-            kept = kept[indices[kept].argsort()]
-            student, teacher = student[kept], teacher[kept]
-        return points(student, self.distance == "cosine"), points(teacher, self.distance == "cosine")
+            keys = self._everyones("indices", held.counts, device)
+            kept = first_of_each(keys)
+            student, teacher, keys = student[kept[mine]], teacher[kept[mine]], keys[kept]
+            first = int(kept[:first].sum())
+        return _Rows((student, teacher), places_of(keys), first, self.distance == "cosine", self.process_group)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The samples of one rank, and where those of all ranks stand.
+
+    Attributes:
+        sides: Local rows of student and teacher, each sample once.
+        places: Place of every sample, of all ranks in rank order, in the order in which anchors and triplets count.
+        first: Number of the first local sample in rank order.
+        cosine: Whether to compare directions.
+        group: Process group.
+    """
+
+    sides: tuple[Tensor, Tensor]
+    places: Tensor
+    first: int
+    cosine: bool
+    group: Any
+
+    def compared(self, anchors: Tensor, k: int) -> Tensor:
+        """(2, A): of every anchor, given by place, the neighbours in common and the rank correlation.
+
+        Each rank measures the anchors among its own samples; those of the others add zeros.
+        """
+        values = torch.zeros(2, len(anchors), dtype=torch.float64, device=anchors.device)
+        here = self.places[self.first : self.first + len(self.sides[0])]
+        number = torch.searchsorted(anchors, here).clamp(max=len(anchors) - 1)
+        mine = torch.nonzero(anchors[number] == here)[:, 0]
+        n, width = len(self.places), sum(side.shape[1] for side in self.sides)
+        # as many at a time as fit into as much memory as the rows take, or else into a little
+        bunch = max(1, _ENTRIES // n, width // (4 * rank_and_size(self.group)[1]))
+        for start in range(0, max(row_counts(len(mine), mine.device, self.group)), bunch):
+            asking = mine[start : start + bunch]
+            student, teacher = self._distances(asking, here[asking])
+            few = max(1, _ENTRIES // n)
+            for a in range(0, len(asking), few):
+                values[:, number[asking[a : a + few]]] = _compared(student[a : a + few], teacher[a : a + few], k)
+        return sum_over_ranks(values, self.group)
+
+    def _distances(self, asking: Tensor, at: Tensor) -> list[Tensor]:
+        """(A, N) for each side, in the order of places; an anchor's to itself is -1: it comes first and alone."""
+        anchors = [points(side[asking], self.cosine) for side in self.sides]
+        found = [a.new_empty(len(asking), len(self.places)) for a in anchors]
+        for start, blocks in travelling_blocks(self.sides, _BLOCK, self.group):
+            columns = self.places[start : start + len(blocks[0])]
+            for side, anchor, block in zip(found, anchors, blocks, strict=True):
+                side[:, columns] = distances(anchor, points(block, self.cosine))
+        return [side.scatter_(1, at[:, None], -1.0) for side in found]
+
+    def angle_gaps(self, triplets: Tensor) -> Tensor:
+        """Sums of the angle gaps of (3, M) triplets of places, one for every few triplets.
+
+        Each rank measures its share; those of the others add zeros.
+        """
+        number = self.places.argsort()
+        few = torch.split(number[triplets], _TRIPLETS, dim=1)
+        sums = torch.zeros(len(few), dtype=torch.float64, device=triplets.device)
+        share = Anchors(self.group)
+        first, stop = share.share(len(few))
+        size = rank_and_size(self.group)[1]
+        bunch = max(1, len(self.places) // (size * 12 * _TRIPLETS))  # fetches a quarter of what a rank holds
+        for start in range(0, -(-len(few) // size), bunch):
+            bunches = range(first + start, min(first + start + bunch, stop))
+            wanted = torch.cat([few[b].flatten() for b in bunches] or [number[:0]])
+            fetched = [torch.split(x, 3 * _TRIPLETS) for x in rows_at(self.sides, wanted, _BLOCK, self.group)]
+            for b, *sides in zip(bunches, *fetched, strict=False):
+                student, teacher = (angles(*points(x, self.cosine).chunk(3)) for x in sides)
+                sums[b] = (student - teacher).abs().sum()
+        return share.sum(sums)
 
 
 def draw_triplets(n: int, count: int, generator: torch.Generator) -> Tensor:
@@ -194,13 +265,8 @@ def average_ranks(sorted_values: Tensor) -> Tensor:
     return (first + last).double() / 2
 
 
-def _distances(x: Tensor, anchors: Tensor) -> Tensor:
-    """(A, N) distances; an anchor's to itself is -1, so that it comes first and alone."""
-    return distances(x[anchors], x).scatter_(1, anchors[:, None], -1.0)
-
-
 def _compared(student: Tensor, teacher: Tensor, k: int) -> Tensor:
-    """Sums over anchors of the neighbours in common and of the rank correlations, from (A, N) distances."""
+    """(2, A): of every anchor the neighbours in common and the rank correlation, from (A, N) distances."""
     centre = student.shape[1] / 2  # mean of the ranks 1 to N - 1, rank 0 being the anchor itself
     near, ranks = [], []
     for side in (student, teacher):
@@ -211,4 +277,4 @@ def _compared(student: Tensor, teacher: Tensor, k: int) -> Tensor:
     s, t = ranks
     spread = (s.square().sum(dim=1) * t.square().sum(dim=1)).sqrt()
     correlation = torch.where(spread > 0, (s * t).sum(dim=1) / spread, 0.0)
-    return torch.stack([(near[0] & near[1]).sum().double(), correlation.sum()])
+    return torch.stack([(near[0] & near[1]).sum(dim=1).double(), correlation])

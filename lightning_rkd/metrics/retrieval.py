@@ -9,9 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_rkd.distributed import gather_rows, rank_and_size, row_counts, sum_over_ranks
+from lightning_rkd.distributed import rank_and_size, row_counts, sum_over_ranks
 from lightning_rkd.metrics._nearest import Gallery, close_calls, full_precision
-from lightning_rkd.metrics._rows import RowMetric, agree, checked_column, checked_rows, first_of_each, same_as_before
+from lightning_rkd.metrics._rows import (
+    RowMetric,
+    agree,
+    checked_column,
+    checked_rows,
+    first_of_each,
+    places_of,
+    same_as_before,
+)
 
 _SLACK = 4  # neighbours beyond the needed ones, so that a close call at the border can be seen to be one
 _MANY = 256
@@ -134,11 +142,12 @@ class EmbeddingRetrieval(RowMetric):
         """Search, and average over queries; every process must call it."""
         device = self.embeddings[0].device if self.embeddings else self.device
         with full_precision(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            values = self._totals(device)
+            totals, one = self._totals(device)
         names = (*(f"recall_at_{k}" for k in self.k), "map_at_r", "r_precision")
-        return dict(zip(names, (values[1:] / values[0]).float(), strict=True))
+        return dict(zip(names, (totals[1:].double() / (totals[0] * one)).float(), strict=True))
 
-    def _totals(self, device: torch.device) -> Tensor:
+    def _totals(self, device: torch.device) -> tuple[Tensor, int]:
+        """Over all queries of all ranks: see :meth:`_Search.sums`; and what stands for 1 there."""
         rows = self._joined("embeddings")
         held = agree((rows,), (bool(self.indices), bool(self.queries)), device, self.process_group)
         (rows,), (has_indices, has_queries) = held.rows, held.optional
@@ -163,8 +172,7 @@ class EmbeddingRetrieval(RowMetric):
             )
         # the order that decides ties, and the label at each place in it
         keys = (torch.arange(len(labels), device=device) if indices is None else indices)[in_gallery]
-        by_key = keys.argsort()
-        places = torch.empty_like(by_key).index_put_((by_key,), torch.arange(len(by_key), device=device))
+        places = places_of(keys)
 
         rank, _ = rank_and_size(self.process_group)
         mine = slice(sum(held.counts[:rank]), sum(held.counts[: rank + 1]))
@@ -177,16 +185,13 @@ class EmbeddingRetrieval(RowMetric):
             relevant=relevant[mine],
             position=position[mine],
             gallery=gallery,
-            label_at=labels[in_gallery][by_key],
+            label_at=torch.empty_like(keys).index_put_((places,), labels[in_gallery]),
             widest=min(max(int(relevant[found].max()), *self.k), len(keys) - (1 if asks is None else 0)),
             k=self.k,
+            one=2 ** min(52, 62 - len(labels).bit_length()),
         )
-        return sum_over_ranks(search.totals(torch.nonzero(found[mine])[:, 0]), self.process_group)
-
-    def _everyones(self, name: str, counts: list[int], device: torch.device) -> Tensor:
-        mine = self._joined(name)
-        mine = torch.empty(0, dtype=torch.int64, device=device) if mine is None else mine
-        return gather_rows(mine, counts, self.process_group)
+        totals = search.totals(torch.nonzero(found[mine])[:, 0])
+        return sum_over_ranks(totals, self.process_group), search.one
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,8 @@ class _Search:
         gallery, label_at: The gallery, and the label at each place of the order that decides ties.
         widest: How many neighbours the neediest query of any rank needs.
         k: Of recall at k.
+        one: What stands for 1 in sums, which are of integers so that they do not depend on any order: as large as sums
+            over all rows allow.
     """
 
     rows: Tensor
@@ -209,10 +216,11 @@ class _Search:
     label_at: Tensor
     widest: int
     k: Sequence[int]
+    one: int
 
     def totals(self, queries: Tensor) -> Tensor:
-        """Sums over queries, given as local row numbers: see :func:`_sums`."""
-        total = torch.zeros(len(self.k) + 3, dtype=torch.float64, device=queries.device)
+        """:meth:`sums` of queries, given as local row numbers."""
+        total = torch.zeros(len(self.k) + 3, dtype=torch.int64, device=queries.device)
         frame = self.gallery.frame()
         hopeless = [queries[:0]]
         for tour in self._tours(queries):
@@ -225,17 +233,35 @@ class _Search:
                 lengths = ((points - frame[0]) * frame[1]).norm(dim=1)
                 needed = count.clamp(min=max(self.k)).clamp(max=self.widest)
                 calls = close_calls(scores, relevant, needed, lengths, len(frame[0]))
-                total += _sums(relevant[calls.settled, : self.widest], count[calls.settled], self.k)
+                total += self.sums(relevant[calls.settled, : self.widest], count[calls.settled])
                 hopeless.append(query[calls.endless])
                 rest = ~calls.settled & ~calls.endless
                 unsure.append((query[rest], places[rest], relevant[rest], calls.chain[rest], calls.open[rest]))
             query, places, relevant, chain, open_ = (torch.cat(column) for column in zip(*unsure, strict=True))
             order = self._settle(query, places, chain, open_)
-            total += _sums(relevant.gather(1, order)[:, : self.widest], self.relevant[query], self.k)
+            total += self.sums(relevant.gather(1, order)[:, : self.widest], self.relevant[query])
         for tour in self._tours(torch.cat(hopeless)):
             for query, scores, places in self._found(tour, self.widest, torch.float64, None):
-                total += _sums(self._relevance(query, scores, places), self.relevant[query], self.k)
+                total += self.sums(self._relevance(query, scores, places), self.relevant[query])
         return total
+
+    def sums(self, relevant: Tensor, count: Tensor) -> Tensor:
+        """Sums over queries of ones, and in units of ``one``: of recall at each k, average precision, R-precision.
+
+        ``relevant`` (Q, C) says which neighbours share the class, nearest first; ``count`` (Q,) how many there are in
+        all.
+        """
+        place = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
+        inside = relevant & (place <= count[:, None])
+        precision = torch.where(inside, inside.cumsum(dim=1).double() / place, 0.0)
+        found = [relevant[:, :n].any(dim=1).sum() * self.one for n in self.k]
+        average = self._whole(self._whole(precision).sum(dim=1).double() / self.one / count)
+        return torch.stack(
+            [count.new_tensor(len(count)), *found, average.sum(), self._whole(inside.sum(dim=1).double() / count).sum()]
+        )
+
+    def _whole(self, x: Tensor) -> Tensor:
+        return (x * self.one).round().long()
 
     def _tours(self, queries: Tensor) -> Iterator[Tensor]:
         """Queries in bunches whose neighbours fit into memory, equally many bunches on every rank."""
@@ -265,20 +291,6 @@ class _Search:
         for key in (exact, chain):
             order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
         return order
-
-
-def _sums(relevant: Tensor, count: Tensor, k: Sequence[int]) -> Tensor:
-    """Sums over queries of ones, of recall at each k, of average precisions and of R-precisions.
-
-    ``relevant`` (Q, C) says which neighbours share the class, nearest first; ``count`` (Q,) how many there are in all.
-    """
-    place = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
-    inside = (relevant & (place <= count[:, None])).double()
-    precision = inside.cumsum(dim=1) / place
-    sums = [torch.tensor(len(relevant), dtype=torch.float64, device=relevant.device)]
-    sums += [relevant[:, :n].any(dim=1).sum().double() for n in k]
-    sums += [((inside * precision).sum(dim=1) / count).sum(), (inside.sum(dim=1) / count).sum()]
-    return torch.stack(sums)
 
 
 def _class_sizes(gallery: Tensor, labels: Tensor) -> Tensor:

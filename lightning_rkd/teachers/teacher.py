@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_rkd.distributed import Group, gather_rows, rank_and_size
+from lightning_rkd.distributed import Group, gather_rows, rank_and_size, together
 from lightning_rkd.losses.base import Term
 from lightning_rkd.records import Batch, Outputs
 from lightning_rkd.taps import Layer, Reader
@@ -56,7 +57,7 @@ class Teacher(BaseTeacher):
         """Read the weights file if there is one, and hook the layer."""
         if not self._loaded:
             assert self.weights is not None
-            load_weights(self.network, self.weights)
+            together(partial(load_weights, self.network, self.weights))  # a machine may lack the file
             self._loaded = True
         self.detach()
         self._reader = Reader(layer, "teacher")

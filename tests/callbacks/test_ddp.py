@@ -223,6 +223,32 @@ def test_a_sampler_of_which_the_order_cannot_be_known_is_refused(ranks: Ranks) -
         assert "wrap it, with_indices(loader), or name the entry" in str(answer)
 
 
+class Still(Evaluated):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def unequal(rank: int | None, how: str) -> dict[str, float]:
+    """Metrics of 300 rows with labels that bfloat16 cannot hold: five batches on one rank, one on the other."""
+    torch.manual_seed(0)
+    labels = torch.arange(300) // 2
+    data = TensorDataset(torch.randn(150, toys.WIDTH)[labels] + 0.5 * torch.randn(300, toys.WIDTH), 257 + labels)
+    starts = (range(0, 300, 50), range(0, 250, 50), range(250, 300, 50))[0 if rank is None else rank + 1]
+    loader = with_indices(DataLoader(data, batch_sampler=[list(range(a, a + 50)) for a in starts]))
+    module, settings = Still(), {"precision": "bf16-true"} if how == "bf16" else {"num_sanity_val_steps": 1}
+    with devices(rank) as where:
+        trainer = toys.trainer(callbacks=[RetrievalEvaluation("backbone")], **where, **settings)
+        trainer.validate(module, loader, verbose=False) if how == "bf16" else trainer.fit(module, batches(rank), loader)
+        return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+
+
+@pytest.mark.parametrize("how", ["bf16", "after a sanity check"])
+def test_ranks_with_unequally_many_batches_measure_as_one_device(ranks: Ranks, how: str) -> None:
+    expected = unequal(None, how)
+    assert 0 < expected["val/recall_at_1"] < 1
+    assert list(ranks.run(unequal, how)) == [expected, expected]
+
+
 # Sharded modules
 
 
