@@ -363,7 +363,8 @@ def page(rows: dict[str, list[dict[str, Any]]], seconds: dict[str, float], teach
         f"reads the student, {factors} times as long as the task's, or up to {FURTHER[1][-1]:g} or down to "
         f"{FURTHER[0][-1]:g} where the best is at that end; which of them was chosen with the first seed on validation "
         "letters, never on test letters (* still at an end: a weight beyond might do better). One small task says "
-        "little about others: the table shows that every loss trains, and what it costs. "
+        "little about others: the table shows that every loss trains, and what it costs (the median of 30 steps with "
+        "the teacher running; whatever else the machine did is in it). "
         f"The teacher itself: recall_at_1 {teacher['recall_at_1']:.3f}, map_at_r {teacher['map_at_r']:.3f}.",
         "",
         "| loss | recall_at_1 | map_at_r | weight | ms per step |",
