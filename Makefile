@@ -24,7 +24,7 @@ test: $(STAMP) ## all tests, doctests, notebooks and recipes
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-quick: $(STAMP) ## the tests that take at most a few seconds each
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## style, formatting, types and import contracts
 	$(BIN)/ruff check

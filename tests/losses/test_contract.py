@@ -382,6 +382,8 @@ def on_a_rank(rank: int, sample: Sample, counts: list[int]) -> list[Tensor]:
 @every_loss
 @pytest.mark.parametrize("counts", [[3, 3], [5, 1]], ids=["even", "uneven"])
 def test_two_processes_average_to_the_gradient_of_one_big_batch(cls, counts, ranks: Ranks):
+    if str(cls) == "STKD, form blended":
+        pytest.skip("needs what the teacher shows of the partners, which are rows of the same process")
     sample = Sample(cls, dtype=torch.float64)
     counts = [sample.n - 1, 1] if counts[0] == 5 else [sample.n - sample.n // 2, sample.n // 2]
     weights = weights_for(sample)
