@@ -6,6 +6,7 @@ import csv
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,6 @@ import pytest
 import torch
 import yaml
 
-from lightning_rkd import cli
-from lightning_rkd.data import GlyphDataModule
 from lightning_rkd.models import ConvNet
 from lightning_rkd.training import _EveryMachine, check_checkpoint, check_writable
 from tests.nodes import TORCHRUN, Nodes, surroundings
@@ -96,7 +95,8 @@ def test_two_machines_train_and_test_as_one(nodes: Nodes, tmp_path: Path, monkey
     monkeypatch.setenv("XDG_CACHE_HOME", str(one / "cache"))
     (one / TEACHER).parent.mkdir(parents=True)
     torch.save(ConvNet((24, 48, 96), 128, normalize=True).state_dict(), one / TEACHER)
-    GlyphDataModule(image_size=12).prepare_data()  # draws the letters once
+    draw = "from lightning_rkd.data import GlyphDataModule; GlyphDataModule(image_size=12).prepare_data()"
+    subprocess.run([sys.executable, "-c", draw], env=surroundings(one), timeout=300, check=True)  # the letters, once
     for folder in (two, *map(with_recipe, nodes.folders)):
         copy(TEACHER, one, folder)
         shutil.copytree(one / "cache", folder / "cache")
@@ -107,7 +107,8 @@ def test_two_machines_train_and_test_as_one(nodes: Nodes, tmp_path: Path, monkey
     command = [*TORCHRUN, "--standalone", "--nnodes", "1", "--nproc-per-node", "2", *PROGRAM, "fit", *RECIPE]
     done = subprocess.run([*command, *TWO_DEVICES], cwd=two, env=surroundings(two), timeout=300, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    assert cli.main(["fit", *RECIPE, *ONE_DEVICE]) == 0
+    alone = [sys.executable, *PROGRAM]
+    subprocess.run([*alone, "fit", *RECIPE, *ONE_DEVICE], cwd=one, env=surroundings(one), timeout=300, check=True)
 
     machines, devices, device = (trained(folder) for folder in (nodes.folders[0], two, one))
     assert all(torch.equal(machines[name], devices[name]) for name in device)
@@ -124,7 +125,8 @@ def test_two_machines_train_and_test_as_one(nodes: Nodes, tmp_path: Path, monkey
     assert f"error: {lacking}" in nodes.said(1)
     copy(LAST, nodes.folders[0], nodes.folders[1], one)
     assert nodes.torchrun(*test) == [0, 0], nodes.said(0) + nodes.said(1)
-    assert cli.main(["test", *RECIPE, *ONE_DEVICE, "--ckpt_path", str(LAST)]) == 0
+    last = [*RECIPE, *ONE_DEVICE, "--ckpt_path", str(LAST)]
+    subprocess.run([*alone, "test", *last], cwd=one, env=surroundings(one), timeout=300, check=True)
     tested = logged(one, "test")
     assert tested.keys() == {"test/map_at_r", "test/r_precision", "test/recall_at_1"}
     assert logged(nodes.folders[0], "test") == tested
