@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -16,6 +18,22 @@ TROUBLES = (
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LAYOUTS = ("contiguous", "strided", "transposed", "reversed strides")
+
+MISFITS: dict[str, Callable[[Tensor], Any]] = {
+    "no columns": lambda x: x[:, :0],
+    "one dimension": lambda x: x.flatten(),
+    "no dimension": lambda x: x.sum(),
+    "whole numbers": lambda x: x.long(),
+    "truth values": lambda x: x > 0,
+    "complex numbers": lambda x: x.to(torch.complex64),
+    "eight bits": lambda x: x.to(torch.float8_e4m3fn),
+    "a sparse tensor": lambda x: x.to_sparse(),
+    "numbers elsewhere": lambda x: x.to("meta"),
+    "a list": lambda x: x.tolist(),
+    "an array": lambda x: x.numpy(),
+    "nothing": lambda x: None,
+}
+"""What takes the place of rows (N, D) and is none."""
 
 
 @dataclass(frozen=True)

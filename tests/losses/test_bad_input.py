@@ -19,7 +19,7 @@ from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.records import Mix
 from tests.losses.test_contract import CLASSES, Sample, context, every_loss, fields, made, rows, side
 from tests.oracles.rkd import rkd_angle, rkd_distance
-from tests.wild import Wild, wild
+from tests.wild import MISFITS, Wild, wild
 
 Shown = dict[str, list[Tensor]]
 HALF = (torch.float16, torch.bfloat16)
@@ -294,20 +294,9 @@ def test_a_number_that_is_none_is_refused_with_side_and_row(cls):
 
 
 WRONG: dict[str, Callable[[Tensor], Any]] = {
+    **MISFITS,
     "no rows": lambda x: x[:0],
     "a row too few": lambda x: x[:-1],
-    "no columns": lambda x: x[:, :0],
-    "one dimension": lambda x: x.flatten(),
-    "no dimension": lambda x: x.sum(),
-    "whole numbers": lambda x: x.long(),
-    "truth values": lambda x: x > 0,
-    "complex numbers": lambda x: x.to(torch.complex64),
-    "eight bits": lambda x: x.to(torch.float8_e4m3fn),
-    "a sparse tensor": lambda x: x.to_sparse(),
-    "numbers elsewhere": lambda x: x.to("meta"),
-    "a list": lambda x: x.tolist(),
-    "an array": lambda x: x.numpy(),
-    "nothing": lambda x: None,
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_rkd.metrics import EmbeddingRetrieval, RelationalAgreement
 from tests.oracles.retrieval import retrieval
-from tests.wild import DTYPES, Wild, wild
+from tests.wild import DTYPES, MISFITS, Wild, wild
 
 volume = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
@@ -96,21 +96,10 @@ def test_float64_numbers_without_a_square_are_refused_with_their_magnitude(metri
 
 
 WRONG: dict[str, Callable[[Tensor], Any]] = {
-    "no columns": lambda x: x[:, :0],
-    "one dimension": lambda x: x.flatten(),
-    "no dimension": lambda x: x.sum(),
+    **MISFITS,
     "three dimensions": lambda x: x[..., None],
-    "whole numbers": lambda x: x.long(),
-    "truth values": lambda x: x > 0,
-    "complex numbers": lambda x: x.to(torch.complex64),
-    "eight bits": lambda x: x.to(torch.float8_e4m3fn),
-    "a sparse tensor": lambda x: x.to_sparse(),
-    "numbers elsewhere": lambda x: x.to("meta"),
     "NaN": lambda x: x.where(x < x.max(), torch.nan),
     "infinity": lambda x: x.where(x < x.max(), -torch.inf),
-    "a list": lambda x: x.tolist(),
-    "an array": lambda x: x.numpy(),
-    "nothing": lambda x: None,
 }
 
 

@@ -109,7 +109,7 @@ def test_settings_that_cannot_work_are_refused(case: str) -> None:
 
 
 def test_a_teacher_of_other_classes_is_refused() -> None:
-    with pytest.raises(ValueError, match="^MultiHeadDistillation: the student has 3 classes, the teacher 5"):
+    with pytest.raises(ValueError, match=r"^MultiHeadDistillation: the student has 3 classes, the teacher 5"):
         fit(CASE.made(teacher=teacher(out=5)))
 
 
