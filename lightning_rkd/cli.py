@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from lightning_rkd import recipes
-from lightning_rkd.stopping import TERMINATED, at_sigterm, end_with_first_rank
+from lightning_rkd.stopping import TERMINATED, at_sigterm, ending_with_first_rank
 
 COMMANDS = {
     "demo": "Train a teacher, a student alone and a distilled student, and compare them.",
@@ -107,8 +107,7 @@ def _command(args: list[str]) -> None:
 
 
 def _train(args: list[str]) -> None:
-    end_with_first_rank()
-    with warnings.catch_warnings():
+    with ending_with_first_rank(), warnings.catch_warnings():
         # advice that does not fit images held in memory, folders that are named by the user, and news about packages
         warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")

@@ -78,15 +78,27 @@ def pass_sigterm_on(trainer: pl.Trainer) -> None:
     connector._sigterm_notifier_fn = notify  # type: ignore[assignment, method-assign] # there is no other way in
 
 
-def end_with_first_rank(grace: float = 5.0) -> None:
-    """Let a rank that Lightning's launcher started end some seconds after the process that started it.
+@contextmanager
+def ending_with_first_rank(grace: float = 5.0) -> Iterator[None]:
+    """Let a rank that Lightning's launcher starts inside end some seconds after the process that started it.
 
     A rank that waits for others (to meet, or in a collective on a GPU) would stay for up to half an hour.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
+        before = os.environ.get(PARENT)
         os.environ[PARENT] = str(os.getpid())
-    elif (parent := os.environ.get(PARENT)) is not None:
-        threading.Thread(target=_watch, args=(int(parent), grace), daemon=True, name="first-rank-observer").start()
+        try:
+            yield
+        finally:  # what this process starts later, such as torchrun, is no rank of ours
+            if before is None:
+                del os.environ[PARENT]
+            else:
+                os.environ[PARENT] = before
+    else:
+        if (parent := os.environ.get(PARENT)) is not None:
+            watch = threading.Thread(target=_watch, args=(int(parent), grace), daemon=True, name="first-rank-observer")
+            watch.start()
+        yield
 
 
 def _watch(parent: int, grace: float) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lightning_rkd import cli
-from lightning_rkd.stopping import PARENT, at_sigterm
+from lightning_rkd.stopping import PARENT, at_sigterm, ending_with_first_rank
 from tests.processes import LETTERS, end_of, start
 
 TWO = [*LETTERS, "--data.batches_per_epoch=3", "--trainer.max_epochs=4", "--trainer.default_root_dir=run"]
@@ -63,16 +63,17 @@ def test_a_rank_ends_after_the_process_that_started_it() -> None:
     """Also where the main thread waits in a collective, or for ranks that will never come."""
     rank = """
 import time
-from lightning_rkd.stopping import end_with_first_rank
-end_with_first_rank(0.1)
-time.sleep(99)
+from lightning_rkd.stopping import ending_with_first_rank
+with ending_with_first_rank(0.1):
+    time.sleep(99)
 """
     first = f"""
 import os, subprocess, sys
-from lightning_rkd.stopping import end_with_first_rank
-end_with_first_rank()
-own = os.environ | {{"LOCAL_RANK": "1"}}
-print(subprocess.Popen([sys.executable, "-c", {rank!r}], env=own, stdout=2, stderr=open("said", "w")).pid, flush=True)
+from lightning_rkd.stopping import ending_with_first_rank
+with ending_with_first_rank():
+    own = os.environ | {{"LOCAL_RANK": "1"}}
+    child = subprocess.Popen([sys.executable, "-c", {rank!r}], env=own, stdout=2, stderr=open("said", "w"))
+    print(child.pid, flush=True)
 """
     child = int(subprocess.run([sys.executable, "-c", first], check=True, capture_output=True, text=True).stdout)
     deadline = time.monotonic() + 60
@@ -84,13 +85,13 @@ print(subprocess.Popen([sys.executable, "-c", {rank!r}], env=own, stdout=2, stde
 
 def test_ranks_that_somebody_else_starts_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun sets LOCAL_RANK as well, and looks after its processes itself."""
-    from lightning_rkd.stopping import end_with_first_rank
-
     monkeypatch.delenv(PARENT, raising=False)
+    assert cli.main(["test"]) == 2  # a run in this process leaves nothing to those that it starts later
+    assert PARENT not in os.environ
     monkeypatch.setenv("LOCAL_RANK", "1")
     before = threading.active_count()
-    end_with_first_rank()
-    assert threading.active_count() == before
+    with ending_with_first_rank():
+        assert threading.active_count() == before
 
 
 def test_sigterm_counts_whatever_else_it_sets_off(
