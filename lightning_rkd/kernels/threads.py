@@ -1,0 +1,73 @@
+"""Native code on several cores: ranges of one loop on the threads that PyTorch was given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def shares(count: int, smallest: int = 1) -> int:
+    """In how many ranges :func:`in_ranges` cuts ``count`` items: at most ``torch.get_num_threads()``.
+
+    Args:
+        count: Number of items.
+        smallest: Number of items below which a thread of its own is not worth while.
+
+    Returns:
+        At least 1.
+
+    Example:
+        >>> shares(10, smallest=10)
+        1
+    """
+    return max(1, min(torch.get_num_threads(), count // max(1, smallest)))
+
+
+def in_ranges(work: Callable[[int, int, int], object], count: int, parts: int) -> None:
+    """Call ``work(part, start, stop)`` for ``parts`` ranges that cover ``range(count)``, all at the same time.
+
+    The first range runs in the calling thread. The threads gain time only where ``work`` releases the interpreter's
+    lock, as native code does. They belong to this process: after a fork the child makes its own.
+
+    Args:
+        work: Called with the number of the range and its limits. An exception is raised here once all ranges are done.
+        count: Number of items.
+        parts: Number of ranges, see :func:`shares`.
+
+    Example:
+        >>> sums = [0, 0]
+        >>> def add(part, start, stop):
+        ...     sums[part] = sum(range(start, stop))
+        >>> in_ranges(add, 10, parts=2)
+        >>> sums
+        [10, 35]
+    """
+    limits = [count * part // parts for part in range(parts + 1)]
+    others = [_submit(work, part, limits[part], limits[part + 1]) for part in range(1, parts)]
+    try:
+        work(0, limits[0], limits[1])
+    finally:
+        failed = [error for other in others if (error := other.exception()) is not None]
+    if failed:
+        raise failed[0]
+
+
+def _submit(work: Callable[[int, int, int], object], *args: int) -> Future[object]:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="lightning-rkd")
+    return _pool.submit(work, *args)
+
+
+def _forget() -> None:
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork, what is known of them does
+    os.register_at_fork(after_in_child=_forget)
