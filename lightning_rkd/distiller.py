@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_rkd.distributed import Anchors, Group, rank_and_size, row_counts, together
 from lightning_rkd.gathered import Gathered
+from lightning_rkd.kernels import load
 from lightning_rkd.losses.base import (
     NonFiniteError,
     RelationalLoss,
@@ -173,6 +174,7 @@ class Distiller:
                 "all ranks: leave gather=True"
             )
         self._check_losses()  # some have made their tensors only now
+        load(device)
         if self._teaching and self.teacher is not None and self.teacher.to(device, convert):
             self.teacher.check_same_on_ranks(group)
 

@@ -8,6 +8,8 @@ import os
 from importlib import import_module
 from types import ModuleType
 
+import torch
+
 SWITCH = "LIGHTNING_RKD_NATIVE"
 """Set to 0, this environment variable leaves the native kernels for the CPU out."""
 
@@ -35,3 +37,17 @@ def native(name: str) -> ModuleType | None:
     except Exception as error:  # a broken installation fails in many ways
         _log.info("No native %s kernel, PyTorch's operations do the work: %s", name, error)
         return None
+
+
+def load(device: torch.device | str) -> None:
+    """Make the kernels of losses ready, so that a run's first step does not wait for their compilation.
+
+    Args:
+        device: Where the losses are computed.
+
+    Example:
+        >>> load("cpu")
+    """
+    if torch.device(device).type == "cpu":
+        for name in ("distance_cpu", "angle_cpu"):
+            native(name)

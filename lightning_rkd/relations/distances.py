@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from lightning_rkd.kernels import native
+from lightning_rkd.relations.derivatives import refuse_second_derivative
 
 DUPLICATE = 1e-13
 """Two rows with squared distance up to this part of the sum of their squared norms (centred) count as duplicates."""
@@ -134,17 +136,31 @@ def normalised_distances(x: Tensor) -> Tensor:
 class _SquaredDistances(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _by_differences(x) if x.device.type == "mps" else _by_gram(x)
+        ctx.dtype = x.dtype
+        if x.device.type == "mps":
+            ctx.save_for_backward(x)
+            return _by_differences(x)
+        kernel = _kernel(x)
+        rows = kernel.centred(x) if kernel else _centred(x, torch.float64)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[0] else None)
+        gram = rows @ rows.T
+        squared: Tensor = kernel.from_gram(gram, DUPLICATE) if kernel else _from_gram(gram)
+        return squared
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        refuse_second_derivative("squared_distances")
         (x,) = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
+            if x.dtype == torch.float64 and (kernel := _kernel(x)):
+                return (kernel.laplacian(grads[0]) @ x).to(ctx.dtype)  # type: ignore[no-any-return]
             pull = grads[0] + grads[0].T
             rows = _centred(x, pull.dtype)
-            return (pull.sum(1, keepdim=True) * rows).sub_(pull @ rows).mul_(2).to(x.dtype)
+            return (pull.sum(1, keepdim=True) * rows).sub_(pull @ rows).mul_(2).to(ctx.dtype)
+
+
+def _kernel(x: Tensor) -> Any:
+    return native("distance_cpu") if x.device.type == "cpu" and not torch.compiler.is_compiling() else None
 
 
 def _centred(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,9 +168,7 @@ def _centred(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x - x.mean(0)
 
 
-def _by_gram(x: Tensor) -> Tensor:
-    rows = _centred(x, torch.float64)
-    gram = rows @ rows.T
+def _from_gram(gram: Tensor) -> Tensor:
     norms = gram.diagonal()
     sums = norms[:, None] + norms
     squared = torch.sub(sums, gram, alpha=2)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lightning_rkd.relations.derivatives import refuse_second_derivative
 from lightning_rkd.relations.scales import smallest_length
 
 
@@ -115,8 +115,8 @@ class _RightSingularVectors(torch.autograd.Function):
         return vectors
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        refuse_second_derivative("right_singular_vectors")
         unit, scale, squared, scaled, vectors, rounding = ctx.saved_tensors
         k = vectors.shape[2]
         with torch.autocast(unit.device.type, enabled=False):

@@ -25,7 +25,7 @@ from lightning_rkd.losses.rkd import RKD, RKDAngle
 from lightning_rkd.metrics.agreement import RelationalAgreement
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.module import DistillationModule
-from lightning_rkd.relations.angles import _Side
+from lightning_rkd.relations import angles as angles_module
 from tests import toys
 from tests.ranks import Ranks
 
@@ -72,14 +72,14 @@ def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def angles(rank: int | None) -> tuple[int, dict[str, Tensor]]:
     """How many triplets this process looked at in a training, and what it learnt."""
-    seen, cosines = [0], _Side.cosines
+    seen, work = [0], angles_module._of_triplets
 
-    def counted(self: _Side, *where: slice, **kwargs: Any) -> None:
-        seen[0] += math.prod(each.stop - each.start for each in where)
-        cosines(self, *where, **kwargs)
+    def counted(student: Tensor, teacher: Tensor, vertices: tuple[int, int], *args: Any, **settings: Any) -> Any:
+        seen[0] += (vertices[1] - vertices[0]) * len(student) ** 2
+        return work(student, teacher, vertices, *args, **settings)
 
     with pytest.MonkeyPatch.context() as patch, devices(rank) as where:
-        patch.setattr(_Side, "cosines", counted)
+        patch.setattr(angles_module, "_of_triplets", counted)
         module = toys.Student()
         callback = RelationalDistillation(toys.teacher(), RKDAngle(), student_layer="backbone")
         toys.fit(module, callback, batches=batches(rank), **where)
@@ -89,7 +89,7 @@ def angles(rank: int | None) -> tuple[int, dict[str, Tensor]]:
 def test_each_of_two_devices_does_half_of_the_cubic_work(ranks: Ranks) -> None:
     (first, learnt), (second, _) = ranks.run(angles)
     alone, expected = angles(None)
-    assert first == second == alone / 2 == toys.STEPS * 16**3  # of both networks
+    assert first == second == alone / 2 == toys.STEPS * 16**3 / 2
     assert largest(learnt, expected) <= 1e-6
 
 

@@ -196,7 +196,9 @@ def test_batches_of_different_sizes_are_refused(loss, loops, formula):
 
 
 def test_settings_show_when_printed():
-    assert str(RKD(25, 50, "distinct")) == "RKD(distance_weight=25, angle_weight=50, reduction='distinct')"
+    assert str(RKD(25, 50, "distinct")) == (
+        "RKD(distance_weight=25, angle_weight=50, reduction='distinct', sampled_anchors=None)"
+    )
     assert str(RKDAngle()) == "RKDAngle(reduction='official')"
 
 

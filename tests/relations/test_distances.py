@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_rkd.kernels import native
 from lightning_rkd.relations import distances as module
 from lightning_rkd.relations.distances import (
     distances,
@@ -73,9 +74,36 @@ def test_blocks_of_differences_agree_with_the_gram_form(monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 50)  # several blocks, the last one short
     x = torch.randn(11, 5, dtype=torch.float64) + 100
     x[2] = x[7]
-    torch.testing.assert_close(module._by_differences(x), module._by_gram(x))
+    torch.testing.assert_close(module._by_differences(x), squared_distances(x))
     assert module._by_differences(x.float()).dtype == torch.float32
     assert module._by_differences(x)[2, 7] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 3), (7, 5), (33, 40)])
+def test_the_kernel_and_pytorch_give_the_same(monkeypatch, n, d, dtype):
+    x = (torch.randn(n, d) + 3).to(dtype)
+    x[n // 2] = x[0]
+    pull = torch.randn(n, n, dtype=torch.float64)
+    assert native("distance_cpu")
+    results = []
+    for found in (native, lambda name: None):
+        monkeypatch.setattr(module, "native", found)
+        mine = x.clone().requires_grad_()
+        squared = squared_distances(mine)
+        (grad,) = torch.autograd.grad(squared, mine, pull)
+        results.append((squared.detach(), grad))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-12, atol=1e-15)
+    assert torch.equal(results[0][0] == 0, results[1][0] == 0)
+    assert results[0][1].dtype == dtype
+    tolerance = 1e-12 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=tolerance, atol=tolerance)
+
+
+def test_a_second_derivative_is_refused():
+    x = torch.randn(4, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="squared_distances has a first derivative only"):
+        torch.autograd.grad(squared_distances(x).sum(), x, create_graph=True)
 
 
 def test_autocast_does_not_change_distances_or_gradients():
