@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_rkd.kernels.jit import compiled
 from lightning_rkd.kernels.threads import in_ranges, shares
+from lightning_rkd.kernels.units import NEAR
 
-_NEAR = 1e-5  # in squared distance, of the largest: cosines at closer pairs are wrong in float32
 _SQUARE = range(24, 200)  # rows with which half the triplets in short loops take longer than all of them in long ones
 _TRIPLETS = 400_000  # below, handing work to a thread takes longer than the work
 
@@ -68,7 +68,7 @@ def loss_and_gradient(
             _in_units_of_mean(squared, side, unit)
 
     in_ranges(prepare, 2, min(2, parts))
-    limit_s, limit_t = _NEAR * units[:, 2]
+    limit_s, limit_t = NEAR * units[:, 2]
     near = np.zeros((n, n) if kind is np.float32 and (units[0, 1] < limit_s or units[1, 1] < limit_t) else (0, 0), bool)
     if len(near):
         _leave_out_near(squared_s, squared_t, limit_s, limit_t, near, own, given)

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_rkd.kernels.units import NEAR, in_units_of_mean
+
 _TILE = 2**19  # triplets in a tile: four float32 buffers of it stay in cache
 _SIDE = 128
-_NEAR = 1e-5  # in squared distance: a pair this close, against the farthest pair, is worked on in full precision
 
 
 def loss_and_gradient(
@@ -47,8 +48,8 @@ def loss_and_gradient(
     n, exact = len(student), student.dtype
     if student.device.type != "cpu":
         dtype = exact
-    student, inverse, scale = _in_units_of_mean(student)
-    teacher, inverse_t, _ = _in_units_of_mean(teacher)
+    student, inverse, scale = in_units_of_mean(student)
+    teacher, inverse_t, _ = in_units_of_mean(teacher)
     near = None if dtype == exact else _near_pairs(student, inverse, teacher, inverse_t)
     kinds = {dtype} if near is None else {dtype, exact}
     sides = {kind: (_Side(student, inverse, kind), _Side(teacher, inverse_t, kind)) for kind in kinds}
@@ -110,21 +111,14 @@ class _Side:
         out.mul_(weight).clamp_(-1, 1)
 
 
-def _in_units_of_mean(squared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared distances over their mean, which keeps float32 in range; inverse distances (0 for 0); that mean."""
-    mean = squared.mean().clamp_(min=torch.finfo(squared.dtype).tiny)
-    squared = squared / mean
-    return squared, squared.rsqrt().nan_to_num_(posinf=0), mean
-
-
 def _near_pairs(student: Tensor, inverse_s: Tensor, teacher: Tensor, inverse_t: Tensor) -> Tensor | None:
     """Marks pairs that are too close for float32, or ``None`` if there are none, which two maxima tell."""
     if all(
-        float(inverse.max()) ** 2 * float(squared.max()) * _NEAR < 1
+        float(inverse.max()) ** 2 * float(squared.max()) * NEAR < 1
         for squared, inverse in ((student, inverse_s), (teacher, inverse_t))
     ):
         return None
-    return ((student > 0) & (student < _NEAR * student.max())) | ((teacher > 0) & (teacher < _NEAR * teacher.max()))
+    return ((student > 0) & (student < NEAR * student.max())) | ((teacher > 0) & (teacher < NEAR * teacher.max()))
 
 
 def _slices(start: int, stop: int, step: int) -> list[slice]:

@@ -5,12 +5,14 @@ distances :math:`S`: a network enters through its N x N distances only, the work
 the width of the embedding and is symmetric in (i, k), and the gradient is an N x N matrix that can be summed while the
 loss is. Nothing of size N x N x N or N x N x D is ever held.
 
-On the CPU the triplets go through a native kernel (:mod:`lightning_rkd.kernels.angle_cpu`), elsewhere, or without
-numba, through tiles of PyTorch's operations (:mod:`lightning_rkd.relations.angle_tiles`).
+The triplets go through a native kernel for the CPU (:mod:`lightning_rkd.kernels.angle_cpu`) or for GPUs
+(:mod:`lightning_rkd.kernels.angle_cuda`); elsewhere, and without numba or Triton, through tiles of PyTorch's
+operations (:mod:`lightning_rkd.relations.angle_tiles`).
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -24,6 +26,10 @@ from lightning_rkd.relations.derivatives import refuse_second_derivative
 
 Reduction = Literal["official", "distinct"]
 """``"official"``: mean over all N^2 or N^3 entries, as in the authors' code; ``"distinct"``: over distinct tuples."""
+
+_KERNELS = {"cpu": "angle_cpu", "cuda": "angle_cuda"}
+_failed: set[str] = set()
+_log = logging.getLogger(__name__)
 
 
 def angle_loss(
@@ -46,8 +52,7 @@ def angle_loss(
     The gradient flows to the student alone. Memory is O(N^2).
 
     Cosines are computed in ``dtype``. In float32 the cosines at two rows at 1e-5 of the spread would be wrong in the
-    second digit, so tiles that hold a pair closer than 0.3 % of the largest distance are worked on in the precision of
-    the distances; on CUDA, where looking for such pairs would stop the device, all tiles are.
+    second digit, so triplets with a pair closer than 0.3 % of the largest distance are worked on in float64.
 
     Shapes: (N, N), (N, N) -> scalar.
 
@@ -163,12 +168,22 @@ def _ahead(start: int, stop: int, n: int, device: torch.device) -> Tensor:
 
 
 def _of_triplets(student: Tensor, teacher: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
-    kernel = native("angle_cpu") if student.device.type == "cpu" else None
-    if kernel is None:
-        with torch.autocast(student.device.type, enabled=False):
-            return angle_tiles.loss_and_gradient(student, teacher, *args, **settings)
-    total, grad = kernel.loss_and_gradient(student, teacher, *args, **settings)
-    return total, None if grad is None else grad.to(student.dtype)
+    device = student.device.type
+    name = _KERNELS.get(device)
+    kernel = native(name) if name and name not in _failed else None
+    if kernel is not None:
+        try:
+            total, grad = kernel.loss_and_gradient(student, teacher, *args, **settings)
+            return total, None if grad is None else grad.to(student.dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # such as no C compiler, which Triton needs
+            if name is None or name == "angle_cpu":
+                raise
+            _failed.add(name)
+            _log.warning("RKD-A's kernel does not run here, PyTorch's operations do its work, slower: %s", error)
+    with torch.autocast(device, enabled=False):
+        return angle_tiles.loss_and_gradient(student, teacher, *args, **settings)
 
 
 class _AngleLoss(torch.autograd.Function):

@@ -199,7 +199,7 @@ def test_settings_show_when_printed():
     assert str(RKD(25, 50, "distinct")) == (
         "RKD(distance_weight=25, angle_weight=50, reduction='distinct', sampled_anchors=None)"
     )
-    assert str(RKDAngle()) == "RKDAngle(reduction='official')"
+    assert str(RKDAngle()) == "RKDAngle(reduction='official', sampled_anchors=None)"
 
 
 @pytest.mark.slow
