@@ -36,7 +36,7 @@ notebooks: $(STAMP) ## run every notebook from top to bottom
 	@$(BIN)/python -m pytest tests/test_notebooks.py -v $(ARGS)
 
 benchmarks: $(STAMP) ## run every script in benchmarks/, one after the other
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

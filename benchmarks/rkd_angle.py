@@ -1,30 +1,34 @@
-"""RKD-A forward and backward against the authors' formula, in time and in memory.
+"""RKD-A forward and backward against the authors' formula: time, memory, and how both grow.
 
-Run ``python benchmarks/rkd_angle.py``; ``--sizes 64 128`` for a shorter run. Both sides run by turns in one process,
-so that whatever else the machine does falls on both; a row gives medians and the median of the ratios. Memory is what
-a step adds to the peak resident size of a fresh process. Beyond ``--formula-up-to`` the formula is left out. On a busy
-machine wall-clock time says little, least of all about many short parallel operations: ``--cpu-time`` counts the
-processor time of one thread instead.
+Run ``python benchmarks/rkd_angle.py``; ``--sizes 64`` for a shorter run, ``--device cuda`` on a GPU. What is compared
+runs by turns in one process, so that whatever else the machine does falls on all; a row gives medians, and the median
+of the ratios. "kernel" is what a user gets; "tiles" is the same in PyTorch's own operations, which serve where there is
+no kernel. Memory is what a step adds to the peak resident size of a fresh process (on a GPU: to the allocator's peak).
+On a busy machine wall-clock time says little, least of all about many short parallel operations: ``--cpu-time`` counts
+the processor time of one thread instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _report import Report, resident_peak
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.losses.rkd import rkd_angle
+from lightning_rkd import kernels
+from lightning_rkd.losses.rkd import rkd_angle, rkd_distance
+from lightning_rkd.relations import angles, distances
 
 SEED, STUDENT_DIM, TEACHER_DIM = 0, 128, 512
+FLOPS = 26  # of the GPU kernels for a triplet, multiplications and additions that are fused counted as two
 
 
 def formula(student: Tensor, teacher: Tensor) -> Tensor:
@@ -39,100 +43,195 @@ def formula(student: Tensor, teacher: Tensor) -> Tensor:
     return F.smooth_l1_loss(cosines(student), expected)
 
 
-LOSSES = {"ours": rkd_angle, "formula": formula}
+def tiles(student: Tensor, teacher: Tensor) -> Tensor:
+    """Without kernels."""
+    for module in (angles, distances):
+        module.native = lambda name: None  # type: ignore[attr-defined]
+    try:
+        return rkd_angle(student, teacher)
+    finally:
+        for module in (angles, distances):
+            module.native = kernels.native  # type: ignore[attr-defined]
 
 
+def both(student: Tensor, teacher: Tensor) -> Tensor:
+    """RKD-DA."""
+    return rkd_distance(student, teacher) + 2 * rkd_angle(student, teacher)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kernel": rkd_angle,
+    "tiles": tiles,
+    "formula": formula,
+    "RKD-DA": both,
+}
 clock = time.perf_counter
+device = "cpu"
 
 
-def step(name: str, n: int) -> tuple[float, Tensor]:
+def step(name: str, n: int, student_dim: int = STUDENT_DIM, teacher_dim: int = TEACHER_DIM) -> tuple[float, Tensor]:
     """Seconds of one forward and backward pass, and the gradient."""
     generator = torch.Generator().manual_seed(SEED + n)
-    student = torch.randn(n, STUDENT_DIM, generator=generator).requires_grad_()
-    teacher = torch.randn(n, TEACHER_DIM, generator=generator)
+    student = torch.randn(n, student_dim, generator=generator).to(device).requires_grad_()
+    teacher = torch.randn(n, teacher_dim, generator=generator).to(device)
+    wait()
     start = clock()
     torch.autograd.backward(LOSSES[name](student, teacher))
+    wait()
     assert student.grad is not None
     return clock() - start, student.grad
 
 
-def time_by_turns(n: int, seconds: float) -> tuple[float, float, float, float]:
-    """Median seconds of ours and of the formula, median ratio, and relative difference of the gradients."""
-    difference = (step("ours", n)[1] - step("formula", n)[1]).norm() / step("formula", n)[1].norm()
-    ours: list[float] = []
-    theirs: list[float] = []
-    ratios: list[float] = []
+def wait() -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def by_turns(names: list[str], n: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of every turn; the quick ones take three steps in a turn, of which the median counts."""
+    for name in names:
+        step(name, n)
+    turns: dict[str, list[float]] = {name: [] for name in names}
     deadline = time.perf_counter() + seconds
-    while len(ratios) < 5 or (time.perf_counter() < deadline and len(ratios) < 200):
-        theirs.append(step("formula", n)[0])
-        ours += (turn := [step("ours", n)[0] for _ in range(3)])
-        ratios.append(theirs[-1] / statistics.median(turn))
-    return statistics.median(ours), statistics.median(theirs), statistics.median(ratios), float(difference)
+    while len(turns[names[0]]) < 5 or (time.perf_counter() < deadline and len(turns[names[0]]) < 200):
+        for name in names:
+            repeats = 1 if name == "formula" else 3
+            turns[name].append(statistics.median(step(name, n)[0] for _ in range(repeats)))
+    return turns
 
 
-def peak(name: str, n: int, threads: int) -> float:
-    """MiB that one step adds to the peak resident size of a process that has run a small one before."""
-    command = [sys.executable, __file__, "--peak", name, str(n), "--threads", str(threads)]
+def peak(name: str, n: int) -> float:
+    """MiB that one step adds."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(name, n)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    command = [sys.executable, __file__, "--peak", name, str(n), "--threads", str(torch.get_num_threads())]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def measure_peak(name: str, n: int) -> float:
     step(name, 16)
+    step(name, 300 if name == "kernel" else 16)  # both forms of the kernel are loaded, its threads started
     before = resident_peak()
     step(name, n)
     return resident_peak() - before
 
 
-def resident_peak() -> float:
-    """MiB. Linux only: ``getrusage`` would report the parent's peak where that was higher."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+def against_formula(report: Report, sizes: list[int], seconds: float) -> None:
+    report.say("## Against the formula")
+    rows = []
+    for n in sizes:
+        turns = by_turns(["kernel", "tiles", "formula"], n, seconds)
+        ours, theirs = step("kernel", n)[1], step("formula", n)[1]
+        ratios = {
+            name: statistics.median(f / o for f, o in zip(turns["formula"], turns[name], strict=True))
+            for name in ("kernel", "tiles")
+        }
+        memory = {name: peak(name, n) for name in ("kernel", "tiles", "formula")}
+        rows.append(
+            [
+                n,
+                *(f"{1e3 * statistics.median(turns[name]):.2f}" for name in ("kernel", "tiles", "formula")),
+                *(f"{ratios[name]:.1f}x" for name in ("kernel", "tiles")),
+                f"{float((ours - theirs).norm() / theirs.norm()):.0e}",
+                *(f"{memory[name]:.0f}" for name in ("kernel", "tiles", "formula")),
+                f"{100 * memory['kernel'] / max(memory['formula'], 1):.1f} %",
+            ]
+        )
+    head = ["N", "kernel ms", "tiles ms", "formula ms", "kernel faster", "tiles faster", "gradient differs by"]
+    report.table([*head, "kernel MiB", "tiles MiB", "formula MiB", "of the formula's"], rows)
 
 
-def cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def growth(report: Report, sizes: list[int]) -> list[tuple[int, float, float]]:
+    """Over the batch; returns (N, ms, MiB)."""
+    report.say("## Growth with the batch")
+    report.say("Median of 5 steps; the memory of the smallest is lost in what the allocator holds anyway.")
+    measured, rows = [], []
+    for n in sizes:
+        step("kernel", n)
+        ms = 1e3 * statistics.median(step("kernel", n)[0] for _ in range(5))
+        measured.append((n, ms, peak("kernel", n)))
+    for number, (n, ms, mib) in enumerate(measured):
+        before = measured[number - 1] if number else None
+        row = [n, f"{ms:.2f}", f"{ms / before[1]:.1f}x" if before else "", f"{mib:.1f}"]
+        row += [f"{mib / max(before[2], 0.1):.1f}x" if before else "", f"{n**3 / ms / 1e6:.1f}"]
+        if device == "cuda":
+            row.append(f"{FLOPS * n**3 / ms / 1e9:.1f}")
+        rows.append(row)
+    head = ["N", "ms", "of half the batch's", "adds MiB", "of half the batch's", "10^9 triplets / s"]
+    report.table([*head, "TFLOP / s"] if device == "cuda" else head, rows)
+    return measured
+
+
+def width(report: Report, widths: list[int], n: int = 256) -> None:
+    report.say(f"## Growth with the width, N = {n}, the teacher as wide as the student")
+    rows = []
+    for d in widths:
+        step("kernel", n, d, d)
+        ms = {name: 1e3 * statistics.median(step(name, n, d, d)[0] for _ in range(5)) for name in ("kernel", "tiles")}
+        formula_ms = 1e3 * statistics.median(step("formula", n, d, d)[0] for _ in range(3))
+        rows.append([d, *(f"{ms[name]:.2f}" for name in ("kernel", "tiles")), f"{formula_ms:.0f}"])
+    report.table(["D", "kernel ms", "tiles ms", "formula ms"], rows)
+
+
+def plot(measured: list[tuple[int, float, float]], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sizes = [n for n, _, _ in measured]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, column, title, power in ((axes[0], 1, "Time (ms)", 3), (axes[1], 2, "Memory added (MiB)", 2)):
+        values = [row[column] for row in measured]
+        axis.loglog(sizes, values, "o-", color="#0072B2", label="RKD-A forward + backward")
+        guide = [values[-1] * (n / sizes[-1]) ** power for n in sizes]
+        axis.loglog(sizes, guide, "--", color="#777777", label=f"$N^{power}$")
+        axis.set(xlabel="Batch N", title=title)
+        axis.set_xticks(sizes, [str(n) for n in sizes])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048])
-    parser.add_argument("--formula-up-to", type=int, default=512)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[64, 128, 256, 512])
+    parser.add_argument("--growth", type=int, nargs="*", default=[128, 256, 512, 1024, 2048])
+    parser.add_argument("--widths", type=int, nargs="*", default=[32, 128, 512, 2048])
     parser.add_argument("--seconds", type=float, default=10.0, help="for the timing of one size, at least 5 turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread, for busy machines")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", type=Path, help="Markdown; a plot of the growth goes beside it")
     parser.add_argument("--peak", nargs=2, metavar=("NAME", "N"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    global clock, device
     if args.cpu_time:
-        global clock
         clock, args.threads = time.process_time, 1
+    device = args.device
     torch.set_num_threads(args.threads)
     if args.peak:
         print(measure_peak(args.peak[0], int(args.peak[1])))
         return
-    print(
-        f"RKD-A forward + backward, float32, D_s = {STUDENT_DIM}, D_t = {TEACHER_DIM}, seed {SEED}, "
-        f"torch {torch.__version__}, {args.threads} threads, "
-        f"{'processor' if args.cpu_time else 'wall-clock'} time, {cpu()}, {datetime.date.today()}\n"
-    )
-    print("| N | ours ms | formula ms | ratio | gradient differs by | ours adds MiB | formula adds MiB |")
-    print("|---|---|---|---|---|---|---|")
-    for n in args.sizes:
-        memory = f"{peak('ours', n, args.threads):.0f}"
-        if n > args.formula_up_to:
-            ours = statistics.median(step("ours", n)[0] for _ in range(3))
-            print(f"| {n} | {1e3 * ours:.1f} | | | | {memory} | |", flush=True)
-            continue
-        ours, theirs, ratio, difference = time_by_turns(n, args.seconds)
-        theirs_memory = f"{peak('formula', n, args.threads):.0f}"
-        print(
-            f"| {n} | {1e3 * ours:.2f} | {1e3 * theirs:.1f} | {ratio:.1f}x | {difference:.0e} | {memory} "
-            f"| {theirs_memory} |",
-            flush=True,
-        )
+    settings = {"student width": STUDENT_DIM, "teacher width": TEACHER_DIM, "seed": SEED}
+    report = Report("RKD-A", __doc__, device, **settings, clock="processor" if args.cpu_time else "wall")
+    if args.sizes:
+        against_formula(report, args.sizes, args.seconds)
+    if args.growth:
+        measured = growth(report, args.growth)
+        if args.out is not None:
+            picture = args.out.with_suffix(".png")
+            plot(measured, picture)
+            report.say(f"![time and memory over the size of the batch]({picture.name})")
+    if args.widths:
+        width(report, args.widths)
+    report.write(args.out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_rkd.distributed import Group, gather_rows, rank_and_size, together
 from lightning_rkd.losses.base import Term
@@ -32,6 +32,8 @@ class Teacher(BaseTeacher):
             ``torch.save``, or a ``.safetensors`` file. ``None`` takes the network as it is.
         move: Whether to move and cast the network; ``False`` for one that is sharded or quantised. It then has to
             take inputs on the device and in the precision in which the student gets them.
+        channels_last: Whether a convolutional network works on images stored channels last, which is faster on GPUs
+            with half precision and on many CPUs. To compile it as well, pass ``torch.compile(network)``.
 
     Example:
         >>> teacher = Teacher(nn.Linear(4, 3))
@@ -40,10 +42,14 @@ class Teacher(BaseTeacher):
         torch.Size([2, 3])
     """
 
-    def __init__(self, network: nn.Module, weights: str | Path | None = None, move: bool = True) -> None:
+    def __init__(
+        self, network: nn.Module, weights: str | Path | None = None, move: bool = True, channels_last: bool = False
+    ) -> None:
         if not isinstance(network, nn.Module):
             raise TypeError(f"a teacher is an nn.Module, got {type(network).__name__}")
-        self.network, self.weights, self.move = network, weights, move
+        if channels_last and not move:
+            raise ValueError("channels_last=True changes how the network is stored, which move=False forbids")
+        self.network, self.weights, self.move, self.channels_last = network, weights, move, channels_last
         self._loaded = weights is None
         self._reader: Reader | None = None
         self._home: _Home | None = None
@@ -96,6 +102,8 @@ class Teacher(BaseTeacher):
             if convert is not None:
                 convert(self.network)
             self.network.to(device)
+            if self.channels_last:
+                self.network.to(memory_format=torch.channels_last)
         return True
 
     def __call__(self, batch: Batch, calls: list[Any] | None = None) -> dict[str, Outputs]:
@@ -114,6 +122,7 @@ class Teacher(BaseTeacher):
         try:
             with torch.no_grad():
                 for inputs in calls:
+                    inputs = tree_map(_channels_last, inputs) if self.channels_last else inputs
                     self.network(**inputs) if isinstance(inputs, Mapping) else self.network(inputs)
             outputs, _ = self._reader.take()
         finally:
@@ -188,6 +197,11 @@ class _Home:
 
 
 _homes: dict[nn.Module, _Home] = {}  # of the networks that teach at the moment; several callbacks may share one
+
+
+def _channels_last(x: Any) -> Any:
+    images = isinstance(x, Tensor) and x.ndim == 4
+    return x.contiguous(memory_format=torch.channels_last) if images else x
 
 
 def _whole_tensors(network: nn.Module) -> Iterator[Tensor]:

@@ -127,3 +127,25 @@ def test_it_must_be_a_network_and_attached() -> None:
         Teacher(nets.teacher()).to("cpu")
     with pytest.raises(ValueError, match="no layer 'x'"):
         Teacher(nets.teacher()).attach(Tap("x"))
+
+
+def test_channels_last_it_shows_the_same_and_comes_back_as_it_was() -> None:
+    seen: list[tuple[bool, bool]] = []
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def look(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        stored = (inputs[0], module.weight)
+        seen.append(tuple(x.is_contiguous(memory_format=torch.channels_last) for x in stored))  # type: ignore[arg-type]
+
+    network[2].register_forward_pre_hook(look)
+    images = torch.randn(2, 3, 9, 9)
+    expected = network(images)
+    before, teacher = network[2].weight.stride(), Teacher(network, channels_last=True)
+    teacher.attach(None)
+    teacher.to("cpu")
+    torch.testing.assert_close(teacher(Batch(images))[""].embedding, expected)
+    teacher.detach()
+    assert seen == [(False, False), (True, True)]
+    assert network[2].weight.stride() == before
+    with pytest.raises(ValueError, match="channels_last=True changes how the network is stored"):
+        Teacher(network, move=False, channels_last=True)

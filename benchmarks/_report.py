@@ -1,0 +1,71 @@
+"""What every benchmark prints: what ran, where and when, and tables; the same goes into a Markdown file."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Report:
+    """Markdown that is printed as it comes, and written at the end."""
+
+    def __init__(self, title: str, about: str | None, device: str = "cpu", **settings: Any) -> None:
+        self.lines: list[str] = []
+        self.say(f"# {title}")
+        if about:
+            self.say(about.strip())
+        given = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+        self.say(
+            f"Made by `python {' '.join(['benchmarks/' + Path(sys.argv[0]).name, *sys.argv[1:]])}` on "
+            f"{datetime.date.today()}: {hardware(device)}, {torch.get_num_threads()} threads, torch "
+            f"{torch.__version__}{', ' + given if given else ''}, commit {commit()}."
+        )
+
+    def say(self, text: str) -> None:
+        """A paragraph."""
+        self.lines += [text, ""]
+        print(text + "\n", flush=True)
+
+    def table(self, head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> None:
+        """A table."""
+        self.say("\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)))
+
+    def write(self, out: Path | None) -> None:
+        """The whole, into a file where one was named."""
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text("\n".join(self.lines).rstrip() + "\n")
+
+
+def hardware(device: str) -> str:
+    """The processor, or the GPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """The commit that was measured, with a + where files differ from it."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
+def resident_peak() -> float:
+    """Peak resident size of this process in MiB. Linux only: ``getrusage`` would report a higher one of the parent."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024

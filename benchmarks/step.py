@@ -1,0 +1,132 @@
+"""What distillation adds to a training step that has to run the teacher anyway.
+
+Run ``python benchmarks/step.py``. A ResNet-18 student and a ResNet-50 teacher see batches of 64 x 64 images in two
+Trainers. In one the user's ``training_step`` calls the teacher itself and throws away what it shows; in the other the
+same module runs under ``RelationalDistillation`` with RKD-DA. Steps are timed by turns, one of the one, one of the
+other, in one process, so that whatever else the machine does falls on both; the median of the ratios counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from _report import Report
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet18, resnet50
+
+from lightning_rkd import RelationalDistillation
+from lightning_rkd.losses import RKD
+
+SEED, SIZE, CLASSES, WARM_UP = 0, 64, 100, 3
+
+
+class Student(pl.LightningModule):
+    def __init__(self, teacher: nn.Module | None) -> None:
+        super().__init__()
+        self.network = resnet18(num_classes=CLASSES)
+        object.__setattr__(self, "teacher", teacher)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        if self.teacher is not None:
+            with torch.no_grad():
+                self.teacher(x)
+        return F.cross_entropy(self.network(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Turns(pl.Callback):
+    """Lets two Trainers in two threads take a step each by turns, and times the steps."""
+
+    def __init__(self, mine: threading.Semaphore, other: threading.Semaphore, device: str) -> None:
+        self.mine, self.other, self.device, self.seconds = mine, other, device, [0.0]
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.mine.acquire()
+        self.start = self._now()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seconds.append(self._now() - self.start)
+        self.other.release()
+
+
+def fit(module: Student, callbacks: list[pl.Callback], batch: int, steps: int, device: str) -> None:
+    data = TensorDataset(torch.randn(batch, 3, SIZE, SIZE), torch.randint(CLASSES, (batch,)))
+    trainer = pl.Trainer(
+        max_epochs=steps,
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(data, batch_size=batch))
+
+
+def measure(batch: int, pairs: int, device: str) -> tuple[list[float], list[float]]:
+    """Seconds of the steps without and with distillation."""
+    torch.manual_seed(SEED)
+    teacher = resnet50(num_classes=CLASSES).eval().requires_grad_(False).to(device)
+    turns = threading.Semaphore(1), threading.Semaphore(0)
+    clocks = Turns(turns[0], turns[1], device), Turns(turns[1], turns[0], device)
+    distil = RelationalDistillation(teacher, RKD(), student_layer="network.fc", teacher_layer="fc")
+    runs = [(Student(teacher), [clocks[0]]), (Student(None), [clocks[1], distil])]
+    runs[1][0].load_state_dict(runs[0][0].state_dict())
+    threads = [
+        threading.Thread(target=fit, args=(module, callbacks, batch, WARM_UP + pairs, device))
+        for module, callbacks in runs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return clocks[0].seconds[1 + WARM_UP :], clocks[1].seconds[1 + WARM_UP :]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    plain, distilled = measure(args.batch, args.pairs, args.device)
+    ratios = [b / a for a, b in zip(plain, distilled, strict=True)]
+    report = Report("One training step", __doc__, args.device, seed=SEED)
+    report.table(
+        ["batch", "student step + teacher forward, ms", "the same with RKD-DA, ms", "ratio", "ratios from to"],
+        [
+            [
+                args.batch,
+                f"{1e3 * statistics.median(plain):.0f}",
+                f"{1e3 * statistics.median(distilled):.0f}",
+                f"{statistics.median(ratios):.3f}",
+                f"{min(ratios):.3f} to {max(ratios):.3f}",
+            ]
+        ],
+    )
+    report.write(args.out)
+
+
+if __name__ == "__main__":
+    main()
