@@ -157,10 +157,10 @@ def page(options: argparse.Namespace) -> str:
         "",
         f"`EmbeddingRetrieval` (recall at 1, MAP@R, R-precision; exact) against `AccuracyCalculator` of "
         f"pytorch-metric-learning {pytorch_metric_learning.__version__} with faiss {faiss.__version__} and k = the "
-        f"largest class, and against nothing but the matrix products of the same blocks. Threads: {threads} each; every "
-        f"run in a fresh process. Ratios are medians over turns ({repeats}) in which the contenders ran one after the "
-        "other; other work shared the machine, so the seconds are worth less than the ratios. Memory is the peak of "
-        "the resident set above what it was with data and libraries loaded.",
+        f"largest class, and against nothing but the matrix products of the same blocks. Threads: {threads} each; "
+        f"every run in a fresh process. Ratios are medians over turns ({repeats}) in which the contenders ran one "
+        "after the other; other work shared the machine, so the seconds are worth less than the ratios. "
+        "Memory is the peak of the resident set above what it was with data and libraries loaded.",
         "",
         f"## Rows of width {DIM}",
         "",
