@@ -106,10 +106,7 @@ def on_ranks(name: str, total: int, size: int, everywhere: bool) -> list[dict]:
 
 
 def table(metrics: list[str], total: int, sizes: list[int]) -> list[str]:
-    lines = [
-        "| metric | ranks | rows of a rank, MiB | peak growth of a rank, MiB | all rows everywhere, MiB | seconds |"
-    ]
-    lines += ["|---|---:|---:|---:|---:|---:|"]
+    lines = ["| metric | ranks | rows that a rank holds, MiB | peak growth of a rank, MiB |", "|---|---:|---:|---:|"]
     same = []
     for name in metrics:
         values = []

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.distributed import sum_over_ranks, travelling_blocks
+from lightning_rkd.kernels import native
 from lightning_rkd.metrics._rows import points
 
 LAST = torch.iinfo(torch.int64).max
@@ -24,6 +25,8 @@ LAST = torch.iinfo(torch.int64).max
 
 class Nearest:
     """The ``width`` smallest pairs (score, place) of each query among all that were offered.
+
+    In CPU memory :mod:`lightning_rkd.kernels.scan` finds them, where there is one; they are the same without it.
 
     Args:
         queries: Number of queries.
@@ -39,7 +42,11 @@ class Nearest:
     """
 
     def __init__(self, queries: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.width, self._started = width, False
+        self.queries, self.width, self._started = queries, width, False
+        scan = native("scan") if device.type == "cpu" else None
+        self._kept = scan.Kept(queries, width, dtype) if scan else None
+        if self._kept:
+            return
         self.scores = torch.full((queries, width), torch.inf, dtype=dtype, device=device)
         self.places = torch.full((queries, width), LAST, device=device)
         self.worst, self.worst_place = self.scores[:, -1].clone(), self.places[:, -1].clone()
@@ -48,6 +55,9 @@ class Nearest:
 
     def offer(self, scores: Tensor, places: Tensor) -> None:
         """Show the queries the scores (queries, n) of n gallery rows and their places (n,)."""
+        if self._kept:
+            self._kept.offer(scores, places)
+            return
         bound = self.worst
         if not self._started and self.width <= scores.shape[1]:  # nothing to hold them against yet
             bound = scores.topk(self.width, dim=1, largest=False, sorted=False).values.amax(dim=1)
@@ -85,6 +95,9 @@ class Nearest:
 
     def in_order(self) -> tuple[Tensor, Tensor]:
         """Scores and places, (queries, width) each, nearest first, ties by place."""
+        if self._kept:
+            scores, places = self._kept.in_order()
+            return scores, places
         if len(self.scores):
             self._merge()
         places, by_place = self.places.sort(dim=1)

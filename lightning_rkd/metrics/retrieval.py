@@ -274,7 +274,7 @@ class _Search:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         start = 0
         for nearest in self.gallery.search(self.rows[tour], self.position[tour], width, dtype, frame):
-            query = tour[start : start + len(nearest.scores)]
+            query = tour[start : start + nearest.queries]
             start += len(query)
             yield query, *nearest.in_order()
 

@@ -3,6 +3,9 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 from torch import Tensor
 
-from lightning_rkd.metrics import EmbeddingRetrieval
+from lightning_rkd.metrics import EmbeddingRetrieval, _nearest
 from tests.oracles.retrieval import retrieval
 from tests.ranks import Ranks
 
@@ -415,3 +418,63 @@ def test_no_query_with_a_relevant_row_is_an_error() -> None:
 def test_a_bad_option_is_named(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         EmbeddingRetrieval(**options)
+
+
+# the native scan
+
+
+@pytest.mark.parametrize("width", [9, 300])
+@pytest.mark.parametrize("levels", [2, 10**6], ids=["codes full of ties", "hardly a tie"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_totals_are_those_of_the_operations_of_pytorch(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, levels: int, width: int
+) -> None:
+    x, y = (torch.randn(900, 6) * levels).round().to(dtype), torch.arange(900) % (900 // width)
+
+    def totals(block: int) -> list[int]:
+        metric = EmbeddingRetrieval(k=(1, 5), block_size=block)
+        metric.update(x, y)
+        return metric._totals(torch.device("cpu"))[0].tolist()
+
+    scanned = totals(64)
+    assert totals(1024) == scanned
+    monkeypatch.setattr(_nearest, "native", lambda name: None)
+    assert totals(64) == totals(1024) == scanned
+
+
+_GROWTH = """
+import sys
+from pathlib import Path
+
+import torch
+
+from lightning_rkd.metrics import EmbeddingRetrieval, _nearest
+
+def status(line):
+    return int(Path("/proc/self/status").read_text().split(line + ":")[1].split()[0]) / 1024
+
+def measured(gallery):
+    metric = EmbeddingRetrieval(block_size=512)
+    rows = gallery + 1000
+    metric.update(torch.randn(rows, 8), torch.arange(rows) % (rows // 10), is_query=torch.arange(rows) < 1000)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    metric.compute()
+    return status("VmHWM") - before
+
+torch.set_num_threads(1)
+measured(2000)
+print(measured(int(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
+def test_memory_does_not_grow_with_queries_times_gallery() -> None:
+    def grown(gallery: int) -> float:
+        command = [sys.executable, "-c", _GROWTH, str(gallery)]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
+
+    small, large = grown(20_000), grown(120_000)
+    # 100,000 gallery rows more: their scores would take 380 MiB, the rows take 3, their labels and places some more
+    assert large - small < 60, (small, large)
