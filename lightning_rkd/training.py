@@ -17,6 +17,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from lightning_rkd.distributed import from_all, together
 from lightning_rkd.files import check_file, write_whole
@@ -32,7 +34,8 @@ class TrainingCLI(LightningCLI):
     is named, unless the trainer has its own or ``enable_checkpointing`` is false; checkpoints and ``config.yaml`` are
     whole or not there, whenever the run is killed; a checkpoint is verified before it is read, and does not replace the
     configuration; an output folder that cannot be written is refused before training;
-    SIGTERM reaches every rank; what one of several machines lacks is an error on all of them.
+    SIGTERM reaches every rank; a training loader that would give all ranks the same rows is refused; what one
+    of several machines lacks is an error on all of them.
 
     Args:
         args: What would stand on the command line, or a configuration as a dict; ``None`` reads ``sys.argv``.
@@ -127,6 +130,7 @@ class TrainingCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         pass_sigterm_on(trainer)
+        trainer.callbacks.append(_OwnRows())  # type: ignore[attr-defined] # set later
         if trainer.num_nodes > 1:
             trainer.callbacks.insert(0, _EveryMachine(self._checks, self._sought))  # type: ignore[attr-defined] # set later
         return trainer
@@ -167,6 +171,23 @@ class _WholeConfig(SaveConfigCallback):
         part = Path(trainer.log_dir or ".", f".{name}.part")  # every rank has to ask for log_dir
         if trainer.is_global_zero and part.exists():
             part.replace(part.with_name(name))
+
+
+class _OwnRows(pl.Callback):
+    """Looks at the training loaders: where nobody deals their rows out, all devices would train on the same ones."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse several devices then."""
+        if trainer.world_size == 1 or trainer._accelerator_connector.use_distributed_sampler:
+            return
+        for loader in CombinedLoader(trainer.train_dataloader, "sequential").flattened:
+            plain = type(getattr(loader, "batch_sampler", None)) is BatchSampler
+            if plain and isinstance(loader.sampler, RandomSampler | SequentialSampler):
+                raise ValueError(
+                    f"all {trainer.world_size} devices would train on the same rows: this training loader knows "
+                    "nothing of them, and nobody deals its rows out. Let Lightning do so, "
+                    "--trainer.use_distributed_sampler=true, or use a batch sampler that does, such as PKBatchSampler"
+                )
 
 
 class _EveryMachine(pl.Callback):

@@ -9,15 +9,18 @@ import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_rkd import cli
-from lightning_rkd.training import WholeCheckpointIO
+from lightning_rkd.data import PKBatchSampler
+from lightning_rkd.training import WholeCheckpointIO, _OwnRows
 from tests import toys
 from tests.processes import LETTERS, end_of, start
 
@@ -176,3 +179,49 @@ def test_damage_is_found_whichever_way_a_checkpoint_is_chosen(tmp_path: Path) ->
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.ckpt' is damaged"):
         toys.trainer(plugins=[WholeCheckpointIO()], max_epochs=2).fit(toys.Student(), toys.loader(), ckpt_path=path)
+
+
+# Own data on two devices
+
+
+class OwnLetters(pl.LightningDataModule):
+    """A data module that knows nothing of devices."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        x, y = torch.randn(24, 1, 12, 12), torch.arange(24) // 3
+        return DataLoader(TensorDataset(x, y), batch_size=6, shuffle=True)
+
+
+def test_rows_that_nobody_deals_out_are_refused_on_two_devices_only() -> None:
+    rows = TensorDataset(torch.zeros(8, 1))
+    plain, ours = DataLoader(rows, shuffle=True), DataLoader(rows, batch_sampler=PKBatchSampler([0, 0, 1, 1] * 2, 2, 2))
+    dealt = DataLoader(rows, sampler=DistributedSampler(rows, num_replicas=2, rank=0))
+
+    def look(loader: Any, devices: int = 2, lightnings: bool = False) -> None:
+        connector = SimpleNamespace(use_distributed_sampler=lightnings)
+        trainer: Any = SimpleNamespace(
+            world_size=devices, train_dataloader=loader, _accelerator_connector=connector, max_epochs=1
+        )
+        _OwnRows().on_train_start(trainer, trainer)
+
+    for loader in (plain, DataLoader(rows), [ours, plain]):
+        with pytest.raises(ValueError, match=r"all 2 devices would train on the same rows.*sampler=true"):
+            look(loader)
+        look(loader, devices=1)
+        look(loader, lightnings=True)
+    look(ours)
+    look([dealt, ours])
+
+
+@pytest.mark.slow
+def test_own_data_on_two_devices_needs_lightnings_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    letters = [option for option in TINY if not option.startswith("--data.")]
+    fit = ["fit", "--config", "glyphs_student", "--data", "tests.test_training.OwnLetters", *letters]
+    fit += ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    code, output = end_of(start(*fit))
+    assert code == 1, output
+    assert "all 2 devices would train on the same rows" in output
+    code, output = end_of(start(*fit, "--trainer.use_distributed_sampler=true"))
+    assert code == 0, output
+    assert kept()["global_step"] == 4 * 2
