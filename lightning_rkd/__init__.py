@@ -18,11 +18,12 @@ if TYPE_CHECKING:  # what type checkers and editors read
     from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
     from lightning_rkd.module import DistillationModule
     from lightning_rkd.taps import Tap
-    from lightning_rkd.teachers import EnsembleTeacher, Teacher
+    from lightning_rkd.teachers import CachedTeacher, EnsembleTeacher, Teacher
 
     __version__: str
 else:  # what Python runs (PEP 562)
     _HOMES = {
+        "CachedTeacher": "teachers",
         "DistillationModule": "module",
         "EmbeddingRetrieval": "metrics.retrieval",
         "EnsembleTeacher": "teachers",
@@ -56,6 +57,7 @@ else:  # what Python runs (PEP 562)
 
 __all__ = [
     "RKD",
+    "CachedTeacher",
     "DistillationModule",
     "EmbeddingRetrieval",
     "EnsembleTeacher",

@@ -15,6 +15,7 @@ from lightning_rkd.stopping import TERMINATED, at_sigterm, ending_with_first_ran
 
 COMMANDS = {
     "demo": "Train a teacher, a student alone and a distilled student, and compare them.",
+    "cache": "Ask a recipe's teacher once about every sample, and keep what it shows on disk.",
 }
 """Commands of our own; each is ``lightning_rkd.commands.<name>.main(args)``."""
 
@@ -57,6 +58,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print("terminated", file=sys.stderr)
     if code in (130, TERMINATED) and given[:1] == ["fit"]:
         print("(the same command with --ckpt_path last goes on from the last checkpoint)", file=sys.stderr)
+    if code in (130, TERMINATED) and given[:1] == ["cache"]:
+        print("(the same command goes on from the last file that is whole)", file=sys.stderr)
     return code
 
 
@@ -98,7 +101,7 @@ def _command(args: list[str]) -> None:
         run: Callable[[list[str]], None] = import_module(f"lightning_rkd.commands.{first}").main
         run(args[1:])
     elif first in TRAINER or first.startswith("-"):
-        _train(resolve_recipes(args))
+        _train(recipes.resolve(args))
     else:
         known = [*COMMANDS, *TRAINER]
         near = difflib.get_close_matches(first, known, n=1)
@@ -129,27 +132,6 @@ def _brief(message: str) -> str:
 
 def _without_advertisement(record: logging.LogRecord) -> bool:
     return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
-
-
-def resolve_recipes(args: Sequence[str]) -> list[str]:
-    """Replace names of recipes behind ``--config`` and ``-c`` with their files.
-
-    Raises:
-        UnknownRecipeError: Neither a file nor a recipe.
-
-    Example:
-        >>> resolve_recipes(["fit", "--config", "glyphs_rkd"])[2].endswith("recipes/glyphs_rkd.yaml")
-        True
-    """
-    resolved: list[str] = []
-    for arg in args:
-        flag, equals, value = arg.partition("=")
-        if flag in ("--config", "-c") and equals:
-            arg = f"{flag}={recipes.find(value)}"
-        elif resolved and resolved[-1] in ("--config", "-c"):
-            arg = str(recipes.find(arg))
-        resolved.append(arg)
-    return resolved
 
 
 def _help() -> str:

@@ -126,6 +126,25 @@ class Distiller:
         self._teaching = teach
 
     @property
+    def needs_indices(self) -> bool:
+        """Whether a loss or the teacher asks which rows of the root data set a batch holds."""
+        return "indices" in self.needs or self.teacher_needs_indices
+
+    @property
+    def teacher_needs_indices(self) -> bool:
+        """Whether the teacher does."""
+        return self.teacher is not None and self.teacher.needs_indices
+
+    def meet(self, loaders: Any, unpack: Callable[[Any], Batch], *, train: bool = True) -> None:
+        """Show the teacher the loaders of a run; every rank calls this after :meth:`prepare`.
+
+        Raises:
+            ValueError: It cannot teach these data.
+        """
+        if self._teaching and self.teacher is not None:
+            self.teacher.meet(loaders, unpack, self.group, train=train)
+
+    @property
     def missing_sizes(self) -> frozenset[str]:
         """The sizes that losses do not know yet."""
         return frozenset().union(*(term.missing_sizes for term in self.losses.values()))

@@ -22,10 +22,14 @@ from lightning_rkd.distributed import data_parallel_group, gather_rows, rank_and
 from lightning_rkd.hosting import keep_from_ddp, refuse_averages, refuse_lbfgs, refuse_unsynchronised
 from lightning_rkd.losses.base import LossSum, RelationalLoss, Weight, weight_at
 from lightning_rkd.metrics.feed import computed, feed, wants
-from lightning_rkd.plumbing import hand_back_after_exceptions, save_plain_hyperparameters
+from lightning_rkd.plumbing import hand_back_after_exceptions, number_training_batches, save_plain_hyperparameters
 from lightning_rkd.records import Batch, Key, Outputs, unpack
 from lightning_rkd.taps import CaptureError, Layer
 from lightning_rkd.teachers import BaseTeacher
+
+
+def _nothing() -> None:
+    """What is to be undone before anything was done."""
 
 
 class DistillationModule(pl.LightningModule):
@@ -41,7 +45,8 @@ class DistillationModule(pl.LightningModule):
 
     Args:
         student: The network to train. ``forward`` is its forward.
-        teacher: A network, a :class:`~lightning_rkd.teachers.Teacher`, or an
+        teacher: A network, a :class:`~lightning_rkd.teachers.Teacher`, a
+            :class:`~lightning_rkd.teachers.CachedTeacher`, or an
             :class:`~lightning_rkd.teachers.EnsembleTeacher` of several. Absent from checkpoints, optimizers and
             parameter counts; not needed to validate, test or predict.
         loss: A relational loss, a sum, or a dict of losses.
@@ -134,6 +139,7 @@ class DistillationModule(pl.LightningModule):
             gather=gather,
         )
         self._evaluated: list[dict[str, Metric]] = []
+        self._undo_numbers: Callable[[], None] = _nothing
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the student returns."""
@@ -168,13 +174,17 @@ class DistillationModule(pl.LightningModule):
         teach = stage != "predict" and bool(measured or (stage == "fit" and self.loss is not None))
         self.distiller.attach(self.student, teach=teach)
         if stage == "fit":
+            if self.distiller.teacher_needs_indices:
+                self._refuse_changed_batches()
+                if self._keys["indices"] is None:
+                    self._undo_numbers = number_training_batches(self.trainer)
             self._make_losses_ready()
             keep_from_ddp(self)
 
     @property
     def needs_indices(self) -> bool:
         """Whether a loss asks for the indices of the samples; our data modules look here."""
-        return "indices" in self.distiller.needs
+        return self.distiller.needs_indices
 
     def teardown(self, stage: str) -> None:
         """Hand the teacher back as it was."""
@@ -182,17 +192,21 @@ class DistillationModule(pl.LightningModule):
 
     def hand_back(self) -> None:
         """Take all hooks off, and leave the teacher as it was."""
+        self._undo_numbers()
+        self._undo_numbers = _nothing
         self.distiller.detach()
 
     def on_fit_start(self) -> None:
         """Move the teacher to where the student is."""
         self._prepare()
+        self._meet_training_data()
         refuse_lbfgs(self.trainer.optimizers, self.distiller.banks)
         refuse_unsynchronised(self.distiller.losses, self.trainer.strategy, self.distiller.gather)
 
     def on_train_start(self) -> None:
         """Move the teacher, where Lightning's learning rate finder trains before ``on_fit_start``."""
         self._prepare()
+        self._meet_training_data()
 
     def on_train_end(self) -> None:
         """Report what the last steps left to report."""
@@ -307,6 +321,18 @@ class DistillationModule(pl.LightningModule):
             self.device, self.trainer.precision_plugin.convert_module, data_parallel_group(self.trainer.strategy)
         )
 
+    def _meet_training_data(self) -> None:
+        if self.distiller.teacher_needs_indices:
+            with isolate_rng(include_cuda=False):
+                self.distiller.meet(self.trainer.fit_loop._data_source.dataloader(), self.unpack)
+
+    def _refuse_changed_batches(self) -> None:
+        if self.batch_transform is not None:
+            raise ValueError(
+                f"batch_transform={type(self.batch_transform).__name__} changes the images of a batch, and a cached "
+                "teacher has never seen the changed ones: leave it out, or teach with Teacher(network)"
+            )
+
     def _make_losses_ready(self) -> None:
         """Before optimizers and DDP exist; networks are asked for their widths, where needed, in evaluation mode."""
         missing = self.distiller.missing_sizes
@@ -336,7 +362,7 @@ class DistillationModule(pl.LightningModule):
         example = self.example_input_array
         if isinstance(example, tuple) and len(example) == 1:
             (example,) = example
-        if isinstance(example, Tensor | Mapping):
+        if isinstance(example, Tensor | Mapping) and not self.distiller.teacher_needs_indices:
             return Batch(example)
         batch = first_samples(loader)
         if batch is None:
@@ -364,6 +390,8 @@ class DistillationModule(pl.LightningModule):
     def _begin_evaluation(self, loaders: Any) -> None:
         self._prepare()
         metrics = self._metrics()
+        if self.distiller.teacher_needs_indices and any("teacher" in wants(metric) for metric in metrics.values()):
+            self.distiller.meet(loaders, self.unpack, train=False)
         self._evaluated = [metrics]
         for _ in CombinedLoader(loaders, "sequential").flattened[1:]:
             self._evaluated.append({name: metric.clone() for name, metric in metrics.items()})

@@ -1,13 +1,15 @@
-"""What every LightningModule here does alike: plain hyper-parameters, and handing the teacher back in any event."""
+"""What every LightningModule here does alike: plain hyper-parameters, numbered batches, a teacher handed back."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.parsing import collect_init_args
 
+from lightning_rkd.data.indices import number_batches
 from lightning_rkd.watch import refuse_broken_weights
 
 try:  # only tells whether LightningCLI builds a module; private in Lightning
@@ -37,6 +39,21 @@ def hand_back_after_exceptions(trainer: pl.Trainer) -> None:
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
     if not any(isinstance(callback, _HandBack) for callback in callbacks):
         callbacks.insert(0, _HandBack())
+
+
+def number_training_batches(trainer: pl.Trainer) -> Callable[[], None]:
+    """Let the training loaders say which rows of the root data set their batches hold, wherever they come from.
+
+    Returns the function that undoes it.
+    """
+    source = trainer.fit_loop._data_source
+    plain = source.dataloader
+    vars(source)["dataloader"] = lambda: number_batches(plain())
+
+    def undo() -> None:
+        vars(source).pop("dataloader", None)
+
+    return undo
 
 
 def save_plain_hyperparameters(module: pl.LightningModule, frame: FrameType | None) -> None:

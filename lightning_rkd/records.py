@@ -39,6 +39,8 @@ class Batch:
         mix: With whom the rows were mixed, for losses that ask for ``mix``.
         view: Which augmented view of its sample a row is, shape (N,), int64; ``None`` where there is one of each.
         task_rows: The rows that the task loss sees, as numbers or as a mask; ``None`` for all.
+        epoch: The epoch in which the samples were drawn, where the sampler says; it chooses a cached view.
+        host_indices: The indices on the CPU, where they are known without waiting for a device.
     """
 
     inputs: Any
@@ -49,6 +51,8 @@ class Batch:
     mix: Mix | None = None
     view: Tensor | None = None
     task_rows: Tensor | None = None
+    epoch: int = 0
+    host_indices: Tensor | None = None
 
 
 @dataclass(slots=True)

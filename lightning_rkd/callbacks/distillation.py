@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_rkd.callbacks._guest import Guest, join_optimizer, losses_with_tensors
@@ -17,6 +18,7 @@ from lightning_rkd.distiller import Distiller
 from lightning_rkd.distributed import data_parallel_group
 from lightning_rkd.hosting import keep_from_ddp, refuse_averages, refuse_lbfgs, refuse_unsynchronised
 from lightning_rkd.losses.base import RelationalLoss, Weight, weight_at
+from lightning_rkd.plumbing import number_training_batches
 from lightning_rkd.records import Batch, Key, unpack
 from lightning_rkd.taps import CaptureError, Layer, find_layer
 from lightning_rkd.teachers import BaseTeacher
@@ -43,7 +45,8 @@ class RelationalDistillation(pl.Callback):
     callbacks whose losses have the same names at the same layer must name them apart, ``loss={"a": ...}``.
 
     Args:
-        teacher: The teacher: a network, a :class:`~lightning_rkd.teachers.Teacher`, or an
+        teacher: The teacher: a network, a :class:`~lightning_rkd.teachers.Teacher`, a
+            :class:`~lightning_rkd.teachers.CachedTeacher`, or an
             :class:`~lightning_rkd.teachers.EnsembleTeacher` of several. It stays out of the module, its checkpoints and
             its optimizers.
         loss: A loss, a sum such as ``25 * RKDDistance() + 50 * RKDAngle()``, or a dict of losses.
@@ -138,6 +141,8 @@ class RelationalDistillation(pl.Callback):
             if find_layer(pl_module, tap.layer) is pl_module:
                 raise ValueError("student_layer must name a layer inside the module, not the module itself")
         self._undo = [MethodPatch.add(pl_module, "training_step", self._around_step), *open_batches(pl_module)]
+        if self.distiller.teacher_needs_indices and self._keys["indices"] is None:
+            self._undo.append(number_training_batches(trainer))
         if not pl_module.automatic_optimization:
             self._undo.append(MethodPatch.add(pl_module, "manual_backward", self._around_backward))
         self.distiller.known_sizes = {}
@@ -153,7 +158,7 @@ class RelationalDistillation(pl.Callback):
     @property
     def needs_indices(self) -> bool:
         """Whether a loss asks for the indices of the samples; our data modules look here."""
-        return "indices" in self.distiller.needs
+        return self.distiller.needs_indices
 
     @property
     def state_key(self) -> str:
@@ -216,6 +221,9 @@ class RelationalDistillation(pl.Callback):
         self.distiller.prepare(
             pl_module.device, trainer.precision_plugin.convert_module, data_parallel_group(trainer.strategy)
         )
+        if self.distiller.teacher_needs_indices:
+            with isolate_rng(include_cuda=False):
+                self.distiller.meet(trainer.fit_loop._data_source.dataloader(), self.unpack)
         self._prepared = True
 
     def _detach(self) -> None:

@@ -54,6 +54,8 @@ class ImageDataModule(LightningDataModule, ABC):
         test: Part of all classes (samples) that test.
         augment: What training batches go through; ``None`` takes what suits the data.
         split_by: Whether ``"classes"`` or ``"samples"`` are divided.
+        views: How many augmented versions of each training image there are, shown in turn, epoch by epoch; ``None``
+            never shows one twice. :class:`~lightning_rkd.teachers.CachedTeacher` can keep what a teacher shows of each.
 
     Attributes:
         train_set: Augmented training images, after ``setup``.
@@ -84,6 +86,7 @@ class ImageDataModule(LightningDataModule, ABC):
         test: float = 0.25,
         augment: Augment | None = None,
         split_by: Literal["classes", "samples"] = "classes",
+        views: int | None = None,
     ) -> None:
         super().__init__()
         if split_by not in ("classes", "samples"):
@@ -100,6 +103,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.validation, self.test = validation, test
         self.augment = augment
         self.split_by = split_by
+        self.views = views
         self._ready = False
 
     @abstractmethod
@@ -137,7 +141,7 @@ class ImageDataModule(LightningDataModule, ABC):
         mean, std = _channel_statistics(data.images, train)
         self.root = ImageSet(data.images, labels, mean, std)
         augment = self.augment if self.augment is not None else self.suggest_augment(data)
-        self.train_set = AugmentedSubset(self.root, train, augment, self.seed)
+        self.train_set = AugmentedSubset(self.root, train, augment, self.seed, self.views)
         self.val_set, self.test_set = Subset(self.root, val), Subset(self.root, test)
         self.class_names = [data.class_names[c] for c in order]
         self._choose_sizes(labels[train])

@@ -78,10 +78,11 @@ class ImageFolderDataModule(ImageDataModule):
         test: float = 0.25,
         augment: Augment | None = None,
         split_by: Literal["classes", "samples"] = "classes",
+        views: int | None = None,
     ) -> None:
         super().__init__(
             classes_per_batch, samples_per_class, batches_per_epoch, eval_batch_size, num_workers, seed, split_seed,
-            validation, test, augment, split_by,
+            validation, test, augment, split_by, views,
         )  # fmt: skip
         for name, number in {"image_size": image_size, "max_images_per_class": max_images_per_class}.items():
             if number is not None and number < 1:

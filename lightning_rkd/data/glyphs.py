@@ -89,10 +89,11 @@ class GlyphDataModule(ImageDataModule):
         test: float = 0.25,
         augment: Augment | None = None,
         split_by: Literal["classes", "samples"] = "classes",
+        views: int | None = None,
     ) -> None:
         super().__init__(
             classes_per_batch, samples_per_class, batches_per_epoch, eval_batch_size, num_workers, seed, split_seed,
-            validation, test, augment, split_by,
+            validation, test, augment, split_by, views,
         )  # fmt: skip
         if image_size < 8:
             raise ValueError(f"image_size must be at least 8 pixels, got {image_size}")

@@ -70,13 +70,19 @@ class AugmentedSubset(Subset[tuple[Tensor, int]]):
         indices: Its rows.
         augment: What is done to the images.
         seed: Of the augmentation.
+        views: How many versions of each image there are: epoch e shows version e modulo ``views``, and repetitions of a
+            row within a batch are alike, so that what a teacher shows can be kept. ``None`` never repeats one.
     """
 
     dataset: ImageSet
 
-    def __init__(self, dataset: ImageSet, indices: Sequence[int], augment: Augment, seed: int = 0) -> None:
+    def __init__(
+        self, dataset: ImageSet, indices: Sequence[int], augment: Augment, seed: int = 0, views: int | None = None
+    ) -> None:
         super().__init__(dataset, indices)
-        self.augment, self.seed = augment, seed
+        if views is not None and views < 1:
+            raise ValueError(f"views must be at least 1, or None for new ones in every epoch; got {views}")
+        self.augment, self.seed, self.views = augment, seed, views
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.__getitems__([index])[0]
@@ -90,5 +96,7 @@ class AugmentedSubset(Subset[tuple[Tensor, int]]):
         for row in rows:
             occurrences.append(seen.get(row, 0))
             seen[row] = occurrences[-1] + 1
+        if self.views is not None:
+            epochs, occurrences = [epoch % self.views for epoch in epochs], [0] * len(rows)
         pixels = self.augment(self.dataset.pixels(torch.tensor(rows)), self.seed, epochs, rows, occurrences)
         return self.dataset.samples(pixels, torch.tensor(rows))

@@ -26,10 +26,15 @@ class IndexedBatch:
     Attributes:
         batch: The batch as the loader would have yielded it.
         indices: Row of each sample in the root data set, shape (N,), int64, on the CPU or moved along.
+        epoch: The epoch in which the samples were drawn, where the sampler says
+            (:class:`~lightning_rkd.data.sampling.Draw`).
+        host_indices: The indices on the CPU, once ``indices`` have been moved.
     """
 
     batch: Any
     indices: Tensor
+    epoch: int = 0
+    host_indices: Tensor | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> IndexedBatch:
         """Move everything inside that can be moved, as ``Tensor.to`` would a tensor; indices keep their type.
@@ -41,12 +46,14 @@ class IndexedBatch:
         """
         batch = apply_to_collection(self.batch, _Movable, lambda x: x.to(*args, **kwargs))
         device = torch.empty(0).to(*args, **kwargs).device
-        return IndexedBatch(batch, self.indices.to(device, non_blocking=kwargs.get("non_blocking", False)))
+        indices = self.indices.to(device, non_blocking=kwargs.get("non_blocking", False))
+        host = self.indices if self.host_indices is None and self.indices.device.type == "cpu" else self.host_indices
+        return IndexedBatch(batch, indices, self.epoch, host)
 
     def pin_memory(self) -> IndexedBatch:
         """Copy every tensor to page-locked memory; a :class:`~torch.utils.data.DataLoader` calls this."""
         batch = apply_to_collection(self.batch, _Pinnable, lambda x: x.pin_memory())
-        return IndexedBatch(batch, self.indices.pin_memory())
+        return IndexedBatch(batch, self.indices.pin_memory(), self.epoch, self.host_indices)
 
 
 @runtime_checkable
@@ -64,7 +71,9 @@ def opened(batch: Any, unpack: Callable[[Any], Batch]) -> Batch:
     if not isinstance(batch, IndexedBatch):
         return unpack(batch)
     found = unpack(batch.batch)
-    return found if found.indices is not None else replace(found, indices=batch.indices)
+    if found.indices is not None:
+        return replace(found, epoch=batch.epoch)
+    return replace(found, indices=batch.indices, epoch=batch.epoch, host_indices=batch.host_indices)
 
 
 def with_indices(loader: DataLoader[Any]) -> DataLoader[Any]:
@@ -140,6 +149,7 @@ class _Fetched:
 
     samples: Any
     rows: list[int]
+    epoch: int
 
 
 class _WithIndices(Dataset[Any]):
@@ -155,7 +165,8 @@ class _WithIndices(Dataset[Any]):
     def __getitems__(self, indices: Sequence[int]) -> _Fetched:
         rows = [root_row(self.dataset, i) for i in indices]
         fetch = getattr(self.dataset, "__getitems__", None)
-        return _Fetched(fetch(indices) if fetch else [self.dataset[i] for i in indices], rows)
+        epoch = getattr(indices[0], "epoch", 0) if rows else 0
+        return _Fetched(fetch(indices) if fetch else [self.dataset[i] for i in indices], rows, epoch)
 
 
 class _Collate:
@@ -163,7 +174,8 @@ class _Collate:
         self.collate = collate
 
     def __call__(self, fetched: _Fetched) -> IndexedBatch:
-        return IndexedBatch(self.collate(fetched.samples), torch.tensor(fetched.rows, dtype=torch.int64))
+        rows = torch.tensor(fetched.rows, dtype=torch.int64)
+        return IndexedBatch(self.collate(fetched.samples), rows, fetched.epoch)
 
 
 def root_row(dataset: Any, index: int) -> int:
@@ -185,6 +197,49 @@ def root_row(dataset: Any, index: int) -> int:
         dataset, index = dataset.dataset, dataset.indices[row]
 
 
+def root_of(dataset: Any) -> Any:
+    """The data set at the bottom of any depth of ``Subset``.
+
+    Example:
+        >>> root_of(Subset(Subset(range(9), [8, 6, 4]), [2, 0]))
+        range(0, 9)
+    """
+    while isinstance(dataset, Subset | _WithIndices):
+        dataset = dataset.dataset
+    return dataset
+
+
+def number_batches(loaders: Any) -> Any:
+    """The same loaders through :func:`with_indices`: one, a mapping, a sequence, or Lightning's ``CombinedLoader``.
+
+    Raises:
+        TypeError: A loader that has no rows to number.
+    """
+    if isinstance(getattr(loaders, "iterables", None), Mapping | list | tuple):
+        return type(loaders)(number_batches(loaders.iterables), loaders._mode)
+    if isinstance(loaders, Mapping):
+        return {key: number_batches(loader) for key, loader in loaders.items()}
+    if isinstance(loaders, list | tuple):
+        return type(loaders)(number_batches(loader) for loader in loaders)
+    return with_indices(loaders)
+
+
+def loaders_in(loaders: Any) -> list[Any]:
+    """The loaders in a mapping, a sequence or Lightning's ``CombinedLoader``; or the one that it is."""
+    loaders = getattr(loaders, "iterables", loaders)
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if isinstance(loaders, list | tuple):
+        return [one for each in loaders for one in loaders_in(each)]
+    return [] if loaders is None else [loaders]
+
+
+def plain_collate(loader: DataLoader[Any]) -> Callable[[Any], Any]:
+    """What makes a batch of samples in a loader, with or without indices."""
+    collate = loader.collate_fn
+    return collate.collate if isinstance(collate, _Collate) else collate
+
+
 def root_size(dataset: Any) -> int | None:
     """How many rows the root data set has, one more than the largest index there can be; ``None`` where it has no size.
 
@@ -192,8 +247,7 @@ def root_size(dataset: Any) -> int | None:
         >>> root_size(Subset(Subset(range(9), [8, 6, 4]), [2, 0]))
         9
     """
-    while isinstance(dataset, Subset | _WithIndices):
-        dataset = dataset.dataset
+    dataset = root_of(dataset)
     try:
         return None if isinstance(dataset, IterableDataset) else len(dataset)
     except (TypeError, NotImplementedError):

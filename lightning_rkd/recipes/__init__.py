@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -58,3 +59,24 @@ def find(config: str) -> Path:
     near = difflib.get_close_matches(config, known, n=len(known), cutoff=0.5)
     ordered = [*near, *(name for name in known if name not in near)]
     raise UnknownRecipeError(f"{config!r} is neither a file nor a recipe; the recipes are {', '.join(ordered)}")
+
+
+def resolve(args: Sequence[str]) -> list[str]:
+    """Replace names of recipes behind ``--config`` and ``-c`` with their files.
+
+    Raises:
+        UnknownRecipeError: Neither a file nor a recipe.
+
+    Example:
+        >>> resolve(["fit", "--config", "glyphs_rkd"])[2].endswith("recipes/glyphs_rkd.yaml")
+        True
+    """
+    resolved: list[str] = []
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        if flag in ("--config", "-c") and equals:
+            arg = f"{flag}={find(value)}"
+        elif resolved and resolved[-1] in ("--config", "-c"):
+            arg = str(find(arg))
+        resolved.append(arg)
+    return resolved

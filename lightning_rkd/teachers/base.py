@@ -96,6 +96,25 @@ class BaseTeacher(ABC):
             ValueError: The loss is such a one.
         """
 
+    @property
+    def needs_indices(self) -> bool:
+        """Whether it must be told which rows of the root data set a batch holds; loaders are then made to say so."""
+        return False
+
+    def meet(  # noqa: B027 - most have no use for it
+        self, loaders: Any, unpack: Callable[[Any], Batch], group: Group = None, *, train: bool = True
+    ) -> None:
+        """Look at the loaders of a run before its first step; every rank calls this.
+
+        Args:
+            loaders: Of the training set, or else (``train=False``) of an evaluation whose batches it will see.
+            unpack: From what they yield to a batch.
+            group: Process group.
+
+        Raises:
+            ValueError: It cannot teach these data.
+        """
+
     def taps(self, layer: Layer | None) -> frozenset[str]:
         """The names under which it is read; a layer without a name has the name ``""``."""
         return frozenset(layer) if isinstance(layer, Mapping) else frozenset({""})

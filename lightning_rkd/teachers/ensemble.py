@@ -183,6 +183,16 @@ class EnsembleTeacher(BaseTeacher):
             except RuntimeError as error:
                 raise RuntimeError(f"teacher {name!r}: {error}") from None
 
+    @property
+    def needs_indices(self) -> bool:
+        """Whether one of them does."""
+        return any(teacher.needs_indices for teacher in self.teachers.values())
+
+    def meet(self, loaders: Any, unpack: Callable[[Any], Batch], group: Group = None, *, train: bool = True) -> None:
+        """Show the loaders to all of them."""
+        for teacher in self.teachers.values():
+            teacher.meet(loaders, unpack, group, train=train)
+
     def taps(self, layer: Layer | None) -> frozenset[str]:
         """The names under which every teacher is read.
 

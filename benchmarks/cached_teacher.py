@@ -1,0 +1,134 @@
+"""What a cached teacher costs: an epoch with it, with the live teacher, and with no teacher at all.
+
+Run ``python benchmarks/cached_teacher.py --out docs/cached_teacher_speed.md``. ResNet-18 learns from ResNet-50 on
+random images; the epochs are timed in turns, and ratios are those of the medians. *No teacher* is the student with its
+task loss alone, so the relational loss is part of the difference: *read* is the time of the cached rows by themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torchvision
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_rkd import RKD, CachedTeacher, DistillationModule, RKDDistance
+from lightning_rkd.records import Batch
+from lightning_rkd.teachers import Teacher
+from lightning_rkd.teachers.filling import fill
+
+
+class Timed(pl.Callback):
+    """Times the epoch from its second step on: the first one allocates, verifies files and compiles."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.begun = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        self.seconds = time.perf_counter() - self.begun
+
+
+def epoch(loader: DataLoader[Any], teacher: Any, loss: Any) -> float:
+    torch.manual_seed(0)
+    student = torchvision.models.resnet18(num_classes=10)
+    module = DistillationModule(
+        student,
+        teacher,
+        loss,
+        task_loss=nn.CrossEntropyLoss(),
+        task_reads="logits",
+        student_layer="fc",
+        teacher_layer=None if teacher is None else "fc",
+        optimizer=lambda p: torch.optim.SGD(p, 0.01),
+    )
+    timed = Timed()
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    pl.Trainer(max_epochs=1, accelerator="auto", devices=1, callbacks=[timed], **quiet).fit(module, loader)
+    return timed.seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--side", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    rows = args.batches * args.batch
+    data = TensorDataset(torch.randn(rows, 3, args.side, args.side), torch.randint(10, (rows,)))
+    loader = DataLoader(data, batch_size=args.batch, shuffle=True)
+    big = torchvision.models.resnet50(num_classes=10)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = Teacher(big)
+        teacher.attach("fc")
+        teacher.to(device)
+        begun = time.perf_counter()
+        fill(Path(folder), teacher, "fc", loader, device=device)
+        writing = time.perf_counter() - begun
+        teacher.detach()
+        ways = {
+            "no teacher": (None, None),
+            "cached, RKDDistance": (CachedTeacher(folder), RKDDistance()),
+            "cached, RKD": (CachedTeacher(folder), RKD()),
+            "live, RKD": (Teacher(big), RKD()),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(args.repeats + 1):
+            for name, (taught, loss) in ways.items():
+                value = epoch(loader, taught, loss)
+                if turn:  # the first turn warms up
+                    seconds[name].append(value)
+        cached, drawn = CachedTeacher(folder), torch.randperm(rows)[: args.batch]
+        cached.attach("fc")
+        reads = []
+        for _ in range(50):
+            begun = time.perf_counter()
+            cached.lessons(Batch(None, indices=drawn))
+            reads.append(time.perf_counter() - begun)
+    median = {name: statistics.median(values) / (args.batches - 1) for name, values in seconds.items()}
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, CPU"
+    lines = [
+        "# What a cached teacher costs",
+        "",
+        f"`python benchmarks/cached_teacher.py`: ResNet-18 from ResNet-50, {args.side} px, batches of {args.batch}, "
+        f"{args.batches - 1} steps an epoch, median of {args.repeats} epochs timed in turns; {where}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, seed 0, {datetime.date.today()}.",
+        "",
+        "| epoch | ms a step | lowest, highest | to no teacher |",
+        "|---|---|---|---|",
+    ]
+    for name, values in seconds.items():
+        low, high = (1000 * v / (args.batches - 1) for v in (min(values), max(values)))
+        ratio = median[name] / median["no teacher"]
+        lines.append(f"| {name} | {1000 * median[name]:.1f} | {low:.1f}, {high:.1f} | {ratio:.3f} |")
+    lines += [
+        "",
+        f"Reading the {args.batch} rows of a batch takes {1000 * statistics.median(reads):.3f} ms of that; writing the "
+        f"cache took {1000 * writing / args.batches:.0f} ms a batch, once.",
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if args.out:
+        args.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
