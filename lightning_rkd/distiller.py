@@ -173,6 +173,12 @@ class Distiller:
         """The losses that remember something from step to step."""
         return [n for n, t in self.losses.items() if any(isinstance(m, StepState) for m in t.modules())]
 
+    @property
+    def needs_rows(self) -> bool:
+        """Whether a loss or the teacher asks for more of a batch than its inputs."""
+        asked = {"labels", "indices", "view", "mix"}
+        return self.teacher_needs_indices or any(asked & set(term.needs) for term in self.losses.values())
+
     def weight_of(self, name: str, epoch: int) -> float:
         """The weight of a term in that epoch, the common one included."""
         return weight_at(self.weight, epoch) * self.losses[name].weight_at(epoch)
@@ -305,7 +311,7 @@ class Distiller:
             return {}
         for name, term in self.losses.items():
             read = at_tap(student, term.tap, term.reads, who=name).tensors(term.reads)
-            if read and not any(t.requires_grad for t in read):
+            if torch.is_grad_enabled() and read and not any(t.requires_grad for t in read):
                 raise CaptureError(
                     f"{name}: the student layer shows a tensor without gradient: it is frozen, ran under no_grad, "
                     "lies inside reentrant activation checkpointing (use_reentrant=False works), or is a first Linear, "
@@ -320,6 +326,8 @@ class Distiller:
             for key, value in (("labels", shown.batch.labels), ("indices", shown.batch.indices))
             if key in self.needs
         }
+        if shown.views > 1 and self.needs_rows:
+            self._check_calls(local)
         local["view"] = _views(shown, rows, device)
         self._check_context(local, shown.batch)
         mix = shown.batch.mix
@@ -366,6 +374,17 @@ class Distiller:
                     f"{name}: the loss has tensors of its own, which the optimizer must know before training begins: "
                     f"pass {term.loss.call_with(sizes)}"
                 )
+
+    def _check_calls(self, local: Mapping[str, Tensor | None]) -> None:
+        """Several calls of the student are views of the whole batch, or nobody knows which rows they show."""
+        each = self.student.rows
+        rows = {len(x) // len(each) for x in local.values() if x is not None} | set(each)
+        if len(rows) > 1:
+            raise CaptureError(
+                f"the student layer ran on {', '.join(map(str, each))} rows in one step, which are no {len(each)} "
+                "views of the batch, so that nobody can tell whose labels or indices they have: call the layer once, "
+                "or on the whole batch each time"
+            )
 
     def _check_context(self, local: Mapping[str, Tensor | None], batch: Batch) -> None:
         given = {name for name, value in {**local, "mix": batch.mix}.items() if value is not None}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_rkd.balance import balance_weights
-from lightning_rkd.data.indices import first_samples, opened, samples_of
+from lightning_rkd.data.indices import RowNumbers, first_samples, opened, samples_of
 from lightning_rkd.distiller import Distiller, Shown
 from lightning_rkd.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts
 from lightning_rkd.hosting import keep_from_ddp, refuse_averages, refuse_lbfgs, refuse_unsynchronised
@@ -392,9 +392,9 @@ class DistillationModule(pl.LightningModule):
         metrics = self._metrics()
         if self.distiller.teacher_needs_indices and any("teacher" in wants(metric) for metric in metrics.values()):
             self.distiller.meet(loaders, self.unpack, train=False)
-        self._evaluated = [metrics]
-        for _ in CombinedLoader(loaders, "sequential").flattened[1:]:
-            self._evaluated.append({name: metric.clone() for name, metric in metrics.items()})
+        each = CombinedLoader(loaders, "sequential").flattened
+        self._evaluated = [metrics, *({name: m.clone() for name, m in metrics.items()} for _ in each[1:])]
+        self._numbers = [RowNumbers(loader, self.trainer.world_size) for loader in each]
         for metric in (m for each in self._evaluated for m in each.values()):
             metric.reset()
 
@@ -406,6 +406,9 @@ class DistillationModule(pl.LightningModule):
         output = self._call(given.inputs)
         shown = self.distiller.shown(given, teach=teach)
         student = Outputs(embedding=shown.embedding.embedding, logits=output if isinstance(output, Tensor) else None)
+        rows = student.tensors()[0]
+        needed = any("indices" in wants(metric) for metric in metrics.values())
+        self._numbers[loader].number(given, len(rows), rows.device, needed=needed)
         for metric in metrics.values():
             feed(metric, student, given, shown.teacher_embedding)
 

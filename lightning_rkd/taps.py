@@ -101,6 +101,9 @@ class Reader:
     Args:
         layer: Any form of :data:`Layer`; ``None`` is the network's own output.
         side: ``"student"`` or ``"teacher"``, for messages.
+
+    Attributes:
+        rows: How many rows the first layer showed in each call, as last taken.
     """
 
     def __init__(self, layer: Layer | None, side: str) -> None:
@@ -116,6 +119,7 @@ class Reader:
                 self.taps[name] = [_as_tap(e) for e in entry]
             else:
                 self.taps[name] = [_as_tap(entry)]
+        self.rows: list[int] = []
         self._handles: list[RemovableHandle] = []
         self._seen: dict[str, list[list[_Kept]]] = {}
         self._before: dict[str, list[list[_Kept]]] = {}
@@ -126,8 +130,18 @@ class Reader:
         return self.__dict__ | {"_handles": [], "_seen": {}, "_before": {}, "on": False}
 
     def attach(self, network: nn.Module) -> None:
-        """Hook the layers, after checking that they all exist."""
+        """Hook the layers, after checking that they all exist.
+
+        Raises:
+            LayerNotFoundError: One does not.
+            CaptureError: The network is TorchScript.
+        """
         self.detach()
+        if isinstance(network, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"the {self.side} is TorchScript, whose layers PyTorch lets nobody read: wrap it in an nn.Module whose "
+                "forward calls it"
+            )
         found = {name: [(find_layer(network, tap.layer), tap) for tap in taps] for name, taps in self.taps.items()}
         for name, layers in found.items():
             for position, (module, tap) in enumerate(layers):
@@ -182,6 +196,8 @@ class Reader:
                 )
         if len(set(calls.values())) > 1:
             raise CaptureError(f"the {self.side} layers ran unequally often in one step: {calls}")
+        first = next(iter(seen.values()))[0]
+        self.rows = [len(tensors[0]) for kept in first if (tensors := kept.shown().tensors())]
         outputs = {}
         for name, layers in seen.items():
             if name in self._lists:

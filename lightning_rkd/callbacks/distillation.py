@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.call import _call_configure_model
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ from lightning_rkd.hosting import keep_from_ddp, refuse_averages, refuse_lbfgs, 
 from lightning_rkd.losses.base import RelationalLoss, Weight, weight_at
 from lightning_rkd.plumbing import number_training_batches
 from lightning_rkd.records import Batch, Key, unpack
-from lightning_rkd.taps import CaptureError, Layer, find_layer
+from lightning_rkd.taps import CaptureError, Layer, LayerNotFoundError, find_layer
 from lightning_rkd.teachers import BaseTeacher
 from lightning_rkd.watch import refuse_broken_weights
 
@@ -136,10 +138,17 @@ class RelationalDistillation(pl.Callback):
             return
         self._detach()
         self._module = pl_module
-        self.distiller.attach(pl_module)
+        try:
+            self.distiller.attach(pl_module)
+        except LayerNotFoundError:
+            if not is_overridden("configure_model", pl_module, pl.LightningModule):
+                raise
+            _call_configure_model(trainer)  # Lightning does so after this hook; it may be called twice
+            self.distiller.attach(pl_module)
         for tap in (tap for taps in self.distiller.student.taps.values() for tap in taps):
             if find_layer(pl_module, tap.layer) is pl_module:
                 raise ValueError("student_layer must name a layer inside the module, not the module itself")
+        self._refuse_names_of_others(trainer)
         self._undo = [MethodPatch.add(pl_module, "training_step", self._around_step), *open_batches(pl_module)]
         if self.distiller.teacher_needs_indices and self._keys["indices"] is None:
             self._undo.append(number_training_batches(trainer))
@@ -226,6 +235,16 @@ class RelationalDistillation(pl.Callback):
                 self.distiller.meet(trainer.fit_loop._data_source.dataloader(), self.unpack)
         self._prepared = True
 
+    def _refuse_names_of_others(self, trainer: pl.Trainer) -> None:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+        earlier = itertools.takewhile(lambda callback: callback is not self, callbacks)
+        others = [callback.distiller for callback in earlier if isinstance(callback, RelationalDistillation)]
+        if both := sorted({name for other in others for name in other.losses} & set(self.distiller.losses)):
+            raise ValueError(
+                f"two {type(self).__name__} callbacks would log {', '.join(f'distill/{name}' for name in both)}: give "
+                f"the losses names of their own, such as loss={{'{both[0]}_2': ...}}"
+            )
+
     def _detach(self) -> None:
         for undo in self._undo:
             undo()
@@ -253,6 +272,8 @@ class RelationalDistillation(pl.Callback):
 
     def _around_step(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self._module is not None
+        if not self._module.trainer.training:  # a validation_step may call it, for its loss
+            return call(*args, **kwargs)
         if not self._prepared:  # Lightning's learning rate finder trains before on_fit_start, without callbacks
             self._prepare(self._module.trainer, self._module)
         self._batch, self._backwards = (args[0] if args else None), 0
@@ -324,4 +345,6 @@ class RelationalDistillation(pl.Callback):
         given = self._batch
         if given is None or hasattr(given, "__next__"):  # no batch, or Lightning's dataloader_iter
             return None
+        if self.distiller.inputs is not None and not self.distiller.needs_rows:
+            return None  # the layer's inputs are all there is to know
         return opened(given, self.unpack)

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 from torchmetrics import Metric
 
 from lightning_rkd.callbacks._patch import open_batches
-from lightning_rkd.data.indices import opened, root_row
+from lightning_rkd.data.indices import RowNumbers, opened
 from lightning_rkd.metrics.feed import computed, feed, wants
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.records import Batch, Key, unpack
@@ -58,8 +56,7 @@ class RetrievalEvaluation(pl.Callback):
         self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
         self._reader = Reader(layer, "student")
         self._undo: list[Callable[[], None]] = []
-        self._loaders: list[tuple[dict[str, Metric], list[int] | None]] = []
-        self._position, self._ranks = 0, 1
+        self._loaders: list[tuple[dict[str, Metric], RowNumbers]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take over: they are attached to nothing."""
@@ -97,13 +94,13 @@ class RetrievalEvaluation(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Record from now on."""
-        self._open(batch_idx)
+        self._reader.start()
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Record from now on."""
-        self._open(batch_idx)
+        self._reader.start()
 
     def on_validation_batch_end(
         self,
@@ -144,37 +141,21 @@ class RetrievalEvaluation(pl.Callback):
         self._reader.detach()
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, loaders: Any) -> None:
-        self._loaders, self._ranks = [], trainer.world_size
+        self._loaders = []
         for number, loader in enumerate(CombinedLoader(loaders, "sequential").flattened):
             metrics = self.metrics if number == 0 else {name: m.clone() for name, m in self.metrics.items()}
             for metric in metrics.values():
                 metric.to(module.device)
                 metric.reset()
-            self._loaders.append((metrics, _rows_in_order(loader) if trainer.world_size > 1 else None))
-
-    def _open(self, batch_idx: int) -> None:
-        if batch_idx == 0:
-            self._position = 0
-        self._reader.start()
+            self._loaders.append((metrics, RowNumbers(loader, trainer.world_size)))
 
     def _update(self, batch: Any, loader: int) -> None:
         taps, _ = self._reader.take()
         shown = next(iter(taps.values()))
         rows_of = opened(batch, self.unpack)
-        metrics, order = self._loaders[loader]
-        if shown.embedding is not None:
-            rows = len(shown.embedding)
-            if rows_of.indices is None and order is not None:
-                rows_of.indices = torch.tensor(
-                    order[self._position : self._position + rows], dtype=torch.int64, device=shown.embedding.device
-                )
-            self._position += rows
-        if rows_of.indices is None and self._ranks > 1 and any("indices" in wants(m) for m in metrics.values()):
-            raise ValueError(
-                f"on {self._ranks} devices the rows that a distributed sampler repeats must be known to be counted "
-                "once, and this loader's sampler does not tell them: wrap it, with_indices(loader), or name the entry "
-                "of the batch that holds them, indices=..."
-            )
+        metrics, numbers = self._loaders[loader]
+        rows = shown.tensors()[0]
+        numbers.number(rows_of, len(rows), rows.device, needed=any("indices" in wants(m) for m in metrics.values()))
         for metric in metrics.values():
             feed(metric, shown, rows_of)
 
@@ -185,13 +166,3 @@ class RetrievalEvaluation(pl.Callback):
                 module.log_dict(computed(metrics, prefix), sync_dist=True, add_dataloader_idx=False)
             for metric in metrics.values():
                 metric.reset()
-
-
-def _rows_in_order(loader: Any) -> list[int] | None:
-    """The data set rows this rank's loader yields, in order, where its sampler tells without being disturbed."""
-    if not isinstance(loader, DataLoader) or type(loader.batch_sampler) is not BatchSampler:
-        return None
-    # not their subclasses: Lightning wraps other samplers in one, and asking a random one changes what it says next
-    if type(loader.sampler) in (DistributedSampler, SequentialSampler):
-        return [root_row(loader.dataset, row) for row in loader.sampler]
-    return None

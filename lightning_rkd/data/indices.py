@@ -9,7 +9,15 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+)
 
 from lightning_rkd.records import Batch
 
@@ -49,6 +57,17 @@ class IndexedBatch:
         indices = self.indices.to(device, non_blocking=kwargs.get("non_blocking", False))
         host = self.indices if self.host_indices is None and self.indices.device.type == "cpu" else self.host_indices
         return IndexedBatch(batch, indices, self.epoch, host)
+
+    def __iter__(self) -> Any:
+        """Refuse to be taken for the batch.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "this loader numbers its samples, and here its batch arrives as an IndexedBatch(batch, indices): take "
+            ".batch. Steps that are attached to get the batch itself; other hooks and callbacks do not"
+        )
 
     def pin_memory(self) -> IndexedBatch:
         """Copy every tensor to page-locked memory; a :class:`~torch.utils.data.DataLoader` calls this."""
@@ -195,6 +214,54 @@ def root_row(dataset: Any, index: int) -> int:
         if not isinstance(dataset, Subset):
             return row
         dataset, index = dataset.dataset, dataset.indices[row]
+
+
+class RowNumbers:
+    """Numbers the rows of one pass over an evaluation loader on one of several ranks.
+
+    A distributed sampler repeats rows to fill its last batch; only those who know the numbers count them once.
+
+    Args:
+        loader: The rank's own loader.
+        ranks: How many ranks there are; one alone needs no numbers.
+    """
+
+    def __init__(self, loader: Any, ranks: int) -> None:
+        self.ranks, self.position = ranks, 0
+        self.order = _rows_in_order(loader) if ranks > 1 else None
+
+    def number(self, batch: Batch, rows: int, device: torch.device, *, needed: bool) -> None:
+        """Give the next batch its indices, where it has none and the sampler tells them.
+
+        Args:
+            batch: The batch, in the order of the loader.
+            rows: How many rows it has.
+            device: Where the indices are wanted.
+            needed: Whether somebody counts rows by their indices.
+
+        Raises:
+            ValueError: They are needed on several ranks, and cannot be known.
+        """
+        if batch.indices is None and self.order is not None:
+            own = self.order[self.position : self.position + rows]
+            batch.indices = torch.tensor(own, dtype=torch.int64, device=device)
+        self.position += rows
+        if batch.indices is None and self.ranks > 1 and needed:
+            raise ValueError(
+                f"on {self.ranks} devices the rows that a distributed sampler repeats must be known to be counted "
+                "once, and this loader's sampler does not tell them: wrap it, with_indices(loader), or name the entry "
+                "of the batch that holds them, indices=..."
+            )
+
+
+def _rows_in_order(loader: Any) -> list[int] | None:
+    """The data set rows this rank's loader yields, in order, where its sampler tells without being disturbed."""
+    if not isinstance(loader, DataLoader) or type(loader.batch_sampler) is not BatchSampler:
+        return None
+    # not their subclasses: Lightning wraps other samplers in one, and asking a random one changes what it says next
+    if type(loader.sampler) in (DistributedSampler, SequentialSampler):
+        return [root_row(loader.dataset, row) for row in loader.sampler]
+    return None
 
 
 def root_of(dataset: Any) -> Any:

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Subset, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
-from lightning_rkd.callbacks.retrieval import RetrievalEvaluation, _rows_in_order
-from lightning_rkd.data.indices import IndexedBatch, with_indices
+from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
+from lightning_rkd.data.indices import IndexedBatch, _rows_in_order, with_indices
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.taps import CaptureError, LayerNotFoundError, Tap
