@@ -1,9 +1,9 @@
 """Kills and damage while a teacher is cached: the cache's part of ``docs/faults.md``.
 
 Run ``python benchmarks/faults_cache.py``; it puts the section *The cache of a teacher* at the end of that page. A kill
-is SIGTERM or SIGKILL, by turns, to the real command at a moment drawn from its whole life; then the command is given
-again, and every file is compared, bit for bit, with those of an unbroken run. A process that has not ended after ten
-minutes counts as hanging.
+is SIGTERM or SIGKILL, by turns, to the real command while it writes (four of six) or at any moment; then the command is
+given again, and every file is compared, bit for bit, with those of an unbroken run. A process that has not ended after
+ten minutes counts as hanging.
 """
 
 from __future__ import annotations
@@ -74,7 +74,12 @@ def kills(count: int, rng: random.Random) -> list[str]:
     for number in range(count):
         folder, sent = f"killed{number}", (signal.SIGKILL, signal.SIGTERM)[number % 2]
         pid = forked(folder)
-        time.sleep(rng.uniform(0.3 * life, 1.05 * life))
+        if number % 6 < 4:  # while it writes: when some file has appeared
+            awaited, deadline = Path(folder, shard_name(rng.randrange(len(whole) - 2))), time.monotonic() + LIMIT
+            while not awaited.exists() and time.monotonic() < deadline:
+                time.sleep(0.0005)
+        else:
+            time.sleep(rng.uniform(0, life))
         os.kill(pid, sent)
         code = end_of(pid)
         there = len(contents(folder)) if Path(folder).exists() else 0
@@ -90,7 +95,7 @@ def damage(count: int, rng: random.Random) -> list[str]:
     plain = rows_of(everything)
     rows = []
     for file in (shard_name(3), MANIFEST):
-        path, seen = Path("whole", file), {"refused": 0, "SILENT": 0}
+        path = Path("whole", file)
         good = path.read_bytes()
         for kind in ("one bit flipped", "cut short"):
             seen = {"refused": 0, "harmless": 0, "silent": 0}
@@ -156,8 +161,8 @@ def main() -> None:
         TITLE,
         "",
         f"`python benchmarks/faults_cache.py --seed {args.seed}`, {datetime.date.today()}, "
-        f"{(time.monotonic() - begun) / 60:.0f} minutes. `lightning-rkd cache` is killed at a random moment and given "
-        "again; *kept* are the files that were whole by then.",
+        f"{(time.monotonic() - begun) / 60:.0f} minutes. `lightning-rkd cache` is killed while it writes or at any "
+        "moment, and given again; *kept* are the files that were whole by then.",
         "",
         "| kill | signal | exit | kept | outcome |",
         "| --- | --- | --- | --- | --- |",

@@ -149,7 +149,8 @@ def test_killed_and_given_again_it_leaves_the_same_files(sent: signal.Signals) -
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_files_of_one() -> None:
+def test_two_processes_write_the_files_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     Path("command.py").write_text("import sys; from lightning_rkd.cli import main; sys.exit(main())")
     assert cli.main(cache(out="one")) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
