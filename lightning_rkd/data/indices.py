@@ -27,7 +27,7 @@ class _Movable(Protocol):
     def to(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-@dataclass(slots=True)
+@dataclass(init=False)
 class IndexedBatch:
     """What a loader yielded, and the rows of the root data set it came from.
 
@@ -41,8 +41,10 @@ class IndexedBatch:
 
     batch: Any
     indices: Tensor
-    epoch: int = 0
-    host_indices: Tensor | None = None
+
+    def __init__(self, batch: Any, indices: Tensor, epoch: int = 0, host_indices: Tensor | None = None) -> None:
+        self.batch, self.indices = batch, indices
+        self.epoch, self.host_indices = epoch, host_indices  # no fields: Lightning takes the size of a batch from those
 
     def to(self, *args: Any, **kwargs: Any) -> IndexedBatch:
         """Move everything inside that can be moved, as ``Tensor.to`` would a tensor; indices keep their type.
@@ -57,17 +59,6 @@ class IndexedBatch:
         indices = self.indices.to(device, non_blocking=kwargs.get("non_blocking", False))
         host = self.indices if self.host_indices is None and self.indices.device.type == "cpu" else self.host_indices
         return IndexedBatch(batch, indices, self.epoch, host)
-
-    def __iter__(self) -> Any:
-        """Refuse to be taken for the batch.
-
-        Raises:
-            TypeError: Always.
-        """
-        raise TypeError(
-            "this loader numbers its samples, and here its batch arrives as an IndexedBatch(batch, indices): take "
-            ".batch. Steps that are attached to get the batch itself; other hooks and callbacks do not"
-        )
 
     def pin_memory(self) -> IndexedBatch:
         """Copy every tensor to page-locked memory; a :class:`~torch.utils.data.DataLoader` calls this."""

@@ -190,12 +190,12 @@ def evaluated(rank: int | None, how: str) -> Any:
     """Metrics of 41 rows, which two devices can only share by counting one twice."""
     torch.manual_seed(0)
     data = Subset(TensorDataset(torch.randn(60, toys.WIDTH), torch.arange(60) % 4), range(10, 51))
-    sampler = SubsetRandomSampler(range(41)) if how == "random" else None
+    sampler = SubsetRandomSampler(range(41)) if "random" in how else None
     loader: DataLoader[Any] = DataLoader(data, batch_size=8, sampler=sampler)
     loader = with_indices(loader) if how in ("with_indices", "module") else loader
     module: pl.LightningModule = Evaluated()
     callbacks: list[pl.Callback] = [RetrievalEvaluation("backbone")]
-    if how == "module":
+    if how.startswith("module"):
         torch.manual_seed(0)
         metrics = {"retrieval": EmbeddingRetrieval(), "agreement": RelationalAgreement(k=3)}
         module, callbacks = DistillationModule(toys.Backbone(), toys.teacher(), RKD(), metrics=metrics), []
@@ -208,7 +208,7 @@ def evaluated(rank: int | None, how: str) -> Any:
         return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
 
 
-@pytest.mark.parametrize("how", ["sampler", "with_indices", "module"])
+@pytest.mark.parametrize("how", ["sampler", "with_indices", "module", "module, sampler"])
 def test_rows_that_a_sampler_repeats_count_once(ranks: Ranks, how: str) -> None:
     first, second = ranks.run(evaluated, how)
     assert first == second
@@ -217,8 +217,9 @@ def test_rows_that_a_sampler_repeats_count_once(ranks: Ranks, how: str) -> None:
     assert 0 < expected["val/recall_at_1"] < 1
 
 
-def test_a_sampler_of_which_the_order_cannot_be_known_is_refused(ranks: Ranks) -> None:
-    for answer in ranks.run(evaluated, "random"):
+@pytest.mark.parametrize("how", ["random", "module, random"])
+def test_a_sampler_of_which_the_order_cannot_be_known_is_refused(ranks: Ranks, how: str) -> None:
+    for answer in ranks.run(evaluated, how):
         assert "wrap it, with_indices(loader), or name the entry" in str(answer)
 
 

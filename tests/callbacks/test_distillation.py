@@ -63,7 +63,8 @@ def interrupts() -> Iterator[None]:
 def test_nothing_is_left_behind(kind: Any, error: Any, callbacks: int) -> None:
     module, teacher = kind(), toys.teacher(dropout=0.5, norm=True).train()
     before = toys.snapshot(teacher)
-    both = [attached(teacher=teacher, student_layer=layer) for layer in ("backbone", "backbone.last")[:callbacks]]
+    layers = ("backbone", "backbone.last")[:callbacks]
+    both = [attached({f"at_{n}": RKD()}, teacher=teacher, student_layer=layer) for n, layer in enumerate(layers)]
     if error is None:
         toys.fit(module, *both, precision="bf16-true")
     else:
@@ -259,6 +260,78 @@ def test_views_are_numbered_and_labels_and_indices_repeated() -> None:
     assert loss.given["view"].tolist() == [0] * 8 + [1] * 8
     assert loss.given["indices"].tolist() == [*range(32, 40)] * 2
     assert loss.given["labels"].shape == (16,)
+
+
+@pytest.mark.parametrize("sizes", [(8, 4), (4, 4)])
+def test_calls_that_are_no_views_of_the_batch_are_refused_where_rows_have_names(sizes: tuple[int, int]) -> None:
+    class Parts(toys.Student):
+        def loss(self, x: Tensor, y: Tensor) -> Tensor:
+            return sum(self.head(self.backbone(x[-size:])).sum() for size in sizes)  # type: ignore[return-value]
+
+    toys.fit(Parts(), attached(input_layer="backbone"))
+    with pytest.raises(CaptureError, match=rf"ran on {sizes[0]}, {sizes[1]} rows in one step, which are no 2 views"):
+        toys.fit(Parts(), attached(toys.Asking(), input_layer="backbone"), batches=with_indices(toys.loader()))
+
+
+def test_with_an_input_layer_the_batch_need_not_be_understood() -> None:
+    class Named(toys.Student):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.loss(*batch["pair"])
+
+    batches = [{"pair": batch, "more": 1} for batch in toys.loader()]
+    toys.fit(Named(), attached(input_layer="backbone"), batches=batches)
+    with pytest.raises(TypeError, match="say which is the input"):
+        toys.fit(Named(), attached(), batches=batches)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_training_step_called_in_validation_is_only_that(grad: bool) -> None:
+    class Validated(toys.Student):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            with torch.set_grad_enabled(grad):
+                self.log("val/loss", self.training_step(batch, batch_idx))
+
+    losses = []
+    for callbacks in ([], [attached()]):
+        trainer = toys.trainer(callbacks=callbacks, inference_mode=False, num_sanity_val_steps=1)
+        module = Validated()
+        trainer.validate(module, toys.loader(), verbose=False)
+        losses.append(float(trainer.callback_metrics["val/loss"]))
+        trainer.fit(module, toys.loader(), toys.loader())
+    assert losses[0] == losses[1]
+    assert "distill/rkd" in trainer.callback_metrics
+    before = float(trainer.callback_metrics["val/loss"])
+    trainer.validate(module, toys.loader(), verbose=False)
+    assert float(trainer.callback_metrics["val/loss"]) == before
+
+
+def test_layers_that_configure_model_makes_can_be_tapped() -> None:
+    class Late(toys.Student):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.backbone
+
+        def configure_model(self) -> None:
+            if not hasattr(self, "backbone"):
+                self.backbone = toys.Backbone()
+
+    assert "distill/rkd" in toys.fit(Late(), attached()).callback_metrics
+    with pytest.raises(LayerNotFoundError, match="bakcbone"):
+        toys.fit(Late(), attached(student_layer="bakcbone"))
+
+
+def test_two_callbacks_that_would_log_the_same_name_are_refused() -> None:
+    pair = [attached(), attached(student_layer="backbone.last")]
+    with pytest.raises(ValueError, match=r"two RelationalDistillation callbacks would log distill/rkd: .*'rkd_2'"):
+        toys.fit(toys.Student(), *pair)
+
+
+def test_torchscript_is_refused_by_name() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.trace(toys.teacher().eval(), torch.randn(2, toys.WIDTH))
+    with pytest.raises(CaptureError, match=r"the teacher is TorchScript, .* wrap it in an nn.Module"):
+        toys.fit(toys.Student(), attached(teacher=scripted))
 
 
 def test_terms_are_logged_under_their_names() -> None:

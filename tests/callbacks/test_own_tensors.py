@@ -123,7 +123,9 @@ def test_a_loss_made_for_other_widths_says_so() -> None:
 
 def test_two_callbacks_with_tensors_of_their_own_live_side_by_side() -> None:
     first, second = toys.Projected(5, 7), toys.Projected(8, 10)
-    inside = RelationalDistillation(toys.teacher(), second, student_layer="backbone.drop", teacher_layer="drop")
+    inside = RelationalDistillation(
+        toys.teacher(), {"inside": second}, student_layer="backbone.drop", teacher_layer="drop"
+    )
     both = [attached(first), inside]
     toys.fit(toys.Student(), *both)
     assert toys.gap(first, toys.Projected(5, 7)) > 1e-3
