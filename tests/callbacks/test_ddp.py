@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,6 +26,7 @@ from lightning_rkd.metrics.agreement import RelationalAgreement
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.module import DistillationModule
 from lightning_rkd.relations import angles as angles_module
+from lightning_rkd.teachers import CachedTeacher
 from tests import toys
 from tests.ranks import Ranks
 
@@ -90,6 +92,50 @@ def test_each_of_two_devices_does_half_of_the_cubic_work(ranks: Ranks) -> None:
     alone, expected = angles(None)
     assert first == second == alone / 2 == toys.STEPS * 16**3 / 2
     assert largest(learnt, expected) <= 1e-6
+
+
+# A teacher from a cache
+
+
+def from_cache(rank: int | None, face: str, folder: str) -> dict[str, Tensor]:
+    """What is learnt from what a teacher showed once; both ranks would write the cache, were it not there."""
+    teacher = CachedTeacher(folder, teacher=toys.teacher())
+    with devices(rank) as where:
+        if face == "callback":
+            module: pl.LightningModule = toys.Student()
+            callbacks: list[pl.Callback] = [RelationalDistillation(teacher, RKD(), student_layer="backbone")]
+        else:
+            torch.manual_seed(0)
+            module, callbacks = DistillationModule(toys.Backbone(), teacher, RKD(), optimizer=toys.sgd), []
+        toys.fit(module, *callbacks, batches=numbered(rank), **where)
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def numbered(rank: int | None) -> DataLoader[Any]:
+    """The batches, of a data set that all ranks share."""
+    data = toys.Rows(16 * toys.STEPS)
+    start, stop = (0, 16) if rank is None else ((0, 8), (8, 16))[rank]
+    order = [list(range(16 * n + start, 16 * n + stop)) for n in range(toys.STEPS)]
+    return DataLoader(TensorDataset(data.x, data.y), batch_sampler=order)
+
+
+@pytest.mark.parametrize("face", ["callback", "module"])
+def test_two_devices_learn_from_a_cache_what_one_learns_from_the_live_teacher(
+    ranks: Ranks, face: str, tmp_path: Path
+) -> None:
+    first, second = ranks.run(from_cache, face, str(tmp_path / "cache"))
+    assert largest(first, second) == 0
+    again, _ = ranks.run(from_cache, face, str(tmp_path / "cache"))
+    assert largest(first, again) == 0
+    with devices(None):
+        live: pl.LightningModule
+        if face == "callback":
+            live, callbacks = toys.Student(), [RelationalDistillation(toys.teacher(), RKD(), student_layer="backbone")]
+        else:
+            torch.manual_seed(0)
+            live, callbacks = DistillationModule(toys.Backbone(), toys.teacher(), RKD(), optimizer=toys.sgd), []
+        toys.fit(live, *callbacks, batches=numbered(None))
+    assert largest(first, dict(live.state_dict())) <= 1e-6
 
 
 # Batches of few classes
