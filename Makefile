@@ -7,7 +7,7 @@ ARGS ?=
 SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint notebooks benchmarks clean
+.PHONY: help install demo test test-quick lint notebooks benchmarks speed clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -37,6 +37,9 @@ notebooks: $(STAMP) ## run every notebook from top to bottom
 
 benchmarks: $(STAMP) ## run every script in benchmarks/, one after the other
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+speed: $(STAMP) ## make the tables on speed anew, docs/speed (some 20 minutes on an idle machine)
+	@$(BIN)/python benchmarks/speed.py --out docs/speed $(ARGS)
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """What a cached teacher costs: an epoch with it, with the live teacher, and with no teacher at all.
 
-Run ``python benchmarks/cached_teacher.py --out docs/cached_teacher_speed.md``. ResNet-18 learns from ResNet-50 on
+Run ``python benchmarks/cached_teacher.py``. ResNet-18 learns from ResNet-50 on
 random images; the epochs are timed in turns, and ratios are those of the medians. *No teacher* is the student with its
 task loss alone, so the relational loss is part of the difference: *read* is the time of the cached rows by themselves.
 """
@@ -8,9 +8,7 @@ task loss alone, so the relational loss is part of the difference: *read* is the
 from __future__ import annotations
 
 import argparse
-import datetime
 import logging
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torchvision
+from _report import Report
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -104,30 +103,22 @@ def main() -> None:
             cached.lessons(Batch(None, indices=drawn))
             reads.append(time.perf_counter() - begun)
     median = {name: statistics.median(values) / (args.batches - 1) for name, values in seconds.items()}
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, CPU"
-    lines = [
-        "# What a cached teacher costs",
-        "",
-        f"`python benchmarks/cached_teacher.py`: ResNet-18 from ResNet-50, {args.side} px, batches of {args.batch}, "
-        f"{args.batches - 1} steps an epoch, median of {args.repeats} epochs timed in turns; {where}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, seed 0, {datetime.date.today()}.",
-        "",
-        "| epoch | ms a step | lowest, highest | to no teacher |",
-        "|---|---|---|---|",
-    ]
+    report = Report("An epoch with a cached teacher", __doc__, device.type, seed=0)
+    report.say(
+        f"{args.side} x {args.side} pixels, batches of {args.batch}, {args.batches - 1} timed steps an epoch, "
+        f"{args.repeats} epochs each."
+    )
+    rows_of = []
     for name, values in seconds.items():
         low, high = (1000 * v / (args.batches - 1) for v in (min(values), max(values)))
         ratio = median[name] / median["no teacher"]
-        lines.append(f"| {name} | {1000 * median[name]:.1f} | {low:.1f}, {high:.1f} | {ratio:.3f} |")
-    lines += [
-        "",
+        rows_of.append([name, f"{1000 * median[name]:.1f}", f"{low:.1f} to {high:.1f}", f"{ratio:.3f}"])
+    report.table(["epoch", "ms a step", "from to", "of no teacher's"], rows_of)
+    report.say(
         f"Reading the {args.batch} rows of a batch takes {1000 * statistics.median(reads):.3f} ms of that; writing the "
-        f"cache took {1000 * writing / args.batches:.0f} ms a batch, once.",
-    ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+        f"cache took {1000 * writing / args.batches:.0f} ms a batch, once."
+    )
+    report.write(args.out)
 
 
 if __name__ == "__main__":
