@@ -246,6 +246,13 @@ CELLS = [
         others=(partial(StochasticWeightAveraging, 0.05, swa_epoch_start=1),),
         settings=THREE_EPOCHS,
     ),
+    cell(
+        "stochastic weight averaging, a loss with parameters",
+        users.WithTensors,
+        partial(toys.Projected, 5, 7),
+        others=(partial(StochasticWeightAveraging, 0.05, swa_epoch_start=1),),
+        settings=THREE_EPOCHS,
+    ),
     cell("averaged weights", others=(WeightAveraging,)),
     cell("exponentially averaged weights", others=(partial(EMAWeightAveraging, decay=0.5),)),
     cell(
