@@ -11,11 +11,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.data.indices import with_indices
 from lightning_rkd.losses.base import RelationalLoss
+from lightning_rkd.losses.rkd import RKD
+from lightning_rkd.taps import Tap
 from tests import toys
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,6 +42,67 @@ def test_parameters_that_no_optimizer_holds_join_the_first_group_and_schedulers_
     assert {id(p) for p in loss.parameters()} <= {id(p) for p in group["params"]}
     assert toys.gap(loss, toys.Projected(5, 7)) > 1e-3
     assert "42 parameters of the distillation losses join the first parameter group of SGD" in caplog.text
+
+
+class Split(toys.Manual):
+    """Backbone and head have an optimizer each; ``own`` says which of them takes the parameters of losses."""
+
+    def __init__(self, own: int | None = None) -> None:
+        super().__init__()
+        self.own = own
+
+    def configure_optimizers(self) -> Any:
+        parts = [list(self.head.parameters()), list(self.backbone.parameters())]
+        if self.own is not None:
+            parts[self.own] += [p for name, p in self.named_parameters() if name.startswith("_distillation_losses_0")]
+        return [toys.sgd(part) for part in parts]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = self.loss(*batch)
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.step()
+
+
+@pytest.mark.parametrize("layer", ["backbone", "backbone.last", "backbone.act", "backbone.drop"])
+def test_of_several_optimizers_the_one_that_trains_the_tapped_layer_takes_them(layer: str) -> None:
+    sizes = (5, 7) if layer in ("backbone", "backbone.last") else (8, 7)
+    loss = toys.Projected(*sizes)
+    ours = RelationalDistillation(toys.teacher(), loss, student_layer=Tap(layer, at="output"))
+    trainer = toys.fit(Split(), ours)
+    held = {id(p) for p in trainer.optimizers[1].param_groups[0]["params"]}
+    assert {id(p) for p in loss.parameters()} <= held
+
+
+BOTH = {"low": "backbone", "high": Tap("head", at="output")}
+
+
+def test_where_several_optimizers_train_what_is_tapped_they_must_be_given_by_hand() -> None:
+    def loss() -> Any:
+        return toys.Projected(5, 7).at("low") + RKD().at("high")
+
+    ours = {"student_layer": BOTH, "teacher_layer": {"low": "", "high": ""}}
+    cure = r"2 of the module's 2 optimizers .* layers \['backbone', 'head'\].* begin with '_distillation_losses_0' to"
+    with pytest.raises(ValueError, match=cure):
+        toys.fit(Split(), RelationalDistillation(toys.teacher(), loss(), **ours))
+    given = loss()
+    toys.fit(Split(own=1), RelationalDistillation(toys.teacher(), given, **ours))
+
+
+def test_where_no_optimizer_trains_what_is_tapped_they_must_be_given_by_hand() -> None:
+    class Parts(Split):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = torch.nn.Identity()
+
+        def loss(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(self.head(self.seen(self.backbone(x))), y)
+
+    ours = RelationalDistillation(toys.teacher(), toys.Projected(5, 7), student_layer="seen")
+    with pytest.raises(ValueError, match=r"none of the module's 2 optimizers train the tapped layers \['seen'\]"):
+        toys.fit(Parts(), ours)
 
 
 def test_nothing_of_the_loss_stays_in_the_module_or_its_checkpoint(tmp_path: Path) -> None:

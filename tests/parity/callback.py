@@ -323,6 +323,13 @@ CELLS = [
     cell("manual, two optimizers", users.Adversarial, manual_backward_index=0, limit=ALMOST),
     cell("manual, two optimizers, critic first", users.CriticFirst, manual_backward_index=1, limit=ALMOST),
     cell("manual, three optimizers", users.ThreeOptimizers, manual_backward_index=0, limit=ALMOST),
+    cell(
+        "manual, the critic's optimizer first, a loss with parameters",
+        users.CriticsOptimizerFirst,
+        partial(toys.Projected, 5, 7),
+        manual_backward_index=0,
+        limit=ALMOST,
+    ),
     cell("manual, fit twice", toys.Manual, train=twice, limit=ALMOST),
     cell("manual, a compiled module", toys.Manual, compiles=compiled("eager"), limit=ALMOST, slow=True),
 ]
