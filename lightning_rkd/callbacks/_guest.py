@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -46,12 +46,17 @@ class Guest(nn.ModuleDict):
 
 
 def _not_missing(guest: nn.Module, incompatible: Any) -> None:
-    """The host's checkpoint does not hold the guest, and need not."""
+    """The host's checkpoint does not hold the guest, and need not; but nor does anything hold averages of it."""
     assert isinstance(guest, Guest)
     inside = f"{guest._address}."
     absent = [key for key in incompatible.missing_keys if inside in key]
     for key in absent:
         incompatible.missing_keys.remove(key)
+    if any(key.startswith(f"module.{inside}") for key in absent):  # in an AveragedModel
+        rank_zero_warn(
+            "averages of the distillation losses' own parameters are in no checkpoint: they begin anew, while the "
+            "averages of the module go on. Where you need them after a resume, train with DistillationModule"
+        )
 
 
 def join_optimizer(guest: Guest, optimizers: list[Optimizer]) -> None:

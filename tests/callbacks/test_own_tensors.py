@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint, WeightAveraging
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -18,6 +19,7 @@ from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.data.indices import with_indices
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.rkd import RKD
+from lightning_rkd.module import DistillationModule
 from lightning_rkd.taps import Tap
 from tests import toys
 
@@ -199,6 +201,44 @@ def test_averages_of_weights_work_and_hold_nothing_of_the_loss(tmp_path: Path) -
     callbacks = [attached(toys.Projected(5, 7)), WeightAveraging()]
     toys.fit(toys.Student(), *callbacks).save_checkpoint(saved)
     assert not [key for key in torch.load(saved, weights_only=True)["state_dict"] if "distill" in key]
+
+
+def averaged_in_two_halves(make: Any, path: Path) -> tuple[float, float]:
+    """How far module and loss are from an uninterrupted run; ``make`` makes module, loss and callbacks."""
+    whole, whole_loss, callbacks = make()
+    toys.fit(whole, *callbacks, max_epochs=2)
+    half, _, callbacks = make()
+    keep = {"enable_checkpointing": True}  # during the fit: after it, the averages are the weights
+    toys.fit(half, *callbacks, ModelCheckpoint(path, save_last=True), **keep)
+    module, loss, callbacks = make()
+    trainer = toys.trainer(callbacks=[*callbacks, ModelCheckpoint(path)], max_epochs=2, **keep)
+    trainer.fit(module, toys.loader(), ckpt_path=path / "last.ckpt", weights_only=True)
+    return toys.gap(whole, module), toys.gap(whole_loss, loss)
+
+
+def test_averages_of_the_module_resume_and_those_of_the_loss_are_said_to_begin_anew(tmp_path: Path) -> None:
+    def make() -> Any:
+        loss = toys.Projected(5, 7)
+        return toys.Student(), loss, [attached(loss), EMAWeightAveraging(decay=0.9)]
+
+    with pytest.raises(UserWarning, match="losses' own parameters are in no checkpoint: they begin anew"):
+        averaged_in_two_halves(make, tmp_path / "a warning is an error here")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "averages of the distillation losses")
+        module, loss = averaged_in_two_halves(make, tmp_path)
+    assert module == 0.0
+    assert loss > 0, "should this be 0, the warning can go"
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning")
+def test_in_a_distillation_module_averages_of_the_loss_resume_too(tmp_path: Path) -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        loss = toys.Projected(5, 7)
+        module = DistillationModule(toys.Backbone(), toys.teacher(), loss, optimizer=toys.sgd)
+        return module, loss, [EMAWeightAveraging(decay=0.9)]
+
+    assert averaged_in_two_halves(make, tmp_path) == (0.0, 0.0)
 
 
 def test_a_layer_may_be_any_function_also_where_a_loss_is_saved() -> None:
