@@ -149,9 +149,9 @@ def run(args: Sequence[str], log: Path, moment: Moment | None = None) -> tuple[i
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two checkpoints are equal, bit for bit; paths, clocks and the scores' own record of them apart."""
+    """Whether two checkpoints or results are equal, bit for bit; paths, clocks and the record of their making apart."""
     if isinstance(a, dict) and isinstance(b, dict):
-        skip = {"callbacks", "study", "hyper_parameters", "datamodule_hyper_parameters"}
+        skip = {"callbacks", "study", "hyper_parameters", "datamodule_hyper_parameters", "seconds"}
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in skip)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
@@ -161,6 +161,17 @@ def same(a: Any, b: Any) -> bool:
 def weights_and_state(path: Path) -> Any:
     state = torch.load(path, weights_only=True)
     return {key: state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")}
+
+
+def untimed(path: Path) -> list[list[str]]:
+    """The rows of a table, in CSV or among the lines of a page, without the columns that hold seconds."""
+    text = path.read_text(encoding="utf-8")
+    rows = list(csv.reader(text.splitlines())) if path.suffix == ".csv" else [s.split("|") for s in text.splitlines()]
+    timed: set[int] = set()
+    for row in rows:
+        if found := {at for at, cell in enumerate(row) if cell.strip() in ("seconds", "seconds_spread")}:
+            timed = found
+    return [[cell for at, cell in enumerate(row) if at not in timed or len(row) <= max(timed)] for row in rows]
 
 
 def differences(whole: Path, resumed: Path) -> list[str]:
@@ -173,11 +184,12 @@ def differences(whole: Path, resumed: Path) -> list[str]:
             equal = False
         elif name.suffix == ".ckpt":
             equal = same(*map(weights_and_state, pair))
-        elif name.name == "runs.csv":
-            rows = [[row[:-1] for row in csv.reader(p.read_text().splitlines())] for p in pair]
-            equal = rows[0] == rows[1]
-        else:  # tables hold times, configurations name their folder
-            equal = name.suffix in (".yaml", ".md", ".csv", ".pt") or pair[0].read_bytes() == pair[1].read_bytes()
+        elif name.suffix == ".pt":
+            equal = same(*(torch.load(path, weights_only=True) for path in pair))
+        elif name.suffix in (".csv", ".md"):
+            equal = untimed(pair[0]) == untimed(pair[1])
+        else:  # configurations name their folder
+            equal = name.suffix == ".yaml" or pair[0].read_bytes() == pair[1].read_bytes()
         found += [] if equal else [str(name)]
     return found
 

@@ -59,16 +59,28 @@ def refuse_lbfgs(optimizers: Iterable[torch.optim.Optimizer], banks: Sequence[st
 
 
 def refuse_averages(callbacks: Iterable[Any], cure: str) -> None:
-    """Weights are averaged tensor by tensor, in order: what joins the module after it was copied shifts them.
+    """Weights are averaged tensor by tensor, in order: what joins the module after it was copied is left out, or shifts
+    the others.
 
     Raises:
         ValueError: One of the callbacks has copied the module for its averages already.
     """
     for callback in callbacks:
-        if any(isinstance(value, AveragedModel) for value in vars(callback).values()):
+        if any(isinstance(value, AveragedModel) or _is_copy(value) for value in vars(callback).values()):
             raise ValueError(
                 f"{type(callback).__name__} copied the module before all its losses' tensors were in it: {cure}"
             )
+
+
+def _is_copy(value: Any) -> bool:
+    """Lightning notes in its module which hook is running: a copy made in a hook keeps the note, but not the trainer.
+
+    So the module that trains is told from its copies, and these from a network that a callback was given.
+    """
+    if not isinstance(value, nn.Module):
+        return False
+    notes = vars(value)
+    return notes.get("_current_fx_name") is not None and notes.get("_trainer") is None
 
 
 def refuse_unsynchronised(losses: Mapping[str, Term], strategy: Any, gather: bool) -> None:

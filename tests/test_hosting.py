@@ -64,6 +64,21 @@ def test_averages_that_copied_a_module_before_its_losses_knew_their_sizes_are_re
     toys.fit(module(toys.Projected(5, 7)), WeightAveraging())
 
 
+class Holds(pl.Callback):
+    """Has a network of its own, which Lightning has trained before or not."""
+
+    def __init__(self, network: pl.LightningModule) -> None:
+        self.network = network
+
+
+def test_a_callback_that_holds_another_network_has_copied_nothing() -> None:
+    trained, loss = toys.Student(), toys.Projected(5, 7)
+    toys.fit(trained)
+    ours = RelationalDistillation(toys.teacher(), loss, student_layer="backbone")
+    toys.fit(toys.Student(), Holds(trained), Holds(toys.Student()), ours)
+    assert toys.gap(loss, toys.Projected(5, 7)) > 1e-3
+
+
 # Sharded modules, over two processes
 
 

@@ -267,7 +267,8 @@ class _Bar(pl.Callback):
 def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"the output folder {str(out)!r} is a file; choose another one with --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / MADE_BY).is_file():
+    begun = {MADE_BY, f".{MADE_BY}.part"}  # the latter alone, should the first write have been killed
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in begun):
         raise FileExistsError(f"{str(out)!r} holds something that no demo made; choose another folder with --out")
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.files import check_file
+from lightning_rkd.files import check_file, check_sum
+
+_CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of smaller ones torch cannot tell
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -19,10 +21,14 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
     A prefix common to the network's keys (``student.`` in a checkpoint of ``DistillationModule``, ``model.`` in many
     others) is found and taken off.
 
+    Files of ``torch.save`` carry checksums, which are verified. Safetensors files carry none: a flipped bit is found
+    only where the SHA-256 lies beside the file, ``sha256sum net.safetensors > net.safetensors.sha256``. So may that of
+    any other file.
+
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is damaged, its keys or shapes do not fit the network, or it is the folder of a sharded
-            checkpoint.
+        ValueError: The file is damaged, a weight is NaN or infinite, keys or shapes do not fit the network, or it is
+            the folder of a sharded checkpoint.
 
     Example:
         >>> import tempfile
@@ -42,6 +48,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(
             f"the weights file {str(path)!r} does not exist; train the network first, or correct it"
         )
+    verified = check_sum(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -51,7 +58,8 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
         except SafetensorError as error:
             raise ValueError(f"the weights file {str(path)!r} is damaged or cut short ({error})") from error
     else:
-        check_file(path)
+        if not verified:
+            check_file(path)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged pickle makes of itself
@@ -66,6 +74,10 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
     fitting = sorted(p for p, misfit in misfits.items() if not misfit)
     for prefix in ("student.", "", *fitting):
         if prefix in fitting and (prefix in ("student.", "") or len(fitting) == 1):
+            for name, _ in network.named_parameters():
+                weight = state[prefix + name]
+                if weight.dtype in _CHECKED and not weight.isfinite().all():
+                    raise ValueError(f"{str(path)!r} holds NaN or infinity in {prefix + name!r}; use an earlier one")
             network.load_state_dict({k: state[prefix + k] for k in wanted})
             return
     if fitting:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint, WeightAveraging
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.data.indices import with_indices
 from lightning_rkd.losses.base import RelationalLoss
+from lightning_rkd.losses.rkd import RKD
+from lightning_rkd.module import DistillationModule
+from lightning_rkd.taps import Tap
 from tests import toys
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,6 +44,67 @@ def test_parameters_that_no_optimizer_holds_join_the_first_group_and_schedulers_
     assert {id(p) for p in loss.parameters()} <= {id(p) for p in group["params"]}
     assert toys.gap(loss, toys.Projected(5, 7)) > 1e-3
     assert "42 parameters of the distillation losses join the first parameter group of SGD" in caplog.text
+
+
+class Split(toys.Manual):
+    """Backbone and head have an optimizer each; ``own`` says which of them takes the parameters of losses."""
+
+    def __init__(self, own: int | None = None) -> None:
+        super().__init__()
+        self.own = own
+
+    def configure_optimizers(self) -> Any:
+        parts = [list(self.head.parameters()), list(self.backbone.parameters())]
+        if self.own is not None:
+            parts[self.own] += [p for name, p in self.named_parameters() if name.startswith("_distillation_losses_0")]
+        return [toys.sgd(part) for part in parts]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = self.loss(*batch)
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.step()
+
+
+@pytest.mark.parametrize("layer", ["backbone", "backbone.last", "backbone.act", "backbone.drop"])
+def test_of_several_optimizers_the_one_that_trains_the_tapped_layer_takes_them(layer: str) -> None:
+    sizes = (5, 7) if layer in ("backbone", "backbone.last") else (8, 7)
+    loss = toys.Projected(*sizes)
+    ours = RelationalDistillation(toys.teacher(), loss, student_layer=Tap(layer, at="output"))
+    trainer = toys.fit(Split(), ours)
+    held = {id(p) for p in trainer.optimizers[1].param_groups[0]["params"]}
+    assert {id(p) for p in loss.parameters()} <= held
+
+
+BOTH = {"low": "backbone", "high": Tap("head", at="output")}
+
+
+def test_where_several_optimizers_train_what_is_tapped_they_must_be_given_by_hand() -> None:
+    def loss() -> Any:
+        return toys.Projected(5, 7).at("low") + RKD().at("high")
+
+    ours = {"student_layer": BOTH, "teacher_layer": {"low": "", "high": ""}}
+    cure = r"2 of the module's 2 optimizers .* layers \['backbone', 'head'\].* begin with '_distillation_losses_0' to"
+    with pytest.raises(ValueError, match=cure):
+        toys.fit(Split(), RelationalDistillation(toys.teacher(), loss(), **ours))
+    given = loss()
+    toys.fit(Split(own=1), RelationalDistillation(toys.teacher(), given, **ours))
+
+
+def test_where_no_optimizer_trains_what_is_tapped_they_must_be_given_by_hand() -> None:
+    class Parts(Split):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = torch.nn.Identity()
+
+        def loss(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(self.head(self.seen(self.backbone(x))), y)
+
+    ours = RelationalDistillation(toys.teacher(), toys.Projected(5, 7), student_layer="seen")
+    with pytest.raises(ValueError, match=r"none of the module's 2 optimizers train the tapped layers \['seen'\]"):
+        toys.fit(Parts(), ours)
 
 
 def test_nothing_of_the_loss_stays_in_the_module_or_its_checkpoint(tmp_path: Path) -> None:
@@ -137,6 +203,44 @@ def test_averages_of_weights_work_and_hold_nothing_of_the_loss(tmp_path: Path) -
     callbacks = [attached(toys.Projected(5, 7)), WeightAveraging()]
     toys.fit(toys.Student(), *callbacks).save_checkpoint(saved)
     assert not [key for key in torch.load(saved, weights_only=True)["state_dict"] if "distill" in key]
+
+
+def averaged_in_two_halves(make: Any, path: Path) -> tuple[float, float]:
+    """How far module and loss are from an uninterrupted run; ``make`` makes module, loss and callbacks."""
+    whole, whole_loss, callbacks = make()
+    toys.fit(whole, *callbacks, max_epochs=2)
+    half, _, callbacks = make()
+    keep = {"enable_checkpointing": True}  # during the fit: after it, the averages are the weights
+    toys.fit(half, *callbacks, ModelCheckpoint(path, save_last=True), **keep)
+    module, loss, callbacks = make()
+    trainer = toys.trainer(callbacks=[*callbacks, ModelCheckpoint(path)], max_epochs=2, **keep)
+    trainer.fit(module, toys.loader(), ckpt_path=path / "last.ckpt", weights_only=True)
+    return toys.gap(whole, module), toys.gap(whole_loss, loss)
+
+
+def test_averages_of_the_module_resume_and_those_of_the_loss_are_said_to_begin_anew(tmp_path: Path) -> None:
+    def make() -> Any:
+        loss = toys.Projected(5, 7)
+        return toys.Student(), loss, [attached(loss), EMAWeightAveraging(decay=0.9)]
+
+    with pytest.raises(UserWarning, match="losses' own parameters are in no checkpoint: they begin anew"):
+        averaged_in_two_halves(make, tmp_path / "a warning is an error here")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "averages of the distillation losses")
+        module, loss = averaged_in_two_halves(make, tmp_path)
+    assert module == 0.0
+    assert loss > 0, "should this be 0, the warning can go"
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning")
+def test_in_a_distillation_module_averages_of_the_loss_resume_too(tmp_path: Path) -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        loss = toys.Projected(5, 7)
+        module = DistillationModule(toys.Backbone(), toys.teacher(), loss, optimizer=toys.sgd)
+        return module, loss, [EMAWeightAveraging(decay=0.9)]
+
+    assert averaged_in_two_halves(make, tmp_path) == (0.0, 0.0)
 
 
 def test_a_layer_may_be_any_function_also_where_a_loss_is_saved() -> None:

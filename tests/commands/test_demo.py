@@ -205,6 +205,15 @@ def test_output_that_cannot_be_written_is_refused_before_training(
     assert Path("mine/thesis.tex").exists()
 
 
+def test_a_demo_that_was_killed_in_its_first_write_begins_anew(tmp_path: Path) -> None:
+    """What SIGKILL leaves of a file that is not whole yet."""
+    (tmp_path / f".{demo.MADE_BY}.part").write_text("made_by: lightning-r")
+    demo._check_folder(tmp_path)
+    assert demo._begin(tmp_path, {"seeds": [0]}) is False
+    assert [path.name for path in tmp_path.iterdir()] == [demo.MADE_BY]
+    assert demo._begin(tmp_path, {"seeds": [0]}) is True
+
+
 def test_folders_that_cannot_be_used_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

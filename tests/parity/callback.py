@@ -246,6 +246,13 @@ CELLS = [
         others=(partial(StochasticWeightAveraging, 0.05, swa_epoch_start=1),),
         settings=THREE_EPOCHS,
     ),
+    cell(
+        "stochastic weight averaging, a loss with parameters",
+        users.WithTensors,
+        partial(toys.Projected, 5, 7),
+        others=(partial(StochasticWeightAveraging, 0.05, swa_epoch_start=1),),
+        settings=THREE_EPOCHS,
+    ),
     cell("averaged weights", others=(WeightAveraging,)),
     cell("exponentially averaged weights", others=(partial(EMAWeightAveraging, decay=0.5),)),
     cell(
@@ -316,6 +323,13 @@ CELLS = [
     cell("manual, two optimizers", users.Adversarial, manual_backward_index=0, limit=ALMOST),
     cell("manual, two optimizers, critic first", users.CriticFirst, manual_backward_index=1, limit=ALMOST),
     cell("manual, three optimizers", users.ThreeOptimizers, manual_backward_index=0, limit=ALMOST),
+    cell(
+        "manual, the critic's optimizer first, a loss with parameters",
+        users.CriticsOptimizerFirst,
+        partial(toys.Projected, 5, 7),
+        manual_backward_index=0,
+        limit=ALMOST,
+    ),
     cell("manual, fit twice", toys.Manual, train=twice, limit=ALMOST),
     cell("manual, a compiled module", toys.Manual, compiles=compiled("eager"), limit=ALMOST, slow=True),
 ]

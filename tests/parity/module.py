@@ -340,6 +340,12 @@ CELLS = [
         others=(partial(StochasticWeightAveraging, 0.05, swa_epoch_start=1),),
         settings=THREE_EPOCHS,
     ),
+    cell(
+        "stochastic weight averaging, a loss with parameters",
+        loss=partial(toys.Projected, 5, 7),
+        others=(partial(StochasticWeightAveraging, 0.05, swa_epoch_start=1),),
+        settings=THREE_EPOCHS,
+    ),
     cell("averaged weights", others=(WeightAveraging,)),
     cell("exponentially averaged weights", others=(partial(EMAWeightAveraging, decay=0.5),)),
     cell(

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
@@ -103,6 +103,7 @@ class NoBackward(toys.Manual):
         self.loss(*batch).backward()
 
 
+SWA = partial(StochasticWeightAveraging, 0.05)
 MEMORY: dict[str, Any] = {"loss": partial(toys.Remembers, 7, 40), "batches": indexed, "indices": 2}
 FROZEN = "the student layer shows a tensor without gradient: it is frozen"
 REENTRANT = "lies inside reentrant activation checkpointing (use_reentrant=False works)"
@@ -133,6 +134,13 @@ REFUSED = [
         "name the RelationalDistillation callback before it",
         loss=partial(toys.Projected, 5, 7),
         before=(WeightAveraging,),
+    ),
+    callback(
+        "stochastic weight averaging that came before a loss with tensors",
+        ValueError,
+        "name the RelationalDistillation callback before it",
+        loss=partial(toys.Projected, 5, 7),
+        before=(SWA,),
     ),
     callback(
         "compiled and run before it is attached",
@@ -190,6 +198,13 @@ REFUSED = [
         "tell the losses their sizes, Projected(student_dim=5, teacher_dim=7)",
         loss=toys.Projected,
         before=(WeightAveraging,),
+    ),
+    module(
+        "stochastic weight averaging, and a loss that must be told its sizes",
+        ValueError,
+        "tell the losses their sizes, Projected(student_dim=5, teacher_dim=7)",
+        loss=toys.Projected,
+        before=(SWA,),
     ),
     module(
         "compiled and run before it is attached",

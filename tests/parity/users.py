@@ -297,6 +297,22 @@ class ThreeOptimizers(Adversarial):
             optimizer.step()
 
 
+class CriticsOptimizerFirst(Adversarial):
+    """The critic's optimizer comes before that of the network, which has two groups; the loss may have parameters."""
+
+    def __init__(self, by_hand: ByHand | None = None) -> None:
+        super().__init__(by_hand)
+        self.own = None if by_hand is None else by_hand.loss
+
+    def configure_optimizers(self) -> Any:
+        embedding = [*self.backbone.parameters(), *([] if self.own is None else self.own.parameters())]
+        groups = [{"params": self.head.parameters(), "lr": 0.02}, {"params": embedding}]
+        return toys.sgd(self.critic.parameters()), toys.sgd(groups)
+
+    def optimizers(self, *args: Any, **kwargs: Any) -> Any:
+        return super().optimizers(*args, **kwargs)[::-1]  # type: ignore[index]
+
+
 # Changes to a module that has been made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,57 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"weights\.pt' is damaged in '.*'; use an earlier one"):
         load_weights(network, path)
+
+
+def legacy(path: Path, content: Any) -> Path:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+def with_sum(path: Path) -> Path:
+    """As ``sha256sum`` writes it."""
+    beside = path.with_name(f"{path.name}.sha256")
+    beside.write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n")
+    return path
+
+
+@pytest.mark.parametrize("form", ["plain", "safetensors", "legacy"])
+def test_a_flipped_bit_is_found_where_the_sum_of_the_file_lies_beside_it(form: str, tmp_path: Path) -> None:
+    network, other = nets.teacher(seed=1), nets.teacher(seed=2)
+    path = legacy(tmp_path / "weights.pt", network.state_dict()) if form == "legacy" else saved(tmp_path, form, network)
+    load_weights(other, with_sum(path))
+    assert nets.gap(other, network) == 0.0
+    content = bytearray(path.read_bytes())
+    content[content.index(network.first.weight.detach().numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights\.\w+' does not have the SHA-256 that '.*\.\w+\.sha256' gives"):
+        load_weights(other, path)
+    assert nets.gap(other, network) == 0.0, "nothing was loaded"
+
+
+def test_a_file_without_checksums_is_refused_and_saving_it_again_cures_it(tmp_path: Path) -> None:
+    network, other = nets.teacher(seed=1), nets.teacher(seed=2)
+    path = legacy(tmp_path / "weights.pt", network.state_dict())
+    with pytest.raises(ValueError, match=r"before torch 1\.6, .* save it again, torch\.save\(torch\.load\(") as refused:
+        load_weights(other, path)
+    exec(str(refused.value).split("save it again, ")[1])
+    load_weights(other, path)
+    assert nets.gap(other, network) == 0.0
+
+
+@pytest.mark.parametrize("form", ["plain", "checkpoint", "safetensors"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_refused_but_a_mask_may_be(form: str, value: float, tmp_path: Path) -> None:
+    network, other = nets.teacher(seed=1), nets.teacher(seed=2)
+    for net in (network, other):
+        net.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    load_weights(other, saved(tmp_path, form, network))
+    before = nets.snapshot(other)
+    with torch.no_grad():
+        network.last.bias[0] = value
+    with pytest.raises(ValueError, match=r"holds NaN or infinity in '[\w.]*last\.bias'"):
+        load_weights(other, saved(tmp_path, form, network))
+    assert nets.same(before, other)
 
 
 @pytest.mark.parametrize("form", ["plain", "safetensors"])
