@@ -27,7 +27,7 @@ def describe(dataset: Any) -> dict[str, str]:
     its rows, and ``"none"`` for all others.
 
     Example:
-        >>> from torch.utils.data import TensorDataset
+        >>> from torch.utils.data import Subset, TensorDataset
         >>> about = describe(Subset(TensorDataset(torch.arange(3)), [2]))
         >>> about["class"], about["length"], about["transform"]
         ('torch.utils.data.dataset.TensorDataset', '3', 'none')
