@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_rkd.losses import AICSD, HardDarkRank, NonFiniteError, RKDAngle, RKDDistance
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.records import Mix
+from lightning_rkd.relations import distances
 from tests.losses.test_contract import CLASSES, Sample, context, every_loss, fields, made, rows, side
 from tests.oracles.rkd import rkd_angle, rkd_distance
 from tests.wild import MISFITS, Wild, wild
@@ -223,13 +224,17 @@ def test_losses_that_know_no_length_of_a_row_know_none_at_any_magnitude(cls):
 
 
 @declares("translation")
-def test_losses_that_know_no_origin_know_none_far_away(cls):
-    sample = Sample(cls)
-    for one in (sample.student, sample.teacher):  # numbers that float32 still tells apart beside the offset
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("found", [distances.native, lambda name: None], ids=["kernel", "pytorch"])
+def test_losses_that_know_no_origin_know_none_far_away(cls, found, dtype, monkeypatch):
+    """At 1e6 and 1e8, where the squares of rows that were not centred would leave nothing of their differences."""
+    monkeypatch.setattr(distances, "native", found)
+    sample, offset = Sample(cls, dtype=dtype), 2.0 ** (20 if dtype == torch.float32 else 27)
+    for one in (sample.student, sample.teacher):  # numbers that the dtype still tells apart beside the offset
         one["embedding"] = [(x * 8).round() / 8 for x in one["embedding"]]
     plain, grads = sample.value_and_gradient()
     for one in (sample.student, sample.teacher):
-        one["embedding"] = [x.detach() + 2.0**20 for x in one["embedding"]]
+        one["embedding"] = [x.detach() + offset for x in one["embedding"]]
     value, far = sample.value_and_gradient()
     torch.testing.assert_close(value, plain, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(far, grads, rtol=1e-3, atol=1e-4 * norm(grads))

@@ -200,6 +200,7 @@ CELLS = [
     cell("two passes in a step", users.TwoViews, input_layer="backbone"),
     cell("the step takes a gradient itself", users.Penalty),
     cell("activation checkpointing, not reentrant", change=users.recomputes),
+    cell("activation checkpointing, reentrant, the layer around it", change=users.recomputes_reentrantly),
     cell(
         "activation checkpointing, the layer inside",
         change=users.recomputes,

@@ -299,6 +299,7 @@ CELLS = [
     cell("an in-place operation after the layer", WritesOver),
     cell("two passes in a step", TwoPasses, written=Views, input_layer="backbone"),
     cell("activation checkpointing, not reentrant", lambda: users.recomputes(Net())),
+    cell("activation checkpointing, reentrant, the layer around it", lambda: users.recomputes_reentrantly(Net())),
     # losses
     cell(
         "losses at two layers",
