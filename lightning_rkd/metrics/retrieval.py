@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_rkd.distributed import rank_and_size, row_counts, sum_over_ranks
 from lightning_rkd.metrics._nearest import Gallery, close_calls, full_precision
+from lightning_rkd.metrics._room import Room
 from lightning_rkd.metrics._rows import (
     RowMetric,
     agree,
@@ -54,13 +55,13 @@ class EmbeddingRetrieval(RowMetric):
     Calling the metric only updates it, and returns nothing. Under several processes each keeps its own rows; in
     ``compute()``, which all must enter, labels and indices are exchanged and blocks of the gallery pass by every
     process, so none ever holds all embeddings. A process without any update takes part. Values are the same for any
-    number of processes, any order and grouping of the updates (given indices) and any block size.
+    number of processes, any order and grouping of the updates (given indices) and any working memory.
 
     Args:
         k: The k, or several, of recall at k.
         distance: ``"euclidean"`` or ``"cosine"``.
-        block_size: Rows compared at a time: working memory grows with its square and does not depend on the number of
-            rows, beyond the rows themselves.
+        working_memory: Bytes for the blocks that are in work at a time (128 MiB), beyond the rows, their labels and
+            indices. More saves little time where a query has few relevant rows, and some where it has thousands.
         store_dtype: Precision in which rows are kept between updates, for example ``torch.float16`` to halve their
             memory; ``None`` keeps the precision in which they come.
 
@@ -96,7 +97,7 @@ class EmbeddingRetrieval(RowMetric):
         self,
         k: int | Sequence[int] = (1,),
         distance: Literal["euclidean", "cosine"] = "euclidean",
-        block_size: int = 1024,
+        working_memory: int = 128 * 2**20,
         store_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -105,11 +106,11 @@ class EmbeddingRetrieval(RowMetric):
             raise ValueError(f"k must be one or several different integers of at least 1, got {k!r}")
         if distance not in ("euclidean", "cosine"):
             raise ValueError(f'distance must be "euclidean" or "cosine", got {distance!r}')
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        if not isinstance(working_memory, int) or working_memory < 1:
+            raise ValueError(f"working_memory must be a whole number of bytes, at least 1, got {working_memory!r}")
         if store_dtype is not None and not store_dtype.is_floating_point:
             raise ValueError(f"store_dtype must be a floating dtype, got {store_dtype}")
-        self.distance, self.block_size, self.store_dtype = distance, block_size, store_dtype
+        self.distance, self.working_memory, self.store_dtype = distance, working_memory, store_dtype
         self.left_out = 0
 
     def update(
@@ -176,9 +177,8 @@ class EmbeddingRetrieval(RowMetric):
 
         rank, _ = rank_and_size(self.process_group)
         mine = slice(sum(held.counts[:rank]), sum(held.counts[: rank + 1]))
-        gallery = Gallery(
-            rows[in_gallery[mine]], places, self.distance == "cosine", self.block_size, self.process_group
-        )
+        room = Room(self.working_memory, rows.shape[1])
+        gallery = Gallery(rows[in_gallery[mine]], places, self.distance == "cosine", room, self.process_group)
         search = _Search(
             rows=rows,
             labels=labels[mine],
@@ -265,7 +265,7 @@ class _Search:
 
     def _tours(self, queries: Tensor) -> Iterator[Tensor]:
         """Queries in bunches whose neighbours fit into memory, equally many bunches on every rank."""
-        bunch = max(self.gallery.block, 4 * self.gallery.block**2 // (self.widest + self.rows.shape[1]))
+        bunch = self.gallery.room.queries(self.widest + _SLACK)
         longest = max(row_counts(len(queries), queries.device, self.gallery.group))
         return (queries[start : start + bunch] for start in range(0, longest, bunch))
 
