@@ -1,4 +1,4 @@
-"""Retrieval by embeddings: recall at k, MAP@R and R-precision, exact and in bounded memory."""
+"""Retrieval by embeddings: recall at k, MAP@R and R-precision, exact unless asked otherwise, in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.distributed import rank_and_size, row_counts, sum_over_ranks
+from lightning_rkd.metrics._faiss import Faiss
 from lightning_rkd.metrics._nearest import Gallery, close_calls, full_precision
 from lightning_rkd.metrics._room import Room
 from lightning_rkd.metrics._rows import (
@@ -64,6 +65,8 @@ class EmbeddingRetrieval(RowMetric):
             indices. More saves little time where a query has few relevant rows, and some where it has thousands.
         store_dtype: Precision in which rows are kept between updates, for example ``torch.float16`` to halve their
             memory; ``None`` keeps the precision in which they come.
+        engine: ``None`` is exact. :class:`Faiss`, for millions of rows, compares each query with some of them: the
+            values are those of the neighbours that it finds.
 
     Shapes:
         embeddings (N, D), labels (N,) integer, indices (N,) integer, is_query (N,) bool; results are float32 scalars.
@@ -99,6 +102,7 @@ class EmbeddingRetrieval(RowMetric):
         distance: Literal["euclidean", "cosine"] = "euclidean",
         working_memory: int = 128 * 2**20,
         store_dtype: torch.dtype | None = None,
+        engine: Faiss | None = None,
     ) -> None:
         super().__init__()
         self.k = (k,) if isinstance(k, int) else tuple(k)
@@ -110,7 +114,10 @@ class EmbeddingRetrieval(RowMetric):
             raise ValueError(f"working_memory must be a whole number of bytes, at least 1, got {working_memory!r}")
         if store_dtype is not None and not store_dtype.is_floating_point:
             raise ValueError(f"store_dtype must be a floating dtype, got {store_dtype}")
+        if engine is not None and not isinstance(engine, Faiss):
+            raise ValueError(f"engine must be None (exact) or Faiss(), got {engine!r}")
         self.distance, self.working_memory, self.store_dtype = distance, working_memory, store_dtype
+        self.engine = engine
         self.left_out = 0
 
     def update(
@@ -124,6 +131,8 @@ class EmbeddingRetrieval(RowMetric):
             indices: (N,) row of each sample in its data set.
             is_query: (N,) bool, marks the rows that ask; the others are the gallery.
         """
+        if self.engine:
+            self.engine.refuse_ranks(self.process_group)
         rows = checked_rows(embeddings, self.store_dtype, self.embeddings, "embeddings")
         columns = [checked_column(labels, len(rows), "labels")]
         same_as_before(indices is not None, self.indices, bool(self.labels), "indices")
@@ -149,6 +158,8 @@ class EmbeddingRetrieval(RowMetric):
 
     def _totals(self, device: torch.device) -> tuple[Tensor, int]:
         """Over all queries of all ranks: see :meth:`_Search.sums`; and what stands for 1 there."""
+        if self.engine:
+            self.engine.refuse_ranks(self.process_group)
         rows = self._joined("embeddings")
         held = agree((rows,), (bool(self.indices), bool(self.queries)), device, self.process_group)
         (rows,), (has_indices, has_queries) = held.rows, held.optional
@@ -190,7 +201,8 @@ class EmbeddingRetrieval(RowMetric):
             k=self.k,
             one=2 ** min(52, 62 - len(labels).bit_length()),
         )
-        totals = search.totals(torch.nonzero(found[mine])[:, 0])
+        queries = torch.nonzero(found[mine])[:, 0]
+        totals = search.approximate(self.engine, queries) if self.engine else search.totals(queries)
         return sum_over_ranks(totals, self.process_group), search.one
 
 
@@ -243,6 +255,13 @@ class _Search:
         for tour in self._tours(torch.cat(hopeless)):
             for query, scores, places in self._found(tour, self.widest, torch.float64, None):
                 total += self.sums(self._relevance(query, scores, places), self.relevant[query])
+        return total
+
+    def approximate(self, engine: Faiss, queries: Tensor) -> Tensor:
+        """:meth:`sums` of queries, with the neighbours that an engine finds."""
+        total = torch.zeros(len(self.k) + 3, dtype=torch.int64, device=queries.device)
+        for query, scores, places in engine.search(self.gallery, self.rows, self.position, queries, self.widest):
+            total += self.sums(self._relevance(query, scores, places), self.relevant[query])
         return total
 
     def sums(self, relevant: Tensor, count: Tensor) -> Tensor:
