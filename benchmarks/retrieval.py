@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-DIM, BLOCK, SEED = 128, 1024, 0
+DIM, BLOCK, SEED = 128, 1024, 0  # blocks of the bare product: those of the default working memory
 GROWTH = {"rows": (7_500, 15_000, 30_000), "width": (32, 128, 512)}
 
 
@@ -40,7 +40,7 @@ def data(n: int, per_class: int, width: int = DIM) -> tuple[Tensor, Tensor]:
 def ours(x: Tensor, y: Tensor) -> dict[str, float]:
     from lightning_rkd.metrics import EmbeddingRetrieval
 
-    metric = EmbeddingRetrieval(block_size=BLOCK)
+    metric = EmbeddingRetrieval()
     metric.update(x, y)
     return {name: float(value) for name, value in metric.compute().items()}
 
@@ -68,7 +68,7 @@ def million(x: Tensor, y: Tensor) -> dict[str, float]:
     """The first 1,000 rows ask, the others are the gallery."""
     from lightning_rkd.metrics import EmbeddingRetrieval
 
-    metric = EmbeddingRetrieval(block_size=BLOCK)
+    metric = EmbeddingRetrieval()
     metric.update(x, y, is_query=torch.arange(len(x)) < 1000)
     return {name: float(value) for name, value in metric.compute().items()}
 

@@ -6,11 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_rkd.metrics._faiss import Faiss as Faiss
     from lightning_rkd.metrics.agreement import RelationalAgreement as RelationalAgreement
     from lightning_rkd.metrics.retrieval import EmbeddingRetrieval as EmbeddingRetrieval
 
-_HOME = {"EmbeddingRetrieval": "retrieval", "RelationalAgreement": "agreement"}
-__all__ = ["EmbeddingRetrieval", "RelationalAgreement"]
+_HOME = {"EmbeddingRetrieval": "retrieval", "Faiss": "_faiss", "RelationalAgreement": "agreement"}
+__all__ = ["EmbeddingRetrieval", "Faiss", "RelationalAgreement"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_rkd.distributed import sum_over_ranks, travelling_blocks
 from lightning_rkd.kernels import native
+from lightning_rkd.metrics._room import Room
 from lightning_rkd.metrics._rows import points
 
 LAST = torch.iinfo(torch.int64).max
@@ -125,14 +126,14 @@ class Gallery:
         rows: Local rows in the precision they are stored in.
         places: Position of every gallery row (of all ranks, in rank order) in the order that decides ties.
         cosine: Whether to compare directions.
-        block: Rows per block, of queries and of the gallery.
+        room: For the blocks in which queries and gallery are compared.
         group: Process group.
     """
 
     rows: Tensor
     places: Tensor
     cosine: bool
-    block: int
+    room: Room
     group: Any = None
 
     def frame(self) -> tuple[Tensor, float]:
@@ -145,7 +146,7 @@ class Gallery:
     def _sums(self, origin: Tensor | float) -> tuple[Tensor, Tensor]:
         first = torch.zeros(self.rows.shape[1] + self.cosine, dtype=torch.float64, device=self.rows.device)
         second = first.new_zeros(())
-        for rows in torch.split(self.rows, self.block):
+        for rows in torch.split(self.rows, self.room.block):
             x = self.points(rows) - origin
             first += x.sum(dim=0)
             second += x.square().sum()
@@ -178,8 +179,8 @@ class Gallery:
         Returns:
             What consecutive blocks of queries found.
         """
-        columns = max(self.block, 4 * width)  # wide neighbourhoods: fewer, longer blocks, so that fewer merges
-        lines = max(1, self.block**2 // columns)
+        lines, columns = self.room.shape(width)
+        lines, columns = min(lines, max(1, len(queries))), min(columns, len(self.places))
         asking = [self._asking(rows, dtype, frame) for rows in torch.split(queries, lines)]
         itself = torch.split(own, lines)
         nearest = [Nearest(len(ask), width, dtype, queries.device) for ask in asking]
@@ -204,9 +205,9 @@ class Gallery:
         """
         positions = self.places.argsort()[places]
         found = torch.zeros(len(which), dtype=torch.float64, device=rows.device)
-        for start, (block,) in travelling_blocks((self.rows,), self.block, self.group):
+        for start, (block,) in travelling_blocks((self.rows,), self.room.block, self.group):
             (here,) = torch.nonzero((positions >= start) & (positions < start + len(block)), as_tuple=True)
-            for few in torch.split(here, max(1, self.block**2 // (8 * rows.shape[1]))) if len(here) else ():
+            for few in torch.split(here, max(1, self.room.entries // (8 * rows.shape[1]))) if len(here) else ():
                 ask = self.points(rows[which[few]], asking=True)
                 given = self.points(block[positions[few] - start])
                 found[few] = distances(ask[:, None], given[:, None])[:, 0, 0]

@@ -1,4 +1,4 @@
-"""Retrieval by embeddings: recall at k, MAP@R and R-precision, exact and in bounded memory."""
+"""Retrieval by embeddings: recall at k, MAP@R and R-precision, exact unless asked otherwise, in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.distributed import rank_and_size, row_counts, sum_over_ranks
+from lightning_rkd.metrics._faiss import Faiss
 from lightning_rkd.metrics._nearest import Gallery, close_calls, full_precision
+from lightning_rkd.metrics._room import Room
 from lightning_rkd.metrics._rows import (
     RowMetric,
     agree,
@@ -54,15 +56,17 @@ class EmbeddingRetrieval(RowMetric):
     Calling the metric only updates it, and returns nothing. Under several processes each keeps its own rows; in
     ``compute()``, which all must enter, labels and indices are exchanged and blocks of the gallery pass by every
     process, so none ever holds all embeddings. A process without any update takes part. Values are the same for any
-    number of processes, any order and grouping of the updates (given indices) and any block size.
+    number of processes, any order and grouping of the updates (given indices) and any working memory.
 
     Args:
         k: The k, or several, of recall at k.
         distance: ``"euclidean"`` or ``"cosine"``.
-        block_size: Rows compared at a time: working memory grows with its square and does not depend on the number of
-            rows, beyond the rows themselves.
+        working_memory: Bytes for the blocks that are in work at a time (128 MiB), beyond the rows, their labels and
+            indices. More saves little time where a query has few relevant rows, and some where it has thousands.
         store_dtype: Precision in which rows are kept between updates, for example ``torch.float16`` to halve their
             memory; ``None`` keeps the precision in which they come.
+        engine: ``None`` is exact. :class:`Faiss`, for millions of rows, compares each query with some of them: the
+            values are those of the neighbours that it finds.
 
     Shapes:
         embeddings (N, D), labels (N,) integer, indices (N,) integer, is_query (N,) bool; results are float32 scalars.
@@ -96,8 +100,9 @@ class EmbeddingRetrieval(RowMetric):
         self,
         k: int | Sequence[int] = (1,),
         distance: Literal["euclidean", "cosine"] = "euclidean",
-        block_size: int = 1024,
+        working_memory: int = 128 * 2**20,
         store_dtype: torch.dtype | None = None,
+        engine: Faiss | None = None,
     ) -> None:
         super().__init__()
         self.k = (k,) if isinstance(k, int) else tuple(k)
@@ -105,11 +110,14 @@ class EmbeddingRetrieval(RowMetric):
             raise ValueError(f"k must be one or several different integers of at least 1, got {k!r}")
         if distance not in ("euclidean", "cosine"):
             raise ValueError(f'distance must be "euclidean" or "cosine", got {distance!r}')
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        if not isinstance(working_memory, int) or working_memory < 1:
+            raise ValueError(f"working_memory must be a whole number of bytes, at least 1, got {working_memory!r}")
         if store_dtype is not None and not store_dtype.is_floating_point:
             raise ValueError(f"store_dtype must be a floating dtype, got {store_dtype}")
-        self.distance, self.block_size, self.store_dtype = distance, block_size, store_dtype
+        if engine is not None and not isinstance(engine, Faiss):
+            raise ValueError(f"engine must be None (exact) or Faiss(), got {engine!r}")
+        self.distance, self.working_memory, self.store_dtype = distance, working_memory, store_dtype
+        self.engine = engine
         self.left_out = 0
 
     def update(
@@ -123,6 +131,8 @@ class EmbeddingRetrieval(RowMetric):
             indices: (N,) row of each sample in its data set.
             is_query: (N,) bool, marks the rows that ask; the others are the gallery.
         """
+        if self.engine:
+            self.engine.refuse_ranks(self.process_group)
         rows = checked_rows(embeddings, self.store_dtype, self.embeddings, "embeddings")
         columns = [checked_column(labels, len(rows), "labels")]
         same_as_before(indices is not None, self.indices, bool(self.labels), "indices")
@@ -148,6 +158,8 @@ class EmbeddingRetrieval(RowMetric):
 
     def _totals(self, device: torch.device) -> tuple[Tensor, int]:
         """Over all queries of all ranks: see :meth:`_Search.sums`; and what stands for 1 there."""
+        if self.engine:
+            self.engine.refuse_ranks(self.process_group)
         rows = self._joined("embeddings")
         held = agree((rows,), (bool(self.indices), bool(self.queries)), device, self.process_group)
         (rows,), (has_indices, has_queries) = held.rows, held.optional
@@ -176,9 +188,8 @@ class EmbeddingRetrieval(RowMetric):
 
         rank, _ = rank_and_size(self.process_group)
         mine = slice(sum(held.counts[:rank]), sum(held.counts[: rank + 1]))
-        gallery = Gallery(
-            rows[in_gallery[mine]], places, self.distance == "cosine", self.block_size, self.process_group
-        )
+        room = Room(self.working_memory, rows.shape[1])
+        gallery = Gallery(rows[in_gallery[mine]], places, self.distance == "cosine", room, self.process_group)
         search = _Search(
             rows=rows,
             labels=labels[mine],
@@ -190,7 +201,8 @@ class EmbeddingRetrieval(RowMetric):
             k=self.k,
             one=2 ** min(52, 62 - len(labels).bit_length()),
         )
-        totals = search.totals(torch.nonzero(found[mine])[:, 0])
+        queries = torch.nonzero(found[mine])[:, 0]
+        totals = search.approximate(self.engine, queries) if self.engine else search.totals(queries)
         return sum_over_ranks(totals, self.process_group), search.one
 
 
@@ -245,6 +257,13 @@ class _Search:
                 total += self.sums(self._relevance(query, scores, places), self.relevant[query])
         return total
 
+    def approximate(self, engine: Faiss, queries: Tensor) -> Tensor:
+        """:meth:`sums` of queries, with the neighbours that an engine finds."""
+        total = torch.zeros(len(self.k) + 3, dtype=torch.int64, device=queries.device)
+        for query, scores, places in engine.search(self.gallery, self.rows, self.position, queries, self.widest):
+            total += self.sums(self._relevance(query, scores, places), self.relevant[query])
+        return total
+
     def sums(self, relevant: Tensor, count: Tensor) -> Tensor:
         """Sums over queries of ones, and in units of ``one``: of recall at each k, average precision, R-precision.
 
@@ -265,7 +284,7 @@ class _Search:
 
     def _tours(self, queries: Tensor) -> Iterator[Tensor]:
         """Queries in bunches whose neighbours fit into memory, equally many bunches on every rank."""
-        bunch = max(self.gallery.block, 4 * self.gallery.block**2 // (self.widest + self.rows.shape[1]))
+        bunch = self.gallery.room.queries(self.widest + _SLACK)
         longest = max(row_counts(len(queries), queries.device, self.gallery.group))
         return (queries[start : start + bunch] for start in range(0, longest, bunch))
 

@@ -25,11 +25,12 @@ def evaluated(metric: Any, *columns: Any) -> dict[str, float]:
     return {name: float(value) for name, value in metric.compute().items()}
 
 
-def check_retrieval(how: Wild, n: int, width: int, block: int) -> None:
+def check_retrieval(how: Wild, n: int, width: int, memory: int) -> None:
     x, labels = how.of(n, width), torch.arange(n) % 2
     rows = [[Fraction(v) for v in row] for row in x.double().tolist()]
     expected = retrieval(rows, labels.tolist(), k=(1, 2))
-    assert evaluated(EmbeddingRetrieval(k=(1, 2), block_size=block), x, labels) == pytest.approx(expected, abs=1e-6)
+    metric = EmbeddingRetrieval(k=(1, 2), working_memory=memory)
+    assert evaluated(metric, x, labels) == pytest.approx(expected, abs=1e-6)
 
 
 def check_cosine(how: Wild, n: int, width: int) -> None:
@@ -57,9 +58,9 @@ sizes = st.sampled_from((3, 4, 6, 12))
 
 
 @volume
-@given(how=wild(), n=sizes, width=st.integers(1, 4), block=st.sampled_from((1, 4, 64)))
-def test_retrieval_of_any_numbers_is_that_of_exact_arithmetic(how, n, width, block):
-    check_retrieval(how, n, width, block)
+@given(how=wild(), n=sizes, width=st.integers(1, 4), memory=st.sampled_from((1, 2_000, 2**19)))
+def test_retrieval_of_any_numbers_is_that_of_exact_arithmetic(how, n, width, memory):
+    check_retrieval(how, n, width, memory)
 
 
 @volume
@@ -76,9 +77,9 @@ def test_agreement_of_any_numbers_is_in_bounds_and_knows_no_scale(student, teach
 
 @pytest.mark.slow
 @settings(volume, max_examples=300)
-@given(student=wild(), teacher=wild(), n=sizes, width=st.integers(1, 4), block=st.sampled_from((1, 4, 64)))
-def test_so_are_many_more(student, teacher, n, width, block):
-    check_retrieval(student, n, width, block)
+@given(student=wild(), teacher=wild(), n=sizes, width=st.integers(1, 4), memory=st.sampled_from((1, 2_000, 2**19)))
+def test_so_are_many_more(student, teacher, n, width, memory):
+    check_retrieval(student, n, width, memory)
     check_cosine(student, n, width)
     check_agreement(student, teacher, n, (width, 3))
 

@@ -85,7 +85,7 @@ UNEVEN = {2: [list(range(390)), list(range(390, ROWS))], 4: [[5], [], list(range
 def test_totals_are_the_same_to_the_last_digit(
     ranks: Ranks, four: Ranks, metric: str, distance: str, shares: dict[int, Shares]
 ) -> None:
-    block = {} if metric == "agreement" else {"block_size": 50}
+    block = {} if metric == "agreement" else {"working_memory": 300_000}
     options = {"distance": distance}
     one = totals(0, metric, [list(range(ROWS))], options)
     assert len(set(one)) > 2
@@ -122,7 +122,9 @@ class Largest(TorchDispatchMode):
 def largest(rank: int, metric: str, shares: Shares) -> int:
     torch.set_num_threads(1)
     agreement._ENTRIES, agreement._BLOCK, agreement._TRIPLETS = 2**9, 16, 8
-    evaluation = updated(rank, metric, shares, {"triplets": 100} if metric == "agreement" else {"block_size": 16})
+    evaluation = updated(
+        rank, metric, shares, {"triplets": 100} if metric == "agreement" else {"working_memory": 30_000}
+    )
     if isinstance(evaluation, EmbeddingRetrieval):  # small classes: blocks are as wide as a few of them
         evaluation.labels = [part // 12 for part in evaluation.indices]
     try:

@@ -84,12 +84,12 @@ def test_equals_pytorch_metric_learning_with_query_and_gallery(distance: str) ->
     with_indices=st.booleans(),
     with_queries=st.booleans(),
     cosine=st.booleans(),
-    block=st.integers(1, 9),
+    memory=st.integers(1, 10_000),
     splits=st.lists(st.integers(0, 24), max_size=3),
     shuffle=st.randoms(use_true_random=False),
 )
-def test_equals_the_loop_with_ties_duplicates_and_lone_classes_in_any_order_and_block(
-    rows: Any, with_indices: bool, with_queries: bool, cosine: bool, block: int, splits: list[int], shuffle: Any
+def test_equals_the_loop_with_ties_duplicates_and_lone_classes_in_any_order_and_memory(
+    rows: Any, with_indices: bool, with_queries: bool, cosine: bool, memory: int, splits: list[int], shuffle: Any
 ) -> None:
     # one index is one sample: its row and label follow from the first that has it
     first = {(i, asks and with_queries): (x, y) for x, y, i, asks in reversed(rows)}
@@ -109,7 +109,7 @@ def test_equals_the_loop_with_ties_duplicates_and_lone_classes_in_any_order_and_
         shuffle.shuffle(rows)
         x, y, i, asks = (list(column) for column in zip(*rows, strict=True))
         options = {"indices": i, "is_query": asks if with_queries else None}
-    metric = EmbeddingRetrieval(k=(1, 3), distance="cosine" if cosine else "euclidean", block_size=block)
+    metric = EmbeddingRetrieval(k=(1, 3), distance="cosine" if cosine else "euclidean", working_memory=memory)
     columns = (torch.tensor(x).float(), torch.tensor(y), *_tensors(options))
     cuts = sorted({0, *(min(cut, len(x)) for cut in splits), len(x)})
     for start, stop in itertools.pairwise(cuts):
@@ -145,14 +145,14 @@ def test_ties_go_to_the_lower_index_and_without_indices_to_the_earlier_row() -> 
 def test_a_collapsed_network_is_scored_by_index_order() -> None:
     x, y = torch.full((40, 8), 0.1), torch.arange(40) % 4
     expected = retrieval(x.tolist(), y.tolist(), k=(1, 5))
-    for block in (3, 16, 64):
-        assert evaluate(x, y, block_size=block, k=(1, 5)) == pytest.approx(expected, abs=1e-6)
+    for memory in (1_000, 30_000, 500_000):
+        assert evaluate(x, y, working_memory=memory, k=(1, 5)) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("block", [7, 64, 1024])
-def test_binary_codes_full_of_ties_equal_the_loop(block: int) -> None:
+@pytest.mark.parametrize("memory", [6_000, 500_000, 2**27])
+def test_binary_codes_full_of_ties_equal_the_loop(memory: int) -> None:
     x, y = (torch.rand(120, 12) < 0.5).float() * 2 - 1, torch.randint(6, (120,))
-    assert evaluate(x, y, block_size=block) == pytest.approx(retrieval(x.tolist(), y.tolist()), abs=1e-6)
+    assert evaluate(x, y, working_memory=memory) == pytest.approx(retrieval(x.tolist(), y.tolist()), abs=1e-6)
 
 
 @pytest.mark.parametrize(("offset", "scale"), [(1000.0, 1.0), (0.0, 1e15), (0.0, 1e-30), (3.0, 1e-3)])
@@ -222,7 +222,7 @@ def test_reduced_matmul_precision_and_autocast_do_not_reach_the_search(word: str
 def test_many_neighbours_per_query_are_searched_in_several_tours() -> None:
     x, y = blobs(1500, 6, 3)
     whole = evaluate(x, y)
-    assert evaluate(x, y, block_size=64) == whole
+    assert evaluate(x, y, working_memory=500_000) == whole
     theirs = peer(CustomKNN(LpDistance(normalize_embeddings=False))).get_accuracy(x.double(), y)
     assert whole == pytest.approx(in_our_words(theirs), abs=1e-6)
 
@@ -251,8 +251,8 @@ def test_two_processes_with_a_padded_sampler_equal_one(ranks: Ranks, queries: bo
     columns = _columns(101)[: 4 if queries else 3]
     order = [*range(101), 0]  # what DistributedSampler makes of 101 samples on two ranks
     shares = [[[c[order[r::2]][a:b] for c in columns] for a, b in ((0, 20), (20, 51))] for r in range(2)]
-    for block in (8, 1024):
-        options = {"k": (1, 4), "distance": distance, "block_size": block}
+    for memory in (8_000, 2**27):
+        options = {"k": (1, 4), "distance": distance, "working_memory": memory}
         one = evaluate(*columns, **options)
         for result, rows in ranks.run(_on_rank, shares, options):
             assert result == one
@@ -264,13 +264,13 @@ def test_uneven_and_empty_ranks_equal_one(ranks: Ranks, cut: int) -> None:
     columns = _columns(101, torch.float16)[:3]
     shares = [[[c[part] for c in columns]] if len(columns[0][part]) else [] for part in (slice(cut), slice(cut, None))]
     one = evaluate(*columns, k=(1, 2))
-    assert [result for result, _ in ranks.run(_on_rank, shares, {"k": (1, 2), "block_size": 16})] == [one, one]
+    assert [result for result, _ in ranks.run(_on_rank, shares, {"k": (1, 2), "working_memory": 30_000})] == [one, one]
 
 
 def test_without_indices_two_processes_equal_one_that_sees_rank_0_first(ranks: Ranks) -> None:
     columns = _columns(60)[:2]
     shares = [[[c[:25] for c in columns]], [[c[25:] for c in columns]]]
-    assert [result for result, _ in ranks.run(_on_rank, shares, {"block_size": 10})] == [evaluate(*columns)] * 2
+    assert [result for result, _ in ranks.run(_on_rank, shares, {"working_memory": 10_000})] == [evaluate(*columns)] * 2
 
 
 def test_ranks_that_do_not_fit_are_told_on_every_rank(ranks: Ranks) -> None:
@@ -413,7 +413,7 @@ def test_no_query_with_a_relevant_row_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"k": 0}, {"k": ()}, {"k": (1, 1)}, {"distance": "manhattan"}, {"block_size": 0}, {"store_dtype": torch.int8}],
+    [{"k": 0}, {"k": ()}, {"k": (1, 1)}, {"distance": "manhattan"}, {"working_memory": 0}, {"store_dtype": torch.int8}],
 )
 def test_a_bad_option_is_named(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -431,15 +431,28 @@ def test_totals_are_those_of_the_operations_of_pytorch(
 ) -> None:
     x, y = (torch.randn(900, 6) * levels).round().to(dtype), torch.arange(900) % (900 // width)
 
-    def totals(block: int) -> list[int]:
-        metric = EmbeddingRetrieval(k=(1, 5), block_size=block)
+    def totals(memory: int) -> list[int]:
+        metric = EmbeddingRetrieval(k=(1, 5), working_memory=memory)
         metric.update(x, y)
         return metric._totals(torch.device("cpu"))[0].tolist()
 
-    scanned = totals(64)
-    assert totals(1024) == scanned
+    scanned = totals(500_000)
+    assert totals(2**27) == scanned
     monkeypatch.setattr(_nearest, "native", lambda name: None)
-    assert totals(64) == totals(1024) == scanned
+    assert totals(500_000) == totals(2**27) == scanned
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@pytest.mark.parametrize("per_class", [5, 300])
+def test_totals_are_the_same_whatever_the_working_memory(per_class: int, distance: str) -> None:
+    x, y = torch.randn(900, 6).round(decimals=1), torch.arange(900) % (900 // per_class)
+
+    def totals(memory: int) -> list[int]:
+        metric = EmbeddingRetrieval(k=(1, 5), distance=distance, working_memory=memory)
+        metric.update(x, y)
+        return metric._totals(torch.device("cpu"))[0].tolist()
+
+    assert len({tuple(totals(memory)) for memory in (20_000, 300_000, 2**24, 2**27, 2**50)}) == 1
 
 
 _GROWTH = """
@@ -448,33 +461,50 @@ from pathlib import Path
 
 import torch
 
-from lightning_rkd.metrics import EmbeddingRetrieval, _nearest
+from lightning_rkd.metrics import EmbeddingRetrieval
 
 def status(line):
     return int(Path("/proc/self/status").read_text().split(line + ":")[1].split()[0]) / 1024
 
-def measured(gallery):
-    metric = EmbeddingRetrieval(block_size=512)
-    rows = gallery + 1000
-    metric.update(torch.randn(rows, 8), torch.arange(rows) % (rows // 10), is_query=torch.arange(rows) < 1000)
+def measured(rows, asking, dim, per_class, levels, memory):
+    metric = EmbeddingRetrieval(working_memory=memory * 2**20)
+    x = torch.randn(rows, dim).mul_(levels).round_()
+    metric.update(x, torch.arange(rows) % (rows // per_class), is_query=torch.arange(rows) < asking)
+    del x
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     metric.compute()
     return status("VmHWM") - before
 
 torch.set_num_threads(1)
-measured(2000)
-print(measured(int(sys.argv[1])))
+measured(2000, 1000, 8, 10, 1000, 1)
+print(measured(*map(int, sys.argv[1:])))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
-def test_memory_does_not_grow_with_queries_times_gallery() -> None:
-    def grown(gallery: int) -> float:
-        command = [sys.executable, "-c", _GROWTH, str(gallery)]
-        return float(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
+def grown(*numbers: int) -> float:
+    """MiB by which a process grows in ``compute``."""
+    command = [sys.executable, "-c", _GROWTH, *map(str, numbers)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
 
-    small, large = grown(20_000), grown(120_000)
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
+
+
+@pytest.mark.slow
+@needs_proc
+@pytest.mark.parametrize(
+    ("numbers", "copy"),
+    [((6000, 3000, 512, 600, 1000), 5.9), ((8000, 4000, 16, 800, 1), 0.2)],
+    ids=["wide rows with many neighbours", "codes full of ties"],
+)
+def test_a_search_grows_by_no_more_than_its_working_memory(numbers: tuple[int, ...], copy: float) -> None:
+    assert grown(*numbers, 16) < 16 + copy + 4, "MiB: the blocks, a copy of the gallery, and what each row needs"
+
+
+@pytest.mark.slow
+@needs_proc
+def test_memory_does_not_grow_with_queries_times_gallery() -> None:
+    small, large = (grown(gallery + 1000, 1000, 8, 10, 1000, 32) for gallery in (20_000, 120_000))
     # 100,000 gallery rows more: their scores would take 380 MiB, the rows take 3, their labels and places some more
     assert large - small < 60, (small, large)
