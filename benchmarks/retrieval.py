@@ -1,6 +1,7 @@
-"""EmbeddingRetrieval against pytorch-metric-learning with faiss, and against the bare product of the same blocks.
+"""EmbeddingRetrieval against pytorch-metric-learning, against the bare product of its blocks, and approximate.
 
-    python benchmarks/retrieval.py [--rows 30000 60000] [--repeats 3] [--threads 2] [--out docs/retrieval_speed.md]
+    python benchmarks/retrieval.py [--rows 30000 60000] [--repeats 3] [--threads 2] [--out docs/speed/retrieval.md]
+                                   [--parts exact growth million approximate]
 
 Each run has a process of its own; the contenders take turns, and ratios are medians of those of one turn, so that other
 work on the machine strikes all alike. Memory is how far the resident set grew, at its peak, beyond what it was before
@@ -12,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -26,15 +26,23 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from _report import Report
+
 DIM, BLOCK, SEED = 128, 1024, 0  # blocks of the bare product: those of the default working memory
+NOISE = 2.0  # standard deviation of rows around their class, of which the centres have 1
 GROWTH = {"rows": (7_500, 15_000, 30_000), "width": (32, 128, 512)}
+CLUSTERED = {"rows": 200_000, "width": 64, "per_class": 10, "noises": (0.5, 0.8), "probes": (16, 64, 256)}
+ABOUT = """`EmbeddingRetrieval`: recall at 1, MAP@R, R-precision of float32 rows.
+Every run has a process of its own. Ratios are medians over turns in which the contenders ran one after the other; other
+work shared the machine, so the seconds are worth less than the ratios. Memory is the peak of the resident set above
+what it was with data and libraries loaded."""
 
 
-def data(n: int, per_class: int, width: int = DIM) -> tuple[Tensor, Tensor]:
+def data(n: int, per_class: int, width: int, noise: float) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(SEED)
     labels = torch.arange(n) % (n // per_class)
     centres = torch.randn(n // per_class, width, generator=generator)
-    return centres[labels] + 2 * torch.randn(n, width, generator=generator), labels
+    return centres[labels] + noise * torch.randn(n, width, generator=generator), labels
 
 
 def ours(x: Tensor, y: Tensor) -> dict[str, float]:
@@ -73,11 +81,20 @@ def million(x: Tensor, y: Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in metric.compute().items()}
 
 
+def approximate(x: Tensor, y: Tensor, probes: int) -> dict[str, float]:
+    from lightning_rkd.metrics import EmbeddingRetrieval, Faiss
+
+    metric = EmbeddingRetrieval(engine=Faiss(probes=probes))
+    metric.update(x, y)
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
 CONTENDERS: dict[str, Callable[[Tensor, Tensor], dict[str, float]]] = {
     "ours": ours,
     "peer": peer,
     "bare": bare,
     "million": million,
+    **{f"faiss {probes}": partial(approximate, probes=probes) for probes in CLUSTERED["probes"]},
 }
 
 
@@ -86,11 +103,11 @@ def status(line: str) -> float:
     return int(Path("/proc/self/status").read_text().split(f"{line}:")[1].split()[0]) / 1024
 
 
-def measure(name: str, n: int, per_class: int, width: int, threads: int) -> None:
-    torch.set_num_threads(threads)
+def measure(name: str, n: int, per_class: int, width: int, noise: float) -> None:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     run = CONTENDERS[name]
-    run(*data(2000, 10, width))  # libraries loaded, code paths warm
-    x, y = data(n, per_class, width)
+    run(*data(2000, 10, width, noise))  # libraries loaded, code paths warm
+    x, y = data(n, per_class, width, noise)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, start = status("VmRSS"), time.perf_counter()
     values = run(x, y)
@@ -98,11 +115,11 @@ def measure(name: str, n: int, per_class: int, width: int, threads: int) -> None
     print(json.dumps({"seconds": seconds, "MiB": max(status("VmHWM") - before, 1.0), "values": values}))
 
 
-def in_a_process(name: str, n: int, per_class: int, width: int, threads: int) -> dict:
-    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))  # faiss's too
-    numbers = [str(number) for number in (n, per_class, width, threads)]
-    command = [sys.executable, __file__, "--measure", name, *numbers]
-    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
+def in_a_process(name: str, n: int, per_class: int, width: int, noise: float = NOISE) -> dict:
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads()))  # faiss's too
+    command = [sys.executable, __file__, "--measure", name, *map(str, (n, per_class, width, noise))]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | threads)
+    found = json.loads(run.stdout)
     print(f"{name}, {n:,} x {width}, {per_class} a class: {found}", file=sys.stderr, flush=True)
     return found
 
@@ -111,75 +128,84 @@ def middle(turns: list[dict[str, dict]], what: str, over: str, under: str = "") 
     return median(turn[over][what] / (turn[under][what] if under else 1) for turn in turns)
 
 
-def table(sizes: list[int], classes: list[int], repeats: int, threads: int) -> list[str]:
-    lines = [
-        "| rows | rows a class | ours, s | peer, s | bare product, s | peer / ours | ours / bare product "
-        "| ours, MiB | peer, MiB | ours / peer, memory | largest difference of a value |"
-    ]
-    lines += ["|---:" * 11 + "|"]
-    for n in sizes:
-        for per_class in classes:
-            names = ("ours", "peer", "bare")
-            turns = [{name: in_a_process(name, n, per_class, DIM, threads) for name in names} for _ in range(repeats)]
-            values = turns[0]
-            apart = max(abs(v - values["peer"]["values"][key]) for key, v in values["ours"]["values"].items())
-            seconds = " | ".join(f"{middle(turns, 'seconds', name):.2f}" for name in names)
-            ratios = f"{middle(turns, 'seconds', 'peer', 'ours'):.1f} | {middle(turns, 'seconds', 'ours', 'bare'):.2f}"
-            memory = f"{middle(turns, 'MiB', 'ours'):.0f} | {middle(turns, 'MiB', 'peer'):.0f}"
-            memory += f" | {middle(turns, 'MiB', 'ours', 'peer'):.2f}"
-            lines.append(f"| {n:,} | {per_class} | {seconds} | {ratios} | {memory} | {apart:.0e} |")
-    return lines
-
-
-def growth(axis: str, repeats: int, threads: int) -> list[str]:
-    lines = [f"| {axis} | ours, s | bare product, s | ours / bare product | ours, MiB |", "|---:|---:|---:|---:|---:|"]
-    for number in GROWTH[axis]:
-        n, width = (number, DIM) if axis == "rows" else (15_000, number)
-        turns = [{name: in_a_process(name, n, 5, width, threads) for name in ("ours", "bare")} for _ in range(repeats)]
-        seconds = " | ".join(f"{middle(turns, 'seconds', name):.2f}" for name in ("ours", "bare"))
-        ratio, memory = middle(turns, "seconds", "ours", "bare"), middle(turns, "MiB", "ours")
-        lines.append(f"| {number:,} | {seconds} | {ratio:.2f} | {memory:.0f} |")
-    return lines
-
-
-def page(options: argparse.Namespace) -> str:
+def exact_part(report: Report, options: argparse.Namespace) -> None:
     import faiss
     import pytorch_metric_learning
 
-    repeats, threads = options.repeats, options.threads
-    large = in_a_process("million", 1_001_000, 10, DIM, threads)
-    lines = [
-        "# How fast retrieval is",
-        "",
-        f"Written by `python benchmarks/retrieval.py --rows {' '.join(map(str, options.rows))} --repeats {repeats} "
-        f"--threads {threads} --out FILE` on {date.today()}; {platform.machine()}, {os.cpu_count()} cores, no "
-        f"accelerator, PyTorch {torch.__version__}, seed {SEED}, float32.",
-        "",
-        f"`EmbeddingRetrieval` (recall at 1, MAP@R, R-precision; exact) against `AccuracyCalculator` of "
+    report.say(f"## Against others, rows of width {DIM}")
+    report.say(
+        "The peer is `AccuracyCalculator` of "
         f"pytorch-metric-learning {pytorch_metric_learning.__version__} with faiss {faiss.__version__} and k = the "
-        f"largest class, and against nothing but the matrix products of the same blocks. Threads: {threads} each; "
-        f"every run in a fresh process. Ratios are medians over turns ({repeats}) in which the contenders ran one "
-        "after the other; other work shared the machine, so the seconds are worth less than the ratios. "
-        "Memory is the peak of the resident set above what it was with data and libraries loaded.",
-        "",
-        f"## Rows of width {DIM}",
-        "",
-        *table(options.rows, options.per_class, repeats, threads),
-        "",
-        f"## Growth with the number of rows, {DIM} wide, 5 a class",
-        "",
-        *growth("rows", repeats, threads),
-        "",
-        "## Growth with the width, 15,000 rows, 5 a class",
-        "",
-        *growth("width", repeats, threads),
-        "",
-        f"## 1,000 queries among 1,000,000 rows, {DIM} wide",
-        "",
+        "largest class; the bare product is that of the same blocks and nothing else."
+    )
+    head = ("rows", "rows a class", "ours, s", "peer, s", "bare product, s", "peer / ours", "ours / bare product")
+    head += ("ours, MiB", "peer, MiB", "ours / peer, memory", "largest difference of a value")
+    rows = []
+    for n in options.rows:
+        for per_class in options.per_class:
+            names = ("ours", "peer", "bare")
+            turns = [{name: in_a_process(name, n, per_class, DIM) for name in names} for _ in range(options.repeats)]
+            values = turns[0]
+            apart = max(abs(v - values["peer"]["values"][key]) for key, v in values["ours"]["values"].items())
+            row = [f"{n:,}", per_class, *(f"{middle(turns, 'seconds', name):.2f}" for name in names)]
+            row += [f"{middle(turns, 'seconds', *pair):.2f}" for pair in (("peer", "ours"), ("ours", "bare"))]
+            row += [f"{middle(turns, 'MiB', name):.0f}" for name in ("ours", "peer")]
+            rows.append([*row, f"{middle(turns, 'MiB', 'ours', 'peer'):.2f}", f"{apart:.0e}"])
+    report.table(head, rows)
+
+
+def growth_part(report: Report, options: argparse.Namespace) -> None:
+    for axis, numbers in GROWTH.items():
+        report.say(f"## Growth with {'the number of ' * (axis == 'rows')}{axis}, 5 a class")
+        report.say(f"{DIM} wide." if axis == "rows" else "15,000 rows.")
+        rows = []
+        for number in numbers:
+            n, width = (number, DIM) if axis == "rows" else (15_000, number)
+            names = ("ours", "bare")
+            turns = [{name: in_a_process(name, n, 5, width) for name in names} for _ in range(options.repeats)]
+            row = [f"{number:,}", *(f"{middle(turns, 'seconds', name):.2f}" for name in names)]
+            rows.append(
+                [*row, f"{middle(turns, 'seconds', 'ours', 'bare'):.2f}", f"{middle(turns, 'MiB', 'ours'):.0f}"]
+            )
+        report.table((axis, "ours, s", "bare product, s", "ours / bare product", "ours, MiB"), rows)
+
+
+def million_part(report: Report, options: argparse.Namespace) -> None:
+    large = in_a_process("million", 1_001_000, 10, DIM)
+    report.say(f"## 1,000 queries among 1,000,000 rows, {DIM} wide")
+    report.say(
         f"{large['seconds']:.1f} s, {large['MiB']:.0f} MiB above the data (which takes "
-        f"{1_001_000 * DIM * 4 / 2**20:.0f} MiB), of which the metric's own copy of the rows is as much as the data.",
-    ]
-    return "\n".join(lines) + "\n"
+        f"{1_001_000 * DIM * 4 / 2**20:.0f} MiB), of which the metric's own copy of the rows is as much as the data."
+    )
+
+
+def approximate_part(report: Report, options: argparse.Namespace) -> None:
+    n, width, per_class = CLUSTERED["rows"], CLUSTERED["width"], CLUSTERED["per_class"]
+    report.say(f"## Approximate: {n:,} rows in clusters, {width} wide, {per_class} a class")
+    report.say(
+        "`EmbeddingRetrieval(engine=Faiss())`, where 64 probes are the default, and exact; every row asks. Spread is "
+        "the standard deviation of a class's rows around its centre, over that of the centres. Seconds are of the "
+        "whole evaluation, the index included."
+    )
+    rows = []
+    for noise in CLUSTERED["noises"]:
+        names = {"ours": "exact"} | {f"faiss {probes}": f"{probes} probes" for probes in CLUSTERED["probes"]}
+        turns = [
+            {name: in_a_process(name, n, per_class, width, noise) for name in names} for _ in range(options.repeats)
+        ]
+        exact = turns[0]["ours"]["values"]
+        for name, said in names.items():
+            row = [noise, said]
+            for key in ("recall_at_1", "map_at_r"):
+                value = turns[0][name]["values"][key]
+                row += [f"{value:.4f}", f"{value - exact[key]:+.4f}"]
+            row += [f"{middle(turns, 'seconds', name):.1f}", f"{middle(turns, 'seconds', 'ours', name):.1f}"]
+            rows.append([*row, f"{middle(turns, 'MiB', name):.0f}"])
+    head = ("spread", "search", "recall_at_1", "off by", "map_at_r", "off by", "s", "times as fast", "MiB")
+    report.table(head, rows)
+
+
+PARTS = {"exact": exact_part, "growth": growth_part, "million": million_part, "approximate": approximate_part}
 
 
 def main() -> None:
@@ -188,19 +214,18 @@ def main() -> None:
     parser.add_argument("--per-class", type=int, nargs="+", default=[5, 60])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="file to write instead of printing")
-    parser.add_argument(
-        "--measure", nargs=5, metavar=("NAME", "N", "CLASS", "WIDTH", "THREADS"), help=argparse.SUPPRESS
-    )
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=[*PARTS])
+    parser.add_argument("--out", type=Path, help="file to write as well")
+    parser.add_argument("--measure", nargs=5, metavar=("NAME", "N", "CLASS", "WIDTH", "NOISE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        name, *numbers = options.measure
-        return measure(name, *map(int, numbers))
-    text = page(options)
-    if options.out:
-        options.out.write_text(text)
-    else:
-        print(text)
+        name, *numbers, noise = options.measure
+        return measure(name, *map(int, numbers), float(noise))
+    torch.set_num_threads(options.threads)
+    report = Report("How fast retrieval is", ABOUT, seed=SEED, repeats=options.repeats)
+    for part in options.parts:
+        PARTS[part](report, options)
+    report.write(options.out)
 
 
 if __name__ == "__main__":
