@@ -18,7 +18,8 @@ from lightning_rkd.kernels.threads import in_ranges, shares
 from lightning_rkd.kernels.units import NEAR
 
 _SQUARE = range(24, 200)  # rows with which half the triplets in short loops take longer than all of them in long ones
-_TRIPLETS = 400_000  # below, handing work to a thread takes longer than the work
+_TRIPLETS = 4_000_000  # a thread's share at least: PyTorch's threads hold the cores for a while after their own work
+_ROWS, _COLUMNS = 128, 512  # of three matrices stay in a core's cache while vertices pass
 
 _EXACT = float64[:, ::1]
 _Array = np.ndarray
@@ -85,11 +86,10 @@ def loss_and_gradient(
     across = np.zeros((parts, n, n), kind)  # summed over vertices: the pull at the side that faces the vertex
     at = np.zeros((2, n, n), kind)  # summed over one side: the pull at the other, by way of the weight and the cosine
     exact = np.zeros((parts, *near.shape))
-    sums = np.empty((parts, 2, n), kind)
     terms = _all_terms if n in _SQUARE else _half_terms
 
     def add_terms(part: int, first: int, last: int) -> None:
-        totals[part] = terms(own, given, start + first, start + last, across[part], at, sums[part])
+        totals[part] = terms(own, given, start + first, start + last, across[part], at)
         if len(near):
             totals[part] += _near_terms(
                 squared_s, squared_t, units[0, 0], units[1, 0], near, start + first, start + last, exact[part]
@@ -160,10 +160,8 @@ def _unlike(squared_s: _Array, squared_t: _Array, start: int, stop: int) -> int:
     return count
 
 
-@compiled(*_kinds("cciimcm"))
-def _all_terms(
-    student: _Array, teacher: _Array, start: int, stop: int, across: _Array, at: _Array, unused: _Array
-) -> float:
+@compiled(*_kinds("cciimc"))
+def _all_terms(student: _Array, teacher: _Array, start: int, stop: int, across: _Array, at: _Array) -> float:
     """Every triplet (j, i, k) and (j, k, i): rows stay whole, and their sums are all there is to sum."""
     s, rs, ds = student[0], student[1], student[2]
     t, rt, dt = teacher[0], teacher[1], teacher[2]
@@ -199,44 +197,40 @@ def _all_terms(
     return 0.5 * total
 
 
-@compiled(*_kinds("cciimcm"))
-def _half_terms(
-    student: _Array, teacher: _Array, start: int, stop: int, across: _Array, at: _Array, sums: _Array
-) -> float:
-    """Triplets with k < i, which stand for their mirror images too."""
+@compiled(*_kinds("cciimc"))
+def _half_terms(student: _Array, teacher: _Array, start: int, stop: int, across: _Array, at: _Array) -> float:
+    """Triplets with k < i, which stand for their mirror images too; tile by tile, each for all vertices."""
     s, rs, ds = student[0], student[1], student[2]
     t, rt, dt = teacher[0], teacher[1], teacher[2]
     n, total = len(s), 0.0
     one, half = s.dtype.type(1), s.dtype.type(0.5)
-    weights, cosines = sums[0], sums[1]
-    for j in range(start, stop):
-        sj, rsj, dsj, tj, rtj, dtj = s[j], rs[j], ds[j], t[j], rt[j], dt[j]
-        weights[:] = 0
-        cosines[:] = 0
-        for i in range(n):
-            si, ti, pull = s[i], t[i], across[i]
-            a, b, h, q = sj[i], tj[i], rsj[i] * half, rtj[i] * half
-            weight = cosine = loss = s.dtype.type(0)
-            for k in range(i):
-                c = h * ((a - si[k]) * rsj[k] + dsj[k])
-                e = c - q * ((b - ti[k]) * rtj[k] + dtj[k])
-                g = one if e > one else e
-                g = -one if g < -one else g
-                loss += g * (e - half * g)
-                hg = h * g
-                w = hg * rsj[k]
-                cg = c * g
-                pull[k] -= w
-                weight += w
-                cosine += cg
-                weights[k] += hg
-                cosines[k] += cg
-            total += loss
-            at[0, j, i] = weight
-            at[1, j, i] = cosine
-        for k in range(n):
-            at[0, j, k] += weights[k] * rsj[k]
-            at[1, j, k] += cosines[k]
+    for first_k in range(0, n, _COLUMNS):
+        last_k = min(first_k + _COLUMNS, n)
+        for first_i in range(first_k, n, _ROWS):
+            for j in range(start, stop):
+                rsj, dsj = rs[j, first_k:last_k], ds[j, first_k:last_k]
+                rtj, dtj = rt[j, first_k:last_k], dt[j, first_k:last_k]
+                weights, cosines = at[0, j, first_k:last_k], at[1, j, first_k:last_k]
+                for i in range(first_i, min(first_i + _ROWS, n)):
+                    si, ti, pull = s[i, first_k:last_k], t[i, first_k:last_k], across[i, first_k:last_k]
+                    a, b, h, q = s[j, i], t[j, i], rs[j, i] * half, rt[j, i] * half
+                    weight = cosine = loss = s.dtype.type(0)
+                    for k in range(min(i, last_k) - first_k):
+                        c = h * ((a - si[k]) * rsj[k] + dsj[k])
+                        e = c - q * ((b - ti[k]) * rtj[k] + dtj[k])
+                        g = one if e > one else e
+                        g = -one if g < -one else g
+                        loss += g * (e - half * g)
+                        w = h * g * rsj[k]
+                        cg = c * g
+                        pull[k] -= w
+                        weight += w
+                        cosine += cg
+                        weights[k] += w
+                        cosines[k] += cg
+                    total += loss
+                    at[0, j, i] += weight
+                    at[1, j, i] += cosine
     return total
 
 
