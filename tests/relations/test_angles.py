@@ -263,7 +263,7 @@ def test_torch_compile_sees_one_node(sample):
     torch.manual_seed(0)
     expected = angle_loss(student, teacher, sample=sample)
     (expected_grad,) = torch.autograd.grad(expected, student)
-    assert [node for node in nodes if "getitem" not in node] == ["lightning_rkd.angle_loss"]
+    assert [node.removesuffix(".default") for node in nodes if "getitem" not in node] == ["lightning_rkd.angle_loss"]
     assert torch.equal(value, expected)
     assert torch.equal(grad, expected_grad)
 
