@@ -27,7 +27,7 @@ class Faiss:
     lists is missed. A missed row of the query's class lowers the values, one of another class raises them. ``probes``
     equal to ``lists`` misses nothing.
 
-    How far that is from exact depends on the data: docs/retrieval_speed.md has the differences and the seconds measured
+    How far that is from exact depends on the data: docs/speed/retrieval.md has the differences and the seconds measured
     on 200,000 rows; for your own compare both on a part of the rows.
 
     The index holds the gallery in float32 in CPU memory, whatever ``store_dtype``; for a while there are also the rows
