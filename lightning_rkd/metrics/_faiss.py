@@ -27,8 +27,10 @@ class Faiss:
     lists is missed. A missed row of the query's class lowers the values, one of another class raises them. ``probes``
     equal to ``lists`` misses nothing.
 
-    How far that is from exact depends on the data: docs/speed/retrieval.md has the differences and the seconds measured
-    on 200,000 rows; for your own compare both on a part of the rows.
+    How far that is from exact depends on the data: compare both on a part of your rows. On 200,000 rows of 20,000
+    classes around independent centres, a hard case, the defaults took 22 s where the exact search took 73; recall at 1
+    was 0.983 in place of 0.989, but MAP@R 0.69 in place of 0.81. 256 probes brought it to 0.79, and were no faster than
+    the exact search (docs/speed/retrieval.md).
 
     The index holds the gallery in float32 in CPU memory, whatever ``store_dtype``; for a while there are also the rows
     from which centres are found, 64 a list. Neither counts as ``working_memory``. It has as many threads as PyTorch.
