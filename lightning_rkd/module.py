@@ -10,18 +10,18 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_rkd.balance import balance_weights
-from lightning_rkd.data.indices import RowNumbers, first_samples, opened, samples_of
+from lightning_rkd.data.indices import first_samples, opened, samples_of
 from lightning_rkd.distiller import Distiller, Shown
 from lightning_rkd.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts
+from lightning_rkd.evaluation import Evaluation
 from lightning_rkd.hosting import keep_from_ddp, refuse_averages, refuse_lbfgs, refuse_unsynchronised
 from lightning_rkd.losses.base import LossSum, RelationalLoss, Weight, weight_at
-from lightning_rkd.metrics.feed import computed, feed, wants
+from lightning_rkd.metrics.feed import wants
 from lightning_rkd.plumbing import hand_back_after_exceptions, number_training_batches, save_plain_hyperparameters
 from lightning_rkd.records import Batch, Key, Outputs, unpack
 from lightning_rkd.taps import CaptureError, Layer
@@ -138,7 +138,7 @@ class DistillationModule(pl.LightningModule):
             weight=weight,
             gather=gather,
         )
-        self._evaluated: list[dict[str, Metric]] = []
+        self._evaluation: Evaluation
         self._undo_numbers: Callable[[], None] = _nothing
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -389,33 +389,20 @@ class DistillationModule(pl.LightningModule):
 
     def _begin_evaluation(self, loaders: Any) -> None:
         self._prepare()
-        metrics = self._metrics()
-        if self.distiller.teacher_needs_indices and any("teacher" in wants(metric) for metric in metrics.values()):
+        self._evaluation = Evaluation(self._metrics(), loaders, self.trainer.world_size, self.device)
+        if self.distiller.teacher_needs_indices and self._evaluation.wants("teacher"):
             self.distiller.meet(loaders, self.unpack, train=False)
-        each = CombinedLoader(loaders, "sequential").flattened
-        self._evaluated = [metrics, *({name: m.clone() for name, m in metrics.items()} for _ in each[1:])]
-        self._numbers = [RowNumbers(loader, self.trainer.world_size) for loader in each]
-        for metric in (m for each in self._evaluated for m in each.values()):
-            metric.reset()
 
     def _evaluate(self, batch: Any, loader: int) -> None:
         given = self._opened(batch)
-        metrics = self._evaluated[loader]
-        teach = any("teacher" in wants(metric) for metric in metrics.values())
         self.distiller.begin()
         output = self._call(given.inputs)
-        shown = self.distiller.shown(given, teach=teach)
+        shown = self.distiller.shown(given, teach=self._evaluation.wants("teacher", loader))
         student = Outputs(embedding=shown.embedding.embedding, logits=output if isinstance(output, Tensor) else None)
-        rows = student.tensors()[0]
-        needed = any("indices" in wants(metric) for metric in metrics.values())
-        self._numbers[loader].number(given, len(rows), rows.device, needed=needed)
-        for metric in metrics.values():
-            feed(metric, student, given, shown.teacher_embedding)
+        self._evaluation.update(loader, student, given, shown.teacher_embedding)
 
     def _end_evaluation(self, stage: str) -> None:
-        for loader, metrics in enumerate(self._evaluated):
-            prefix = stage if len(self._evaluated) == 1 else f"{stage}/{loader}"
-            if not self.trainer.sanity_checking:  # a few batches may be too few for a value
-                self.log_dict(computed(metrics, prefix), sync_dist=True, add_dataloader_idx=False)
-            for metric in metrics.values():
-                metric.reset()
+        if not self.trainer.sanity_checking:  # a few batches may be too few for a value
+            for values in self._evaluation.values(stage):
+                self.log_dict(values, sync_dist=True, add_dataloader_idx=False)
+        self._evaluation.reset()

@@ -17,9 +17,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
+from lightning_rkd.data.indices import loaders_in
 from lightning_rkd.distributed import from_all, together
 from lightning_rkd.files import check_file, write_whole
 from lightning_rkd.stopping import pass_sigterm_on
@@ -180,7 +180,7 @@ class _OwnRows(pl.Callback):
         """Refuse several devices then."""
         if trainer.world_size == 1 or trainer._accelerator_connector.use_distributed_sampler:
             return
-        for loader in CombinedLoader(trainer.train_dataloader, "sequential").flattened:
+        for loader in loaders_in(trainer.train_dataloader):
             plain = type(getattr(loader, "batch_sampler", None)) is BatchSampler
             if plain and isinstance(loader.sampler, RandomSampler | SequentialSampler):
                 raise ValueError(

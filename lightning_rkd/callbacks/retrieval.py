@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import CombinedLoader
 from torchmetrics import Metric
 
 from lightning_rkd.callbacks._patch import open_batches
-from lightning_rkd.data.indices import RowNumbers, opened
-from lightning_rkd.metrics.feed import computed, feed, wants
+from lightning_rkd.data.indices import opened
+from lightning_rkd.evaluation import Evaluation
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.records import Batch, Key, unpack
 from lightning_rkd.taps import Layer, Reader
@@ -56,11 +55,11 @@ class RetrievalEvaluation(pl.Callback):
         self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
         self._reader = Reader(layer, "student")
         self._undo: list[Callable[[], None]] = []
-        self._loaders: list[tuple[dict[str, Metric], RowNumbers]] = []
+        self._evaluation: Evaluation | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take over: they are attached to nothing."""
-        return self.__dict__ | {"_undo": [], "_loaders": []}
+        return self.__dict__ | {"_undo": [], "_evaluation": None}
 
     def unpack(self, batch: Any) -> Batch:
         """Build the :class:`~lightning_rkd.records.Batch` of a step; override it for batches of another make."""
@@ -137,32 +136,20 @@ class RetrievalEvaluation(pl.Callback):
     def _detach(self) -> None:
         for undo in self._undo:
             undo()
-        self._undo, self._loaders = [], []
+        self._undo, self._evaluation = [], None
         self._reader.detach()
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, loaders: Any) -> None:
-        self._loaders = []
-        for number, loader in enumerate(CombinedLoader(loaders, "sequential").flattened):
-            metrics = self.metrics if number == 0 else {name: m.clone() for name, m in self.metrics.items()}
-            for metric in metrics.values():
-                metric.to(module.device)
-                metric.reset()
-            self._loaders.append((metrics, RowNumbers(loader, trainer.world_size)))
+        self._evaluation = Evaluation(self.metrics, loaders, trainer.world_size, module.device)
 
     def _update(self, batch: Any, loader: int) -> None:
+        assert self._evaluation is not None
         taps, _ = self._reader.take()
-        shown = next(iter(taps.values()))
-        rows_of = opened(batch, self.unpack)
-        metrics, numbers = self._loaders[loader]
-        rows = shown.tensors()[0]
-        numbers.number(rows_of, len(rows), rows.device, needed=any("indices" in wants(m) for m in metrics.values()))
-        for metric in metrics.values():
-            feed(metric, shown, rows_of)
+        self._evaluation.update(loader, next(iter(taps.values())), opened(batch, self.unpack))
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        for number, (metrics, _) in enumerate(self._loaders):
-            prefix = stage if len(self._loaders) == 1 else f"{stage}/{number}"
-            if not trainer.sanity_checking:  # a few batches may be too few for a value
-                module.log_dict(computed(metrics, prefix), sync_dist=True, add_dataloader_idx=False)
-            for metric in metrics.values():
-                metric.reset()
+        assert self._evaluation is not None
+        if not trainer.sanity_checking:  # a few batches may be too few for a value
+            for values in self._evaluation.values(stage):
+                module.log_dict(values, sync_dist=True, add_dataloader_idx=False)
+        self._evaluation.reset()
