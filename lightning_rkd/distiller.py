@@ -5,10 +5,9 @@ Module, callback and schemes all call it, so a loss means the same in each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,37 +28,11 @@ from lightning_rkd.losses.base import (
 from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.losses.sizes import Size
 from lightning_rkd.records import Batch, Outputs
+from lightning_rkd.shown import Shown, first_in, rows_in
 from lightning_rkd.taps import CaptureError, InputReader, Layer, Reader
-from lightning_rkd.teachers.base import BaseTeacher, Lesson
-from lightning_rkd.teachers.ensemble import joint
+from lightning_rkd.teachers.base import BaseTeacher
 from lightning_rkd.teachers.teacher import Teacher
 from lightning_rkd.watch import Watch
-
-
-@dataclass(slots=True)
-class Shown:
-    """What one step showed: per tap, the rows of all ``views`` (student calls) one after the other.
-
-    There is no lesson where nobody taught, one from a teacher, and several where losses are averaged over teachers.
-    """
-
-    batch: Batch
-    student: dict[str, Outputs]
-    lessons: Sequence[Lesson] = ()
-    views: int = 1
-
-    @property
-    def embedding(self) -> Outputs:
-        """The student's outputs that a loss without a named tap reads an embedding from."""
-        return at_tap(self.student, None, "embedding", who="student")  # type: ignore[no-any-return]
-
-    @property
-    def teacher_embedding(self) -> Outputs | None:
-        """The same for the teacher; several are joined."""
-        shown = [at_tap(lesson.shown, None, "embedding", who="teacher") for lesson in self.lessons]
-        if len(shown) > 1:
-            return joint(shown, [lesson.share for lesson in self.lessons])
-        return shown[0] if shown else None
 
 
 class Distiller:
@@ -176,8 +149,7 @@ class Distiller:
     @property
     def needs_rows(self) -> bool:
         """Whether a loss or the teacher asks for more of a batch than its inputs."""
-        asked = {"labels", "indices", "view", "mix"}
-        return self.teacher_needs_indices or any(asked & set(term.needs) for term in self.losses.values())
+        return self.teacher_needs_indices or bool(self.needs & {"labels", "indices", "view", "mix"})
 
     def weight_of(self, name: str, epoch: int) -> float:
         """The weight of a term in that epoch, the common one included."""
@@ -286,11 +258,11 @@ class Distiller:
         if teach and self.teacher is not None:
             shown.lessons = self.teacher.lessons(shown.batch, calls)
             for lesson in shown.lessons:
-                if _rows(student) != _rows(lesson.shown):
+                if rows_in(student) != rows_in(lesson.shown):
                     raise CaptureError(
-                        f"the student layer shows {_rows(student)} rows in {views} call(s), the "
-                        f"{lesson.who} {_rows(lesson.shown)}; where the student sees other inputs than the batch, name "
-                        "the layer that gets them: input_layer=..."
+                        f"the student layer shows {rows_in(student)} rows in {views} call(s), the {lesson.who} "
+                        f"{rows_in(lesson.shown)}; where the student sees other inputs than the batch, name the layer "
+                        "that gets them: input_layer=..."
                     )
         return shown
 
@@ -318,17 +290,17 @@ class Distiller:
                     "of which the input is read (Tap(layer, at='output') reads the output)"
                 )
         self._check_sizes(student, shown.lessons[0].shown)
-        rows, device = _rows(student), _first(student).device
+        rows, device = rows_in(student), first_in(student).device
         ranks = rank_and_size(self.group)[1] if self.gather else 1
         counts = row_counts(rows, device, self.group) if ranks > 1 else [rows]
         local = {
-            key: _repeat(key, value, shown.views, device)
+            key: shown.repeated(key, value, device)
             for key, value in (("labels", shown.batch.labels), ("indices", shown.batch.indices))
             if key in self.needs
         }
         if shown.views > 1 and self.needs_rows:
             self._check_calls(local)
-        local["view"] = _views(shown, rows, device)
+        local["view"] = shown.view_numbers(device)
         self._check_context(local, shown.batch)
         mix = shown.batch.mix
         gathered = Gathered(local, mix, counts, self.group) if ranks > 1 else None
@@ -399,35 +371,3 @@ _CURES = {
     "them in the batch, indices=...",
     "mix": "but the batch was not mixed: pass batch_transform=MixUp() to DistillationModule",
 }
-
-
-def _tensors(shown: Mapping[str, Outputs]) -> list[Tensor]:
-    return [t for outputs in shown.values() for t in outputs.tensors()]
-
-
-def _first(shown: Mapping[str, Outputs]) -> Tensor:
-    tensors = _tensors(shown)
-    if not tensors:
-        raise CaptureError("the tapped layers show no tensor")
-    return tensors[0]
-
-
-def _rows(shown: Mapping[str, Outputs]) -> int:
-    return len(_first(shown))
-
-
-def _views(shown: Shown, rows: int, device: torch.device) -> Tensor:
-    """The number of the view of each row: student call by student call, and within a call as the batch says."""
-    each = rows // shown.views
-    own = shown.batch.view
-    if own is None:
-        return torch.arange(shown.views, device=device).repeat_interleave(each)
-    return torch.cat([own.to(device) + call * (own.max() + 1) for call in range(shown.views)])
-
-
-def _repeat(name: str, rows: Any, views: int, device: torch.device) -> Tensor | None:
-    if not (rows is None or isinstance(rows, Tensor)):
-        raise CaptureError(
-            f"the {name} of a batch must be a tensor, got {type(rows).__name__}: say where they are, {name}=..."
-        )
-    return None if rows is None else torch.cat([rows.to(device)] * views)

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from lightning_rkd.balance import balance_weights
 from lightning_rkd.data.indices import first_samples, opened, samples_of
-from lightning_rkd.distiller import Distiller, Shown
+from lightning_rkd.distiller import Distiller
 from lightning_rkd.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts
 from lightning_rkd.evaluation import Evaluation
 from lightning_rkd.hosting import keep_from_ddp, refuse_averages, refuse_lbfgs, refuse_unsynchronised
@@ -24,6 +24,7 @@ from lightning_rkd.losses.base import LossSum, RelationalLoss, Weight, weight_at
 from lightning_rkd.metrics.feed import wants
 from lightning_rkd.plumbing import hand_back_after_exceptions, number_training_batches, save_plain_hyperparameters
 from lightning_rkd.records import Batch, Key, Outputs, unpack
+from lightning_rkd.shown import Shown
 from lightning_rkd.taps import CaptureError, Layer
 from lightning_rkd.teachers import BaseTeacher
 

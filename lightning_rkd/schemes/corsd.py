@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from lightning_rkd.distiller import Shown
 from lightning_rkd.distributed import gather_rows, rank_and_size, row_counts
 from lightning_rkd.hosting import refuse_lbfgs
 from lightning_rkd.losses.base import Card, RelationalLoss
@@ -21,6 +20,7 @@ from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.losses.soft_target import soft_target
 from lightning_rkd.module import DistillationModule
 from lightning_rkd.records import Batch, Key, Outputs
+from lightning_rkd.shown import Shown
 from lightning_rkd.taps import Tap
 
 PARTS = ("classes", "triplet", "scores", "memory")

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from lightning_rkd.distiller import Shown
 from lightning_rkd.losses.base import Card
 from lightning_rkd.losses.parts.checks import check_positive
 from lightning_rkd.losses.soft_target import soft_target
 from lightning_rkd.module import DistillationModule
 from lightning_rkd.records import Batch, Key
+from lightning_rkd.shown import Shown
 from lightning_rkd.taps import Tap, find_layer
 
 
