@@ -34,21 +34,9 @@ def loss_and_gradient(
     factor: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of the Huber terms of all triplets at the given vertices, and its gradient to ``student``.
+    """As :func:`lightning_rkd.relations.angle_tiles.loss_and_gradient`, which says what goes in and what comes out.
 
-    The host does not wait for the device.
-
-    Args:
-        student: (N, N) squared distances, symmetric, with a zero diagonal.
-        teacher: The same for the teacher.
-        vertices: First vertex, and the one after the last.
-        dtype: Precision of the work on triplets: ``torch.float32`` or ``torch.float64``.
-        official: Whether i = k counts too: the cosine is 1 there, or 0 where j and i are duplicates.
-        factor: Multiplies sum and gradient.
-        with_gradient: Whether the gradient is wanted.
-
-    Returns:
-        A float64 scalar, and a float64 (N, N) matrix or ``None``.
+    Everything comes back in float64, and the host does not wait for the device.
     """
     start, stop = vertices
     own, given = (in_units_of_mean(side.detach().to(torch.float64)) for side in (student, teacher))

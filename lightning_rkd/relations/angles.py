@@ -1,4 +1,4 @@
-r"""RKD's angle loss from distances alone: exact, in tiles, loss and gradient in one pass.
+r"""RKD's angle loss from distances alone: exact, loss and gradient in one pass.
 
 By the law of cosines :math:`\cos(j; i, k) = (S_{ji} + S_{jk} - S_{ik}) / (2 \sqrt{S_{ji} S_{jk}})` with squared
 distances :math:`S`: a network enters through its N x N distances only, the work on the N^3 triplets does not depend on

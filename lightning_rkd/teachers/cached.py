@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import numpy.typing as npt
-import safetensors
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -22,9 +19,10 @@ from lightning_rkd.distributed import Group, from_all, together
 from lightning_rkd.losses.base import Term
 from lightning_rkd.records import Batch, Outputs
 from lightning_rkd.taps import CaptureError, Layer
+from lightning_rkd.teachers.arrays import Array
 from lightning_rkd.teachers.base import BaseTeacher, Lesson
 from lightning_rkd.teachers.filling import Dtype, describe_layer, describe_teacher, fill
-from lightning_rkd.teachers.shards import CacheError, Shards, differences, within
+from lightning_rkd.teachers.shards import CacheError, Shards, differences
 from lightning_rkd.teachers.teacher import Teacher
 
 CACHED = ("embedding", "logits")
@@ -79,7 +77,7 @@ class CachedTeacher(BaseTeacher):
         self.path, self.ignore, self.dtype = Path(path), list(ignore or ()), dtype
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.layer: Layer | None = None
-        self._store: Shards | _Array | None = None
+        self._store: Shards | Array | None = None
         self._attached, self._device, self._met = False, torch.device("cpu"), False
 
     @classmethod
@@ -98,18 +96,19 @@ class CachedTeacher(BaseTeacher):
             ValueError: The array is not (N, D) of floating-point numbers, or ids that do not belong to it.
 
         Example:
+            >>> import numpy as np
             >>> teacher = CachedTeacher.from_array(np.eye(3, dtype="float32"), ids=[7, 5, 9])
             >>> teacher.lessons(Batch(None, indices=torch.tensor([5])))[0].shown[""].embedding
             tensor([[0., 1., 0.]])
         """
-        store = _Array(array, ids)
+        store = Array(array, ids)
         teacher = cls(store.path or "array")
         teacher._store = store
         return teacher
 
     def __getstate__(self) -> dict[str, Any]:
         """What shallow copies and pickles take over: the path, and no rows of a file."""
-        store = self._store if isinstance(self._store, _Array) else None
+        store = self._store if isinstance(self._store, Array) else None
         own = {"_store": store, "_attached": False, "_met": False, "_device": torch.device("cpu")}
         return self.__dict__ | own | {"teacher": None if self.teacher is None else copy(self.teacher)}
 
@@ -127,7 +126,7 @@ class CachedTeacher(BaseTeacher):
         """
         self.detach()
         self.layer = layer
-        if isinstance(self._store, _Array):
+        if isinstance(self._store, Array):
             return
         if self.teacher is None:
             together(self._open)
@@ -139,7 +138,7 @@ class CachedTeacher(BaseTeacher):
         """Let go of files and teacher."""
         if self.teacher is not None:
             self.teacher.detach()
-        if not isinstance(self._store, _Array):
+        if not isinstance(self._store, Array):
             self._store = None
         self._attached = self._met = False
 
@@ -159,7 +158,7 @@ class CachedTeacher(BaseTeacher):
         if train and self._met:
             return
         found = loaders_in(loaders)
-        if train and self.teacher is not None and not isinstance(self._store, _Array):
+        if train and self.teacher is not None and not isinstance(self._store, Array):
             loader = self._only(found)
             fill(
                 self.path,
@@ -239,7 +238,7 @@ class CachedTeacher(BaseTeacher):
                 "only: teach with Teacher(network)"
             )
 
-    def _known(self) -> Shards | _Array:
+    def _known(self) -> Shards | Array:
         if self._store is None:
             self._open()
         assert self._store is not None
@@ -263,7 +262,7 @@ class CachedTeacher(BaseTeacher):
                     f"a cached teacher needs DataLoaders over map-style data sets, whose rows have numbers; got "
                     f"{type(loader).__name__} over {type(dataset).__name__}"
                 )
-            if isinstance(store, _Array):
+            if isinstance(store, Array):
                 store.check_size(size)
                 continue
             cached, now = dict(store.plan["data"]), describe(dataset)
@@ -282,93 +281,3 @@ class CachedTeacher(BaseTeacher):
         if len(loaders) != 1:
             raise CacheError(f"a cache is written for one training loader, and there are {len(loaders)}")
         return cast("DataLoader[Any]", loaders[0])
-
-
-class _Array:
-    """Rows that came from elsewhere, in memory or mapped from a file."""
-
-    views = 1
-
-    def __init__(self, array: Any, ids: Any) -> None:
-        self.path = str(array) if isinstance(array, str | os.PathLike) else None
-        self._given = self.path or array
-        x, own = _loaded(self._given)
-        ids = own if ids is None else ids
-        if x.ndim != 2 or not x.is_floating_point():
-            raise ValueError(
-                f"CachedTeacher.from_array: embeddings must be floating point (N, D), got {x.dtype} of {tuple(x.shape)}"
-            )
-        self.x: Tensor | None = x
-        self.ids = self.order = None
-        if ids is not None:
-            given = torch.as_tensor(ids if isinstance(ids, Tensor | np.ndarray) else list(ids))
-            if given.shape != x.shape[:1] or given.is_floating_point():
-                raise ValueError(
-                    f"CachedTeacher.from_array: ids must be {len(x)} integers, one for each row, got {given.dtype} of "
-                    f"{tuple(given.shape)}"
-                )
-            self.ids, self.order = given.long().sort()
-            if len(x) > 1 and bool((repeated := self.ids[1:] == self.ids[:-1]).any()):
-                raise ValueError(f"CachedTeacher.from_array: the id {int(self.ids[1:][repeated][0])} is given twice")
-        self.rows = len(x)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | ({"x": None} if self.path else {})
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells arrays of different ranks apart, roughly: sizes, ids, and a few rows."""
-        some = self._x()[:: max(1, self.rows // 64)].double()
-        ids = None if self.ids is None else int(self.ids.sum())
-        return f"{self.rows} rows, sum of some {float(some.sum())!r}, ids {ids}"
-
-    def check_size(self, size: int) -> None:
-        if self.ids is None and self.rows != size:
-            raise CacheError(
-                f"CachedTeacher.from_array: {self.rows} rows without ids, but the root data set has {size}: pass "
-                "ids=..., the row of the data set that each belongs to"
-            )
-
-    def located(self, indices: Tensor) -> Tensor:
-        if self.ids is None or self.order is None:
-            return within(indices, self.rows, "the array")
-        at = torch.searchsorted(self.ids, indices).clamp(max=max(0, self.rows - 1))
-        known = self.ids[at] == indices
-        if not bool(known.all()):
-            raise CacheError(f"there is no embedding with the id {int(indices[~known][0])}, which the batch asks for")
-        return self.order[at]
-
-    def read(self, rows: Tensor, view: int) -> dict[str, Tensor]:
-        x = self._x().index_select(0, rows)
-        return {"/embedding": x if x.dtype == torch.float64 else x.float()}
-
-    def _x(self) -> Tensor:
-        if self.x is None:
-            self.x, _ = _loaded(self._given)
-        return self.x
-
-
-def _loaded(given: Any) -> tuple[Tensor, Tensor | None]:
-    """The rows, memory-mapped where they are a file, and the ids beside them."""
-    if isinstance(given, Tensor):
-        return given.detach().cpu(), None
-    if isinstance(given, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(given)), None
-    if not isinstance(given, str | os.PathLike):
-        raise TypeError(f"CachedTeacher.from_array takes a tensor, an array or a path, got {type(given).__name__}")
-    path = Path(given)
-    if not path.is_file():
-        raise FileNotFoundError(f"the embeddings {str(path)!r} do not exist")
-    try:
-        if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)), None
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            ids = tensors.pop("ids", None)
-            if len(tensors) != 1:
-                raise ValueError(f"it holds {sorted(tensors)} instead of one tensor (and ids)")
-            return tensors.popitem()[1], ids
-    except (ValueError, EOFError, OSError, TypeError, safetensors.SafetensorError) as error:
-        raise CacheError(f"the embeddings {str(path)!r} cannot be read ({error}); write the file again") from error
-    raise ValueError(f"CachedTeacher.from_array reads .npy and .safetensors files, got {str(path)!r}")
