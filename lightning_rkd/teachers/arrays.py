@@ -15,7 +15,9 @@ from lightning_rkd.teachers.shards import CacheError, within
 
 
 class Array:
-    """Rows that came from elsewhere, in memory or mapped from a file; read as :class:`~lightning_rkd.teachers.shards.Shards` are.
+    """Rows that came from elsewhere, in memory or mapped from a file.
+
+    They are read as those of :class:`~lightning_rkd.teachers.shards.Shards` are.
 
     Args:
         array: (N, D): a tensor, an array, or the path of a ``.npy`` or ``.safetensors`` file.
