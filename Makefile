@@ -36,7 +36,7 @@ notebooks: $(STAMP) ## run every notebook from top to bottom
 	@$(BIN)/python -m pytest tests/test_notebooks.py -v $(ARGS)
 
 benchmarks: $(STAMP) ## run every script in benchmarks/, one after the other
-	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
+	@for script in $(filter-out benchmarks/speed.py,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
 
 speed: $(STAMP) ## make the tables on speed anew, docs/speed (some 20 minutes on an idle machine)
 	@$(BIN)/python benchmarks/speed.py --out docs/speed $(ARGS)

@@ -97,26 +97,19 @@ def test_each_of_two_devices_does_half_of_the_cubic_work(ranks: Ranks) -> None:
 # A teacher from a cache
 
 
-def from_cache(rank: int | None, face: str, folder: str) -> dict[str, Tensor]:
+def taught_by(teacher: Any, face: str) -> tuple[pl.LightningModule, list[pl.Callback]]:
+    if face == "callback":
+        return toys.Student(), [RelationalDistillation(teacher, RKD(), student_layer="backbone")]
+    torch.manual_seed(0)
+    return DistillationModule(toys.Backbone(), teacher, RKD(), optimizer=toys.sgd), []
+
+
+def from_cache(rank: int, face: str, folder: str) -> dict[str, Tensor]:
     """What is learnt from what a teacher showed once; both ranks would write the cache, were it not there."""
-    teacher = CachedTeacher(folder, teacher=toys.teacher())
+    module, callbacks = taught_by(CachedTeacher(folder, teacher=toys.teacher()), face)
     with devices(rank) as where:
-        if face == "callback":
-            module: pl.LightningModule = toys.Student()
-            callbacks: list[pl.Callback] = [RelationalDistillation(teacher, RKD(), student_layer="backbone")]
-        else:
-            torch.manual_seed(0)
-            module, callbacks = DistillationModule(toys.Backbone(), teacher, RKD(), optimizer=toys.sgd), []
-        toys.fit(module, *callbacks, batches=numbered(rank), **where)
+        toys.fit(module, *callbacks, batches=batches(rank), **where)
     return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def numbered(rank: int | None) -> DataLoader[Any]:
-    """The batches, of a data set that all ranks share."""
-    data = toys.Rows(16 * toys.STEPS)
-    start, stop = (0, 16) if rank is None else ((0, 8), (8, 16))[rank]
-    order = [list(range(16 * n + start, 16 * n + stop)) for n in range(toys.STEPS)]
-    return DataLoader(TensorDataset(data.x, data.y), batch_sampler=order)
 
 
 @pytest.mark.parametrize("face", ["callback", "module"])
@@ -127,14 +120,8 @@ def test_two_devices_learn_from_a_cache_what_one_learns_from_the_live_teacher(
     assert largest(first, second) == 0
     again, _ = ranks.run(from_cache, face, str(tmp_path / "cache"))
     assert largest(first, again) == 0
-    with devices(None):
-        live: pl.LightningModule
-        if face == "callback":
-            live, callbacks = toys.Student(), [RelationalDistillation(toys.teacher(), RKD(), student_layer="backbone")]
-        else:
-            torch.manual_seed(0)
-            live, callbacks = DistillationModule(toys.Backbone(), toys.teacher(), RKD(), optimizer=toys.sgd), []
-        toys.fit(live, *callbacks, batches=numbered(None))
+    live, callbacks = taught_by(toys.teacher(), face)
+    toys.fit(live, *callbacks, batches=batches(None))
     assert largest(first, dict(live.state_dict())) <= 1e-6
 
 
