@@ -21,7 +21,7 @@ demo: $(STAMP) ## distil a small network from a big one and compare (ARGS="--see
 	@$(BIN)/lightning-rkd demo $(ARGS)
 
 test: $(STAMP) ## all tests, doctests, notebooks and recipes
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-quick: $(STAMP) ## the tests that take at most a few seconds each
 	@$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal $(ARGS)
