@@ -29,7 +29,8 @@ from lightning_rkd.losses.rkd import rkd_angle, rkd_distance
 from lightning_rkd.relations import angles, distances
 
 SEED, STUDENT_DIM, TEACHER_DIM = 0, 128, 512
-FLOPS = 26  # of the GPU kernels for a triplet, multiplications and additions that are fused counted as two
+FLOPS = 21  # of the GPU kernels for a triplet, multiplications and additions that are fused counted as two
+LANES = 128  # float32 units of a multiprocessor, of compute capability 8.6 and later but 8.7 (and of 9.0)
 
 
 def formula(student: Tensor, teacher: Tensor) -> Tensor:
@@ -168,6 +169,42 @@ def growth(report: Report, sizes: list[int]) -> list[tuple[int, float, float]]:
     return measured
 
 
+def large(report: Report, sizes: list[int]) -> None:
+    """RKD-DA on a GPU: the whole of it, the kernels alone, and their share of what the chip can do."""
+    from lightning_rkd.kernels import angle_cuda
+
+    clock_mhz = float(_ask_driver("clocks.max.sm"))
+    peak_flops = 2 * LANES * torch.cuda.get_device_properties(0).multi_processor_count * clock_mhz * 1e6
+    report.say("## RKD-DA, forward and backward")
+    report.say(
+        f"Kernels: RKD-A's two for the triplets alone, {FLOPS} operations a triplet; the peak of float32 is "
+        f"{peak_flops / 1e12:.1f} TFLOP/s at {clock_mhz:.0f} MHz, if every instruction were a fused one. Median of 11."
+    )
+    rows = []
+    for n in sizes:
+        step("RKD-DA", n)
+        ms = 1e3 * statistics.median(step("RKD-DA", n)[0] for _ in range(11))
+        s, t = (distances.squared_distances(torch.randn(n, d, device=device)) for d in (STUDENT_DIM, TEACHER_DIM))
+        settings = {"official": True, "factor": 1.0, "with_gradient": True}
+        alone = []
+        for _ in range(12):
+            wait()
+            start = clock()
+            angle_cuda.loss_and_gradient(s, t, (0, n), torch.float32, **settings)
+            wait()
+            alone.append(1e3 * (clock() - start))
+        kernel_ms = statistics.median(alone[1:])
+        flops = FLOPS * n**3 / kernel_ms * 1e3
+        cells = [f"{ms:.2f}", f"{peak('RKD-DA', n):.0f}", f"{kernel_ms:.2f}", f"{flops / 1e12:.1f}"]
+        rows.append([f"{n:,}", *cells, f"{100 * flops / peak_flops:.0f} %"])
+    report.table(["N", "ms", "adds MiB", "kernels ms", "kernels TFLOP / s", "of the peak"], rows)
+
+
+def _ask_driver(what: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits", "--id=0"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def width(report: Report, widths: list[int], n: int = 256) -> None:
     report.say(f"## Growth with the width, N = {n}, the teacher as wide as the student")
     rows = []
@@ -205,6 +242,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[64, 128, 256, 512])
     parser.add_argument("--growth", type=int, nargs="*", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--widths", type=int, nargs="*", default=[32, 128, 512, 2048])
+    parser.add_argument("--large", type=int, nargs="*", default=[1024, 2048, 4096], help="RKD-DA, on a GPU")
     parser.add_argument("--seconds", type=float, default=10.0, help="for the timing of one size, at least 5 turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread, for busy machines")
@@ -232,6 +270,8 @@ def main() -> None:
             report.say(f"![time and memory over the size of the batch]({picture.name})")
     if args.widths:
         width(report, args.widths)
+    if device == "cuda" and args.large:
+        large(report, args.large)
     report.write(args.out)
 
 

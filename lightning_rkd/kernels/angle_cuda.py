@@ -1,9 +1,9 @@
 r"""RKD's angle loss on a GPU: loss and gradient of all triplets in registers, written in Triton.
 
-Two kernels see every triplet. One holds a tile of (vertex j, side i) and walks over the other sides k: it sums the loss
-and what pulls at the distances from the vertex. The other holds a tile of (side i, side k) and walks over the vertices:
-it sums what pulls at the distance across. Every program writes entries of its own, so that nothing depends on the order
-in which programs run, and nothing of size N^3 exists. Cosines are computed as on the CPU
+Two kernels see the triplets. One holds a tile of (side i, side k), k < i, and walks over the vertices j: it sums the
+loss and what pulls at the distance across. The other holds a tile of (vertex j, side i) and walks over all other sides
+k: it sums what pulls at the distances from the vertex. Every program writes entries of its own, so that nothing depends
+on the order in which programs run, and nothing of size N^3 exists. Cosines are computed as on the CPU
 (:mod:`lightning_rkd.kernels.angle_cpu`), close pairs in float64 too: where there are any, which only the device knows,
 both kernels run once more for the triplets in which they take part.
 """
@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from lightning_rkd.kernels.units import NEAR, in_units_of_mean
 
-_TILE_J, _TILE_I, _TILE_K = 32, 64, 32
+_ACROSS = {"TILE_I": 64, "TILE_K": 32, "UNROLL": 1, "num_warps": 4}
+_AT = {"TILE_J": 32, "TILE_I": 64, "UNROLL": 1, "num_warps": 4}
 _PADDED = 64  # sizes are multiples of it: programs then need not look where a matrix ends
 
 
@@ -80,20 +81,17 @@ def _pass(
     n = len(s)
     wanted = s if near is None else near.any().to(torch.int32)  # read by the programs themselves
     flags = s if near is None else _padded(near.to(torch.int8))
+    matrices = (s, rs, ds, t, rt, dt, flags, wanted)
     common: dict[str, Any] = {"NEAR": near is not None, "WIDE": s.dtype == torch.float64}
-    at_weight, at_cosine = torch.zeros((2, n, n), dtype=s.dtype, device=s.device)
-    first = start // _TILE_J
-    grid = (triton.cdiv(stop, _TILE_J) - first, n // _TILE_I)
+    grid = (n // _ACROSS["TILE_I"], n // _ACROSS["TILE_K"])
     losses = torch.zeros(grid, dtype=torch.float64, device=s.device)
-    tiles = {"TILE_J": _TILE_J, "TILE_I": _TILE_I}
-    _at_vertices[grid](
-        s, rs, ds, t, rt, dt, flags, wanted, at_weight, at_cosine, losses, n, start, stop, first, **tiles, **common
-    )
+    across = torch.zeros_like(s) if gradient is not None else s
+    _across[grid](*matrices, across, losses, n, start, stop, GRADIENT=gradient is not None, **_ACROSS, **common)
     if gradient is not None:
-        across = torch.zeros_like(s)
-        grid = (n // _TILE_I, n // _TILE_K)
-        tiles = {"TILE_I": _TILE_I, "TILE_K": _TILE_K}
-        _across[grid](s, rs, ds, t, rt, dt, flags, wanted, across, n, start, stop, **tiles, **common)
+        at_weight, at_cosine = torch.zeros((2, n, n), dtype=s.dtype, device=s.device)
+        first = start // _AT["TILE_J"]
+        grid = (triton.cdiv(stop, _AT["TILE_J"]) - first, n // _AT["TILE_I"])
+        _at_vertices[grid](*matrices, at_weight, at_cosine, n, start, stop, first, **_AT, **common)
         rows = slice(len(gradient))
         at_cosine *= rs * rs
         gradient.add_(across[rows, rows]).add_(at_weight[rows, rows], alpha=2).sub_(at_cosine[rows, rows])
@@ -103,8 +101,68 @@ def _pass(
 @triton.jit
 def _huber(e):  # type: ignore[no-untyped-def]
     """Derivative of the Huber function; NaN stays NaN."""
-    g = tl.where(e > 1.0, 1.0, e)
-    return tl.where(g < -1.0, -1.0, g)
+    return tl.maximum(tl.minimum(e, 1.0, tl.PropagateNan.ALL), -1.0, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _across(  # type: ignore[no-untyped-def]
+    s,
+    rs,
+    ds,
+    t,
+    rt,
+    dt,
+    near,
+    wanted,
+    across,
+    losses,
+    n,
+    start,
+    stop,
+    TILE_I: tl.constexpr,
+    TILE_K: tl.constexpr,
+    UNROLL: tl.constexpr,
+    NEAR: tl.constexpr,
+    WIDE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):
+    if NEAR:  # noqa: SIM102 # known when the kernel is compiled, what follows when it runs
+        if tl.load(wanted) == 0:
+            return
+    first_i, first_k = tl.program_id(0) * TILE_I, tl.program_id(1) * TILE_K
+    if first_k >= first_i + TILE_I:  # the mirror image of a tile below the diagonal
+        return
+    i, k = first_i + tl.arange(0, TILE_I), first_k + tl.arange(0, TILE_K)
+    here = i[:, None] * n + k[None, :]
+    side_s = tl.load(s + here)
+    side_t = tl.load(t + here)
+    pull = tl.zeros((TILE_I, TILE_K), dtype=tl.float64 if WIDE else tl.float32)
+    loss = tl.zeros((TILE_I, TILE_K), dtype=tl.float64 if WIDE else tl.float32)
+    for j in tl.range(start, stop, loop_unroll_factor=UNROLL):
+        # rows of symmetric matrices stand for their columns
+        a = tl.load(s + j * n + i)[:, None]
+        h = 0.5 * tl.load(rs + j * n + i)[:, None]
+        b = tl.load(t + j * n + i)[:, None]
+        q = 0.5 * tl.load(rt + j * n + i)[:, None]
+        r = tl.load(rs + j * n + k)[None, :]
+        d = tl.load(ds + j * n + k)[None, :]
+        rr = tl.load(rt + j * n + k)[None, :]
+        dd = tl.load(dt + j * n + k)[None, :]
+        e = h * ((a - side_s) * r + d) - q * ((b - side_t) * rr + dd)
+        if NEAR:
+            near_i = tl.load(near + j * n + i)[:, None]
+            near_k = tl.load(near + j * n + k)[None, :]
+            e = tl.where((near_i != 0) | (near_k != 0), e, 0.0)
+        g = _huber(e)
+        loss += g * (e - 0.5 * g)
+        if GRADIENT:
+            pull -= h * (g * r)
+    # entries above the diagonal are left to their mirror images
+    below = k[None, :] < i[:, None]
+    if GRADIENT:
+        tl.store(across + here, tl.where(below, 2.0 * pull, 0.0))
+    loss = tl.where(below, 2.0 * loss.to(tl.float64), 0.0)
+    tl.store(losses + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(loss, axis=1), axis=0))
 
 
 @triton.jit
@@ -119,17 +177,17 @@ def _at_vertices(  # type: ignore[no-untyped-def]
     wanted,
     at_weight,
     at_cosine,
-    losses,
     n,
     start,
     stop,
     first,
     TILE_J: tl.constexpr,
     TILE_I: tl.constexpr,
+    UNROLL: tl.constexpr,
     NEAR: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    if NEAR:  # noqa: SIM102 # known when the kernel is compiled, what follows when it runs
+    if NEAR:  # noqa: SIM102
         if tl.load(wanted) == 0:
             return
     j = (first + tl.program_id(0)) * TILE_J + tl.arange(0, TILE_J)
@@ -143,9 +201,7 @@ def _at_vertices(  # type: ignore[no-untyped-def]
         near_i = tl.load(near + here)
     weight = tl.zeros((TILE_J, TILE_I), dtype=tl.float64 if WIDE else tl.float32)
     cosine = tl.zeros((TILE_J, TILE_I), dtype=tl.float64 if WIDE else tl.float32)
-    loss = tl.zeros((TILE_J, TILE_I), dtype=tl.float64 if WIDE else tl.float32)
-    for k in range(0, n):
-        # rows of symmetric matrices stand for their columns
+    for k in tl.range(0, n, loop_unroll_factor=UNROLL):
         si = tl.load(s + k * n + i)[None, :]
         ti = tl.load(t + k * n + i)[None, :]
         r = tl.load(rs + k * n + j)[:, None]
@@ -158,7 +214,6 @@ def _at_vertices(  # type: ignore[no-untyped-def]
             near_k = tl.load(near + k * n + j)[:, None]
             e = tl.where((near_i != 0) | (near_k != 0), e, 0.0)
         g = _huber(e)
-        loss += g * (e - 0.5 * g)
         weight += g * r
         cosine += c * g
     # at k = i both cosines are 1, and cancel, but not where j and i are duplicates in one network only
@@ -168,60 +223,8 @@ def _at_vertices(  # type: ignore[no-untyped-def]
     if NEAR:
         e = tl.where(near_i != 0, e, 0.0)
     e = tl.where((r == 0.0) != (rr == 0.0), e, 0.0)
-    loss -= 0.5 * e * e
     weight -= e * r
     cosine -= c * e
     mine = ((j >= start) & (j < stop))[:, None] & (i >= 0)[None, :]
     tl.store(at_weight + here, weight * h, mask=mine)
     tl.store(at_cosine + here, cosine, mask=mine)
-    loss = tl.where(mine, loss, 0.0).to(tl.float64)
-    tl.store(losses + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(loss, axis=1), axis=0))
-
-
-@triton.jit
-def _across(  # type: ignore[no-untyped-def]
-    s,
-    rs,
-    ds,
-    t,
-    rt,
-    dt,
-    near,
-    wanted,
-    across,
-    n,
-    start,
-    stop,
-    TILE_I: tl.constexpr,
-    TILE_K: tl.constexpr,
-    NEAR: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    if NEAR:  # noqa: SIM102 # known when the kernel is compiled, what follows when it runs
-        if tl.load(wanted) == 0:
-            return
-    first_i, first_k = tl.program_id(0) * TILE_I, tl.program_id(1) * TILE_K
-    if first_k >= first_i + TILE_I:  # the mirror image of a tile below the diagonal
-        return
-    i, k = first_i + tl.arange(0, TILE_I), first_k + tl.arange(0, TILE_K)
-    here = i[:, None] * n + k[None, :]
-    side_s = tl.load(s + here)
-    side_t = tl.load(t + here)
-    pull = tl.zeros((TILE_I, TILE_K), dtype=tl.float64 if WIDE else tl.float32)
-    for j in range(start, stop):
-        a = tl.load(s + j * n + i)[:, None]
-        h = 0.5 * tl.load(rs + j * n + i)[:, None]
-        b = tl.load(t + j * n + i)[:, None]
-        q = 0.5 * tl.load(rt + j * n + i)[:, None]
-        r = tl.load(rs + j * n + k)[None, :]
-        d = tl.load(ds + j * n + k)[None, :]
-        rr = tl.load(rt + j * n + k)[None, :]
-        dd = tl.load(dt + j * n + k)[None, :]
-        e = h * ((a - side_s) * r + d) - q * ((b - side_t) * rr + dd)
-        if NEAR:
-            near_i = tl.load(near + j * n + i)[:, None]
-            near_k = tl.load(near + j * n + k)[None, :]
-            e = tl.where((near_i != 0) | (near_k != 0), e, 0.0)
-        pull -= h * (_huber(e) * r)
-    # entries above the diagonal are left to their mirror images
-    tl.store(across + here, tl.where(k[None, :] < i[:, None], 2.0 * pull, 0.0))

@@ -23,8 +23,10 @@ from lightning_rkd.kernels import angle_cuda, native
 from lightning_rkd.relations.distances import squared_distances
 
 cpu = native("angle_cpu")
-angle_cuda._TILE_J, angle_cuda._TILE_I, angle_cuda._TILE_K = map(int, sys.argv[2].split(","))
-angle_cuda._PADDED = max(angle_cuda._TILE_J, angle_cuda._TILE_I, angle_cuda._TILE_K)
+tile_j, tile_i, tile_k = map(int, sys.argv[2].split(","))
+angle_cuda._ACROSS.update(TILE_I=tile_i, TILE_K=tile_k)
+angle_cuda._AT.update(TILE_J=tile_j, TILE_I=tile_i)
+angle_cuda._PADDED = max(tile_j, tile_i, tile_k)
 
 
 def compare(n, dtype, tolerance, official, close=False, vertices=None):
@@ -82,12 +84,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lightning_rkd.kernels import angle_cuda as kernels
 
-TILES = {"TILE_J": kernels._TILE_J, "TILE_I": kernels._TILE_I, "TILE_K": kernels._TILE_K}
 for arch in (80, 90):
     for wide in (False, True):
         for near in (False, True):
-            for kernel in (kernels._at_vertices, kernels._across):
-                constants = TILES | {"NEAR": near, "WIDE": wide}
+            for kernel, tiles in ((kernels._at_vertices, kernels._AT), (kernels._across, kernels._ACROSS)):
+                constants = tiles | {"NEAR": near, "WIDE": wide, "GRADIENT": True}
+                options = {"num_warps": constants.pop("num_warps")}
                 numbers = dict.fromkeys(("n", "start", "stop", "first"), "i32")
                 special = {"losses": "*fp64"} | ({"near": "*i8", "wanted": "*i32"} if near else {})
                 kinds = {
@@ -97,7 +99,7 @@ for arch in (80, 90):
                 }
                 constants = {name: value for name, value in constants.items() if name in kinds}
                 source = ASTSource(kernel, signature=kinds, constexprs=constants)
-                code = triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["ptx"]
+                code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
                 assert code.count("fma.rn.f64" if wide else "fma.rn.f32") > 50
 print("compiled")
 """

@@ -1,0 +1,241 @@
+"""What only a GPU can show; without one everything here is skipped, and tests beside the code say the rest."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_rkd import DistillationModule, RelationalDistillation
+from lightning_rkd.losses import RKD
+from lightning_rkd.losses.parts.memory import MemoryBank
+from lightning_rkd.metrics import EmbeddingRetrieval, RelationalAgreement
+from lightning_rkd.relations import angles
+from lightning_rkd.relations.angles import angle_loss
+from lightning_rkd.relations.distances import squared_distances
+from tests.losses.test_contract import Sample, context, every_loss, side
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def moved(x: Any, device: str) -> Any:
+    """The same on another device."""
+    if isinstance(x, Tensor):
+        return x.detach().to(device).requires_grad_(x.requires_grad)
+    if isinstance(x, list):
+        return [moved(value, device) for value in x]
+    if dataclasses.is_dataclass(x):
+        return dataclasses.replace(x, **{f.name: moved(getattr(x, f.name), device) for f in dataclasses.fields(x)})  # type: ignore[type-var]
+    return tuple(moved(value, device) for value in x) if isinstance(x, tuple) else x
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """An error where the host would wait for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@every_loss
+def test_a_loss_agrees_with_the_cpu_and_the_host_does_not_wait(cls):
+    sample = Sample(cls)
+    values = []
+    for device in ("cpu", "cuda"):
+        loss = copy.deepcopy(sample.loss).to(device)
+        student, teacher = (moved(side(cls, shown), device) for shown in (sample.student, sample.teacher))
+        given = {name: moved(value, device) for name, value in context(cls, sample.n).items()}
+        torch.manual_seed(0)
+        if device == "cuda":
+            loss_again = copy.deepcopy(loss)
+            loss_again(student, teacher, **given)  # compiles
+            with no_waiting():
+                value = loss(student, teacher, **given)
+                if value.requires_grad:
+                    value.backward()
+        else:
+            value = loss(student, teacher, **given)
+        values.append(value.detach().cpu().double())
+    if not any(isinstance(module, MemoryBank) for module in sample.loss.modules()):  # draws other rows there
+        assert values[1] == pytest.approx(float(values[0]), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["official", "distinct"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 31, 64, 100, 257, 1000])
+def test_the_angle_kernel_agrees_with_the_cpu(n, dtype, tolerance, reduction):
+    x, y = (torch.randn(n, d, dtype=torch.float64) for d in (16, 32))
+    results = []
+    for device in ("cpu", "cuda"):
+        own = x.to(device).requires_grad_()
+        loss = angle_loss(
+            squared_distances(own), squared_distances(y.to(device)), reduction=reduction,
+            dtype=torch.float64 if device == "cpu" else dtype,
+        )  # fmt: skip
+        (grad,) = torch.autograd.grad(loss, own)
+        results.append((float(loss.detach()), grad.cpu()))
+    assert not angles._failed
+    assert abs(results[1][0] - results[0][0]) <= tolerance * abs(results[0][0])
+    assert (results[1][1] - results[0][1]).norm() <= tolerance * results[0][1].norm()
+
+
+def test_the_angle_kernel_is_exact_for_duplicates_and_near_rows():
+    x, y = (torch.randn(200, d, dtype=torch.float64) for d in (16, 32))
+    x[1] = x[0]
+    y[2] = y[3] + 1e-4 * y[2]
+    x[4] = x[3] + 1e-5 * x[4]
+    y[6] = y[5]
+    grads = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        own = x.to(device).requires_grad_()
+        loss = angle_loss(squared_distances(own), squared_distances(y.to(device)), dtype=dtype)
+        grads.append(torch.autograd.grad(loss, own)[0].cpu())
+    for rows in (slice(0, 2), slice(2, 7), slice(7, None)):
+        assert (grads[1][rows] - grads[0][rows]).norm() <= 1e-4 * grads[0][rows].norm()
+
+
+def test_the_angle_kernel_gives_the_same_bits_twice():
+    x, y = (torch.randn(300, d, device="cuda") for d in (16, 32))
+    grads = []
+    for _ in range(2):
+        own = x.clone().requires_grad_()
+        angle_loss(squared_distances(own), squared_distances(y)).backward()
+        grads.append(own.grad)
+    assert torch.equal(*grads)
+
+
+def test_compiled_the_loss_is_the_same():
+    student, teacher = torch.randn(64, 16, device="cuda"), torch.randn(64, 32, device="cuda")
+    loss = RKD()
+    grads = []
+    for call in (loss, torch.compile(loss, fullgraph=True)):
+        own = student.clone().requires_grad_()
+        call(own, teacher).backward()
+        grads.append(own.grad)
+    assert (grads[1] - grads[0]).norm() <= 1e-5 * grads[0].norm()
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_retrieval_is_the_same_to_the_last_digit(distance, dtype):
+    labels = torch.arange(3000) % 300
+    rows = (torch.randn(300, 32)[labels] + 2 * torch.randn(3000, 32)).to(dtype)
+    rows[7] = rows[8]
+    values = []
+    for device in ("cpu", "cuda"):
+        metric = EmbeddingRetrieval(k=(1, 5), distance=distance).to(device)
+        metric.update(rows.to(device), labels.to(device))
+        values.append({name: float(value) for name, value in metric.compute().items()})
+    assert values[0] == values[1]
+
+
+def test_agreement_is_the_same():
+    student, teacher = torch.randn(2000, 16), torch.randn(2000, 32)
+    values = []
+    for device in ("cpu", "cuda"):
+        metric = RelationalAgreement().to(device)
+        metric.update(student.to(device), teacher.to(device))
+        values.append({name: float(value) for name, value in metric.compute().items()})
+    assert values[1] == pytest.approx(values[0], abs=1e-6)
+
+
+class Plain(pl.LightningModule):
+    """A user's module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.backbone = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 16))
+        self.head = nn.Linear(16, 5)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class ByHand(Plain):
+    """The same with the loss written into the step."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "teacher", teacher.cuda())
+        self.loss = RKD()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        embedding = self.backbone(batch[0])
+        with torch.no_grad():
+            shown = self.teacher(batch[0])
+        return nn.functional.cross_entropy(self.head(embedding), batch[1]) + self.loss(embedding, shown)
+
+
+def teacher() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(20, 64), nn.Tanh()).requires_grad_(False)
+
+
+def fit(module: pl.LightningModule, precision: str, callbacks: list[pl.Callback], steps: int = 12) -> None:
+    torch.manual_seed(3)
+    data = TensorDataset(torch.randn(256, 20), torch.randint(5, (256,)))
+    pl.Trainer(
+        max_steps=steps, accelerator="gpu", devices=1, precision=precision, callbacks=callbacks, logger=False,  # type: ignore[arg-type]
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    ).fit(module, DataLoader(data, batch_size=64, pin_memory=True))  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
+def test_attached_it_is_what_is_written_by_hand_to_the_last_bit(precision):
+    attached, by_hand = Plain(), ByHand(teacher())
+    fit(attached, precision, [RelationalDistillation(teacher(), RKD(), student_layer="backbone")])
+    fit(by_hand, precision, [])
+    for name, value in attached.state_dict().items():
+        assert torch.equal(value, by_hand.state_dict()[name]), name
+
+
+class NoWaiting(pl.Callback):
+    """From the batch's arrival to the step's end the host must not wait, but for the first steps, which compile."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= 3:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.steps += torch.cuda.get_sync_debug_mode() == 2
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("face", ["callback", "module"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_in_a_step_the_host_never_waits_for_the_device(face, precision):
+    watch = NoWaiting()
+    try:
+        if face == "callback":
+            distil = RelationalDistillation(teacher(), RKD(), student_layer="backbone")
+            fit(Plain(), precision, [distil, watch])
+        else:
+            student = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 16))
+            module = DistillationModule(
+                student, teacher(), RKD(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)
+            )
+            fit(module, precision, [watch])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watch.steps == 9
