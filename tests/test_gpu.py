@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rkd import DistillationModule, RelationalDistillation
+from lightning_rkd import DistillationModule, RelationalDistillation, kernels
 from lightning_rkd.losses import RKD
 from lightning_rkd.losses.parts.memory import MemoryBank
 from lightning_rkd.metrics import EmbeddingRetrieval, RelationalAgreement
-from lightning_rkd.relations import angles
 from lightning_rkd.relations.angles import angle_loss
 from lightning_rkd.relations.distances import squared_distances
 from tests.losses.test_contract import Sample, context, every_loss, side
@@ -85,9 +84,9 @@ def test_the_angle_kernel_agrees_with_the_cpu(n, dtype, tolerance, reduction):
         )  # fmt: skip
         (grad,) = torch.autograd.grad(loss, own)
         results.append((float(loss.detach()), grad.cpu()))
-    assert not angles._failed
+    assert not kernels._failed
     assert abs(results[1][0] - results[0][0]) <= tolerance * abs(results[0][0])
-    assert (results[1][1] - results[0][1]).norm() <= tolerance * results[0][1].norm()
+    assert (results[1][1] - results[0][1]).norm() <= tolerance * results[0][1].norm() + 1e-15
 
 
 def test_the_angle_kernel_is_exact_for_duplicates_and_near_rows():

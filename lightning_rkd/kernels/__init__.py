@@ -16,9 +16,11 @@ SWITCH = "LIGHTNING_RKD_NATIVE"
 _log = logging.getLogger(__name__)
 
 
-@functools.cache
+_failed: set[str] = set()
+
+
 def native(name: str) -> ModuleType | None:
-    """A module of this package whose functions numba compiles, or ``None`` where there is no working numba.
+    """A module of this package whose functions numba or Triton compile, or ``None`` where they do not work.
 
     The first call compiles, which takes seconds, or reads what an earlier process compiled; so call it ahead of work
     that is timed.
@@ -30,8 +32,23 @@ def native(name: str) -> ModuleType | None:
         >>> native("no_such_kernel") is None
         True
     """
-    if os.environ.get(SWITCH) == "0":
-        return None
+    return None if name in _failed or os.environ.get(SWITCH) == "0" else _imported(name)
+
+
+def give_up(name: str, error: Exception) -> None:
+    """Leave a kernel out from now on, which a first call has shown not to run here, such as for want of a C compiler.
+
+    Example:
+        >>> give_up("no_such_kernel", RuntimeError("no C compiler"))
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    _failed.add(name)
+    _log.warning("The kernel %s does not run here, PyTorch's operations do its work, slower: %s", name, error)
+
+
+@functools.cache
+def _imported(name: str) -> ModuleType | None:
     try:
         return import_module(f"{__name__}.{name}")
     except Exception as error:  # a broken installation fails in many ways
@@ -48,6 +65,9 @@ def load(device: torch.device | str) -> None:
     Example:
         >>> load("cpu")
     """
-    if torch.device(device).type == "cpu":
-        for name in ("distance_cpu", "angle_cpu"):
-            native(name)
+    kind = torch.device(device).type
+    if kind in ("cpu", "cuda"):
+        for name in ("distance", "angle"):
+            kernel = native(f"{name}_{kind}")
+            if kernel is not None and kind == "cuda":  # Triton compiles at the first launch
+                kernel.launch_once(torch.device(device))

@@ -5,7 +5,8 @@ loss and what pulls at the distance across. The other holds a tile of (vertex j,
 k: it sums what pulls at the distances from the vertex. Every program writes entries of its own, so that nothing depends
 on the order in which programs run, and nothing of size N^3 exists. Cosines are computed as on the CPU
 (:mod:`lightning_rkd.kernels.angle_cpu`), close pairs in float64 too: where there are any, which only the device knows,
-both kernels run once more for the triplets in which they take part.
+both kernels run once more for the triplets in which they take part. Launches are few, because at ordinary sizes of a
+batch they are what costs time.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.kernels.units import NEAR, in_units_of_mean
+from lightning_rkd.kernels.units import NEAR
 
-_ACROSS = {"TILE_I": 64, "TILE_K": 32, "UNROLL": 1, "num_warps": 4}
-_AT = {"TILE_J": 32, "TILE_I": 64, "UNROLL": 1, "num_warps": 4}
+_ACROSS = {"TILE_I": 64, "TILE_K": 32, "UNROLL": 2, "num_warps": 4}
+_AT = {"TILE_J": 32, "TILE_I": 32, "UNROLL": 2, "num_warps": 2}
+_TILE = 32  # of the kernel that prepares
 _PADDED = 64  # sizes are multiples of it: programs then need not look where a matrix ends
 
 
@@ -40,82 +42,151 @@ def loss_and_gradient(
     Everything comes back in float64, and the host does not wait for the device.
     """
     start, stop = vertices
-    own, given = (in_units_of_mean(side.detach().to(torch.float64)) for side in (student, teacher))
-    rows = slice(start, stop)
-    total = 0.5 * ((own[0][rows] > 0) ^ (given[0][rows] > 0)).sum() if official else own[0].new_zeros(())
-    gradient = torch.zeros_like(own[0]) if with_gradient else None
-    if stop > start:
-        near = _near(own[0]) | _near(given[0]) if dtype == torch.float32 else None
-        total = total + _pass([_side(side, dtype, near) for side in (own, given)], None, start, stop, gradient)
-        if near is not None:
-            sides = [_side(side, torch.float64, None) for side in (own, given)]
-            total = total + _pass(sides, near, start, stop, gradient)
-    if gradient is not None:
-        gradient = gradient.mul_(factor / own[2]).fill_diagonal_(0)
-    return factor * total, gradient
+    size, device, wide = len(student), student.device, dtype == torch.float64
+    sides = [side.detach().to(torch.float64) for side in (student, teacher)]
+    s, t = (_padded(side) for side in sides)
+    n = len(s)
+    units = [reduced for side in sides for reduced in (side.mean(), side.amax())]
+    scale = torch.full((), factor, dtype=torch.float64, device=device)
+    tiles, blocks = (n // _TILE) ** 2, (n // _ACROSS["TILE_I"]) * (n // _ACROSS["TILE_K"])
+    losses = torch.zeros(tiles + 2 * blocks, dtype=torch.float64, device=device)
+    gradient = torch.zeros((n, n), dtype=torch.float64, device=device) if with_gradient else s
+    fast = s if wide else torch.empty((6, n, n), dtype=torch.float32, device=device)
+    near = s if wide else torch.empty((n, n), dtype=torch.int8, device=device)
+    found = s if wide else torch.empty(tiles, dtype=torch.int32, device=device)
+    limits = (n, start, stop)
+    _prepare[(n // _TILE, n // _TILE)](
+        s, t, *units, fast, near, found, losses, scale, *limits, TILE=_TILE, LIMIT=NEAR, OFFICIAL=official, WIDE=wide
+    )
+    for again in (False,) if wide else (False, True):
+        wanted = found.amax() if again else s  # read by the programs themselves
+        matrices = (fast, s, t, *units, near, wanted, scale, gradient)
+        common: dict[str, Any] = {"NEAR": again, "WIDE": wide or again}
+        grid = (n // _ACROSS["TILE_I"], n // _ACROSS["TILE_K"])
+        place = tiles + blocks * again
+        _across[grid](*matrices, losses, place, *limits, GRADIENT=with_gradient, **_ACROSS, **common)
+        if with_gradient and stop > start:
+            first = start // _AT["TILE_J"]
+            grid = (triton.cdiv(stop, _AT["TILE_J"]) - first, n // _AT["TILE_I"])
+            _at_vertices[grid](*matrices, first, *limits, **_AT, **common)
+    return losses.sum(), gradient[:size, :size] if with_gradient else None
 
 
-def _near(squared: Tensor) -> Tensor:
-    return (squared > 0) & (squared < NEAR * squared.max())
-
-
-def _side(units: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, left_out: Tensor | None) -> tuple[Tensor, ...]:
-    """Squared distances, their inverse roots and their roots; at pairs left out every cosine is 0."""
-    squared, inverse, _ = units
-    root = squared * inverse
-    if left_out is not None:
-        inverse, root = inverse.masked_fill(left_out, 0), root.masked_fill(left_out, 0)
-    return tuple(_padded(x.to(dtype)) for x in (squared, inverse, root))
+def launch_once(device: torch.device) -> None:
+    """Compile for float32, with and without gradient."""
+    squared = 1 - torch.eye(_PADDED, dtype=torch.float64, device=device)
+    for with_gradient in (True, False):
+        settings = {"official": True, "factor": 1.0, "with_gradient": with_gradient}
+        loss_and_gradient(squared, squared, (0, _PADDED), torch.float32, **settings)
 
 
 def _padded(x: Tensor) -> Tensor:
     more = -len(x) % _PADDED
-    return F.pad(x, (0, more, 0, more)).contiguous()
-
-
-def _pass(
-    sides: list[tuple[Tensor, ...]], near: Tensor | None, start: int, stop: int, gradient: Tensor | None
-) -> Tensor:
-    """One walk over the triplets, or over those with a near pair; adds to the gradient and returns the loss."""
-    (s, rs, ds), (t, rt, dt) = sides
-    n = len(s)
-    wanted = s if near is None else near.any().to(torch.int32)  # read by the programs themselves
-    flags = s if near is None else _padded(near.to(torch.int8))
-    matrices = (s, rs, ds, t, rt, dt, flags, wanted)
-    common: dict[str, Any] = {"NEAR": near is not None, "WIDE": s.dtype == torch.float64}
-    grid = (n // _ACROSS["TILE_I"], n // _ACROSS["TILE_K"])
-    losses = torch.zeros(grid, dtype=torch.float64, device=s.device)
-    across = torch.zeros_like(s) if gradient is not None else s
-    _across[grid](*matrices, across, losses, n, start, stop, GRADIENT=gradient is not None, **_ACROSS, **common)
-    if gradient is not None:
-        at_weight, at_cosine = torch.zeros((2, n, n), dtype=s.dtype, device=s.device)
-        first = start // _AT["TILE_J"]
-        grid = (triton.cdiv(stop, _AT["TILE_J"]) - first, n // _AT["TILE_I"])
-        _at_vertices[grid](*matrices, at_weight, at_cosine, n, start, stop, first, **_AT, **common)
-        rows = slice(len(gradient))
-        at_cosine *= rs * rs
-        gradient.add_(across[rows, rows]).add_(at_weight[rows, rows], alpha=2).sub_(at_cosine[rows, rows])
-    return losses.sum()
+    return F.pad(x, (0, more, 0, more)) if more else x.contiguous()
 
 
 @triton.jit
-def _huber(e):  # type: ignore[no-untyped-def]
+def _inverse_root(squared):  # type: ignore[no-untyped-def]
+    """0 for 0; NaN stays NaN."""
+    zero = squared == 0.0
+    return tl.where(zero, 0.0, 1.0 / tl.sqrt(tl.where(zero, 1.0, squared)))
+
+
+@triton.jit
+def _per_unit(mean):  # type: ignore[no-untyped-def]
+    """What brings squared distances into units of their mean, which keeps float32 in range."""
+    return 1.0 / tl.maximum(tl.load(mean), 2.3e-308, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _huber(e, bound):  # type: ignore[no-untyped-def]
     """Derivative of the Huber function; NaN stays NaN."""
-    return tl.maximum(tl.minimum(e, 1.0, tl.PropagateNan.ALL), -1.0, tl.PropagateNan.ALL)
+    return tl.maximum(tl.minimum(e, bound, tl.PropagateNan.ALL), -bound, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _prepare(  # type: ignore[no-untyped-def]
+    s,
+    t,
+    mean_s,
+    largest_s,
+    mean_t,
+    largest_t,
+    fast,
+    near,
+    found,
+    losses,
+    scale,
+    n,
+    start,
+    stop,
+    TILE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFICIAL: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """For both sides squared distances, inverse roots and roots in float32, 0 at near pairs; and where these are."""
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    k = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    here = i[:, None] * n + k[None, :]
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    a, b = tl.load(s + here), tl.load(t + here)
+    if OFFICIAL:  # i = k counts where the rows are duplicates in one network only
+        alone = ((a > 0) != (b > 0)) & ((i >= start) & (i < stop))[:, None]
+        count = tl.sum(tl.sum(alone.to(tl.float64), axis=1), axis=0)
+        tl.store(losses + program, 0.5 * count * tl.load(scale))
+    if not WIDE:
+        close = ((a > 0) & (a < LIMIT * tl.load(largest_s))) | ((b > 0) & (b < LIMIT * tl.load(largest_t)))
+        tl.store(near + here, close.to(tl.int8))
+        tl.store(found + program, tl.max(tl.max(close.to(tl.int32), axis=1), axis=0))
+        plane = n.to(tl.int64) * n
+        a = a * _per_unit(mean_s)
+        b = b * _per_unit(mean_t)
+        r = tl.where(close, 0.0, _inverse_root(a))
+        q = tl.where(close, 0.0, _inverse_root(b))
+        tl.store(fast + here, a.to(tl.float32))
+        tl.store(fast + plane + here, r.to(tl.float32))
+        tl.store(fast + 2 * plane + here, (a * r).to(tl.float32))
+        tl.store(fast + 3 * plane + here, b.to(tl.float32))
+        tl.store(fast + 4 * plane + here, q.to(tl.float32))
+        tl.store(fast + 5 * plane + here, (b * q).to(tl.float32))
+
+
+@triton.jit
+def _distances(fast, exact, unit, here, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Squared distances, inverse roots and roots at some places: as prepared, or from the exact ones."""
+    if WIDE:
+        squared = tl.load(exact + here) * unit
+        inverse = _inverse_root(squared)
+        root = squared * inverse
+    else:
+        squared = tl.load(fast[0] + here)
+        inverse = tl.load(fast[1] + here)
+        root = tl.load(fast[2] + here)
+    return squared, inverse, root
+
+
+@triton.jit
+def _planes(fast, n):  # type: ignore[no-untyped-def]
+    plane = n.to(tl.int64) * n
+    return (fast, fast + plane, fast + 2 * plane), (fast + 3 * plane, fast + 4 * plane, fast + 5 * plane)
 
 
 @triton.jit
 def _across(  # type: ignore[no-untyped-def]
+    fast,
     s,
-    rs,
-    ds,
     t,
-    rt,
-    dt,
+    mean_s,
+    largest_s,
+    mean_t,
+    largest_t,
     near,
     wanted,
-    across,
+    scale,
+    gradient,
     losses,
+    place,
     n,
     start,
     stop,
@@ -134,53 +205,57 @@ def _across(  # type: ignore[no-untyped-def]
         return
     i, k = first_i + tl.arange(0, TILE_I), first_k + tl.arange(0, TILE_K)
     here = i[:, None] * n + k[None, :]
-    side_s = tl.load(s + here)
-    side_t = tl.load(t + here)
+    unit_s, unit_t = _per_unit(mean_s), _per_unit(mean_t)
+    own, given = _planes(fast, n)
+    side_s, _, _ = _distances(own, s, unit_s, here, WIDE)
+    side_t, _, _ = _distances(given, t, unit_t, here, WIDE)
     pull = tl.zeros((TILE_I, TILE_K), dtype=tl.float64 if WIDE else tl.float32)
     loss = tl.zeros((TILE_I, TILE_K), dtype=tl.float64 if WIDE else tl.float32)
     for j in tl.range(start, stop, loop_unroll_factor=UNROLL):
         # rows of symmetric matrices stand for their columns
-        a = tl.load(s + j * n + i)[:, None]
-        h = 0.5 * tl.load(rs + j * n + i)[:, None]
-        b = tl.load(t + j * n + i)[:, None]
-        q = 0.5 * tl.load(rt + j * n + i)[:, None]
-        r = tl.load(rs + j * n + k)[None, :]
-        d = tl.load(ds + j * n + k)[None, :]
-        rr = tl.load(rt + j * n + k)[None, :]
-        dd = tl.load(dt + j * n + k)[None, :]
+        a, h, _ = _distances(own, s, unit_s, (j * n + i)[:, None], WIDE)
+        b, q, _ = _distances(given, t, unit_t, (j * n + i)[:, None], WIDE)
+        _, r, d = _distances(own, s, unit_s, (j * n + k)[None, :], WIDE)
+        _, rr, dd = _distances(given, t, unit_t, (j * n + k)[None, :], WIDE)
+        h *= 0.5
+        q *= 0.5
         e = h * ((a - side_s) * r + d) - q * ((b - side_t) * rr + dd)
         if NEAR:
             near_i = tl.load(near + j * n + i)[:, None]
             near_k = tl.load(near + j * n + k)[None, :]
             e = tl.where((near_i != 0) | (near_k != 0), e, 0.0)
-        g = _huber(e)
+        g = _huber(e, 1.0)
         loss += g * (e - 0.5 * g)
         if GRADIENT:
             pull -= h * (g * r)
     # entries above the diagonal are left to their mirror images
     below = k[None, :] < i[:, None]
+    factor = tl.load(scale)
     if GRADIENT:
-        tl.store(across + here, tl.where(below, 2.0 * pull, 0.0))
+        pull = tl.where(below, 2.0 * factor * unit_s * pull, 0.0)
+        tl.store(gradient + here, tl.load(gradient + here) + pull)
     loss = tl.where(below, 2.0 * loss.to(tl.float64), 0.0)
-    tl.store(losses + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(loss, axis=1), axis=0))
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(losses + place + program, factor * tl.sum(tl.sum(loss, axis=1), axis=0))
 
 
 @triton.jit
 def _at_vertices(  # type: ignore[no-untyped-def]
+    fast,
     s,
-    rs,
-    ds,
     t,
-    rt,
-    dt,
+    mean_s,
+    largest_s,
+    mean_t,
+    largest_t,
     near,
     wanted,
-    at_weight,
-    at_cosine,
+    scale,
+    gradient,
+    first,
     n,
     start,
     stop,
-    first,
     TILE_J: tl.constexpr,
     TILE_I: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -193,38 +268,41 @@ def _at_vertices(  # type: ignore[no-untyped-def]
     j = (first + tl.program_id(0)) * TILE_J + tl.arange(0, TILE_J)
     i = tl.program_id(1) * TILE_I + tl.arange(0, TILE_I)
     here = j[:, None] * n + i[None, :]
-    a = tl.load(s + here)
-    h = 0.5 * tl.load(rs + here)
-    b = tl.load(t + here)
-    q = 0.5 * tl.load(rt + here)
+    unit_s, unit_t = _per_unit(mean_s), _per_unit(mean_t)
+    own, given = _planes(fast, n)
+    a, ra, da = _distances(own, s, unit_s, here, WIDE)
+    b, rb, db = _distances(given, t, unit_t, here, WIDE)
+    # all is divided by half the inverse root: cosines are x h, their difference e h, Huber's bound is 1 / h
+    h = 0.5 * ra
+    none = h == 0.0  # what pulls at distance 0 is nothing
+    ratio = tl.where(none, 0.0, rb / tl.where(none, 1.0, ra))
+    bound = tl.where(none, 1.0, 1.0 / tl.where(none, 1.0, h))
     if NEAR:
         near_i = tl.load(near + here)
     weight = tl.zeros((TILE_J, TILE_I), dtype=tl.float64 if WIDE else tl.float32)
     cosine = tl.zeros((TILE_J, TILE_I), dtype=tl.float64 if WIDE else tl.float32)
     for k in tl.range(0, n, loop_unroll_factor=UNROLL):
-        si = tl.load(s + k * n + i)[None, :]
-        ti = tl.load(t + k * n + i)[None, :]
-        r = tl.load(rs + k * n + j)[:, None]
-        d = tl.load(ds + k * n + j)[:, None]
-        rr = tl.load(rt + k * n + j)[:, None]
-        dd = tl.load(dt + k * n + j)[:, None]
-        c = h * ((a - si) * r + d)
-        e = c - q * ((b - ti) * rr + dd)
+        si, _, _ = _distances(own, s, unit_s, (k * n + i)[None, :], WIDE)
+        ti, _, _ = _distances(given, t, unit_t, (k * n + i)[None, :], WIDE)
+        _, r, d = _distances(own, s, unit_s, (k * n + j)[:, None], WIDE)
+        _, rr, dd = _distances(given, t, unit_t, (k * n + j)[:, None], WIDE)
+        x = (a - si) * r + d
+        e = x - ratio * ((b - ti) * rr + dd)
         if NEAR:
             near_k = tl.load(near + k * n + j)[:, None]
             e = tl.where((near_i != 0) | (near_k != 0), e, 0.0)
-        g = _huber(e)
+        g = _huber(e, bound)
         weight += g * r
-        cosine += c * g
-    # at k = i both cosines are 1, and cancel, but not where j and i are duplicates in one network only
-    r, rr = 2.0 * h, 2.0 * q
-    c = h * (a * r + tl.load(ds + here))
-    e = c - q * (b * rr + tl.load(dt + here))
+        cosine += x * g
+    # k = i is no triplet
+    x = a * ra + da
+    e = x - ratio * (b * rb + db)
     if NEAR:
         e = tl.where(near_i != 0, e, 0.0)
-    e = tl.where((r == 0.0) != (rr == 0.0), e, 0.0)
-    weight -= e * r
-    cosine -= c * e
+    g = _huber(e, bound)
+    weight -= g * ra
+    cosine -= x * g
     mine = ((j >= start) & (j < stop))[:, None] & (i >= 0)[None, :]
-    tl.store(at_weight + here, weight * h, mask=mine)
-    tl.store(at_cosine + here, cosine, mask=mine)
+    pull = 2.0 * h * h * (weight - 2.0 * h * h * cosine)
+    pull = tl.load(scale) * unit_s * pull
+    tl.store(gradient + here, tl.load(gradient + here, mask=mine) + pull, mask=mine)

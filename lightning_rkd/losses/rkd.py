@@ -6,12 +6,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_rkd.distributed import Anchors
 from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.relations.angles import Reduction, angle_loss, check_reduction, check_sample
-from lightning_rkd.relations.distances import divide_by_mean, safe_sqrt, squared_distances
+from lightning_rkd.relations.distance_loss import distance_loss
+from lightning_rkd.relations.distances import squared_distances
 
 _BIBTEX = """@inproceedings{park2019relational,
   title     = {Relational Knowledge Distillation},
@@ -304,9 +304,8 @@ def _distance_loss(squared_student: Tensor, squared_teacher: Tensor, reduction: 
     n = len(squared_student)
     if len(squared_teacher) != n:
         raise ValueError(f"student and teacher must show the same samples, got {n} and {len(squared_teacher)} rows")
-    student, teacher = (divide_by_mean(safe_sqrt(s)) for s in (squared_student, squared_teacher))
     count = n * n if reduction == "official" else max(1, n * (n - 1))
-    return F.smooth_l1_loss(student, teacher, reduction="sum") / count
+    return distance_loss(squared_student, squared_teacher, count=count)
 
 
 def _precision(*embeddings: Tensor) -> torch.dtype:

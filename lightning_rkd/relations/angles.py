@@ -12,7 +12,6 @@ operations (:mod:`lightning_rkd.relations.angle_tiles`).
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from lightning_rkd.distributed import Anchors
-from lightning_rkd.kernels import native
+from lightning_rkd.kernels import give_up, native
 from lightning_rkd.relations import angle_tiles
 from lightning_rkd.relations.derivatives import refuse_second_derivative
 
@@ -28,8 +27,6 @@ Reduction = Literal["official", "distinct"]
 """``"official"``: mean over all N^2 or N^3 entries, as in the authors' code; ``"distinct"``: over distinct tuples."""
 
 _KERNELS = {"cpu": "angle_cpu", "cuda": "angle_cuda"}
-_failed: set[str] = set()
-_log = logging.getLogger(__name__)
 
 
 def angle_loss(
@@ -169,19 +166,16 @@ def _ahead(start: int, stop: int, n: int, device: torch.device) -> Tensor:
 
 def _of_triplets(student: Tensor, teacher: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
     device = student.device.type
-    name = _KERNELS.get(device)
-    kernel = native(name) if name and name not in _failed else None
+    name = _KERNELS.get(device, "")
+    kernel = native(name) if name else None
     if kernel is not None:
         try:
             total, grad = kernel.loss_and_gradient(student, teacher, *args, **settings)
             return total, None if grad is None else grad.to(student.dtype)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # such as no C compiler, which Triton needs
-            if name is None or name == "angle_cpu":
+        except Exception as error:
+            if name == "angle_cpu":
                 raise
-            _failed.add(name)
-            _log.warning("RKD-A's kernel does not run here, PyTorch's operations do its work, slower: %s", error)
+            give_up(name, error)
     with torch.autocast(device, enabled=False):
         return angle_tiles.loss_and_gradient(student, teacher, *args, **settings)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rkd.kernels import native
+from lightning_rkd.kernels import give_up, native
 from lightning_rkd.relations.derivatives import refuse_second_derivative
 
 DUPLICATE = 1e-13
@@ -144,8 +144,14 @@ class _SquaredDistances(torch.autograd.Function):
         rows = kernel.centred(x) if kernel else _centred(x, torch.float64)
         ctx.save_for_backward(rows if ctx.needs_input_grad[0] else None)
         gram = rows @ rows.T
-        squared: Tensor = kernel.from_gram(gram, DUPLICATE) if kernel else _from_gram(gram)
-        return squared
+        if kernel:
+            try:
+                return kernel.from_gram(gram, DUPLICATE)  # type: ignore[no-any-return]
+            except Exception as error:
+                if x.device.type == "cpu":
+                    raise
+                give_up(_KERNELS[x.device.type], error)
+        return _from_gram(gram)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -159,8 +165,12 @@ class _SquaredDistances(torch.autograd.Function):
             return (pull.sum(1, keepdim=True) * rows).sub_(pull @ rows).mul_(2).to(ctx.dtype)
 
 
+_KERNELS = {"cpu": "distance_cpu", "cuda": "distance_cuda"}
+
+
 def _kernel(x: Tensor) -> Any:
-    return native("distance_cpu") if x.device.type == "cpu" and not torch.compiler.is_compiling() else None
+    name = _KERNELS.get(x.device.type)
+    return native(name) if name and not torch.compiler.is_compiling() else None
 
 
 def _centred(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from lightning_rkd import kernels
 from lightning_rkd.relations import angles
 from lightning_rkd.relations.angles import angle_loss
 from lightning_rkd.relations.distances import squared_distances
@@ -78,6 +79,23 @@ for pair in ((bad, 1 - torch.eye(5)), (1 - torch.eye(5), bad)):
 print("agree")
 """
 
+DISTANCES = """
+import torch
+from lightning_rkd.kernels import distance_cuda as kernel
+from lightning_rkd.relations.distances import DUPLICATE, _from_gram, squared_distances
+
+for n in (1, 2, 31, 32, 65):
+    x = torch.randn(n, 5, dtype=torch.float64) + 3
+    x[n // 2] = x[0]
+    rows = kernel.centred(x)
+    gram = rows @ rows.T
+    torch.testing.assert_close(kernel.from_gram(gram, DUPLICATE), _from_gram(gram.clone()), rtol=1e-12, atol=0)
+    own, pull = x.clone().requires_grad_(), torch.randn(n, n, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(squared_distances(own), own, pull)
+    torch.testing.assert_close(kernel.laplacian(pull) @ rows, expected, rtol=1e-10, atol=1e-10)
+print("agree")
+"""
+
 COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -90,11 +108,10 @@ for arch in (80, 90):
             for kernel, tiles in ((kernels._at_vertices, kernels._AT), (kernels._across, kernels._ACROSS)):
                 constants = tiles | {"NEAR": near, "WIDE": wide, "GRADIENT": True}
                 options = {"num_warps": constants.pop("num_warps")}
-                numbers = dict.fromkeys(("n", "start", "stop", "first"), "i32")
-                special = {"losses": "*fp64"} | ({"near": "*i8", "wanted": "*i32"} if near else {})
+                numbers = dict.fromkeys(("n", "start", "stop", "first", "place"), "i32")
+                special = {"fast": "*fp32", "near": "*i8", "wanted": "*i32"}
                 kinds = {
-                    name: "constexpr" if name in constants else numbers.get(name) or special.get(name)
-                    or ("*fp64" if wide else "*fp32")
+                    name: "constexpr" if name in constants else numbers.get(name) or special.get(name, "*fp64")
                     for name in kernel.arg_names
                 }
                 constants = {name: value for name, value in constants.items() if name in kinds}
@@ -130,6 +147,11 @@ def test_interpreted_it_agrees_with_the_cpu_kernel(sizes, tiles, how):
 
 
 @pytest.mark.slow
+def test_interpreted_the_kernels_of_distances_agree_with_pytorch():
+    assert run(DISTANCES, TRITON_INTERPRET="1", OMP_NUM_THREADS="1") == "agree\n"
+
+
+@pytest.mark.slow
 def test_it_compiles_for_real_chips(tmp_path):
     assert run(COMPILED, TRITON_CACHE_DIR=str(tmp_path)) == "compiled\n"
 
@@ -146,8 +168,8 @@ def test_where_it_cannot_run_the_tiles_do_its_work(monkeypatch, caplog):
             cls.calls += 1
             raise RuntimeError("no C compiler")
 
-    monkeypatch.setattr(angles, "native", lambda name: Kernel)
-    monkeypatch.setattr(angles, "_failed", set())
+    monkeypatch.setattr(angles, "native", lambda name: None if name in kernels._failed else Kernel)
+    monkeypatch.setattr(kernels, "_failed", set())
     with pytest.raises(RuntimeError, match="no C compiler"):  # a fault of our own on the CPU is no reason to be slow
         angle_loss(student, teacher)
     monkeypatch.setitem(angles._KERNELS, "cpu", "angle_cuda")
@@ -156,7 +178,7 @@ def test_where_it_cannot_run_the_tiles_do_its_work(monkeypatch, caplog):
         torch.testing.assert_close(angle_loss(student, teacher), expected)
     assert Kernel.calls == 2
     assert [record.getMessage() for record in caplog.records] == [
-        "RKD-A's kernel does not run here, PyTorch's operations do its work, slower: no C compiler"
+        "The kernel angle_cuda does not run here, PyTorch's operations do its work, slower: no C compiler"
     ]
 
 
@@ -170,6 +192,6 @@ def test_on_a_gpu_it_agrees_with_the_cpu(n):
         loss = angle_loss(own, teacher.to(device))
         (grad,) = torch.autograd.grad(loss, own)
         results.append((loss.detach().cpu(), (grad + grad.T).cpu()))
-    assert not angles._failed
+    assert not kernels._failed
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
     assert (results[1][1] - results[0][1]).norm() <= 1e-5 * results[0][1].norm()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lightning_rkd.losses.parts import memory
-from lightning_rkd.relations import angles
+from lightning_rkd.relations import angles, distances
 from tests.losses.test_contract import Sample, context, every_loss, side
 
 
@@ -39,7 +39,8 @@ class Event:
 
 @pytest.fixture
 def mode(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
-    monkeypatch.delitem(angles._KERNELS, "cuda")  # Triton looks for a driver
+    for module in (angles, distances):
+        monkeypatch.delitem(module._KERNELS, "cuda")  # Triton looks for a driver
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(memory, "generator", lambda *seeds: None)  # a GPU's generator needs one
     return FakeTensorMode(allow_non_fake_inputs=True)
