@@ -76,8 +76,9 @@ def launch_once(device: torch.device) -> None:
     """Compile for float32, with and without gradient."""
     squared = 1 - torch.eye(_PADDED, dtype=torch.float64, device=device)
     for with_gradient in (True, False):
-        settings = {"official": True, "factor": 1.0, "with_gradient": with_gradient}
-        loss_and_gradient(squared, squared, (0, _PADDED), torch.float32, **settings)
+        loss_and_gradient(
+            squared, squared, (0, _PADDED), torch.float32, official=True, factor=1.0, with_gradient=with_gradient
+        )
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -207,16 +208,16 @@ def _across(  # type: ignore[no-untyped-def]
     here = i[:, None] * n + k[None, :]
     unit_s, unit_t = _per_unit(mean_s), _per_unit(mean_t)
     own, given = _planes(fast, n)
-    side_s, _, _ = _distances(own, s, unit_s, here, WIDE)
-    side_t, _, _ = _distances(given, t, unit_t, here, WIDE)
+    side_s = _distances(own, s, unit_s, here, WIDE)[0]
+    side_t = _distances(given, t, unit_t, here, WIDE)[0]
     pull = tl.zeros((TILE_I, TILE_K), dtype=tl.float64 if WIDE else tl.float32)
     loss = tl.zeros((TILE_I, TILE_K), dtype=tl.float64 if WIDE else tl.float32)
     for j in tl.range(start, stop, loop_unroll_factor=UNROLL):
         # rows of symmetric matrices stand for their columns
-        a, h, _ = _distances(own, s, unit_s, (j * n + i)[:, None], WIDE)
-        b, q, _ = _distances(given, t, unit_t, (j * n + i)[:, None], WIDE)
-        _, r, d = _distances(own, s, unit_s, (j * n + k)[None, :], WIDE)
-        _, rr, dd = _distances(given, t, unit_t, (j * n + k)[None, :], WIDE)
+        a, h, da = _distances(own, s, unit_s, (j * n + i)[:, None], WIDE)
+        b, q, db = _distances(given, t, unit_t, (j * n + i)[:, None], WIDE)
+        sk, r, d = _distances(own, s, unit_s, (j * n + k)[None, :], WIDE)
+        tk, rr, dd = _distances(given, t, unit_t, (j * n + k)[None, :], WIDE)
         h *= 0.5
         q *= 0.5
         e = h * ((a - side_s) * r + d) - q * ((b - side_t) * rr + dd)
@@ -282,10 +283,10 @@ def _at_vertices(  # type: ignore[no-untyped-def]
     weight = tl.zeros((TILE_J, TILE_I), dtype=tl.float64 if WIDE else tl.float32)
     cosine = tl.zeros((TILE_J, TILE_I), dtype=tl.float64 if WIDE else tl.float32)
     for k in tl.range(0, n, loop_unroll_factor=UNROLL):
-        si, _, _ = _distances(own, s, unit_s, (k * n + i)[None, :], WIDE)
-        ti, _, _ = _distances(given, t, unit_t, (k * n + i)[None, :], WIDE)
-        _, r, d = _distances(own, s, unit_s, (k * n + j)[:, None], WIDE)
-        _, rr, dd = _distances(given, t, unit_t, (k * n + j)[:, None], WIDE)
+        si = _distances(own, s, unit_s, (k * n + i)[None, :], WIDE)[0]
+        ti = _distances(given, t, unit_t, (k * n + i)[None, :], WIDE)[0]
+        sk, r, d = _distances(own, s, unit_s, (k * n + j)[:, None], WIDE)
+        tk, rr, dd = _distances(given, t, unit_t, (k * n + j)[:, None], WIDE)
         x = (a - si) * r + d
         e = x - ratio * ((b - ti) * rr + dd)
         if NEAR:

@@ -190,7 +190,7 @@ def check_finite(student: Tensor, teacher: Tensor, *, name: str = "the loss") ->
 def cast(value: Any, dtype: torch.dtype, detach: bool = False) -> Any:
     """A side in another precision and, to ``detach``, out of the graph."""
     if isinstance(value, Tensor):
-        if value.is_inference() and not torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and value.is_inference() and not torch.is_inference_mode_enabled():
             value = value.clone()  # of a teacher run in inference mode: such tensors cannot be saved for backward
         return (value.detach() if detach else value).to(dtype)
     if isinstance(value, Outputs):

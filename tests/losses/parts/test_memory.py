@@ -125,8 +125,8 @@ def test_on_a_gpu_a_wrong_index_is_refused_later_and_the_host_never_waits():
     good, bad = torch.tensor([3], device="cuda"), torch.tensor([70], device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        assert bank.locate(bad).is_cuda
         bank.draw(bank.locate(good), 4)
+        assert bank.locate(bad).is_cuda
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
