@@ -214,10 +214,10 @@ def _across(  # type: ignore[no-untyped-def]
     loss = tl.zeros((TILE_I, TILE_K), dtype=tl.float64 if WIDE else tl.float32)
     for j in tl.range(start, stop, loop_unroll_factor=UNROLL):
         # rows of symmetric matrices stand for their columns
-        a, h, da = _distances(own, s, unit_s, (j * n + i)[:, None], WIDE)
-        b, q, db = _distances(given, t, unit_t, (j * n + i)[:, None], WIDE)
-        sk, r, d = _distances(own, s, unit_s, (j * n + k)[None, :], WIDE)
-        tk, rr, dd = _distances(given, t, unit_t, (j * n + k)[None, :], WIDE)
+        a, h, _da = _distances(own, s, unit_s, (j * n + i)[:, None], WIDE)
+        b, q, _db = _distances(given, t, unit_t, (j * n + i)[:, None], WIDE)
+        _sk, r, d = _distances(own, s, unit_s, (j * n + k)[None, :], WIDE)
+        _tk, rr, dd = _distances(given, t, unit_t, (j * n + k)[None, :], WIDE)
         h *= 0.5
         q *= 0.5
         e = h * ((a - side_s) * r + d) - q * ((b - side_t) * rr + dd)
@@ -285,8 +285,8 @@ def _at_vertices(  # type: ignore[no-untyped-def]
     for k in tl.range(0, n, loop_unroll_factor=UNROLL):
         si = _distances(own, s, unit_s, (k * n + i)[None, :], WIDE)[0]
         ti = _distances(given, t, unit_t, (k * n + i)[None, :], WIDE)[0]
-        sk, r, d = _distances(own, s, unit_s, (k * n + j)[:, None], WIDE)
-        tk, rr, dd = _distances(given, t, unit_t, (k * n + j)[:, None], WIDE)
+        _sk, r, d = _distances(own, s, unit_s, (k * n + j)[:, None], WIDE)
+        _tk, rr, dd = _distances(given, t, unit_t, (k * n + j)[:, None], WIDE)
         x = (a - si) * r + d
         e = x - ratio * ((b - ti) * rr + dd)
         if NEAR:
