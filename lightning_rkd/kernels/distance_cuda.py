@@ -1,4 +1,4 @@
-"""What surrounds the two matrix products of squared distances on a GPU, written in Triton: one launch each."""
+"""What surrounds the matrix products of squared distances and of their gradient, written in Triton: one launch each."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ def centred(x: Tensor) -> Tensor:
     return rows - rows.mean(0)
 
 
-def from_gram(gram: Tensor, duplicate: float) -> Tensor:
-    """Squared distances from inner products; 0 where they are at most ``duplicate`` times the squared norms."""
-    gram, n = gram.contiguous(), len(gram)
-    squared = torch.empty_like(gram)
+def squared(rows: Tensor, duplicate: float) -> Tensor:
+    """Squared distances of centred rows; 0 where they are at most ``duplicate`` times the squared norms."""
+    gram, n = rows @ rows.T, len(rows)
+    result = torch.empty_like(gram)
     if n:
-        _from_gram[(triton.cdiv(n, _TILE), triton.cdiv(n, _TILE))](gram, squared, n, DUPLICATE=duplicate, TILE=_TILE)
-    return squared
-
-
-def laplacian(pull: Tensor) -> Tensor:
-    """The matrix that takes rows to the gradient which a gradient to their squared distances gives them."""
-    pull, n = pull.detach().to(torch.float64).contiguous(), len(pull)
-    result = torch.empty_like(pull)
-    if n:
-        _laplacian[(triton.cdiv(n, _TILE),)](pull, result, n, TILE=_TILE)
+        _from_gram[(triton.cdiv(n, _TILE), triton.cdiv(n, _TILE))](gram, result, n, DUPLICATE=duplicate, TILE=_TILE)
     return result
+
+
+def pulled(pull: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of rows from that of their squared distances."""
+    pull, n = pull.detach().to(torch.float64).contiguous(), len(pull)
+    laplacian = torch.empty_like(pull)
+    if n:
+        _laplacian[(triton.cdiv(n, _TILE),)](pull, laplacian, n, TILE=_TILE)
+    return laplacian @ rows
 
 
 def launch_once(device: torch.device) -> None:
     """Compile."""
-    laplacian(from_gram(torch.eye(_TILE, dtype=torch.float64, device=device), 0.0))
+    rows = torch.eye(_TILE, dtype=torch.float64, device=device)
+    pulled(squared(rows, 0.0), rows)
 
 
 @triton.jit

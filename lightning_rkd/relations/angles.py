@@ -201,7 +201,13 @@ class _AngleLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("angle_loss")
         (grad,) = ctx.saved_tensors
-        return grad * grads[0], None, None, None, None, None
+        return _times(grad, grads[0]), None, None, None, None, None
+
+
+def _times(x: Tensor, scalar: Tensor) -> Tensor:
+    if x.device.type == "cpu":  # on one thread: PyTorch's own would hold the cores afterwards
+        return torch.from_numpy(x.numpy() * scalar.numpy())
+    return x * scalar
 
 
 def _call(*args: Any) -> Tensor:

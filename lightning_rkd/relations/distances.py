@@ -143,23 +143,22 @@ class _SquaredDistances(torch.autograd.Function):
         kernel = _kernel(x)
         rows = kernel.centred(x) if kernel else _centred(x, torch.float64)
         ctx.save_for_backward(rows if ctx.needs_input_grad[0] else None)
-        gram = rows @ rows.T
         if kernel:
             try:
-                return kernel.from_gram(gram, DUPLICATE)  # type: ignore[no-any-return]
+                return kernel.squared(rows, DUPLICATE)  # type: ignore[no-any-return]
             except Exception as error:
                 if x.device.type == "cpu":
                     raise
                 give_up(_KERNELS[x.device.type], error)
-        return _from_gram(gram)
+        return _from_gram(rows @ rows.T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         refuse_second_derivative("squared_distances")
         (x,) = ctx.saved_tensors
+        if x.dtype == torch.float64 and (kernel := _kernel(x)):
+            return kernel.pulled(grads[0], x).to(ctx.dtype)  # type: ignore[no-any-return]
         with torch.autocast(x.device.type, enabled=False):
-            if x.dtype == torch.float64 and (kernel := _kernel(x)):
-                return (kernel.laplacian(grads[0]) @ x).to(ctx.dtype)  # type: ignore[no-any-return]
             pull = grads[0] + grads[0].T
             rows = _centred(x, pull.dtype)
             return (pull.sum(1, keepdim=True) * rows).sub_(pull @ rows).mul_(2).to(ctx.dtype)

@@ -80,7 +80,7 @@ def test_blocks_of_differences_agree_with_the_gram_form(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 3), (7, 5), (33, 40)])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 3), (7, 5), (33, 40), (203, 11)])
 def test_the_kernel_and_pytorch_give_the_same(monkeypatch, n, d, dtype):
     x = (torch.randn(n, d) + 3).to(dtype)
     x[n // 2] = x[0]
