@@ -20,11 +20,16 @@ from lightning_rkd.distributed import rank_and_size
 
 
 class LabelledImages(NamedTuple):
-    """A whole data set: images (N, C, H, W) uint8, classes (N,) int64, and the name of every class."""
+    """A whole data set: images (N, C, H, W) uint8, classes (N,) int64, and the name of every class.
+
+    ``test`` (N,) bool marks the images of an official test part, where there is one: only they test, and they do
+    nothing else.
+    """
 
     images: Tensor
     labels: Tensor
     class_names: list[str]
+    test: Tensor | None = None
 
 
 class ImageDataModule(LightningDataModule, ABC):
@@ -132,11 +137,12 @@ class ImageDataModule(LightningDataModule, ABC):
         if self.split_by == "classes":
             split = self.split(data)
             order = [*split.train, *split.validation, *split.test]
-            labels, (train, val, test) = _renumbered(data.labels, split, len(data.class_names))
+            labels, (train, val, test) = _renumbered(data.labels, split, len(data.class_names), data.test)
             self.num_train_classes = len(split.train)
         else:
             order, labels = list(range(len(data.class_names))), data.labels
-            train, val, test = split_samples(labels.tolist(), self.validation, self.test, self.split_seed)
+            official = None if data.test is None else data.test.tolist()
+            train, val, test = split_samples(labels.tolist(), self.validation, self.test, self.split_seed, official)
             self.num_train_classes = len(order)
         mean, std = _channel_statistics(data.images, train)
         self.root = ImageSet(data.images, labels, mean, std)
@@ -212,14 +218,21 @@ class ImageDataModule(LightningDataModule, ABC):
             )
 
 
-def _renumbered(labels: Tensor, split: ClassSplit, classes: int) -> tuple[Tensor, list[list[int]]]:
-    """Labels with the training classes first, then those for validation and test; and the rows of each part."""
+def _renumbered(
+    labels: Tensor, split: ClassSplit, classes: int, official: Tensor | None = None
+) -> tuple[Tensor, list[list[int]]]:
+    """Labels with the training classes first, then those for validation and test; and the rows of each part.
+
+    Where there is an official test part, test classes show what is in it, and the others what is not.
+    """
     order = [*split.train, *split.validation, *split.test]
     numbers = torch.full((classes,), -1)
     numbers[torch.tensor(order)] = torch.arange(len(order))
     new = numbers[labels]
     ends = torch.tensor([len(split.train), len(split.train) + len(split.validation), len(order)])
     part = torch.where(new < 0, -1, torch.bucketize(new, ends, right=True))
+    if official is not None:
+        part = torch.where((part == 2) == official, part, -1)
     return new, [torch.nonzero(part == i).flatten().tolist() for i in range(3)]
 
 

@@ -37,6 +37,10 @@ class ImageFolderDataModule(ImageDataModule):
 
     Args:
         root: The folder.
+        test_root: A second folder, of images that test and do nothing else, such as ``cifar100/test`` beside
+            ``cifar100/train``; classes have the same names in both. With ``split_by="classes"`` the test classes show
+            the images of this folder, and the others those of ``root``; with ``split_by="samples"`` ``test`` does not
+            matter.
         image_size: Side of the images; ``None`` takes the median of what is there, at most 64.
         max_images_per_class: Keep at most this many images of a class, chosen by ``split_seed``.
         splits: Which classes do what, instead of a random division: names or patterns such as ``"Greek/*"`` under the
@@ -79,6 +83,7 @@ class ImageFolderDataModule(ImageDataModule):
         augment: Augment | None = None,
         split_by: Literal["classes", "samples"] = "classes",
         views: int | None = None,
+        test_root: str | Path | None = None,
     ) -> None:
         super().__init__(
             classes_per_batch, samples_per_class, batches_per_epoch, eval_batch_size, num_workers, seed, split_seed,
@@ -94,22 +99,33 @@ class ImageFolderDataModule(ImageDataModule):
         if splits is not None and not splits.get("test"):
             raise ValueError("splits must name the classes under the key test")
         self.folder = Path(root).expanduser()
+        self.test_folder = None if test_root is None else Path(test_root).expanduser()
         self.image_size, self.max_images_per_class, self.splits = image_size, max_images_per_class, splits
 
     def load(self) -> LabelledImages:
         """Decode everything."""
         files = find_images(self.folder)
-        _check_classes(self.folder, files)
-        if self.max_images_per_class is not None:
-            rng = np.random.default_rng(self.split_seed)
-            for name, paths in files.items():
-                if len(paths) > self.max_images_per_class:
-                    chosen = rng.choice(len(paths), self.max_images_per_class, replace=False)
-                    files[name] = [paths[i] for i in sorted(chosen)]
-        paths = [path for group in files.values() for path in group]
+        tests = {} if self.test_folder is None else find_images(self.test_folder)
+        names = sorted({*files, *tests})
+        if self.split_by == "samples" and (unknown := [name for name in tests if name not in files]):
+            raise ValueError(
+                f"test_root {self.test_folder} holds the class {unknown[0]!r}, which root {self.folder} lacks, so that "
+                "nothing can be learnt of it: classes must have the same names in both"
+            )
+        _check_classes(self.folder, {name: [*files.get(name, ()), *tests.get(name, ())] for name in names})
+        rng = np.random.default_rng(self.split_seed)
+        parts = [[self._limited(part.get(name, []), rng) for name in names] for part in (files, tests)]
+        paths = [path for part in parts for group in part for path in group]
         images = decode(paths, self.image_size if self.image_size is not None else suggest_size(paths))
-        labels = torch.repeat_interleave(torch.arange(len(files)), torch.tensor([len(g) for g in files.values()]))
-        return LabelledImages(torch.from_numpy(images), labels, list(files))
+        counts = torch.tensor([[len(group) for group in part] for part in parts])
+        labels = torch.repeat_interleave(torch.arange(len(names)).repeat(2), counts.flatten())
+        official = None if self.test_folder is None else torch.arange(len(paths)) >= counts[0].sum()
+        return LabelledImages(torch.from_numpy(images), labels, names, official)
+
+    def _limited(self, paths: list[Path], rng: np.random.Generator) -> list[Path]:
+        if self.max_images_per_class is None or len(paths) <= self.max_images_per_class:
+            return paths
+        return [paths[i] for i in sorted(rng.choice(len(paths), self.max_images_per_class, replace=False))]
 
     def split(self, data: LabelledImages) -> ClassSplit:
         """Random, or as ``splits`` says; classes with one image always train."""
@@ -161,7 +177,8 @@ def _check_classes(root: Path, files: Mapping[str, Sequence[Path]]) -> None:
         if without and without in bare:
             raise ValueError(
                 f"{bare[without]!r} and {name!r} under {root} look like one class in two parts of a data set, and "
-                "would count as two, one perhaps seen and the other unseen: point root at one of the parts"
+                "would count as two, one perhaps seen and the other unseen: point root at one of the parts, and "
+                "test_root, if you like, at the other"
             )
         bare[without] = name
 

@@ -47,7 +47,11 @@ def split_classes(classes: Sequence[int], validation: float = 0.15, test: float 
 
 
 def split_samples(
-    labels: Sequence[int], validation: float = 0.15, test: float = 0.25, seed: int = 0
+    labels: Sequence[int],
+    validation: float = 0.15,
+    test: float = 0.25,
+    seed: int = 0,
+    official: Sequence[bool] | None = None,
 ) -> tuple[list[int], list[int], list[int]]:
     """Deal the rows of every class at random, the same parts of each: first the test rows, then those for validation.
 
@@ -56,6 +60,8 @@ def split_samples(
         validation: Part of a class's rows that validate, at least 1.
         test: Part of a class's rows that test, at least 1.
         seed: Not negative. The test rows depend on ``test`` and ``seed`` only.
+        official: Which rows test, where that is given; then ``validation`` is a part of the others, and ``test`` does
+            not matter.
 
     Returns:
         Rows for training, validation and test, each ascending.
@@ -70,12 +76,16 @@ def split_samples(
     if not (0 < validation < 1 and 0 < test < 1 and validation + test < 1):
         raise ValueError(f"validation and test are parts of the samples, below 1 together; got {validation} and {test}")
     rows_of: dict[int, list[int]] = {}
-    for row, label in enumerate(labels):
-        rows_of.setdefault(label, []).append(row)
     parts: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for row, label in enumerate(labels):
+        if official is not None and official[row]:
+            parts[2].append(row)
+        else:
+            rows_of.setdefault(label, []).append(row)
     for label in sorted(rows_of):
         rows = rows_of[label]
-        n_test, n_validation = max(1, round(test * len(rows))), max(1, round(validation * len(rows)))
+        n_test = 0 if official is not None else max(1, round(test * len(rows)))
+        n_validation = max(1, round(validation * len(rows)))
         if len(rows) - n_test - n_validation < 1:
             raise ValueError(f"class {label} has {len(rows)} samples, too few to train, validate and test with")
         dealt = [rows[i] for i in np.random.default_rng((seed, label)).permutation(len(rows))]

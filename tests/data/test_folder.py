@@ -216,3 +216,69 @@ def test_handwriting_is_read_whole(tmp_path: Path) -> None:
     assert data.root.images.float().mean() > 200
     held = module(tmp_path, splits={"test": ["Balinese/*"]})
     assert {name.split("/")[0] for name in held.class_names[: held.num_train_classes]}.isdisjoint({"Balinese"})
+
+
+# a folder of its own for the test
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> tuple[Path, Path]:
+    """Eight classes of six images to train and three to test; an image's brightness says its class and its part."""
+    for c in range(8):
+        for i in range(9):
+            folder = tmp_path / ("train" if i < 6 else "test") / f"class{c}"
+            picture(folder / f"{i}.png", 20 * c + 10 * (i >= 6) + i % 6)
+    return tmp_path / "train", tmp_path / "test"
+
+
+def shown(data: ImageFolderDataModule, part: str) -> set[tuple[str, bool]]:
+    """Class and whether the image is of the folder for the test, of all images of a part."""
+    rows = list(getattr(data, f"{part}_set").indices)
+    values = data.root.images[rows].flatten(1).amax(1).tolist()
+    found = {(f"class{value // 20}", value % 20 >= 10) for value in values}
+    assert {name for name, _ in found} == {data.class_names[y] for y in data.root.labels[rows].tolist()}
+    return found
+
+
+def test_divided_by_classes_test_classes_show_the_second_folder_and_the_others_the_first(parts) -> None:
+    data = module(parts[0], test_root=parts[1], splits={"test": ["class[67]"], "validation": ["class[45]"]})
+    assert shown(data, "train") == {(f"class{c}", False) for c in range(4)}
+    assert shown(data, "val") == {("class4", False), ("class5", False)}
+    assert shown(data, "test") == {("class6", True), ("class7", True)}
+    assert [len(data.train_set), len(data.val_set), len(data.test_set)] == [24, 12, 6]
+
+
+def test_divided_by_samples_the_second_folder_is_the_test(parts) -> None:
+    data = module(parts[0], test_root=parts[1], split_by="samples", validation=1 / 3)
+    every = [f"class{c}" for c in range(8)]
+    assert shown(data, "train") == shown(data, "val") == {(name, False) for name in every}
+    assert shown(data, "test") == {(name, True) for name in every}
+    assert [len(data.train_set), len(data.val_set), len(data.test_set)] == [32, 16, 24]
+
+
+def test_a_test_class_needs_no_images_to_train(parts) -> None:
+    for path in (parts[0] / "class7").iterdir():
+        path.unlink()
+    data = module(parts[0], test_root=parts[1], splits={"test": ["class[67]"]})
+    assert shown(data, "test") == {("class6", True), ("class7", True)}
+    with pytest.raises(ValueError, match=r"test_root .* holds the class 'class7', which root .* lacks"):
+        module(parts[0], test_root=parts[1], split_by="samples")
+
+
+def test_a_missing_folder_for_the_test_is_named(parts) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
+        module(parts[0], test_root=parts[1].parent / "nowhere")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="real images are not here")
+@pytest.mark.slow
+def test_cifar_100_is_divided_as_zero_shot_retrieval_asks_for(tmp_path: Path) -> None:
+    for name in ("cifar100-train-classes-00-49", "cifar100-test"):
+        with zipfile.ZipFile(REAL / f"{name}.zip") as archive:
+            archive.extractall(tmp_path)
+    root, test_root = tmp_path / "cifar100" / "train", tmp_path / "cifar100" / "test"
+    unseen = sorted(path.name for path in test_root.iterdir())[50:]
+    data = module(root, test_root=test_root, splits={"test": unseen}, validation=0.2)
+    assert [len(data.train_set), len(data.val_set), len(data.test_set)] == [20_000, 5_000, 5_000]
+    assert data.class_names[50:] == unseen
+    assert data.image_shape == (3, 32, 32)
