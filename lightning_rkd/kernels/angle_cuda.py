@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from lightning_rkd.kernels.units import NEAR
 
-_ACROSS = {"TILE_I": 64, "TILE_K": 32, "UNROLL": 2, "num_warps": 4}
-_AT = {"TILE_J": 32, "TILE_I": 32, "UNROLL": 2, "num_warps": 2}
+_ACROSS = {"TILE_I": 32, "TILE_K": 32, "UNROLL": 4, "num_warps": 2}
+_AT = {"TILE_J": 32, "TILE_I": 32, "UNROLL": 4, "num_warps": 2}
 _TILE = 32  # of the kernel that prepares
 _PADDED = 64  # sizes are multiples of it: programs then need not look where a matrix ends
 
