@@ -125,7 +125,9 @@ def _begin_small(name: str, backbone: nn.Module, in_channels: int, pretrained: b
     if not isinstance(backbone, models.ResNet):
         raise ValueError(f"small_images is for ResNets, and {name} is none: leave it out")
     if pretrained:
-        raise ValueError("small_images replaces the first convolution, so weights of large images do not fit: pass one")
+        raise ValueError(
+            "small_images replaces the first convolution, so weights of large images do not fit: leave them out"
+        )
     backbone.conv1 = nn.Conv2d(in_channels, backbone.conv1.out_channels, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
-    backbone.maxpool = nn.Identity()  # type: ignore[assignment]
+    backbone.maxpool = nn.Identity()
