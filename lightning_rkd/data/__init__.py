@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_rkd.data.augment import Augment
     from lightning_rkd.data.base import ImageDataModule
+    from lightning_rkd.data.episodes import episode_sampler
     from lightning_rkd.data.folder import ImageFolderDataModule
     from lightning_rkd.data.glyphs import GlyphDataModule
     from lightning_rkd.data.images import AugmentedSubset, ImageSet
@@ -32,6 +33,7 @@ __all__ = [
     "PKBatchSampler",
     "ResumableLoader",
     "Rotations",
+    "episode_sampler",
     "with_indices",
 ]
 
@@ -49,6 +51,7 @@ _HOME = {
     "PKBatchSampler": "sampling",
     "ResumableLoader": "loader",
     "Rotations": "rotations",
+    "episode_sampler": "episodes",
     "with_indices": "indices",
 }
 

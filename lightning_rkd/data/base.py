@@ -47,7 +47,8 @@ class ImageDataModule(LightningDataModule, ABC):
     :class:`~lightning_rkd.data.indices.IndexedBatch`.
 
     Args:
-        classes_per_batch: P, per device; ``None`` takes as many as there are, up to 24.
+        classes_per_batch: P, per device; N ways of few-shot episodes, with shots + queries as ``samples_per_class``
+            (see :func:`~lightning_rkd.data.episode_sampler`). ``None`` takes as many as there are, up to 24.
         samples_per_class: K; ``None`` fills a batch of 120, as far as a typical class has the samples.
         batches_per_epoch: Batches per epoch and device; ``None`` shows about as many samples as there are.
         eval_batch_size: Batch size of validation, test and prediction.

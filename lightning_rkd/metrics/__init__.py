@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_rkd.metrics._faiss import Faiss as Faiss
     from lightning_rkd.metrics.agreement import RelationalAgreement as RelationalAgreement
+    from lightning_rkd.metrics.fewshot import FewShotAccuracy as FewShotAccuracy
     from lightning_rkd.metrics.retrieval import EmbeddingRetrieval as EmbeddingRetrieval
 
-_HOME = {"EmbeddingRetrieval": "retrieval", "Faiss": "_faiss", "RelationalAgreement": "agreement"}
-__all__ = ["EmbeddingRetrieval", "Faiss", "RelationalAgreement"]
+_HOME = {
+    "EmbeddingRetrieval": "retrieval",
+    "Faiss": "_faiss",
+    "FewShotAccuracy": "fewshot",
+    "RelationalAgreement": "agreement",
+}
+__all__ = ["EmbeddingRetrieval", "Faiss", "FewShotAccuracy", "RelationalAgreement"]
 
 
 def __getattr__(name: str) -> Any:

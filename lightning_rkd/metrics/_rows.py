@@ -110,6 +110,19 @@ def same_as_before(given: bool, earlier: list[Tensor], updated: bool, who: str) 
         )
 
 
+def refuse_two_labels(sample: Tensor, indices: Tensor, labels: Tensor) -> None:
+    """One index stands for one sample."""
+    order = sample.argsort()
+    i, y = sample[order], labels[order]
+    clash = torch.nonzero((i[1:] == i[:-1]) & (y[1:] != y[:-1]))
+    if len(clash):
+        at = int(clash[0])
+        raise ValueError(
+            f"index {int(indices[order[at]])} came with labels {int(y[at])} and {int(y[at + 1])}: "
+            "an index must stand for one sample (rows of different data sets need different indices)"
+        )
+
+
 def first_bad(rows: Tensor) -> int:
     """The number of the first row with NaN or infinity, or -1."""
     whole = [torch.isfinite(block).all(dim=1) for block in torch.split(rows, 1024)]  # isfinite copies what it reads

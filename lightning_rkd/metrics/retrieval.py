@@ -20,6 +20,7 @@ from lightning_rkd.metrics._rows import (
     checked_rows,
     first_of_each,
     places_of,
+    refuse_two_labels,
     same_as_before,
 )
 
@@ -172,7 +173,7 @@ class EmbeddingRetrieval(RowMetric):
         kept = torch.ones_like(labels, dtype=torch.bool)
         if indices is not None:
             sample = indices if asks is None else 2 * indices + asks  # a sample may both ask and be in the gallery
-            _refuse_two_labels(sample, indices, labels)
+            refuse_two_labels(sample, indices, labels)
             kept = first_of_each(sample)
         in_gallery = kept if asks is None else kept & ~asks
         asking = kept if asks is None else kept & asks
@@ -321,16 +322,3 @@ def _class_sizes(gallery: Tensor, labels: Tensor) -> Tensor:
         return torch.zeros_like(labels)
     at = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
     return torch.where(classes[at] == labels, sizes[at], 0)
-
-
-def _refuse_two_labels(sample: Tensor, indices: Tensor, labels: Tensor) -> None:
-    """One index stands for one sample."""
-    order = sample.argsort()
-    i, y = sample[order], labels[order]
-    clash = torch.nonzero((i[1:] == i[:-1]) & (y[1:] != y[:-1]))
-    if len(clash):
-        at = int(clash[0])
-        raise ValueError(
-            f"index {int(indices[order[at]])} came with labels {int(y[at])} and {int(y[at + 1])}: "
-            "an index must stand for one sample (rows of different data sets need different indices)"
-        )

@@ -1,4 +1,4 @@
-"""Networks: small ones for the recipes, torchvision's with an embedding head, heads, and what trains prototypes."""
+"""Networks: for CIFAR, few-shot learning and the recipes, torchvision's with an embedding, heads, and prototypes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_rkd.models.backbones import torchvision_embedder
+    from lightning_rkd.models.cifar_resnet import CIFARResNet
+    from lightning_rkd.models.cifar_vgg import CIFARVGG
+    from lightning_rkd.models.cifar_wide_resnet import CIFARWideResNet
     from lightning_rkd.models.classified import Classified
+    from lightning_rkd.models.conv4 import Conv4
+    from lightning_rkd.models.embedded import Embedded
     from lightning_rkd.models.heads import EmbeddingHead, L2Normalize, count_parameters
     from lightning_rkd.models.prototypes import PrototypicalLoss
     from lightning_rkd.models.small import ConvNet
 
 __all__ = [
+    "CIFARVGG",
+    "CIFARResNet",
+    "CIFARWideResNet",
     "Classified",
+    "Conv4",
     "ConvNet",
+    "Embedded",
     "EmbeddingHead",
     "L2Normalize",
     "PrototypicalLoss",
@@ -23,8 +33,13 @@ __all__ = [
 ]
 
 _HOME = {
+    "CIFARVGG": "cifar_vgg",
+    "CIFARResNet": "cifar_resnet",
+    "CIFARWideResNet": "cifar_wide_resnet",
     "Classified": "classified",
+    "Conv4": "conv4",
     "ConvNet": "small",
+    "Embedded": "embedded",
     "EmbeddingHead": "heads",
     "L2Normalize": "heads",
     "PrototypicalLoss": "prototypes",

@@ -17,6 +17,7 @@ def torchvision_embedder(
     weights: str | None = None,
     normalize: bool = False,
     in_channels: int = 3,
+    small_images: bool = False,
 ) -> nn.Module:
     """A torchvision classifier turned into an embedder, with the layers ``backbone`` and ``head``.
 
@@ -31,12 +32,15 @@ def torchvision_embedder(
         normalize: Whether embeddings are brought to length one.
         in_channels: Channels of the images. Other than 3 replaces the first convolution; with pretrained weights it
             starts from their sum over colours, spread evenly.
+        small_images: Whether a ResNet begins as those for images of 32 or 64 pixels do: with a 3 x 3 convolution of
+            stride 1 and no pooling behind it, so that the first stage sees all pixels.
 
     Returns:
         The network, images (N, in_channels, H, W) -> (N, embedding_dim).
 
     Raises:
-        ValueError: There is no such model, no such weights, or no linear classifier to replace.
+        ValueError: There is no such model, no such weights, no linear classifier to replace, or ``small_images`` for
+            another network than a ResNet, or with weights of large ones.
         RuntimeError: The weights could not be downloaded.
 
     Example:
@@ -59,6 +63,8 @@ def torchvision_embedder(
             backbone.aux_logits = False  # type: ignore[assignment]
     if in_channels != 3:
         _change_channels(name, backbone, in_channels, pretrained=weights is not None)
+    if small_images:
+        _begin_small(name, backbone, in_channels, pretrained=weights is not None)
     parts: OrderedDict[str, nn.Module] = OrderedDict(backbone=backbone)
     if embedding_dim is not None:
         parts["head"] = EmbeddingHead(classifier.in_features, embedding_dim, normalize)
@@ -113,3 +119,15 @@ def _change_channels(name: str, backbone: nn.Module, in_channels: int, pretraine
                 layer.reset_parameters()
             return
     raise ValueError(f"{name} has no convolution that reads three colours")
+
+
+def _begin_small(name: str, backbone: nn.Module, in_channels: int, pretrained: bool) -> None:
+    if not isinstance(backbone, models.ResNet):
+        raise ValueError(f"small_images is for ResNets, and {name} is none: leave it out")
+    if pretrained:
+        raise ValueError(
+            "small_images replaces the first convolution, so weights of large images do not fit: leave them out"
+        )
+    backbone.conv1 = nn.Conv2d(in_channels, backbone.conv1.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+    backbone.maxpool = nn.Identity()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
-from lightning_rkd.metrics import EmbeddingRetrieval, RelationalAgreement, _nearest, agreement
+from lightning_rkd.metrics import EmbeddingRetrieval, FewShotAccuracy, RelationalAgreement, _nearest, agreement, fewshot
 from tests.ranks import Ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -35,6 +35,8 @@ def columns(metric: str) -> tuple[Tensor, ...]:
     labels = torch.randint(60, (ROWS,), generator=generator) ** 2 // 60
     x = x + torch.randn(60, WIDTH, generator=generator)[labels]
     x[::19] = x[0]
+    if metric == "fewshot":  # classes of enough samples
+        labels = labels // 10
     index = torch.randperm(ROWS, generator=generator) * 3
     asks = torch.rand(ROWS, generator=generator) < 0.4
     if metric == "agreement":
@@ -42,7 +44,9 @@ def columns(metric: str) -> tuple[Tensor, ...]:
     return (x, labels, index, asks) if metric == "queries" else (x, labels, index)
 
 
-def made(metric: str, options: dict[str, Any]) -> EmbeddingRetrieval | RelationalAgreement:
+def made(metric: str, options: dict[str, Any]) -> EmbeddingRetrieval | FewShotAccuracy | RelationalAgreement:
+    if metric == "fewshot":
+        return FewShotAccuracy(ways=3, shots=2, queries=3, episodes=31, **options)
     if metric == "agreement":
         return RelationalAgreement(k=3, **({"triplets": 1500, "max_anchors": 97} | options))
     return EmbeddingRetrieval(k=(1, 4), **options)
@@ -50,7 +54,7 @@ def made(metric: str, options: dict[str, Any]) -> EmbeddingRetrieval | Relationa
 
 def updated(
     rank: int, metric: str, shares: Shares, options: dict[str, Any]
-) -> EmbeddingRetrieval | RelationalAgreement:
+) -> EmbeddingRetrieval | FewShotAccuracy | RelationalAgreement:
     evaluation = made(metric, options)
     for rows in torch.tensor(shares[rank], dtype=torch.int64).split(64):
         if len(rows):
@@ -65,6 +69,8 @@ def totals(rank: int, metric: str, shares: Shares, options: dict[str, Any]) -> l
     evaluation = updated(rank, metric, shares, options)
     if isinstance(evaluation, RelationalAgreement):
         return evaluation._means(torch.device("cpu")).tolist()
+    if isinstance(evaluation, FewShotAccuracy):
+        return [float(n) for n in evaluation._correct(torch.device("cpu"))]
     with _nearest.full_precision():
         sums, one = evaluation._totals(torch.device("cpu"))
     return [*sums.tolist(), one, evaluation.left_out]
@@ -81,7 +87,7 @@ UNEVEN = {2: [list(range(390)), list(range(390, ROWS))], 4: [[5], [], list(range
 
 @pytest.mark.parametrize("shares", [SHARES, UNEVEN], ids=["padded", "uneven, one empty"])
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
-@pytest.mark.parametrize("metric", ["retrieval", "queries", "agreement"])
+@pytest.mark.parametrize("metric", ["retrieval", "queries", "agreement", "fewshot"])
 def test_totals_are_the_same_to_the_last_digit(
     ranks: Ranks, four: Ranks, metric: str, distance: str, shares: dict[int, Shares]
 ) -> None:
@@ -135,7 +141,7 @@ def largest(rank: int, metric: str, shares: Shares) -> int:
     return seen.size
 
 
-@pytest.mark.parametrize("metric", ["retrieval", "queries", "agreement"])
+@pytest.mark.parametrize("metric", ["retrieval", "queries", "agreement", "fewshot"])
 def test_no_rank_ever_makes_a_tensor_as_large_as_its_share_and_half_of_it(
     ranks: Ranks, four: Ranks, metric: str
 ) -> None:
@@ -159,7 +165,7 @@ def spoiled(rank: int, metric: str, bad: int) -> Any:
     return True
 
 
-@pytest.mark.parametrize("metric", ["retrieval", "agreement"])
+@pytest.mark.parametrize("metric", ["retrieval", "agreement", "fewshot"])
 @pytest.mark.parametrize("bad", [0, 1])
 def test_nan_on_one_rank_is_an_error_on_all(ranks: Ranks, metric: str, bad: int) -> None:
     assert list(ranks.run(spoiled, metric, bad)) == [True, True]
@@ -170,10 +176,11 @@ def dying(rank: int, metric: str) -> None:
     if rank == 1:
         _nearest.Nearest.offer = lambda *args: os._exit(9)  # type: ignore[method-assign]
         agreement._compared = lambda *args: os._exit(9)
+        fewshot.correct_queries = lambda *args: os._exit(9)
     updated(rank, metric, padded(2), {}).compute()
 
 
-@pytest.mark.parametrize("metric", ["retrieval", "agreement"])
+@pytest.mark.parametrize("metric", ["retrieval", "agreement", "fewshot"])
 def test_a_rank_that_dies_in_the_middle_is_an_error_on_the_others(metric: str) -> None:
     pool = Ranks(2)
     try:

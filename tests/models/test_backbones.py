@@ -34,6 +34,19 @@ def test_without_a_width_the_features_are_the_embedding() -> None:
     assert torch.allclose(out.norm(dim=1), torch.ones(2))
 
 
+def test_a_resnet_for_small_images_sees_all_pixels_in_its_first_stage() -> None:
+    net = torchvision_embedder("resnet50", embedding_dim=None, small_images=True, in_channels=1).eval()
+    maps = {}
+    for stage in ("layer1", "layer4"):
+        net.get_submodule(f"backbone.{stage}").register_forward_hook(
+            lambda module, args, out, stage=stage: maps.update({stage: tuple(out.shape[1:])})
+        )
+    assert net(torch.randn(1, 1, 32, 32)).shape == (1, 2048)
+    assert maps == {"layer1": (256, 32, 32), "layer4": (2048, 4, 4)}
+    with pytest.raises(ValueError, match="small_images is for ResNets, and mobilenet_v3_small is none"):
+        torchvision_embedder("mobilenet_v3_small", small_images=True)
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_channels_replace_the_first_convolution(channels: int) -> None:
     net = torchvision_embedder("resnet18", embedding_dim=8, in_channels=channels).eval()
