@@ -36,7 +36,7 @@ class CarsDataModule(OfficialDataModule):
         Jegelka and Savarese 2016, arXiv:1511.06452, for the split by classes.
     """
 
-    name: ClassVar[str] = "Cars196"
+    title: ClassVar[str] = "Cars196"
 
     def listing(self) -> Listing:
         """By ``cars_annos.mat``, or by the lists of ``devkit``."""
@@ -46,7 +46,10 @@ class CarsDataModule(OfficialDataModule):
             rows, names = self._one_part()
         if self.check:
             check_counts(
-                self.name, self.folder, {"images": len(rows), "classes": len(names)}, {"images": 16_185, "classes": 196}
+                self.title,
+                self.folder,
+                {"images": len(rows), "classes": len(names)},
+                {"images": 16_185, "classes": 196},
             )
         half = len(names) // 2
         return Listing(

@@ -34,7 +34,7 @@ class CUBDataModule(OfficialDataModule):
         and Savarese 2016, arXiv:1511.06452, for the split by classes.
     """
 
-    name: ClassVar[str] = "CUB-200-2011"
+    title: ClassVar[str] = "CUB-200-2011"
 
     def listing(self) -> Listing:
         """By ``images.txt``, ``image_class_labels.txt`` and ``classes.txt``."""
@@ -46,7 +46,7 @@ class CUBDataModule(OfficialDataModule):
         names = [name for _, name in rows_of(folder / "classes.txt", 2)]
         if self.check:
             check_counts(
-                self.name, folder, {"images": len(files), "classes": len(names)}, {"images": 11_788, "classes": 200}
+                self.title, folder, {"images": len(files), "classes": len(names)}, {"images": 11_788, "classes": 200}
             )
         half = len(names) // 2
         return Listing(

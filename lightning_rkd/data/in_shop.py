@@ -34,7 +34,7 @@ class InShopDataModule(OfficialDataModule):
         Annotations, CVPR.
     """
 
-    name: ClassVar[str] = "In-Shop Clothes Retrieval"
+    title: ClassVar[str] = "In-Shop Clothes Retrieval"
 
     def listing(self) -> Listing:
         """By ``list_eval_partition.txt``."""
@@ -53,7 +53,7 @@ class InShopDataModule(OfficialDataModule):
         if self.check:
             found = {"images": len(rows)} | {f"{part} pieces": len(items) for part, items in parts.items()}
             expected = {"images": 52_712, "train pieces": 3_997, "query pieces": 3_985, "gallery pieces": 3_985}
-            check_counts(self.name, self.folder, found, expected)
+            check_counts(self.title, self.folder, found, expected)
         names = sorted(set.union(*parts.values()))
         number = {item: c for c, item in enumerate(names)}
         return Listing(

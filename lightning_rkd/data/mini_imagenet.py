@@ -29,7 +29,7 @@ class MiniImageNetDataModule(OfficialDataModule):
         arXiv:1606.04080; Ravi and Larochelle 2017, Optimization as a Model for Few-Shot Learning, ICLR, for the split.
     """
 
-    name: ClassVar[str] = "miniImageNet"
+    title: ClassVar[str] = "miniImageNet"
     sizes: ClassVar[tuple[int, int]] = (84, 84)
     small: ClassVar[bool] = True
 
@@ -48,7 +48,7 @@ class MiniImageNetDataModule(OfficialDataModule):
             found = {f"{part} classes": len(names) for part, names in classes.items()}
             found["images"] = sum(len(rows) for rows in parts.values())
             expected = {"train classes": 64, "val classes": 16, "test classes": 20, "images": 60_000}
-            check_counts(self.name, self.folder, found, expected)
+            check_counts(self.title, self.folder, found, expected)
         names = sorted({name for part in classes.values() for name in part})
         number = {name: c for c, name in enumerate(names)}
         rows = [row for part in parts.values() for row in part]

@@ -72,7 +72,7 @@ class OfficialDataModule(ImageDataModule):
         views: How many augmented versions of each training image there are.
     """
 
-    name: ClassVar[str]
+    title: ClassVar[str]
     sizes: ClassVar[tuple[int, int]] = (256, 224)
     """Usual sides of the images and of what is cropped out of them."""
     padding: ClassVar[int] = 0

@@ -34,7 +34,7 @@ class OnlineProductsDataModule(OfficialDataModule):
         arXiv:1511.06452.
     """
 
-    name: ClassVar[str] = "Stanford Online Products"
+    title: ClassVar[str] = "Stanford Online Products"
 
     def listing(self) -> Listing:
         """By ``Ebay_train.txt`` and ``Ebay_test.txt``."""
@@ -45,7 +45,7 @@ class OnlineProductsDataModule(OfficialDataModule):
         if self.check:
             found = {"training images": len(parts[0]), "test images": len(parts[1]), "classes": len(names)}
             expected = {"training images": 59_551, "test images": 60_502, "classes": 22_634}
-            check_counts(self.name, folder, found, expected)
+            check_counts(self.title, folder, found, expected)
         number = {thing: c for c, thing in enumerate(names)}
         rows = parts[0] + parts[1]
         return Listing(

@@ -35,7 +35,7 @@ class TinyImageNetDataModule(OfficialDataModule):
         Le and Yang 2015, Tiny ImageNet Visual Recognition Challenge.
     """
 
-    name: ClassVar[str] = "Tiny-ImageNet-200"
+    title: ClassVar[str] = "Tiny-ImageNet-200"
     sizes: ClassVar[tuple[int, int]] = (64, 64)
     padding: ClassVar[int] = 4
     small: ClassVar[bool] = True
@@ -52,7 +52,7 @@ class TinyImageNetDataModule(OfficialDataModule):
         if self.check:
             found = {"training images": len(train), "validation images": len(test), "classes": len(names)}
             expected = {"training images": 100_000, "validation images": 10_000, "classes": 200}
-            check_counts(self.name, folder, found, expected)
+            check_counts(self.title, folder, found, expected)
         half = len(names) // 2
         return Listing(
             [path for path, _ in train + test],
