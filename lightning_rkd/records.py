@@ -111,7 +111,8 @@ def unpack(
     """Build a :class:`Batch` from what a loader yields.
 
     A tensor is the inputs; of a sequence the first entry is the inputs and the second the labels, and a
-    :class:`QuerySample` says by its third which rows ask; a mapping needs ``inputs``, as a key or as a list of keys whose values the network takes as keywords.
+    :class:`QuerySample` says by its third which rows ask; a mapping needs ``inputs``, as a key or as a list of keys
+    whose values the network takes as keywords.
 
     Raises:
         TypeError: A mapping without ``inputs``, or something that is no batch.

@@ -42,7 +42,7 @@ def unpacked(archive: Archive, root: Path, needs: Sequence[str], download: bool 
     Args:
         archive: What is wanted.
         root: The folder that the user named.
-        needs: Files and folders without which the content is not whole.
+        needs: Files and folders in it without which the content is not whole.
         download: Whether to fetch an archive that is not there.
         check: Whether to compare the checksum.
 
@@ -53,9 +53,9 @@ def unpacked(archive: Archive, root: Path, needs: Sequence[str], download: bool 
     """
     for folder in (root / archive.folder, root):
         missing = [name for name in needs if not (folder / name).exists()]
-        if not missing:
+        if folder.is_dir() and not missing and (needs or folder != root):
             return folder
-        if len(missing) < len(needs):
+        if 0 < len(missing) < len(needs) or (missing and folder != root and folder.is_dir()):
             raise FileNotFoundError(
                 f"{folder / missing[0]} is missing: {archive.file} seems to be half extracted. Delete {folder} and "
                 f"extract it again; it comes from {archive.page}"
@@ -64,7 +64,7 @@ def unpacked(archive: Archive, root: Path, needs: Sequence[str], download: bool 
     if not path.is_file():
         if not download:
             raise FileNotFoundError(
-                f"there is neither {root / archive.folder / needs[0]} nor {path}: get {archive.file} from "
+                f"there is neither {root / archive.folder} nor {path}: get {archive.file} from "
                 f"{archive.page} and put it, or what it holds, into {root}"
                 + (", or pass download=True" if archive.url else "")
             )
@@ -72,7 +72,7 @@ def unpacked(archive: Archive, root: Path, needs: Sequence[str], download: bool 
     if check:
         check_md5(path, archive.md5)
     _unpack(path, root)
-    if missing := [name for name in needs if not (root / archive.folder / name).exists()]:
+    if missing := [name for name in (".", *needs) if not (root / archive.folder / name).exists()]:
         raise FileNotFoundError(
             f"{path} does not hold {archive.folder}/{missing[0]}, so it is not the official archive, which comes from "
             f"{archive.page}"
@@ -103,12 +103,10 @@ def check_counts(name: str, folder: Path, found: Mapping[str, int], expected: Ma
     Raises:
         ValueError: They differ.
     """
-    if wrong := [
-        f"{found[key]:,} {key} instead of {expected[key]:,}" for key in expected if found[key] != expected[key]
-    ]:
+    if wrong := [f"{found[key]:,} {key} instead of {n:,}" for key, n in expected.items() if found[key] != n]:
         raise ValueError(
-            f"{folder} holds {' and '.join(wrong)}, so it is not the whole of {name}: extract the archive again, or pass "
-            "check=False to use what is there"
+            f"{folder} holds {' and '.join(wrong)}, so it is not the whole of {name}: extract the archive again, or "
+            "pass check=False to use what is there"
         )
 
 
@@ -122,7 +120,8 @@ def _fetch(archive: Archive, root: Path) -> None:
         download_url(archive.url, root, part, archive.md5)
     except (OSError, RuntimeError) as error:
         raise OSError(
-            f"{archive.url} cannot be downloaded ({error}): get {archive.file} from {archive.page} and put it into {root}"
+            f"{archive.url} cannot be downloaded ({error}): get {archive.file} from {archive.page} and put it into "
+            f"{root}"
         ) from error
     os.replace(root / part, root / archive.file)
 

@@ -22,9 +22,9 @@ class CarsDataModule(OfficialDataModule):
     (or ``car_ims.tgz``), or ``cars_train``, ``cars_test`` and ``devkit`` with ``cars_test_annos_withlabels.mat`` in
     either place. Its lists are MATLAB files, for which SciPy must be installed.
 
-    Images are 256 x 256, of which networks see 224 x 224; they stay on disk unless ``in_memory`` (3.2 GB). All arguments
-    are those of :class:`~lightning_rkd.data.official.OfficialDataModule`; ``download`` cannot help, for the publisher's
-    addresses are gone.
+    Images are 256 x 256, of which networks see 224 x 224; they stay on disk unless ``in_memory`` (3.2 GB). All
+    arguments are those of :class:`~lightning_rkd.data.official.OfficialDataModule`; ``download`` cannot help, for the
+    publisher's addresses are gone.
 
     Raises:
         FileNotFoundError: A missing list or archive, or one that was unpacked in part.
@@ -45,12 +45,8 @@ class CarsDataModule(OfficialDataModule):
         else:
             rows, names = self._one_part()
         if self.check:
-            check_counts(
-                self.title,
-                self.folder,
-                {"images": len(rows), "classes": len(names)},
-                {"images": 16_185, "classes": 196},
-            )
+            found = {"images": len(rows), "classes": len(names)}
+            check_counts(self.title, self.folder, found, {"images": 16_185, "classes": 196})
         half = len(names) // 2
         return Listing(
             [path for path, _, _ in rows],
@@ -66,7 +62,7 @@ class CarsDataModule(OfficialDataModule):
         if self.check:
             check_md5(table, ANNOTATIONS_MD5)
         if not (self.folder / "car_ims").is_dir():
-            unpacked(IMAGES, self.folder, ["."], check=self.check)
+            unpacked(IMAGES, self.folder, [], check=self.check)
         content = _matlab(table)
         rows = [
             (self.folder / str(row["relative_im_path"]), int(row["class"]), bool(row["test"]))

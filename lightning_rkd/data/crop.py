@@ -81,7 +81,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """The square in the middle; images that are no larger stay as they are.
+    """The square in the middle, where torchvision has it; images that are no larger stay as they are.
 
     Attributes:
         size: Side of the square.
@@ -99,5 +99,5 @@ class CentreCrop:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, size, size)."""
-        top, left = (max(0, (side - self.size) // 2) for side in images.shape[-2:])
+        top, left = (max(0, round((side - self.size) / 2)) for side in images.shape[-2:])
         return images[..., top : top + self.size, left : left + self.size]

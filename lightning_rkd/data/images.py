@@ -148,4 +148,4 @@ class QuerySubset(Subset[Any]):
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """A whole batch at once; PyTorch's loaders prefer this."""
         asks = self.is_query[torch.tensor([int(self.indices[i]) for i in indices])].tolist()
-        return [QuerySample(*sample, q) for sample, q in zip(super().__getitems__(indices), asks, strict=True)]
+        return [QuerySample(x, y, q) for (x, y), q in zip(super().__getitems__(indices), asks, strict=True)]

@@ -117,7 +117,7 @@ class OmniglotDataModule(ImageDataModule):
         for archive in ARCHIVES:
             wanted = self.download or (self.folder / archive.file).is_file()
             if wanted and not (self.folder / archive.folder).is_dir():
-                unpacked(archive, self.folder, ["."], self.download, self.check)
+                unpacked(archive, self.folder, [], self.download, self.check)
 
     def load(self) -> LabelledImages:
         """All characters upright, then all turned counter-clockwise by 90, 180 and 270 degrees."""
@@ -125,8 +125,8 @@ class OmniglotDataModule(ImageDataModule):
         for part in _PARTS if self.division == "background" or self.check else ():
             if not (self.folder / part).is_dir():
                 raise FileNotFoundError(
-                    f"there is neither {self.folder / part} nor {part}.zip beside it: get {part}.zip from {_PAGE} or pass "
-                    "download=True; for a part of Omniglot pass split='alphabets'"
+                    f"there is neither {self.folder / part} nor {part}.zip beside it: get {part}.zip from {_PAGE}, "
+                    "or pass download=True; for a part of Omniglot pass split='alphabets'"
                 )
         files = {_name(name): paths for name, paths in find_images(self.folder).items()}
         names = sorted(files)
@@ -156,7 +156,7 @@ class OmniglotDataModule(ImageDataModule):
         else:
             tests = {path.name for path in (self.folder / _PARTS[1]).iterdir()}
             sides = [[i for i, name in enumerate(names) if (name in tests) == side] for side in (False, True)]
-            dealt = hold_out(*sides, self.validation, self.split_seed)
+            dealt = hold_out(sides[0], sides[1], self.validation, self.split_seed)
         part_of = {names[i]: part for part, chosen in enumerate(dealt) for i in chosen}
         return ClassSplit(*([c for c, a in enumerate(alphabets) if part_of[a] == part] for part in range(3)))
 

@@ -83,8 +83,8 @@ def hold_out(train: Sequence[int], test: Sequence[int], validation: float = 0.15
     taken = max(2, round(validation * len(train))) if validation else 0
     if len(train) - taken < 2 or len(test) < 1:
         raise ValueError(
-            f"{len(train)} training and {len(test)} test classes are too few: 2 must train, and validation={validation} "
-            f"takes {taken}"
+            f"{len(train)} training and {len(test)} test classes are too few: 2 must train, and "
+            f"validation={validation} takes {taken}"
         )
     dealt = [train[i] for i in np.random.default_rng(seed).permutation(len(train))]
     return ClassSplit(sorted(dealt[taken:]), sorted(dealt[:taken]), sorted(test))

@@ -44,12 +44,7 @@ def test_a_crop_depends_on_its_key_alone() -> None:
 @pytest.mark.parametrize("side", [8, 11, 12])
 def test_the_middle_is_torchvisions(side: int) -> None:
     images = torch.rand(2, 3, 13, 16)
-    seen, expected = CentreCrop(side)(images), tv.center_crop(images, side)
-    shift = max((seen - images[..., t : t + side, s : s + side]).abs().max() == 0 for t in (0, 1, 2) for s in (2, 3, 4))
-    assert seen.shape == expected.shape
-    assert torch.equal(seen, expected) or shift  # an odd margin may go to either side
-    even = torch.rand(2, 3, 256, 256)
-    assert torch.equal(CentreCrop(224)(even), tv.center_crop(even, 224))
+    assert torch.equal(CentreCrop(side)(images), tv.center_crop(images, side))
     assert CentreCrop(20)(images).shape == images.shape
 
 
