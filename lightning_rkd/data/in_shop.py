@@ -17,13 +17,13 @@ class InShopDataModule(OfficialDataModule):
 
     3,997 pieces train and validate. Of the other 3,985, the 14,218 pictures marked ``query`` ask and the 12,612 marked
     ``gallery`` are what they look among: test batches are :class:`~lightning_rkd.records.QuerySample`, whose third
-    entry is the mark, and :class:`~lightning_rkd.metrics.EmbeddingRetrieval` is given it as ``is_query``. Validation has no
-    such marks: there every picture asks among all others.
+    entry is the mark, and :class:`~lightning_rkd.metrics.EmbeddingRetrieval` is given it as ``is_query``. Validation
+    has no such marks: there every picture asks among all others.
 
     ``root`` holds ``list_eval_partition.txt``, by itself or in ``Eval``, and the folder ``img``, by itself or in
     ``Img``. Images are 256 x 256, of which networks see 224 x 224; they stay on disk unless ``in_memory`` (10.4 GB).
-    All arguments are those of :class:`~lightning_rkd.data.official.OfficialDataModule`; ``download`` cannot help, for the
-    publisher asks for an agreement.
+    All arguments are those of :class:`~lightning_rkd.data.official.OfficialDataModule`; ``download`` cannot help, for
+    the publisher asks for an agreement.
 
     Raises:
         FileNotFoundError: A missing list or image.

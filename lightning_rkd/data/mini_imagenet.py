@@ -15,8 +15,8 @@ class MiniImageNetDataModule(OfficialDataModule):
     """miniImageNet: 100 classes of ImageNet with 600 images each; 64 train, 16 validate and 20 test.
 
     ``root`` holds ``train.csv``, ``val.csv`` and ``test.csv`` (``filename,label``) and the folder ``images``. Images
-    are brought to 84 x 84, shown whole, and kept in memory (1.3 GB); training mirrors half of them. The split is published,
-    so ``split_by`` and ``validation`` stay as they are. All arguments are those of
+    are brought to 84 x 84, shown whole, and kept in memory (1.3 GB); training mirrors half of them. The split is
+    published, so ``split_by`` and ``validation`` stay as they are. All arguments are those of
     :class:`~lightning_rkd.data.official.OfficialDataModule`; ``download`` cannot help, for ImageNet's licence forbids
     to pass the images on.
 

@@ -24,8 +24,8 @@ def rows_of(path: Path, columns: int, skip: int = 0, separator: str | None = Non
         fields = line.strip().split(separator, columns - 1)
         if len(fields) < columns:
             raise ValueError(
-                f"line {number} of {path} has {len(fields)} fields instead of {columns} ({line!r}): the file is damaged, "
-                "so extract the archive again"
+                f"line {number} of {path} has {len(fields)} fields instead of {columns} ({line!r}), so the file is "
+                "damaged: extract the archive again"
             )
         rows.append(fields)
     return rows
