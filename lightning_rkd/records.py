@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -85,6 +85,22 @@ class Outputs:
         return [x for x in found if x is not None]
 
 
+class QuerySample(NamedTuple):
+    """A sample, or a batch of them, that says whether it asks in a query/gallery evaluation.
+
+    It is a tuple of three, so that ``x, y, is_query = batch`` works in a step of your own; :func:`unpack` knows it.
+
+    Attributes:
+        inputs: What the student is called with.
+        labels: The class, or one of each row.
+        is_query: Whether it asks; it is in the gallery otherwise.
+    """
+
+    inputs: Any
+    labels: Any
+    is_query: Any
+
+
 Key = int | str
 """Where in a batch something lies: a position in a sequence, or a key of a mapping."""
 
@@ -94,8 +110,9 @@ def unpack(
 ) -> Batch:
     """Build a :class:`Batch` from what a loader yields.
 
-    A tensor is the inputs; of a sequence the first entry is the inputs and the second the labels; a mapping needs
-    ``inputs``, as a key or as a list of keys whose values the network takes as keywords.
+    A tensor is the inputs; of a sequence the first entry is the inputs and the second the labels, and a
+    :class:`QuerySample` says by its third which rows ask; a mapping needs ``inputs``, as a key or as a list of keys
+    whose values the network takes as keywords.
 
     Raises:
         TypeError: A mapping without ``inputs``, or something that is no batch.
@@ -130,4 +147,5 @@ def unpack(
         inputs={k: entry("inputs", k) for k in inputs} if isinstance(inputs, list) else entry("inputs", inputs),
         labels=None if labels is None else entry("labels", labels),
         indices=None if indices is None else entry("indices", indices),
+        is_query=batch.is_query if isinstance(batch, QuerySample) else None,
     )

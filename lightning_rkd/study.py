@@ -220,7 +220,7 @@ def _identity(config: Config, seed: int, teacher: Run | None, images: LabelledIm
         "config": config,
         "seed": seed,
         "teacher": None if teacher is None else digest(teacher.embeddings),
-        "images": None if images is None else digest(images.images),
+        "images": None if images is None else digest(images.images[torch.arange(len(images.images))]),
         "lightning_rkd": __version__,
         "torch": str(torch.__version__),
     }

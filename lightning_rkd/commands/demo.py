@@ -283,7 +283,7 @@ def _settings(
         "lightning_rkd": __version__,
         "torch": str(torch.__version__),
         "data": None if data is None else str(data.resolve()),
-        "images": None if images is None else study.digest(images.images),
+        "images": None if images is None else study.digest(images.images[torch.arange(len(images.images))]),
         "seeds": list(seeds),
         "steps": steps,
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,29 +13,34 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from lightning_rkd.data.augment import Augment
-from lightning_rkd.data.images import AugmentedSubset, ImageSet
+from lightning_rkd.data.crop import CentreCrop, Crop
+from lightning_rkd.data.files import ImageFiles
+from lightning_rkd.data.images import AugmentedSubset, ImageSet, QuerySubset
 from lightning_rkd.data.indices import with_indices
 from lightning_rkd.data.loader import ResumableLoader
 from lightning_rkd.data.sampling import PKBatchSampler
-from lightning_rkd.data.splits import ClassSplit, split_classes, split_samples
+from lightning_rkd.data.splits import ClassSplit, disjoint, split_classes, split_samples
 from lightning_rkd.distributed import rank_and_size
+
+_log = logging.getLogger(__name__)
 
 
 class LabelledImages(NamedTuple):
     """A whole data set: images (N, C, H, W) uint8, classes (N,) int64, and the name of every class.
 
     ``test`` (N,) bool marks the images of an official test part, where there is one: only they test, and they do
-    nothing else.
+    nothing else. ``is_query`` (N,) bool marks those that ask when they test, where the others are their gallery.
     """
 
-    images: Tensor
+    images: Tensor | ImageFiles
     labels: Tensor
     class_names: list[str]
     test: Tensor | None = None
+    is_query: Tensor | None = None
 
 
 class ImageDataModule(LightningDataModule, ABC):
-    """Images in memory, divided into training, validation and test; a data set is one method, :meth:`load`.
+    """Images, divided into training, validation and test; a data set is one method, :meth:`load`.
 
     Samples are ``(x, y)``. By default *classes* are divided, as retrieval asks for: training classes come first, 0 to
     ``num_train_classes - 1``, validation classes are taken out of the training side, and batches are P classes by K
@@ -52,7 +59,7 @@ class ImageDataModule(LightningDataModule, ABC):
         samples_per_class: K; ``None`` fills a batch of 120, as far as a typical class has the samples.
         batches_per_epoch: Batches per epoch and device; ``None`` shows about as many samples as there are.
         eval_batch_size: Batch size of validation, test and prediction.
-        num_workers: Worker processes per loader; the images are in memory, so 0 is usually fastest.
+        num_workers: Worker processes per loader; where the images are in memory, 0 is usually fastest.
         seed: Of order and augmentation.
         split_seed: Of the division of the classes, apart from ``seed``, so that runs with other seeds may share a
             teacher without its having seen their test classes.
@@ -90,7 +97,7 @@ class ImageDataModule(LightningDataModule, ABC):
         split_seed: int = 0,
         validation: float = 0.15,
         test: float = 0.25,
-        augment: Augment | None = None,
+        augment: Augment | Crop | None = None,
         split_by: Literal["classes", "samples"] = "classes",
         views: int | None = None,
     ) -> None:
@@ -120,15 +127,25 @@ class ImageDataModule(LightningDataModule, ABC):
         """Which classes train, validate and test."""
         return split_classes(range(len(data.class_names)), self.validation, self.test, self.split_seed)
 
-    def suggest_augment(self, data: LabelledImages) -> Augment:
+    def suggest_augment(self, data: LabelledImages) -> Augment | Crop:
         """The augmentation when none was asked for."""
         return Augment(rotation=8, scale=0.1, shear=0.1, shift=0.08, flip=data.images.shape[1] == 3)
 
+    def statistics(self, data: LabelledImages, train: list[int]) -> tuple[Sequence[float], Sequence[float]]:
+        """What images are normalised with, from the training rows: mean and standard deviation per channel."""
+        return channel_statistics(data.images, train)
+
+    def centre_crop(self) -> CentreCrop | None:
+        """What is cut out of the images where no augmentation crops them."""
+        return None
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images, after ``setup``."""
-        channels, height, width = self.root.images.shape[1:]
-        return int(channels), int(height), int(width)
+        """Channels, height and width of the images as they are shown, after ``setup``."""
+        channels, height, width = (int(n) for n in self.root.images.shape[1:])
+        if self.root.transform is None:
+            return channels, height, width
+        return channels, min(height, self.root.transform.size), min(width, self.root.transform.size)
 
     def setup(self, stage: str | None = None) -> None:
         """Load and divide the data, once."""
@@ -136,7 +153,7 @@ class ImageDataModule(LightningDataModule, ABC):
             return
         data = self.load()
         if self.split_by == "classes":
-            split = self.split(data)
+            split = disjoint(self.split(data), data.class_names)
             order = [*split.train, *split.validation, *split.test]
             labels, (train, val, test) = _renumbered(data.labels, split, len(data.class_names), data.test)
             self.num_train_classes = len(split.train)
@@ -145,11 +162,13 @@ class ImageDataModule(LightningDataModule, ABC):
             official = None if data.test is None else data.test.tolist()
             train, val, test = split_samples(labels.tolist(), self.validation, self.test, self.split_seed, official)
             self.num_train_classes = len(order)
-        mean, std = _channel_statistics(data.images, train)
-        self.root = ImageSet(data.images, labels, mean, std)
+        mean, std = self.statistics(data, train)
+        self.root = ImageSet(data.images, labels, mean, std, self.centre_crop())
         augment = self.augment if self.augment is not None else self.suggest_augment(data)
         self.train_set = AugmentedSubset(self.root, train, augment, self.seed, self.views)
-        self.val_set, self.test_set = Subset(self.root, val), Subset(self.root, test)
+        self.val_set = Subset(self.root, val)
+        asks = data.is_query if self.split_by == "classes" else None
+        self.test_set = Subset(self.root, test) if asks is None else QuerySubset(self.root, test, asks)
         self.class_names = [data.class_names[c] for c in order]
         self._choose_sizes(labels[train])
         self._ready = True
@@ -157,9 +176,15 @@ class ImageDataModule(LightningDataModule, ABC):
     def _choose_sizes(self, labels: Tensor) -> None:
         if self.classes_per_batch is None:
             self.classes_per_batch = max(1, min(24, self.num_train_classes // rank_and_size()[1]))
+        counts = torch.bincount(labels)
         if self.samples_per_class is None:
-            typical = int(torch.bincount(labels).median())
-            self.samples_per_class = max(2, min(typical, 120 // self.classes_per_batch))
+            self.samples_per_class = max(2, min(int(counts.median()), 120 // self.classes_per_batch))
+        few = (counts < self.samples_per_class).nonzero().flatten().tolist()
+        if few and self.split_by == "classes":
+            _log.info(
+                "%d of %d training classes have fewer than samples_per_class=%d samples, so batches repeat some: %s",
+                len(few), len(counts), self.samples_per_class, ", ".join(self.class_names[c] for c in few[:3]),
+            )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Augmented batches; with their indices where a loss of the run needs them."""
@@ -179,9 +204,9 @@ class ImageDataModule(LightningDataModule, ABC):
         loader = ResumableLoader(self.train_set, batch_sampler=sampler, **self._loading())
         return with_indices(loader) if self._indices_are_needed() else loader
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Images of validation classes, with their indices."""
-        return self._evaluate(self.val_set)
+    def val_dataloader(self) -> Any:
+        """Images of validation classes, with their indices; nothing where nothing validates."""
+        return self._evaluate(self.val_set) if len(self.val_set) else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Images of unseen classes, with their indices."""
@@ -237,7 +262,7 @@ def _renumbered(
     return new, [torch.nonzero(part == i).flatten().tolist() for i in range(3)]
 
 
-def _channel_statistics(images: Tensor, rows: list[int]) -> tuple[list[float], list[float]]:
+def channel_statistics(images: Tensor | ImageFiles, rows: list[int]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel, as parts of the full range, from at most 5,000 rows."""
     some = images[torch.tensor(rows[:: max(1, len(rows) // 5000)])].double() / 255
     std = some.std(dim=(0, 2, 3), correction=0)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lightning_rkd.data.augment import Augment
 from lightning_rkd.data.base import ImageDataModule, LabelledImages
+from lightning_rkd.data.decoding import decode, open_image
 from lightning_rkd.data.splits import ClassSplit, split_classes
 
 _log = logging.getLogger(__name__)
@@ -187,54 +185,9 @@ def suggest_size(paths: Sequence[Path]) -> int:
     """Median side of the images, at most 64, from the headers of at most 500 of them."""
     sides = []
     for path in paths[:: max(1, len(paths) // 500)]:
-        with _open(path) as image:
+        with open_image(path) as image:
             sides.append(sum(image.size) / 2)
     return max(8, min(64, round(median(sides))))
-
-
-def decode(paths: Sequence[Path], side: int) -> npt.NDArray[np.uint8]:
-    """All images as (N, C, side, side); C is 1 if none of them shows a colour, else 3."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        pixels = list(pool.map(lambda path: _pixels(path, side), paths))
-    if all(p.ndim == 2 for p in pixels):
-        return np.stack(pixels)[:, None]
-    colour = np.stack([p if p.ndim == 3 else np.repeat(p[:, :, None], 3, axis=2) for p in pixels])
-    return np.ascontiguousarray(colour.transpose(0, 3, 1, 2))
-
-
-def _pixels(path: Path, side: int) -> npt.NDArray[np.uint8]:
-    """(side, side) where the image is grey, else (side, side, 3)."""
-    with _open(path) as image:
-        try:
-            image.draft(None, (side, side))  # lets JPEG decode at a fraction of its size
-            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                ImageOps.exif_transpose(image, in_place=True)
-            upright: Image.Image = image
-            if upright.mode.startswith("I"):  # 16 bits per pixel
-                upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
-            elif upright.mode in ("LA", "PA", "RGBA") or "transparency" in upright.info:
-                paper = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(paper, upright.convert("RGBA"))
-            upright = upright.convert("L" if upright.mode in ("1", "L") else "RGB")
-            if upright.size != (side, side):
-                upright = upright.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=3.0)
-            pixels = np.asarray(upright)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise _unreadable(path, error) from error
-    if pixels.ndim == 3 and (pixels[..., :1] == pixels[..., 1:]).all():
-        return pixels[..., 0]
-    return pixels
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} cannot be read as an image ({error}): repair it or take it out of the folder")
 
 
 def _given_split(

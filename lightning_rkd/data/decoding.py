@@ -1,0 +1,102 @@
+"""From image files to arrays of bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import get_worker_info
+
+_T = TypeVar("_T")
+
+
+def decode(paths: Sequence[Path], side: int) -> npt.NDArray[np.uint8]:
+    """All images as (N, C, side, side); C is 1 if none of them shows a colour, else 3."""
+    pixels = list(_mapped(lambda path: read_image(path, side), paths))
+    if all(p.ndim == 2 for p in pixels):
+        return np.stack(pixels)[:, None]
+    colour = np.stack([p if p.ndim == 3 else np.repeat(p[:, :, None], 3, axis=2) for p in pixels])
+    return np.ascontiguousarray(colour.transpose(0, 3, 1, 2))
+
+
+def decode_into(pixels: npt.NDArray[np.uint8], paths: Sequence[Path]) -> None:
+    """Read image i into ``pixels[i]``, (C, side, side), where C is 1 or 3, without a second copy of them all."""
+    channels, side = pixels.shape[1:3]
+
+    def fill(i: int) -> None:
+        pixels[i] = in_channels(read_image(paths[i], side), channels)
+
+    for _ in _mapped(fill, range(len(paths))):
+        pass
+
+
+def damaged(paths: Sequence[Path]) -> dict[int, str]:
+    """The numbers of the files that cannot be read, and what they say, found by reading all of them."""
+
+    def look(path: Path) -> str | None:
+        try:
+            read_image(path, 8)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    return {i: error for i, error in enumerate(_mapped(look, paths)) if error is not None}
+
+
+def in_channels(pixels: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[np.uint8]:
+    """What :func:`read_image` gives, as (1, side, side) or (3, side, side); colours become grey by ITU-R 601."""
+    if channels == 1 and pixels.ndim == 3:
+        pixels = np.asarray(Image.fromarray(pixels).convert("L"))
+    if pixels.ndim == 2:
+        return np.broadcast_to(pixels, (channels, *pixels.shape))
+    return pixels.transpose(2, 0, 1)
+
+
+def _mapped(work: Callable[..., _T], items: Iterable[object]) -> Iterable[_T]:
+    """As ``map``, in threads (Pillow decodes without Python's lock); a loader's worker has one of its own already."""
+    if get_worker_info() is not None:
+        return map(work, items)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(work, items))
+
+
+def read_image(path: Path, side: int) -> npt.NDArray[np.uint8]:
+    """(side, side) where the image is grey, else (side, side, 3)."""
+    with open_image(path) as image:
+        try:
+            image.draft(None, (side, side))  # lets JPEG decode at a fraction of its size
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                ImageOps.exif_transpose(image, in_place=True)
+            upright: Image.Image = image
+            if upright.mode.startswith("I"):  # 16 bits per pixel
+                upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
+            elif upright.mode in ("LA", "PA", "RGBA") or "transparency" in upright.info:
+                paper = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(paper, upright.convert("RGBA"))
+            upright = upright.convert("L" if upright.mode in ("1", "L") else "RGB")
+            if upright.size != (side, side):
+                upright = upright.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=3.0)
+            pixels = np.asarray(upright)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise _unreadable(path, error) from error
+    if pixels.ndim == 3 and (pixels[..., :1] == pixels[..., 1:]).all():
+        return pixels[..., 0]
+    return pixels
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read the header of an image file."""
+    try:
+        return Image.open(path)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read as an image ({error}): repair it or take it out of the folder")
