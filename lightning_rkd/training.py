@@ -255,6 +255,7 @@ def import_public_classes() -> None:
     import lightning_rkd
     import lightning_rkd.data
     import lightning_rkd.losses
+    import lightning_rkd.metrics
     import lightning_rkd.models
     import lightning_rkd.schemes
 
@@ -262,6 +263,7 @@ def import_public_classes() -> None:
         lightning_rkd,
         lightning_rkd.data,
         lightning_rkd.losses,
+        lightning_rkd.metrics,
         lightning_rkd.models,
         lightning_rkd.schemes,
     ):
