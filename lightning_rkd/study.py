@@ -1,4 +1,4 @@
-"""Several ways to train, several seeds, one table: what ``demo`` stands on.
+"""Several ways to train, several seeds, one table: what ``demo`` and ``compare`` stand on.
 
 A run is a configuration as ``lightning-rkd fit`` takes it, and leaves it resolved beside its checkpoint. What
 :func:`run` has finished is not done again, and what was interrupted goes on from its last checkpoint.
@@ -15,11 +15,11 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -49,7 +49,9 @@ class Run:
         parameters: Their number.
         seconds: How long training took.
         scores: Value by name, on the test set.
-        embeddings: (N, D), of the test set.
+        embeddings: (N, D), of the test set, where they were kept.
+        weights: Short name for the trained weights; runs with another one had another teacher.
+        about: When and on what it was trained.
     """
 
     network: str
@@ -58,6 +60,16 @@ class Run:
     seconds: float
     scores: dict[str, float] = field(default_factory=dict)
     embeddings: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    weights: str = ""
+    about: dict[str, str] = field(default_factory=dict)
+
+
+class Trained(NamedTuple):
+    """What training leaves to measure."""
+
+    module: DistillationModule
+    data: ImageDataModule
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,42 @@ class Summary:
     seeds: int
     mean: dict[str, float]
     spread: dict[str, float]
+
+
+class Loaded:
+    """Keeps the images that were loaded last, for the next run that reads the same.
+
+    Example:
+        >>> loaded, images = Loaded(), LabelledImages(torch.zeros(1, 1, 2, 2), torch.zeros(1), ["a"])
+        >>> data = {"class_path": "Letters", "init_args": {"seed": 0}}
+        >>> loaded.keeping(data, lambda: images)() is images
+        True
+        >>> loaded.keeping({"class_path": "Letters", "init_args": {"seed": 1}}, lambda: 1 / 0)() is images
+        True
+    """
+
+    _ORDER = ("seed", "classes_per_batch", "samples_per_class", "batches_per_epoch", "eval_batch_size", "num_workers")
+
+    def __init__(self) -> None:
+        self._key = ""
+        self._images: LabelledImages | None = None
+
+    def keeping(self, data: Config, load: Callable[[], LabelledImages]) -> Callable[[], LabelledImages]:
+        """``load``, unless the last data were of the same settings; what orders batches does not count."""
+        arguments = {k: v for k, v in data.get("init_args", {}).items() if k not in self._ORDER}
+        key = json.dumps({**data, "init_args": arguments}, sort_keys=True, default=str)
+
+        def kept() -> LabelledImages:
+            if self._images is None or key != self._key:
+                self._images = None  # both at once may not fit into memory
+                self._key, self._images = key, load()
+            return self._images
+
+        return kept
+
+
+Images = LabelledImages | Loaded
+"""Images that were loaded, or a place that keeps them from run to run."""
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
@@ -88,12 +136,34 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     return changed
 
 
+def with_steps(config: Config, steps: int) -> Config:
+    """A copy that trains for a number of steps; a schedule that is told its length is told this one.
+
+    The steps are divided into epochs of about 50, as there is a checkpoint at the end of each.
+
+    Example:
+        >>> with_steps({"model": {}}, 200)
+        {'model': {}, 'trainer': {'max_epochs': 4}, 'data': {'init_args': {'batches_per_epoch': 50}}}
+    """
+    epochs = next(n for n in range(max(1, steps // 50), 0, -1) if steps % n == 0)
+    settings: dict[str, Any] = {"trainer.max_epochs": epochs, "data.init_args.batches_per_epoch": steps // epochs}
+    model = config["model"].get("init_args", {})
+    schedule = (model.get("lr_scheduler") or {}).get("init_args", {})
+    length = steps if model.get("lr_interval") == "step" else epochs
+    settings |= {
+        f"model.init_args.lr_scheduler.init_args.{name}": length
+        for name in ("total_steps", "T_max")
+        if name in schedule
+    }
+    return with_settings(config, settings)
+
+
 def prepare(
     config: Config,
     folder: Path,
     seed: int,
     callbacks: Sequence[pl.Callback] = (),
-    images: LabelledImages | None = None,
+    images: Images | None = None,
 ) -> TrainingCLI:
     """Build what a configuration describes: ``.model``, ``.datamodule`` and ``.trainer``.
 
@@ -102,7 +172,7 @@ def prepare(
         folder: Where to write.
         seed: Of initial weights, order and augmentation.
         callbacks: Callbacks that the saved configuration does not mention.
-        images: What the configured data would load, where it has been loaded already.
+        images: What the configured data would load, where it has been loaded already, or where to keep it.
     """
     settings = {
         "seed_everything": seed,
@@ -119,8 +189,10 @@ def prepare(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    if images is not None:
+    if isinstance(images, LabelledImages):
         cli.datamodule.load = lambda: images
+    elif images is not None and isinstance(cli.datamodule, ImageDataModule):
+        cli.datamodule.load = images.keeping(config["data"], cli.datamodule.load)  # type: ignore[method-assign]
     return cli
 
 
@@ -129,9 +201,9 @@ def train(
     folder: Path,
     seed: int,
     callbacks: Sequence[pl.Callback] = (),
-    images: LabelledImages | None = None,
+    images: Images | None = None,
     resume: Path | None = None,
-) -> tuple[DistillationModule, ImageDataModule, float]:
+) -> Trained:
     """Train what a configuration describes, and leave ``config.yaml`` and ``last.ckpt`` in the folder.
 
     Arguments are those of :func:`prepare`; ``resume`` is a checkpoint to go on from.
@@ -143,8 +215,11 @@ def train(
     with _quiet():
         start = time.perf_counter()
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume)
-    return cli.model, cli.datamodule, time.perf_counter() - start
+    return Trained(cli.model, cli.datamodule, time.perf_counter() - start)
 
+
+Measure = Callable[[Trained, Run | None], tuple[dict[str, float], Tensor]]
+"""From what was trained and the teacher's run (``None`` for a teacher) to scores and, if they matter, embeddings."""
 
 RESULT = "result.pt"
 """What a finished run leaves beside its checkpoint."""
@@ -157,7 +232,11 @@ def run(
     seed: int,
     teacher: Run | None,
     callbacks: Sequence[pl.Callback] = (),
-    images: LabelledImages | None = None,
+    images: Images | None = None,
+    *,
+    measure: Measure | None = None,
+    paths: Mapping[str, Any] | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> Run:
     """Train and measure, or go on where an earlier call with the same arguments was interrupted.
 
@@ -171,25 +250,44 @@ def run(
         seed: Of initial weights, order and augmentation.
         teacher: The teacher's run; ``None`` for the teacher itself.
         callbacks: Callbacks that the saved configuration does not mention.
-        images: What the configured data would load, where it has been loaded already.
+        images: What the configured data would load, where it has been loaded already, or where to keep it.
+        measure: How the trained network is measured; ``None`` is :func:`retrieval_and_agreement`.
+        paths: Further settings, which say where files lie and not what is in them: a run goes on though they change.
+        about: Kept with the result.
 
     Raises:
         ValueError: What the earlier call has left is damaged; the message names the file.
     """
-    identity = _identity(config, seed, teacher, images)
-    if (kept := _kept(folder / RESULT, identity)) is not None:
-        return Run(network, seed, *(kept[name] for name in ("parameters", "seconds", "scores", "embeddings")))
+    identity = identify(config, seed, teacher, images)
+    if (found := finished(network, folder, seed, identity)) is not None:
+        return found
     checkpoint, signed = folder / "last.ckpt", _Signed(identity)
     if (begun := _kept(checkpoint, identity)) is not None:
         signed.before = begun[_Signed.KEY]["seconds"]
     resume = None if begun is None else checkpoint
-    module, data, seconds = train(config, folder, seed, [*callbacks, signed], images, resume)
-    found = measure(network, (module, data, signed.before + seconds), seed, teacher)
-    kept = {name: getattr(found, name) for name in ("parameters", "seconds", "scores", "embeddings")}
+    trained = train(with_settings(config, paths or {}), folder, seed, [*callbacks, signed], images, resume)
+    with _quiet():
+        scores, embeddings = (measure or retrieval_and_agreement)(trained, teacher)
+    module, seconds = trained.module, signed.before + trained.seconds
+    found = Run(network, seed, count_parameters(module.student), seconds, scores, embeddings)
+    found.weights, found.about = digest(*module.student.state_dict().values()), dict(about or {})
     content = io.BytesIO()
-    torch.save({_Signed.KEY: {"identity": identity}, **kept}, content)
+    torch.save({_Signed.KEY: {"identity": identity}, **{name: getattr(found, name) for name in _KEPT}}, content)
     write_whole(folder / RESULT, content.getbuffer())
     return found
+
+
+_KEPT = ("parameters", "seconds", "scores", "embeddings", "weights", "about")
+
+
+def finished(network: str, folder: Path, seed: int, identity: str) -> Run | None:
+    """The run of that identity, if it was finished in that folder.
+
+    Raises:
+        ValueError: Its file is damaged.
+    """
+    kept = _kept(folder / RESULT, identity)
+    return None if kept is None else Run(network, seed, **{name: kept[name] for name in _KEPT})
 
 
 class _Signed(pl.Callback):
@@ -212,29 +310,34 @@ class _Signed(pl.Callback):
         checkpoint[self.KEY] = {"identity": self.identity, "seconds": seconds}
 
 
-def _identity(config: Config, seed: int, teacher: Run | None, images: LabelledImages | None) -> str:
+def identify(config: Config, seed: int, teacher: Run | None, images: Images | None = None) -> str:
     """All that a run's digits depend on, as text."""
     from lightning_rkd import __version__
 
     parts = {
         "config": config,
         "seed": seed,
-        "teacher": None if teacher is None else digest(teacher.embeddings),
-        "images": None if images is None else digest(images.images[torch.arange(len(images.images))]),
+        "teacher": None if teacher is None else teacher.weights,
+        "images": digest(images.images[torch.arange(len(images.images))])
+        if isinstance(images, LabelledImages)
+        else None,
         "lightning_rkd": __version__,
         "torch": str(torch.__version__),
     }
     return json.dumps(parts, sort_keys=True)
 
 
-def digest(x: Tensor) -> str:
-    """Short name for the content of a tensor on the CPU.
+def digest(*tensors: Tensor) -> str:
+    """Short name for the content of tensors.
 
     Example:
         >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(torch.ones(2))
         (True, False)
     """
-    return hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()[:16]
+    content = hashlib.sha256()
+    for x in tensors:
+        content.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()[:16]
 
 
 def _kept(path: Path, identity: str) -> dict[str, Any] | None:
@@ -246,20 +349,32 @@ def _kept(path: Path, identity: str) -> dict[str, Any] | None:
     return content if content.get(_Signed.KEY, {}).get("identity") == identity else None
 
 
-def measure(
-    network: str, trained: tuple[DistillationModule, ImageDataModule, float], seed: int, teacher: Run | None
-) -> Run:
+def retrieval_and_agreement(trained: Trained, teacher: Run | None) -> tuple[dict[str, float], Tensor]:
     """Embed the test set once, and measure retrieval and the agreement with the teacher (``None`` for the teacher)."""
-    module, data, seconds = trained
-    with _quiet():
-        embeddings, labels, indices = embed(module.student, data.test_dataloader())
-    run = Run(network, seed, count_parameters(module.student), seconds, embeddings=embeddings)
+    embeddings, labels, indices = embed(trained.module.student, trained.data.test_dataloader())
     retrieval = EmbeddingRetrieval()
     retrieval.update(embeddings, labels, indices)
     agreement = RelationalAgreement(k=min(10, len(labels) - 1))
     agreement.update(embeddings, embeddings if teacher is None else teacher.embeddings)
-    run.scores = {name: float(value) for m in (retrieval, agreement) for name, value in m.compute().items()}
-    return run
+    scores = {name: float(value) for m in (retrieval, agreement) for name, value in m.compute().items()}
+    return scores, embeddings
+
+
+def on_test_data(trained: Trained, teacher: Run | None = None) -> tuple[dict[str, float], Tensor]:
+    """What the module's own metrics say of the test data."""
+    found = trained.module.trainer.test(trained.module, datamodule=trained.data, verbose=False)
+    return _named(found, "test"), torch.empty(0)
+
+
+def on_validation_data(trained: Trained, teacher: Run | None = None) -> tuple[dict[str, float], Tensor]:
+    """What the module's own metrics say of the validation data; the test data are not touched."""
+    trained.module.trainer.limit_val_batches = 1.0  # none were wanted while it trained
+    found = trained.module.trainer.validate(trained.module, datamodule=trained.data, verbose=False)
+    return _named(found, "val"), torch.empty(0)
+
+
+def _named(found: Sequence[Mapping[str, float]], stage: str) -> dict[str, float]:
+    return {name.removeprefix(f"{stage}/"): float(value) for part in found for name, value in part.items()}
 
 
 @torch.no_grad()
