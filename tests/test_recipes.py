@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from lightning_rkd import cli, recipes
+from lightning_rkd.data import GlyphDataModule
 from tests.data.replicas import replica
 
 PROGRAM = [sys.executable, "-c", "import sys; from lightning_rkd.cli import main; sys.exit(main())"]
@@ -157,6 +158,17 @@ def test_pairs_of_one_table_differ_by_their_networks_alone() -> None:
             assert loss is None or loss["init_args"] == {"distance_weight": 25.0, "angle_weight": 50.0}
             found.append(config)
     assert all(config == found[0] for config in found)
+
+
+@pytest.mark.parametrize("name", ["glyphs_fewshot_teacher", "glyphs_rkd_fewshot"])
+def test_letters_have_the_pictures_that_the_episodes_of_a_recipe_draw(name: str) -> None:
+    config = loaded(name)
+    data = GlyphDataModule(**config["data"]["init_args"])
+    data.setup()
+    sizes = torch.bincount(data.root.labels[data.val_set.indices])
+    few = config["model"]["init_args"]["metrics"]["few_shot"]["init_args"]
+    assert int(sizes[sizes > 0].min()) >= few["shots"] + few["queries"]
+    assert int((sizes > 0).sum()) >= few["ways"]
 
 
 PAIRS = {"resnet32x4": "resnet8x4", "wrn40_2": "wrn16_2", "resnet56": "resnet20", "vgg13": "vgg8"}
