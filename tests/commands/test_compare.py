@@ -1,0 +1,120 @@
+"""``lightning-rkd compare``, run for real on few letters."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_rkd import cli
+from lightning_rkd.comparison import plan
+
+TINY = {
+    "data.init_args.max_classes": 12,
+    "data.init_args.image_size": 12,
+    "data.init_args.classes_per_batch": 4,
+    "data.init_args.eval_batch_size": 64,
+    "trainer.accelerator": "cpu",
+}
+FILE: dict[str, Any] = {
+    "title": "Few letters",
+    "recipe": "glyphs_rkd",
+    "set": TINY,
+    "steps": 4,
+    "teacher": {"recipe": "glyphs_teacher", "seed": 0},
+    "seeds": [0, 1],
+    "baseline": "alone",
+    "networks": {"alone": {"loss": None}, "RKD-D": {"loss": "RKDDistance", "weight": 1}},
+    "scores": ["recall_at_1"],
+    "select": "map_at_r",
+}
+PROGRAM = [sys.executable, "-c", "import sys; from lightning_rkd.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def written(**changes: Any) -> str:
+    Path("mine.yaml").write_text(yaml.safe_dump(FILE | changes, sort_keys=False))
+    return "mine.yaml"
+
+
+def start(*args: str) -> subprocess.Popen[str]:
+    command = [*PROGRAM, "compare", "--config", written(), "--out", *args]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def runs(out: str) -> list[dict[str, str]]:
+    with (Path(out) / "runs.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_and_started_again_it_gives_the_table_of_an_unbroken_run() -> None:
+    unbroken = start("whole", "--jobs", "2")
+    assert unbroken.communicate(timeout=300)[0].count("recall_at_1") > 5
+    assert unbroken.returncode == 0
+    for seconds in (8.0, 11.0):
+        killed = start("killed", "--jobs", "2")
+        time.sleep(seconds)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    assert start("killed", "--jobs", "2").wait(300) == 0
+    assert runs("killed") == runs("whole")
+    assert len(runs("whole")) == 5
+    again = start("whole", "--jobs", "2")
+    before = os.stat("whole/rkd-d-1/last.ckpt").st_mtime_ns
+    assert again.wait(120) == 0
+    assert os.stat("whole/rkd-d-1/last.ckpt").st_mtime_ns == before
+    table = Path("whole/table.md").read_text()
+    assert "| alone |" in table
+    assert "seeds: 0, 1" in table
+    assert Path("whole/plot.png").stat().st_size > 1000
+    checkpoint = torch.load("whole/rkd-d-0/last.ckpt", weights_only=True)
+    assert not any("teacher" in name for name in checkpoint["state_dict"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"networks": {"alone": {"loss": None}, "a": {"loss": "RKDDistnce"}}}, "a: there is no loss 'RKDDistnce'"),
+        ({"networks": {"alone": {"los": None}}}, "there is no key 'los'"),
+        ({"title": "x", "seed": [1]}, "there is no key 'seed'"),
+        ({"baseline": "nobody"}, "baseline: there is no network 'nobody'"),
+        ({"seeds": [0, 0]}, "seeds: expected a number of seeds"),
+        ({"teacher": None}, "needs a teacher"),
+        ({"recipe": "glyphs_rdk"}, "glyphs_rdk"),
+        ({"networks": {"alone": {"loss": None}, "teacher": {"loss": None}}}, "the name of the teacher's own row"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_trained(changes, message, capsys) -> None:
+    assert cli.main(["compare", "--config", written(**changes), "--out", "out"]) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not list(Path().glob("out/*/last.ckpt"))
+
+
+def test_a_network_that_is_named_twice_is_refused(capsys) -> None:
+    text = Path(written()).read_text().replace("RKD-D:", "alone:")
+    Path("mine.yaml").write_text(text)
+    assert cli.main(["compare", "--config", "mine.yaml", "--out", "out"]) in (1, 2)
+    assert "'alone' is named twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", plan.names())
+def test_comparisons_that_come_with_the_package_describe_what_can_be_built(name) -> None:
+    comparison = plan.read(plan.find(name))
+    plan.check(comparison.networks)
+    assert comparison.baseline in [network.name for network in comparison.networks]
