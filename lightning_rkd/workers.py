@@ -44,7 +44,8 @@ class Worker:
             text=True,
         )
         self.heard, self.busy = heard, False
-        threading.Thread(target=self._hear, daemon=True).start()
+        self._listener = threading.Thread(target=self._hear, daemon=True)
+        self._listener.start()
 
     def give(self, task: Message, log: Path) -> None:
         """Hand over a task; what is printed meanwhile goes to ``log``."""
@@ -59,20 +60,20 @@ class Worker:
     def close(self) -> None:
         """End it, whatever it does."""
         assert self.process.stdin is not None
-        try:
+        with suppress(OSError):  # it has ended
             self.process.stdin.close()
-        except OSError:  # it has ended
-            pass
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._listener.join()
 
     def _hear(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.heard.put((self, json.loads(line)))
+        with self.process.stdout as lines:
+            for line in lines:
+                self.heard.put((self, json.loads(line)))
         code = self.process.wait()
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         self.heard.put((self, {"event": "ended", "error": f"its process has ended ({how})"}))
