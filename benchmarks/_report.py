@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import datetime
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lightning_rkd.provenance import commit, hardware
 
 
 class Report:
@@ -26,7 +25,7 @@ class Report:
         self.say(
             f"Made by `python {' '.join(['benchmarks/' + Path(sys.argv[0]).name, *sys.argv[1:]])}` on "
             f"{datetime.date.today()}: {hardware(device)}, {torch.get_num_threads()} threads, torch "
-            f"{torch.__version__}{', ' + given if given else ''}, commit {commit()}."
+            f"{torch.__version__}{', ' + given if given else ''}, commit {commit(Path(__file__).parent) or 'unknown'}."
         )
 
     def say(self, text: str) -> None:
@@ -43,27 +42,6 @@ class Report:
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text("\n".join(self.lines).rstrip() + "\n")
-
-
-def hardware(device: str) -> str:
-    """The processor, or the GPU."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def commit() -> str:
-    """The commit that was measured, with a + where files differ from it."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "-uno") else "")
 
 
 def resident_peak() -> float:

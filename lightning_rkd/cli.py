@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from lightning_rkd import recipes
+from lightning_rkd.messages import brief
 from lightning_rkd.stopping import TERMINATED, at_sigterm, ending_with_first_rank
 
 COMMANDS = {
@@ -82,7 +83,7 @@ def _exit_code(args: list[str]) -> int:
         usage = isinstance(error, ArgumentError | UsageError | recipes.UnknownRecipeError)
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         known = usage or isinstance(error, ValueError | OSError)
-        message = _brief(message) if isinstance(error, ArgumentError) else message
+        message = brief(message) if isinstance(error, ArgumentError) else message
         print(f"error: {message if known and message else f'{type(error).__name__}: {message}'}", file=sys.stderr)
         if not usage:
             print(f"({TRACEBACK}=1 shows where it came from)", file=sys.stderr)
@@ -123,12 +124,6 @@ def _train(args: list[str]) -> None:
 
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_without_advertisement)
         TrainingCLI(args, prog="lightning-rkd")
-
-
-def _brief(message: str) -> str:
-    """What jsonargparse says, without the subtypes it tried and the values it was given."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
-    return "\n".join(line for line in message.splitlines() if not line.strip().startswith(noise))
 
 
 def _without_advertisement(record: logging.LogRecord) -> bool:

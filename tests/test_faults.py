@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from benchmarks.faults import differences
-from lightning_rkd import study
-from lightning_rkd.study import Run, Summary
+from lightning_rkd import summaries
+from lightning_rkd.study import Run
+from lightning_rkd.summaries import Summary
 
 
 def left(folder: Path, seconds: float = 1.0, score: float = 0.5, shift: float = 0.0) -> Path:
@@ -23,9 +24,9 @@ def left(folder: Path, seconds: float = 1.0, score: float = 0.5, shift: float = 
     torch.save(state | {"global_step": 3, "epoch": 1, "callbacks": {"path": str(folder)}}, folder / "last.ckpt")
     scores = {"recall_at_1": score, "seconds": seconds}
     summary = Summary("student", 3880, 1, scores, dict.fromkeys(scores, seconds / 10) | {"recall_at_1": 0.0})
-    study.write_csv([summary], folder / "table.csv")
-    study.write_runs_csv([Run("student", 0, 3880, seconds, {"recall_at_1": score}, x)], folder / "runs.csv")
-    table = study.markdown([summary], ("recall_at_1", "seconds"))
+    summaries.write_csv([summary], folder / "table.csv")
+    summaries.write_runs_csv([Run("student", 0, 3880, seconds, {"recall_at_1": score}, x)], folder / "runs.csv")
+    table = summaries.markdown([summary], ("recall_at_1", "seconds"))
     (folder / "table.md").write_text(f"{table}\nWith RKD-DA it changes by {10 * score:+.1f} points.\n")
     (folder / "config.yaml").write_text(f"out: {folder}\n")
     return folder

@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rkd import cli, recipes, study
+from lightning_rkd import cli, recipes, study, summaries
 from lightning_rkd.data import with_indices
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.study import Config, Run
@@ -182,17 +182,17 @@ def runs() -> list[Run]:
 
 
 def test_the_table_states_mean_and_spread_over_seeds() -> None:
-    teacher, student = study.summarise(runs())
+    teacher, student = summaries.summarise(runs())
     assert student.mean["recall_at_1"] == pytest.approx(statistics.fmean([0.2, 0.5, 0.4]))
     assert student.spread["recall_at_1"] == pytest.approx(statistics.stdev([0.2, 0.5, 0.4]))
     assert (teacher.seeds, student.seeds) == (1, 3)
-    lines = study.markdown([teacher, student], ["recall_at_1", "seconds"]).splitlines()
+    lines = summaries.markdown([teacher, student], ["recall_at_1", "seconds"]).splitlines()
     assert lines[2:] == ["| teacher | 107 | 0.900 | 10 |", "| student | 107 | 0.367 ± 0.153 | 11 |"]
 
 
 def test_csv_files_read_back_unrounded(tmp_path: Path) -> None:
-    study.write_csv(study.summarise(runs()), tmp_path / "table.csv")
-    study.write_runs_csv(runs(), tmp_path / "runs.csv")
+    summaries.write_csv(summaries.summarise(runs()), tmp_path / "table.csv")
+    summaries.write_runs_csv(runs(), tmp_path / "runs.csv")
     with (tmp_path / "table.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["network"] for row in table] == ["teacher", "student"]

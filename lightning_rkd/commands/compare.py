@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import io
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from lightning_rkd import plots
+from lightning_rkd import plots, provenance
 from lightning_rkd.commands import options as kinds
 from lightning_rkd.comparison import tables, tuning
 from lightning_rkd.comparison.plan import TEACHER, Comparison, check, find, folder_of, names, read
@@ -74,7 +74,7 @@ def compare(
         OSError: ``out`` cannot be written, or holds something that no comparison made.
     """
     console, start = Console(highlight=False, width=None if sys.stdout.isatty() else 160), time.perf_counter()
-    _check_folder(out)
+    kinds.check_folder(out, MADE_BY, "comparison")
     tried = tuning.trials(tuning.parse(tune, comparison), comparison)
     select = _select(comparison) if tried else ""
     teachers = [] if comparison.teacher is None else [comparison.teacher]
@@ -89,7 +89,7 @@ def compare(
         markup=False,
         soft_wrap=True,
     )
-    commit = _commit()
+    commit = provenance.commit(Path(__file__).parent)
     trained = teacher_task(comparison)
     chosen: dict[str, Trial] = {}
     results: dict[str, Run | Failure] = {}
@@ -177,14 +177,6 @@ def _select(comparison: Comparison) -> str:
     return select
 
 
-def _check_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"the output folder {str(out)!r} is a file; choose another one with --out")
-    begun = {MADE_BY, f".{MADE_BY}.part"}  # the latter alone, should the first write have been killed
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in begun):
-        raise FileExistsError(f"{str(out)!r} holds something that no comparison made; choose another folder with --out")
-
-
 def _described(comparison: Comparison, tune: Sequence[str]) -> str:
     from lightning_rkd import __version__
 
@@ -201,23 +193,6 @@ def _described(comparison: Comparison, tune: Sequence[str]) -> str:
     if comparison.teacher is not None:
         about["teacher"] = comparison.teacher.config
     return yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
-
-
-def _commit() -> str:
-    """The commit of the package, if it is run from a git checkout, with a note where files were changed."""
-    here = Path(__file__).parent
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True, timeout=20)
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "--short=10", "HEAD") + (
-            " with changes" if git("status", "--porcelain", "-uno") else ""
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def _write(
@@ -292,8 +267,6 @@ def _say_tuned(
     out: Path,
     console: Console,
 ) -> None:
-    import csv
-
     table, text = Table(title="tuned on validation data"), io.StringIO()
     for heading in ("network", "values", select, ""):
         table.add_column(heading, justify="right" if heading == select else "left")

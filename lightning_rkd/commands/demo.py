@@ -16,14 +16,17 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
-from lightning_rkd import plots, recipes, study
+from lightning_rkd import plots, recipes, study, summaries
+from lightning_rkd.commands import options as kinds
 from lightning_rkd.data.base import ImageDataModule, LabelledImages
 from lightning_rkd.data.folder import ImageFolderDataModule, find_images, suggest_size
 from lightning_rkd.files import write_whole
-from lightning_rkd.study import Config, Run, Summary, with_settings
+from lightning_rkd.progress import Line, clock, display
+from lightning_rkd.study import Config, Run, with_settings
+from lightning_rkd.summaries import Summary
 from lightning_rkd.training import check_writable
 
 TEACHER, ALONE, DISTILLED = "teacher", "student alone", "student + RKD-DA"
@@ -86,7 +89,7 @@ def demo(out: Path, seeds: Sequence[int] = (0, 1, 2), steps: int | None = None, 
         OSError: ``out`` cannot be written, or holds another demo or something that no demo made.
     """
     console, start = Console(highlight=False, width=None if sys.stdout.isatty() else 100), time.perf_counter()
-    _check_folder(out)
+    kinds.check_folder(out, MADE_BY, "demo")
     plan = _letters_plan() if data is None else _folder_plan(data, console)
     plan = plan if steps is None else _with_steps(plan, steps)
     if _begin(out, _settings(seeds, steps, data, plan.images)):
@@ -97,14 +100,14 @@ def demo(out: Path, seeds: Sequence[int] = (0, 1, 2), steps: int | None = None, 
         f"RKD-DA. {plan.duration}"
     )
     runs = _train_all(plan, seeds, out, console)
-    summaries = study.summarise(runs)
-    _write_tables(out, runs, summaries)
+    found = summaries.summarise(runs)
+    _write_tables(out, runs, found)
     module = study.prepare(plan.teacher, out / "teacher", seeds[0], images=plan.images).datamodule
     module.setup("test")
     _write_pictures(out, runs, module, "letters" if data is None else "classes")
-    console.print(_table(summaries))
+    console.print(_table(found))
     console.print(f"{AGREEMENT}\n{_verdict(runs)}")
-    console.print(f"It took {_clock(time.perf_counter() - start)}. In {out} there are now")
+    console.print(f"It took {clock(time.perf_counter() - start)}. In {out} there are now")
     for names, what in (
         ("table.md, table.csv, runs.csv", "the table, and every single run"),
         ("neighbours.png", "queries, and the nearest images that the networks find"),
@@ -127,29 +130,13 @@ def _parser() -> argparse.ArgumentParser:
         help="images, each in a folder that is its class; default: letters of many scripts, no download",
     )
     parser.add_argument(
-        "--seeds", type=_seeds, default=(0, 1, 2), metavar="N|LIST", help="how many seeds (3), or which (0,1,2)"
+        "--seeds", type=kinds.seeds, default=(0, 1, 2), metavar="N|LIST", help="how many seeds (3), or which (0,1,2)"
     )
-    parser.add_argument("--steps", type=_positive, metavar="N", help="training steps of each network")
+    parser.add_argument("--steps", type=kinds.positive, metavar="N", help="training steps of each network")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="where results go (runs/demo)"
     )
     return parser
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    """``"3"`` is 0, 1, 2; ``"0,3"`` and ``"3,"`` are lists."""
-    parts = [part for part in text.split(",") if part.strip()]
-    numbers = tuple(int(part) for part in parts) if all(part.strip().isdecimal() for part in parts) else ()
-    seeds = tuple(range(numbers[0])) if len(numbers) == 1 and "," not in text else numbers
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"expected a number of seeds (3) or different seeds (0,1,2), got {text!r}")
-    return seeds
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _letters_plan() -> Plan:
@@ -200,14 +187,7 @@ def _folder_plan(root: Path, console: Console) -> Plan:
 
 
 def _with_steps(plan: Plan, steps: int) -> Plan:
-    # as many epochs as leave about 50 steps to each: there is a checkpoint at the end of every epoch
-    epochs = next(n for n in range(max(1, steps // 50), 0, -1) if steps % n == 0)
-    settings = {
-        "trainer.max_epochs": epochs,
-        "data.init_args.batches_per_epoch": steps // epochs,
-        "model.init_args.lr_scheduler.init_args.total_steps": steps,
-    }
-    teacher, alone, distilled = (with_settings(c, settings) for c in (plan.teacher, plan.alone, plan.distilled))
+    teacher, alone, distilled = (study.with_steps(c, steps) for c in (plan.teacher, plan.alone, plan.distilled))
     return Plan(teacher, alone, distilled, plan.things, f"Each for {steps} steps.", plan.images)
 
 
@@ -218,58 +198,30 @@ def _train_all(plan: Plan, seeds: Sequence[int], out: Path, console: Console) ->
         jobs.append((ALONE, plan.alone, seed, out / f"alone-{seed}"))
         jobs.append((DISTILLED, with_settings(plan.distilled, weights), seed, out / f"rkd-{seed}"))
     runs: list[Run] = []
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(30),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[news]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with display(console) as progress:
         for network, config, seed, folder in jobs:
             bar = _Bar(progress, network if network == TEACHER else f"{network}, seed {seed}", config)
             runs.append(study.run(network, config, folder, seed, runs[0] if runs else None, [bar], plan.images))
-            bar.say(f"recall_at_1 {runs[-1].scores['recall_at_1']:.3f} after {_clock(runs[-1].seconds)}")
+            bar.line.end(f"recall_at_1 {runs[-1].scores['recall_at_1']:.3f} after {clock(runs[-1].seconds)}")
     return runs
 
 
 class _Bar(pl.Callback):
-    """One line of the progress display; where there is no terminal, a line of text every quarter of the way."""
+    """Shows how far a network's training has come."""
 
     def __init__(self, progress: Progress, name: str, config: Config) -> None:
-        self.steps: int = config["trainer"]["max_epochs"] * config["data"]["init_args"]["batches_per_epoch"]
-        self.progress, self.name, self.start = progress, name, time.perf_counter()
-        self.task = progress.add_task(name, total=self.steps, news="")
-        self.first = 0
-        self.say(f"{self.steps} steps")
-
-    def say(self, news: str) -> None:
-        """Show what there is to know."""
-        self.progress.update(self.task, news=news)
-        if self.progress.disable:
-            self.progress.console.print(f"  {self.name}: {news}")
+        self.name = name
+        self.line = Line(
+            progress, name, config["trainer"]["max_epochs"] * config["data"]["init_args"]["batches_per_epoch"]
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on."""
-        self.first, self.start = trainer.global_step, time.perf_counter()
-        if self.first:
-            self.say(f"goes on after {self.first} steps")
+        self.line.begin(trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Advance."""
-        done = trainer.global_step
-        self.progress.update(self.task, completed=done)
-        every = max(1, self.steps // 4) if self.progress.disable else 10
-        if done % every == 0 and done < self.steps:
-            left = (time.perf_counter() - self.start) / (done - self.first) * (self.steps - done)
-            self.say(f"{done} of {self.steps} steps, about {_clock(left)} left")
-
-
-def _check_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"the output folder {str(out)!r} is a file; choose another one with --out")
-    begun = {MADE_BY, f".{MADE_BY}.part"}  # the latter alone, should the first write have been killed
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in begun):
-        raise FileExistsError(f"{str(out)!r} holds something that no demo made; choose another folder with --out")
+        self.line.advance(trainer.global_step)
 
 
 def _settings(
@@ -306,11 +258,11 @@ def _begin(out: Path, settings: Mapping[str, Any]) -> bool:
     return True
 
 
-def _write_tables(out: Path, runs: Sequence[Run], summaries: Sequence[Summary]) -> None:
-    text = study.markdown(summaries, COLUMNS)
+def _write_tables(out: Path, runs: Sequence[Run], found: Sequence[Summary]) -> None:
+    text = summaries.markdown(found, COLUMNS)
     write_whole(out / "table.md", f"{text}\n{AGREEMENT}\n\n{_verdict(runs)}\n".encode())
-    study.write_csv(summaries, out / "table.csv")
-    study.write_runs_csv(runs, out / "runs.csv")
+    summaries.write_csv(found, out / "table.csv")
+    summaries.write_runs_csv(runs, out / "runs.csv")
 
 
 def _write_pictures(out: Path, runs: Sequence[Run], data: ImageDataModule, things: str) -> None:
@@ -332,13 +284,13 @@ def _write_pictures(out: Path, runs: Sequence[Run], data: ImageDataModule, thing
         write_whole(out / name, picture.getbuffer())
 
 
-def _table(summaries: Sequence[Summary]) -> Table:
+def _table(found: Sequence[Summary]) -> Table:
     table = Table()
     table.add_column("network")
     for heading in ("parameters", *COLUMNS):
         table.add_column(heading, justify="right")
-    for summary in summaries:
-        table.add_row(*study.cells(summary, COLUMNS))
+    for summary in found:
+        table.add_row(*summaries.cells(summary, COLUMNS))
     return table
 
 
@@ -349,8 +301,3 @@ def _verdict(runs: Sequence[Run]) -> str:
     mean = sum(gains) / len(gains)
     seeds = f" (seed by seed: {', '.join(f'{gain:+.1f}' for gain in gains)})" if len(gains) > 1 else ""
     return f"With RKD-DA the student's recall@1 on unseen classes changes by {mean:+.1f} points{seeds}."
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

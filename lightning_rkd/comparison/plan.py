@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from lightning_rkd import losses, recipes
+from lightning_rkd.messages import brief
 from lightning_rkd.study import Config, prepare, with_settings, with_steps
 
 TEACHER = "teacher"
@@ -166,7 +167,7 @@ def check(networks: Iterable[Network]) -> None:
             except (Exception, SystemExit) as error:
                 message = str(error)
                 if isinstance(error, argparse.ArgumentError):
-                    message = _brief(message)
+                    message = " ".join(brief(message).split())
                 raise ValueError(f"{network.name}: {message}") from error
 
 
@@ -348,13 +349,6 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 def _near(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {near[0]!r}?" if near else ""
-
-
-def _brief(message: str) -> str:
-    """The lines of jsonargparse's message that say what is wrong."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
-    lines = [line.strip() for line in message.splitlines() if not line.strip().startswith(noise)]
-    return " ".join(line for line in lines if line)
 
 
 class _Once(yaml.SafeLoader):

@@ -12,6 +12,7 @@ import yaml
 
 from lightning_rkd.comparison.plan import Comparison, folder_of
 from lightning_rkd.comparison.tasks import Failure, Task, tasks_of
+from lightning_rkd.files import write_whole
 from lightning_rkd.study import RESULT, Run
 
 
@@ -130,8 +131,6 @@ def take_over(trial: Trial, out: Path, comparison: Comparison) -> None:
     folder = out / f"{folder_of(network.name)}-{comparison.seeds[0]}"
     source = out / trial.task.folder / "last.ckpt"
     if not (folder / RESULT).exists() and not (folder / "last.ckpt").exists() and source.is_file():
-        from lightning_rkd.files import write_whole
-
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "last.ckpt", source.read_bytes())
 

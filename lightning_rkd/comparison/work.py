@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import gc
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from lightning_rkd import study
 from lightning_rkd.data.indices import opened
+from lightning_rkd.provenance import hardware
 from lightning_rkd.study import Run
 from lightning_rkd.teachers import Teacher
 from lightning_rkd.teachers.filling import fill
@@ -54,7 +54,11 @@ def _train(task: dict[str, Any], report: Report) -> None:
         _LOADED,
         measure=measures[task["split"]],
         paths=task["paths"],
-        about={"date": f"{datetime.date.today()}", "hardware": hardware(), "commit": task["commit"]},
+        about={
+            "date": f"{datetime.date.today()}",
+            "hardware": hardware("cuda" if torch.cuda.is_available() else "cpu"),
+            "commit": task["commit"],
+        },
     )
 
 
@@ -98,15 +102,3 @@ class _Steps(pl.Callback):
         if time.monotonic() - self.last > 0.3:
             self.last = time.monotonic()
             self.report({"event": "step", "done": trainer.global_step})
-
-
-def hardware() -> str:
-    """The accelerator, if there is one, else the processor."""
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"

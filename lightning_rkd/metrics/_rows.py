@@ -26,6 +26,7 @@ class RowMetric(Metric):
     full_state_update: bool = False
     _floats: ClassVar[tuple[str, ...]]
     _integers: ClassVar[tuple[str, ...]]
+    indices: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__(sync_on_compute=False)
@@ -41,6 +42,12 @@ class RowMetric(Metric):
         for name in self._integers:  # set_dtype would round labels to the new precision; devices still follow
             setattr(self, name, [part.to(fn(part).device) for part in getattr(self, name)])
         return self
+
+    def _add_indices(self, indices: Tensor | None, rows: int, updated: bool) -> None:
+        """Keep the indices of an update, which come always or never."""
+        same_as_before(indices is not None, self.indices, updated, "indices")
+        if indices is not None:
+            self.indices.append(checked_column(indices, rows, "indices"))
 
     def _joined(self, name: str) -> Tensor | None:
         """The rows of a state as one tensor, which also replaces the pieces; ``None`` where there are none."""

@@ -13,12 +13,10 @@ from lightning_rkd.metrics._nearest import distances, full_precision
 from lightning_rkd.metrics._rows import (
     RowMetric,
     agree,
-    checked_column,
     checked_rows,
     first_of_each,
     places_of,
     points,
-    same_as_before,
 )
 
 _ENTRIES = 2**21  # float64 entries per working array: 16 MiB
@@ -112,9 +110,7 @@ class RelationalAgreement(RowMetric):
         t = checked_rows(teacher, None, self.teacher, "teacher embeddings")
         if len(s) != len(t):
             raise ValueError(f"student has {len(s)} rows, but teacher has {len(t)}")
-        same_as_before(indices is not None, self.indices, bool(self.student), "indices")
-        if indices is not None:
-            self.indices.append(checked_column(indices, len(s), "indices"))
+        self._add_indices(indices, len(s), bool(self.student))
         self.student.append(s)
         self.teacher.append(t)
 

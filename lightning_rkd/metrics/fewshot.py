@@ -18,7 +18,6 @@ from lightning_rkd.metrics._rows import (
     places_of,
     points,
     refuse_two_labels,
-    same_as_before,
 )
 
 _BLOCK = 1024  # rows that travel together
@@ -123,9 +122,7 @@ class FewShotAccuracy(RowMetric):
         """
         rows = checked_rows(embeddings, self.store_dtype, self.embeddings, "embeddings")
         classes = checked_column(labels, len(rows), "labels")
-        same_as_before(indices is not None, self.indices, bool(self.labels), "indices")
-        if indices is not None:
-            self.indices.append(checked_column(indices, len(rows), "indices"))
+        self._add_indices(indices, len(rows), bool(self.labels))
         self.embeddings.append(rows)
         self.labels.append(classes)
 

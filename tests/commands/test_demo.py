@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from lightning_rkd import cli, recipes, study
-from lightning_rkd.commands import demo
+from lightning_rkd.commands import demo, options
 from lightning_rkd.models.heads import count_parameters
 from lightning_rkd.models.small import ConvNet
 from tests.processes import end_of, start
@@ -208,7 +208,7 @@ def test_output_that_cannot_be_written_is_refused_before_training(
 def test_a_demo_that_was_killed_in_its_first_write_begins_anew(tmp_path: Path) -> None:
     """What SIGKILL leaves of a file that is not whole yet."""
     (tmp_path / f".{demo.MADE_BY}.part").write_text("made_by: lightning-r")
-    demo._check_folder(tmp_path)
+    options.check_folder(tmp_path, demo.MADE_BY, "demo")
     assert demo._begin(tmp_path, {"seeds": [0]}) is False
     assert [path.name for path in tmp_path.iterdir()] == [demo.MADE_BY]
     assert demo._begin(tmp_path, {"seeds": [0]}) is True
@@ -231,7 +231,7 @@ def test_folders_that_cannot_be_used_are_refused(
     ("text", "seeds"), [("3", (0, 1, 2)), ("1", (0,)), ("5,2", (5, 2)), ("7,", (7,)), ("0, 1", (0, 1))]
 )
 def test_seeds_are_a_number_or_a_list(text: str, seeds: tuple[int, ...]) -> None:
-    assert demo._seeds(text) == seeds
+    assert options.seeds(text) == seeds
 
 
 @pytest.mark.parametrize("option", [["--seeds", "0"], ["--seeds", "x"], ["--seeds", "1,1"], ["--seeds=-1"],
