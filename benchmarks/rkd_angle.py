@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from _report import Report, resident_peak
@@ -216,6 +217,39 @@ def width(report: Report, widths: list[int], n: int = 256) -> None:
     report.table(["D", "kernel ms", "tiles ms", "formula ms"], rows)
 
 
+def where(report: Report, sizes: list[int]) -> None:
+    """What a step consists of on a CPU, each by itself, and the whole again without the formula in between."""
+    kernel = kernels.native("angle_cpu")
+    if kernel is None:
+        return
+    report.say("## Where the time goes")
+    report.say("Each part by itself, median of 30. The whole is the step alone, not by turns with the formula.")
+    rows = []
+    for n in sizes:
+        student, teacher = torch.randn(n, STUDENT_DIM).requires_grad_(), torch.randn(n, TEACHER_DIM)
+        s, t = distances.squared_distances(student).detach(), distances.squared_distances(teacher)
+        settings = {"official": True, "factor": 1.0, "with_gradient": True}
+        triplets = _median_ms(kernel.loss_and_gradient, s, t, (0, n), torch.float32, **settings)
+        given = _median_ms(distances.squared_distances, teacher)
+        own = _median_ms(_there_and_back, student, torch.randn(n, n, dtype=torch.float64))
+        rows.append([n, *(f"{ms:.2f}" for ms in (triplets, given, own, _median_ms(step, "kernel", n)))])
+    head = ["N", "triplets, ms", "the teacher's distances, ms", "the student's, with gradient, ms", "the whole, ms"]
+    report.table(head, rows)
+
+
+def _there_and_back(x: Tensor, pull: Tensor) -> None:
+    torch.autograd.grad(distances.squared_distances(x), x, pull)
+
+
+def _median_ms(work: Callable[..., object], *args: Any, **settings: Any) -> float:
+    seconds = []
+    for _ in range(31):
+        start = clock()
+        work(*args, **settings)
+        seconds.append(clock() - start)
+    return 1e3 * statistics.median(seconds[1:])
+
+
 def plot(measured: list[tuple[int, float, float]], path: Path) -> None:
     import matplotlib as mpl
 
@@ -270,6 +304,8 @@ def main() -> None:
             report.say(f"![time and memory over the size of the batch]({picture.name})")
     if args.widths:
         width(report, args.widths)
+    if device == "cpu" and args.sizes:
+        where(report, args.sizes)
     if device == "cuda" and args.large:
         large(report, args.large)
     report.write(args.out)
