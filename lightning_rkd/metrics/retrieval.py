@@ -64,7 +64,7 @@ class EmbeddingRetrieval(RowMetric):
         k: The k, or several, of recall at k.
         distance: ``"euclidean"`` or ``"cosine"``.
         working_memory: Bytes for the blocks that are in work at a time, beyond the rows, their labels and
-            indices; ``None``: 128 MiB, and 4 GiB on a GPU, of which the search commonly takes a tenth. On a CPU more
+            indices; ``None``: 128 MiB, and 4 GiB on a GPU, of which the search takes what it needs. On a CPU more
             saves little time where a query has few relevant rows, and some where it has thousands.
         store_dtype: Precision in which rows are kept between updates, for example ``torch.float16`` to halve their
             memory; ``None`` keeps the precision in which they come.
