@@ -95,7 +95,9 @@ def _matlab(path: Path) -> dict[str, Any]:
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise ImportError(f"{path.name} is a MATLAB file, which SciPy reads: pip install scipy") from error
+        raise ImportError(
+            f"{path.name} is a MATLAB file, which SciPy reads: pip install 'lightning-rkd[cars]'"
+        ) from error
     try:
         return dict(loadmat(path, squeeze_me=True))
     except (ValueError, OSError, TypeError, NotImplementedError) as error:
