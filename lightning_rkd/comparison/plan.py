@@ -24,7 +24,7 @@ _KEYS = (
     "title", "recipe", "config", "set", "steps", "seeds", "teacher", "cache", "agreement", "baseline", "networks",
     "scores", "select",
 )  # fmt: skip
-_NETWORK = ("recipe", "config", "loss", "weight", "task_weight", "set", "generations")
+_NETWORK = ("recipe", "config", "loss", "weight", "task_weight", "balance", "set", "generations")
 _TEACHER = ("recipe", "config", "set", "steps", "seed")
 _MODEL = "model.init_args"
 TAUGHT = f"{_MODEL}.teacher"
@@ -129,7 +129,7 @@ def read(
         path: Its file.
         seeds: Instead of those of the file.
         steps: Of every network, the teacher included, instead of those of the file.
-        settings: By dotted path, the last word for all networks.
+        settings: By dotted path, the last word for all networks; of the teacher all but its ``model``.
 
     Raises:
         ValueError: The file does not say what is to be compared; the message says where.
@@ -217,7 +217,9 @@ class _Reader:
         _only(entry, _TEACHER, "teacher")
         if "recipe" not in entry and "config" not in entry:
             raise ValueError("teacher: name the recipe that trains it, recipe: NAME_OR_FILE")
-        return Network(TEACHER, self.config(entry, "teacher", entry.get("steps")), TEACHER)
+        config = self.config(entry, "teacher", entry.get("steps"))
+        own = {path: value for path, value in self.settings.items() if not path.startswith("model.")}
+        return Network(TEACHER, with_settings(config, own), TEACHER)
 
     def config(self, entry: Mapping[str, Any], name: str, steps: int | None = None) -> Config:
         """The recipe of an entry, or of the file, with the settings of the file and of the entry."""
@@ -250,7 +252,7 @@ class _Reader:
             raise ValueError(f"{name}: generations must be a number of at least 1, got {generations!r}")
         config = self.config(entry, name)
         model = config["model"].setdefault("init_args", {})
-        for key in ("weight", "task_weight"):
+        for key in ("weight", "task_weight", "balance"):
             if key in entry:
                 model[key] = entry[key]
         if "loss" in entry:
@@ -259,7 +261,7 @@ class _Reader:
             model.setdefault("metrics", {})["agreement"] = "RelationalAgreement"
         lone = model.get("loss") is None
         if lone and not self.text.get("agreement"):
-            for key in ("loss", "teacher", "teacher_layer", "weight"):
+            for key in ("loss", "teacher", "teacher_layer", "weight", "balance"):
                 model.pop(key, None)
         found: list[Network] = []
         for generation in range(1, generations + 1):

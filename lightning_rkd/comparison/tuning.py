@@ -15,6 +15,9 @@ from lightning_rkd.comparison.tasks import Failure, Task, tasks_of
 from lightning_rkd.files import write_whole
 from lightning_rkd.study import RESULT, Run
 
+_SHORT = ("weight", "task_weight", "balance", "loss")
+"""Arguments of the module that need no ``model.init_args`` before them."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -61,9 +64,9 @@ def parse(specs: Sequence[str], comparison: Comparison) -> dict[str, dict[str, l
         path = target[len(entry) + 1 :] if entry is not None else target
         if not equals or not values or not path:
             raise ValueError(f"--tune: expected NETWORK.weight=0.5,1,2 or weight=0.5,1,2 for all, got {spec!r}")
-        if path.split(".")[0] not in ("weight", "task_weight", "loss", "model", "data", "trainer"):
+        if path.split(".")[0] not in (*_SHORT, "model", "data", "trainer"):
             raise ValueError(
-                f"--tune: {spec!r} names none of the networks {', '.join(entries)}, followed by weight, task_weight, "
+                f"--tune: {spec!r} names none of the networks {', '.join(entries)}, followed by weight, task_weight, balance, "
                 "loss.init_args.NAME, or a path that begins with model, data or trainer"
             )
         for chosen in [entry] if entry is not None else [e for e in entries if _has_loss(comparison, e)]:
@@ -140,5 +143,5 @@ def _has_loss(comparison: Comparison, entry: str) -> bool:
 
 
 def _in_config(path: str) -> str:
-    short = path.split(".")[0] in ("weight", "task_weight", "loss")
+    short = path.split(".")[0] in _SHORT
     return f"model.init_args.{path}" if short else path

@@ -16,7 +16,10 @@ import torch
 import yaml
 
 from lightning_rkd import cli
-from lightning_rkd.comparison import plan
+from lightning_rkd.comparison import plan, tuning
+from lightning_rkd.comparison.tasks import tasks_of
+from lightning_rkd.comparison.work import work
+from lightning_rkd.data import GlyphDataModule
 
 TINY = {
     "data.init_args.max_classes": 12,
@@ -81,6 +84,65 @@ def test_killed_at_any_time_and_started_again_it_gives_the_table_of_an_unbroken_
     assert Path("whole/plot.png").stat().st_size > 1000
     checkpoint = torch.load("whole/rkd-d-0/last.ckpt", weights_only=True)
     assert not any("teacher" in name for name in checkpoint["state_dict"])
+
+
+@pytest.mark.slow
+def test_a_tuned_comparison_with_cache_generations_and_a_run_that_fails_keeps_all_that_was_finished(capsys) -> None:
+    never = {"model.init_args.lr_scheduler.init_args.max_lr": 1e30}
+    changes = {
+        "set": {**TINY, "data.init_args.views": 2},
+        "cache": True,
+        "seeds": [0],
+        "networks": {**FILE["networks"], "next": {"generations": 2}, "broken": {"loss": "RKDDistance", "set": never}},
+    }
+    command = ["compare", "--config", written(**changes), "--out", "out", "--tune", "RKD-D.weight=0.5,1"]
+    assert cli.main(command) == 1
+    assert "FAILED: broken, seed 0" in capsys.readouterr().out
+    found = {row["network"]: row for row in runs("out")}
+    assert list(found) == ["teacher", "alone", "RKD-D", "next 1", "next 2", "broken"]
+    assert [name for name, row in found.items() if row["error"]] == ["broken"]
+    assert len(list(Path("out/cache").iterdir())) == 1  # one for all that the teacher teaches, trials included
+
+    with Path("out/tune.csv").open() as file:
+        tried = list(csv.DictReader(file))
+    best = max(tried, key=lambda row: float(row["map_at_r"]))
+    assert [row["chosen"] for row in tried].count("chosen") == 1
+    assert best["chosen"] == "chosen"
+    config = yaml.safe_load(Path("out/rkd-d-0/config.yaml").read_text())
+    assert best["values"] == f"weight={config['model']['init_args']['weight']}"
+
+    taught = yaml.safe_load(Path("out/next-2-0/config.yaml").read_text())["model"]["init_args"]["teacher"]
+    assert taught["init_args"]["weights"] == str(Path("out/next-1-0/last.ckpt"))
+    before = {path: path.stat().st_mtime_ns for path in Path("out").glob("*/result.pt")}
+    assert cli.main(command) == 1
+    assert {path: path.stat().st_mtime_ns for path in Path("out").glob("*/result.pt")} == before
+
+
+def test_what_is_tuned_is_measured_without_a_look_at_the_test_data(monkeypatch) -> None:
+    def forbidden(self: Any) -> Any:
+        raise AssertionError("the test data were read")
+
+    monkeypatch.setattr(GlyphDataModule, "test_dataloader", forbidden)
+    changes = {"teacher": None, "recipe": "glyphs_student", "networks": {"alone": {"loss": None}}}
+    comparison = plan.read(Path(written(**changes)))
+    trials = tuning.trials(tuning.parse(["alone.model.init_args.optimizer.init_args.lr=0.01,0.02"], comparison), comparison)
+    assert [trial.values for trial in trials] == [{"model.init_args.optimizer.init_args.lr": lr} for lr in (0.01, 0.02)]
+    for trial in trials:
+        work(trial.task.message(Path("out"), None, ""), lambda message: None)
+    assert sorted(path.parent.name for path in Path("out/tune/alone").glob("*/result.pt")) == sorted(
+        Path(trial.task.folder).name for trial in trials
+    )
+    with pytest.raises(AssertionError, match="the test data were read"):
+        work(tasks_of(comparison, comparison.networks, [0])[0].message(Path("out"), None, ""), lambda message: None)
+
+
+def test_settings_of_the_command_hold_for_the_teacher_too_but_for_its_model() -> None:
+    settings = {"data.init_args.max_classes": 7, "model.init_args.weight": 3}
+    comparison = plan.read(Path(written()), settings=settings)
+    assert comparison.teacher is not None
+    assert comparison.teacher.config["data"]["init_args"]["max_classes"] == 7
+    assert "weight" not in comparison.teacher.config["model"]["init_args"]
+    assert all(n.config["data"]["init_args"]["max_classes"] == 7 for n in comparison.networks)
 
 
 @pytest.mark.parametrize(

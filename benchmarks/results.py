@@ -1,0 +1,172 @@
+"""The tables of docs/results.md: every comparison in benchmarks/results/, run by ``lightning-rkd compare``.
+
+Run ``python benchmarks/results.py`` in a folder that holds ``data/cifar100/{train,test}/<class>/*.png`` (all of
+CIFAR-100) and ``data/omniglot/<alphabet>/<character>/*.png`` (eight of Omniglot's alphabets: Balinese, Early Aramaic,
+Greek, Japanese katakana, Korean, Latin, Sanskrit, Tagalog). Whatever is finished is not trained again; a new loss in
+one of the files is trained and added. ``--page`` only writes the page anew from the tables that lie in docs/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import lightning_rkd.losses
+from lightning_rkd.paired import Difference, paired_difference
+
+ROOT = Path(__file__).parents[1]
+HERE = ROOT / "benchmarks" / "results"
+TABLES = ROOT / "docs" / "results"
+PAGE = TABLES.with_suffix(".md")
+BALANCES = "0.5,2,8"
+"""Tried for every entry that has a ``balance``: how many times as long as the task's gradient the loss's is."""
+
+STUDIES = ("retrieval", "generations", "classification", "similarity_transfer", "few_shot")
+"""In the order of the page."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, as a difference between two rows of a table."""
+
+    words: str
+    study: str
+    score: str
+    better: str
+    worse: str
+
+
+CLAIMS = (
+    Claim("RKD helps the student: retrieval, RKD the only loss", "retrieval", "recall_at_1", "RKD-DA alone", "student alone"),
+    Claim("... beside a triplet loss, the paper's weights", "retrieval", "recall_at_1", "RKD-DA + triplet", "student alone"),
+    Claim("... beside a triplet loss, tuned", "retrieval", "recall_at_1", "RKD-DA", "student alone"),
+    Claim("... classification", "classification", "accuracy", "RKD-DA", "student alone"),
+    Claim("... few-shot, a small student, 20-way 1-shot", "few_shot", "few_shot_accuracy_20_way_1_shot", "RKD-DA", "student alone"),
+    Claim("... few-shot, a student of the teacher's make, 20-way 1-shot", "few_shot", "few_shot_accuracy_20_way_1_shot", "same network, RKD-DA", "same network alone"),
+    Claim("Distances and angles beat distances: retrieval, the only loss", "retrieval", "recall_at_1", "RKD-DA alone", "RKD-D alone"),
+    Claim("... beside a triplet loss, the paper's weights", "retrieval", "recall_at_1", "RKD-DA + triplet", "RKD-D + triplet"),
+    Claim("... beside a triplet loss, tuned", "retrieval", "recall_at_1", "RKD-DA", "RKD-D"),
+    Claim("... classification", "classification", "accuracy", "RKD-DA", "RKD-D"),
+    Claim("RKD beats DarkRank: retrieval, tuned", "retrieval", "recall_at_1", "RKD-DA", "HardDarkRank"),
+    Claim("Retrieval is better without the triplet loss", "retrieval", "recall_at_1", "RKD-DA alone", "RKD-DA + triplet"),
+    Claim("A self-distilled student beats a network trained alone", "generations", "recall_at_1", "generation 1", "trained alone"),
+    Claim("Soft targets with RKD beat soft targets", "classification", "accuracy", "SoftTarget + RKD-DA", "SoftTarget"),
+    Claim("Relaxed contrastive beats RKD: retrieval, tuned", "retrieval", "recall_at_1", "RelaxedContrastive", "RKD-DA"),
+    Claim("STKD beats soft targets", "similarity_transfer", "accuracy", "STKD", "SoftTarget"),
+    Claim("STKD beats mixup without a teacher", "similarity_transfer", "accuracy", "STKD", "student alone, mixup"),
+)  # fmt: skip
+
+
+def command(study: str, jobs: int) -> list[str]:
+    """What trains a study."""
+    file = HERE / f"{study}.yaml"
+    entries = yaml.safe_load(file.read_text())["networks"]
+    tune = [f"--tune={name}.balance={BALANCES}" for name, entry in entries.items() if "balance" in (entry or {})]
+    place = file.relative_to(ROOT) if Path.cwd() == ROOT else file
+    return ["lightning-rkd", "compare", f"--config={place}", f"--out=runs/results/{study}", f"--jobs={jobs}", *tune]
+
+
+def train(study: str, jobs: int) -> None:
+    """Train a study and copy its tables into docs/results."""
+    words = command(study, jobs)
+    print(f"\n$ {shlex.join(words)}", flush=True)
+    subprocess.run([str(Path(sys.executable).with_name(words[0])), *words[1:]], check=True)
+    TABLES.mkdir(exist_ok=True)
+    out = Path("runs", "results", study)
+    for name, suffix in (("table.md", "md"), ("runs.csv", "csv"), ("plot.png", "png")):
+        shutil.copy(out / name, TABLES / f"{study}.{suffix}")
+
+
+def runs(study: str) -> dict[str, dict[str, dict[int, float]]]:
+    """By network, score and seed."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    with (TABLES / f"{study}.csv").open(newline="") as file:
+        for line in csv.DictReader(file):
+            for name, text in line.items():
+                if name not in ("network", "seed", "folder", "parameters", "error") and text:
+                    found.setdefault(line["network"], {}).setdefault(name, {})[int(line["seed"])] = float(text)
+    return found
+
+
+def checked(claim: Claim, scores: Mapping[str, Mapping[str, Mapping[int, float]]]) -> list[str]:
+    """The row of a claim."""
+    found = paired_difference(scores[claim.better][claim.score], scores[claim.worse][claim.score])
+    assert found is not None
+    return [
+        claim.words,
+        f"{claim.better} - {claim.worse}",
+        claim.score.removeprefix("few_shot_"),
+        f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]",
+        verdict(found),
+    ]
+
+
+def verdict(found: Difference) -> str:
+    """Whether a claim holds here."""
+    if math.isnan(found.half_width) or found.low <= 0 <= found.high:
+        return "not decided, " + ("better" if found.mean > 0 else "worse") + " on average"
+    return "**holds**" if found.low > 0 else "**does not hold**"
+
+
+def published(studies: Mapping[str, Any]) -> list[list[str]]:
+    """What the papers report of the losses in the tables, in other settings."""
+    names = {name for study in studies for name in re.findall(r"\w+", (HERE / f"{study}.yaml").read_text())}
+    cards = {name: getattr(lightning_rkd.losses, name) for name in lightning_rkd.losses.__all__ if name in names}
+    return [
+        [f"[`{name}`](losses.md#{name.lower()})", cls.card.result]
+        for name, cls in sorted(cards.items())
+        if isinstance(cls, type) and getattr(cls, "card", None) is not None and cls.card.result
+    ]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """In Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def page() -> str:
+    """All of it."""
+    present = {study: runs(study) for study in STUDIES if (TABLES / f"{study}.csv").exists()}
+    texts = dict(re.findall(r"<!-- (\w+) -->\n(.*?)(?=\n<!-- |\Z)", (HERE / "remarks.md").read_text(), flags=re.DOTALL))
+    parts = ["# Results", texts["beginning"].strip()]
+    claims = [checked(claim, present[claim.study]) for claim in CLAIMS if claim.study in present]
+    head = ["claim", "difference of", "score", "mean [95 % interval]", "here"]
+    parts += ["## The claims, one by one", texts["claims"].strip(), table(head, claims), texts["tried"].strip()]
+    for study in present:
+        text = (TABLES / f"{study}.md").read_text().strip()
+        title, rest = text.split("\n", 1)
+        parts += [f"#{title}", texts[study].strip(), rest.strip(), f"![{title[2:]}](results/{study}.png)"]
+        parts.append(f"Single runs: [results/{study}.csv](results/{study}.csv)")
+    parts += ["## MHGD", texts["mhgd"].strip(), "## What was published", texts["published"].strip()]
+    parts.append(table(["loss", "published result"], published(present)))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Train what is missing, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (2)")
+    parser.add_argument("--only", nargs="*", choices=STUDIES, default=STUDIES, help="some of the studies")
+    parser.add_argument("--page", action="store_true", help="write the page from the tables that are there")
+    options = parser.parse_args()
+    for study in () if options.page else options.only:
+        train(study, options.jobs)
+    PAGE.write_text(page())
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
