@@ -20,13 +20,13 @@ def display(console: Console) -> Progress:
 
 
 class Line:
-    """One run of the display."""
+    """One run of the display, whose length is counted in steps or another unit."""
 
-    def __init__(self, progress: Progress, name: str, steps: int) -> None:
-        self.progress, self.name, self.steps = progress, name, max(1, steps)
+    def __init__(self, progress: Progress, name: str, steps: int, unit: str = "steps") -> None:
+        self.progress, self.name, self.steps, self.unit = progress, name, max(1, steps), unit
         self.task = progress.add_task(name, total=self.steps, news="")
         self.first, self.quarter, self.start = 0, 0, time.perf_counter()
-        self.say(f"{steps} steps")
+        self.say(f"{steps} {unit}")
 
     def say(self, news: str) -> None:
         """Show what there is to know."""
@@ -38,7 +38,7 @@ class Line:
         """Training begins, or goes on after ``first`` steps."""
         self.first, self.start, self.quarter = first, time.perf_counter(), 4 * first // self.steps
         if first:
-            self.say(f"goes on after {first} steps")
+            self.say(f"goes on after {first} {self.unit}")
 
     def advance(self, done: int) -> None:
         """So many steps are done."""
@@ -47,7 +47,7 @@ class Line:
         wanted = quarter > self.quarter if self.progress.disable else done % 10 == 0
         if wanted and self.first < done < self.steps:
             left = (time.perf_counter() - self.start) / (done - self.first) * (self.steps - done)
-            self.say(f"{done} of {self.steps} steps, about {clock(left)} left")
+            self.say(f"{done} of {self.steps} {self.unit}, about {clock(left)} left")
         self.quarter = quarter
 
     def end(self, news: str) -> None:

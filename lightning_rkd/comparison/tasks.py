@@ -228,7 +228,7 @@ class _Board:
         if task is None:
             return
         if event == "begin":
-            self.lines[worker] = Line(self.progress, task.name, message["steps"])
+            self.lines[worker] = Line(self.progress, task.name, message["steps"], message.get("unit", "steps"))
             self.lines[worker].begin(message["first"])
         elif event == "step":
             self.lines[worker].advance(message["done"])
@@ -247,15 +247,17 @@ class _Board:
             self.progress.console.print(f"  {task.name}: FAILED: {found.error} ({log})", markup=False, soft_wrap=True)
         self.results[task.folder] = found
         if line is not None:
-            news = "failed" if isinstance(found, Failure) else f"{_first(found)}after {clock(found.seconds)}"
+            news = "failed" if isinstance(found, Failure) else _news(found)
             line.end(news)
             if not self.progress.disable and isinstance(found, Run):
                 self.progress.console.print(f"  {task.name}: {news}", markup=False)
             self.progress.remove_task(line.task)
 
 
-def _first(run: Run) -> str:
-    return next((f"{name} {value:.3f} " for name, value in run.scores.items()), "")
+def _news(run: Run) -> str:
+    if not run.scores:  # a cache
+        return "done"
+    return next(f"{name} {value:.3f} after {clock(run.seconds)}" for name, value in run.scores.items())
 
 
 def _tail(log: Path, lines: int = 8) -> str:

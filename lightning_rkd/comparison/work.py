@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_rkd import study
-from lightning_rkd.data.indices import opened
+from lightning_rkd.data.indices import opened, root_size
 from lightning_rkd.provenance import hardware
 from lightning_rkd.study import Run
 from lightning_rkd.teachers import Teacher
@@ -34,7 +34,7 @@ def work(task: dict[str, Any], report: Report) -> None:
     """
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        _fill(task) if task["fills"] else _train(task, report)
+        _fill(task, report) if task["fills"] else _train(task, report)
     finally:
         gc.collect()
         if torch.cuda.is_available():
@@ -62,7 +62,7 @@ def _train(task: dict[str, Any], report: Report) -> None:
     )
 
 
-def _fill(task: dict[str, Any]) -> None:
+def _fill(task: dict[str, Any], report: Report) -> None:
     folder = Path(task["folder"])
     cli = study.prepare(study.with_settings(task["config"], task["paths"]), folder, task["seed"], images=_LOADED)
     distiller, device = cli.model.distiller, cli.trainer.strategy.root_device
@@ -70,6 +70,8 @@ def _fill(task: dict[str, Any]) -> None:
     assert isinstance(teacher, Teacher)
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
+    loader = cli.datamodule.train_dataloader()
+    report({"event": "begin", "first": 0, "steps": root_size(loader.dataset), "unit": "images"})
     teacher.attach(distiller.teacher_layer)
     try:
         teacher.to(device)
@@ -77,10 +79,11 @@ def _fill(task: dict[str, Any]) -> None:
             folder,
             teacher,
             distiller.teacher_layer,
-            cli.datamodule.train_dataloader(),
+            loader,
             opened=lambda batch: opened(batch, cli.model.unpack),
             device=device,
             verify=False,
+            advance=lambda done, rows: report({"event": "step", "done": done}),
         )
     finally:
         teacher.detach()
