@@ -48,25 +48,28 @@ class Claim:
     worse: str
 
 
+R1, WAYS = "recall_at_1", "few_shot_accuracy_20_way_1_shot"
+RETRIEVAL, CLASSES = ("retrieval", R1), ("classification", "accuracy")
+FEW, MIXED = ("few_shot", WAYS), ("similarity_transfer", "accuracy")
 CLAIMS = (
-    Claim("RKD helps the student: retrieval, RKD the only loss", "retrieval", "recall_at_1", "RKD-DA alone", "student alone"),
-    Claim("... beside a triplet loss, the paper's weights", "retrieval", "recall_at_1", "RKD-DA + triplet", "student alone"),
-    Claim("... beside a triplet loss, tuned", "retrieval", "recall_at_1", "RKD-DA", "student alone"),
-    Claim("... classification", "classification", "accuracy", "RKD-DA", "student alone"),
-    Claim("... few-shot, a small student, 20-way 1-shot", "few_shot", "few_shot_accuracy_20_way_1_shot", "RKD-DA", "student alone"),
-    Claim("... few-shot, a student of the teacher's make, 20-way 1-shot", "few_shot", "few_shot_accuracy_20_way_1_shot", "same network, RKD-DA", "same network alone"),
-    Claim("Distances and angles beat distances: retrieval, the only loss", "retrieval", "recall_at_1", "RKD-DA alone", "RKD-D alone"),
-    Claim("... beside a triplet loss, the paper's weights", "retrieval", "recall_at_1", "RKD-DA + triplet", "RKD-D + triplet"),
-    Claim("... beside a triplet loss, tuned", "retrieval", "recall_at_1", "RKD-DA", "RKD-D"),
-    Claim("... classification", "classification", "accuracy", "RKD-DA", "RKD-D"),
-    Claim("RKD beats DarkRank: retrieval, tuned", "retrieval", "recall_at_1", "RKD-DA", "HardDarkRank"),
-    Claim("Retrieval is better without the triplet loss", "retrieval", "recall_at_1", "RKD-DA alone", "RKD-DA + triplet"),
-    Claim("A self-distilled student beats a network trained alone", "generations", "recall_at_1", "generation 1", "trained alone"),
-    Claim("Soft targets with RKD beat soft targets", "classification", "accuracy", "SoftTarget + RKD-DA", "SoftTarget"),
-    Claim("Relaxed contrastive beats RKD: retrieval, tuned", "retrieval", "recall_at_1", "RelaxedContrastive", "RKD-DA"),
-    Claim("STKD beats soft targets", "similarity_transfer", "accuracy", "STKD", "SoftTarget"),
-    Claim("STKD beats mixup without a teacher", "similarity_transfer", "accuracy", "STKD", "student alone, mixup"),
-)  # fmt: skip
+    Claim("RKD helps the student: retrieval, the only loss", *RETRIEVAL, "RKD-DA alone", "student alone"),
+    Claim("... beside a triplet loss, the paper's weights", *RETRIEVAL, "RKD-DA + triplet", "student alone"),
+    Claim("... beside a triplet loss, tuned", *RETRIEVAL, "RKD-DA", "student alone"),
+    Claim("... classification", *CLASSES, "RKD-DA", "student alone"),
+    Claim("... few-shot, a small student", *FEW, "RKD-DA", "student alone"),
+    Claim("... few-shot, a student of the teacher's make", *FEW, "same network, RKD-DA", "same network alone"),
+    Claim("Distances and angles beat distances: retrieval, the only loss", *RETRIEVAL, "RKD-DA alone", "RKD-D alone"),
+    Claim("... beside a triplet loss, the paper's weights", *RETRIEVAL, "RKD-DA + triplet", "RKD-D + triplet"),
+    Claim("... beside a triplet loss, tuned", *RETRIEVAL, "RKD-DA", "RKD-D"),
+    Claim("... classification", *CLASSES, "RKD-DA", "RKD-D"),
+    Claim("RKD beats DarkRank: retrieval, tuned", *RETRIEVAL, "RKD-DA", "HardDarkRank"),
+    Claim("Retrieval is better without the triplet loss", *RETRIEVAL, "RKD-DA alone", "RKD-DA + triplet"),
+    Claim("A self-distilled student beats its like trained alone", "generations", R1, "generation 1", "trained alone"),
+    Claim("Soft targets with RKD beat soft targets", *CLASSES, "SoftTarget + RKD-DA", "SoftTarget"),
+    Claim("Relaxed contrastive beats RKD: retrieval, tuned", *RETRIEVAL, "RelaxedContrastive", "RKD-DA"),
+    Claim("STKD beats soft targets", *MIXED, "STKD", "SoftTarget"),
+    Claim("STKD beats mixup without a teacher", *MIXED, "STKD", "student alone, mixup"),
+)
 
 
 def command(study: str, jobs: int) -> list[str]:

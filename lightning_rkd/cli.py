@@ -17,6 +17,7 @@ from lightning_rkd.stopping import TERMINATED, at_sigterm, ending_with_first_ran
 COMMANDS = {
     "demo": "Train a teacher, a student alone and a distilled student, and compare them.",
     "compare": "Train several networks with several seeds, and compare them in one table.",
+    "export": "Write the student of a run alone: safetensors, torch.export, ONNX and a model card.",
     "cache": "Ask a recipe's teacher once about every sample, and keep what it shows on disk.",
 }
 """Commands of our own; each is ``lightning_rkd.commands.<name>.main(args)``."""

@@ -148,7 +148,11 @@ examples:
     parser.add_argument("--seeds", type=kinds.seeds, metavar="N|LIST", help="instead of the file's: 3, or 0,1,2")
     parser.add_argument("--steps", type=kinds.positive, metavar="N", help="training steps of each network")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", help="a setting of all networks, the last word; of the teacher all but model..."
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="a setting of all networks, the last word; of the teacher all but model...",
     )
     parser.add_argument(
         "--tune",

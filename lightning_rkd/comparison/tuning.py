@@ -66,8 +66,8 @@ def parse(specs: Sequence[str], comparison: Comparison) -> dict[str, dict[str, l
             raise ValueError(f"--tune: expected NETWORK.weight=0.5,1,2 or weight=0.5,1,2 for all, got {spec!r}")
         if path.split(".")[0] not in (*_SHORT, "model", "data", "trainer"):
             raise ValueError(
-                f"--tune: {spec!r} names none of the networks {', '.join(entries)}, followed by weight, task_weight, balance, "
-                "loss.init_args.NAME, or a path that begins with model, data or trainer"
+                f"--tune: {spec!r} names none of the networks {', '.join(entries)}, followed by weight, task_weight, "
+                "balance, loss.init_args.NAME, or a path that begins with model, data or trainer"
             )
         for chosen in [entry] if entry is not None else [e for e in entries if _has_loss(comparison, e)]:
             wanted.setdefault(chosen, {})[path] = values

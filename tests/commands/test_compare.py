@@ -125,7 +125,9 @@ def test_what_is_tuned_is_measured_without_a_look_at_the_test_data(monkeypatch) 
     monkeypatch.setattr(GlyphDataModule, "test_dataloader", forbidden)
     changes = {"teacher": None, "recipe": "glyphs_student", "networks": {"alone": {"loss": None}}}
     comparison = plan.read(Path(written(**changes)))
-    trials = tuning.trials(tuning.parse(["alone.model.init_args.optimizer.init_args.lr=0.01,0.02"], comparison), comparison)
+    trials = tuning.trials(
+        tuning.parse(["alone.model.init_args.optimizer.init_args.lr=0.01,0.02"], comparison), comparison
+    )
     assert [trial.values for trial in trials] == [{"model.init_args.optimizer.init_args.lr": lr} for lr in (0.01, 0.02)]
     for trial in trials:
         work(trial.task.message(Path("out"), None, ""), lambda message: None)

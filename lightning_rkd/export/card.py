@@ -1,0 +1,129 @@
+"""The model card: what a student is, where it comes from, and how to use each of its files."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import yaml
+
+from lightning_rkd.export.latency import Latency
+from lightning_rkd.provenance import hardware
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the card cannot see in the network itself.
+
+    Attributes:
+        name: Of the student.
+        data: What it was trained on.
+        teacher: Who taught it; empty for none.
+        loss: With which loss; empty for none.
+        scores: What it reached.
+        scores_of: On which data, and when.
+    """
+
+    name: str = "student"
+    data: str = ""
+    teacher: str = ""
+    loss: str = ""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    scores_of: str = ""
+
+
+def model_card(
+    config: Mapping[str, Any],
+    facts: Facts,
+    sizes: Mapping[str, int],
+    times: Sequence[Latency],
+    differences: Mapping[str, float],
+    tolerance: float,
+    failed: Mapping[str, str],
+) -> str:
+    """The card in Markdown; arguments as :func:`~lightning_rkd.export.export` has them."""
+    shape = f"({', '.join(map(str, config['input']['shape']))})"
+    out = f"({', '.join(map(str, config['output']['shape']))})"
+    lines = [
+        f"# {facts.name}",
+        "A student network, exported alone: it needs neither its teacher nor PyTorch Lightning.",
+        f"- input: {shape}, {config['input']['dtype']}, N any number" + _scaling(config["input"]),
+        f"- output: {out}, {config['output']['dtype']}",
+        f"- parameters: {config['parameters']:,}",
+    ]
+    for heading, text in (("data", facts.data), ("teacher", facts.teacher), ("loss", facts.loss)):
+        shown = f"\n\n```yaml\n{text.strip()}\n```" if "\n" in text.strip() else f": {text or 'not given'}"
+        lines.append(f"## {heading.capitalize()}{shown}" if "\n" in text.strip() else f"- {heading}{shown}")
+    if facts.scores:
+        lines.append(
+            f"## Scores\n\n{facts.scores_of}\n\n"
+            + _table(["score", "value"], [[n, f"{v:.4f}"] for n, v in facts.scores.items()])
+        )
+    else:
+        lines.append("- scores: not measured in this run")
+    lines.append(
+        "## Files\n\n"
+        + _table(["file", "bytes", "how to load it"], [[f"`{n}`", f"{s:,}", _HOW.get(n, "")] for n, s in sizes.items()])
+    )
+    if differences:
+        compared = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+        lines.append(
+            f"On random inputs the exported programs differ from the student by at most: {compared} (in units of its "
+            f"largest output; {tolerance:.0e} is allowed)."
+        )
+    lines += [f"Not exported: {name}, because {why}" for name, why in failed.items()]
+    rows = [[t.program, str(t.batch), f"{t.milliseconds:.2f}"] for t in times]
+    lines.append(
+        f"## Latency\n\nMedian milliseconds of a call, {hardware('cpu')}, {torch.get_num_threads()} threads, "
+        f"{datetime.date.today()}.\n\n" + _table(["program", "batch", "ms"], rows)
+    )
+    made = ", ".join(f"{name} {number}" for name, number in config["versions"].items())
+    lines.append(f"Made with `lightning-rkd export` ({made}).")
+    return _joined(lines) + "\n"
+
+
+_HOW = {
+    "student.safetensors": '`lightning_rkd.export.load("FOLDER")`',
+    "student.pt2": '`torch.export.load("student.pt2").module()`',
+    "student.onnx": '`onnxruntime.InferenceSession("student.onnx").run(None, {"input": x})`',
+    "config.json": "input, output and class of the network",
+}
+
+
+def described(value: Any) -> str:
+    """A part of a configuration, for the card, without what was left open.
+
+    Example:
+        >>> described({"weight": 1.0, "teacher": None})
+        'weight: 1.0\\n'
+    """
+    return "" if value is None else yaml.safe_dump(_given(value), sort_keys=False, allow_unicode=True)
+
+
+def _given(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _given(part) for name, part in value.items() if part is not None}
+    return [_given(part) for part in value] if isinstance(value, list) else value
+
+
+def _scaling(given: Mapping[str, Any]) -> str:
+    if "mean" not in given:
+        return ""
+    mean, std = (", ".join(f"{x:.4f}" for x in given[name]) for name in ("mean", "std"))
+    return f"; pixels from 0 to 1, minus the mean ({mean}), divided by the standard deviation ({std})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def _joined(lines: Sequence[str]) -> str:
+    """Paragraphs apart, items of a list together."""
+    text = lines[0]
+    for before, line in itertools.pairwise(lines):
+        text += ("\n" if before.startswith("- ") and line.startswith("- ") else "\n\n") + line
+    return text

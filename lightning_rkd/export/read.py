@@ -1,0 +1,117 @@
+"""Reading what was exported: PyTorch and safetensors, nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+CONFIG, WEIGHTS = "config.json", "student.safetensors"
+
+
+def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
+    """The exported student, in eval mode, on the CPU.
+
+    The class that ``config.json`` names is imported and called, so load folders that you trust, as with any code.
+
+    Args:
+        folder: What :func:`~lightning_rkd.export.export` has written.
+        network: A network of the student's make to put the weights into, where ``config.json`` names no class.
+
+    Raises:
+        FileNotFoundError: The folder holds no exported student.
+        ValueError: The weights are damaged, do not fit the network, or there is no class to build it from.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lightning_rkd.export import export
+        >>> from lightning_rkd.models import ConvNet
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     net = ConvNet(widths=(4,), embedding_dim=8).eval()
+        ...     build = {"class_path": "lightning_rkd.models.ConvNet", "init_args": {"widths": [4], "embedding_dim": 8}}
+        ...     _ = export(net, torch.zeros(1, 1, 8, 8), Path(folder, "student"), formats=["safetensors"], build=build)
+        ...     x = torch.rand(2, 1, 8, 8)
+        ...     torch.equal(load(Path(folder, "student"))(x), net(x))
+        True
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} holds no {WEIGHTS}: it was exported without the format 'safetensors'")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != config["files"][WEIGHTS]:
+        raise ValueError(f"{str(path)!r} is damaged, or of another student: its SHA-256 is not that of {CONFIG}")
+    if network is None:
+        if config["network"] is None:
+            raise ValueError(
+                f"{CONFIG} names no class for this student, which was exported without build: pass network=..., a "
+                "network of its make, or take student.pt2 or student.onnx, which need none"
+            )
+        network = build_network(config["network"])
+    try:
+        network.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {str(path)!r} do not fit {type(network).__name__}: {error}") from error
+    return network.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of an export.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not what an export writes.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} holds no exported student: there is no {CONFIG} in it")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        assert config["made_by"] == "lightning-rkd export"
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{str(path)!r} is not the {CONFIG} of an exported student") from error
+    return config
+
+
+def build_network(description: dict[str, Any]) -> nn.Module:
+    """What a class path and its arguments describe; arguments may be such descriptions themselves.
+
+    No weights are fetched: an argument ``weights`` is not passed on.
+
+    Raises:
+        ValueError: There is no such class, it does not take the arguments, or it makes no network.
+
+    Example:
+        >>> build_network({"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 3}})
+        Linear(in_features=2, out_features=3, bias=True)
+    """
+    network = _built(description)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{description.get('class_path')} makes a {type(network).__name__}, which is no network")
+    return network
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, dict) and "class_path" in value:
+        path = value["class_path"]
+        module, _, name = path.rpartition(".")
+        try:
+            make: Callable[..., Any] = getattr(import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"there is no class {path!r} to build the student from: {error}") from error
+        arguments = {k: _built(v) for k, v in (value.get("init_args") or {}).items() if k != "weights"}
+        try:
+            return make(**arguments)
+        except TypeError as error:
+            raise ValueError(f"{path} could not be built: {error}") from error
+    if isinstance(value, list):
+        return [_built(part) for part in value]
+    return value

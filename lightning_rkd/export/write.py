@@ -1,0 +1,310 @@
+"""Writing a student for production: weights, a program for PyTorch, one for everything else, and a model card."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_rkd.export.card import Facts, model_card
+from lightning_rkd.export.latency import latencies
+from lightning_rkd.export.read import CONFIG, WEIGHTS, build_network, read_config
+
+FORMATS = {"safetensors": WEIGHTS, "torch": "student.pt2", "onnx": "student.onnx"}
+"""File by format."""
+
+TOLERANCE = 1e-4
+"""How far an exported program may be from the student: largest difference, in units of its largest output."""
+
+BATCHES = (1, 2, 7)
+"""Sizes of the random batches on which they are compared."""
+
+
+class ExportError(RuntimeError):
+    """A format into which this student cannot be brought."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What lies in the folder.
+
+    Attributes:
+        folder: The folder.
+        files: Size in bytes by name.
+        differences: By format, the largest difference from the student on random inputs, in units of its largest
+            output.
+        failed: By format, why it is missing.
+    """
+
+    folder: Path
+    files: Mapping[str, int]
+    differences: Mapping[str, float]
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+def export(
+    network: nn.Module,
+    example: Tensor,
+    folder: str | Path,
+    *,
+    formats: Sequence[str] = tuple(FORMATS),
+    build: Mapping[str, Any] | None = None,
+    input_scaling: Mapping[str, Sequence[float]] | None = None,
+    facts: Facts | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a network so that it can be used without its teacher, and without Lightning.
+
+    - ``student.safetensors`` and ``config.json``: weights, and what builds the network around them; for :func:`load`.
+    - ``student.pt2``: ``torch.export.load("student.pt2").module()``, without the network's code.
+    - ``student.onnx``: for onnxruntime and others. Needs ``pip install 'lightning-rkd[export]'``.
+    - ``README.md``: a model card.
+
+    Both programs take batches of any size. They are run on random inputs and compared with the network before anything
+    is put into place. The network is used in eval mode and left as it was.
+
+    Args:
+        network: The student; the whole of it is exported, a classifier on top included.
+        example: An input (N, ...) as the network takes it; only its shape and dtype matter.
+        folder: A new or empty folder, or that of an earlier export with ``overwrite``.
+        formats: Some of ``"safetensors"``, ``"torch"``, ``"onnx"``.
+        build: Class path and arguments, ``{"class_path": ..., "init_args": {...}}``, from which :func:`load` builds
+            the network; without it :func:`load` must be given one.
+        input_scaling: ``{"mean": [...], "std": [...]}`` per channel, that inputs from 0 to 1 are normalised with
+            before the network; written down, not built in.
+        facts: For the model card.
+        overwrite: Whether an earlier export may be replaced.
+
+    Returns:
+        What was written. A format that this network cannot be brought into is missing and named in ``failed``, as long
+        as another one succeeded.
+
+    Raises:
+        FileExistsError: The folder holds something else, or an earlier export.
+        ImportError: ONNX was asked for, and its packages are not installed.
+        ValueError: An unknown format, or a description that does not build this network.
+        ExportError: No format succeeded, or an exported program gives other numbers.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     done = export(nn.Linear(3, 2), torch.zeros(1, 3), Path(folder, "student"), formats=["torch"])
+        ...     sorted(done.files), done.differences["torch"] < 1e-6
+        (['README.md', 'config.json', 'student.pt2'], True)
+    """
+    folder = Path(folder)
+    _check_formats(formats)
+    _check_folder(folder, overwrite)
+    network = copy.deepcopy(network).cpu().eval().requires_grad_(False)
+    example = example[:1].detach().cpu()
+    if build is not None:
+        _check_build(build, network)
+    outputs = _outputs(network, example)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as part:
+        place = Path(part, "export")
+        place.mkdir()
+        differences, failed = _write_formats(network, example, place, formats)
+        facts = facts or Facts()
+        config = {
+            "made_by": "lightning-rkd export",
+            "format": 1,
+            "network": None if build is None else dict(build),
+            "input": {"shape": ["N", *example.shape[1:]], "dtype": str(example.dtype).removeprefix("torch.")}
+            | ({"range": [0.0, 1.0], **input_scaling} if input_scaling else {}),
+            "output": {"shape": ["N", *outputs.shape[1:]], "dtype": str(outputs.dtype).removeprefix("torch.")},
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "versions": {"lightning-rkd": version("lightning-rkd"), "torch": str(torch.__version__)},
+            "files": {path.name: _sha256(path) for path in sorted(place.iterdir())},
+        }
+        (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        times = latencies(network, example, place / FORMATS["onnx"])
+        sizes = {path.name: path.stat().st_size for path in sorted(place.iterdir())}
+        card = model_card(config, facts, sizes, times, differences, TOLERANCE, failed)
+        (place / "README.md").write_text(card, encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        place.rename(folder)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return Exported(folder, sizes, differences, failed)
+
+
+def _write_formats(
+    network: nn.Module, example: Tensor, place: Path, formats: Sequence[str]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Write all, each verified; what could not be exported is told by format."""
+    writers = {"safetensors": _write_safetensors, "torch": _write_torch, "onnx": _write_onnx}
+    differences: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name in FORMATS:
+        if name not in formats:
+            continue
+        path = place / FORMATS[name]
+        try:
+            with _quiet():
+                program = writers[name](network, example, path)
+        except ExportError as error:
+            failed[name] = str(error)
+            path.unlink(missing_ok=True)
+            continue
+        difference = _difference(network, program, example)
+        if not difference <= TOLERANCE:
+            raise ExportError(
+                f"{path.name} gives other numbers than the student: they differ by {difference:.1e} of its largest "
+                f"output, and {TOLERANCE:.0e} is allowed. Nothing was written; leave the format {name!r} out"
+            )
+        if name != "safetensors":
+            differences[name] = difference
+    if len(failed) == len(set(formats)):
+        raise ExportError("; ".join(f"{name}: {why}" for name, why in failed.items()))
+    return differences, failed
+
+
+def _write_safetensors(network: nn.Module, example: Tensor, path: Path) -> Any:
+    tensors = {name: x.contiguous().clone() for name, x in network.state_dict().items()}
+    save_file(tensors, path)
+    return network
+
+
+def _write_torch(network: nn.Module, example: Tensor, path: Path) -> Any:
+    program = _program(network, example)
+    torch.export.save(program, path)
+    return torch.export.load(path).module()
+
+
+def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> Any:
+    program = _program(network, example)
+    try:
+        torch.onnx.export(
+            program,
+            (),
+            path,
+            input_names=["input"],
+            output_names=["output"],
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    except Exception as error:  # the exporter has many ways to say that it knows no such operation
+        raise ExportError(f"ONNX has no form for this network: {_first_line(error)}") from error
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (name,) = (given.name for given in session.get_inputs())
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    """The network as a graph, for batches of any size."""
+    two = example.expand(2, *example.shape[1:]).contiguous()  # a batch of one would be taken for a constant
+    try:
+        return torch.export.export(network, (two,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    except Exception as error:  # whatever a network's code makes of being traced
+        raise ExportError(
+            f"torch.export cannot follow this network ({_first_line(error)}): its forward must not branch on the "
+            "values of tensors"
+        ) from error
+
+
+def _difference(network: nn.Module, program: Any, example: Tensor) -> float:
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for size in BATCHES:
+        x = _random(example, size, generator)
+        with torch.no_grad():
+            expected, found = network(x), program(x)
+        if expected.shape != found.shape:
+            return float("inf")
+        worst = max(worst, float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12)))
+    return worst
+
+
+def _random(example: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    shape = (size, *example.shape[1:])
+    if example.is_floating_point():
+        return torch.randn(shape, generator=generator).to(example.dtype)
+    return torch.randint(0, 2, shape, generator=generator).to(example.dtype)
+
+
+def _outputs(network: nn.Module, example: Tensor) -> Tensor:
+    with torch.no_grad():
+        outputs = network(example)
+    if not isinstance(outputs, Tensor) or outputs.ndim < 1 or len(outputs) != 1:
+        shown = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(
+            f"the network must turn a batch (N, ...) into one tensor (N, ...); of a batch of one it made {shown}"
+        )
+    return outputs
+
+
+def _check_formats(formats: Sequence[str]) -> None:
+    if not formats or not set(formats) <= set(FORMATS):
+        raise ValueError(f"formats must be some of {', '.join(FORMATS)}, got {', '.join(formats) or 'none'}")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if "onnx" in formats and missing:
+        raise ImportError(
+            f"the format onnx needs {', '.join(missing)}: pip install 'lightning-rkd[export]', or leave it out"
+        )
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if folder.is_file():
+        raise FileExistsError(f"{str(folder)!r} is a file; choose a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    try:
+        read_config(folder)
+    except (FileNotFoundError, ValueError):
+        raise FileExistsError(f"{str(folder)!r} holds something that no export made; choose another folder") from None
+    if not overwrite:
+        raise FileExistsError(f"{str(folder)!r} holds an earlier export; choose another folder, or overwrite it")
+
+
+def _check_build(build: Mapping[str, Any], network: nn.Module) -> None:
+    made = build_network(dict(build)).state_dict()
+    own = network.state_dict()
+    if {name: x.shape for name, x in made.items()} != {name: x.shape for name, x in own.items()}:
+        other = next(
+            name for name in [*own, *made] if name not in made or name not in own or made[name].shape != own[name].shape
+        )
+        raise ValueError(f"build describes another network than the one that is exported: they differ in {other!r}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters speak to their developers."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

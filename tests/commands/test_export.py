@@ -1,0 +1,93 @@
+"""``lightning-rkd export``, run for real on a run of a few steps."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+import yaml
+
+from lightning_rkd import cli, recipes
+from lightning_rkd.export import load
+from lightning_rkd.study import run, with_settings, with_steps
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, as compare leaves it."""
+    folder = tmp_path_factory.mktemp("run")
+    config = yaml.safe_load((recipes.FOLDER / "glyphs_student.yaml").read_text())
+    settings = {
+        "data.init_args.max_classes": 12,
+        "data.init_args.image_size": 12,
+        "data.init_args.classes_per_batch": 4,
+        "trainer.accelerator": "cpu",
+    }
+    run("student", with_settings(with_steps(config, 2), settings), folder, 0, None, about={"date": "2026-01-02"})
+    return folder
+
+
+def test_a_run_becomes_files_that_give_its_students_numbers(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "exported"
+    assert cli.main(["export", str(trained), "--out", str(out)]) == 0
+    assert "student.onnx gives the student's numbers" in capsys.readouterr().out
+    state = torch.load(trained / "last.ckpt", weights_only=True)["state_dict"]
+    student = load(out)
+    for name, x in student.state_dict().items():
+        assert torch.equal(x, state[f"student.{name}"]), name
+    x = torch.rand(3, 1, 12, 12)
+    session = onnxruntime.InferenceSession(out / "student.onnx", providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+    torch.testing.assert_close(found, student(x).detach(), rtol=1e-4, atol=1e-5)
+    card = (out / "README.md").read_text()
+    assert "GlyphDataModule" in card
+    assert "- teacher: none" in card
+    assert "TripletMarginLoss" in card
+    assert "2026-01-02" in card
+    assert "| recall_at_1 |" in card
+    assert "pixels from 0 to 1, minus the mean" in card
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: (run / "last.ckpt").unlink(), "there is no checkpoint"),
+        (lambda run: (run / "last.ckpt").write_bytes((run / "last.ckpt").read_bytes()[:-99]), "damaged or cut short"),
+        (lambda run: (run / "config.yaml").write_text("model: {}"), "no model.init_args.student"),
+        (
+            lambda run: (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("- 16", "- 17")),
+            "does not fit the configuration's student",
+        ),
+        (
+            lambda run: (run / "config.yaml").write_text(
+                (run / "config.yaml").read_text().replace("max_classes: 12", "max_classes: -1")
+            ),
+            "--input 3,32,32",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_nothing_is_written(
+    change, message: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    change(tmp_path / "run")
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--formats", "safetensors"]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_its_data_a_run_is_exported_by_the_shape_that_is_given(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    config["data"] = {"class_path": "ImageFolderDataModule", "init_args": {"root": "gone"}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    command = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--formats", "safetensors"]
+    assert cli.main(command) == 1
+    assert cli.main([*command, "--input", "1,x"]) == 2
+    assert cli.main([*command, "--input", "1,12,12"]) == 0
+    assert load(tmp_path / "out")(torch.zeros(2, 1, 12, 12)).shape == (2, 32)

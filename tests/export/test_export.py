@@ -1,0 +1,199 @@
+"""What is exported gives the student's numbers, and asks for neither teacher nor Lightning."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_rkd.export import ExportError, export, load, write
+from lightning_rkd.export.read import build_network
+from lightning_rkd.models import ConvNet
+
+M = "lightning_rkd.models"
+BACKBONE = {"class_path": f"{M}.ConvNet", "init_args": {"widths": [4, 8], "embedding_dim": 6, "in_channels": 3}}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "ConvNet": BACKBONE | {"init_args": BACKBONE["init_args"] | {"normalize": True}},
+    "CIFARResNet": {"class_path": f"{M}.CIFARResNet", "init_args": {"depth": 8, "channels": [4, 4, 8, 8]}},
+    "CIFARWideResNet": {"class_path": f"{M}.CIFARWideResNet", "init_args": {"depth": 16, "widen": 1}},
+    "CIFARVGG": {"class_path": f"{M}.CIFARVGG", "init_args": {"depth": 8}},
+    "Conv4": {"class_path": f"{M}.Conv4", "init_args": {"in_channels": 3, "width": 4}},
+    "Classified": {"class_path": f"{M}.Classified", "init_args": {"backbone": BACKBONE, "num_classes": 5}},
+    "Embedded": {"class_path": f"{M}.Embedded", "init_args": {"backbone": BACKBONE, "embedding_dim": 3}},
+    "torchvision": {
+        "class_path": f"{M}.torchvision_embedder",
+        "init_args": {"name": "resnet18", "embedding_dim": 8, "weights": "IMAGENET1K_V1", "small_images": True},
+    },
+}
+LINEAR = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 3, "out_features": 2}}
+
+
+def trained(build: dict[str, Any]) -> nn.Module:
+    """A network whose batch norms have seen something."""
+    torch.manual_seed(0)
+    network = build_network(build)
+    with torch.no_grad():
+        network(torch.randn(8, 3, 32, 32))
+    return network
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_of_this_library_gives_the_same_numbers_from_each_of_its_files(name: str, tmp_path: Path) -> None:
+    network = trained(NETWORKS[name])
+    done = export(network, torch.zeros(1, 3, 32, 32), tmp_path / "out", build=NETWORKS[name])
+    assert not done.failed
+    assert network.training
+    x = torch.randn(5, 3, 32, 32)
+    expected = network.eval()(x).detach()
+    assert torch.equal(load(done.folder)(x), expected)
+    torch.testing.assert_close(torch.export.load(done.folder / "student.pt2").module()(x), expected)
+    session = onnxruntime.InferenceSession(done.folder / "student.onnx", providers=["CPUExecutionProvider"])
+    torch.testing.assert_close(
+        torch.from_numpy(session.run(None, {"input": x.numpy()})[0]), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_loading_brings_neither_lightning_nor_a_teacher(tmp_path: Path) -> None:
+    build = NETWORKS["ConvNet"]
+    export(trained(build), torch.zeros(1, 3, 32, 32), tmp_path / "out", formats=["safetensors"], build=build)
+    program = (
+        "import sys, torch; from lightning_rkd.export import load; net = load('out'); "
+        "assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 6); "
+        "print([m for m in sys.modules if m.split('.')[0] in ('lightning', 'pytorch_lightning', 'onnx', 'jsonargparse')"
+        " or m.startswith('lightning_rkd.teachers')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_folder_holds_the_students_tensors_and_no_other(tmp_path: Path) -> None:
+    network = trained(NETWORKS["Classified"])
+    done = export(network, torch.zeros(1, 3, 32, 32), tmp_path / "out", formats=["safetensors"])
+    assert set(load_file(done.folder / "student.safetensors")) == set(network.state_dict())
+    with pytest.raises(ValueError, match="names no class"):
+        load(done.folder)
+    assert torch.equal(
+        load(done.folder, trained(NETWORKS["Classified"])).classifier.weight,
+        network.classifier.weight,  # type: ignore[union-attr]
+    )
+
+
+def test_the_card_says_what_the_network_takes_and_gives(tmp_path: Path) -> None:
+    scaling = {"mean": [0.5, 0.25, 0.125], "std": [1.0, 2.0, 4.0]}
+    done = export(
+        trained(NETWORKS["ConvNet"]),
+        torch.zeros(1, 3, 32, 32),
+        tmp_path / "out",
+        formats=["torch"],
+        input_scaling=scaling,
+    )
+    card = (done.folder / "README.md").read_text()
+    assert "(N, 3, 32, 32), float32" in card
+    assert "(N, 6), float32" in card
+    assert "0.5000, 0.2500, 0.1250" in card
+    config = json.loads((done.folder / "config.json").read_text())
+    assert config["input"]["std"] == [1.0, 2.0, 4.0]
+    assert sum(p.numel() for p in trained(NETWORKS["ConvNet"]).parameters()) == config["parameters"]
+
+
+class Branching(nn.Module):
+    """Looks at its values to decide what to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shown: Tensor = self.linear(x)
+        return shown if float(shown.sum()) > 0 else -shown
+
+
+def test_a_network_that_cannot_be_traced_is_still_written_in_the_formats_that_need_no_trace(tmp_path: Path) -> None:
+    done = export(Branching(), torch.zeros(1, 3), tmp_path / "out", formats=["safetensors", "torch"])
+    assert list(done.failed) == ["torch"]
+    assert "must not branch" in done.failed["torch"]
+    assert sorted(done.files) == ["README.md", "config.json", "student.safetensors"]
+    with pytest.raises(ExportError, match="must not branch"):
+        export(Branching(), torch.zeros(1, 3), tmp_path / "other", formats=["torch"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_program_that_gives_other_numbers_is_not_put_into_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(network: nn.Module, example: Tensor, path: Path) -> Any:
+        path.write_bytes(b"")
+        return lambda x: network(x) + 0.01
+
+    monkeypatch.setattr(write, "_write_torch", wrong)
+    with pytest.raises(ExportError, match="gives other numbers"):
+        export(nn.Linear(3, 2), torch.zeros(1, 3), tmp_path / "out", formats=["safetensors", "torch"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_lies_in_the_folder_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    arguments = nn.Linear(3, 2), torch.zeros(1, 3)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="no export made"):
+            export(*arguments, tmp_path, formats=["safetensors"], overwrite=overwrite)
+    export(*arguments, tmp_path / "out", formats=["safetensors"])
+    with pytest.raises(FileExistsError, match="earlier export"):
+        export(*arguments, tmp_path / "out", formats=["safetensors"])
+    export(*arguments, tmp_path / "out", formats=["torch"], overwrite=True)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "config.json", "student.pt2"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_damaged_or_foreign_weights_are_refused(tmp_path: Path) -> None:
+    export(nn.Linear(3, 2), torch.zeros(1, 3), tmp_path / "out", formats=["safetensors"], build=LINEAR)
+    path = tmp_path / "out" / "student.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="damaged"):
+        load(tmp_path / "out")
+    save_file({"weight": torch.zeros(2, 3)}, path)
+    with pytest.raises(ValueError, match="damaged, or of another student"):
+        load(tmp_path / "out")
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="do not fit ConvNet"):
+        load(tmp_path / "out", ConvNet())
+    with pytest.raises(FileNotFoundError, match="no exported student"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("network", "keywords", "error", "message"),
+    [
+        (nn.Linear(3, 2), {"formats": ["tflite"]}, ValueError, "some of safetensors, torch, onnx, got tflite"),
+        (nn.Linear(3, 2), {"formats": []}, ValueError, "got none"),
+        (nn.Linear(3, 4), {"build": LINEAR}, ValueError, "another network than the one that is exported"),
+        (nn.Linear(3, 2), {"build": {"class_path": "torch.nn.Linar"}}, ValueError, "no class 'torch.nn.Linar'"),
+        (nn.Linear(3, 2), {"build": {"class_path": "torch.nn.Linear"}}, ValueError, "could not be built"),
+        (nn.LSTM(3, 2), {}, ValueError, "into one tensor"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_written(
+    network: nn.Module, keywords: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        export(network, torch.zeros(1, 3), tmp_path / "out", **{"formats": ["safetensors"], **keywords})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_are_named_with_the_extra_that_brings_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = write.importlib.util.find_spec
+    monkeypatch.setattr(write.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    with pytest.raises(ImportError, match=r"needs onnxscript: pip install 'lightning-rkd\[export\]'"):
+        export(nn.Linear(3, 2), torch.zeros(1, 3), tmp_path / "out")
