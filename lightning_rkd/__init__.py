@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what type checkers and editors read
     from lightning_rkd.callbacks.distillation import RelationalDistillation
+    from lightning_rkd.callbacks.pictures import Pictures
     from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
     from lightning_rkd.data.indices import with_indices
     from lightning_rkd.data.sampling import PKBatchSampler
@@ -28,6 +29,7 @@ else:  # what Python runs (PEP 562)
         "EmbeddingRetrieval": "metrics.retrieval",
         "EnsembleTeacher": "teachers",
         "PKBatchSampler": "data.sampling",
+        "Pictures": "callbacks.pictures",
         "RKD": "losses.rkd",
         "RKDAngle": "losses.rkd",
         "RKDDistance": "losses.rkd",
@@ -62,6 +64,7 @@ __all__ = [
     "EmbeddingRetrieval",
     "EnsembleTeacher",
     "PKBatchSampler",
+    "Pictures",
     "RKDAngle",
     "RKDDistance",
     "RelationalAgreement",

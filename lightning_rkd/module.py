@@ -77,6 +77,8 @@ class DistillationModule(pl.LightningModule):
             it reads is ``balance`` times the task loss's there (times its own weight). The weights found are logged as
             ``balance/<term>``; where they settle, they can be written down as fixed ones. ``None`` takes the weights as
             they are.
+        log_gradients: Whether steps that are logged also log ``gradient/<term>``: how long the weighted term's gradient
+            is at what it reads, in units of the weighted task's. It costs a backward pass of each in those steps.
 
     Losses with tensors of their own (projectors, banks) are trained and saved with the student; what sizes they do not
     know are taken from ``example_input_array``, or else from two samples of the training loader, before optimizers
@@ -118,16 +120,19 @@ class DistillationModule(pl.LightningModule):
         task_weight: Weight = 1.0,
         gather: bool = True,
         balance: float | None = None,
+        log_gradients: bool = False,
     ) -> None:
         super().__init__()
         if balance is not None and (balance < 0 or task_loss is None):
             raise ValueError(f"balance needs a task_loss to compare with, and must be at least 0, got {balance}")
+        if log_gradients and task_loss is None:
+            raise ValueError("log_gradients needs a task_loss to compare the terms with")
         save_plain_hyperparameters(self, inspect.currentframe())
         self.student, self.task_loss, self.miner = student, task_loss, miner
         self.loss = LossSum(loss) if isinstance(loss, dict) else loss
         self.metrics = nn.ModuleDict(metrics or {})
         self.task_reads, self.batch_transform, self.task_weight = task_reads, batch_transform, task_weight
-        self.balance = balance
+        self.balance, self.log_gradients = balance, log_gradients
         self._optimizer, self._lr_scheduler, self._lr_interval = optimizer, lr_scheduler, lr_interval
         self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
         self.distiller = Distiller(
@@ -223,21 +228,9 @@ class DistillationModule(pl.LightningModule):
             logged["train/task"] = task
             parts.append(weight_at(self.task_weight, self.current_epoch) * task)
         self.distiller.look_at_losses(logged, self.global_step)
-        if self.balance is not None:
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            factors = balance_weights(
-                terms,
-                parts[0],
-                shown.student,
-                self.distiller.losses,
-                self.distiller.group,
-                None if scaler is None else scaler.scale,
-            )
-            for name, factor in factors.items():
-                weight = self.distiller.weight_of(name, self.current_epoch)
-                scale = self.balance * abs(weight) * factor
-                terms[name] = scale * terms[name]
-                logged[f"balance/{name}"] = scale * weight
+        looks = self.log_gradients and (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if terms and (self.balance is not None or looks):
+            logged |= self._weigh(terms, parts[0], shown)
         loss = torch.stack([*parts, *terms.values()]).sum()
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log_dict({name: value.detach() for name, value in logged.items()})
@@ -252,6 +245,30 @@ class DistillationModule(pl.LightningModule):
         output = self._call(given.inputs)
         shown = self.distiller.shown(given, teach=self.loss is not None)
         return shown, output, self.distiller.terms(shown, epoch=self.current_epoch, step=self.global_step)
+
+    def _weigh(self, terms: dict[str, Tensor], task: Tensor, shown: Shown) -> dict[str, Tensor]:
+        """Balance the terms where that is asked for; what there is to log of weights and gradients."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        factors = balance_weights(
+            terms,
+            task,
+            shown.student,
+            self.distiller.losses,
+            self.distiller.group,
+            None if scaler is None else scaler.scale,
+        )
+        logged = {}
+        for name, factor in factors.items():
+            if self.balance is None:
+                logged[f"gradient/{name}"] = torch.where(factor > 0, 1 / factor, 0)
+                continue
+            weight = self.distiller.weight_of(name, self.current_epoch)
+            scale = self.balance * abs(weight) * factor
+            terms[name] = scale * terms[name]
+            logged[f"balance/{name}"] = scale * weight
+            if self.log_gradients:
+                logged[f"gradient/{name}"] = torch.where(factor > 0, self.balance * abs(weight), factor)
+        return logged
 
     def task(self, shown: Shown, output: Any) -> Tensor:
         """The task loss of a step: of the rows of all ranks for an embedding, of the rank's own rows for logits."""

@@ -254,6 +254,24 @@ def test_a_task_that_does_not_depend_on_what_a_term_reads_is_refused() -> None:
         balance_weights(terms, y.sum(), {"": Outputs(embedding=x)}, losses)
 
 
+def test_gradients_are_logged_in_units_of_the_tasks_and_change_nothing() -> None:
+    settings: dict[str, Any] = {"task_loss": nn.CrossEntropyLoss(), "task_reads": "embedding", "task_weight": 0.25}
+    ours, plain = (module({"rkd": 3 * RKD()}, log_gradients=on, **settings) for on in (True, False))
+    torch.manual_seed(1)  # of the dropout
+    logged = toys.fit(ours, max_steps=1, log_every_n_steps=1).callback_metrics
+    torch.manual_seed(1)
+    toys.fit(plain, max_steps=1)
+    assert toys.gap(ours, plain) == 0
+    balanced = module({"rkd": 3 * RKD()}, balance=1.0, **settings)
+    torch.manual_seed(1)
+    found = toys.fit(balanced, max_steps=1).callback_metrics["balance/rkd"]
+    torch.testing.assert_close(logged["gradient/rkd"], 3 * 3 / found)  # with that weight it is 3, and it has 3
+    both = module({"rkd": 3 * RKD()}, balance=2.0, log_gradients=True, **settings)
+    assert float(toys.fit(both, max_steps=1, log_every_n_steps=1).callback_metrics["gradient/rkd"]) == 6.0
+    with pytest.raises(ValueError, match="log_gradients needs a task_loss"):
+        module(RKD(), log_gradients=True)
+
+
 def test_balance_without_a_task_is_refused() -> None:
     with pytest.raises(ValueError, match="balance needs a task_loss"):
         module(RKD(), balance=1.0)

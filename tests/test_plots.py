@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.text import Text
 
 from lightning_rkd import plots
 
@@ -115,3 +117,96 @@ def test_drawing_draws_no_random_number() -> None:
 def test_pyplot_with_its_global_state_is_not_loaded() -> None:
     code = "import sys, lightning_rkd.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_angles_are_those_of_the_same_triplets_in_degrees() -> None:
+    right = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    figure = plots.angles({"teacher": right, "turned": 7 * right @ torch.tensor([[0.0, 1.0], [-1.0, 0.0]])})
+    ax = figure.axes[0]
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]  # type: ignore[union-attr]
+    assert texts == ["teacher", "turned, 0.0\N{DEGREE SIGN} from teacher on average"]
+    values, edges, _ = ax.patches[0].get_data()  # type: ignore[attr-defined]
+    seen = {round(float(edge)) for value, edge in zip(values, edges[:-1], strict=True) if value > 0}
+    assert seen == {45, 90}, "a right triangle of two equal sides has angles of 45 and 90 degrees"
+
+
+def test_duplicate_rows_have_no_angle_and_two_samples_are_refused() -> None:
+    plots.angles({"a": torch.ones(5, 2)}).canvas.draw()
+    with pytest.raises(ValueError, match="an angle takes three"):
+        plots.angles({"a": torch.rand(2, 2)})
+
+
+def test_a_map_that_is_turned_mirrored_and_scaled_is_the_same_map() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(24, 5) * torch.tensor([9.0, 4.0, 1.0, 0.5, 0.1])
+    turn = torch.linalg.qr(torch.randn(5, 5)).Q
+    figure = plots.embedding_map(IMAGES, LABELS, {"a": x, "b": 3 * x @ turn + 8})
+    places = [np.array([box.xybox for box in ax.artists]) for ax in figure.axes]
+    assert places[0].shape == (24, 2)
+    np.testing.assert_allclose(places[0], places[1], atol=1e-4)
+
+
+def test_a_map_shows_at_most_eight_classes_in_as_many_colours() -> None:
+    labels = torch.arange(24) // 2
+    figure = plots.embedding_map(IMAGES, labels, {"a": torch.rand(24, 3)})
+    frames = [to_hex(box.patch.get_edgecolor()) for box in figure.axes[0].artists]
+    assert len(frames) == 16
+    assert len(set(frames)) == 8
+    with pytest.raises(ValueError, match="between 1 and 8"):
+        plots.embedding_map(IMAGES, LABELS, {"a": LINE}, max_classes=9)
+
+
+def test_embeddings_of_one_dimension_and_collapsed_ones_have_a_map() -> None:
+    plots.embedding_map(IMAGES, LABELS, {"line": LINE, "point": torch.zeros(24, 3)}).canvas.draw()
+
+
+def test_shares_of_the_gradient_sum_to_one() -> None:
+    history = {
+        "train/task": {5: 2.0, 10: 1.0},
+        "distill/a": {5: 0.1, 10: 0.2},
+        "distill/b": {5: 0.3, 10: 0.1},
+        "gradient/a": {5: 1.0, 10: 3.0},
+        "gradient/b": {5: 2.0, 10: 0.0},
+    }
+    terms, shares = plots.loss_terms(history).axes
+    assert [line.get_label() for line in terms.lines] == ["task", "a", "b"]
+    values = np.array([line.get_ydata() for line in shares.lines])
+    np.testing.assert_allclose(values, [[0.25, 0.25], [0.25, 0.75], [0.5, 0.0]])
+    assert len(plots.loss_terms({"train/task": {1: 1.0}}).axes) == 1
+    with pytest.raises(ValueError, match="nothing to show"):
+        plots.loss_terms({"val/recall": {1: 1.0}})
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_picture_can_be_drawn_for_either_paper_with_text_that_stands_out(dark: bool) -> None:
+    x = {"teacher": torch.rand(24, 3), "student": torch.rand(24, 2)}
+    figures = [
+        plots.neighbours(IMAGES, LABELS, x, title="t", dark=dark),
+        plots.relations(x, LABELS, title="t", dark=dark),
+        plots.angles(x, title="t", dark=dark),
+        plots.embedding_map(IMAGES, LABELS, x, title="t", dark=dark),
+        plots.curves({"a": {1: 0.5, 2: 0.6}}, "recall@1", title="t", dark=dark),
+        plots.loss_terms({"train/task": {1: 0.5, 2: 0.6}}, title="t", dark=dark),
+        plots.comparison({"a": {"r": [0.1, 0.2]}, "b": {"r": [0.3]}}, "a", title="t", dark=dark),
+    ]
+    for figure in figures:
+        figure.canvas.draw()
+        paper = luminance(figure.get_facecolor())
+        texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+        texts = [text for text in texts if text.get_text() not in "\N{CHECK MARK}\N{MULTIPLICATION SIGN}"]
+        assert texts
+        for text in texts:
+            low, high = sorted([paper, luminance(to_rgb(text.get_color()))])
+            assert (high + 0.05) / (low + 0.05) >= 4.5, f"{text.get_text()!r} is hard to read"  # WCAG 2, AA
+
+
+def luminance(colour: tuple[float, ...]) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def test_a_metrics_file_of_another_make_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no column 'step'"):
+        plots.read_metrics(tmp_path / "x.csv")

@@ -1,0 +1,27 @@
+"""Pictures of what a student has learned: functions that return matplotlib figures, and touch no global state.
+
+All are for light paper, or for dark with ``dark=True``, in colours that colour-blind readers tell apart.
+"""
+
+from __future__ import annotations
+
+from lightning_rkd.plots.angles import angles
+from lightning_rkd.plots.comparisons import comparison
+from lightning_rkd.plots.curves import curves, loss_terms, read_metrics
+from lightning_rkd.plots.distances import relations
+from lightning_rkd.plots.gallery import neighbours
+from lightning_rkd.plots.maps import embedding_map
+from lightning_rkd.plots.style import RIGHT, WRONG
+
+__all__ = [
+    "RIGHT",
+    "WRONG",
+    "angles",
+    "comparison",
+    "curves",
+    "embedding_map",
+    "loss_terms",
+    "neighbours",
+    "read_metrics",
+    "relations",
+]

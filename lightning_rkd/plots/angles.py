@@ -1,0 +1,94 @@
+"""Histograms of the angles between samples, which RKD-A compares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightning_rkd.plots.inputs import check
+from lightning_rkd.plots.style import COLOURS, DASHES, head, new_figure, plain_axes, theme
+
+_EDGES = np.linspace(0, 180, 61)
+
+
+def angles(
+    embeddings: Mapping[str, Tensor],
+    triplets: int = 20_000,
+    seed: int = 0,
+    title: str = "",
+    dark: bool = False,
+) -> Figure:
+    """How large the angles are that each network sees, at the same random triplets; and how far from the first's.
+
+    The angle of a triplet (i, j, k) is that at j, between 0 and 180 degrees; triplets with two equal rows have none.
+
+    Args:
+        embeddings: (N, D) by name of the network, the teacher first; N at least 3.
+        triplets: How many are drawn.
+        seed: Of the draw.
+        title: Above everything.
+        dark: Whether for dark paper.
+
+    Raises:
+        ValueError: Nothing to show, or embeddings of different lengths.
+
+    Example:
+        >>> figure = angles({"teacher": torch.randn(20, 8), "student": torch.randn(20, 2)})
+        >>> figure.axes[0].get_xlabel()
+        'angle in degrees'
+    """
+    first = next(iter(embeddings.values())) if embeddings else torch.empty(0)
+    check(torch.zeros(len(first)), embeddings)
+    if len(first) < 3:
+        raise ValueError(f"nothing to show: {len(first)} samples, and an angle takes three")
+    look = theme(dark)
+    rows = _triplets(len(first), triplets, seed)
+    seen = {name: _degrees(x, rows) for name, x in embeddings.items()}
+    figure = new_figure(9.0, 4.6, look)
+    ax = figure.subplots()
+    reference = next(iter(seen.values()))
+    for n, (name, found) in enumerate(seen.items()):
+        label = _line(name)
+        if n:
+            both = np.isfinite(found) & np.isfinite(reference)
+            gap = np.abs(found - reference)[both].mean() if both.any() else np.nan
+            label += f", {gap:.1f}\N{DEGREE SIGN} from {_line(next(iter(seen)))} on average"
+        shares = np.histogram(found, bins=_EDGES)[0] / max(1, np.isfinite(found).sum()) / (_EDGES[1] - _EDGES[0])
+        ax.stairs(
+            shares, _EDGES, linewidth=2, label=label, color=COLOURS[n % len(COLOURS)], linestyle=DASHES[n % len(DASHES)]
+        )
+    ax.set_xlim(0, 180)
+    ax.set_xticks(range(0, 181, 30))
+    ax.set_xlabel("angle in degrees", fontsize=11)
+    ax.set_ylabel("share of triplets per degree", fontsize=11)
+    plain_axes(ax, look)
+    ax.legend(frameon=False, fontsize=10, labelcolor=look.ink)
+    head(figure, title, look)
+    figure.tight_layout()
+    return figure
+
+
+def _line(name: str) -> str:
+    return name.splitlines()[0] if name else ""
+
+
+def _triplets(n: int, count: int, seed: int) -> Tensor:
+    """(count, 3) rows, the three of each different."""
+    rng = np.random.default_rng(seed)
+    j = rng.integers(n, size=count)
+    a = (j + rng.integers(1, n, size=count)) % n
+    b = (j + rng.integers(1, n, size=count)) % n
+    rows = np.stack([a, j, b], 1)
+    return torch.from_numpy(rows[a != b])
+
+
+def _degrees(x: Tensor, rows: Tensor) -> np.ndarray:
+    ends = x.detach().double().cpu()
+    a, b = (ends[rows[:, end]] - ends[rows[:, 1]] for end in (0, 2))
+    cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    found: np.ndarray = cosine.clamp(-1, 1).acos().rad2deg().numpy()
+    return found

@@ -1,0 +1,67 @@
+"""Runs, means and intervals of several networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lightning_rkd.paired import t_quantile
+from lightning_rkd.plots.style import RIGHT, WRONG, new_figure, plain_axes, theme
+
+
+def comparison(
+    values: Mapping[str, Mapping[str, Sequence[float]]],
+    baseline: str | None = None,
+    title: str = "",
+    dark: bool = False,
+) -> Figure:
+    """Networks from top to bottom: every run a dot, the mean a bar across, its 95 % interval a line.
+
+    Args:
+        values: By network and score, one of each run; a panel a score.
+        baseline: Network whose mean is drawn through all rows.
+        title: Above everything.
+        dark: Whether for dark paper.
+
+    Raises:
+        ValueError: Nothing to show.
+
+    Example:
+        >>> figure = comparison({"alone": {"recall": [0.3, 0.4]}, "RKD": {"recall": [0.5, 0.6]}}, baseline="alone")
+        >>> len(figure.axes)
+        1
+    """
+    look = theme(dark)
+    scores = list(dict.fromkeys(score for own in values.values() for score in own))
+    if not scores:
+        raise ValueError("nothing to show: no scores")
+    names, height = list(values), 1.1 + 0.34 * len(values)
+    figure = new_figure(3.2 + 3.6 * len(scores), height, look)
+    panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
+    for ax, score in zip(panels, scores, strict=True):
+        for row, name in enumerate(names):
+            own = [x for x in values[name].get(score, ()) if np.isfinite(x)]
+            if not own:
+                continue
+            colour = WRONG if name == baseline else RIGHT
+            mean = float(np.mean(own))
+            if len(own) > 1:
+                half = t_quantile(0.975, len(own) - 1) * float(np.std(own, ddof=1)) / len(own) ** 0.5
+                ax.plot([mean - half, mean + half], [row, row], color=colour, linewidth=1.5, alpha=0.55, zorder=2)
+            ax.scatter(own, [row] * len(own), s=22, facecolor=look.paper, edgecolor=colour, linewidth=1.2, zorder=3)
+            ax.plot([mean, mean], [row - 0.3, row + 0.3], color=colour, linewidth=2.5, zorder=4)
+            if name == baseline:
+                ax.axvline(mean, color=WRONG, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        dots = [x for own in values.values() for x in own.get(score, ()) if np.isfinite(x)]
+        margin = 0.08 * (max(dots) - min(dots)) or 0.05
+        ax.set_xlim(min(dots) - margin, max(dots) + margin)  # wide intervals of few runs are cut
+        ax.set_xlabel(score, fontsize=11, color=look.ink)
+        ax.set_ylim(len(names) - 0.4, -0.6)
+        ax.set_yticks(range(len(names)), names)
+        plain_axes(ax, look, "x")
+    if title:
+        figure.suptitle(title, fontsize=13, color=look.ink)
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,142 @@
+"""Curves over the steps of training: scores, loss terms, and the share of each in the gradient."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_rkd.plots.style import COLOURS, DASHES, head, new_figure, plain_axes, theme
+
+Curve = Mapping[int, float]
+"""Value by step."""
+
+
+def read_metrics(path: str | Path) -> dict[str, dict[int, float]]:
+    """What Lightning's ``CSVLogger`` wrote into ``metrics.csv``: value by name and step, steps ascending.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is none of the logger's.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "metrics.csv")
+        ...     _ = path.write_text("epoch,step,train/loss,val/recall_at_1\\n0,9,0.5,\\n0,9,,0.25\\n")
+        ...     read_metrics(path)
+        {'train/loss': {9: 0.5}, 'val/recall_at_1': {9: 0.25}}
+    """
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        lines = csv.DictReader(file)
+        if "step" not in (lines.fieldnames or ()):
+            raise ValueError(f"{str(path)!r} has no column 'step': it is no metrics.csv of a CSVLogger")
+        found: dict[str, dict[int, float]] = {}
+        for line in lines:
+            for name, text in line.items():
+                if text and name not in ("epoch", "step", None):
+                    found.setdefault(name, {})[int(float(line["step"]))] = float(text)
+    return {name: dict(sorted(curve.items())) for name, curve in found.items()}
+
+
+def curves(values: Mapping[str, Curve], label: str, title: str = "", log: bool = False, dark: bool = False) -> Figure:
+    """A score over training, a line for each network.
+
+    Args:
+        values: Value by step, by name of the network.
+        label: Of the vertical axis, with its unit.
+        title: Above everything.
+        log: Whether the vertical axis is logarithmic; values that are not positive are left out then.
+        dark: Whether for dark paper.
+
+    Raises:
+        ValueError: Nothing to show.
+
+    Example:
+        >>> figure = curves({"alone": {10: 0.2, 20: 0.3}, "RKD": {10: 0.3, 20: 0.4}}, "recall@1")
+        >>> figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()
+        ('step', 'recall@1')
+    """
+    if not any(values.values()):
+        raise ValueError("nothing to show: no values")
+    look = theme(dark)
+    figure = new_figure(9.0, 4.6, look)
+    ax = figure.subplots()
+    _lines(ax, values)
+    if log:
+        ax.set_yscale("log")
+    ax.set_xlabel("step", fontsize=11)
+    ax.set_ylabel(label, fontsize=11)
+    plain_axes(ax, look)
+    ax.legend(frameon=False, fontsize=10, labelcolor=look.ink)
+    head(figure, title, look)
+    figure.tight_layout()
+    return figure
+
+
+def loss_terms(history: Mapping[str, Curve], title: str = "", dark: bool = False) -> Figure:
+    """What a run has logged of its loss: each term as it is, and below it the share of each in the gradient.
+
+    Shares are drawn where the run has logged them, ``gradient/<term>``: the length of the weighted term's gradient at
+    what it reads, in units of the task's. The module logs them with ``log_gradients`` or ``balance``.
+
+    Args:
+        history: From :func:`read_metrics`: ``train/task``, ``distill/<term>`` and ``gradient/<term>``.
+        title: Above everything.
+        dark: Whether for dark paper.
+
+    Raises:
+        ValueError: Nothing to show.
+
+    Example:
+        >>> steps = {0: 2.0, 10: 1.0}
+        >>> figure = loss_terms({"train/task": steps, "distill/RKD": steps, "gradient/RKD": {0: 1.0, 10: 3.0}})
+        >>> [round(float(y), 2) for y in figure.axes[1].lines[0].get_ydata()]  # of the task
+        [0.5, 0.25]
+    """
+    terms = {"task": history.get("train/task", {})}
+    terms |= {n.removeprefix("distill/"): c for n, c in history.items() if n.startswith("distill/")}
+    terms = {name: curve for name, curve in terms.items() if curve}
+    if not terms:
+        raise ValueError("nothing to show: the history holds neither train/task nor distill/<term>")
+    shares = _shares(history, list(terms))
+    look = theme(dark)
+    figure = new_figure(9.0, 7.2 if shares else 4.6, look)
+    panels = figure.subplots(2 if shares else 1, 1, sharex=True, squeeze=False)[:, 0]
+    _lines(panels[0], terms)
+    panels[0].set_yscale("log")
+    panels[0].set_ylabel("loss term (logarithmic)", fontsize=11)
+    if shares:
+        _lines(panels[1], shares)
+        panels[1].set_ylim(0, 1)
+        panels[1].set_ylabel("share of the gradient", fontsize=11)
+    panels[-1].set_xlabel("step", fontsize=11)
+    for ax in panels:
+        plain_axes(ax, look)
+    panels[0].legend(frameon=False, fontsize=10, labelcolor=look.ink)
+    head(figure, title, look)
+    figure.tight_layout()
+    return figure
+
+
+def _shares(history: Mapping[str, Curve], names: Sequence[str]) -> dict[str, dict[int, float]]:
+    """By term, its part in the sum of the lengths of all gradients, the task's being 1."""
+    lengths = {n.removeprefix("gradient/"): c for n, c in history.items() if n.startswith("gradient/")}
+    if not lengths or "task" not in names:
+        return {}
+    steps = sorted(set.intersection(*(set(curve) for curve in lengths.values())))
+    total = {step: 1 + sum(curve[step] for curve in lengths.values()) for step in steps}
+    found = {"task": {step: 1 / total[step] for step in steps}}
+    return found | {name: {step: curve[step] / total[step] for step in steps} for name, curve in lengths.items()}
+
+
+def _lines(ax: Axes, values: Mapping[str, Curve]) -> None:
+    for n, (name, curve) in enumerate(values.items()):
+        ax.plot(
+            list(curve), np.array(list(curve.values())), label=name, linewidth=2, color=COLOURS[n % len(COLOURS)],
+            linestyle=DASHES[n % len(DASHES)],
+        )  # fmt: skip

@@ -1,0 +1,124 @@
+"""Queries and the images that networks find nearest to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from lightning_rkd.plots.inputs import check, pictures
+from lightning_rkd.plots.style import RIGHT, WRONG, head, new_figure, theme
+
+_SIGNS = {True: ("\N{CHECK MARK}", RIGHT), False: ("\N{MULTIPLICATION SIGN}", WRONG)}
+
+
+def neighbours(
+    images: Tensor,
+    labels: Tensor,
+    embeddings: Mapping[str, Tensor],
+    queries: Sequence[int] | None = None,
+    k: int = 5,
+    title: str = "",
+    dark: bool = False,
+) -> Figure:
+    """Rows of queries, each with the nearest images that every network finds, right and wrong marked.
+
+    Right neighbours (of the query's class) carry a blue frame and a check mark, wrong ones a vermilion frame and a
+    cross.
+
+    Args:
+        images: (N, C, H, W), uint8 or floating point in 0 to 1, C 1 or 3.
+        labels: (N,).
+        embeddings: (N, D) by name of the network, in the order of the columns.
+        queries: Rows to ask with; ``None`` draws six of different classes, at random but always the same.
+        k: Neighbours shown.
+        title: Above everything.
+        dark: Whether for dark paper.
+
+    Raises:
+        ValueError: Nothing to show, or images, labels and embeddings of different lengths.
+
+    Example:
+        >>> x, y = torch.rand(8, 1, 6, 6), torch.arange(8) // 4
+        >>> figure = neighbours(x, y, {"teacher": torch.rand(8, 3), "student": torch.rand(8, 2)}, queries=[0, 5], k=2)
+        >>> len(figure.axes)
+        10
+    """
+    look = theme(dark)
+    check(labels, embeddings, images=images)
+    k = min(k, len(labels) - 1)
+    queries = _some_queries(labels, 6) if queries is None else queries
+    if k < 1 or not queries:
+        raise ValueError(f"nothing to show: {len(queries)} queries, {k} neighbours")
+    rows = torch.as_tensor(queries)
+    found = {name: _nearest(x, rows, k) for name, x in embeddings.items()}
+    shown = pictures(images)
+
+    gap = 0.45
+    widths = [1.0] + [width for _ in found for width in (gap, *[1.0] * k)]
+    cell = 12.0 / sum(widths)
+    figure = new_figure(12.0, cell * len(queries) * 1.06 + (0.95 if title else 0.65), look)
+    grid = figure.add_gridspec(
+        len(queries),
+        len(widths),
+        width_ratios=widths,
+        left=0.005,
+        right=0.995,
+        bottom=0.12 / figure.get_figheight(),
+        top=1 - (0.9 if title else 0.6) / figure.get_figheight(),
+        wspace=0.08,
+        hspace=0.08,
+    )
+    for i, query in enumerate(queries):
+        ax = figure.add_subplot(grid[i, 0])
+        _show(ax, shown[query], look.ink, "")
+        if i == 0:
+            ax.set_title("query", fontsize=12, color=look.ink, pad=9)
+        for j, (name, nearest) in enumerate(found.items()):
+            for n in range(k):
+                ax = figure.add_subplot(grid[i, 2 + j * (k + 1) + n])
+                row = int(nearest[i, n])
+                sign, colour = _SIGNS[bool(labels[row] == labels[query])]
+                _show(ax, shown[row], colour, sign)
+                if i == 0 and n == 0:
+                    ax.set_title(name, fontsize=12, color=look.ink, loc="left", pad=9, linespacing=1.3)
+    head(figure, title, look)
+    return figure
+
+
+def _show(ax: Axes, picture: npt.NDArray[np.float32], colour: str, sign: str) -> None:
+    ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest" if picture.shape[0] < 64 else "antialiased")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_color(colour)
+        spine.set_linewidth(2.5 if sign else 1)
+    if sign:
+        ax.add_patch(Rectangle((0.7, 0), 0.3, 0.3, transform=ax.transAxes, facecolor=colour, linewidth=0))
+        ax.text(0.85, 0.14, sign, transform=ax.transAxes, color="white", ha="center", va="center", fontsize=9,
+                fontweight="bold")  # fmt: skip
+
+
+def _nearest(x: Tensor, queries: Tensor, k: int) -> Tensor:
+    distances = torch.cdist(x[queries].double(), x.double())
+    distances[torch.arange(len(queries)), queries] = torch.inf
+    return distances.topk(k, largest=False).indices
+
+
+def _some_queries(labels: Tensor, count: int) -> list[int]:
+    """Rows of different classes that have a second sample to find."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    classes, sizes = np.unique(labels.numpy(), return_counts=True)
+    askable = set(classes[sizes > 1].tolist())
+    queries: dict[int, int] = {}
+    for row in order:
+        label = int(labels[row])
+        if label in askable and label not in queries:
+            queries[label] = int(row)
+    return list(queries.values())[:count]

@@ -1,0 +1,119 @@
+"""Maps of embeddings in the plane, with the images themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from torch import Tensor
+
+from lightning_rkd.plots.inputs import check, pictures
+from lightning_rkd.plots.style import COLOURS, head, new_figure, theme
+
+
+def embedding_map(
+    images: Tensor,
+    labels: Tensor,
+    embeddings: Mapping[str, Tensor],
+    max_classes: int = 8,
+    samples_per_class: int = 12,
+    title: str = "",
+    dark: bool = False,
+) -> Figure:
+    """Every image at its place on the two principal axes of the embedding; a panel for each network.
+
+    The maps of the other networks are turned, mirrored and scaled onto the first one's, so that the same image stands
+    at about the same place where networks agree. The outermost hundredths are moved to the border. Frames show the
+    class.
+
+    Args:
+        images: (N, C, H, W), bytes or 0 to 1, C 1 or 3.
+        labels: (N,).
+        embeddings: (N, D) by name of the network, in the order of the panels.
+        max_classes: Classes shown, at most 8; drawn at random but always the same.
+        samples_per_class: Images shown of each.
+        title: Above everything.
+        dark: Whether for dark paper.
+
+    Raises:
+        ValueError: Nothing to show; images, labels and embeddings of different lengths; or more than 8 classes.
+
+    Example:
+        >>> x, y = torch.rand(8, 1, 6, 6), torch.arange(8) // 4
+        >>> figure = embedding_map(x, y, {"teacher": torch.rand(8, 3), "student": torch.rand(8, 2)})
+        >>> [len(ax.artists) for ax in figure.axes]
+        [8, 8]
+    """
+    check(labels, embeddings, images=images)
+    if not 1 <= max_classes <= len(COLOURS):
+        raise ValueError(f"max_classes must be between 1 and {len(COLOURS)}, got {max_classes}: colours are few")
+    look = theme(dark)
+    rows, numbers = _chosen(labels, max_classes, samples_per_class)
+    shown = pictures(images[rows])
+    maps = [_plane(x[rows]) for x in embeddings.values()]
+    maps = [maps[0], *(_onto(own, maps[0]) for own in maps[1:])]
+    reach = float(np.quantile(np.abs(np.stack(maps)), 0.98)) or 1.0
+    maps = [own.clip(-reach, reach) for own in maps]
+    side = 12.0 / max(2, len(maps))
+    top = 0.85 if title else 0.4
+    figure = new_figure(side * len(maps), side + top, look)
+    panels = figure.subplots(1, len(maps), squeeze=False)[0]
+    zoom = min(1.0, 22 / max(shown.shape[1:3]))
+    for ax, name, places in zip(panels, embeddings, maps, strict=True):
+        for picture, place, number in zip(shown, places, numbers, strict=True):
+            box = AnnotationBbox(
+                OffsetImage(picture, zoom=zoom, cmap="gray", norm=Normalize(0, 1), interpolation="nearest"),
+                (float(place[0]), float(place[1])),
+                pad=0.12,
+                bboxprops={"edgecolor": COLOURS[number], "linewidth": 2, "facecolor": COLOURS[number]},
+            )
+            ax.add_artist(box)
+        ax.set_xlim(-1.12 * reach, 1.12 * reach)
+        ax.set_ylim(-1.12 * reach, 1.12 * reach)
+        ax.set_aspect("equal")
+        ax.set_facecolor(look.paper)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        for spine in ax.spines.values():
+            spine.set_color(look.grid)
+        ax.set_title(name, fontsize=12, color=look.ink, loc="left", linespacing=1.3)
+    height = figure.get_figheight()
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - top / height, wspace=0.03)
+    head(figure, title, look)
+    return figure
+
+
+def _chosen(labels: Tensor, max_classes: int, samples_per_class: int) -> tuple[Tensor, list[int]]:
+    """Rows, and for each the number of its class among those that are shown."""
+    rng = np.random.default_rng(0)
+    classes = rng.permutation(np.unique(labels.numpy()))[:max_classes]
+    rows: list[int] = []
+    numbers: list[int] = []
+    for number, label in enumerate(sorted(classes.tolist())):
+        members = np.flatnonzero(labels.numpy() == label)
+        members = np.sort(rng.permutation(members)[:samples_per_class])
+        rows += members.tolist()
+        numbers += [number] * len(members)
+    return torch.tensor(rows), numbers
+
+
+def _plane(x: Tensor) -> np.ndarray:
+    """(N, 2) on the principal axes, with mean 0 and mean square 1."""
+    centred = (x - x.mean(0)).double().cpu()
+    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
+    flat = torch.zeros(len(x), 2, dtype=torch.float64)
+    flat[:, : min(2, len(axes))] = centred @ axes[:2].T
+    flat /= flat.square().mean().sqrt().clamp_min(1e-12)
+    found: np.ndarray = flat.numpy()
+    return found
+
+
+def _onto(places: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Turned and mirrored so that squared distances to the target are smallest (orthogonal Procrustes)."""
+    u, _, v = np.linalg.svd(places.T @ target)
+    turned: np.ndarray = places @ (u @ v)
+    return turned
