@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import io
+import datetime
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import yaml
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lightning_rkd import plots, recipes, study, summaries
+from lightning_rkd import plots, provenance, recipes, report, study, summaries
 from lightning_rkd.commands import options as kinds
 from lightning_rkd.data.base import ImageDataModule, LabelledImages
 from lightning_rkd.data.folder import ImageFolderDataModule, find_images, suggest_size
@@ -56,6 +58,11 @@ class Plan:
     duration: str
     images: LabelledImages | None = None
 
+    @property
+    def name(self) -> str:
+        """Of what is tested, in titles."""
+        return "letters" if self.images is None else "classes"
+
 
 def main(args: Sequence[str]) -> None:
     """Run the command.
@@ -65,14 +72,21 @@ def main(args: Sequence[str]) -> None:
         OSError: An output folder that cannot be written, or that holds something else.
     """
     options = _parser().parse_args(args)
+    command = shlex.join(["lightning-rkd", "demo", *args])
     try:
-        demo(options.out, options.seeds, options.steps, options.data)
+        demo(options.out, options.seeds, options.steps, options.data, command)
     except (KeyboardInterrupt, SystemExit):  # Lightning answers Ctrl-C with SystemExit
-        print(f"Stopped. The same command goes on from here: {shlex.join(['lightning-rkd', 'demo', *args])}")
+        print(f"Stopped. The same command goes on from here: {command}")
         raise
 
 
-def demo(out: Path, seeds: Sequence[int] = (0, 1, 2), steps: int | None = None, data: Path | None = None) -> None:
+def demo(
+    out: Path,
+    seeds: Sequence[int] = (0, 1, 2),
+    steps: int | None = None,
+    data: Path | None = None,
+    command: str = "lightning-rkd demo",
+) -> None:
     """Train, compare, print the table, and leave table, pictures, checkpoints and configurations in a folder.
 
     What was interrupted goes on when the same is asked for again: networks that were finished are not trained again,
@@ -83,6 +97,7 @@ def demo(out: Path, seeds: Sequence[int] = (0, 1, 2), steps: int | None = None, 
         seeds: Of the students. The teacher has the first of them.
         steps: Of each network; ``None`` takes what suits the data.
         data: Folder of images, a class being the folder that directly holds them; ``None`` takes letters.
+        command: What the report says it was made by.
 
     Raises:
         ValueError: The data cannot be used.
@@ -104,12 +119,14 @@ def demo(out: Path, seeds: Sequence[int] = (0, 1, 2), steps: int | None = None, 
     _write_tables(out, runs, found)
     module = study.prepare(plan.teacher, out / "teacher", seeds[0], images=plan.images).datamodule
     module.setup("test")
-    _write_pictures(out, runs, module, "letters" if data is None else "classes")
+    console.print("Drawing the pictures.")
+    _write_pictures(out, runs, found, module, plan, command)
     console.print(_table(found))
     console.print(f"{AGREEMENT}\n{_verdict(runs)}")
     console.print(f"It took {clock(time.perf_counter() - start)}. In {out} there are now")
     for names, what in (
         ("table.md, table.csv, runs.csv", "the table, and every single run"),
+        ("report.html", "all of this in one page, with pictures: open it in a browser"),
         ("neighbours.png", "queries, and the nearest images that the networks find"),
         ("relations.png", "how far apart the networks see the same images"),
         ("*/last.ckpt, */config.yaml", "the networks, and what lightning-rkd fit --config trains them with"),
@@ -265,23 +282,74 @@ def _write_tables(out: Path, runs: Sequence[Run], found: Sequence[Summary]) -> N
     summaries.write_runs_csv(runs, out / "runs.csv")
 
 
-def _write_pictures(out: Path, runs: Sequence[Run], data: ImageDataModule, things: str) -> None:
+def _write_pictures(
+    out: Path, runs: Sequence[Run], found: Sequence[Summary], data: ImageDataModule, plan: Plan, command: str
+) -> None:
+    """Two pictures as files, and all of them in the report."""
+    light, dark = (_figures(runs, data, plan.name, dark) for dark in (False, True))
+    for name in ("neighbours", "relations"):
+        write_whole(out / f"{name}.png", report.png(light[name]))
+    pictures = [
+        report.Picture(heading, _CAPTIONS[name], light[name], dark[name]) for name, heading in _HEADINGS.items()
+    ]
+    page = report.report(
+        "What the student learned from its teacher",
+        [
+            f"A big network, the teacher, was trained on {plan.things}; then a small one alone, and the same small one with "
+            "relational distillation (RKD-DA): beside its own task it learned to see the distances and angles between "
+            "images that the teacher sees. All are tested on classes that none of them has seen.",
+        ],
+        ["network", "parameters", *COLUMNS],
+        [summaries.cells(summary, COLUMNS) for summary in found],
+        [_verdict(runs), AGREEMENT],
+        pictures,
+        {
+            "This report again; what is finished is not trained again:": command,
+            "The same on images of yours, each in a folder that is its class:": "lightning-rkd demo --data path/to/images",
+            "The distilled student alone, for production (ONNX and more):": f"lightning-rkd export {out / f'rkd-{runs[-1].seed}'} --out exported",
+            "Other losses, compared over seeds:": "lightning-rkd compare --config glyphs_losses",
+        },
+        f"{datetime.date.today()}, {provenance.hardware('cpu')}, PyTorch {torch.__version__}, lightning-rkd {version('lightning-rkd')}",
+    )
+    write_whole(out / "report.html", page.encode())
+
+
+_HEADINGS = {
+    "neighbours": "The nearest images",
+    "relations": "Distances",
+    "angles": "Angles",
+    "map": "Maps",
+}
+_CAPTIONS = {
+    "neighbours": "Each row asks with one image and shows the five that every network finds nearest to it. A blue frame "
+    "with a check mark is right: an image of the same class.",
+    "relations": "How far apart the networks see the same images, class by class. The more a student's matrix looks like "
+    "the teacher's, the more of its geometry has been learned: this is what RKD-D compares.",
+    "angles": "How large the angles are that each network sees between triplets of images: this is what RKD-A compares. "
+    "Rows of independent random numbers would show angles around 60 degrees.",
+    "map": "Every image at its place on the two main axes of the embedding. The students' maps are turned onto the "
+    "teacher's; the colour of a frame is the class.",
+}
+
+
+def _figures(runs: Sequence[Run], data: ImageDataModule, things: str, dark: bool) -> dict[str, Figure]:
     rows = torch.tensor(data.test_set.indices)
     images, labels = data.root.images[rows], data.root.labels[rows]
     first = {run.network: run for run in reversed(runs)}
     shown = {name: first[name] for name in (TEACHER, ALONE, DISTILLED)}
-    found = {f"{name}\nrecall@1 {run.scores['recall_at_1']:.2f}": run.embeddings for name, run in shown.items()}
-    neighbours = plots.neighbours(
-        images, labels, found, title=f"The five nearest images, of {things} unseen in training"
-    )
+    plain = {name: run.embeddings for name, run in shown.items()}
+    scored = {f"{name}\nrecall@1 {run.scores['recall_at_1']:.2f}": run.embeddings for name, run in shown.items()}
     agreement = {n: f"correlation with the teacher {r.scores['distance_correlation']:.2f}" for n, r in shown.items()}
-    seen = {f"{n}\n{'' if n == TEACHER else agreement[n]}": run.embeddings for n, run in shown.items()}
-    title = f"Distances between images of {things} unseen in training"
-    relations = plots.relations(seen, labels, data.class_names, title=title)
-    for name, figure in (("neighbours.png", neighbours), ("relations.png", relations)):
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png")
-        write_whole(out / name, picture.getbuffer())
+    agreeing = {f"{n}\n{'' if n == TEACHER else agreement[n]}": run.embeddings for n, run in shown.items()}
+    unseen = f"of {things} unseen in training"
+    return {
+        "neighbours": plots.neighbours(images, labels, scored, title=f"The five nearest images, {unseen}", dark=dark),
+        "relations": plots.relations(
+            agreeing, labels, data.class_names, title=f"Distances between images {unseen}", dark=dark
+        ),
+        "angles": plots.angles(plain, title=f"Angles between images {unseen}", dark=dark),
+        "map": plots.embedding_map(images, labels, scored, title=f"Maps of images {unseen}", dark=dark),
+    }
 
 
 def _table(found: Sequence[Summary]) -> Table:

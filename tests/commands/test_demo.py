@@ -19,7 +19,7 @@ from lightning_rkd.models.heads import count_parameters
 from lightning_rkd.models.small import ConvNet
 from tests.processes import end_of, start
 
-LEFT = {"table.md", "table.csv", "runs.csv", "demo.yaml", "neighbours.png", "relations.png", "teacher"}
+LEFT = {"report.html", "table.md", "table.csv", "runs.csv", "demo.yaml", "neighbours.png", "relations.png", "teacher"}
 
 
 @pytest.fixture(autouse=True)
