@@ -289,46 +289,52 @@ def _write_pictures(
     light, dark = (_figures(runs, data, plan.name, dark) for dark in (False, True))
     for name in ("neighbours", "relations"):
         write_whole(out / f"{name}.png", report.png(light[name]))
-    pictures = [
-        report.Picture(heading, _CAPTIONS[name], light[name], dark[name]) for name, heading in _HEADINGS.items()
-    ]
     page = report.report(
         "What the student learned from its teacher",
         [
-            f"A big network, the teacher, was trained on {plan.things}; then a small one alone, and the same small one with "
-            "relational distillation (RKD-DA): beside its own task it learned to see the distances and angles between "
-            "images that the teacher sees. All are tested on classes that none of them has seen.",
+            f"A big network, the teacher, was trained on {plan.things}; then a small one alone, and the same small one "
+            "with relational distillation (RKD-DA): beside its own task it learned to see the distances and angles "
+            "between images that the teacher sees. All are tested on classes that none of them has seen.",
         ],
         ["network", "parameters", *COLUMNS],
         [summaries.cells(summary, COLUMNS) for summary in found],
         [_verdict(runs), AGREEMENT],
-        pictures,
+        [report.Picture(heading, text, light[name], dark[name]) for name, (heading, text) in _SECTIONS.items()],
         {
             "This report again; what is finished is not trained again:": command,
-            "The same on images of yours, each in a folder that is its class:": "lightning-rkd demo --data path/to/images",
-            "The distilled student alone, for production (ONNX and more):": f"lightning-rkd export {out / f'rkd-{runs[-1].seed}'} --out exported",
+            "The same on images of yours, each in a folder that is its class:": "lightning-rkd demo --data FOLDER",
+            "The distilled student alone, for production (ONNX and more):": (
+                f"lightning-rkd export {out / f'rkd-{runs[-1].seed}'} --out exported"
+            ),
             "Other losses, compared over seeds:": "lightning-rkd compare --config glyphs_losses",
         },
-        f"{datetime.date.today()}, {provenance.hardware('cpu')}, PyTorch {torch.__version__}, lightning-rkd {version('lightning-rkd')}",
+        f"{datetime.date.today()}, {provenance.hardware('cpu')}, PyTorch {torch.__version__}, lightning-rkd "
+        f"{version('lightning-rkd')}",
     )
     write_whole(out / "report.html", page.encode())
 
 
-_HEADINGS = {
-    "neighbours": "The nearest images",
-    "relations": "Distances",
-    "angles": "Angles",
-    "map": "Maps",
-}
-_CAPTIONS = {
-    "neighbours": "Each row asks with one image and shows the five that every network finds nearest to it. A blue frame "
-    "with a check mark is right: an image of the same class.",
-    "relations": "How far apart the networks see the same images, class by class. The more a student's matrix looks like "
-    "the teacher's, the more of its geometry has been learned: this is what RKD-D compares.",
-    "angles": "How large the angles are that each network sees between triplets of images: this is what RKD-A compares. "
-    "Rows of independent random numbers would show angles around 60 degrees.",
-    "map": "Every image at its place on the two main axes of the embedding. The students' maps are turned onto the "
-    "teacher's; the colour of a frame is the class.",
+_SECTIONS = {
+    "neighbours": (
+        "The nearest images",
+        "Each row asks with one image and shows the five that every network finds nearest to it. A blue frame with a "
+        "check mark is right: an image of the same class.",
+    ),
+    "relations": (
+        "Distances",
+        "How far apart the networks see the same images, class by class. The more a student's matrix looks like the "
+        "teacher's, the more of its geometry has been learned: this is what RKD-D compares.",
+    ),
+    "angles": (
+        "Angles",
+        "How large the angles are that each network sees between triplets of images: this is what RKD-A compares. Rows "
+        "of independent random numbers would show angles around 60 degrees.",
+    ),
+    "map": (
+        "Maps",
+        "Every image at its place on the two main axes of the embedding. The students' maps are turned onto the "
+        "teacher's; the colour of a frame is the class.",
+    ),
 }
 
 
