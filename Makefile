@@ -7,7 +7,7 @@ ARGS ?=
 SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint notebooks benchmarks speed clean
+.PHONY: help install demo test test-quick lint notebooks docs benchmarks speed clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -34,6 +34,10 @@ lint: $(STAMP) ## style, formatting, types and import contracts
 
 notebooks: $(STAMP) ## run every notebook from top to bottom
 	@$(BIN)/python -m pytest tests/test_notebooks.py -v $(ARGS)
+
+docs: $(STAMP) ## build the documentation site into site/; a warning is an error
+	@$(BIN)/python -c 'import mkdocs' 2>/dev/null || $(BIN)/python -m pip install --quiet '.[docs]'
+	@DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 benchmarks: $(STAMP) ## run every script in benchmarks/, one after the other
 	@for script in $(filter-out benchmarks/speed.py,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done

@@ -1,0 +1,119 @@
+"""What mkdocs cannot read off docs/: a reference page for every public package, the notebooks, and equations.
+
+Hooks of mkdocs; ``make docs`` builds the site.
+"""
+
+from __future__ import annotations
+
+import html
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import latex2mathml.converter
+import nbformat
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).parents[1]
+
+PACKAGES = {
+    "lightning_rkd": "Modules and callbacks",
+    "lightning_rkd.losses": "Losses",
+    "lightning_rkd.schemes": "Schemes",
+    "lightning_rkd.metrics": "Metrics",
+    "lightning_rkd.teachers": "Teachers",
+    "lightning_rkd.data": "Data",
+    "lightning_rkd.models": "Models",
+    "lightning_rkd.plots": "Plots",
+    "lightning_rkd.export": "Export",
+    "lightning_rkd.relations": "Relations",
+}
+"""Whose public names are the reference."""
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Fill in the parts of the navigation that are read off folders and packages."""
+    parts = {
+        "Notebooks": [{title(path): f"notebooks/{path.stem}.md"} for path in notebooks()],
+        "Reference": [{words: f"reference/{package.replace('.', '_')}.md"} for package, words in PACKAGES.items()],
+    }
+    for entry in config.nav or []:
+        for name in entry:
+            entry[name] = parts.get(name, entry[name])
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are made here."""
+    for package, words in PACKAGES.items():
+        page = f"reference/{package.replace('.', '_')}.md"
+        files.append(File.generated(config, page, content=reference(package, words)))
+    for path in notebooks():
+        body, images = converted(path)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=body))
+        for name, content in images.items():
+            files.append(File.generated(config, f"notebooks/{path.stem}_files/{name}", content=content))
+    return files
+
+
+def on_page_content(content: str, **kwargs: Any) -> str:
+    """Equations become MathML, which browsers draw without a script."""
+    return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _mathml, content, flags=re.DOTALL)
+
+
+def _mathml(found: re.Match[str]) -> str:
+    text = html.unescape(re.sub(r"^\\[(\[]|\\[)\]]$", "", found[2].strip()))
+    display = "block" if found[1] == "div" else "inline"
+    shown = latex2mathml.converter.convert(" ".join(text.split()), display=display)
+    return f'<div class="equation">{shown}</div>' if display == "block" else shown
+
+
+def reference(package: str, words: str) -> str:
+    """A page with all public names of a package, in the order of the alphabet."""
+    module = import_module(package)
+    lines = [f"# {words}", f"`{package}`: {(module.__doc__ or '').strip().splitlines()[0]}"]
+    for path in public(package):
+        if package == "lightning_rkd" and any(path in public(other) for other in PACKAGES if other != package):
+            continue  # it has its place there
+        lines += [f"::: {path}", "    options: {heading_level: 2}"]
+    return "\n\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:]) + "\n"
+
+
+def public(package: str) -> list[str]:
+    """Where the public names of a package are defined.
+
+    >>> "lightning_rkd.losses.rkd.RKD" in public("lightning_rkd.losses")
+    True
+    """
+    module = import_module(package)
+    if package == "lightning_rkd.relations":
+        files = sorted(path.stem for path in Path(str(module.__file__)).parent.glob("[a-z]*.py"))
+        return [f"{package}.{name}" for name in files]
+    found = [getattr(module, name) for name in sorted(getattr(module, "__all__", vars(module)), key=str.lower)]
+    places = [f"{x.__module__}.{x.__qualname__}" for x in found if inspect.isclass(x) or inspect.isfunction(x)]
+    return [place for place in places if place.startswith("lightning_rkd")]
+
+
+def notebooks() -> list[Path]:
+    """In the order in which they are read."""
+    return sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def title(path: Path) -> str:
+    """The first heading of a notebook."""
+    first: str = nbformat.read(path, as_version=4).cells[0].source
+    return first.splitlines()[0].lstrip("# ")
+
+
+def converted(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A notebook as it was executed, and its pictures."""
+    body, resources = MarkdownExporter().from_notebook_node(nbformat.read(path, as_version=4))
+    images = resources["outputs"]
+    for name in images:
+        body = body.replace(f"]({name})", f"]({path.stem}_files/{name})")
+    body = re.sub(r"\]\(\.\./docs/", "](../", body)  # as a notebook refers to the pages
+    return body, images
