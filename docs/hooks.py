@@ -67,6 +67,8 @@ def on_page_content(content: str, **kwargs: Any) -> str:
 
 def _mathml(found: re.Match[str]) -> str:
     text = html.unescape(re.sub(r"^\\[(\[]|\\[)\]]$", "", found[2].strip()))
+    text = re.sub(r"\\[bB]igg?[lrm]?(?=\\)", "", text)  # the converter knows these before brackets only
+    text = re.sub(r"\\arg(?![a-z])", r"\\operatorname{arg}", text)
     display = "block" if found[1] == "div" else "inline"
     shown = latex2mathml.converter.convert(" ".join(text.split()), display=display)
     return f'<div class="equation">{shown}</div>' if display == "block" else shown

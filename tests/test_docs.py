@@ -78,3 +78,5 @@ def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(tm
         loaded = re.findall(r'<(?:script|img|link)[^>]*(?:src|href)="(https?:[^"]*)"', text)
         assert not loaded, f"{page.name} loads {loaded}"
         assert "arithmatex" not in text, f"{page.name} holds an equation that was not written"
+        unknown = [math for math in re.findall(r"<math.*?</math>", text, flags=re.DOTALL) if "\\" in math]
+        assert not unknown, f"{page.name} holds an equation with a command that was not understood: {unknown[0]}"
