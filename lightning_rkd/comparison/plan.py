@@ -24,7 +24,7 @@ _KEYS = (
     "title", "recipe", "config", "set", "steps", "seeds", "teacher", "cache", "agreement", "baseline", "networks",
     "scores", "select",
 )  # fmt: skip
-_NETWORK = ("recipe", "config", "loss", "weight", "task_weight", "balance", "set", "generations")
+_NETWORK = ("recipe", "config", "loss", "weight", "task_weight", "balance", "cache", "set", "generations")
 _TEACHER = ("recipe", "config", "set", "steps", "seed")
 _MODEL = "model.init_args"
 TAUGHT = f"{_MODEL}.teacher"
@@ -257,6 +257,8 @@ class _Reader:
                 model[key] = entry[key]
         if "loss" in entry:
             model["loss"] = _as_classes(entry["loss"])
+        if entry.get("cache") and teacher is None:
+            raise ValueError(f"{name}: cache: there is no teacher: to ask; name the recipe that trains it")
         if self.text.get("agreement"):
             model.setdefault("metrics", {})["agreement"] = "RelationalAgreement"
         lone = model.get("loss") is None
@@ -273,7 +275,7 @@ class _Reader:
                 taught_by = found[-1].name
                 own["model"]["init_args"]["teacher"] = _teacher_of(config)
             elif teacher is not None and (not lone or self.text.get("agreement")):
-                taught_by, cached = TEACHER, bool(self.text.get("cache"))
+                taught_by, cached = TEACHER, bool(entry.get("cache", self.text.get("cache")))
                 own["model"]["init_args"]["teacher"] = (
                     {"class_path": "CachedTeacher", "init_args": {}} if cached else _teacher_of(teacher.config)
                 )
