@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lightning_rkd
 
@@ -60,6 +61,17 @@ def test_version_is_that_of_the_project() -> None:
     assert lightning_rkd.__version__ == project["version"]
 
 
+def test_citation_names_this_version() -> None:
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == lightning_rkd.__version__
+
+
+def test_forms_for_issues_are_yaml_that_asks_something() -> None:
+    forms = list((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert len(forms) == 3
+    for form in forms:
+        assert all({"type", "id", "attributes"} <= set(part) for part in yaml.safe_load(form.read_text())["body"])
+
+
 def test_changelog_has_a_section_for_this_version() -> None:
     assert f"## [{lightning_rkd.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
@@ -82,7 +94,7 @@ def test_wheel_built_from_the_source_archive_is_complete(tmp_path: Path) -> None
     packed = set(zipfile.ZipFile(wheel).namelist())
     tracked = {
         p.relative_to(ROOT).as_posix()
-        for suffix in ("py", "yaml")
+        for suffix in ("py", "yaml", "html")
         for p in (ROOT / "lightning_rkd").rglob(f"*.{suffix}")
     }
     assert "lightning_rkd/py.typed" in packed

@@ -60,8 +60,6 @@ def compare(n, dtype, tolerance, official, close=False, vertices=None):
 sizes, brief = [int(n) for n in sys.argv[1].split(",")], sys.argv[3] == "brief"
 for n in sizes:
     compare(n, torch.float32, 1e-5, True)
-    if n >= 1000:
-        continue
     compare(n, torch.float64, 1e-11, False)
     if brief:
         continue
@@ -138,8 +136,7 @@ def run(program: str, *arguments: str, **environment: str) -> str:
     [
         ("1,2,3,5,31", "32,64,32", "full"),
         ("64,100", "32,64,32", "brief"),
-        ("257", "128,128,128", "brief"),
-        ("1000", "512,512,512", "brief"),
+        ("150", "64,64,64", "brief"),
     ],
 )
 def test_interpreted_it_agrees_with_the_cpu_kernel(sizes, tiles, how):
