@@ -1,21 +1,86 @@
-"""Every notebook runs from top to bottom, as a reader would run it, in a folder of its own."""
+"""The notebooks are what their sources say, show what they should, and run from top to bottom."""
 
 from __future__ import annotations
 
+import doctest
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def _build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("notebooks_build", FOLDER / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = _build()
+
+
+def test_every_source_has_its_notebook_and_every_notebook_its_source() -> None:
+    assert {path.stem for path in (FOLDER / "src").glob("*.py")} == {path.stem for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_in_step_with_its_source_and_clean(path: Path) -> None:
+    assert build.in_step(FOLDER / "src" / f"{path.stem}.py", path), f"run python notebooks/build.py {path.stem}"
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert build.complaints(notebook) == []
+    assert path.stat().st_size <= build.LIMIT
+    links = [name for cell in notebook.cells for name in build.local_links(cell.source)]
+    assert [name for name in links if not (FOLDER / name).exists()] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LIGHTNING_RKD_FAST", raising=False)  # the reader's settings, not shortened ones
+    """In a folder of its own, with the reader's settings and not shortened ones."""
+    for name in ("LIGHTNING_RKD_FAST", "CIFAR100"):
+        monkeypatch.delenv(name, raising=False)
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
+    build.run(notebook, tmp_path)
+    build.tidy(notebook)
+    assert [c for c in build.complaints(notebook) if "on stderr" not in c] == []  # other versions may warn of other things
+
+
+def test_a_source_that_begins_without_a_cell_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"begins with a cell, # %%, but this one with 'import torch'"):
+        build.read("import torch\n# %%\n")
+
+
+def test_what_must_not_be_committed_is_found() -> None:
+    notebook = build.read("# %%\nprint(1)\n\n# %%\nprint(2)\n")
+    notebook.cells[0].execution_count = 1
+    notebook.cells[0].outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="a warning"),
+        nbformat.v4.new_output("stream", name="stdout", text="\x1b[1mbold\x1b[0m in "),
+        nbformat.v4.new_output("stream", name="stdout", text="/home/me/runs"),
+    ]
+    build.tidy(notebook)
+    assert [c.split(":")[1].strip() for c in build.complaints(notebook)] == [
+        "stream on stderr",
+        "a path of this machine",
+        "did not run, or carries metadata",
+    ]
+
+
+def test_magic_commands_and_text_come_through() -> None:
+    notebook = build.read("# %% [markdown]\n# # Title\n#\n# text\n\n# %%\n# %matplotlib inline\nx = 1  # %% not a cell\n")
+    assert [(c.cell_type, c.source) for c in notebook.cells] == [
+        ("markdown", "# Title\n\ntext"),
+        ("code", "%matplotlib inline\nx = 1  # %% not a cell"),
+    ]
+
+
+def test_the_examples_in_the_builder_are_right() -> None:
+    assert doctest.testmod(build).failed == 0
