@@ -109,18 +109,29 @@ Images = LabelledImages | Loaded
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     """A copy with some entries changed, named by their dotted paths.
 
+    As on the command line, ``init_args`` may be left out where there is a ``class_path``.
+
     Example:
         >>> with_settings({"trainer": {"max_steps": 5}}, {"trainer.max_steps": 9, "data.init_args.seed": 1})
         {'trainer': {'max_steps': 9}, 'data': {'init_args': {'seed': 1}}}
+        >>> with_settings({"data": {"class_path": "GlyphDataModule"}}, {"data.seed": 1})
+        {'data': {'class_path': 'GlyphDataModule', 'init_args': {'seed': 1}}}
     """
     changed = copy.deepcopy(config)
     for path, value in settings.items():
         *parents, last = path.split(".")
         place = changed
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = copy.deepcopy(value)
+            place = _entry(place, parent).setdefault(parent, {})
+        _entry(place, last)[last] = copy.deepcopy(value)
     return changed
+
+
+def _entry(place: Config, name: str) -> Config:
+    """Where ``name`` stands: among the arguments of a class, or here."""
+    own = name in ("class_path", "init_args", "dict_kwargs")
+    arguments: Config = place if own or "class_path" not in place else place.setdefault("init_args", {})
+    return arguments
 
 
 def with_steps(config: Config, steps: int) -> Config:

@@ -98,7 +98,11 @@ def complaints(notebook: nbformat.NotebookNode) -> list[str]:
 
 def _texts(output: nbformat.NotebookNode) -> list[str]:
     data = output.get("data", {})
-    return [output.get("text", ""), *output.get("traceback", []), *(v for k, v in data.items() if k.startswith("text/"))]
+    return [
+        output.get("text", ""),
+        *output.get("traceback", []),
+        *(v for k, v in data.items() if k.startswith("text/")),
+    ]
 
 
 def local_links(text: str) -> list[str]:

@@ -50,7 +50,9 @@ def test_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatc
     notebook = nbformat.read(path, as_version=4)
     build.run(notebook, tmp_path)
     build.tidy(notebook)
-    assert [c for c in build.complaints(notebook) if "on stderr" not in c] == []  # other versions may warn of other things
+    assert [
+        c for c in build.complaints(notebook) if "on stderr" not in c
+    ] == []  # other versions may warn of other things
 
 
 def test_a_source_that_begins_without_a_cell_is_refused() -> None:
@@ -75,7 +77,9 @@ def test_what_must_not_be_committed_is_found() -> None:
 
 
 def test_magic_commands_and_text_come_through() -> None:
-    notebook = build.read("# %% [markdown]\n# # Title\n#\n# text\n\n# %%\n# %matplotlib inline\nx = 1  # %% not a cell\n")
+    notebook = build.read(
+        "# %% [markdown]\n# # Title\n#\n# text\n\n# %%\n# %matplotlib inline\nx = 1  # %% not a cell\n"
+    )
     assert [(c.cell_type, c.source) for c in notebook.cells] == [
         ("markdown", "# Title\n\ntext"),
         ("code", "%matplotlib inline\nx = 1  # %% not a cell"),

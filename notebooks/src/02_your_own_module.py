@@ -70,7 +70,9 @@ class Classifier(L.LightningModule):
         self.log("val/accuracy", (self.head(self.backbone(x)).argmax(1) == y).float().mean())
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=5e-3)
+        optimizer = torch.optim.AdamW(self.parameters())
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 # %% [markdown]
@@ -118,7 +120,7 @@ distillation = RelationalDistillation(
 )
 retrieval = RetrievalEvaluation("backbone")
 logger = CSVLogger("logs", name="distilled", version=0)
-distilled = fit(student, epochs=8, callbacks=[distillation, retrieval], logger=logger)
+distilled = fit(student, epochs=10, callbacks=[distillation, retrieval], logger=logger)
 distilled
 
 # %% [markdown]
@@ -127,7 +129,7 @@ distilled
 
 # %%
 torch.manual_seed(1)
-alone = fit(Classifier(width=6), epochs=8, callbacks=[RetrievalEvaluation("backbone")])
+alone = fit(Classifier(width=6), epochs=10, callbacks=[RetrievalEvaluation("backbone")])
 
 print(f"{'':20} {'alone':>8} {'with RKD':>9}")
 for name in alone:
@@ -196,7 +198,7 @@ class FromNames(Classifier):
 distillation = RelationalDistillation(
     teacher.backbone, RKD(), student_layer="backbone", inputs="image", labels="target"
 )
-trainer = L.Trainer(max_steps=5, callbacks=[distillation], logger=False, **QUIET)
+trainer = L.Trainer(max_epochs=1, limit_train_batches=5, callbacks=[distillation], logger=False, **QUIET)
 trainer.fit(FromNames(width=6), DataLoader(Named(), batch_size=64, shuffle=True))
 print(f"distill/rkd: {trainer.callback_metrics['distill/rkd']:.3f}")
 

@@ -40,7 +40,7 @@ def draw(points, axis, title):
     axis.set(title=title, aspect="equal", xlim=(-2, 2), ylim=(-2, 2))
 
 
-figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained", dpi=58)
 for (name, points), axis in zip(spaces.items(), axes, strict=True):
     draw(points, axis, name)
 plt.show()
@@ -54,7 +54,9 @@ for name, x in spaces.items():
     legs = torch.nn.functional.normalize(x[[0, 9]] - x[6], dim=1)
     degrees = torch.rad2deg(torch.acos(legs[0] @ legs[1]))
     one = (x[0] - x[9]).norm()
-    print(f"{name:22} distance {one:.2f} = {one / distances.mean():.2f} x the mean distance   angle {degrees:.0f} degrees")
+    print(
+        f"{name:22} distance {one:.2f} = {one / distances.mean():.2f} x the mean distance   angle {degrees:.0f} degrees"
+    )
 
 # %% [markdown]
 # A distance is compared in units of the mean distance, so size does not matter. Angles have no unit anyway. The losses
@@ -81,7 +83,7 @@ for _ in range(300):
     value.backward()
     optimizer.step()
 
-figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained", dpi=58)
 draw(teacher, axes[0], "teacher")
 draw(start, axes[1], f"student before, loss {loss(start, teacher):.3f}")
 draw(student.detach(), axes[2], f"student after, loss {value.item():.3f}")
@@ -153,7 +155,9 @@ embeddings["student after"] = embed(student)
 # %%
 from lightning_rkd import plots
 
-plots.relations(embeddings, labels, class_names=data.class_names)
+figure = plots.relations(embeddings, labels, class_names=data.class_names)
+figure.set_dpi(50)
+figure
 
 # %% [markdown]
 # ### Distances and angles, one by one
@@ -173,9 +177,11 @@ def measure(x):
     return distance / distance.mean(), angles(*x[triplets])
 
 
-figure, axes = plt.subplots(2, 2, figsize=(8, 7.4), layout="constrained")
+figure, axes = plt.subplots(2, 2, figsize=(8, 7.4), layout="constrained", dpi=58)
 for row, name in zip(axes, ("student before", "student after"), strict=True):
-    kinds = zip(measure(embeddings["teacher"]), measure(embeddings[name]), ("distance", "angle"), (2.5, 180), strict=True)
+    kinds = zip(
+        measure(embeddings["teacher"]), measure(embeddings[name]), ("distance", "angle"), (2.5, 180), strict=True
+    )
     for axis, (wanted, found, kind, top) in zip(row, kinds, strict=True):
         axis.hexbin(wanted, found, gridsize=40, extent=(0, top, 0, top), cmap="viridis", mincnt=1)
         axis.plot([0, top], [0, top], color="#d55e00", linewidth=1)
