@@ -57,7 +57,6 @@ CLAIMS = (
     Claim("... beside a triplet loss, tuned", *RETRIEVAL, "RKD-DA", "student alone"),
     Claim("... classification", *CLASSES, "RKD-DA", "student alone"),
     Claim("... few-shot, a small student", *FEW, "RKD-DA", "student alone"),
-    Claim("... few-shot, a student of the teacher's make", *FEW, "same network, RKD-DA", "same network alone"),
     Claim("Distances and angles beat distances: retrieval, the only loss", *RETRIEVAL, "RKD-DA alone", "RKD-D alone"),
     Claim("... beside a triplet loss, the paper's weights", *RETRIEVAL, "RKD-DA + triplet", "RKD-D + triplet"),
     Claim("... beside a triplet loss, tuned", *RETRIEVAL, "RKD-DA", "RKD-D"),

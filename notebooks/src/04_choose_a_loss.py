@@ -129,7 +129,7 @@ import os
 import subprocess
 import sys
 
-command = "compare --config mine.yaml --tune RKD.weight=0.3,1,3 --jobs 2 --out runs/mine".split()
+command = ["compare", "--config", "mine.yaml", "--tune", "RKD.weight=0.3,1,3", "--jobs", "2", "--out", "runs/mine"]
 plain = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}  # notebooks ask for colours
 done = subprocess.run([sys.executable, "-m", "lightning_rkd.cli", *command], env=plain, capture_output=True, text=True)
 assert done.returncode == 0, done.stderr
