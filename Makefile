@@ -36,8 +36,7 @@ notebooks: $(STAMP) ## run every notebook from top to bottom
 	@$(BIN)/python -m pytest tests/test_notebooks.py -v $(ARGS)
 
 docs: $(STAMP) ## build the documentation site into site/; a warning is an error
-	@$(BIN)/python -c 'import mkdocs' 2>/dev/null || $(BIN)/python -m pip install --quiet '.[docs]'
-	@DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 benchmarks: $(STAMP) ## run every script in benchmarks/, one after the other
 	@for script in $(filter-out benchmarks/speed.py,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS); done
