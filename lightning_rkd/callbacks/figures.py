@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from matplotlib.figure import Figure
 
 from lightning_rkd.files import write_whole
@@ -39,6 +40,8 @@ def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
         logger.log_image(name, [Image.open(io.BytesIO(_png(figure)))], step=step)
     elif isinstance(logger, MLFlowLogger):
         logger.experiment.log_figure(logger.run_id, figure, f"{name}-{step}.png")
+    elif isinstance(logger, DummyLogger):  # of fast_dev_run
+        return
     elif logger.log_dir or logger.save_dir:
         path = Path(str(logger.log_dir or logger.save_dir), *(_plain(part) for part in f"{name}-{step}.png".split("/")))
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rkd import RKD, DistillationModule, Pictures, RelationalDistillation
+from lightning_rkd import RKD, DistillationModule, Pictures, RelationalDistillation, RetrievalEvaluation
 from lightning_rkd.callbacks.figures import log_figure
 from tests.callbacks.test_ddp import devices
 from tests.ranks import Ranks
@@ -21,9 +22,9 @@ from tests.ranks import Ranks
 NAMES = ["angles", "distances", "map", "neighbours"]
 
 
-def loader(rows: int = 24) -> DataLoader[Any]:
+def loader(rows: int = 24, shuffle: bool = False) -> DataLoader[Any]:
     torch.manual_seed(0)
-    return DataLoader(TensorDataset(torch.rand(rows, 1, 4, 4), torch.arange(rows) % 4), batch_size=8)
+    return DataLoader(TensorDataset(torch.rand(rows, 1, 4, 4), torch.arange(rows) % 4), batch_size=8, shuffle=shuffle)
 
 
 def net() -> nn.Module:
@@ -56,10 +57,17 @@ class Own(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(own: pl.LightningModule, *callbacks: pl.Callback, epochs: int = 1, **kwargs: Any) -> pl.Trainer:
+def fit(
+    own: pl.LightningModule,
+    *callbacks: pl.Callback,
+    epochs: int = 1,
+    shuffle: bool = False,
+    data: DataLoader[Any] | None = None,
+    **kwargs: Any,
+) -> pl.Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), **{**quiet, **kwargs})
-    trainer.fit(own, loader(), loader())
+    trainer.fit(own, data or loader(shuffle=shuffle), data or loader())
     return trainer
 
 
@@ -93,19 +101,101 @@ def test_they_are_drawn_after_every_nth_epoch_of_the_first_samples(tmp_path: Pat
     assert [epoch for epoch, _ in seen] == [1, 3]
 
 
+class Kept(Pictures):
+    """Keeps what it is given to draw."""
+
+    def draw(self, *given: Any) -> dict[str, Figure]:  # type: ignore[override]
+        self.given = given
+        return {}
+
+
+def test_what_is_drawn_is_what_the_networks_make_of_the_first_validation_samples(tmp_path: Path) -> None:
+    own, kept = module(), Kept(samples=10)
+    fit(own, kept, logger=CSVLogger(tmp_path))
+    inputs, labels, embeddings, epoch = kept.given
+    x, y = loader().dataset.tensors  # type: ignore[attr-defined]
+    assert torch.equal(inputs, x[:10])
+    assert torch.equal(labels, y[:10])
+    assert epoch == 0
+    with torch.no_grad():
+        torch.testing.assert_close(embeddings["student"], own.student.eval()(x[:10]))
+        torch.testing.assert_close(embeddings["teacher"], net()(x[:10]))
+
+
 def test_training_is_the_same_with_and_without_them(tmp_path: Path) -> None:
-    with_pictures, without = module(), module()
-    fit(with_pictures, Pictures(), epochs=2, logger=CSVLogger(tmp_path))
-    fit(without, epochs=2, logger=False)
-    for a, b in zip(with_pictures.parameters(), without.parameters(), strict=True):
-        assert torch.equal(a, b)
+    """Also where training draws random numbers, for its batches and in the network."""
+
+    def trained(*callbacks: pl.Callback) -> Tensor:
+        torch.manual_seed(2)
+        student = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(), nn.Linear(8, 3))
+        own = DistillationModule(student, teacher=net(), loss=RKD())
+        fit(own, *callbacks, epochs=3, shuffle=True, logger=CSVLogger(tmp_path))
+        return torch.cat([p.detach().flatten() for p in own.parameters()])
+
+    assert torch.equal(trained(Pictures()), trained())
 
 
-def test_without_a_logger_or_a_student_the_cure_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the Trainer has no logger"):
-        fit(module(), Pictures(), logger=False)
-    with pytest.raises(ValueError, match="finds neither student nor teacher in Own"):
-        fit(Own(), Pictures(), logger=CSVLogger(tmp_path))
+def test_metrics_are_the_same_with_and_without_them(tmp_path: Path) -> None:
+    """They call a layer once more that others read in the validation steps."""
+
+    def recall(*callbacks: pl.Callback) -> float:
+        distillation = RelationalDistillation(net(), RKD(), student_layer="backbone")
+        found = fit(Own(), distillation, *callbacks, logger=CSVLogger(tmp_path)).callback_metrics
+        return float(found["val/recall_at_1"])
+
+    alone = recall(RetrievalEvaluation("backbone"))
+    assert recall(Pictures(), RetrievalEvaluation("backbone")) == alone
+    assert recall(RetrievalEvaluation("backbone"), Pictures()) == alone
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_any_precision_is_drawn(precision: str, tmp_path: Path) -> None:
+    kept = Kept()
+    fit(module(), kept, precision=precision, logger=CSVLogger(tmp_path))
+    assert {x.dtype for x in (kept.given[0], *kept.given[2].values())} == {torch.float32}
+
+
+def test_inputs_that_are_no_images_have_distances_and_angles(tmp_path: Path) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = net()
+
+        def forward(self, *, first: Tensor, second: Tensor) -> Tensor:
+            shown: Tensor = self.layer(first + second)
+            return shown
+
+    x = torch.rand(24, 1, 4, 4)
+    rows = [{"first": x[n], "second": x[-n], "label": n % 4} for n in range(24)]
+    data = DataLoader(rows, batch_size=8)  # type: ignore[arg-type]
+    own = DistillationModule(Words(), teacher=Words(), loss=RKD(), inputs=["first", "second"], labels="label")
+    fit(own, Pictures(), data=data, logger=CSVLogger(tmp_path, name="", version=""))
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["angles-3.png", "distances-3.png"]
+
+
+def test_nothing_is_drawn_outside_of_a_fit_or_in_its_dress_rehearsals(tmp_path: Path) -> None:
+    fit(module(), Pictures(), fast_dev_run=True, logger=CSVLogger(tmp_path))
+    logger, quiet = CSVLogger(tmp_path), {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[Pictures()], logger=logger, **quiet)  # type: ignore[arg-type]
+    trainer.validate(module(), loader(), verbose=False)
+    fit(module(), Pictures(every_n_epochs=2), logger=CSVLogger(tmp_path), num_sanity_val_steps=2)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_what_cannot_be_drawn_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    def refused(own: pl.LightningModule, cure: str, **kwargs: Any) -> None:
+        before = [p.clone() for p in own.parameters()]
+        with pytest.raises(ValueError, match=cure):
+            fit(own, Pictures(), **{"logger": CSVLogger(tmp_path), **kwargs})
+        assert all(torch.equal(a, b) for a, b in zip(before, own.parameters(), strict=True))
+
+    refused(module(), "the Trainer has no logger", logger=False)
+    refused(Own(), "finds neither student nor teacher in Own")
+    refused(module(), "this fit validates nothing", limit_val_batches=0)
+    x = torch.rand(24, 1, 4, 4)
+    for labels, got in ((torch.rand(24, 4), r"\(8, 4\)"), (torch.rand(24), r"\(8,\)")):
+        data = DataLoader(TensorDataset(x, labels), batch_size=8)
+        refused(module(), f"one class number a sample, .* got {got}", data=data)
     with pytest.raises(ValueError, match="at least 3"):
         Pictures(samples=2)
 
@@ -144,13 +234,50 @@ def test_mlflow_and_wandb_get_what_their_clients_take(monkeypatch: pytest.Monkey
     assert run.kept == [("7", "pictures/angles-20.png"), ("pictures/angles", 20)]
 
 
-def drawn_on_two_ranks(rank: int | None, folder: str) -> list[str]:
-    with devices(rank) as settings:
-        fit(module(), Pictures(), logger=CSVLogger(folder, name="", version=""), **settings)
-    return sorted(path.name for path in Path(folder).rglob("*.png"))
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # those of the service's package are its own affair
+def test_a_store_of_mlflow_keeps_them_under_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow", reason="needs pip install mlflow-skinny")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLFlowLogger("pictures", tracking_uri=tmp_path.as_uri())
+    fit(module(), Pictures(), logger=logger)
+    found = logger.experiment.list_artifacts(logger.run_id, "pictures")
+    assert sorted(one.path for one in found) == [f"pictures/{name}-3.png" for name in NAMES]
 
 
 @pytest.mark.slow
-def test_on_two_ranks_the_first_draws_and_none_waits_for_ever(ranks: Ranks, tmp_path: Path) -> None:
-    ranks.run(drawn_on_two_ranks, str(tmp_path))
+@pytest.mark.filterwarnings("default")
+def test_a_run_of_wandb_without_a_network_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="needs pip install wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(project="pictures", save_dir=tmp_path, offline=True)
+    try:
+        fit(module(), Pictures(), logger=logger)
+    finally:
+        logger.experiment.finish()
+    found = tmp_path.rglob("media/images/pictures/*.png")
+    assert sorted(path.name.split("_")[0] for path in found) == NAMES
+
+
+class Sharded(DistillationModule):
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        for part in (self.student[1], self.student):  # type: ignore[index]
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def drawn_on_two_ranks(rank: int, folder: str, sharded: bool) -> None:
+    with devices(rank) as settings:
+        if sharded:
+            settings["strategy"] = ModelParallelStrategy(2, 1, process_group_backend="gloo")
+        own = (Sharded if sharded else DistillationModule)(net(), teacher=net(), loss=RKD())
+        fit(own, Pictures(), logger=CSVLogger(folder, name="", version=""), **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_on_two_ranks_the_first_draws_and_none_waits_for_ever(ranks: Ranks, tmp_path: Path, sharded: bool) -> None:
+    """Every rank holds a part of a sharded network: all must call it."""
+    ranks.run(drawn_on_two_ranks, str(tmp_path), sharded, timeout=120)
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == [f"{name}-3.png" for name in NAMES]
