@@ -62,3 +62,32 @@ def test_the_attach_example_ends_with_the_parameters_of_the_loss_written_by_hand
 
     for (name, a), b in zip(attached.named_parameters(), written.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_the_results_it_quotes_are_those_of_the_page() -> None:
+    page = (README.parent / "docs" / "results.md").read_text()
+    text = README.read_text()
+    quoted = re.findall(
+        r"\| (0\.\d{3}(?: ± 0\.\d{3})?) \|(?: (\+0\.\d{3} \[\+0\.\d{3}, \+0\.\d{3}\]) \|)?",
+        text.split("What it brings")[1],
+    )
+    assert len(quoted) == 6
+    for value, gain in quoted:
+        assert f"| {value} | {gain}" in page
+
+
+def test_the_speed_it_quotes_is_that_of_the_page() -> None:
+    page = (README.parent / "docs" / "speed" / "rkd_angle.md").read_text()
+    measured = {
+        int(n): (float(kernel), float(formula), float(faster))
+        for n, kernel, formula, faster in re.findall(
+            r"^\| (\d+) \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \| ([\d.]+)x \|", page, flags=re.MULTILINE
+        )
+    }
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) ms \| ([\d,]+) ms \| (\d+)x \|", README.read_text(), flags=re.MULTILINE)
+    assert len(rows) == 3
+    for n, kernel, formula, faster in rows:
+        ours = measured[int(n)]
+        assert float(kernel) == pytest.approx(ours[0], rel=0.1)
+        assert float(formula.replace(",", "")) == pytest.approx(ours[1], rel=0.02)
+        assert float(faster) == pytest.approx(ours[2], rel=0.03)
