@@ -177,6 +177,66 @@ def test_shares_of_the_gradient_sum_to_one() -> None:
         plots.loss_terms({"val/recall": {1: 1.0}})
 
 
+def test_a_term_has_one_colour_in_both_panels_whatever_the_order_of_the_columns() -> None:
+    one = {1: 1.0, 2: 0.5}
+    history = {"gradient/b": one, "gradient/a": one, "distill/a": one, "distill/other": one, "distill/b": one}
+    terms, shares = plots.loss_terms({**history, "train/task": one}).axes
+    colours = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in terms.lines}
+    assert len(set(colours.values())) == 4
+    assert {line.get_label(): (line.get_color(), line.get_linestyle()) for line in shares.lines} == {
+        name: colours[name] for name in ("task", "a", "b")
+    }
+
+
+def test_gradients_that_no_step_has_in_common_have_no_shares() -> None:
+    history = {"train/task": {1: 1.0}, "distill/a": {1: 1.0}, "distill/b": {2: 1.0}}
+    assert len(plots.loss_terms({**history, "gradient/a": {1: 1.0}, "gradient/b": {2: 1.0}}).axes) == 1
+
+
+def test_runs_without_a_finite_score_are_left_out() -> None:
+    nan = float("nan")
+    figure = plots.comparison({"a": {"r": [0.1, nan], "s": [nan]}, "b": {"r": [nan]}}, "b")
+    assert [ax.get_xlabel() for ax in figure.axes] == ["r"]
+    with pytest.raises(ValueError, match="nothing to show"):
+        plots.comparison({"a": {"r": [nan]}})
+
+
+DRAWN = {
+    "neighbours": lambda x: plots.neighbours(IMAGES, LABELS, x),
+    "relations": lambda x: plots.relations(x, LABELS),
+    "angles": plots.angles,
+    "embedding_map": lambda x: plots.embedding_map(IMAGES, LABELS, x),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_embeddings_may_come_straight_from_a_network_in_training(name: str) -> None:
+    """They carry gradients then, and may be of half precision."""
+    x = torch.rand(24, 3, dtype=torch.bfloat16, requires_grad=True)
+    DRAWN[name]({"a": x}).canvas.draw()
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_what_has_no_place_in_a_picture_is_named(name: str) -> None:
+    x = torch.rand(24, 3)
+    x[[5, 9], 1] = torch.tensor([float("inf"), float("nan")])
+    with pytest.raises(ValueError, match="the embeddings of 'student' hold NaN or infinity, first in row 5"):
+        DRAWN[name]({"teacher": LINE, "student": x})
+    with pytest.raises(ValueError, match=r"must be \(N, D\), got \(24,\) of 'student'"):
+        DRAWN[name]({"teacher": LINE, "student": x[:, 0]})
+
+
+def test_queries_may_be_a_tensor_and_must_be_rows() -> None:
+    assert len(plots.neighbours(IMAGES, LABELS, {"a": LINE}, queries=torch.tensor([1, 2]), k=1).axes) == 4  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"between 0 and 23, got \[24\]"):
+        plots.neighbours(IMAGES, LABELS, {"a": LINE}, queries=[0, 24])
+
+
+def test_any_integer_may_number_a_class() -> None:
+    ticks = [len(plots.relations({"a": LINE}, y, list("abcdef")).axes[0].get_yticks()) for y in (LABELS, LABELS - 6)]
+    assert ticks == [6, 6]
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_picture_can_be_drawn_for_either_paper_with_text_that_stands_out(dark: bool) -> None:
     x = {"teacher": torch.rand(24, 3), "student": torch.rand(24, 2)}

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_rkd.plots.inputs import check
+from lightning_rkd.plots.inputs import checked
 from lightning_rkd.plots.style import COLOURS, DASHES, head, new_figure, plain_axes, theme
 
 _EDGES = np.linspace(0, 180, 61)
@@ -34,20 +34,20 @@ def angles(
         dark: Whether for dark paper.
 
     Raises:
-        ValueError: Nothing to show, or embeddings of different lengths.
+        ValueError: Nothing to show; or embeddings of different lengths, or not finite.
 
     Example:
         >>> figure = angles({"teacher": torch.randn(20, 8), "student": torch.randn(20, 2)})
         >>> figure.axes[0].get_xlabel()
         'angle in degrees'
     """
-    first = next(iter(embeddings.values())) if embeddings else torch.empty(0)
-    check(torch.zeros(len(first)), embeddings)
-    if len(first) < 3:
-        raise ValueError(f"nothing to show: {len(first)} samples, and an angle takes three")
+    plain = checked(embeddings)
+    count = len(next(iter(plain.values())))
+    if count < 3:
+        raise ValueError(f"nothing to show: {count} samples, and an angle takes three")
     look = theme(dark)
-    rows = _triplets(len(first), triplets, seed)
-    seen = {name: _degrees(x, rows) for name, x in embeddings.items()}
+    rows = _triplets(count, triplets, seed)
+    seen = {name: _degrees(x, rows) for name, x in plain.items()}
     figure = new_figure(9.0, 4.6, look)
     ax = figure.subplots()
     reference = next(iter(seen.values()))
@@ -87,8 +87,9 @@ def _triplets(n: int, count: int, seed: int) -> Tensor:
 
 
 def _degrees(x: Tensor, rows: Tensor) -> np.ndarray:
-    ends = x.detach().double().cpu()
-    a, b = (ends[rows[:, end]] - ends[rows[:, 1]] for end in (0, 2))
-    cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-    found: np.ndarray = cosine.clamp(-1, 1).acos().rad2deg().numpy()
+    cosines = []
+    for some in torch.split(rows, 1000):  # wide embeddings would fill the memory otherwise
+        a, b = (x[some[:, end]] - x[some[:, 1]] for end in (0, 2))
+        cosines.append((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)))
+    found: np.ndarray = torch.cat(cosines).clamp(-1, 1).acos().rad2deg().numpy()
     return found

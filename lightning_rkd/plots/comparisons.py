@@ -20,7 +20,7 @@ def comparison(
     """Networks from top to bottom: every run a dot, the mean a bar across, its 95 % interval a line.
 
     Args:
-        values: By network and score, one of each run; a panel a score.
+        values: By network and score, one of each run; a panel a score. Those that are not finite are left out.
         baseline: Network whose mean is drawn through all rows.
         title: Above everything.
         dark: Whether for dark paper.
@@ -34,7 +34,11 @@ def comparison(
         1
     """
     look = theme(dark)
-    scores = list(dict.fromkeys(score for own in values.values() for score in own))
+    values = {
+        name: {score: [x for x in runs if np.isfinite(x)] for score, runs in own.items()}
+        for name, own in values.items()
+    }
+    scores = list(dict.fromkeys(score for own in values.values() for score, runs in own.items() if runs))
     if not scores:
         raise ValueError("nothing to show: no scores")
     names, height = list(values), 1.1 + 0.34 * len(values)
@@ -42,8 +46,7 @@ def comparison(
     panels = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
     for ax, score in zip(panels, scores, strict=True):
         for row, name in enumerate(names):
-            own = [x for x in values[name].get(score, ()) if np.isfinite(x)]
-            if not own:
+            if not (own := values[name].get(score, ())):
                 continue
             colour = WRONG if name == baseline else RIGHT
             mean = float(np.mean(own))
@@ -54,7 +57,7 @@ def comparison(
             ax.plot([mean, mean], [row - 0.3, row + 0.3], color=colour, linewidth=2.5, zorder=4)
             if name == baseline:
                 ax.axvline(mean, color=WRONG, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        dots = [x for own in values.values() for x in own.get(score, ()) if np.isfinite(x)]
+        dots = [x for own in values.values() for x in own.get(score, ())]
         margin = 0.08 * (max(dots) - min(dots)) or 0.05
         ax.set_xlim(min(dots) - margin, max(dots) + margin)  # wide intervals of few runs are cut
         ax.set_xlabel(score, fontsize=11, color=look.ink)

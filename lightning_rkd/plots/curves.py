@@ -66,7 +66,7 @@ def curves(values: Mapping[str, Curve], label: str, title: str = "", log: bool =
     look = theme(dark)
     figure = new_figure(9.0, 4.6, look)
     ax = figure.subplots()
-    _lines(ax, values)
+    _lines(ax, values, list(values))
     if log:
         ax.set_yscale("log")
     ax.set_xlabel("step", fontsize=11)
@@ -107,11 +107,11 @@ def loss_terms(history: Mapping[str, Curve], title: str = "", dark: bool = False
     look = theme(dark)
     figure = new_figure(9.0, 7.2 if shares else 4.6, look)
     panels = figure.subplots(2 if shares else 1, 1, sharex=True, squeeze=False)[:, 0]
-    _lines(panels[0], terms)
+    _lines(panels[0], terms, list(terms))
     panels[0].set_yscale("log")
     panels[0].set_ylabel("loss term (logarithmic)", fontsize=11)
     if shares:
-        _lines(panels[1], shares)
+        _lines(panels[1], shares, list(terms))
         panels[1].set_ylim(0, 1)
         panels[1].set_ylabel("share of the gradient", fontsize=11)
     panels[-1].set_xlabel("step", fontsize=11)
@@ -125,17 +125,19 @@ def loss_terms(history: Mapping[str, Curve], title: str = "", dark: bool = False
 
 def _shares(history: Mapping[str, Curve], names: Sequence[str]) -> dict[str, dict[int, float]]:
     """By term, its part in the sum of the lengths of all gradients, the task's being 1."""
-    lengths = {n.removeprefix("gradient/"): c for n, c in history.items() if n.startswith("gradient/")}
-    if not lengths or "task" not in names:
+    lengths = {name: history[f"gradient/{name}"] for name in names if f"gradient/{name}" in history}
+    steps = sorted(set.intersection(*(set(curve) for curve in lengths.values()))) if lengths else []
+    if not steps or "task" not in names:
         return {}
-    steps = sorted(set.intersection(*(set(curve) for curve in lengths.values())))
     total = {step: 1 + sum(curve[step] for curve in lengths.values()) for step in steps}
     found = {"task": {step: 1 / total[step] for step in steps}}
     return found | {name: {step: curve[step] / total[step] for step in steps} for name, curve in lengths.items()}
 
 
-def _lines(ax: Axes, values: Mapping[str, Curve]) -> None:
-    for n, (name, curve) in enumerate(values.items()):
+def _lines(ax: Axes, values: Mapping[str, Curve], names: Sequence[str]) -> None:
+    """Of each name the colour and the dashes of its place among all names."""
+    for name, curve in values.items():
+        n = names.index(name)
         ax.plot(
             list(curve), np.array(list(curve.values())), label=name, linewidth=2, color=COLOURS[n % len(COLOURS)],
             linestyle=DASHES[n % len(DASHES)],

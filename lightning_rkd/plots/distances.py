@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_rkd.plots.inputs import check
+from lightning_rkd.plots.inputs import checked
 from lightning_rkd.plots.style import head, new_figure, theme
 
 
@@ -39,7 +39,7 @@ def relations(
         dark: Whether for dark paper.
 
     Raises:
-        ValueError: Nothing to show, or labels and embeddings of different lengths.
+        ValueError: Nothing to show; labels and embeddings of different lengths; or embeddings that are not finite.
 
     Example:
         >>> y = torch.arange(12) // 4
@@ -48,12 +48,11 @@ def relations(
         3
     """
     look = theme(dark)
-    check(labels, embeddings)
-    first = next(iter(embeddings.values()))
-    rows = _ordered_rows(first, labels, max_classes, samples_per_class)
-    matrices = {name: _relative_distances(x[rows]) for name, x in embeddings.items()}
+    plain, labels = checked(embeddings, labels=labels), labels.cpu()
+    rows = _ordered_rows(next(iter(plain.values())), labels, max_classes, samples_per_class)
+    matrices = {name: _relative_distances(x[rows]) for name, x in plain.items()}
     top = float(np.quantile(np.stack(list(matrices.values())), 0.995))
-    starts = np.flatnonzero(np.diff(labels[rows].numpy(), prepend=-1))
+    starts = np.flatnonzero(np.diff(labels[rows].numpy(), prepend=np.nan))
     names = [str(class_names[int(labels[rows[s]])]) for s in starts] if class_names is not None else []
     names = names if max(map(len, names), default=99) <= 14 else []
     long = max(map(len, names), default=0) > 2
@@ -91,7 +90,7 @@ def _ordered_rows(x: Tensor, labels: Tensor, max_classes: int, samples_per_class
     classes = np.unique(labels.numpy())
     chosen = np.random.default_rng(0).permutation(len(classes))[:max_classes]
     members = [torch.nonzero(labels == int(classes[c])).flatten() for c in sorted(chosen)]
-    means = torch.stack([x[m].double().mean(0) for m in members])
+    means = torch.stack([x[m].mean(0) for m in members])
     distances = torch.cdist(means, means)
     chain = [int(distances.sum(1).argmax())]
     while len(chain) < len(members):
@@ -102,7 +101,7 @@ def _ordered_rows(x: Tensor, labels: Tensor, max_classes: int, samples_per_class
 
 
 def _relative_distances(x: Tensor) -> npt.NDArray[np.float64]:
-    distances = torch.cdist(x.double(), x.double())
+    distances = torch.cdist(x, x)
     mean = distances.sum() / max(1, len(x) * (len(x) - 1))
     relative: npt.NDArray[np.float64] = (distances / mean.clamp_min(1e-12)).numpy()
     return relative

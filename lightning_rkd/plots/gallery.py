@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from lightning_rkd.plots.inputs import check, pictures
+from lightning_rkd.plots.inputs import checked, pictures
 from lightning_rkd.plots.style import RIGHT, WRONG, head, new_figure, theme
 
 _SIGNS = {True: ("\N{CHECK MARK}", RIGHT), False: ("\N{MULTIPLICATION SIGN}", WRONG)}
@@ -42,7 +42,8 @@ def neighbours(
         dark: Whether for dark paper.
 
     Raises:
-        ValueError: Nothing to show, or images, labels and embeddings of different lengths.
+        ValueError: Nothing to show; images, labels and embeddings of different lengths; queries that are no rows; or
+            embeddings that are not finite.
 
     Example:
         >>> x, y = torch.rand(8, 1, 6, 6), torch.arange(8) // 4
@@ -51,13 +52,15 @@ def neighbours(
         10
     """
     look = theme(dark)
-    check(labels, embeddings, images=images)
+    plain, labels = checked(embeddings, labels=labels, images=images), labels.cpu()
     k = min(k, len(labels) - 1)
-    queries = _some_queries(labels, 6) if queries is None else queries
+    queries = _some_queries(labels, 6) if queries is None else [int(query) for query in queries]
     if k < 1 or not queries:
         raise ValueError(f"nothing to show: {len(queries)} queries, {k} neighbours")
-    rows = torch.as_tensor(queries)
-    found = {name: _nearest(x, rows, k) for name, x in embeddings.items()}
+    if unknown := [query for query in queries if not 0 <= query < len(labels)]:
+        raise ValueError(f"queries must be rows between 0 and {len(labels) - 1}, got {unknown}")
+    rows = torch.tensor(queries)
+    found = {name: _nearest(x, rows, k) for name, x in plain.items()}
     shown = pictures(images)
 
     gap = 0.45
@@ -106,7 +109,7 @@ def _show(ax: Axes, picture: npt.NDArray[np.float32], colour: str, sign: str) ->
 
 
 def _nearest(x: Tensor, queries: Tensor, k: int) -> Tensor:
-    distances = torch.cdist(x[queries].double(), x.double())
+    distances = torch.cdist(x[queries], x)
     distances[torch.arange(len(queries)), queries] = torch.inf
     return distances.topk(k, largest=False).indices
 

@@ -9,15 +9,29 @@ import numpy.typing as npt
 from torch import Tensor
 
 
-def check(labels: Tensor, embeddings: Mapping[str, Tensor], **others: Tensor) -> None:
-    """Refuse what is empty, or of different lengths."""
+def checked(embeddings: Mapping[str, Tensor], **others: Tensor) -> dict[str, Tensor]:
+    """The embeddings as plain numbers: without gradients, in float64, on the CPU.
+
+    Raises:
+        ValueError: They are empty, of different lengths, no rows, or not finite.
+    """
     if not embeddings:
         raise ValueError("nothing to show: no embeddings")
-    lengths = {name: len(x) for name, x in {"labels": labels, **others, **embeddings}.items()}
+    lengths = {name: len(x) for name, x in {**others, **embeddings}.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"labels and embeddings are of different lengths: {lengths}")
-    if len(labels) < 2:
-        raise ValueError(f"nothing to show: {len(labels)} samples")
+        raise ValueError(f"{', '.join([*others, 'embeddings'])} are of different lengths: {lengths}")
+    plain = {name: x.detach().double().cpu() for name, x in embeddings.items()}
+    for name, x in plain.items():
+        if x.ndim != 2:
+            raise ValueError(f"embeddings must be (N, D), got {tuple(x.shape)} of {name!r}")
+        if len(x) < 2:
+            raise ValueError(f"nothing to show: {len(x)} samples")
+        if not (finite := x.isfinite().all(1)).all():
+            raise ValueError(
+                f"the embeddings of {name!r} hold NaN or infinity, first in row {int(finite.int().argmin())}, and have "
+                "no place in a picture"
+            )
+    return plain
 
 
 def pictures(images: Tensor) -> npt.NDArray[np.float32]:

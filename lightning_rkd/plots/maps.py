@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import Tensor
 
-from lightning_rkd.plots.inputs import check, pictures
+from lightning_rkd.plots.inputs import checked, pictures
 from lightning_rkd.plots.style import COLOURS, head, new_figure, theme
 
 
@@ -40,7 +40,8 @@ def embedding_map(
         dark: Whether for dark paper.
 
     Raises:
-        ValueError: Nothing to show; images, labels and embeddings of different lengths; or more than 8 classes.
+        ValueError: Nothing to show; images, labels and embeddings of different lengths; embeddings that are not finite;
+            or more than 8 classes.
 
     Example:
         >>> x, y = torch.rand(8, 1, 6, 6), torch.arange(8) // 4
@@ -48,13 +49,13 @@ def embedding_map(
         >>> [len(ax.artists) for ax in figure.axes]
         [8, 8]
     """
-    check(labels, embeddings, images=images)
+    plain, labels = checked(embeddings, labels=labels, images=images), labels.cpu()
     if not 1 <= max_classes <= len(COLOURS):
         raise ValueError(f"max_classes must be between 1 and {len(COLOURS)}, got {max_classes}: colours are few")
     look = theme(dark)
     rows, numbers = _chosen(labels, max_classes, samples_per_class)
     shown = pictures(images[rows])
-    maps = [_plane(x[rows]) for x in embeddings.values()]
+    maps = [_plane(x[rows]) for x in plain.values()]
     maps = [maps[0], *(_onto(own, maps[0]) for own in maps[1:])]
     reach = float(np.quantile(np.abs(np.stack(maps)), 0.98)) or 1.0
     maps = [own.clip(-reach, reach) for own in maps]
@@ -62,11 +63,11 @@ def embedding_map(
     top = 0.85 if title else 0.4
     figure = new_figure(side * len(maps), side + top, look)
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
-    zoom = min(1.0, 22 / max(shown.shape[1:3]))
+    zoom = 22 / max(shown.shape[1:3])
     for ax, name, places in zip(panels, embeddings, maps, strict=True):
         for picture, place, number in zip(shown, places, numbers, strict=True):
             box = AnnotationBbox(
-                OffsetImage(picture, zoom=zoom, cmap="gray", norm=Normalize(0, 1), interpolation="nearest"),
+                OffsetImage(picture, zoom=zoom, cmap="gray", norm=Normalize(0, 1), interpolation=_fits(zoom)),
                 (float(place[0]), float(place[1])),
                 pad=0.12,
                 bboxprops={"edgecolor": COLOURS[number], "linewidth": 2, "facecolor": COLOURS[number]},
@@ -87,6 +88,11 @@ def embedding_map(
     return figure
 
 
+def _fits(zoom: float) -> str:
+    """Pixels stay sharp where they grow, and none is lost where they shrink."""
+    return "nearest" if zoom >= 1 else "antialiased"
+
+
 def _chosen(labels: Tensor, max_classes: int, samples_per_class: int) -> tuple[Tensor, list[int]]:
     """Rows, and for each the number of its class among those that are shown."""
     rng = np.random.default_rng(0)
@@ -103,7 +109,7 @@ def _chosen(labels: Tensor, max_classes: int, samples_per_class: int) -> tuple[T
 
 def _plane(x: Tensor) -> np.ndarray:
     """(N, 2) on the principal axes, with mean 0 and mean square 1."""
-    centred = (x - x.mean(0)).double().cpu()
+    centred = x - x.mean(0)
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
     flat = torch.zeros(len(x), 2, dtype=torch.float64)
     flat[:, : min(2, len(axes))] = centred @ axes[:2].T

@@ -201,7 +201,9 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_trained(tmp_path: Pa
 
 
 def test_tensorboard_gets_images(tmp_path: Path) -> None:
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulators = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs pip install tensorboard"
+    )
     fit(module(), Pictures(), logger=TensorBoardLogger(tmp_path, name="", version=""))
     events = accumulators.EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
     assert sorted(events.Tags()["images"]) == [f"pictures/{name}" for name in NAMES]
