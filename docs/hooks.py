@@ -52,6 +52,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for package, words in PACKAGES.items():
         page = f"reference/{package.replace('.', '_')}.md"
         files.append(File.generated(config, page, content=reference(package, words)))
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "contributing.md", content=contributing))
     for path in notebooks():
         body, images = converted(path)
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=body))
@@ -118,4 +120,6 @@ def converted(path: Path) -> tuple[str, dict[str, bytes]]:
     for name in images:
         body = body.replace(f"]({name})", f"]({path.stem}_files/{name})")
     body = re.sub(r"\]\(\.\./docs/", "](../", body)  # as a notebook refers to the pages
+    body = body.replace("](../CONTRIBUTING.md)", "](../contributing.md)")
+    body = re.sub(r"\]\((\d\d_\w+)\.ipynb\)", r"](\1.md)", body)
     return body, images
