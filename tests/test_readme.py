@@ -71,7 +71,7 @@ def test_the_results_it_quotes_are_those_of_the_page() -> None:
         r"\| (0\.\d{3}(?: ± 0\.\d{3})?) \|(?: (\+0\.\d{3} \[\+0\.\d{3}, \+0\.\d{3}\]) \|)?",
         text.split("What it brings")[1],
     )
-    assert len(quoted) == 6
+    assert len(quoted) == 5
     for value, gain in quoted:
         assert f"| {value} | {gain}" in page
 
