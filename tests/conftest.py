@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -22,13 +24,19 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For tests on tiny tensors, on which threads wait for one another more than they work."""
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    """Leaves the next test the number of threads and the environment that this one found: both change results."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+    with mock.patch.dict(os.environ):
+        yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """For tests on tiny tensors, on which threads wait for one another more than they work."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -98,9 +98,5 @@ def test_any_scores_in_any_blocks(kernel, data, rows, columns, width, block, dty
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_number_of_threads_does_not_matter(way: str, threads: int) -> None:
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        check((torch.rand(700, 400) * 50).floor(), 20, 128)
-    finally:
-        torch.set_num_threads(before)
+    check((torch.rand(700, 400) * 50).floor(), 20, 128)
