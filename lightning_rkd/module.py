@@ -228,13 +228,18 @@ class DistillationModule(pl.LightningModule):
             logged["train/task"] = task
             parts.append(weight_at(self.task_weight, self.current_epoch) * task)
         self.distiller.look_at_losses(logged, self.global_step)
-        looks = self.log_gradients and (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if terms and (self.balance is not None or looks):
+        if terms and (self.balance is not None or self.looks_at_gradients):
             logged |= self._weigh(terms, parts[0], shown)
         loss = torch.stack([*parts, *terms.values()]).sum()
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log_dict({name: value.detach() for name, value in logged.items()})
         return loss
+
+    @property
+    def looks_at_gradients(self) -> bool:
+        """Whether this step logs them."""
+        logs = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        return self.log_gradients and logs
 
     def forward_both(self, batch: Any) -> tuple[Shown, Any, dict[str, Tensor]]:
         """What a training step begins with: what both networks show, what the student returns, and the terms."""

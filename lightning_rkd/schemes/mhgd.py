@@ -236,8 +236,9 @@ class MHGDModule(DistillationModule):
     ``DistillationModule``. It runs on one device or under DDP, in any precision.
 
     Arguments are those of :class:`~lightning_rkd.module.DistillationModule`; ``loss`` and ``task_loss`` are needed, and
-    ``balance`` has no place here. The authors train for 100 epochs of batches of 128 with SGD, Nesterov momentum 0.9,
-    weight decay 5e-4, and a rate of 0.1 that falls to a tenth after 30, 60 and 80 epochs.
+    ``balance`` has no place here; ``log_gradients`` shows the terms' gradients as they are before they are clipped. The
+    authors train for 100 epochs of batches of 128 with SGD, Nesterov momentum 0.9, weight decay 5e-4, and a rate of 0.1
+    that falls to a tenth after 30, 60 and 80 epochs.
 
     Raises:
         ValueError: No loss or no task loss, ``balance``, or a strategy that shards parameters.
@@ -298,6 +299,8 @@ class MHGDModule(DistillationModule):
         loss = (weighted + distillation).detach()
         logged = {"train/task": task.detach(), **{f"distill/{name}": v.detach() for name, v in terms.items()}}
         self.distiller.look_at_losses(logged, self.global_step)
+        if self.looks_at_gradients:
+            logged |= self._weigh(terms, weighted, shown)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict(logged)
         self._step(weighted, distillation)

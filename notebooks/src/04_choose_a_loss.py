@@ -52,7 +52,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a notebook nee
 warnings.filterwarnings("ignore", module="lightning")
 QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
-data = GlyphDataModule(max_classes=150)
+data = GlyphDataModule(max_classes=100)
 
 
 def train(student, steps, learning_rate, logger=False, **how):
@@ -71,7 +71,7 @@ def train(student, steps, learning_rate, logger=False, **how):
 
 torch.manual_seed(0)
 teacher = ConvNet(widths=(16, 32, 64), depth=1, embedding_dim=64, normalize=True)
-train(teacher, steps=150, learning_rate=1e-2)
+train(teacher, steps=100, learning_rate=1e-2)
 
 # %%
 import csv
@@ -103,14 +103,14 @@ _ = Path("mine.yaml").write_text("""\
 title: Losses on letters, a miniature
 recipe: glyphs_rkd
 teacher: {recipe: glyphs_teacher, seed: 0}
-set: {data.max_classes: 150}
+set: {data.max_classes: 100}
 steps: 60
 seeds: [0, 1]
 baseline: student alone
 networks:
   student alone: {loss: null}
   RKD: {loss: RKD, weight: 1}
-  PKT: {loss: PKT, weight: 30000}
+  PKT: {loss: PKT, weight: 4000}
 scores: [recall_at_1, map_at_r]
 select: map_at_r
 """)
@@ -119,7 +119,7 @@ select: map_at_r
 # In a terminal this is
 #
 # ```
-# lightning-rkd compare --config mine.yaml --tune RKD.weight=0.3,1,3 --jobs 2 --out runs/mine
+# lightning-rkd compare --config mine.yaml --tune RKD.weight=0.5,2 --jobs 2 --out runs/mine
 # ```
 #
 # and shows bars while it trains. Here it runs in a process of its own:
@@ -129,7 +129,7 @@ import os
 import subprocess
 import sys
 
-command = ["compare", "--config", "mine.yaml", "--tune", "RKD.weight=0.3,1,3", "--jobs", "2", "--out", "runs/mine"]
+command = ["compare", "--config", "mine.yaml", "--tune", "RKD.weight=0.5,2", "--jobs", "2", "--out", "runs/mine"]
 plain = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}  # notebooks ask for colours
 done = subprocess.run([sys.executable, "-m", "lightning_rkd.cli", *command], env=plain, capture_output=True, text=True)
 assert done.returncode == 0, done.stderr

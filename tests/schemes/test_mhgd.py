@@ -322,6 +322,17 @@ def test_stage_2_trains_in_other_precisions(precision):
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
+def test_gradients_are_logged_as_they_are_before_clipping_and_change_nothing():
+    ours, plain = student_module(log_gradients=True), student_module()
+    logged = toys.fit(ours, batches=loader(), log_every_n_steps=1, max_steps=1).callback_metrics
+    assert "gradient/mhgd" not in toys.fit(plain, batches=loader(), log_every_n_steps=1, max_steps=1).callback_metrics
+    assert toys.gap(ours, plain) == 0
+    weak = student_module(log_gradients=True, weight=0.25)
+    weaker = toys.fit(weak, batches=loader(), log_every_n_steps=1, max_steps=1).callback_metrics
+    assert float(logged["gradient/mhgd"]) > 0
+    torch.testing.assert_close(weaker["gradient/mhgd"], logged["gradient/mhgd"] / 4)
+
+
 def test_schedulers_step_as_asked():
     def halves(optimizer: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
