@@ -31,7 +31,7 @@ def main(args: Sequence[str]) -> None:
         OSError: A missing file, or an output folder that holds something else.
     """
     options = _parser().parse_args(list(args))
-    config_path = options.config or options.run / "config.yaml"
+    config_path = options.config or _config_of(options.run)
     checkpoint_path = options.ckpt_path or options.run / "last.ckpt"
     for path, what in ((config_path, "configuration"), (checkpoint_path, "checkpoint")):
         if not path.is_file():
@@ -47,7 +47,8 @@ def main(args: Sequence[str]) -> None:
             f"{str(config_path)!r} has no model.init_args.student: only runs of DistillationModule can be exported by "
             "command; lightning_rkd.export.export takes any network"
         )
-    network = build_network(model["student"])
+    student = _student(model["student"])
+    network = build_network(student)
     _fill(network, checkpoint_path)
     example, scaling = _input(options, config, config_path)
     done = export(
@@ -55,7 +56,7 @@ def main(args: Sequence[str]) -> None:
         example,
         options.out,
         formats=options.formats.split(","),
-        build=model["student"],
+        build=student,
         input_scaling=scaling,
         facts=_facts(options, config, model, checkpoint_path),
         overwrite=options.overwrite,
@@ -84,7 +85,7 @@ examples:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, nargs="?", default=Path(), help="folder with config.yaml and last.ckpt")
+    parser.add_argument("run", type=Path, nargs="?", default=Path(), help="folder that a training has left")
     parser.add_argument("--config", type=Path, metavar="FILE", help="instead of RUN/config.yaml")
     parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="instead of RUN/last.ckpt")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the files go")
@@ -99,10 +100,30 @@ examples:
     return parser
 
 
+def _config_of(run: Path) -> Path:
+    """Where a run has kept its configuration: beside its checkpoint, or in the newest folder of its logger."""
+    beside = run / "config.yaml"
+    logged = [path for path in run.glob("*/version_*/config.yaml") if path.is_file()]
+    if beside.is_file() or not logged:
+        return beside
+    return max(logged, key=lambda path: path.stat().st_mtime_ns)
+
+
+def _student(description: dict[str, Any]) -> dict[str, Any]:
+    """The student of a configuration with whole class paths, also where it was written by hand with short names."""
+    import_public_classes()
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(torch.nn.Module, "student")
+    parsed = parser.parse_object({"student": description})
+    student: dict[str, Any] = yaml.safe_load(parser.dump(parsed))["student"]
+    return student
+
+
 def _fill(network: torch.nn.Module, path: Path) -> None:
     """The student's weights out of a checkpoint of the module."""
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     own = {name.removeprefix(_PREFIX): x for name, x in state.items() if name.startswith(_PREFIX)}
+    own = {name.replace("_orig_mod.", ""): x for name, x in own.items()}  # of a compiled student
     try:
         network.load_state_dict(own)
     except RuntimeError as error:

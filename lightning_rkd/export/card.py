@@ -77,8 +77,9 @@ def model_card(
         )
     lines += [f"Not exported: {name}, because {why}" for name, why in failed.items()]
     rows = [[t.program, str(t.batch), f"{t.milliseconds:.2f}"] for t in times]
+    threads = torch.get_num_threads()
     lines.append(
-        f"## Latency\n\nMedian milliseconds of a call, {hardware('cpu')}, {torch.get_num_threads()} threads, "
+        f"## Latency\n\nMedian milliseconds of a call, {hardware('cpu')}, {threads} thread{'s'[: threads != 1]}, "
         f"{datetime.date.today()}.\n\n" + _table(["program", "batch", "ms"], rows)
     )
     made = ", ".join(f"{name} {number}" for name, number in config["versions"].items())

@@ -7,18 +7,18 @@ import hashlib
 import importlib.util
 import json
 import logging
-import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_rkd.export.card import Facts, model_card
@@ -27,6 +27,8 @@ from lightning_rkd.export.read import CONFIG, WEIGHTS, build_network, read_confi
 
 FORMATS = {"safetensors": WEIGHTS, "torch": "student.pt2", "onnx": "student.onnx"}
 """File by format."""
+
+CARD = "README.md"
 
 TOLERANCE = 1e-4
 """How far an exported program may be from the student: largest difference, in units of its largest output."""
@@ -118,7 +120,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as part:
         place = Path(part, "export")
         place.mkdir()
-        differences, failed = _write_formats(network, example, place, formats)
+        differences, failed = _write_formats(network, example, place, formats, build)
         facts = facts or Facts()
         config = {
             "made_by": "lightning-rkd export",
@@ -135,19 +137,38 @@ def export(
         times = latencies(network, example, place / FORMATS["onnx"])
         sizes = {path.name: path.stat().st_size for path in sorted(place.iterdir())}
         card = model_card(config, facts, sizes, times, differences, TOLERANCE, failed)
-        (place / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        place.rename(folder)
+        (place / CARD).write_text(card, encoding="utf-8")
+        _put(place, folder)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Exported(folder, sizes, differences, failed)
 
 
+def _put(place: Path, folder: Path) -> None:
+    """Where something lies it makes room, and comes back if that fails; it goes with the temporary folder."""
+    before = place.with_name("before")
+    if folder.exists():
+        folder.rename(before)
+    try:
+        place.rename(folder)
+    except BaseException:
+        if before.exists():
+            before.rename(folder)
+        raise
+
+
 def _write_formats(
-    network: nn.Module, example: Tensor, place: Path, formats: Sequence[str]
+    network: nn.Module,
+    example: Tensor,
+    place: Path,
+    formats: Sequence[str],
+    build: Mapping[str, Any] | None,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Write all, each verified; what could not be exported is told by format."""
-    writers = {"safetensors": _write_safetensors, "torch": _write_torch, "onnx": _write_onnx}
+    writers: dict[str, Callable[..., Any]] = {
+        "safetensors": partial(_write_safetensors, build),
+        "torch": _write_torch,
+        "onnx": _write_onnx,
+    }
     differences: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name in FORMATS:
@@ -163,9 +184,12 @@ def _write_formats(
             continue
         difference = _difference(network, program, example)
         if not difference <= TOLERANCE:
+            cure = f"leave the format {name!r} out"
+            if name == "safetensors" and build is not None:
+                cure = f"build describes a {build['class_path']} that computes something else"
             raise ExportError(
                 f"{path.name} gives other numbers than the student: they differ by {difference:.1e} of its largest "
-                f"output, and {TOLERANCE:.0e} is allowed. Nothing was written; leave the format {name!r} out"
+                f"output, and {TOLERANCE:.0e} is allowed. Nothing was written; {cure}"
             )
         if name != "safetensors":
             differences[name] = difference
@@ -174,10 +198,12 @@ def _write_formats(
     return differences, failed
 
 
-def _write_safetensors(network: nn.Module, example: Tensor, path: Path) -> Any:
+def _write_safetensors(build: Mapping[str, Any] | None, network: nn.Module, example: Tensor, path: Path) -> nn.Module:
     tensors = {name: x.contiguous().clone() for name, x in network.state_dict().items()}
     save_file(tensors, path)
-    return network
+    again = copy.deepcopy(network) if build is None else build_network(dict(build)).eval()
+    again.load_state_dict(load_file(path))
+    return again
 
 
 def _write_torch(network: nn.Module, example: Tensor, path: Path) -> Any:
@@ -272,6 +298,11 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{str(folder)!r} holds something that no export made; choose another folder") from None
     if not overwrite:
         raise FileExistsError(f"{str(folder)!r} holds an earlier export; choose another folder, or overwrite it")
+    others = sorted({path.name for path in folder.iterdir()} - {CONFIG, CARD, *FORMATS.values()})
+    if others:
+        raise FileExistsError(
+            f"{str(folder)!r} also holds {', '.join(others)}, which no export made: move it away first"
+        )
 
 
 def _check_build(build: Mapping[str, Any], network: nn.Module) -> None:

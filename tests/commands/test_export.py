@@ -53,6 +53,49 @@ def test_a_run_becomes_files_that_give_its_students_numbers(
     assert "pixels from 0 to 1, minus the mean" in card
 
 
+def test_a_fit_with_a_configuration_written_by_hand_is_exported_by_its_folder_and_by_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With short names of classes, which Lightning's loggers get told in full."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sizes = {
+        "max_classes": 12,
+        "image_size": 12,
+        "classes_per_batch": 4,
+        "samples_per_class": 3,
+        "batches_per_epoch": 2,
+    }
+    student = {"class_path": "ConvNet", "init_args": {"widths": [4], "embedding_dim": 8}}
+    task = {"class_path": "pytorch_metric_learning.losses.TripletMarginLoss"}
+    mine = {
+        "model": {"class_path": "DistillationModule", "init_args": {"student": student, "task_loss": task}},
+        "data": {"class_path": "GlyphDataModule", "init_args": sizes},
+        "trainer": {
+            "max_epochs": 1,
+            "accelerator": "cpu",
+            "default_root_dir": "run",
+            "limit_val_batches": 0,
+            "enable_progress_bar": False,
+        },
+    }
+    Path("mine.yaml").write_text(yaml.safe_dump(mine))
+    assert cli.main(["fit", "--config", "mine.yaml"]) == 0
+    formats = ["--formats", "safetensors"]
+    assert cli.main(["export", "run", "--out", "by_folder", *formats]) == 0
+    named = ["--config", "mine.yaml", "--ckpt_path", "run/last.ckpt"]
+    assert cli.main(["export", *named, "--out", "by_files", *formats]) == 0
+    x = torch.rand(3, 1, 12, 12)
+    assert torch.equal(load("by_folder")(x), load("by_files")(x))
+
+    state = torch.load("run/last.ckpt", weights_only=True)
+    state["state_dict"] = {name.replace("student.", "student._orig_mod."): w for name, w in state["state_dict"].items()}
+    torch.save(state, "compiled.ckpt")
+    named[-1] = "compiled.ckpt"
+    assert cli.main(["export", *named, "--out", "compiled", *formats]) == 0
+    assert torch.equal(load("compiled")(x), load("by_files")(x))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -152,6 +152,45 @@ def test_what_lies_in_the_folder_is_not_lost(tmp_path: Path) -> None:
     export(*arguments, tmp_path / "out", formats=["torch"], overwrite=True)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "config.json", "student.pt2"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "out" / "serve.py").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"also holds serve\.py, which no export made"):
+        export(*arguments, tmp_path / "out", formats=["torch"], overwrite=True)
+    assert (tmp_path / "out" / "serve.py").read_text() == "mine"
+
+
+def test_an_earlier_export_comes_back_where_the_new_one_cannot_be_put(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = nn.Linear(3, 2), torch.zeros(1, 3), tmp_path / "out"
+    export(*arguments, formats=["safetensors"])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.name == "export":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(KeyboardInterrupt):
+        export(*arguments, formats=["torch"], overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_description_that_builds_another_network_of_the_same_shapes_is_found_out(tmp_path: Path) -> None:
+    build = {
+        "class_path": "lightning_rkd.models.ConvNet",
+        "init_args": {"widths": [4], "embedding_dim": 8, "normalize": True},
+    }
+    with pytest.raises(ExportError, match=r"student\.safetensors gives other numbers"):
+        export(
+            ConvNet(widths=(4,), embedding_dim=8),
+            torch.zeros(1, 1, 8, 8),
+            tmp_path / "out",
+            formats=["safetensors"],
+            build=build,
+        )
 
 
 def test_damaged_or_foreign_weights_are_refused(tmp_path: Path) -> None:
