@@ -17,7 +17,7 @@ from lightning_rkd.data.base import ImageDataModule
 from lightning_rkd.export.card import Facts, described
 from lightning_rkd.export.read import build_network
 from lightning_rkd.export.write import FORMATS, export
-from lightning_rkd.study import RESULT
+from lightning_rkd.study import RESULT, digest
 from lightning_rkd.training import check_checkpoint, import_public_classes
 
 _PREFIX = "student."
@@ -41,7 +41,8 @@ def main(args: Sequence[str]) -> None:
             )
     check_checkpoint(checkpoint_path)
     config = yaml.safe_load(config_path.read_text(encoding="utf-8"))
-    model = config.get("model", {}).get("init_args", {}) if isinstance(config, dict) else {}
+    model = (config.get("model") if isinstance(config, dict) else None) or {}
+    model = (model.get("init_args") if isinstance(model, dict) else None) or {}
     if not isinstance(model.get("student"), dict):
         raise ValueError(
             f"{str(config_path)!r} has no model.init_args.student: only runs of DistillationModule can be exported by "
@@ -58,11 +59,11 @@ def main(args: Sequence[str]) -> None:
         formats=options.formats.split(","),
         build=student,
         input_scaling=scaling,
-        facts=_facts(options, config, model, checkpoint_path),
+        facts=_facts(options, config, model, checkpoint_path, digest(*network.state_dict().values())),
         overwrite=options.overwrite,
     )
     console = Console(highlight=False)
-    console.print(f"In {done.folder} there are now", soft_wrap=True)
+    console.print(f"In {done.folder} there are now", markup=False, soft_wrap=True)
     for name, size in done.files.items():
         console.print(f"  {name:<22} {size:>12,} bytes")
     for name, difference in done.differences.items():
@@ -121,7 +122,10 @@ def _student(description: dict[str, Any]) -> dict[str, Any]:
 
 def _fill(network: torch.nn.Module, path: Path) -> None:
     """The student's weights out of a checkpoint of the module."""
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or "state_dict" not in state:
+        raise ValueError(f"{str(path)!r} is no checkpoint of Lightning: it holds no state_dict")
+    state = state["state_dict"]
     own = {name.removeprefix(_PREFIX): x for name, x in state.items() if name.startswith(_PREFIX)}
     own = {name.replace("_orig_mod.", ""): x for name, x in own.items()}  # of a compiled student
     try:
@@ -165,12 +169,17 @@ def _data(config: dict[str, Any]) -> ImageDataModule:
     return data
 
 
-def _facts(options: argparse.Namespace, config: dict[str, Any], model: dict[str, Any], checkpoint: Path) -> Facts:
+def _facts(
+    options: argparse.Namespace, config: dict[str, Any], model: dict[str, Any], checkpoint: Path, weights: str
+) -> Facts:
     scores: dict[str, float] = {}
     told = ""
     result = checkpoint.parent / RESULT
+    kept = None
     if result.is_file():
+        check_checkpoint(result)
         kept = torch.load(result, map_location="cpu", weights_only=True)
+    if kept is not None and kept["weights"] == weights:  # else they were measured with other weights
         scores, about = kept["scores"], kept["about"]
         told = (
             ", ".join(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 CONFIG, WEIGHTS = "config.json", "student.safetensors"
+_PRETRAINED = ("lightning_rkd.models.torchvision_embedder", "lightning_rkd.models.backbones.torchvision_embedder")
+_RESCALING = ("googlenet", "inception_v3")
 
 
 def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
@@ -57,7 +59,7 @@ def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
             )
         network = build_network(config["network"])
     try:
-        network.load_state_dict(load_file(path))
+        fill(network, load_file(path))
     except RuntimeError as error:
         raise ValueError(f"the weights in {str(path)!r} do not fit {type(network).__name__}: {error}") from error
     return network.eval()
@@ -75,16 +77,34 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{str(folder)!r} holds no exported student: there is no {CONFIG} in it")
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        assert config["made_by"] == "lightning-rkd export"
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        ours = config["made_by"] == "lightning-rkd export" and {"files", "network"} <= config.keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is not the {CONFIG} of an exported student") from error
+    if not ours:
+        raise ValueError(f"{str(path)!r} is not the {CONFIG} of an exported student")
     return config
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load tensors into a network of their names and shapes, which takes on their precision.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Linear(1, 1, bias=False)
+        >>> fill(net, {"weight": torch.ones(1, 1, dtype=torch.float64)})
+        >>> net.weight.dtype
+        torch.float64
+    """
+    for name, own in (*network.named_parameters(), *network.named_buffers()):
+        if name in tensors:
+            own.data = own.data.to(tensors[name].dtype)
+    network.load_state_dict(tensors)
 
 
 def build_network(description: dict[str, Any]) -> nn.Module:
     """What a class path and its arguments describe; arguments may be such descriptions themselves.
 
-    No weights are fetched: an argument ``weights`` is not passed on.
+    A ``weights`` of :func:`~lightning_rkd.models.torchvision_embedder` is not passed on, so none are fetched.
 
     Raises:
         ValueError: There is no such class, it does not take the arguments, or it makes no network.
@@ -107,7 +127,17 @@ def _built(value: Any) -> Any:
             make: Callable[..., Any] = getattr(import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"there is no class {path!r} to build the student from: {error}") from error
-        arguments = {k: _built(v) for k, v in (value.get("init_args") or {}).items() if k != "weights"}
+        if value.get("dict_kwargs"):
+            raise ValueError(f"{path} has dict_kwargs, which are not passed on: give init_args")
+        arguments = {k: _built(v) for k, v in (value.get("init_args") or {}).items()}
+        if isinstance(arguments.get("weights"), str) and path in _PRETRAINED:
+            if arguments.get("name") in _RESCALING:
+                raise ValueError(
+                    f"{arguments['name']} rescales its inputs when it starts from pretrained weights, and is not built "
+                    "alike without them: pass the network itself to lightning_rkd.export.export, without build, "
+                    "and take student.pt2 or student.onnx"
+                )
+            del arguments["weights"]
         try:
             return make(**arguments)
         except TypeError as error:

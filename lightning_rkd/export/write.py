@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_rkd.export.card import Facts, model_card
 from lightning_rkd.export.latency import latencies
-from lightning_rkd.export.read import CONFIG, WEIGHTS, build_network, read_config
+from lightning_rkd.export.read import CONFIG, WEIGHTS, build_network, fill, read_config
 
 FORMATS = {"safetensors": WEIGHTS, "torch": "student.pt2", "onnx": "student.onnx"}
 """File by format."""
@@ -108,9 +108,10 @@ def export(
         ...     sorted(done.files), done.differences["torch"] < 1e-6
         (['README.md', 'config.json', 'student.pt2'], True)
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     _check_formats(formats)
     _check_folder(folder, overwrite)
+    network = getattr(network, "_orig_mod", network)  # of a compiled one
     network = copy.deepcopy(network).cpu().eval().requires_grad_(False)
     example = example[:1].detach().cpu()
     if build is not None:
@@ -177,12 +178,12 @@ def _write_formats(
         path = place / FORMATS[name]
         try:
             with _quiet():
-                program = writers[name](network, example, path)
+                program = _running(name, writers[name](network, example, path))
+                difference = _difference(network, program, example)
         except ExportError as error:
             failed[name] = str(error)
             path.unlink(missing_ok=True)
             continue
-        difference = _difference(network, program, example)
         if not difference <= TOLERANCE:
             cure = f"leave the format {name!r} out"
             if name == "safetensors" and build is not None:
@@ -198,11 +199,26 @@ def _write_formats(
     return differences, failed
 
 
+def _running(name: str, program: Any) -> Any:
+    """The program, whose failure is that of its format."""
+    if name == "safetensors":
+        return program
+
+    def run(x: Tensor) -> Tensor:
+        try:
+            outputs: Tensor = program(x)
+        except Exception as error:  # a guard of the trace, a missing kernel, a dtype that NumPy does not know
+            raise ExportError(f"its program does not run on a batch of {len(x)}: {_first_line(error)}") from error
+        return outputs
+
+    return run
+
+
 def _write_safetensors(build: Mapping[str, Any] | None, network: nn.Module, example: Tensor, path: Path) -> nn.Module:
     tensors = {name: x.contiguous().clone() for name, x in network.state_dict().items()}
     save_file(tensors, path)
     again = copy.deepcopy(network) if build is None else build_network(dict(build)).eval()
-    again.load_state_dict(load_file(path))
+    fill(again, load_file(path))
     return again
 
 
@@ -229,7 +245,10 @@ def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> Any:
         raise ExportError(f"ONNX has no form for this network: {_first_line(error)}") from error
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has kinds of its own
+        raise ExportError(f"onnxruntime cannot run this network: {_first_line(error)}") from error
     (name,) = (given.name for given in session.get_inputs())
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
@@ -253,8 +272,11 @@ def _difference(network: nn.Module, program: Any, example: Tensor) -> float:
         x = _random(example, size, generator)
         with torch.no_grad():
             expected, found = network(x), program(x)
-        if expected.shape != found.shape:
+        if not expected.isfinite().all():
+            raise ValueError("the student itself gives NaN or infinity on random inputs; nothing was written")
+        if expected.shape != found.shape or not found.isfinite().all():
             return float("inf")
+        expected, found = expected.double(), found.double()
         worst = max(worst, float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12)))
     return worst
 

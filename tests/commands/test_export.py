@@ -124,6 +124,19 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_scores_are_told_of_the_weights_they_were_measured_with_only(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    state["state_dict"] = {name: torch.zeros_like(x) for name, x in state["state_dict"].items()}
+    torch.save(state, tmp_path / "run" / "early.ckpt")
+    command = ["export", str(tmp_path / "run"), "--formats", "safetensors"]
+    early = ["--ckpt_path", str(tmp_path / "run" / "early.ckpt"), "--out", str(tmp_path / "early")]
+    assert cli.main([*command, *early]) == 0
+    assert "scores: not measured" in (tmp_path / "early" / "README.md").read_text()
+    assert cli.main([*command, "--out", str(tmp_path / "last")]) == 0
+    assert "| recall_at_1 |" in (tmp_path / "last" / "README.md").read_text()
+
+
 def test_without_its_data_a_run_is_exported_by_the_shape_that_is_given(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "run")
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

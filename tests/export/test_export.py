@@ -81,10 +81,10 @@ def test_the_folder_holds_the_students_tensors_and_no_other(tmp_path: Path) -> N
     assert set(load_file(done.folder / "student.safetensors")) == set(network.state_dict())
     with pytest.raises(ValueError, match="names no class"):
         load(done.folder)
-    assert torch.equal(
-        load(done.folder, trained(NETWORKS["Classified"])).classifier.weight,
-        network.classifier.weight,  # type: ignore[union-attr]
-    )
+    torch.manual_seed(1)
+    fresh = build_network(NETWORKS["Classified"])
+    assert not torch.equal(fresh.classifier.weight, network.classifier.weight)  # type: ignore[arg-type]
+    assert torch.equal(load(done.folder, fresh).classifier.weight, network.classifier.weight)  # type: ignore[arg-type]
 
 
 def test_the_card_says_what_the_network_takes_and_gives(tmp_path: Path) -> None:
@@ -138,6 +138,43 @@ def test_a_program_that_gives_other_numbers_is_not_put_into_place(
     with pytest.raises(ExportError, match="gives other numbers"):
         export(nn.Linear(3, 2), torch.zeros(1, 3), tmp_path / "out", formats=["safetensors", "torch"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_that_gives_nan_is_not_put_into_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "_write_torch", lambda network, example, path: lambda x: network(x) * torch.nan)
+    with pytest.raises(ExportError, match="gives other numbers"):
+        export(nn.Linear(3, 2), torch.zeros(1, 3), tmp_path / "out", formats=["safetensors", "torch"])
+    spoilt = nn.Linear(3, 2)
+    spoilt.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the student itself gives NaN"):
+        export(spoilt, torch.zeros(1, 3), tmp_path / "out", formats=["safetensors"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_format_that_does_not_know_a_precision_is_told_and_the_others_are_written(dtype, tmp_path: Path) -> None:
+    network = nn.Conv2d(1, 2, 3).to(dtype).eval()
+    build = {"class_path": "torch.nn.Conv2d", "init_args": {"in_channels": 1, "out_channels": 2, "kernel_size": 3}}
+    done = export(network, torch.zeros(1, 1, 8, 8, dtype=dtype), tmp_path / "out", build=build)
+    assert list(done.failed) == ["onnx"]
+    x = torch.randn(3, 1, 8, 8).to(dtype)
+    assert torch.equal(load(done.folder)(x), network(x))
+
+
+def test_a_compiled_network_is_exported_as_the_plain_one(tmp_path: Path) -> None:
+    network = nn.Linear(3, 2)
+    done = export(torch.compile(network), torch.zeros(1, 3), tmp_path / "out", formats=["safetensors", "torch"])  # type: ignore[arg-type]
+    assert not done.failed
+    x = torch.randn(4, 3)
+    assert torch.equal(load(done.folder, nn.Linear(3, 2))(x), network(x))
+
+
+def test_what_would_be_built_as_another_network_is_refused() -> None:
+    embedder = {"class_path": f"{M}.torchvision_embedder", "init_args": {"name": "googlenet", "weights": "DEFAULT"}}
+    with pytest.raises(ValueError, match="googlenet rescales its inputs"):
+        build_network(embedder)
+    with pytest.raises(ValueError, match="dict_kwargs"):
+        build_network(LINEAR | {"dict_kwargs": {"bias": False}})
 
 
 def test_what_lies_in_the_folder_is_not_lost(tmp_path: Path) -> None:
