@@ -13,7 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 CONFIG, WEIGHTS = "config.json", "student.safetensors"
-_PRETRAINED = ("lightning_rkd.models.torchvision_embedder", "lightning_rkd.models.backbones.torchvision_embedder")
+_PRETRAINED = (
+    "lightning_rkd.models.torchvision_embedder",
+    "lightning_rkd.models.backbones.torchvision_embedder",
+    "torchvision.models.",
+)
 _RESCALING = ("googlenet", "inception_v3")
 
 
@@ -104,7 +108,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def build_network(description: dict[str, Any]) -> nn.Module:
     """What a class path and its arguments describe; arguments may be such descriptions themselves.
 
-    A ``weights`` of :func:`~lightning_rkd.models.torchvision_embedder` is not passed on, so none are fetched.
+    The ``weights`` of torchvision's models are not passed on, so none are fetched.
 
     Raises:
         ValueError: There is no such class, it does not take the arguments, or it makes no network.
@@ -130,12 +134,13 @@ def _built(value: Any) -> Any:
         if value.get("dict_kwargs"):
             raise ValueError(f"{path} has dict_kwargs, which are not passed on: give init_args")
         arguments = {k: _built(v) for k, v in (value.get("init_args") or {}).items()}
-        if isinstance(arguments.get("weights"), str) and path in _PRETRAINED:
-            if arguments.get("name") in _RESCALING:
+        if isinstance(arguments.get("weights"), str) and path.startswith(_PRETRAINED):
+            model = arguments.get("name", name)
+            if model in _RESCALING:
                 raise ValueError(
-                    f"{arguments['name']} rescales its inputs when it starts from pretrained weights, and is not built "
-                    "alike without them: pass the network itself to lightning_rkd.export.export, without build, "
-                    "and take student.pt2 or student.onnx"
+                    f"{model} rescales its inputs when it starts from pretrained weights, and is not built alike "
+                    "without them: pass the network itself to lightning_rkd.export.export, without build, and take "
+                    "student.pt2 or student.onnx"
                 )
             del arguments["weights"]
         try:

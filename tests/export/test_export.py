@@ -173,6 +173,10 @@ def test_what_would_be_built_as_another_network_is_refused() -> None:
     embedder = {"class_path": f"{M}.torchvision_embedder", "init_args": {"name": "googlenet", "weights": "DEFAULT"}}
     with pytest.raises(ValueError, match="googlenet rescales its inputs"):
         build_network(embedder)
+    with pytest.raises(ValueError, match="inception_v3 rescales its inputs"):
+        build_network({"class_path": "torchvision.models.inception_v3", "init_args": {"weights": "DEFAULT"}})
+    plain = build_network({"class_path": "torchvision.models.resnet18", "init_args": {"weights": "no such weights"}})
+    assert type(plain).__name__ == "ResNet"  # nothing was looked for
     with pytest.raises(ValueError, match="dict_kwargs"):
         build_network(LINEAR | {"dict_kwargs": {"bias": False}})
 
