@@ -42,7 +42,8 @@ from lightning_rkd.losses import LossSum, RelationalLoss, Term
 from lightning_rkd.losses.base import NonFiniteError
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.records import Batch, Outputs
-from lightning_rkd.study import embed, train, with_settings
+from lightning_rkd.settings import with_settings
+from lightning_rkd.study import embed, train
 from lightning_rkd.teachers import Lesson, Teacher
 
 ROOT = Path(__file__).parents[1]

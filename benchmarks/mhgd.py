@@ -37,7 +37,8 @@ from lightning_rkd.models import Classified, ConvNet
 from lightning_rkd.models.heads import count_parameters
 from lightning_rkd.records import Batch
 from lightning_rkd.relations.singular import positions, right_singular_vectors
-from lightning_rkd.study import train, with_settings
+from lightning_rkd.settings import with_settings
+from lightning_rkd.study import train
 from lightning_rkd.teachers import Teacher
 
 ROOT = Path(__file__).parents[1]

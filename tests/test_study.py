@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_rkd import cli, recipes, study, summaries
 from lightning_rkd.data import with_indices
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
-from lightning_rkd.study import Config, Run
+from lightning_rkd.settings import Config, with_settings
+from lightning_rkd.study import Run
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def tiny(recipe: str, steps: int = 2, **settings: Any) -> Config:
     config = yaml.safe_load((recipes.FOLDER / f"{recipe}.yaml").read_text())
     data = {"max_classes": 20, "image_size": 12, "classes_per_batch": 4, "batches_per_epoch": steps}
     small = {f"data.init_args.{name}": value for name, value in data.items()}
-    return study.with_settings(config, {"trainer.max_epochs": 1, "trainer.accelerator": "cpu", **small, **settings})
+    return with_settings(config, {"trainer.max_epochs": 1, "trainer.accelerator": "cpu", **small, **settings})
 
 
 def weights(path: Path | str) -> dict[str, torch.Tensor]:

@@ -27,7 +27,8 @@ from lightning_rkd.data.base import ImageDataModule, LabelledImages
 from lightning_rkd.data.folder import ImageFolderDataModule, find_images, suggest_size
 from lightning_rkd.files import write_whole
 from lightning_rkd.progress import Line, clock, display
-from lightning_rkd.study import Config, Run, with_settings
+from lightning_rkd.settings import Config, with_settings, with_steps
+from lightning_rkd.study import Run
 from lightning_rkd.summaries import Summary
 from lightning_rkd.training import check_writable
 
@@ -204,7 +205,7 @@ def _folder_plan(root: Path, console: Console) -> Plan:
 
 
 def _with_steps(plan: Plan, steps: int) -> Plan:
-    teacher, alone, distilled = (study.with_steps(c, steps) for c in (plan.teacher, plan.alone, plan.distilled))
+    teacher, alone, distilled = (with_steps(c, steps) for c in (plan.teacher, plan.alone, plan.distilled))
     return Plan(teacher, alone, distilled, plan.things, f"Each for {steps} steps.", plan.images)
 
 

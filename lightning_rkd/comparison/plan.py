@@ -15,7 +15,8 @@ import yaml
 
 from lightning_rkd import losses, recipes
 from lightning_rkd.messages import brief
-from lightning_rkd.study import Config, prepare, with_settings, with_steps
+from lightning_rkd.settings import Config, with_settings, with_steps
+from lightning_rkd.study import prepare
 
 TEACHER = "teacher"
 """Name of the teacher's row."""

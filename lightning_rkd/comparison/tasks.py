@@ -15,7 +15,8 @@ from rich.console import Console
 from lightning_rkd import study
 from lightning_rkd.comparison.plan import TAUGHT, TEACHER, Comparison, Network, folder_of
 from lightning_rkd.progress import Line, clock, display
-from lightning_rkd.study import Config, Run
+from lightning_rkd.settings import Config, with_settings
+from lightning_rkd.study import Run
 from lightning_rkd.workers import Message, Worker, closing, threads_each
 
 LOG = "log.txt"
@@ -130,7 +131,7 @@ def _filling(comparison: Comparison, network: Network, seed: int) -> Task:
     name = f"cache {hashlib.sha256(data.encode()).hexdigest()[:8]}" + (f" of seed {seed}" if views else "")
     student = comparison.teacher.config["model"]["init_args"]["student"]
     teacher = {"class_path": "Teacher", "init_args": {"network": student}}
-    config = study.with_settings(network.config, {TAUGHT: teacher})
+    config = with_settings(network.config, {TAUGHT: teacher})
     return Task("the teacher's cache", seed, config, name, TEACHER, name, fills=True)
 
 

@@ -16,6 +16,7 @@ import torch
 from lightning_rkd import study
 from lightning_rkd.data.indices import opened, root_size
 from lightning_rkd.provenance import hardware
+from lightning_rkd.settings import with_settings
 from lightning_rkd.study import Run
 from lightning_rkd.teachers import Teacher
 from lightning_rkd.teachers.filling import fill
@@ -64,7 +65,7 @@ def _train(task: dict[str, Any], report: Report) -> None:
 
 def _fill(task: dict[str, Any], report: Report) -> None:
     folder = Path(task["folder"])
-    cli = study.prepare(study.with_settings(task["config"], task["paths"]), folder, task["seed"], images=_LOADED)
+    cli = study.prepare(with_settings(task["config"], task["paths"]), folder, task["seed"], images=_LOADED)
     distiller, device = cli.model.distiller, cli.trainer.strategy.root_device
     teacher = distiller.teacher
     assert isinstance(teacher, Teacher)

@@ -12,7 +12,8 @@ import yaml
 
 from lightning_rkd import cli, recipes
 from lightning_rkd.export import load
-from lightning_rkd.study import run, with_settings, with_steps
+from lightning_rkd.settings import with_settings, with_steps
+from lightning_rkd.study import run
 
 
 @pytest.fixture(scope="module")

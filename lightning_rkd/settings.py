@@ -1,0 +1,60 @@
+"""Changing the configuration of a run before it is read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+Config = dict[str, Any]
+"""A configuration of ``lightning-rkd fit``, as it would be read from YAML."""
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """A copy with some entries changed, named by their dotted paths.
+
+    As on the command line, ``init_args`` may be left out where there is a ``class_path``.
+
+    Example:
+        >>> with_settings({"trainer": {"max_steps": 5}}, {"trainer.max_steps": 9, "data.init_args.seed": 1})
+        {'trainer': {'max_steps': 9}, 'data': {'init_args': {'seed': 1}}}
+        >>> with_settings({"data": {"class_path": "GlyphDataModule"}}, {"data.seed": 1})
+        {'data': {'class_path': 'GlyphDataModule', 'init_args': {'seed': 1}}}
+    """
+    changed = copy.deepcopy(config)
+    for path, value in settings.items():
+        *parents, last = path.split(".")
+        place = changed
+        for parent in parents:
+            place = _entry(place, parent).setdefault(parent, {})
+        _entry(place, last)[last] = copy.deepcopy(value)
+    return changed
+
+
+def _entry(place: Config, name: str) -> Config:
+    """Where ``name`` stands: among the arguments of a class, or here."""
+    own = name in ("class_path", "init_args", "dict_kwargs")
+    arguments: Config = place if own or "class_path" not in place else place.setdefault("init_args", {})
+    return arguments
+
+
+def with_steps(config: Config, steps: int) -> Config:
+    """A copy that trains for a number of steps; a schedule that is told its length is told this one.
+
+    The steps are divided into epochs of about 50, as there is a checkpoint at the end of each.
+
+    Example:
+        >>> with_steps({"model": {}}, 200)
+        {'model': {}, 'trainer': {'max_epochs': 4}, 'data': {'init_args': {'batches_per_epoch': 50}}}
+    """
+    epochs = next(n for n in range(max(1, steps // 50), 0, -1) if steps % n == 0)
+    settings: dict[str, Any] = {"trainer.max_epochs": epochs, "data.init_args.batches_per_epoch": steps // epochs}
+    model = config["model"].get("init_args", {})
+    schedule = (model.get("lr_scheduler") or {}).get("init_args", {})
+    length = steps if model.get("lr_interval") == "step" else epochs
+    settings |= {
+        f"model.init_args.lr_scheduler.init_args.{name}": length
+        for name in ("total_steps", "T_max")
+        if name in schedule
+    }
+    return with_settings(config, settings)
