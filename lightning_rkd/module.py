@@ -228,7 +228,7 @@ class DistillationModule(pl.LightningModule):
             logged["train/task"] = task
             parts.append(weight_at(self.task_weight, self.current_epoch) * task)
         self.distiller.look_at_losses(logged, self.global_step)
-        if terms and (self.balance is not None or self.looks_at_gradients):
+        if terms and (self.balance is not None or self._looks_at_gradients):
             logged |= self._weigh(terms, parts[0], shown)
         loss = torch.stack([*parts, *terms.values()]).sum()
         self.log("train/loss", loss.detach(), prog_bar=True)
@@ -236,7 +236,7 @@ class DistillationModule(pl.LightningModule):
         return loss
 
     @property
-    def looks_at_gradients(self) -> bool:
+    def _looks_at_gradients(self) -> bool:
         """Whether this step logs them."""
         logs = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         return self.log_gradients and logs

@@ -110,12 +110,17 @@ def _config_of(run: Path) -> Path:
     return max(logged, key=lambda path: path.stat().st_mtime_ns)
 
 
-def _student(description: dict[str, Any]) -> dict[str, Any]:
-    """The student of a configuration with whole class paths, also where it was written by hand with short names."""
+def _parsed(base: type, name: str, description: dict[str, Any]) -> tuple[jsonargparse.ArgumentParser, Any]:
+    """A part of a configuration, understood as ``fit`` does: short names of classes are known."""
     import_public_classes()
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(torch.nn.Module, "student")
-    parsed = parser.parse_object({"student": description})
+    parser.add_subclass_arguments(base, name)
+    return parser, parser.parse_object({name: description})
+
+
+def _student(description: dict[str, Any]) -> dict[str, Any]:
+    """The student of a configuration with whole class paths, also where it was written by hand with short names."""
+    parser, parsed = _parsed(torch.nn.Module, "student", description)
     student: dict[str, Any] = yaml.safe_load(parser.dump(parsed))["student"]
     return student
 
@@ -161,11 +166,8 @@ def _input(
 
 
 def _data(config: dict[str, Any]) -> ImageDataModule:
-    import_public_classes()
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(ImageDataModule, "data")
-    built = parser.instantiate_classes(parser.parse_object({"data": config}))
-    data: ImageDataModule = built.data
+    parser, parsed = _parsed(ImageDataModule, "data", config)
+    data: ImageDataModule = parser.instantiate_classes(parsed).data
     return data
 
 

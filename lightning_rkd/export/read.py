@@ -82,8 +82,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         ours = config["made_by"] == "lightning-rkd export" and {"files", "network"} <= config.keys()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(path)!r} is not the {CONFIG} of an exported student") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        ours = False
     if not ours:
         raise ValueError(f"{str(path)!r} is not the {CONFIG} of an exported student")
     return config

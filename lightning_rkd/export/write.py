@@ -29,12 +29,16 @@ FORMATS = {"safetensors": WEIGHTS, "torch": "student.pt2", "onnx": "student.onnx
 """File by format."""
 
 CARD = "README.md"
+"""The model card."""
 
 TOLERANCE = 1e-4
 """How far an exported program may be from the student: largest difference, in units of its largest output."""
 
 BATCHES = (1, 2, 7)
 """Sizes of the random batches on which they are compared."""
+
+Program = Callable[[Tensor], Tensor]
+"""What was exported, called on a batch."""
 
 
 class ExportError(RuntimeError):
@@ -99,8 +103,9 @@ def export(
     Raises:
         FileExistsError: The folder holds something else, or an earlier export.
         ImportError: ONNX was asked for, and its packages are not installed.
-        ValueError: An unknown format, or a description that does not build this network.
-        ExportError: No format succeeded, or an exported program gives other numbers.
+        ValueError: An unknown format, a description that does not build this network, or a network that gives NaN on
+            random inputs.
+        ExportError: No format succeeded, or what was written gives other numbers.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -114,14 +119,13 @@ def export(
     network = getattr(network, "_orig_mod", network)  # of a compiled one
     network = copy.deepcopy(network).cpu().eval().requires_grad_(False)
     example = example[:1].detach().cpu()
-    if build is not None:
-        _check_build(build, network)
+    again = copy.deepcopy(network) if build is None else _built(build, network)
     outputs = _outputs(network, example)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as part:
         place = Path(part, "export")
         place.mkdir()
-        differences, failed = _write_formats(network, example, place, formats, build)
+        differences, failed = _write_formats(network, again, example, place, formats)
         facts = facts or Facts()
         config = {
             "made_by": "lightning-rkd export",
@@ -158,15 +162,11 @@ def _put(place: Path, folder: Path) -> None:
 
 
 def _write_formats(
-    network: nn.Module,
-    example: Tensor,
-    place: Path,
-    formats: Sequence[str],
-    build: Mapping[str, Any] | None,
+    network: nn.Module, again: nn.Module, example: Tensor, place: Path, formats: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Write all, each verified; what could not be exported is told by format."""
-    writers: dict[str, Callable[..., Any]] = {
-        "safetensors": partial(_write_safetensors, build),
+    """Write all, each verified; what could not be exported is told by format. ``again`` is what weights go into."""
+    writers: dict[str, Callable[[nn.Module, Tensor, Path], Program]] = {
+        "safetensors": partial(_write_safetensors, again),
         "torch": _write_torch,
         "onnx": _write_onnx,
     }
@@ -178,7 +178,7 @@ def _write_formats(
         path = place / FORMATS[name]
         try:
             with _quiet():
-                program = _running(name, writers[name](network, example, path))
+                program = writers[name](network, example, path)
                 difference = _difference(network, program, example)
         except ExportError as error:
             failed[name] = str(error)
@@ -186,8 +186,8 @@ def _write_formats(
             continue
         if not difference <= TOLERANCE:
             cure = f"leave the format {name!r} out"
-            if name == "safetensors" and build is not None:
-                cure = f"build describes a {build['class_path']} that computes something else"
+            if name == "safetensors":
+                cure = "what build describes computes something else"
             raise ExportError(
                 f"{path.name} gives other numbers than the student: they differ by {difference:.1e} of its largest "
                 f"output, and {TOLERANCE:.0e} is allowed. Nothing was written; {cure}"
@@ -199,36 +199,32 @@ def _write_formats(
     return differences, failed
 
 
-def _running(name: str, program: Any) -> Any:
-    """The program, whose failure is that of its format."""
-    if name == "safetensors":
-        return program
+def _running(program: Program) -> Program:
+    """A program whose failure is that of its format."""
 
     def run(x: Tensor) -> Tensor:
         try:
-            outputs: Tensor = program(x)
+            return program(x)
         except Exception as error:  # a guard of the trace, a missing kernel, a dtype that NumPy does not know
             raise ExportError(f"its program does not run on a batch of {len(x)}: {_first_line(error)}") from error
-        return outputs
 
     return run
 
 
-def _write_safetensors(build: Mapping[str, Any] | None, network: nn.Module, example: Tensor, path: Path) -> nn.Module:
+def _write_safetensors(again: nn.Module, network: nn.Module, example: Tensor, path: Path) -> Program:
     tensors = {name: x.contiguous().clone() for name, x in network.state_dict().items()}
     save_file(tensors, path)
-    again = copy.deepcopy(network) if build is None else build_network(dict(build)).eval()
     fill(again, load_file(path))
     return again
 
 
-def _write_torch(network: nn.Module, example: Tensor, path: Path) -> Any:
+def _write_torch(network: nn.Module, example: Tensor, path: Path) -> Program:
     program = _program(network, example)
     torch.export.save(program, path)
-    return torch.export.load(path).module()
+    return _running(torch.export.load(path).module())
 
 
-def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> Any:
+def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> Program:
     program = _program(network, example)
     try:
         torch.onnx.export(
@@ -250,7 +246,7 @@ def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> Any:
     except Exception as error:  # onnxruntime has kinds of its own
         raise ExportError(f"onnxruntime cannot run this network: {_first_line(error)}") from error
     (name,) = (given.name for given in session.get_inputs())
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+    return _running(lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]))
 
 
 def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
@@ -265,7 +261,7 @@ def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgra
         ) from error
 
 
-def _difference(network: nn.Module, program: Any, example: Tensor) -> float:
+def _difference(network: nn.Module, program: Program, example: Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for size in BATCHES:
@@ -327,14 +323,15 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _check_build(build: Mapping[str, Any], network: nn.Module) -> None:
-    made = build_network(dict(build)).state_dict()
-    own = network.state_dict()
+def _built(build: Mapping[str, Any], network: nn.Module) -> nn.Module:
+    again = build_network(dict(build)).eval()
+    made, own = again.state_dict(), network.state_dict()
     if {name: x.shape for name, x in made.items()} != {name: x.shape for name, x in own.items()}:
         other = next(
             name for name in [*own, *made] if name not in made or name not in own or made[name].shape != own[name].shape
         )
         raise ValueError(f"build describes another network than the one that is exported: they differ in {other!r}")
+    return again
 
 
 @contextmanager

@@ -299,7 +299,7 @@ class MHGDModule(DistillationModule):
         loss = (weighted + distillation).detach()
         logged = {"train/task": task.detach(), **{f"distill/{name}": v.detach() for name, v in terms.items()}}
         self.distiller.look_at_losses(logged, self.global_step)
-        if self.looks_at_gradients:
+        if self._looks_at_gradients:
             logged |= self._weigh(terms, weighted, shown)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict(logged)
