@@ -308,6 +308,8 @@ def _check_formats(formats: Sequence[str]) -> None:
 def _check_folder(folder: Path, overwrite: bool) -> None:
     if folder.is_file():
         raise FileExistsError(f"{str(folder)!r} is a file; choose a folder")
+    if folder == Path.cwd():
+        raise FileExistsError(f"{str(folder)!r} is the folder you are in, and would be replaced; name another")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     try:

@@ -199,6 +199,17 @@ def test_what_lies_in_the_folder_is_not_lost(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "serve.py").read_text() == "mine"
 
 
+def test_the_folder_one_is_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match="the folder you are in"):
+        export(nn.Linear(3, 2), torch.zeros(1, 3), ".", formats=["safetensors"])
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    done = export(nn.Linear(3, 2), torch.zeros(1, 3), "link", formats=["safetensors"])
+    assert done.folder == tmp_path.resolve() / "there"
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_an_earlier_export_comes_back_where_the_new_one_cannot_be_put(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
