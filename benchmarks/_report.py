@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_rkd.provenance import commit, hardware
+from lightning_rkd.utils.provenance import commit, hardware
 
 
 class Report:

@@ -24,9 +24,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd import RKD, CachedTeacher, DistillationModule, RKDDistance
-from lightning_rkd.records import Batch
-from lightning_rkd.teachers import Teacher
-from lightning_rkd.teachers.filling import fill
+from lightning_rkd.distillation.teachers import Teacher
+from lightning_rkd.distillation.teachers.cache_writer import fill
+from lightning_rkd.utils.types import Batch
 
 
 class Timed(pl.Callback):

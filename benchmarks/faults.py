@@ -40,12 +40,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_rkd import files, study
-from lightning_rkd.cli import main as command
-from lightning_rkd.commands import demo
+from lightning_rkd.cli.commands import demo
+from lightning_rkd.cli.experiments import runs as study
+from lightning_rkd.cli.main import main as command
+from lightning_rkd.cli.trainer import check_checkpoint
+from lightning_rkd.distillation.teachers import load_weights
 from lightning_rkd.models import ConvNet
-from lightning_rkd.teachers import load_weights
-from lightning_rkd.training import check_checkpoint
+from lightning_rkd.utils import files
 
 PAGE = Path(__file__).parents[1] / "docs" / "faults.md"
 LIMIT = 600.0  # seconds after which a process that has not ended counts as hanging
@@ -399,7 +400,7 @@ def ranks_run(folder: str, *more: str, early: bool = False) -> tuple[int | None,
     """Train on two processes: exit code, and seconds from the failure to the end of the last process."""
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", *more]
     # a file: Lightning starts the second rank as the first one was started
-    Path("command.py").write_text("import sys; from lightning_rkd.cli import main; sys.exit(main())")
+    Path("command.py").write_text("import sys; from lightning_rkd.cli.main import main; sys.exit(main())")
     Path("failed").unlink(missing_ok=True)
     with Path(f"{folder}.log").open("ab") as log:
         process = subprocess.Popen(

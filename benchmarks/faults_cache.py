@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from lightning_rkd.cli import main as command
+from lightning_rkd.cli.main import main as command
+from lightning_rkd.distillation.teachers import CachedTeacher, CacheError
+from lightning_rkd.distillation.teachers.cache_format import MANIFEST, shard_name
 from lightning_rkd.models import ConvNet
-from lightning_rkd.teachers import CachedTeacher, CacheError
-from lightning_rkd.teachers.shards import MANIFEST, shard_name
 
 PAGE = Path(__file__).parents[1] / "docs" / "faults.md"
 TITLE = "## The cache of a teacher"
@@ -118,7 +118,7 @@ def damage(count: int, rng: random.Random) -> list[str]:
 
 
 def rows_of(rows: torch.Tensor) -> torch.Tensor:
-    from lightning_rkd.records import Batch
+    from lightning_rkd.utils.types import Batch
 
     shown = CachedTeacher("whole").lessons(Batch(None, indices=rows))[0].shown[""].embedding
     assert shown is not None

@@ -37,14 +37,14 @@ import torch
 import yaml
 
 import lightning_rkd.losses
-from lightning_rkd import recipes
+from lightning_rkd.cli import recipes
+from lightning_rkd.cli.experiments.runs import embed, train
+from lightning_rkd.cli.experiments.settings import with_settings
+from lightning_rkd.distillation.teachers import Lesson, Teacher
 from lightning_rkd.losses import LossSum, RelationalLoss, Term
 from lightning_rkd.losses.base import NonFiniteError
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
-from lightning_rkd.records import Batch, Outputs
-from lightning_rkd.settings import with_settings
-from lightning_rkd.study import embed, train
-from lightning_rkd.teachers import Lesson, Teacher
+from lightning_rkd.utils.types import Batch, Outputs
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "losses_on_glyphs.md"
@@ -145,10 +145,10 @@ class Kept:
         key = hashlib.sha1(batch.inputs.numpy().tobytes()).hexdigest()
         if key not in self.known:
             shown = self.teacher(batch, calls)
-            self.known[key] = shown["embedding"].embedding, shown["logits"].logits, shown["maps"].maps
+            self.known[key] = shown["embedding"].embedding, shown["logits"].logits, shown["feature_maps"].feature_maps
             self.new = True
         everything = Outputs(*self.known[key], self._classifier())
-        return [Lesson(dict.fromkeys(("embedding", "logits", "maps", "classifier"), everything))]
+        return [Lesson(dict.fromkeys(("embedding", "logits", "feature_maps", "classifier"), everything))]
 
     def _classifier(self) -> tuple[Any, Any]:
         layer = self.teacher.network.classifier

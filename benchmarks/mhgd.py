@@ -30,16 +30,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
-from lightning_rkd import losses, recipes
-from lightning_rkd.data.base import ImageDataModule
-from lightning_rkd.data.folder import ImageFolderDataModule
+from lightning_rkd import losses
+from lightning_rkd.cli import recipes
+from lightning_rkd.cli.experiments.runs import train
+from lightning_rkd.cli.experiments.settings import with_settings
+from lightning_rkd.data.datamodules.base import ImageDataModule
+from lightning_rkd.data.datamodules.folder import ImageFolderDataModule
+from lightning_rkd.distillation.teachers import Teacher
+from lightning_rkd.functional.singular import positions, right_singular_vectors
 from lightning_rkd.models import Classified, ConvNet
 from lightning_rkd.models.heads import count_parameters
-from lightning_rkd.records import Batch
-from lightning_rkd.relations.singular import positions, right_singular_vectors
-from lightning_rkd.settings import with_settings
-from lightning_rkd.study import train
-from lightning_rkd.teachers import Teacher
+from lightning_rkd.utils.types import Batch
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "mhgd_on_cifar100.md"
@@ -130,7 +131,7 @@ def vectors(network: Teacher, loader: Iterable[Any]) -> list[Tensor]:
     """The first singular vectors of the teacher's stages."""
     parts = []
     for images, _ in loader:
-        maps = network(Batch(inputs=images))[""].maps or []
+        maps = network(Batch(inputs=images))[""].feature_maps or []
         parts.append([right_singular_vectors(positions(m)).squeeze(2) for m in maps])
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
@@ -181,8 +182,8 @@ def graphs(args: argparse.Namespace) -> Row:
     def maps(side: dict[str, Any], layer: dict[str, Any], folder: Path) -> list[list[Tensor]]:
         backbone = ConvNet(**side["init_args"]["backbone"]["init_args"])
         network = Teacher(Classified(backbone, args.classes), folder / "last.ckpt")
-        network.attach(layer["maps"])
-        return [network(Batch(inputs=images))[""].maps or [] for images, _ in mixed(data)]
+        network.attach(layer["feature_maps"])
+        return [network(Batch(inputs=images))[""].feature_maps or [] for images, _ in mixed(data)]
 
     model = config["model"]["init_args"]
     expected = maps(model["teacher"]["init_args"]["network"], model["teacher_layer"], args.out / "teacher")

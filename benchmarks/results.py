@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 import lightning_rkd.losses
-from lightning_rkd.paired import Difference, paired_difference
+from lightning_rkd.utils.statistics import Difference, paired_difference
 
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "benchmarks" / "results"

@@ -25,8 +25,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lightning_rkd.distributed import gather_rows
 from lightning_rkd.metrics import EmbeddingRetrieval, RelationalAgreement
+from lightning_rkd.utils.distributed import gather_rows
 
 WIDTH, PER_CLASS, PIECE = 128, 10, 500
 METRICS = ("EmbeddingRetrieval", "RelationalAgreement")

@@ -25,9 +25,9 @@ from _report import Report, resident_peak
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd import kernels
+from lightning_rkd.functional import _kernels as kernels
+from lightning_rkd.functional import angles, distances
 from lightning_rkd.losses.rkd import rkd_angle, rkd_distance
-from lightning_rkd.relations import angles, distances
 
 SEED, STUDENT_DIM, TEACHER_DIM = 0, 128, 512
 FLOPS = 21  # of the GPU kernels for a triplet, multiplications and additions that are fused counted as two
@@ -172,7 +172,7 @@ def growth(report: Report, sizes: list[int]) -> list[tuple[int, float, float]]:
 
 def large(report: Report, sizes: list[int]) -> None:
     """RKD-DA on a GPU: the whole of it, the kernels alone, and their share of what the chip can do."""
-    from lightning_rkd.kernels import angle_cuda
+    from lightning_rkd.functional._kernels import angle_cuda
 
     clock_mhz = float(_ask_driver("clocks.max.sm"))
     peak_flops = 2 * LANES * torch.cuda.get_device_properties(0).multi_processor_count * clock_mhz * 1e6

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from lightning_rkd import DistillationModule
 from lightning_rkd.data import ImageDataModule
-from lightning_rkd.data.base import LabelledImages
+from lightning_rkd.data.datamodules.base import LabelledImages
 from lightning_rkd.losses import RKD
 from lightning_rkd.models import CIFARResNet, Classified
 

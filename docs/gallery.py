@@ -11,8 +11,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import lightning_rkd.experimental
 import lightning_rkd.losses
-import lightning_rkd.schemes
+import lightning_rkd.modules
 from lightning_rkd.losses import Card, LossSum, RelationalLoss, Term
 
 PAGE = Path(__file__).parent / "losses.md"
@@ -45,7 +46,8 @@ NOT_SHIPPED: dict[str, str] = {
 
 def losses() -> dict[str, type[Any]]:
     """The exported losses, in alphabetical order whatever the case."""
-    found = {name: getattr(lightning_rkd.losses, name) for name in lightning_rkd.losses.__all__}
+    packages = (lightning_rkd.losses, lightning_rkd.experimental)
+    found = {name: getattr(package, name) for package in packages for name in package.__all__}
     base = (RelationalLoss, Term, LossSum)
     kept = {n: c for n, c in found.items() if inspect.isclass(c) and issubclass(c, RelationalLoss) and c not in base}
     return dict(sorted(kept.items(), key=lambda item: item[0].lower()))
@@ -53,8 +55,10 @@ def losses() -> dict[str, type[Any]]:
 
 def schemes() -> dict[str, type[Any]]:
     """The exported training schemes."""
-    found = {name: getattr(lightning_rkd.schemes, name) for name in lightning_rkd.schemes.__all__}
-    return {name: c for name, c in sorted(found.items()) if inspect.isclass(c) and getattr(c, "card", None)}
+    packages = (lightning_rkd.modules, lightning_rkd.experimental)
+    found = {name: getattr(package, name) for package in packages for name in package.__all__}
+    kept = {n: c for n, c in found.items() if inspect.isclass(c) and not issubclass(c, RelationalLoss)}
+    return {name: c for name, c in sorted(kept.items()) if getattr(c, "card", None)}
 
 
 def summary(cls: type[Any]) -> str:
@@ -89,7 +93,7 @@ def reads(cls: type[Any]) -> str:
 
 def needs(cls: type[Any]) -> str:
     """What a loss asks for beside both outputs, optional things in brackets; and the sizes it must know."""
-    asked = [name if name in cls.required else f"({name})" for name in sorted(cls.needs - {"anchors"})]
+    asked = [name if name in cls.required else f"({name})" for name in sorted(cls.needs - {"shard"})]
     sizes = [name for name in cls._wants if name == "num_samples"]
     return ", ".join([*asked, *sizes]) or "nothing"
 
@@ -115,7 +119,7 @@ def entry(name: str, cls: type[Any]) -> str:
         facts["reads"] = reads(cls)
         facts["needs"] = needs(cls)
         facts["unchanged by"] = ", ".join(sorted(cls.invariances)) or "nothing in particular"
-        facts["relates samples"] = "yes" if cls.across_samples else "no: a mean over samples"
+        facts["relates samples"] = "yes" if cls.gather else "no: a mean over samples"
         facts["tensors of its own"] = "yes" if own else "no"
     lines = [f"### {name}", "", summary(cls), ""]
     if tex := equation(cls):

@@ -21,16 +21,17 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).parents[1]
 
 PACKAGES = {
-    "lightning_rkd": "Modules and callbacks",
+    "lightning_rkd": "Callbacks and the rest of the top level",
     "lightning_rkd.losses": "Losses",
-    "lightning_rkd.schemes": "Schemes",
+    "lightning_rkd.modules": "Modules",
+    "lightning_rkd.experimental": "Experimental",
     "lightning_rkd.metrics": "Metrics",
-    "lightning_rkd.teachers": "Teachers",
+    "lightning_rkd.distillation.teachers": "Teachers",
     "lightning_rkd.data": "Data",
     "lightning_rkd.models": "Models",
     "lightning_rkd.plots": "Plots",
     "lightning_rkd.export": "Export",
-    "lightning_rkd.relations": "Relations",
+    "lightning_rkd.functional": "Relations",
 }
 """Whose public names are the reference."""
 
@@ -94,7 +95,7 @@ def public(package: str) -> list[str]:
     True
     """
     module = import_module(package)
-    if package == "lightning_rkd.relations":
+    if package == "lightning_rkd.functional":
         files = sorted(path.stem for path in Path(str(module.__file__)).parent.glob("[a-z]*.py"))
         return [f"{package}.{name}" for name in files]
     found = [getattr(module, name) for name in sorted(getattr(module, "__all__", vars(module)), key=str.lower)]

@@ -1,66 +1,76 @@
 """Relational knowledge distillation for PyTorch Lightning: a small student learns the geometry of a big teacher.
 
-The names below are loaded when they are first used, so that a loss or a metric costs no more than PyTorch.
+Public names are loaded when they are first used, so that a loss or a metric alone imports little more than PyTorch.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what type checkers and editors read
-    from lightning_rkd.callbacks.distillation import RelationalDistillation
-    from lightning_rkd.callbacks.pictures import Pictures
-    from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
-    from lightning_rkd.data.indices import with_indices
-    from lightning_rkd.data.sampling import PKBatchSampler
-    from lightning_rkd.losses.base import RelationalLoss
-    from lightning_rkd.losses.rkd import RKD, RKDAngle, RKDDistance
-    from lightning_rkd.metrics.agreement import RelationalAgreement
-    from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
-    from lightning_rkd.module import DistillationModule
-    from lightning_rkd.taps import Tap
-    from lightning_rkd.teachers import CachedTeacher, EnsembleTeacher, Teacher
+from lightning_rkd.utils.imports import lazy_attributes
+
+if TYPE_CHECKING:
+    from lightning_rkd.callbacks.distillation import RelationalDistillation as RelationalDistillation
+    from lightning_rkd.callbacks.figures import Pictures as Pictures
+    from lightning_rkd.callbacks.retrieval import RetrievalEvaluation as RetrievalEvaluation
+    from lightning_rkd.data.indexing import with_indices as with_indices
+    from lightning_rkd.data.samplers.pk import PKBatchSampler as PKBatchSampler
+    from lightning_rkd.distillation.distiller import Distiller as Distiller
+    from lightning_rkd.distillation.features import Tap as Tap
+    from lightning_rkd.distillation.teachers import CachedTeacher as CachedTeacher
+    from lightning_rkd.distillation.teachers import EnsembleTeacher as EnsembleTeacher
+    from lightning_rkd.distillation.teachers import Teacher as Teacher
+    from lightning_rkd.losses.base import RelationalLoss as RelationalLoss
+    from lightning_rkd.losses.rkd import RKD as RKD
+    from lightning_rkd.losses.rkd import RKDAngle as RKDAngle
+    from lightning_rkd.losses.rkd import RKDDistance as RKDDistance
+    from lightning_rkd.metrics.agreement import RelationalAgreement as RelationalAgreement
+    from lightning_rkd.metrics.retrieval import EmbeddingRetrieval as EmbeddingRetrieval
+    from lightning_rkd.modules.distillation import DistillationModule as DistillationModule
 
     __version__: str
-else:  # what Python runs (PEP 562)
-    _HOMES = {
-        "CachedTeacher": "teachers",
-        "DistillationModule": "module",
-        "EmbeddingRetrieval": "metrics.retrieval",
-        "EnsembleTeacher": "teachers",
-        "PKBatchSampler": "data.sampling",
-        "Pictures": "callbacks.pictures",
-        "RKD": "losses.rkd",
-        "RKDAngle": "losses.rkd",
-        "RKDDistance": "losses.rkd",
-        "RelationalAgreement": "metrics.agreement",
-        "RelationalDistillation": "callbacks.distillation",
-        "RelationalLoss": "losses.base",
-        "RetrievalEvaluation": "callbacks.retrieval",
-        "Tap": "taps",
-        "Teacher": "teachers",
-        "with_indices": "data.indices",
-    }
 
-    def __getattr__(name):
-        if name == "__version__":
-            from importlib.metadata import version
+_HOMES = {
+    "CachedTeacher": "distillation.teachers",
+    "DistillationModule": "modules.distillation",
+    "Distiller": "distillation.distiller",
+    "EmbeddingRetrieval": "metrics.retrieval",
+    "EnsembleTeacher": "distillation.teachers",
+    "PKBatchSampler": "data.samplers.pk",
+    "Pictures": "callbacks.figures",
+    "RKD": "losses.rkd",
+    "RKDAngle": "losses.rkd",
+    "RKDDistance": "losses.rkd",
+    "RelationalAgreement": "metrics.agreement",
+    "RelationalDistillation": "callbacks.distillation",
+    "RelationalLoss": "losses.base",
+    "RetrievalEvaluation": "callbacks.retrieval",
+    "Tap": "distillation.features",
+    "Teacher": "distillation.teachers",
+    "with_indices": "data.indexing",
+}
 
-            value = version("lightning-rkd")
-        elif name in _HOMES:
-            from importlib import import_module
+_load, _ = lazy_attributes(__name__, _HOMES)
 
-            value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-        else:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = value  # asked once
-        return value
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lightning-rkd")
+    value = globals()[name] = _load(name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [
     "RKD",
     "CachedTeacher",
     "DistillationModule",
+    "Distiller",
     "EmbeddingRetrieval",
     "EnsembleTeacher",
     "PKBatchSampler",
@@ -76,7 +86,3 @@ __all__ = [
     "__version__",
     "with_indices",
 ]
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

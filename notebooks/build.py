@@ -20,7 +20,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from lightning_rkd.files import write_whole
+from lightning_rkd.utils.files import write_whole
 
 HERE = Path(__file__).parent
 SOURCES = HERE / "src"

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.ranks import Ranks
+from tests.harness.ranks import Ranks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_rkd import cli, recipes
-from lightning_rkd.comparison import plan
+from lightning_rkd.cli import main as cli
+from lightning_rkd.cli import recipes
+from lightning_rkd.cli.experiments import plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md"))

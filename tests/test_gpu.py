@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rkd import DistillationModule, RelationalDistillation, kernels
+from lightning_rkd import DistillationModule, RelationalDistillation
+from lightning_rkd.functional import _kernels as kernels
+from lightning_rkd.functional.angles import angle_loss
+from lightning_rkd.functional.distances import squared_distances
 from lightning_rkd.losses import MHGD, RKD
 from lightning_rkd.losses.parts.memory import MemoryBank
 from lightning_rkd.metrics import EmbeddingRetrieval, RelationalAgreement
-from lightning_rkd.relations.angles import angle_loss
-from lightning_rkd.relations.distances import squared_distances
 from tests.losses.test_contract import Sample, context, every_loss, side
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

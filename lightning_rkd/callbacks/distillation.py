@@ -13,18 +13,23 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_rkd.callbacks._guest import Guest, join_optimizer, losses_with_tensors
-from lightning_rkd.callbacks._patch import MethodPatch, open_batches
-from lightning_rkd.data.indices import opened, samples_of
-from lightning_rkd.distiller import Distiller
-from lightning_rkd.distributed import data_parallel_group
-from lightning_rkd.hosting import keep_from_ddp, refuse_averages, refuse_lbfgs, refuse_unsynchronised
+from lightning_rkd.callbacks.attached_losses import AttachedLosses, join_optimizer, losses_with_tensors
+from lightning_rkd.callbacks.method_patch import MethodPatch, unwrap_batches
+from lightning_rkd.data.indexing import samples_of, to_batch
+from lightning_rkd.distillation.distiller import Distiller
+from lightning_rkd.distillation.features import CaptureError, Layer, LayerNotFoundError, find_layer
+from lightning_rkd.distillation.finite_checks import refuse_broken_weights
+from lightning_rkd.distillation.lightning import (
+    keep_from_ddp,
+    number_training_batches,
+    refuse_averages,
+    refuse_lbfgs,
+    refuse_unsynchronised,
+)
+from lightning_rkd.distillation.teachers import BaseTeacher
 from lightning_rkd.losses.base import RelationalLoss, Weight, weight_at
-from lightning_rkd.plumbing import number_training_batches
-from lightning_rkd.records import Batch, Key, unpack
-from lightning_rkd.taps import CaptureError, Layer, LayerNotFoundError, find_layer
-from lightning_rkd.teachers import BaseTeacher
-from lightning_rkd.watch import refuse_broken_weights
+from lightning_rkd.utils.distributed import data_parallel_group
+from lightning_rkd.utils.types import Batch, Key, unpack
 
 _numbers = itertools.count()
 _DETACHED = {"_module": None, "_guest": None, "_prepared": False, "_batch": None, "_backwards": None}
@@ -47,19 +52,19 @@ class RelationalDistillation(pl.Callback):
     callbacks whose losses have the same names at the same layer must name them apart, ``loss={"a": ...}``.
 
     Args:
-        teacher: The teacher: a network, a :class:`~lightning_rkd.teachers.Teacher`, a
-            :class:`~lightning_rkd.teachers.CachedTeacher`, or an
-            :class:`~lightning_rkd.teachers.EnsembleTeacher` of several. It stays out of the module, its checkpoints and
+        teacher: The teacher: a network, a :class:`~lightning_rkd.Teacher`, a
+            :class:`~lightning_rkd.CachedTeacher`, or an
+            :class:`~lightning_rkd.EnsembleTeacher` of several. It stays out of the module, its checkpoints and
             its optimizers.
         loss: A loss, a sum such as ``25 * RKDDistance() + 50 * RKDAngle()``, or a dict of losses.
         student_layer: Where to read the student: a dotted path in the module, a function from module to submodule, a
-            :class:`~lightning_rkd.taps.Tap`, a list of paths (feature maps), or a dict of named taps.
+            :class:`~lightning_rkd.distillation.features.Tap`, a list of paths (feature maps), or a dict of named taps.
         teacher_layer: The same for the teacher; ``None`` reads the teacher's output.
         input_layer: A student layer whose inputs feed the teacher, call by call: for augmentation inside the step,
             several views, or steps that never see a batch. ``None`` feeds the teacher the batch's inputs.
         inputs: Key of the inputs in the batch; needed where the batch is a mapping, default the first entry.
         labels: Key of the labels; default the second entry of a sequence.
-        indices: Key of the sample indices; default those of :func:`~lightning_rkd.data.indices.with_indices`.
+        indices: Key of the sample indices; default those of :func:`~lightning_rkd.data.indexing.with_indices`.
         weight: Weight of all terms, a number or a function of the epoch.
         task_weight: Weight of the module's own loss, likewise.
         gather: Whether relations span the batches of all ranks (k devices then equal one big batch).
@@ -118,7 +123,7 @@ class RelationalDistillation(pl.Callback):
         self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
         self._number = next(_numbers)
         self._module: pl.LightningModule | None = None
-        self._guest: Guest | None = None
+        self._guest: AttachedLosses | None = None
         self._prepared = False
         self._undo: list[Callable[[], None]] = []
         self._batch: Any = None
@@ -129,7 +134,7 @@ class RelationalDistillation(pl.Callback):
         return self.__dict__ | _DETACHED | {"_undo": []}
 
     def unpack(self, batch: Any) -> Batch:
-        """Build the :class:`~lightning_rkd.records.Batch` of a step; override it for batches of another make."""
+        """Build the :class:`~lightning_rkd.utils.types.Batch` of a step; override it for batches of another make."""
         return unpack(batch, **self._keys)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -149,7 +154,7 @@ class RelationalDistillation(pl.Callback):
             if find_layer(pl_module, tap.layer) is pl_module:
                 raise ValueError("student_layer must name a layer inside the module, not the module itself")
         self._refuse_names_of_others(trainer)
-        self._undo = [MethodPatch.add(pl_module, "training_step", self._around_step), *open_batches(pl_module)]
+        self._undo = [MethodPatch.add(pl_module, "training_step", self._around_step), *unwrap_batches(pl_module)]
         if self.distiller.teacher_needs_indices and self._keys["indices"] is None:
             self._undo.append(number_training_batches(trainer))
         if not pl_module.automatic_optimization:
@@ -161,7 +166,7 @@ class RelationalDistillation(pl.Callback):
             callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
             earlier = itertools.takewhile(lambda callback: callback is not self, callbacks)
             refuse_averages(earlier, f"name the {type(self).__name__} callback before it")
-            self._guest = Guest(own)
+            self._guest = AttachedLosses(own)
             self._undo += [self._guest.move_in(pl_module), keep_from_ddp(pl_module)]
 
     @property
@@ -347,4 +352,4 @@ class RelationalDistillation(pl.Callback):
             return None
         if self.distiller.inputs is not None and not self.distiller.needs_rows:
             return None  # the layer's inputs are all there is to know
-        return opened(given, self.unpack)
+        return to_batch(given, self.unpack)

@@ -8,23 +8,23 @@ from typing import Any
 import lightning.pytorch as pl
 from torchmetrics import Metric
 
-from lightning_rkd.callbacks._patch import open_batches
-from lightning_rkd.data.indices import opened
-from lightning_rkd.evaluation import Evaluation
+from lightning_rkd.callbacks.method_patch import unwrap_batches
+from lightning_rkd.data.indexing import to_batch
+from lightning_rkd.distillation.evaluation import Evaluation
+from lightning_rkd.distillation.features import FeatureReader, Layer
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
-from lightning_rkd.records import Batch, Key, unpack
-from lightning_rkd.taps import Layer, Reader
+from lightning_rkd.utils.types import Batch, Key, unpack
 
 
 class RetrievalEvaluation(pl.Callback):
     """Feeds metrics with what a layer shows in validation and test, and logs ``val/<metric>`` and ``test/<metric>``.
 
     Over several ranks the rows that a distributed sampler repeats to pad its last batch are counted once: the sample
-    indices come from :func:`~lightning_rkd.data.indices.with_indices`, from the batch (``indices=``), or else from the
+    indices come from :func:`~lightning_rkd.data.indexing.with_indices`, from the batch (``indices=``), or else from the
     loader's sampler where its order is known.
 
     Args:
-        layer: Where to read the module, any form of :data:`~lightning_rkd.taps.Layer` that shows one embedding.
+        layer: Where to read the module, any form of ``Layer`` that shows one embedding.
         metric: A metric, or metrics by name; ``None`` is ``EmbeddingRetrieval()``.
         inputs: Key of the inputs in the batch; only needed where the batch is a mapping.
         labels: Key of the labels; default the second entry of a sequence.
@@ -53,7 +53,7 @@ class RetrievalEvaluation(pl.Callback):
         metric = EmbeddingRetrieval() if metric is None else metric
         self.metrics = metric if isinstance(metric, dict) else {"metric": metric}
         self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
-        self._reader = Reader(layer, "student")
+        self._reader = FeatureReader(layer, "student")
         self._undo: list[Callable[[], None]] = []
         self._evaluation: Evaluation | None = None
 
@@ -62,7 +62,7 @@ class RetrievalEvaluation(pl.Callback):
         return self.__dict__ | {"_undo": [], "_evaluation": None}
 
     def unpack(self, batch: Any) -> Batch:
-        """Build the :class:`~lightning_rkd.records.Batch` of a step; override it for batches of another make."""
+        """Build the :class:`~lightning_rkd.utils.types.Batch` of a step; override it for batches of another make."""
         return unpack(batch, **self._keys)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -71,7 +71,7 @@ class RetrievalEvaluation(pl.Callback):
         if stage == "predict":
             return
         self._reader.attach(pl_module)
-        self._undo = open_batches(pl_module)
+        self._undo = unwrap_batches(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the module as it was."""
@@ -144,8 +144,8 @@ class RetrievalEvaluation(pl.Callback):
 
     def _update(self, batch: Any, loader: int) -> None:
         assert self._evaluation is not None
-        taps, _ = self._reader.take()
-        self._evaluation.update(loader, next(iter(taps.values())), opened(batch, self.unpack))
+        taps, _ = self._reader.collect()
+        self._evaluation.update(loader, next(iter(taps.values())), to_batch(batch, self.unpack))
 
     def _end(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         assert self._evaluation is not None

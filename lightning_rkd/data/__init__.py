@@ -1,34 +1,73 @@
-"""Data modules, P-by-K batches, batch transforms, and loaders that say which sample is which."""
+"""Data modules, samplers, batch transforms, and loaders whose batches know their sample indices."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_rkd.utils.imports import lazy_attributes
 
 if TYPE_CHECKING:
-    from lightning_rkd.data.augment import Augment
-    from lightning_rkd.data.base import ImageDataModule
-    from lightning_rkd.data.cars import CarsDataModule
-    from lightning_rkd.data.cifar import CIFARDataModule
-    from lightning_rkd.data.crop import CentreCrop, Crop
-    from lightning_rkd.data.cub import CUBDataModule
-    from lightning_rkd.data.episodes import episode_sampler
-    from lightning_rkd.data.files import ImageFiles
-    from lightning_rkd.data.folder import ImageFolderDataModule
-    from lightning_rkd.data.glyphs import GlyphDataModule
-    from lightning_rkd.data.images import AugmentedSubset, ImageSet, QuerySubset
-    from lightning_rkd.data.in_shop import InShopDataModule
-    from lightning_rkd.data.indices import IndexedBatch, with_indices
-    from lightning_rkd.data.loader import ResumableLoader
-    from lightning_rkd.data.mini_imagenet import MiniImageNetDataModule
-    from lightning_rkd.data.mixup import MixUp
-    from lightning_rkd.data.official import OfficialDataModule
-    from lightning_rkd.data.omniglot import OmniglotDataModule
-    from lightning_rkd.data.online_products import OnlineProductsDataModule
-    from lightning_rkd.data.rotations import Rotations
-    from lightning_rkd.data.sampling import Draw, PKBatchSampler
-    from lightning_rkd.data.tiny_imagenet import TinyImageNetDataModule
-    from lightning_rkd.data.views import AugmentedViews
+    from lightning_rkd.data.datamodules.archived import OfficialDataModule as OfficialDataModule
+    from lightning_rkd.data.datamodules.base import ImageDataModule as ImageDataModule
+    from lightning_rkd.data.datamodules.cars import CarsDataModule as CarsDataModule
+    from lightning_rkd.data.datamodules.cifar import CIFARDataModule as CIFARDataModule
+    from lightning_rkd.data.datamodules.cub import CUBDataModule as CUBDataModule
+    from lightning_rkd.data.datamodules.folder import ImageFolderDataModule as ImageFolderDataModule
+    from lightning_rkd.data.datamodules.glyphs import GlyphDataModule as GlyphDataModule
+    from lightning_rkd.data.datamodules.in_shop import InShopDataModule as InShopDataModule
+    from lightning_rkd.data.datamodules.mini_imagenet import MiniImageNetDataModule as MiniImageNetDataModule
+    from lightning_rkd.data.datamodules.omniglot import OmniglotDataModule as OmniglotDataModule
+    from lightning_rkd.data.datamodules.online_products import OnlineProductsDataModule as OnlineProductsDataModule
+    from lightning_rkd.data.datamodules.tiny_imagenet import TinyImageNetDataModule as TinyImageNetDataModule
+    from lightning_rkd.data.datasets.files import ImageFiles as ImageFiles
+    from lightning_rkd.data.datasets.images import AugmentedSubset as AugmentedSubset
+    from lightning_rkd.data.datasets.images import ImageSet as ImageSet
+    from lightning_rkd.data.datasets.images import QuerySubset as QuerySubset
+    from lightning_rkd.data.indexing import IndexedBatch as IndexedBatch
+    from lightning_rkd.data.indexing import with_indices as with_indices
+    from lightning_rkd.data.loader import ResumableLoader as ResumableLoader
+    from lightning_rkd.data.samplers.episodes import episode_sampler as episode_sampler
+    from lightning_rkd.data.samplers.pk import Draw as Draw
+    from lightning_rkd.data.samplers.pk import PKBatchSampler as PKBatchSampler
+    from lightning_rkd.data.transforms.augment import Augment as Augment
+    from lightning_rkd.data.transforms.crop import CentreCrop as CentreCrop
+    from lightning_rkd.data.transforms.crop import Crop as Crop
+    from lightning_rkd.data.transforms.mixup import MixUp as MixUp
+    from lightning_rkd.data.transforms.rotations import Rotations as Rotations
+    from lightning_rkd.data.transforms.views import AugmentedViews as AugmentedViews
+
+_HOMES = {
+    "Augment": "transforms.augment",
+    "AugmentedSubset": "datasets.images",
+    "AugmentedViews": "transforms.views",
+    "CIFARDataModule": "datamodules.cifar",
+    "CUBDataModule": "datamodules.cub",
+    "CarsDataModule": "datamodules.cars",
+    "CentreCrop": "transforms.crop",
+    "Crop": "transforms.crop",
+    "Draw": "samplers.pk",
+    "GlyphDataModule": "datamodules.glyphs",
+    "ImageDataModule": "datamodules.base",
+    "ImageFiles": "datasets.files",
+    "ImageFolderDataModule": "datamodules.folder",
+    "ImageSet": "datasets.images",
+    "InShopDataModule": "datamodules.in_shop",
+    "IndexedBatch": "indexing",
+    "MiniImageNetDataModule": "datamodules.mini_imagenet",
+    "MixUp": "transforms.mixup",
+    "OfficialDataModule": "datamodules.archived",
+    "OmniglotDataModule": "datamodules.omniglot",
+    "OnlineProductsDataModule": "datamodules.online_products",
+    "PKBatchSampler": "samplers.pk",
+    "QuerySubset": "datasets.images",
+    "ResumableLoader": "loader",
+    "Rotations": "transforms.rotations",
+    "TinyImageNetDataModule": "datamodules.tiny_imagenet",
+    "episode_sampler": "samplers.episodes",
+    "with_indices": "indexing",
+}
+
+__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)
 
 __all__ = [
     "Augment",
@@ -60,44 +99,3 @@ __all__ = [
     "episode_sampler",
     "with_indices",
 ]
-
-_HOME = {
-    "Augment": "augment",
-    "AugmentedSubset": "images",
-    "AugmentedViews": "views",
-    "CIFARDataModule": "cifar",
-    "CUBDataModule": "cub",
-    "CarsDataModule": "cars",
-    "CentreCrop": "crop",
-    "Crop": "crop",
-    "Draw": "sampling",
-    "GlyphDataModule": "glyphs",
-    "ImageDataModule": "base",
-    "ImageFiles": "files",
-    "ImageFolderDataModule": "folder",
-    "ImageSet": "images",
-    "InShopDataModule": "in_shop",
-    "IndexedBatch": "indices",
-    "MiniImageNetDataModule": "mini_imagenet",
-    "MixUp": "mixup",
-    "OfficialDataModule": "official",
-    "OmniglotDataModule": "omniglot",
-    "OnlineProductsDataModule": "online_products",
-    "PKBatchSampler": "sampling",
-    "QuerySubset": "images",
-    "ResumableLoader": "loader",
-    "Rotations": "rotations",
-    "episode_sampler": "episodes",
-    "TinyImageNetDataModule": "tiny_imagenet",
-    "with_indices": "indices",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_rkd.data.sampling import PKBatchSampler
+from lightning_rkd.data.samplers.pk import PKBatchSampler
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader over a :class:`~lightning_rkd.data.sampling.PKBatchSampler` whose position is saved and restored.
+    """A loader over a :class:`~lightning_rkd.data.PKBatchSampler` whose position is saved and restored.
 
     Two things are added. Lightning finds ``state_dict`` and ``load_state_dict`` and keeps epoch and position in its
     checkpoints. And workers start with the first batch that is asked for, not with ``iter()``: a resuming Lightning

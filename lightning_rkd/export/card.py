@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from lightning_rkd.export.latency import Latency
-from lightning_rkd.provenance import hardware
+from lightning_rkd.utils.provenance import hardware
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The losses, one paper a file. Importing them costs no more than PyTorch."""
 
-from lightning_rkd.losses.aicsd import AICSD, AdaptiveWeight
 from lightning_rkd.losses.attention_transfer import AttentionTransfer
 from lightning_rkd.losses.base import Card, LossSum, NonFiniteError, RelationalLoss, Term
 from lightning_rkd.losses.correlation_congruence import CorrelationCongruence
@@ -28,12 +27,10 @@ from lightning_rkd.losses.similarity_preserving import SimilarityPreserving
 from lightning_rkd.losses.soft_target import SoftTarget
 from lightning_rkd.losses.srd import SRD
 from lightning_rkd.losses.stkd import STKD
-from lightning_rkd.losses.tanimoto import Tanimoto
 from lightning_rkd.losses.ttm import TTM, WTTM
 from lightning_rkd.losses.vkd import VkD
 
 __all__ = [
-    "AICSD",
     "CRCD",
     "CRD",
     "DIST",
@@ -50,7 +47,6 @@ __all__ = [
     "STKD",
     "TTM",
     "WTTM",
-    "AdaptiveWeight",
     "AttentionTransfer",
     "Card",
     "ClassSimilarityKD",
@@ -71,7 +67,6 @@ __all__ = [
     "SimilarityPreserving",
     "SoftDarkRank",
     "SoftTarget",
-    "Tanimoto",
     "Term",
     "VkD",
 ]

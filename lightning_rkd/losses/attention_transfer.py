@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_rkd.functional.scales import ordinary, power_of_two
+from lightning_rkd.functional.similarities import unit_rows
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.relations.scales import ordinary, power_of_two
-from lightning_rkd.relations.similarities import unit_rows
 
 
 def attention_map(features: Tensor, *, power: float = 2.0) -> Tensor:
@@ -115,8 +115,8 @@ class AttentionTransfer(RelationalLoss):
         tensor(1.)
     """
 
-    reads = "maps"
-    across_samples = False
+    reads = "feature_maps"
+    gather = False
     invariances = frozenset({"scale", "row scale"})
     bibtex: ClassVar[str] = """@inproceedings{zagoruyko2017paying,
   title     = {Paying More Attention to Attention: Improving the Performance of Convolutional Neural Networks via

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.losses.context import checked_context
+from lightning_rkd.losses.lazy import Size, Sized
 from lightning_rkd.losses.sides import (
     FIELDS,
     NonFiniteError,
@@ -23,7 +24,6 @@ from lightning_rkd.losses.sides import (
     pairs,
     pick,
 )
-from lightning_rkd.losses.sizes import Size, Sized
 
 __all__ = [
     "Card", "LossSum", "NonFiniteError", "RelationalLoss", "Side", "Size", "Term", "Weight", "at_tap", "check_finite",
@@ -33,7 +33,7 @@ __all__ = [
 Weight = float | Callable[[int], float]
 """A number, or a function of the epoch."""
 
-CONTEXT = frozenset({"labels", "indices", "view", "epoch", "mix", "anchors"})
+CONTEXT = frozenset({"labels", "indices", "view", "epoch", "mix", "shard"})
 """What a loss may ask for, as keyword-only parameters of its ``forward``."""
 
 INVARIANCES = frozenset({"translation", "rotation", "scale", "row scale", "row shift"})
@@ -76,13 +76,13 @@ class RelationalLoss(Sized):
 
     A subclass writes ``forward(self, student, teacher)`` as plain maths and may ask for more through keyword-only
     parameters named ``labels`` ((N,) or soft (N, K)), ``indices`` (N,), ``view`` (N,), ``epoch`` (int), ``mix`` or
-    ``anchors``. Calling the loss takes care of the rest: both sides are checked, brought to float32 (float64 stays),
+    ``shard``. Calling the loss takes care of the rest: both sides are checked, brought to float32 (float64 stays),
     the teacher is detached, and autocast is off.
 
     Class attributes:
-        reads: The field of :class:`~lightning_rkd.records.Outputs` that ``forward`` receives from both sides; or a
+        reads: The field of :class:`~lightning_rkd.utils.types.Outputs` that ``forward`` receives from both sides; or a
             tuple of fields, and ``forward`` receives the two ``Outputs``.
-        across_samples: Whether the loss relates samples to one another. ``False`` marks a mean of per-sample terms,
+        gather: Whether the loss relates samples to one another. ``False`` marks a mean of per-sample terms,
             which the engine does not gather over ranks.
         equal_widths: Whether student and teacher must be equally wide.
         min_rows: The fewest rows it works with.
@@ -114,7 +114,7 @@ class RelationalLoss(Sized):
         tensor(1.)
     """
 
-    across_samples: bool = True
+    gather: bool = True
     equal_widths: bool = False
     min_rows: int = 1
     order_matters: bool = False
@@ -222,7 +222,7 @@ class Term(RelationalLoss):
         self.loss: RelationalLoss = loss
         self.weight: Weight = weight
         self.tap: str | None = tap
-        self.reads, self.across_samples, self.needs = loss.reads, loss.across_samples, loss.needs
+        self.reads, self.gather, self.needs = loss.reads, loss.gather, loss.needs
         self.ready = True
 
     def weight_at(self, epoch: int = 0) -> float:

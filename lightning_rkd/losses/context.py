@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rkd.records import Mix
+from lightning_rkd.utils.types import Mix
 
 
 def checked_context(

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_rkd.functional.similarities import row_lengths, unit_rows
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.relations.similarities import row_lengths, unit_rows
 
 Form = Literal["kernel", "norm", "rows"]
 """``"kernel"`` is the paper's, ``"norm"`` torchdistill's, ``"rows"`` RepDistiller's."""

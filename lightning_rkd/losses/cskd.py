@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_rkd.functional.scales import exact, far_above_rounding
+from lightning_rkd.functional.similarities import unit_rows
 from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_logits, check_positive
-from lightning_rkd.relations.scales import exact, far_above_rounding
-from lightning_rkd.relations.similarities import unit_rows
 
 _PAPER = (
     "Ham, Kim, Lee, Lee and Kim 2023, Cosine Similarity Knowledge Distillation for Individual Class Information "

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_rkd.functional.distances import distances
+from lightning_rkd.functional.ranks import log_probability_of_order, nearest, permutations
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.relations.distances import distances
-from lightning_rkd.relations.ranks import log_probability_of_order, nearest, permutations
 
 _PAPER = (
     "Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer, "

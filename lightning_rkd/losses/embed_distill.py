@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_rkd.functional.similarities import row_lengths, unit_rows
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.relations.similarities import row_lengths, unit_rows
 
 Distance = Literal["l2", "cosine"]
 
@@ -88,7 +88,7 @@ class EmbedDistill(RelationalLoss):
         tensor(3.)
     """
 
-    across_samples = False
+    gather = False
     bibtex: ClassVar[str] = """@article{kim2023embeddistill,
   title   = {{EmbedDistill}: A Geometric Knowledge Distillation for Information Retrieval},
   author  = {Kim, Seungyeon and Rawat, Ankit Singh and Zaheer, Manzil and Jayasumana, Sadeep and

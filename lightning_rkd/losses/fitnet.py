@@ -51,8 +51,8 @@ class FitNetHint(RelationalLoss):
         4.0
     """
 
-    reads = "maps"
-    across_samples = False
+    reads = "feature_maps"
+    gather = False
     bibtex: ClassVar[str] = """@inproceedings{romero2015fitnets,
   title     = {{FitNets}: Hints for Thin Deep Nets},
   author    = {Romero, Adriana and Ballas, Nicolas and Kahou, Samira Ebrahimi and Chassang, Antoine and

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_rkd.functional.graphs import knn_graph, normalised_adjacency, same_class
+from lightning_rkd.functional.similarities import cosine_similarities, layer_rows
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.relations.graphs import knn_graph, normalised_adjacency, same_class
-from lightning_rkd.relations.similarities import cosine_similarities, layer_rows
 
 
 def graph_kd(
@@ -79,7 +79,7 @@ class GraphKD(RelationalLoss):
         power: p, at least 1; 1 in the authors' main setting.
         edges: ``"all"``, or those ``"within"`` or ``"between"`` classes, for which the loss needs ``labels``, (N,) or
             soft (N, K).
-        reads: ``"embedding"``, or ``"maps"`` as in the paper.
+        reads: ``"embedding"``, or ``"feature_maps"`` as in the paper.
 
     Raises:
         ValueError: Unknown ``edges`` or ``reads``, ``neighbours`` or ``power`` below 1, a batch of ``neighbours``
@@ -110,7 +110,7 @@ class GraphKD(RelationalLoss):
         certainty="read in code",
         source="cadurosar/graph_kd, utils.py",
         weight=25.0,
-        weight_note="CIFAR-10, three maps (reads='maps'), batches of 128",
+        weight_note="CIFAR-10, three maps (reads='feature_maps'), batches of 128",
     )
     invariances = frozenset({"rotation", "row scale", "scale"})
 
@@ -119,7 +119,7 @@ class GraphKD(RelationalLoss):
         neighbours: int | None = None,
         power: int = 1,
         edges: Literal["all", "within", "between"] = "all",
-        reads: Literal["embedding", "maps"] = "embedding",
+        reads: Literal["embedding", "feature_maps"] = "embedding",
     ) -> None:
         super().__init__()
         if neighbours is not None and neighbours < 1:
@@ -128,8 +128,8 @@ class GraphKD(RelationalLoss):
             raise ValueError(f"GraphKD: power must be at least 1, got {power}")
         if edges not in ("all", "within", "between"):
             raise ValueError(f"GraphKD: edges must be 'all', 'within' or 'between', got {edges!r}")
-        if reads not in ("embedding", "maps"):
-            raise ValueError(f"GraphKD: reads must be 'embedding' or 'maps', got {reads!r}")
+        if reads not in ("embedding", "feature_maps"):
+            raise ValueError(f"GraphKD: reads must be 'embedding' or 'feature_maps', got {reads!r}")
         self.neighbours, self.power, self.edges, self.reads = neighbours, power, edges, reads
         self.min_rows = 1 if neighbours is None else neighbours + 1
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_rkd.functional.graphs import knn_graph
+from lightning_rkd.functional.similarities import unit_rows
 from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.memory import MemoryBank
 from lightning_rkd.losses.parts.projector import Projector
-from lightning_rkd.records import Outputs
-from lightning_rkd.relations.graphs import knn_graph
-from lightning_rkd.relations.similarities import unit_rows
+from lightning_rkd.utils.types import Outputs
 
 
 def prediction_graph(logits: Tensor, k: int) -> Tensor:

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_rkd.functional.channels import channel_vectors, unit_channels
+from lightning_rkd.functional.scales import not_too_large, ordinary, power_of_two
 from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_channels
-from lightning_rkd.relations.channels import channel_vectors, unit_channels
-from lightning_rkd.relations.scales import not_too_large, ordinary, power_of_two
 
 
 def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class ICKD(RelationalLoss):
         tensor(0.5858)
     """
 
-    reads = "maps"
+    reads = "feature_maps"
     bibtex: ClassVar[str] = """@inproceedings{liu2021exploring,
   title     = {Exploring Inter-Channel Correlation for Diversity-preserved Knowledge Distillation},
   author    = {Liu, Li and Huang, Qingle and Lin, Sihao and Xie, Hongwei and Wang, Bing and Chang, Xiaojun and

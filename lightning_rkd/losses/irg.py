@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_rkd.functional.channels import channel_vectors
+from lightning_rkd.functional.distances import squared_distances
+from lightning_rkd.functional.scales import power_of_two
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.records import Outputs
-from lightning_rkd.relations.channels import channel_vectors
-from lightning_rkd.relations.distances import squared_distances
-from lightning_rkd.relations.scales import power_of_two
+from lightning_rkd.utils.types import Outputs
 
 
 def edges(x: Tensor) -> Tensor:
@@ -95,11 +95,11 @@ class IRG(RelationalLoss):
         >>> loss = IRG(vertex_weight=0, edge_weight=1, transform_weight=1)
         >>> student = [torch.zeros(3, 1), torch.tensor([[0.0], [1.0], [2.0]])]
         >>> teacher = [torch.zeros(3, 1), torch.tensor([[0.0], [2.0], [2.0]])]
-        >>> loss(Outputs(maps=student), Outputs(maps=teacher))
+        >>> loss(Outputs(feature_maps=student), Outputs(feature_maps=teacher))
         tensor(0.4896)
     """
 
-    reads: str | tuple[str, ...] = ("logits", "maps")
+    reads: str | tuple[str, ...] = ("logits", "feature_maps")
     bibtex: ClassVar[str] = """@inproceedings{liu2019knowledge,
   title     = {Knowledge Distillation via Instance Relationship Graph},
   author    = {Liu, Yufan and Cao, Jiajiong and Li, Bing and Yuan, Chunfeng and Hu, Weiming and Li, Yangxi and
@@ -130,13 +130,16 @@ class IRG(RelationalLoss):
         self.edge_layers = tuple(edge_layers)
         self.transform_layers = None if transform_layers is None else tuple((k, m) for k, m in transform_layers)
         if not vertex_weight:
-            self.reads = ("maps",)
+            self.reads = ("feature_maps",)
 
     def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
         """The loss as a scalar."""
-        assert student.maps is not None
-        assert teacher.maps is not None
-        s, t = ([channel_vectors(x, who="IRG").mean(2) for x in maps] for maps in (student.maps, teacher.maps))
+        assert student.feature_maps is not None
+        assert teacher.feature_maps is not None
+        s, t = (
+            [channel_vectors(x, who="IRG").mean(2) for x in maps]
+            for maps in (student.feature_maps, teacher.feature_maps)
+        )
         total = s[0].new_zeros(())
         if student.logits is not None and teacher.logits is not None and self.vertex_weight:
             total = total + self.vertex_weight * _vertices(student.logits, teacher.logits)

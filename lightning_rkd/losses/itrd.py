@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_rkd.functional.columns import centred
+from lightning_rkd.functional.scales import smallest_length
+from lightning_rkd.functional.similarities import cosine_similarities
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.relations.columns import centred
-from lightning_rkd.relations.scales import smallest_length
-from lightning_rkd.relations.similarities import cosine_similarities
 
 
 def correlation_loss(student: Tensor, teacher: Tensor, *, alpha: float = 1.5) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_rkd.functional.singular import align, positions, right_singular_vectors
 from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.attention_graph import (
     attention_between,
@@ -17,7 +18,6 @@ from lightning_rkd.losses.parts.attention_graph import (
     trained_attention,
 )
 from lightning_rkd.losses.parts.checks import check_channels
-from lightning_rkd.relations.singular import align, positions, right_singular_vectors
 
 _CANDIDATES = 4  # singular vectors of the student, of which one is compared
 
@@ -57,12 +57,12 @@ class MHGD(RelationalLoss):
     for every two consecutive stages, front F and back B. :math:`V` holds one unit vector per sample: of the teacher the
     first right singular vector of its map (positions x channels), of the student that of its first four which is
     nearest to the teacher's, turned the same way. The attention heads :math:`W_s, W_r, \mathrm{BN}` are learnt on the
-    teacher beforehand, by :class:`~lightning_rkd.schemes.AttentionGraphEstimator`, and serve both networks; here they
+    teacher beforehand, by :class:`~lightning_rkd.modules.AttentionGraphEstimator`, and serve both networks; here they
     are frozen, their batch norms with running statistics folded into them. They are saved with the student, so a
     student's checkpoint needs no estimator.
 
     In a ``DistillationModule`` this is a loss like others, with a fixed weight.
-    :class:`~lightning_rkd.schemes.MHGDModule` clips its gradient as the authors do.
+    :class:`~lightning_rkd.modules.MHGDModule` clips its gradient as the authors do.
 
     Paper and code: hyperbolic tangent, the direction of the divergence and the sum over everything are those of the
     authors' code; their poster shows no hyperbolic tangent. Departures: the first singular vector's sign, which an
@@ -112,7 +112,7 @@ class MHGD(RelationalLoss):
         weight_note="with the gradient clipped per variable",
         result="CIFAR-100 VGG: 67.02 (student alone 59.97)",
     )
-    reads = "maps"
+    reads = "feature_maps"
     invariances = frozenset({"scale", "row scale"})
 
     attention: nn.ModuleList

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_rkd.functional.channels import channel_vectors, unit_channels
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.relations.channels import channel_vectors, unit_channels
 
 Kernel = Literal["polynomial", "linear", "gaussian"]
 
@@ -132,8 +132,8 @@ class NST(RelationalLoss):
         tensor(0.5000)
     """
 
-    reads = "maps"
-    across_samples = False
+    reads = "feature_maps"
+    gather = False
     invariances = frozenset({"scale", "row scale"})
     bibtex: ClassVar[str] = """@article{huang2017like,
   title   = {Like What You Like: Knowledge Distill via Neuron Selectivity Transfer},

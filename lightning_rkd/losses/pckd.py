@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_rkd.functional.columns import centred
+from lightning_rkd.functional.scales import not_too_large
 from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_classes, check_logits
 from lightning_rkd.losses.parts.projector import Projector
-from lightning_rkd.records import Outputs
-from lightning_rkd.relations.columns import centred
-from lightning_rkd.relations.scales import not_too_large
+from lightning_rkd.utils.types import Outputs
 
 _BASE_TEMPERATURE = 0.07
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_rkd.functional.angles import Reduction, check_reduction
+from lightning_rkd.functional.scales import exact, far_above_rounding
+from lightning_rkd.functional.similarities import cosine_similarities
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.relations.angles import Reduction, check_reduction
-from lightning_rkd.relations.scales import exact, far_above_rounding
-from lightning_rkd.relations.similarities import cosine_similarities
 
 _EPS = 1e-7  # of the authors' code, in the norms and in the logarithm
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_rkd.functional.distances import distances, squared_distances
+from lightning_rkd.functional.similarities import unit_rows
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.relations.distances import distances, squared_distances
-from lightning_rkd.relations.similarities import unit_rows
 
 
 def relaxed_contrastive(student: Tensor, teacher: Tensor, *, sigma: float = 1.0, delta: float = 1.0) -> Tensor:

@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_rkd.distributed import Anchors
+from lightning_rkd.functional.angles import Reduction, angle_loss, check_reduction, check_sample
+from lightning_rkd.functional.distance_loss import distance_loss
+from lightning_rkd.functional.distances import squared_distances
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.relations.angles import Reduction, angle_loss, check_reduction, check_sample
-from lightning_rkd.relations.distance_loss import distance_loss
-from lightning_rkd.relations.distances import squared_distances
+from lightning_rkd.utils.distributed import Shard
 
 _BIBTEX = """@inproceedings{park2019relational,
   title     = {Relational Knowledge Distillation},
@@ -59,7 +59,7 @@ def rkd_angle(
     *,
     reduction: Reduction = "official",
     sampled_anchors: int | None = None,
-    anchors: Anchors | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     r"""RKD-A as a function; :class:`RKDAngle` says what it computes.
 
@@ -70,7 +70,7 @@ def rkd_angle(
         teacher: Embeddings of the teacher for the same samples; a constant.
         reduction: ``"official"`` or ``"distinct"``.
         sampled_anchors: Work on the angles at this many vertices only, see :class:`RKDAngle`.
-        anchors: Split the vertices of the angles over ranks that all hold the same batch.
+        shard: Split the vertices of the angles over ranks that all hold the same batch.
 
     Returns:
         The loss.
@@ -91,7 +91,7 @@ def rkd_angle(
         squared_distances(student),
         squared_distances(teacher),
         reduction=reduction,
-        anchors=anchors,
+        shard=shard,
         sample=sampled_anchors,
         dtype=_precision(student, teacher),
     )
@@ -169,7 +169,7 @@ class RKDAngle(RelationalLoss):
 
     Departures from the authors' code: theirs builds N x N x D and N x N x N tensors; here the law of cosines gives the
     same angles from N x N distances, with O(N^2) memory, many times faster and equal to rounding
-    (:func:`~lightning_rkd.relations.angles.angle_loss`). An angle at a vertex that coincides with another corner has
+    (:func:`~lightning_rkd.functional.angles.angle_loss`). An angle at a vertex that coincides with another corner has
     cosine 0, as in theirs, but passes no gradient, where theirs divides by 1e-12.
 
     Shapes: (N, D_s), (N, D_t) -> scalar. One row, or two different ones, give 0.
@@ -214,11 +214,9 @@ class RKDAngle(RelationalLoss):
         check_sample(sampled_anchors)
         self.reduction, self.sampled_anchors = reduction, sampled_anchors
 
-    def forward(self, student: Tensor, teacher: Tensor, *, anchors: Anchors | None = None) -> Tensor:
-        """The loss as a scalar; ``anchors`` splits the work over ranks that hold the same batch."""
-        return rkd_angle(
-            student, teacher, reduction=self.reduction, sampled_anchors=self.sampled_anchors, anchors=anchors
-        )
+    def forward(self, student: Tensor, teacher: Tensor, *, shard: Shard | None = None) -> Tensor:
+        """The loss as a scalar; ``shard`` splits the work over ranks that hold the same batch."""
+        return rkd_angle(student, teacher, reduction=self.reduction, sampled_anchors=self.sampled_anchors, shard=shard)
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
@@ -281,14 +279,12 @@ class RKD(RelationalLoss):
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
         self.reduction, self.sampled_anchors = reduction, sampled_anchors
 
-    def forward(self, student: Tensor, teacher: Tensor, *, anchors: Anchors | None = None) -> Tensor:
-        """The loss as a scalar; ``anchors`` splits the angles over ranks that hold the same batch."""
+    def forward(self, student: Tensor, teacher: Tensor, *, shard: Shard | None = None) -> Tensor:
+        """The loss as a scalar; ``shard`` splits the angles over ranks that hold the same batch."""
         precision = _precision(student, teacher)
         s, t = squared_distances(student), squared_distances(teacher.detach())
         distance = _distance_loss(s, t, self.reduction).to(precision)
-        angle = angle_loss(
-            s, t, reduction=self.reduction, anchors=anchors, sample=self.sampled_anchors, dtype=precision
-        )
+        angle = angle_loss(s, t, reduction=self.reduction, shard=shard, sample=self.sampled_anchors, dtype=precision)
         return self.distance_weight * distance + self.angle_weight * angle
 
     def extra_repr(self) -> str:

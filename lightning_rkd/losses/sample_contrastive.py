@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_rkd.functional.similarities import unit_rows
 from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_logits, check_positive
-from lightning_rkd.relations.similarities import unit_rows
 
 
 def sample_contrastive(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.records import Outputs
+from lightning_rkd.utils.types import Outputs
 
 Side = Tensor | Sequence[Tensor] | Outputs | Mapping[str, Outputs]
 """What a loss may be given for one network: the value it reads, or ``Outputs`` (per tap) to pick it from."""
 
-FIELDS = frozenset({"embedding", "logits", "maps", "classifier"})
+FIELDS = frozenset({"embedding", "logits", "feature_maps", "classifier"})
 
 
 class NonFiniteError(ValueError):
@@ -57,7 +57,7 @@ def pick(side: Any, reads: str | tuple[str, ...], *, who: str) -> Any:
 _CURE = {
     "logits": ": tap the Linear layer that makes them, or any layer whose output they are",
     "classifier": ": tap the Linear layer that makes the logits",
-    "maps": ": name a list of layers",
+    "feature_maps": ": name a list of layers",
     "embedding": ": name one layer whose output is (N, D)",
 }
 
@@ -78,9 +78,9 @@ def pairs(student: Any, teacher: Any, reads: str | tuple[str, ...], name: str) -
             a, b = getattr(student, field), getattr(teacher, field)
             if a is not None and b is not None:
                 found.append((field, a, b))
-        if student.maps is not None and teacher.maps is not None:
-            found += _maps(student.maps, teacher.maps, name)
-    elif reads == "maps" and (isinstance(student, Tensor) or isinstance(teacher, Tensor)):
+        if student.feature_maps is not None and teacher.feature_maps is not None:
+            found += _maps(student.feature_maps, teacher.feature_maps, name)
+    elif reads == "feature_maps" and (isinstance(student, Tensor) or isinstance(teacher, Tensor)):
         raise TypeError(f"{name}: maps come as a list, also a single one: pass [map] for student and teacher")
     elif isinstance(student, Tensor):
         found.append((str(reads), student, teacher))

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_rkd.functional.scales import ordinary, power_of_two
+from lightning_rkd.functional.similarities import layer_rows, unit_rows
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.relations.scales import ordinary, power_of_two
-from lightning_rkd.relations.similarities import layer_rows, unit_rows
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class SimilarityPreserving(RelationalLoss):
     one row gives 0.
 
     Args:
-        reads: ``"embedding"``, or ``"maps"`` as in the paper.
+        reads: ``"embedding"``, or ``"feature_maps"`` as in the paper.
 
     Raises:
         ValueError: Another value of ``reads``.
@@ -76,7 +76,7 @@ class SimilarityPreserving(RelationalLoss):
         >>> SimilarityPreserving()(student, teacher)
         tensor(0.2929)
         >>> maps = [torch.eye(2).view(2, 2, 1, 1)], [torch.ones(2, 1, 4, 4)]
-        >>> SimilarityPreserving(reads="maps")(*maps)
+        >>> SimilarityPreserving(reads="feature_maps")(*maps)
         tensor(0.2929)
     """
 
@@ -91,15 +91,15 @@ class SimilarityPreserving(RelationalLoss):
         certainty="read in code",
         source="HobbitLong/RepDistiller, distiller_zoo/SP.py",
         weight=3000.0,
-        weight_note="CIFAR-100, last map before pooling (reads='maps'), RepDistiller",
+        weight_note="CIFAR-100, last map before pooling (reads='feature_maps'), RepDistiller",
         result="CIFAR-100 resnet32x4 to resnet8x4: 72.94 (student alone 72.50), RepDistiller",
     )
     invariances = frozenset({"rotation", "scale"})
 
-    def __init__(self, reads: Literal["embedding", "maps"] = "embedding") -> None:
+    def __init__(self, reads: Literal["embedding", "feature_maps"] = "embedding") -> None:
         super().__init__()
-        if reads not in ("embedding", "maps"):
-            raise ValueError(f"SimilarityPreserving: reads must be 'embedding' or 'maps', got {reads!r}")
+        if reads not in ("embedding", "feature_maps"):
+            raise ValueError(f"SimilarityPreserving: reads must be 'embedding' or 'feature_maps', got {reads!r}")
         self.reads = reads
 
     def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:

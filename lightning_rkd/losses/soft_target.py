@@ -70,7 +70,7 @@ class SoftTarget(RelationalLoss):
     """
 
     reads = "logits"
-    across_samples = False
+    gather = False
     equal_widths = True
     invariances = frozenset({"row shift"})
     bibtex: ClassVar[str] = """@article{hinton2015distilling,

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_rkd.functional.columns import centred
 from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_positive
-from lightning_rkd.relations.columns import centred
 
 
 def log_sum(student: Tensor, teacher: Tensor, *, power: float = 4.0, eps: float = 1e-5) -> Tensor:

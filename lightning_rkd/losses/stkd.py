@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_rkd.losses.base import Card, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_classes, check_logits
-from lightning_rkd.records import Mix
+from lightning_rkd.utils.types import Mix
 
 Form = Literal["virtual", "blended", "wrong classes"]
 """What the student of similarity transfer imitates."""
@@ -89,7 +89,7 @@ def similarity_transfer(
 class STKD(RelationalLoss):
     r"""STKD-style similarity transfer, a reconstruction: soft targets for mixtures of two samples.
 
-    With :math:`\tilde{x} = \lambda x + (1 - \lambda) x_\pi` of :class:`~lightning_rkd.data.mixup.MixUp`, labels
+    With :math:`\tilde{x} = \lambda x + (1 - \lambda) x_\pi` of :class:`~lightning_rkd.data.MixUp`, labels
     :math:`y` and :math:`y_\pi`, and the logits s and t of student and teacher,
 
     .. math::
@@ -137,7 +137,7 @@ class STKD(RelationalLoss):
     """
 
     reads = "logits"
-    across_samples = False
+    gather = False
     invariances = frozenset({"row shift"})
     card = Card(
         paper="Zhao, Gong, Sun, Dong and Yu 2021, Similarity Transfer for Knowledge Distillation, arXiv:2103.10047",

@@ -87,7 +87,7 @@ class TTM(RelationalLoss):
     """
 
     reads = "logits"
-    across_samples = False
+    gather = False
     equal_widths = True
     invariances = frozenset({"row shift"})
     bibtex: ClassVar[str] = _BIBTEX
@@ -143,7 +143,7 @@ class WTTM(RelationalLoss):
     """
 
     reads = "logits"
-    across_samples = False
+    gather = False
     equal_widths = True
     invariances = frozenset({"row shift"})
     bibtex: ClassVar[str] = _BIBTEX

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_rkd.functional.scales import not_too_large
 from lightning_rkd.losses.base import Card, RelationalLoss
-from lightning_rkd.relations.scales import not_too_large
 
 
 def orthonormal(x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class VkD(RelationalLoss):
         0.56
     """
 
-    across_samples = False
+    gather = False
     bibtex: ClassVar[str] = """@inproceedings{miles2024vkd,
   title     = {{VkD}: Improving Knowledge Distillation using Orthogonal Projections},
   author    = {Miles, Roy and Elezi, Ismail and Deng, Jiankang},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_rkd.utils.imports import lazy_attributes
 
 if TYPE_CHECKING:
     from lightning_rkd.metrics._faiss import Faiss as Faiss
@@ -11,20 +12,18 @@ if TYPE_CHECKING:
     from lightning_rkd.metrics.fewshot import FewShotAccuracy as FewShotAccuracy
     from lightning_rkd.metrics.retrieval import EmbeddingRetrieval as EmbeddingRetrieval
 
-_HOME = {
+_HOMES = {
     "EmbeddingRetrieval": "retrieval",
     "Faiss": "_faiss",
     "FewShotAccuracy": "fewshot",
     "RelationalAgreement": "agreement",
 }
-__all__ = ["EmbeddingRetrieval", "Faiss", "FewShotAccuracy", "RelationalAgreement"]
 
+__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__all__ = [
+    "EmbeddingRetrieval",
+    "Faiss",
+    "FewShotAccuracy",
+    "RelationalAgreement",
+]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rkd.distributed import rank_and_size
 from lightning_rkd.metrics._nearest import LAST, Gallery
+from lightning_rkd.utils.distributed import rank_and_size
 
 _TRAINING = 64  # rows per list from which the lists' centres are found
 _ROUNDS = 10

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_rkd.distributed import sum_over_ranks, travelling_blocks
-from lightning_rkd.kernels import native
-from lightning_rkd.metrics._room import Room
+from lightning_rkd.functional._kernels import native
+from lightning_rkd.metrics._memory import Room
 from lightning_rkd.metrics._rows import points
+from lightning_rkd.utils.distributed import blocks_over_ranks, sum_over_ranks
 
 LAST = torch.iinfo(torch.int64).max
 
@@ -27,7 +27,7 @@ LAST = torch.iinfo(torch.int64).max
 class Nearest:
     """The ``width`` smallest pairs (score, place) of each query among all that were offered.
 
-    In CPU memory :mod:`lightning_rkd.kernels.scan` finds them, where there is one; they are the same without it.
+    In CPU memory ``functional._kernels.scan`` finds them, where there is one; they are the same without it.
 
     Args:
         queries: Number of queries.
@@ -185,7 +185,7 @@ class Gallery:
         itself = torch.split(own, lines)
         nearest = [Nearest(len(ask), width, dtype, queries.device) for ask in asking]
         buffer = torch.empty(lines * columns if frame else 0, dtype=dtype, device=queries.device)
-        for start, (rows,) in travelling_blocks((self.rows,), columns, self.group):
+        for start, (rows,) in blocks_over_ranks((self.rows,), columns, self.group):
             given, stop = self._given(rows, dtype, frame), start + len(rows)
             for ask, position, found in zip(asking, itself, nearest, strict=True):
                 if frame is None:
@@ -205,7 +205,7 @@ class Gallery:
         """
         positions = self.places.argsort()[places]
         found = torch.zeros(len(which), dtype=torch.float64, device=rows.device)
-        for start, (block,) in travelling_blocks((self.rows,), self.room.block, self.group):
+        for start, (block,) in blocks_over_ranks((self.rows,), self.room.block, self.group):
             (here,) = torch.nonzero((positions >= start) & (positions < start + len(block)), as_tuple=True)
             for few in torch.split(here, max(1, self.room.entries // (8 * rows.shape[1]))) if len(here) else ():
                 ask = self.points(rows[which[few]], asking=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_rkd.distributed import gather_rows
+from lightning_rkd.utils.distributed import gather_rows
 
 _RANGE = 1e150  # squares of what lies within it, and of its inverse, are in the range of float64
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

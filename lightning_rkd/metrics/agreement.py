@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_rkd.distributed import Anchors, rank_and_size, row_counts, rows_at, sum_over_ranks, travelling_blocks
 from lightning_rkd.metrics._nearest import distances, full_precision
 from lightning_rkd.metrics._rows import (
     RowMetric,
@@ -17,6 +16,14 @@ from lightning_rkd.metrics._rows import (
     first_of_each,
     places_of,
     points,
+)
+from lightning_rkd.utils.distributed import (
+    Shard,
+    blocks_over_ranks,
+    fetch_rows,
+    rank_and_size,
+    row_counts,
+    sum_over_ranks,
 )
 
 _ENTRIES = 2**21  # float64 entries per working array: 16 MiB
@@ -51,7 +58,7 @@ class RelationalAgreement(RowMetric):
     Args:
         k: Neighbours compared.
         triplets: Random triplets of distinct samples for the angle gap.
-        max_anchors: Anchors of the other two; a random subset where there are more samples; ``None`` takes all.
+        max_anchors: Shard of the other two; a random subset where there are more samples; ``None`` takes all.
         distance: ``"euclidean"``, or ``"cosine"``, which first scales all rows to length 1.
         seed: Of anchors and triplets.
 
@@ -192,7 +199,7 @@ class _Rows:
         """(A, N) for each side, in the order of places; an anchor's to itself is -1: it comes first and alone."""
         anchors = [points(side[asking], self.cosine) for side in self.sides]
         found = [a.new_empty(len(asking), len(self.places)) for a in anchors]
-        for start, blocks in travelling_blocks(self.sides, _BLOCK, self.group):
+        for start, blocks in blocks_over_ranks(self.sides, _BLOCK, self.group):
             columns = self.places[start : start + len(blocks[0])]
             for side, anchor, block in zip(found, anchors, blocks, strict=True):
                 side[:, columns] = distances(anchor, points(block, self.cosine))
@@ -206,14 +213,14 @@ class _Rows:
         number = self.places.argsort()
         few = torch.split(number[triplets], _TRIPLETS, dim=1)
         sums = torch.zeros(len(few), dtype=torch.float64, device=triplets.device)
-        share = Anchors(self.group)
-        first, stop = share.share(len(few))
+        share = Shard(self.group)
+        first, stop = share.range(len(few))
         size = rank_and_size(self.group)[1]
         bunch = max(1, len(self.places) // (size * 12 * _TRIPLETS))  # fetches a quarter of what a rank holds
         for start in range(0, -(-len(few) // size), bunch):
             bunches = range(first + start, min(first + start + bunch, stop))
             wanted = torch.cat([few[b].flatten() for b in bunches] or [number[:0]])
-            fetched = [torch.split(x, 3 * _TRIPLETS) for x in rows_at(self.sides, wanted, _BLOCK, self.group)]
+            fetched = [torch.split(x, 3 * _TRIPLETS) for x in fetch_rows(self.sides, wanted, _BLOCK, self.group)]
             for b, *sides in zip(bunches, *fetched, strict=False):
                 student, teacher = (angles(*points(x, self.cosine).chunk(3)) for x in sides)
                 sums[b] = (student - teacher).abs().sum()

@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_rkd.distributed import Anchors, rank_and_size, rows_at, sum_over_ranks
 from lightning_rkd.metrics._nearest import distances, full_precision
 from lightning_rkd.metrics._rows import (
     RowMetric,
@@ -19,6 +18,7 @@ from lightning_rkd.metrics._rows import (
     points,
     refuse_two_labels,
 )
+from lightning_rkd.utils.distributed import Shard, fetch_rows, rank_and_size, sum_over_ranks
 
 _BLOCK = 1024  # rows that travel together
 
@@ -152,15 +152,15 @@ class FewShotAccuracy(RowMetric):
         drawn = draw_episodes(labels[number], self.ways, self.shots + self.queries, self.episodes, self.seed)
         drawn = number[drawn.to(device)]
 
-        share = Anchors(self.process_group)
-        first, stop = share.share(self.episodes)
+        share = Shard(self.process_group)
+        first, stop = share.range(self.episodes)
         size = rank_and_size(self.process_group)[1]
         bunch = max(1, self.working_memory // (3 * 8 * drawn[0].numel() * rows.shape[1]))
         correct = torch.zeros(self.episodes, dtype=torch.int64, device=device)
         for start in range(0, -(-self.episodes // size), bunch):  # equally many fetches on every rank
             some = range(min(first + start, stop), min(first + start + bunch, stop))
             wanted = drawn[some.start : some.stop]
-            (fetched,) = rows_at((rows,), wanted.flatten(), _BLOCK, self.process_group)
+            (fetched,) = fetch_rows((rows,), wanted.flatten(), _BLOCK, self.process_group)
             for episode, x in zip(some, fetched.reshape(*wanted.shape, -1), strict=True):
                 correct[episode] = correct_queries(x, self.shots, self.distance == "cosine")
         return sum_over_ranks(correct, self.process_group)

@@ -9,10 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_rkd.distributed import rank_and_size, row_counts, sum_over_ranks
 from lightning_rkd.metrics._faiss import Faiss
+from lightning_rkd.metrics._memory import Room
 from lightning_rkd.metrics._nearest import Gallery, close_calls, full_precision
-from lightning_rkd.metrics._room import Room
 from lightning_rkd.metrics._rows import (
     RowMetric,
     agree,
@@ -23,6 +22,7 @@ from lightning_rkd.metrics._rows import (
     refuse_two_labels,
     same_as_before,
 )
+from lightning_rkd.utils.distributed import rank_and_size, row_counts, sum_over_ranks
 
 _SLACK = 4  # neighbours beyond the needed ones, so that a close call at the border can be seen to be one
 _MANY = 256

@@ -1,21 +1,41 @@
-"""Networks: for CIFAR, few-shot learning and the recipes, torchvision's with an embedding, heads, and prototypes."""
+"""Networks: small ones for CIFAR and few-shot learning, torchvision backbones with an embedding head, prototypes."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_rkd.utils.imports import lazy_attributes
 
 if TYPE_CHECKING:
-    from lightning_rkd.models.backbones import torchvision_embedder
-    from lightning_rkd.models.cifar_resnet import CIFARResNet
-    from lightning_rkd.models.cifar_vgg import CIFARVGG
-    from lightning_rkd.models.cifar_wide_resnet import CIFARWideResNet
-    from lightning_rkd.models.classified import Classified
-    from lightning_rkd.models.conv4 import Conv4
-    from lightning_rkd.models.embedded import Embedded
-    from lightning_rkd.models.heads import EmbeddingHead, L2Normalize, count_parameters
-    from lightning_rkd.models.prototypes import PrototypicalLoss
-    from lightning_rkd.models.small import ConvNet
+    from lightning_rkd.models.backbones import torchvision_embedder as torchvision_embedder
+    from lightning_rkd.models.cifar_resnet import CIFARResNet as CIFARResNet
+    from lightning_rkd.models.cifar_vgg import CIFARVGG as CIFARVGG
+    from lightning_rkd.models.cifar_wide_resnet import CIFARWideResNet as CIFARWideResNet
+    from lightning_rkd.models.classified import Classified as Classified
+    from lightning_rkd.models.conv4 import Conv4 as Conv4
+    from lightning_rkd.models.embedded import Embedded as Embedded
+    from lightning_rkd.models.heads import EmbeddingHead as EmbeddingHead
+    from lightning_rkd.models.heads import L2Normalize as L2Normalize
+    from lightning_rkd.models.heads import count_parameters as count_parameters
+    from lightning_rkd.models.prototypes import PrototypicalLoss as PrototypicalLoss
+    from lightning_rkd.models.small import ConvNet as ConvNet
+
+_HOMES = {
+    "CIFARResNet": "cifar_resnet",
+    "CIFARVGG": "cifar_vgg",
+    "CIFARWideResNet": "cifar_wide_resnet",
+    "Classified": "classified",
+    "Conv4": "conv4",
+    "ConvNet": "small",
+    "Embedded": "embedded",
+    "EmbeddingHead": "heads",
+    "L2Normalize": "heads",
+    "PrototypicalLoss": "prototypes",
+    "count_parameters": "heads",
+    "torchvision_embedder": "backbones",
+}
+
+__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)
 
 __all__ = [
     "CIFARVGG",
@@ -31,28 +51,3 @@ __all__ = [
     "count_parameters",
     "torchvision_embedder",
 ]
-
-_HOME = {
-    "CIFARVGG": "cifar_vgg",
-    "CIFARResNet": "cifar_resnet",
-    "CIFARWideResNet": "cifar_wide_resnet",
-    "Classified": "classified",
-    "Conv4": "conv4",
-    "ConvNet": "small",
-    "Embedded": "embedded",
-    "EmbeddingHead": "heads",
-    "L2Normalize": "heads",
-    "PrototypicalLoss": "prototypes",
-    "count_parameters": "heads",
-    "torchvision_embedder": "backbones",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__

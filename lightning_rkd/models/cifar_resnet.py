@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.models.initial import he_initialised
+from lightning_rkd.models.init import he_initialised
 
 
 class CIFARResNet(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_rkd.models.initial import he_initialised
+from lightning_rkd.models.init import he_initialised
 
 _WIDTHS = (64, 128, 256, 512, 512)
 _CONVOLUTIONS = {

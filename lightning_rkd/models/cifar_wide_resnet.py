@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.models.initial import he_initialised
+from lightning_rkd.models.init import he_initialised
 
 
 class CIFARWideResNet(nn.Module):

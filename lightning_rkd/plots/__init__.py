@@ -9,8 +9,8 @@ from lightning_rkd.plots.angles import angles
 from lightning_rkd.plots.comparisons import comparison
 from lightning_rkd.plots.curves import curves, loss_terms, read_metrics
 from lightning_rkd.plots.distances import relations
+from lightning_rkd.plots.embedding_maps import embedding_map
 from lightning_rkd.plots.gallery import neighbours
-from lightning_rkd.plots.maps import embedding_map
 from lightning_rkd.plots.style import RIGHT, WRONG
 
 __all__ = [

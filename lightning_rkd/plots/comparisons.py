@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from lightning_rkd.paired import t_quantile
 from lightning_rkd.plots.style import RIGHT, WRONG, new_figure, plain_axes, theme
+from lightning_rkd.utils.statistics import t_quantile
 
 
 def comparison(

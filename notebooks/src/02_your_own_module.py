@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd.data import Augment
-from lightning_rkd.data.glyphs import render_letters
+from lightning_rkd.data.datamodules.glyphs import render_letters
 
 drawn, names = render_letters(28)  # (letters, fonts, 28, 28)
 drawn, names = torch.from_numpy(drawn[::10]).float() / 255, names[::10]
@@ -203,7 +203,7 @@ trainer.fit(FromNames(width=6), DataLoader(Named(), batch_size=64, shuffle=True)
 print(f"distill/rkd: {trainer.callback_metrics['distill/rkd']:.3f}")
 
 # %% [markdown]
-# Batches of any other make: override `unpack(self, batch)` of the callback and return a `lightning_rkd.records.Batch`.
+# Batches of any other make: override `unpack(self, batch)` of the callback and return a `lightning_rkd.utils.types.Batch`.
 #
 # ## When a name is wrong
 #

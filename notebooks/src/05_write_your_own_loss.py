@@ -139,8 +139,8 @@ print("needs:", sorted(BetweenClasses().needs))
 # %% [markdown]
 # What else a class can say of itself:
 #
-# - `reads = "logits"`, `"maps"`, or a tuple of fields: what of the networks it is given;
-# - `across_samples = False`: a mean of per-sample terms, which is then never gathered over devices;
+# - `reads = "logits"`, `"feature_maps"`, or a tuple of fields: what of the networks it is given;
+# - `gather = False`: a mean of per-sample terms, which is then never gathered over devices;
 # - parameters of its own, whose sizes come from the networks: `build(self, student_dim, teacher_dim)`. They are trained and saved
 #   with the student, by module and callback alike.
 
@@ -149,7 +149,7 @@ print("needs:", sorted(BetweenClasses().needs))
 class Mapped(RelationalLoss):
     """Every row of the teacher, predicted by a linear map from the student's."""
 
-    across_samples = False
+    gather = False
 
     def __init__(self, student_dim=None, teacher_dim=None):
         super().__init__()

@@ -58,7 +58,7 @@ def settings(epochs):
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
         "lr_scheduler": schedule,
         "lr_interval": "step",
-        "student_layer": {"embedding": "classifier", "logits": "classifier", "maps": STAGES},
+        "student_layer": {"embedding": "classifier", "logits": "classifier", "feature_maps": STAGES},
         "metrics": {"retrieval": EmbeddingRetrieval()},
     }
 
@@ -81,7 +81,7 @@ _ = train(teacher, 6)
 # trained one.
 
 # %%
-from lightning_rkd.schemes import AttentionGraphEstimator
+from lightning_rkd.modules import AttentionGraphEstimator
 
 torch.manual_seed(0)
 estimator = AttentionGraphEstimator(teacher.student, STAGES, heads=4)
@@ -101,13 +101,13 @@ print(f"error of the estimate: {before:.3f} untrained, {after:.3f} trained")
 
 # %%
 from lightning_rkd.losses import MHGD
-from lightning_rkd.schemes import MHGDModule
+from lightning_rkd.modules import MHGDModule
 
 torch.manual_seed(1)
 student = MHGDModule(
     network((6, 12, 12), depth=1),
     teacher=teacher.student,
-    teacher_layer={"embedding": "classifier", "logits": "classifier", "maps": STAGES},
+    teacher_layer={"embedding": "classifier", "logits": "classifier", "feature_maps": STAGES},
     loss=MHGD(estimator="graphs.ckpt", heads=4),
     **settings(6),
 )

@@ -19,16 +19,16 @@ from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorData
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
-from lightning_rkd.data.indices import with_indices
-from lightning_rkd.data.sampling import PKBatchSampler
+from lightning_rkd.data.indexing import with_indices
+from lightning_rkd.data.samplers.pk import PKBatchSampler
+from lightning_rkd.distillation.teachers import CachedTeacher
+from lightning_rkd.functional import angles as angles_module
 from lightning_rkd.losses.rkd import RKD, RKDAngle
 from lightning_rkd.metrics.agreement import RelationalAgreement
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
-from lightning_rkd.module import DistillationModule
-from lightning_rkd.relations import angles as angles_module
-from lightning_rkd.teachers import CachedTeacher
-from tests import toys
-from tests.ranks import Ranks
+from lightning_rkd.modules.distillation import DistillationModule
+from tests.harness import toys
+from tests.harness.ranks import Ranks
 
 pytestmark = [
     pytest.mark.slow,

@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
-from lightning_rkd.data.indices import IndexedBatch, with_indices
+from lightning_rkd.data.indexing import IndexedBatch, with_indices
+from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError, Tap, global_pool
+from lightning_rkd.distillation.finite_checks import CollapseWarning
+from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
 from lightning_rkd.losses.rkd import RKD
-from lightning_rkd.taps import CaptureError, LayerNotFoundError, Tap, global_pool
-from lightning_rkd.teachers import Teacher
-from lightning_rkd.watch import CollapseWarning
-from tests import toys
+from tests.harness import toys
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
-from lightning_rkd.data.indices import with_indices
+from lightning_rkd.data.indexing import with_indices
 from lightning_rkd.losses.rkd import RKD
 
 

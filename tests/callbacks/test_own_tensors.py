@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
-from lightning_rkd.data.indices import with_indices
+from lightning_rkd.data.indexing import with_indices
+from lightning_rkd.distillation.features import Tap
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.rkd import RKD
-from lightning_rkd.module import DistillationModule
-from lightning_rkd.taps import Tap
-from tests import toys
+from lightning_rkd.modules.distillation import DistillationModule
+from tests.harness import toys
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

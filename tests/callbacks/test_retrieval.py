@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Subs
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
-from lightning_rkd.data.indices import IndexedBatch, _rows_in_order, with_indices
+from lightning_rkd.data.indexing import IndexedBatch, _rows_in_order, with_indices
+from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError, Tap
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
-from lightning_rkd.taps import CaptureError, LayerNotFoundError, Tap
-from tests import toys
+from tests.harness import toys
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

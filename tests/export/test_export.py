@@ -69,7 +69,7 @@ def test_loading_brings_neither_lightning_nor_a_teacher(tmp_path: Path) -> None:
         "import sys, torch; from lightning_rkd.export import load; net = load('out'); "
         "assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 6); "
         "print([m for m in sys.modules if m.split('.')[0] in ('lightning', 'pytorch_lightning', 'onnx', 'jsonargparse')"
-        " or m.startswith('lightning_rkd.teachers')])"
+        " or m.startswith('lightning_rkd.distillation.teachers')])"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -14,13 +14,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_rkd.losses import AICSD, HardDarkRank, NonFiniteError, RKDAngle, RKDDistance
+from lightning_rkd.experimental import AICSD
+from lightning_rkd.functional import distances
+from lightning_rkd.losses import HardDarkRank, NonFiniteError, RKDAngle, RKDDistance
 from lightning_rkd.losses.base import RelationalLoss
-from lightning_rkd.records import Mix
-from lightning_rkd.relations import distances
+from lightning_rkd.utils.types import Mix
+from tests.harness.real_networks import MISFITS, Wild, wild
 from tests.losses.test_contract import CLASSES, Sample, context, every_loss, fields, made, rows, side
 from tests.oracles.rkd import rkd_angle, rkd_distance
-from tests.wild import MISFITS, Wild, wild
 
 Shown = dict[str, list[Tensor]]
 HALF = (torch.float16, torch.bfloat16)

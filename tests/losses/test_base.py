@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.losses.base import LossSum, NonFiniteError, RelationalLoss, Term, named_terms, weight_at
-from lightning_rkd.records import Mix, Outputs
-from tests.nets import Projected, Remembers
+from lightning_rkd.utils.types import Mix, Outputs
+from tests.harness.nets import Projected, Remembers
 
 
 class Gap(RelationalLoss):
@@ -37,7 +37,7 @@ class LogitGap(RelationalLoss):
 
 
 class MapGap(RelationalLoss):
-    reads = "maps"
+    reads = "feature_maps"
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         return torch.stack([(s - t).abs().mean() for s, t in zip(student, teacher, strict=True)]).sum()
@@ -196,14 +196,14 @@ def test_maps_are_compared_one_by_one_and_cast_one_by_one():
         MapGap()(maps[:1], maps)
 
 
-@pytest.mark.parametrize("reads", ["maps", ("maps", "logits")])
+@pytest.mark.parametrize("reads", ["feature_maps", ("feature_maps", "logits")])
 def test_unequally_many_maps_are_refused_however_they_come(reads: Any) -> None:
     class Reads(RelationalLoss):
         def forward(self, student: Any, teacher: Any) -> Tensor:
             raise AssertionError("not reached")
 
     Reads.reads = reads
-    two, three = (Outputs(maps=[torch.ones(2, 1, 3, 3)] * n, logits=torch.ones(2, 3)) for n in (2, 3))
+    two, three = (Outputs(feature_maps=[torch.ones(2, 1, 3, 3)] * n, logits=torch.ones(2, 3)) for n in (2, 3))
     for sides, message in (
         ((two, three), "student shows 2 maps, the teacher 3"),
         ((three, two), "3 maps, the teacher 2"),

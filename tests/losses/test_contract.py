@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 import lightning_rkd.losses
-from lightning_rkd.distributed import gather_rows, row_counts
+from lightning_rkd import experimental
 from lightning_rkd.losses.base import INVARIANCES, LossSum, RelationalLoss, Term
 from lightning_rkd.losses.mhgd import MHGD
 from lightning_rkd.losses.parts.attention_graph import AttentionGraph
 from lightning_rkd.losses.parts.state import StepState
-from lightning_rkd.records import Mix, Outputs
-from tests.ranks import Ranks
+from lightning_rkd.utils.distributed import gather_rows, row_counts
+from lightning_rkd.utils.types import Mix, Outputs
+from tests.harness.ranks import Ranks
 
 losses = lightning_rkd.losses
 
@@ -27,7 +28,7 @@ SAMPLES = 50  # in the training set
 
 
 def exported() -> list[type[RelationalLoss]]:
-    found = [getattr(lightning_rkd.losses, name) for name in lightning_rkd.losses.__all__]
+    found = [getattr(package, name) for package in (losses, experimental) for name in package.__all__]
     found = [c for c in found if inspect.isclass(c) and issubclass(c, RelationalLoss) and not inspect.isabstract(c)]
     return [c for c in found if c not in (RelationalLoss, Term, LossSum)]
 
@@ -56,14 +57,14 @@ FORMS = [
     Form(losses.EmbedDistill, distance="cosine"),
     Form(losses.GraphKD, neighbours=2),
     Form(losses.GraphKD, power=2),
-    Form(losses.GraphKD, reads="maps"),
+    Form(losses.GraphKD, reads="feature_maps"),
     Form(losses.HolisticKD, negatives_from="other"),
     Form(losses.NST, kernel="linear"),
     Form(losses.NST, kernel="gaussian"),
-    Form(losses.SimilarityPreserving, reads="maps"),
+    Form(losses.SimilarityPreserving, reads="feature_maps"),
     Form(losses.STKD, form="blended"),
     Form(losses.STKD, form="wrong classes"),
-    Form(losses.Tanimoto, form="sample"),
+    Form(experimental.Tanimoto, form="sample"),
     Form(losses.RKD, reduction="distinct"),
 ]
 every_class = pytest.mark.parametrize("cls", exported(), ids=lambda c: c.__name__)
@@ -81,7 +82,7 @@ def rows(cls: type[RelationalLoss], n: int, width: int, dtype: torch.dtype = tor
     made = {
         "embedding": lambda: [torch.randn(n, width, dtype=dtype)],
         "logits": lambda: [torch.randn(n, CLASSES, *((3, 2) if cls.dense else ()), dtype=dtype)],
-        "maps": lambda: [torch.randn(n, 4, side, side, dtype=dtype) for side in (4, 2, 2)],
+        "feature_maps": lambda: [torch.randn(n, 4, side, side, dtype=dtype) for side in (4, 2, 2)],
         "classifier": lambda: [torch.randn(CLASSES, width, dtype=dtype), torch.randn(CLASSES, dtype=dtype)],
     }
     return {field: made[field]() for field in fields(cls)}
@@ -89,7 +90,7 @@ def rows(cls: type[RelationalLoss], n: int, width: int, dtype: torch.dtype = tor
 
 def side(cls: type[RelationalLoss], shown: dict[str, list[Tensor]]) -> Any:
     packed: dict[str, Any] = {
-        f: v if f == "maps" else tuple(v) if f == "classifier" else v[0] for f, v in shown.items()
+        f: v if f == "feature_maps" else tuple(v) if f == "classifier" else v[0] for f, v in shown.items()
     }
     return packed[cls.reads] if isinstance(cls.reads, str) else Outputs(**packed)
 
@@ -367,7 +368,7 @@ def on_a_rank(rank: int, sample: Sample, counts: list[int]) -> list[Tensor]:
     part[0] = weighted(part[0], weights)
     together = {name: part_of(v, mine) for name, v in context(cls, sample.n).items()}
     factor = len(counts) * counts[rank] / sum(counts)
-    if cls.across_samples:
+    if cls.gather:
         rows_of = row_counts(counts[rank])
         for shown in part:
             for field in sorted(set(shown) - {"classifier"}):  # the same order on every rank

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.distributed import gather_rows
 from lightning_rkd.losses import CRCD
 from lightning_rkd.losses.crcd import log_mean_exp, relation_similarities
+from lightning_rkd.utils.distributed import gather_rows
+from tests.harness.ranks import Ranks
 from tests.oracles import crcd as oracle
 from tests.oracles.memory import dot, project, renewed
-from tests.ranks import Ranks
 
 
 def small(**settings) -> CRCD:

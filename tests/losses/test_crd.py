@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.distributed import gather_rows
 from lightning_rkd.losses import CRD
 from lightning_rkd.losses.crd import log_mean_exp
 from lightning_rkd.losses.parts.memory import MemoryBank
+from lightning_rkd.utils.distributed import gather_rows
+from tests.harness.ranks import Ranks
 from tests.oracles import crd as oracle
 from tests.oracles.memory import project, renewed
-from tests.ranks import Ranks
 
 
 def small(**settings) -> CRD:

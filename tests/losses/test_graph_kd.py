@@ -56,7 +56,7 @@ def test_soft_labels_that_are_certain_act_like_hard_ones():
 def test_layers_of_any_sizes_are_averaged():
     student = [torch.rand(5, *shape, dtype=torch.float64) for shape in ((3, 4, 4), (6, 2, 2))]
     teacher = [torch.rand(5, *shape, dtype=torch.float64) for shape in ((8, 2, 2), (9, 7))]
-    value = GraphKD(reads="maps")(student, teacher)
+    value = GraphKD(reads="feature_maps")(student, teacher)
     expected = oracle.graph_kd([s.numpy() for s in student], [t.numpy() for t in teacher])
     assert float(value) == pytest.approx(expected, rel=1e-11)
 
@@ -100,7 +100,7 @@ def test_a_batch_of_no_more_samples_than_neighbours_is_refused_with_the_cure():
         ({"neighbours": 0}, "neighbours must be at least 1, or None for all edges, got 0"),
         ({"power": 0}, "power must be at least 1, got 0"),
         ({"edges": "intra"}, "edges must be 'all', 'within' or 'between', got 'intra'"),
-        ({"reads": "logits"}, "reads must be 'embedding' or 'maps', got 'logits'"),
+        ({"reads": "logits"}, "reads must be 'embedding' or 'feature_maps', got 'logits'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
@@ -109,4 +109,7 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 
 
 def test_settings_show_when_printed():
-    assert str(GraphKD(neighbours=5, reads="maps")) == "GraphKD(neighbours=5, power=1, edges='all', reads='maps')"
+    assert (
+        str(GraphKD(neighbours=5, reads="feature_maps"))
+        == "GraphKD(neighbours=5, power=1, edges='all', reads='feature_maps')"
+    )

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.distributed import gather_rows
 from lightning_rkd.losses import HolisticKD
 from lightning_rkd.losses.holistic import prediction_graph
-from lightning_rkd.records import Outputs
+from lightning_rkd.utils.distributed import gather_rows
+from lightning_rkd.utils.types import Outputs
+from tests.harness.ranks import Ranks
 from tests.oracles import holistic as oracle
 from tests.oracles.memory import project, renewed
-from tests.ranks import Ranks
 
 
 def small(**settings) -> HolisticKD:

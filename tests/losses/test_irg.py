@@ -6,13 +6,13 @@ import torch
 
 from lightning_rkd.losses import IRG
 from lightning_rkd.losses.irg import edges, transformation
-from lightning_rkd.records import Outputs
+from lightning_rkd.utils.types import Outputs
 from tests.oracles import irg as oracle
 
 
 def shown(maps: list[np.ndarray], logits: np.ndarray | None = None) -> Outputs:
     return Outputs(
-        logits=None if logits is None else torch.from_numpy(logits), maps=[torch.from_numpy(m) for m in maps]
+        logits=None if logits is None else torch.from_numpy(logits), feature_maps=[torch.from_numpy(m) for m in maps]
     )
 
 
@@ -57,21 +57,24 @@ def test_the_defaults_are_the_authors_weights_on_the_last_edges():
 
 def test_without_a_list_every_map_goes_with_its_next():
     s, t, parts = networks()
-    s, t = (Outputs(maps=x.maps[:2]) for x in (s, t))  # type: ignore[index]
+    s, t = (Outputs(feature_maps=x.feature_maps[:2]) for x in (s, t))  # type: ignore[index]
     assert float(IRG(0, 0, 1)(s, t)) == pytest.approx(parts["first stage"], rel=1e-9)
-    assert float(IRG(0, 0, 1)(Outputs(maps=s.maps[:1]), Outputs(maps=t.maps[:1]))) == 0  # type: ignore[index]
+    assert float(IRG(0, 0, 1)(Outputs(feature_maps=s.feature_maps[:1]), Outputs(feature_maps=t.feature_maps[:1]))) == 0  # type: ignore[index]
 
 
 def test_without_a_weight_for_vertices_no_logits_are_needed():
-    assert IRG(vertex_weight=0).reads == ("maps",)
+    assert IRG(vertex_weight=0).reads == ("feature_maps",)
     s, t, _ = networks()
     with pytest.raises(ValueError, match="logits"):
-        IRG(transform_layers=STAGES)(Outputs(maps=s.maps), Outputs(maps=t.maps))
+        IRG(transform_layers=STAGES)(Outputs(feature_maps=s.feature_maps), Outputs(feature_maps=t.feature_maps))
 
 
 def test_tokens_with_the_same_numbers_give_the_same_loss():
     s, t, _ = networks()
-    tokens = [Outputs(logits=x.logits, maps=[m.flatten(2).transpose(1, 2) for m in x.maps or []]) for x in (s, t)]
+    tokens = [
+        Outputs(logits=x.logits, feature_maps=[m.flatten(2).transpose(1, 2) for m in x.feature_maps or []])
+        for x in (s, t)
+    ]
     loss = IRG(transform_layers=STAGES)
     torch.testing.assert_close(loss(*tokens), loss(s, t))
 
@@ -100,4 +103,4 @@ def test_what_does_not_fit_is_refused_with_the_cure():
     with pytest.raises(ValueError, match="IRG: there is no map -5"):
         IRG(transform_layers=[(0, -5)])(s, t)
     with pytest.raises(ValueError, match=r"logits over the same classes, got \(5, 3\) and \(5, 4\)"):
-        IRG(transform_layers=STAGES)(Outputs(logits=torch.ones(5, 3), maps=s.maps), t)
+        IRG(transform_layers=STAGES)(Outputs(logits=torch.ones(5, 3), feature_maps=s.feature_maps), t)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from lightning_rkd.functional import angles, distances
 from lightning_rkd.losses.parts import memory
-from lightning_rkd.relations import angles, distances
 from tests.losses.test_contract import Sample, context, every_loss, side
 
 pytestmark = pytest.mark.skipif(

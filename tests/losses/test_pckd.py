@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_rkd.data.rotations import Rotations
+from lightning_rkd.data.transforms.rotations import Rotations
 from lightning_rkd.losses import PCKD
 from lightning_rkd.losses.pckd import category_contrast, preview_weights
-from lightning_rkd.records import Batch, Outputs
+from lightning_rkd.utils.types import Batch, Outputs
 from tests.oracles import pckd as oracle
 
 CLASSES = 4

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_rkd.distributed import Anchors, gather_rows
 from lightning_rkd.losses import RKD, RelationalLoss, RKDAngle, RKDDistance
 from lightning_rkd.losses.rkd import rkd_angle, rkd_distance
+from lightning_rkd.utils.distributed import Shard, gather_rows
+from tests.harness.ranks import Ranks
 from tests.oracles import rkd as oracle
-from tests.ranks import Ranks
 
 
 def det(n: int, d: int, a: float, b: float) -> Tensor:
@@ -223,13 +223,13 @@ def _train(rank: int, loss: RelationalLoss, rows: Tensor, teacher: Tensor, count
     """Gradient of a shared layer on one rank, with the rows of all ranks gathered for the loss."""
     mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     weight = torch.eye(rows.shape[1], requires_grad=True)
-    anchors = {"anchors": Anchors()} if split and "anchors" in loss.needs else {}
-    loss(gather_rows(rows[mine] @ weight), gather_rows(teacher[mine]), **anchors).backward()
+    shard = {"shard": Shard()} if split and "shard" in loss.needs else {}
+    loss(gather_rows(rows[mine] @ weight), gather_rows(teacher[mine]), **shard).backward()
     assert weight.grad is not None
     return weight.grad
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["whole", "anchors split"])
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "shard split"])
 @pytest.mark.parametrize("counts", [[8, 8], [11, 5], [15, 1]], ids=str)
 @pytest.mark.parametrize("loss", [RKDDistance(), RKDAngle(), RKD()], ids=str)
 def test_two_ranks_average_to_the_gradient_of_one_batch_of_sixteen(ranks: Ranks, loss, counts, split):
@@ -242,16 +242,16 @@ def test_two_ranks_average_to_the_gradient_of_one_batch_of_sixteen(ranks: Ranks,
 _MEMORY = """
 import torch
 from pathlib import Path
-from lightning_rkd.distributed import Anchors
+from lightning_rkd.utils.distributed import Shard
 from lightning_rkd.losses import RKDAngle
 
-class First(Anchors):  # every matrix and buffer of the whole, a sixteenth of its time
-    def share(self, n):
+class First(Shard):  # every matrix and buffer of the whole, a sixteenth of its time
+    def range(self, n):
         return 0, -(-n // 16)
 
 def step(n):
     student = torch.randn(n, 128, requires_grad=True)
-    RKDAngle()(student, torch.randn(n, 512), anchors=First()).backward()
+    RKDAngle()(student, torch.randn(n, 512), shard=First()).backward()
 
 def peak():  # GiB; getrusage would show the parent's where that was higher
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20

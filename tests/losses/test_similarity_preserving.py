@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_rkd.losses import SimilarityPreserving
 from lightning_rkd.losses.similarity_preserving import similarity_preserving
-from lightning_rkd.records import Outputs
+from lightning_rkd.utils.types import Outputs
 from tests.oracles import similarity_preserving as oracle
 
 
@@ -37,18 +37,21 @@ def test_the_loss_is_that_of_the_loops(n, d):
 
 def test_layers_of_any_sizes_add_up_to_the_loss_of_the_loops():
     student, teacher = maps(5, (3, 4, 4), (6, 2, 2)), maps(5, (8, 2, 2), (9, 7))
-    value = SimilarityPreserving(reads="maps")(student, teacher)
+    value = SimilarityPreserving(reads="feature_maps")(student, teacher)
     expected = oracle.similarity_preserving([s.numpy() for s in student], [t.numpy() for t in teacher])
     assert float(value) == pytest.approx(expected, rel=1e-12)
-    parts = [SimilarityPreserving(reads="maps")([s], [t]) for s, t in zip(student, teacher, strict=True)]
+    parts = [SimilarityPreserving(reads="feature_maps")([s], [t]) for s, t in zip(student, teacher, strict=True)]
     torch.testing.assert_close(value, sum(parts))
 
 
 def test_what_is_read_is_a_matter_of_the_instance():
     student, teacher = maps(4, (3, 2, 2)), maps(4, (5, 2, 2))
-    loss = SimilarityPreserving(reads="maps")
+    loss = SimilarityPreserving(reads="feature_maps")
     expected = loss(student, teacher)
-    sides = Outputs(embedding=torch.randn(4, 2), maps=student), Outputs(embedding=torch.randn(4, 2), maps=teacher)
+    sides = (
+        Outputs(embedding=torch.randn(4, 2), feature_maps=student),
+        Outputs(embedding=torch.randn(4, 2), feature_maps=teacher),
+    )
     for term in (loss, copy.deepcopy(loss), 1.0 * loss):
         torch.testing.assert_close(term(*sides), expected)
     assert SimilarityPreserving().reads == "embedding"
@@ -58,7 +61,7 @@ def test_what_is_read_is_a_matter_of_the_instance():
 def test_reading_maps_passes_gradcheck():
     student, teacher = maps(4, (2, 2, 2), (3, 1, 1)), maps(4, (3, 2, 2), (2, 4))
     leaves = [x.requires_grad_() for x in student]
-    assert torch.autograd.gradcheck(lambda *x: SimilarityPreserving(reads="maps")(x, teacher), leaves)
+    assert torch.autograd.gradcheck(lambda *x: SimilarityPreserving(reads="feature_maps")(x, teacher), leaves)
 
 
 def test_a_sample_without_activation_counts_as_unlike_all_and_passes_no_gradient():
@@ -80,13 +83,15 @@ def test_a_student_that_turns_and_scales_the_teacher_has_no_loss():
 
 def test_maps_that_do_not_pair_up_are_refused():
     with pytest.raises(ValueError, match="SimilarityPreserving: the student shows 1 maps, the teacher 2"):
-        SimilarityPreserving(reads="maps")(maps(3, (2, 2, 2)), maps(3, (2, 2, 2), (2, 2, 2)))
+        SimilarityPreserving(reads="feature_maps")(maps(3, (2, 2, 2)), maps(3, (2, 2, 2), (2, 2, 2)))
 
 
 def test_reading_anything_else_is_refused():
-    with pytest.raises(ValueError, match="SimilarityPreserving: reads must be 'embedding' or 'maps', got 'logits'"):
+    with pytest.raises(
+        ValueError, match="SimilarityPreserving: reads must be 'embedding' or 'feature_maps', got 'logits'"
+    ):
         SimilarityPreserving(reads="logits")  # type: ignore[arg-type]
 
 
 def test_settings_show_when_printed():
-    assert str(SimilarityPreserving(reads="maps")) == "SimilarityPreserving(reads='maps')"
+    assert str(SimilarityPreserving(reads="feature_maps")) == "SimilarityPreserving(reads='feature_maps')"

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.data.mixup import MixUp
+from lightning_rkd.data.transforms.mixup import MixUp
 from lightning_rkd.losses import STKD
 from lightning_rkd.losses.stkd import similarity_transfer
-from lightning_rkd.records import Batch, Mix
+from lightning_rkd.utils.types import Batch, Mix
 from tests.oracles import stkd as oracle
 
 FORMS = ["virtual", "blended", "wrong classes"]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_rkd.metrics import RelationalAgreement
 from lightning_rkd.metrics.agreement import angles, average_ranks, draw_triplets
+from tests.harness.ranks import Ranks
 from tests.oracles.agreement import angle, angle_gap, distance_correlation, neighbour_overlap
-from tests.ranks import Ranks
 
 
 def pair(n: int) -> tuple[Tensor, Tensor]:

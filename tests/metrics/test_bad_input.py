@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_rkd.metrics import EmbeddingRetrieval, RelationalAgreement
+from tests.harness.real_networks import DTYPES, MISFITS, Wild, wild
 from tests.oracles.retrieval import retrieval
-from tests.wild import DTYPES, MISFITS, Wild, wild
 
 volume = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.metrics import EmbeddingRetrieval, Faiss
-from tests.ranks import Ranks
+from tests.harness.ranks import Ranks
 
 EVERYTHING = Faiss(lists=20, probes=20)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_rkd.evaluation import Evaluation
+from lightning_rkd.distillation.evaluation import Evaluation
 from lightning_rkd.metrics import FewShotAccuracy
 from lightning_rkd.metrics.fewshot import draw_episodes
-from lightning_rkd.records import Batch, Outputs
+from lightning_rkd.utils.types import Batch, Outputs
 from tests.oracles.fewshot import few_shot
 
 FEW = {"ways": 3, "shots": 2, "queries": 4, "episodes": 40}

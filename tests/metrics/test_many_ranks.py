@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
 from lightning_rkd.metrics import EmbeddingRetrieval, FewShotAccuracy, RelationalAgreement, _nearest, agreement, fewshot
-from tests.ranks import Ranks
+from tests.harness.ranks import Ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 ROWS, WIDTH = 401, 12

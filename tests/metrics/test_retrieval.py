@@ -18,8 +18,8 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from torch import Tensor
 
 from lightning_rkd.metrics import EmbeddingRetrieval, _nearest
+from tests.harness.ranks import Ranks
 from tests.oracles.retrieval import retrieval
-from tests.ranks import Ranks
 
 PEER = {"recall_at_1": "precision_at_1", "map_at_r": "mean_average_precision_at_r", "r_precision": "r_precision"}
 

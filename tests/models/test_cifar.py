@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_rkd.distillation.features import read
 from lightning_rkd.models import CIFARVGG, CIFARResNet, CIFARWideResNet, Classified, Conv4, Embedded, count_parameters
-from lightning_rkd.taps import read
 
 X4 = (32, 64, 128, 256)
 
@@ -96,7 +96,7 @@ def test_stages_are_maps_that_can_be_tapped_and_the_pooled_last_is_the_embedding
     names = [f"backbone.stage{n}" for n in range(1, len(STAGES[name]) + 1)]
     images = torch.randn(2, 3, 32, 32)
     net.eval()
-    maps = read(net, names, images).maps
+    maps = read(net, names, images).feature_maps
     shown = read(net, "classifier", images)
     assert [(m.shape[1], m.shape[2]) for m in maps] == STAGES[name]
     assert shown.embedding.shape == (2, net.backbone.embedding_dim)

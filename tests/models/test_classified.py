@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_rkd.distillation.features import read
 from lightning_rkd.models import Classified, ConvNet
-from lightning_rkd.taps import read
 
 
 def test_a_tap_at_its_classifier_shows_embedding_logits_and_classifier() -> None:

@@ -1,7 +1,7 @@
 """Every way to train, once with distillation attached and once with the same loss written by hand.
 
 A cell is one such way. :func:`measure` trains it and tells how far the gradients of all steps, and the weights at the
-end, lie apart. ``tests/test_parity.py`` holds every cell to its limit; ``python -m tests.parity`` prints them all.
+end, lie apart. ``test_parity.py`` holds every cell to its limit; ``python -m tests.parity`` prints them all.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.callbacks._patch import MethodPatch
-from tests import toys
+from lightning_rkd.callbacks.method_patch import MethodPatch
 from tests.callbacks.test_ddp import devices
-from tests.ranks import Ranks
+from tests.harness import toys
+from tests.harness.ranks import Ranks
 
 How = Literal["ours", "hand", "without"]
 """Distillation attached, written by hand, or not at all."""

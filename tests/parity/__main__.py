@@ -14,9 +14,9 @@ from pathlib import Path
 import lightning
 import torch
 
+from tests.harness.ranks import Ranks
 from tests.parity import Cell, Figures, callback, measure, module, two_devices
 from tests.parity.refused import REFUSED
-from tests.ranks import Ranks
 
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 
@@ -28,7 +28,7 @@ difference between the gradients of all parameters in all steps (before and afte
 the end; what it may be (0 is bit for bit); and, as a proof that the line tests something, the largest gradient, and the
 largest change that distillation makes to a gradient.
 
-`python -m tests.parity` writes this page; `tests/test_parity.py` holds every line to its limit.
+`python -m tests.parity` writes this page; `tests/parity/test_parity.py` holds every line to its limit.
 
 {date}, {hardware}, Python {python}, torch {torch}, lightning {lightning}. {cells} cells, {over} over their limit.
 """

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
+from lightning_rkd.distillation.features import Tap
 from lightning_rkd.losses.rkd import RKD, RKDAngle, RKDDistance
-from lightning_rkd.taps import Tap
-from tests import toys
+from tests.harness import toys
 from tests.parity import Cell, How, Recorder, Run, once, users
 
 DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rkd.losses.rkd import RKD, RKDAngle, RKDDistance
-from lightning_rkd.module import DistillationModule
-from lightning_rkd.records import Batch
-from tests import toys
+from lightning_rkd.modules.distillation import DistillationModule
+from lightning_rkd.utils.types import Batch
+from tests.harness import toys
 from tests.parity import Cell, How, Recorder, Run, once, users
 from tests.parity.callback import (
     ALMOST,

@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
+from lightning_rkd.distillation.features import CaptureError, Tap
 from lightning_rkd.losses.rkd import RKD
-from lightning_rkd.module import DistillationModule
-from lightning_rkd.taps import CaptureError, Tap
-from tests import toys
+from lightning_rkd.modules.distillation import DistillationModule
+from tests.harness import toys
 from tests.parity import Run, users
 from tests.parity.callback import compiled, indexed, strong_wolfe
 from tests.parity.module import Net, TwoPasses

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.losses.rkd import RKD, RKDDistance
-from lightning_rkd.module import DistillationModule
-from tests import toys
+from lightning_rkd.modules.distillation import DistillationModule
 from tests.callbacks.test_ddp import Sharded
+from tests.harness import toys
 from tests.parity import Cell, How, Run, users
 from tests.parity import module as modules
 from tests.parity.callback import ALMOST, Both, second

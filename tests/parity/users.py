@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd.losses.rkd import RKD, RKDAngle, RKDDistance
-from tests import toys
+from tests.harness import toys
 
 
 class ByHand:

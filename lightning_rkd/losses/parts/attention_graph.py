@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.files import check_file
 from lightning_rkd.losses.parts.memory import generator
+from lightning_rkd.utils.files import check_file
 
 
 class AttentionHeads(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.relations.similarities import unit_rows
+from lightning_rkd.functional.similarities import unit_rows
 
 
 class Projector(nn.Module):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.distributed import gather_rows
 from lightning_rkd.losses.parts import memory
 from lightning_rkd.losses.parts.memory import MemoryBank, Queue, generator
 from lightning_rkd.losses.parts.nce import nce
+from lightning_rkd.utils.distributed import gather_rows
+from tests.harness.ranks import Ranks
 from tests.oracles import memory as oracle
-from tests.ranks import Ranks
 
 
 def unit(n: int, d: int) -> Tensor:

@@ -1,0 +1,163 @@
+"""The command ``lightning-rkd``: LightningCLI with recipes, and commands of our own."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from lightning_rkd.cli import recipes
+from lightning_rkd.cli.signals import TERMINATED, at_sigterm, ending_with_first_rank
+from lightning_rkd.utils.messages import brief
+
+COMMANDS = {
+    "demo": "Train a teacher, a student alone and a distilled student, and compare them.",
+    "compare": "Train several networks with several seeds, and compare them in one table.",
+    "export": "Write the student of a run alone: safetensors, torch.export, ONNX and a model card.",
+    "cache": "Ask a recipe's teacher once about every sample, and keep what it shows on disk.",
+}
+"""Commands of our own; each is ``lightning_rkd.cli.commands.<name>.main(args)``."""
+
+TRAINER = {
+    "fit": "Train, with what a recipe and the command line say.",
+    "validate": "Evaluate on the validation data.",
+    "test": "Evaluate on the test data.",
+    "predict": "Compute embeddings.",
+}
+"""Commands that run a Trainer."""
+
+TRACEBACK = "LIGHTNING_RKD_TRACEBACK"
+"""Set to 1, this environment variable shows where an error came from."""
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: The command line without the program's name; ``None`` reads ``sys.argv``.
+
+    Returns:
+        The exit code: 0, 1 after an error, 2 after a wrong command line or configuration, 130 after Ctrl-C, 143 after
+        SIGTERM.
+
+    Example:
+        >>> main(["--version"])
+        0.1.0
+        0
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    with at_sigterm() as sigterm:
+        code = _exit_code(given)
+    if sigterm.received:  # whatever else it may have set off
+        code = TERMINATED
+        print("terminated", file=sys.stderr)
+    if code in (130, TERMINATED) and given[:1] == ["fit"]:
+        print("(the same command with --ckpt_path last goes on from the last checkpoint)", file=sys.stderr)
+    if code in (130, TERMINATED) and given[:1] == ["cache"]:
+        print("(the same command goes on from the last file that is whole)", file=sys.stderr)
+    return code
+
+
+def _exit_code(args: list[str]) -> int:
+    from argparse import ArgumentError
+
+    try:
+        _command(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        # Lightning answers Ctrl-C with exit code 1
+        interrupted = isinstance(stop.__context__, KeyboardInterrupt)
+        return 130 if interrupted else stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        if os.environ.get(TRACEBACK) == "1":
+            raise
+        usage = isinstance(error, ArgumentError | UsageError | recipes.UnknownRecipeError)
+        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        known = usage or isinstance(error, ValueError | OSError)
+        message = brief(message) if isinstance(error, ArgumentError) else message
+        print(f"error: {message if known and message else f'{type(error).__name__}: {message}'}", file=sys.stderr)
+        if not usage:
+            print(f"({TRACEBACK}=1 shows where it came from)", file=sys.stderr)
+        return 2 if usage else 1
+    return 0
+
+
+def _command(args: list[str]) -> None:
+    first = args[0] if args else "--help"
+    if first in ("-h", "--help"):
+        print(_help())
+    elif first == "--version":
+        from lightning_rkd import __version__
+
+        print(__version__)
+    elif first in COMMANDS:
+        run: Callable[[list[str]], None] = import_module(f"lightning_rkd.cli.commands.{first}").main
+        run(args[1:])
+    elif first in TRAINER or first.startswith("-"):
+        _train(recipes.resolve(args))
+    else:
+        known = [*COMMANDS, *TRAINER]
+        near = difflib.get_close_matches(first, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(known)}"
+        raise UsageError(f"there is no command {first!r}; {hint}")
+
+
+def _train(args: list[str]) -> None:
+    with ending_with_first_rank(), warnings.catch_warnings():
+        # advice that does not fit images held in memory, folders that are named by the user, and news about packages
+        warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+        warnings.filterwarnings("ignore", "The dirpath has changed from")
+        warnings.filterwarnings("ignore", r"Starting from v1\.9\.0, `tensorboardX`")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
+        from lightning_rkd.cli.trainer import TrainingCLI
+
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_without_advertisement)
+        TrainingCLI(args, prog="lightning-rkd")
+
+
+def _without_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+
+
+def _help() -> str:
+    def rows(table: dict[str, str]) -> str:
+        return "\n".join(f"  {name:<16} {text}" for name, text in table.items())
+
+    return f"""\
+usage: lightning-rkd COMMAND [options]
+       lightning-rkd COMMAND --help
+
+Relational knowledge distillation for PyTorch Lightning.
+
+commands:
+{rows(COMMANDS)}
+
+commands that run a Trainer, with --config RECIPE or FILE and any option on the command line:
+{rows(TRAINER)}
+
+recipes:
+{rows({name: recipes.about(name) for name in recipes.names()})}
+
+examples:
+  lightning-rkd demo
+  lightning-rkd fit --config glyphs_teacher
+  lightning-rkd fit --config glyphs_rkd --model.loss RKDDistance --trainer.max_steps 200
+  lightning-rkd fit --config glyphs_rkd --print_config > mine.yaml
+
+options:
+  -h, --help       Show this help.
+  --version        Show the version.
+
+An error is one line; {TRACEBACK}=1 shows where it came from."""

@@ -1,0 +1,273 @@
+"""LightningCLI with this project's habits: what the command line and the studies train through."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
+
+from lightning_rkd.cli.signals import pass_sigterm_on
+from lightning_rkd.data.indexing import loaders_in
+from lightning_rkd.utils.distributed import gather_objects, run_on_all_ranks
+from lightning_rkd.utils.files import check_file, write_whole
+
+
+class TrainingCLI(LightningCLI):
+    """Any model and any data by class path or short name, checkpoints beside the run, and errors as exceptions.
+
+    Differences from Lightning's own: ``seed_everything`` is 0; Lightning puts no distributed sampler of its own over
+    :class:`~lightning_rkd.data.PKBatchSampler`; the ``checkpoint`` group configures one ``ModelCheckpoint``
+    that writes ``last.ckpt`` into ``trainer.default_root_dir`` after every epoch, and ``best.ckpt`` where a ``monitor``
+    is named, unless the trainer has its own or ``enable_checkpointing`` is false; checkpoints and ``config.yaml`` are
+    whole or not there, whenever the run is killed; a checkpoint is verified before it is read, and does not replace the
+    configuration; an output folder that cannot be written is refused before training;
+    SIGTERM reaches every rank; a training loader that would give all ranks the same rows is refused; what one
+    of several machines lacks is an error on all of them.
+
+    Args:
+        args: What would stand on the command line, or a configuration as a dict; ``None`` reads ``sys.argv``.
+        run: Whether there are subcommands, one of which is run. ``False`` builds ``model``, ``datamodule`` and
+            ``trainer``.
+        prog: Name of the program in help texts.
+        callbacks: Callbacks that the saved configuration does not mention.
+        **trainer: Arguments of the trainer that the saved configuration does not mention.
+
+    Raises:
+        argparse.ArgumentError: The configuration does not fit; the message says where.
+    """
+
+    def __init__(
+        self,
+        args: ArgsType = None,
+        *,
+        run: bool = True,
+        prog: str | None = None,
+        callbacks: Sequence[pl.Callback] = (),
+        **trainer: Any,
+    ) -> None:
+        import_public_classes()
+        self._unsaved = trainer
+        super().__init__(
+            save_config_callback=_WholeConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"use_distributed_sampler": False, "callbacks": list(callbacks)},
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False, **({"prog": prog} if prog else {})},
+            args=args,
+            run=run,
+            auto_configure_optimizers=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the ``checkpoint`` group."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "last",
+                "checkpoint.enable_version_counter": False,  # a second run would write last-v1.ckpt
+                "checkpoint.auto_insert_metric_name": False,  # a metric's name holds a slash
+            }
+        )
+        parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; arguments may be given while the program has its own."""
+        self.config = parser.parse_args(args) if args is None or isinstance(args, list) else parser.parse_object(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Let the configuration stand: Lightning would replace it by the one in the checkpoint, without a word."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse checkpoints that cannot be read and folders that cannot be written; name best and last apart."""
+        settings = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+        path, folder = settings.get("ckpt_path"), Path(settings.trainer.default_root_dir or Path.cwd())
+        last = folder / "last.ckpt"
+        requeued = "hpc" if SLURMEnvironment.detect() else ""
+        self._sought = {"last": "last*.ckpt", "hpc": "hpc_ckpt_*.ckpt"}.get(path or requeued, "")
+        if path == "last" and last.is_file():
+            path = str(last)
+        self._checks: list[Callable[[], None]] = [partial(check_writable, folder)]
+        if path and path not in ("best", "last", "hpc") and not path.startswith("registry") and "://" not in path:
+            safe = settings.get("weights_only") is not False
+            self._checks.insert(0, partial(check_checkpoint, path, safe=safe))
+        if settings.trainer.num_nodes == 1:
+            for check in self._checks:
+                check()
+        checkpoint = settings.checkpoint
+        if checkpoint.monitor is not None and checkpoint.filename == "last":
+            checkpoint.filename, checkpoint.save_last = "best", True
+
+    def before_fit(self) -> None:
+        """Say where Lightning cannot resume exactly."""
+        if self.config_init[self.subcommand].get("ckpt_path") and self.trainer.max_steps != -1:
+            warnings.warn(
+                "a run that is limited by max_steps does not resume exactly: Lightning trains one batch too many after "
+                "the end of an epoch. Limit runs by max_epochs to resume them bit for bit",
+                stacklevel=1,
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the trainer; the checkpoint group steps aside where checkpoints are off or have been set up already."""
+        settings = self._get(self.config_init, "trainer")
+        given = settings.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        if settings.get("enable_checkpointing") is False or any(isinstance(c, ModelCheckpoint) for c in given):
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
+        trainer = super().instantiate_trainer(**{**kwargs, **self._unsaved})
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        pass_sigterm_on(trainer)
+        trainer.callbacks.append(_OwnRows())  # type: ignore[attr-defined] # set later
+        if trainer.num_nodes > 1:
+            trainer.callbacks.insert(0, _EveryMachine(self._checks, self._sought))  # type: ignore[attr-defined] # set later
+        return trainer
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are whole or not there: ``Trainer(plugins=[WholeCheckpointIO()])``; the command line has it.
+
+    Lightning writes to the system's temporary folder and moves the file, which copies it where that folder is on
+    another disk: a run that is killed meanwhile loses the old checkpoint and the new one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write beside the old one, and put it in its place when all of it has reached the disk."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content.getbuffer())
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Verify the checksums, then load."""
+        if Path(path).is_file():
+            check_file(path)
+        return super().load_checkpoint(path, *args, **kwargs)
+
+
+class _WholeConfig(SaveConfigCallback):
+    """Saves the configuration under another name first, so that a run that is killed cannot cut it short."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        name = self.config_filename
+        self.config_filename = f".{name}.part"
+        super().setup(trainer, pl_module, stage)
+        self.config_filename = name
+        part = Path(trainer.log_dir or ".", f".{name}.part")  # every rank has to ask for log_dir
+        if trainer.is_global_zero and part.exists():
+            part.replace(part.with_name(name))
+
+
+class _OwnRows(pl.Callback):
+    """Looks at the training loaders: where nobody deals their rows out, all devices would train on the same ones."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse several devices then."""
+        if trainer.world_size == 1 or trainer._accelerator_connector.use_distributed_sampler:
+            return
+        for loader in loaders_in(trainer.train_dataloader):
+            plain = type(getattr(loader, "batch_sampler", None)) is BatchSampler
+            if plain and isinstance(loader.sampler, RandomSampler | SequentialSampler):
+                raise ValueError(
+                    f"all {trainer.world_size} devices would train on the same rows: this training loader knows "
+                    "nothing of them, and nobody deals its rows out. Let Lightning do so, "
+                    "--trainer.use_distributed_sampler=true, or use a batch sampler that does, such as PKBatchSampler"
+                )
+
+
+class _EveryMachine(pl.Callback):
+    """Looks at the files once the machines are joined: one that gave up before would leave the others waiting."""
+
+    def __init__(self, checks: Sequence[Callable[[], None]], sought: str) -> None:
+        self.checks, self.sought = checks, sought
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot be read or written on one of them, and to resume on some only."""
+        run_on_all_ranks(self._check)
+        folder = Path(trainer.default_root_dir)
+        every = gather_objects(sorted(path.name for path in folder.glob(self.sought)) if self.sought else [])
+        if any(found != every[0] for found in every):
+            has = "; ".join(f"rank {rank}: {', '.join(found) or 'none'}" for rank, found in enumerate(every))
+            raise ValueError(
+                f"the machines do not find the same checkpoints to resume from in {str(folder)!r} ({has}): copy them "
+                "from the machine of rank 0, which writes them, or use a folder that the machines share"
+            )
+
+    def _check(self) -> None:
+        for check in self.checks:
+            check()
+
+
+def check_checkpoint(path: str | os.PathLike[str], safe: bool = True) -> None:
+    """Verify the checksums of a checkpoint and, if ``safe``, that it holds nothing but tensors and plain values.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged or no checkpoint; the message names it.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"the checkpoint {str(path)!r} does not exist")
+    if not Path(path).is_file():
+        return  # sharded checkpoints are folders
+    check_file(path)
+    if safe:
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged pickle makes of itself
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{str(path)!r} is no checkpoint that can be read safely ({reason})") from error
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Make the folder if it does not exist, and write and remove a file in it.
+
+    Raises:
+        OSError: That failed; the message names the folder.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"the output folder {str(folder)!r} cannot be written: {error.strerror or error}") from error
+
+
+def import_public_classes() -> None:
+    """Import what configurations may call by a short name; jsonargparse finds the classes that are loaded."""
+    import pytorch_metric_learning.losses
+    import pytorch_metric_learning.miners  # noqa: F401
+
+    import lightning_rkd
+    import lightning_rkd.data
+    import lightning_rkd.experimental
+    import lightning_rkd.losses
+    import lightning_rkd.metrics
+    import lightning_rkd.models
+    import lightning_rkd.modules
+
+    for package in (
+        lightning_rkd,
+        lightning_rkd.data,
+        lightning_rkd.experimental,
+        lightning_rkd.losses,
+        lightning_rkd.metrics,
+        lightning_rkd.models,
+        lightning_rkd.modules,
+    ):
+        for name in package.__all__:
+            getattr(package, name)

@@ -1,0 +1,1 @@
+"""Lightning data modules, one file per data set."""

@@ -1,0 +1,269 @@
+"""What all data modules share: a division into parts, resumable training batches, indexed evaluation batches."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+from lightning_rkd.data.datamodules.splits import ClassSplit, disjoint, split_classes, split_samples
+from lightning_rkd.data.datasets.files import ImageFiles
+from lightning_rkd.data.datasets.images import AugmentedSubset, ImageSet, QuerySubset
+from lightning_rkd.data.indexing import with_indices
+from lightning_rkd.data.loader import ResumableLoader
+from lightning_rkd.data.samplers.pk import PKBatchSampler
+from lightning_rkd.data.transforms.augment import Augment
+from lightning_rkd.data.transforms.crop import CentreCrop, Crop
+from lightning_rkd.utils.distributed import rank_and_size
+
+_log = logging.getLogger(__name__)
+
+
+class LabelledImages(NamedTuple):
+    """A whole data set: images (N, C, H, W) uint8, classes (N,) int64, and the name of every class.
+
+    ``test`` (N,) bool marks the images of an official test part, where there is one: only they test, and they do
+    nothing else. ``is_query`` (N,) bool marks those that ask when they test, where the others are their gallery.
+    """
+
+    images: Tensor | ImageFiles
+    labels: Tensor
+    class_names: list[str]
+    test: Tensor | None = None
+    is_query: Tensor | None = None
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """Images, divided into training, validation and test; a data set is one method, :meth:`load`.
+
+    Samples are ``(x, y)``. By default *classes* are divided, as retrieval asks for: training classes come first, 0 to
+    ``num_train_classes - 1``, validation classes are taken out of the training side, and batches are P classes by K
+    samples. With ``split_by="samples"`` all parts show all classes, as classification asks for, every class divided
+    alike, and batches are P K samples drawn without regard to their class. All three sets are views of one root data
+    set, so an index means the same image everywhere. The test part is never looked at.
+
+    Order and augmentation of the training batches depend on (seed, epoch, index) alone, and the loader's position is
+    part of Lightning's checkpoints: a resumed run is the uninterrupted run, with any number of workers. Validation,
+    test and prediction batches (prediction shows the test set) are
+    :class:`~lightning_rkd.data.indexing.IndexedBatch`.
+
+    Args:
+        classes_per_batch: P, per device; N ways of few-shot episodes, with shots + queries as ``samples_per_class``
+            (see :func:`~lightning_rkd.data.episode_sampler`). ``None`` takes as many as there are, up to 24.
+        samples_per_class: K; ``None`` fills a batch of 120, as far as a typical class has the samples.
+        batches_per_epoch: Batches per epoch and device; ``None`` shows about as many samples as there are.
+        eval_batch_size: Batch size of validation, test and prediction.
+        num_workers: Worker processes per loader; where the images are in memory, 0 is usually fastest.
+        seed: Of order and augmentation.
+        split_seed: Of the division of the classes, apart from ``seed``, so that runs with other seeds may share a
+            teacher without its having seen their test classes.
+        validation: Part of all classes (samples) that validate.
+        test: Part of all classes (samples) that test.
+        augment: What training batches go through; ``None`` takes what suits the data.
+        split_by: Whether ``"classes"`` or ``"samples"`` are divided.
+        views: How many augmented versions of each training image there are, shown in turn, epoch by epoch; ``None``
+            never shows one twice. :class:`~lightning_rkd.CachedTeacher` can keep what a teacher shows of each.
+
+    Attributes:
+        train_set: Augmented training images, after ``setup``.
+        val_set: Validation images, after ``setup``.
+        test_set: Test images, after ``setup``.
+        root: The data set that all three are views of.
+        class_names: Name of every class, training classes first.
+        num_train_classes: Number of training classes.
+    """
+
+    root: ImageSet
+    train_set: AugmentedSubset
+    val_set: Subset[tuple[Tensor, int]]
+    test_set: Subset[tuple[Tensor, int]]
+    class_names: list[str]
+    num_train_classes: int
+
+    def __init__(
+        self,
+        classes_per_batch: int | None = 24,
+        samples_per_class: int | None = 5,
+        batches_per_epoch: int | None = None,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+        split_seed: int = 0,
+        validation: float = 0.15,
+        test: float = 0.25,
+        augment: Augment | Crop | None = None,
+        split_by: Literal["classes", "samples"] = "classes",
+        views: int | None = None,
+    ) -> None:
+        super().__init__()
+        if split_by not in ("classes", "samples"):
+            raise ValueError(f"split_by must be 'classes' or 'samples', got {split_by!r}")
+        if eval_batch_size < 1:
+            raise ValueError(f"eval_batch_size must be at least 1, got {eval_batch_size}")
+        self.classes_per_batch = classes_per_batch
+        self.samples_per_class = samples_per_class
+        self.batches_per_epoch = batches_per_epoch
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.split_seed = split_seed
+        self.validation, self.test = validation, test
+        self.augment = augment
+        self.split_by = split_by
+        self.views = views
+        self._ready = False
+
+    @abstractmethod
+    def load(self) -> LabelledImages:
+        """The whole data set, the same on every rank."""
+
+    def split(self, data: LabelledImages) -> ClassSplit:
+        """Which classes train, validate and test."""
+        return split_classes(range(len(data.class_names)), self.validation, self.test, self.split_seed)
+
+    def suggest_augment(self, data: LabelledImages) -> Augment | Crop:
+        """The augmentation when none was asked for."""
+        return Augment(rotation=8, scale=0.1, shear=0.1, shift=0.08, flip=data.images.shape[1] == 3)
+
+    def statistics(self, data: LabelledImages, train: list[int]) -> tuple[Sequence[float], Sequence[float]]:
+        """What images are normalised with, from the training rows: mean and standard deviation per channel."""
+        return channel_statistics(data.images, train)
+
+    def centre_crop(self) -> CentreCrop | None:
+        """What is cut out of the images where no augmentation crops them."""
+        return None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images as they are shown, after ``setup``."""
+        channels, height, width = (int(n) for n in self.root.images.shape[1:])
+        if self.root.transform is None:
+            return channels, height, width
+        return channels, min(height, self.root.transform.size), min(width, self.root.transform.size)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and divide the data, once."""
+        if self._ready:
+            return
+        data = self.load()
+        if self.split_by == "classes":
+            split = disjoint(self.split(data), data.class_names)
+            order = [*split.train, *split.validation, *split.test]
+            labels, (train, val, test) = _renumbered(data.labels, split, len(data.class_names), data.test)
+            self.num_train_classes = len(split.train)
+        else:
+            order, labels = list(range(len(data.class_names))), data.labels
+            official = None if data.test is None else data.test.tolist()
+            train, val, test = split_samples(labels.tolist(), self.validation, self.test, self.split_seed, official)
+            self.num_train_classes = len(order)
+        mean, std = self.statistics(data, train)
+        self.root = ImageSet(data.images, labels, mean, std, self.centre_crop())
+        augment = self.augment if self.augment is not None else self.suggest_augment(data)
+        self.train_set = AugmentedSubset(self.root, train, augment, self.seed, self.views)
+        self.val_set = Subset(self.root, val)
+        asks = data.is_query if self.split_by == "classes" else None
+        self.test_set = Subset(self.root, test) if asks is None else QuerySubset(self.root, test, asks)
+        self.class_names = [data.class_names[c] for c in order]
+        self._choose_sizes(labels[train])
+        self._ready = True
+
+    def _choose_sizes(self, labels: Tensor) -> None:
+        if self.classes_per_batch is None:
+            self.classes_per_batch = max(1, min(24, self.num_train_classes // rank_and_size()[1]))
+        counts = torch.bincount(labels)
+        if self.samples_per_class is None:
+            self.samples_per_class = max(2, min(int(counts.median()), 120 // self.classes_per_batch))
+        few = (counts < self.samples_per_class).nonzero().flatten().tolist()
+        if few and self.split_by == "classes":
+            _log.info(
+                "%d of %d training classes have fewer than samples_per_class=%d samples, so batches repeat some: %s",
+                len(few), len(counts), self.samples_per_class, ", ".join(self.class_names[c] for c in few[:3]),
+            )  # fmt: skip
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Augmented batches; with their indices where a loss of the run needs them."""
+        self._refuse_foreign_sampler()
+        assert self.classes_per_batch is not None
+        assert self.samples_per_class is not None
+        labels, p, k = self.root.labels[self.train_set.indices], self.classes_per_batch, self.samples_per_class
+        if self.split_by == "samples":  # every sample a class of its own: batches are drawn without regard to classes
+            rows, needed = len(labels), p * k * rank_and_size()[1]
+            if rows < needed:
+                raise ValueError(
+                    f"batches of classes_per_batch x samples_per_class = {p} x {k} on {rank_and_size()[1]} device(s) "
+                    f"need at least {needed} training samples, and there are {rows}: lower either"
+                )
+            labels, p, k = torch.arange(rows), p * k, 1
+        sampler = PKBatchSampler(labels, p, k, self.seed, self.batches_per_epoch)
+        loader = ResumableLoader(self.train_set, batch_sampler=sampler, **self._loading())
+        return with_indices(loader) if self._indices_are_needed() else loader
+
+    def val_dataloader(self) -> Any:
+        """Images of validation classes, with their indices; nothing where nothing validates."""
+        return self._evaluate(self.val_set) if len(self.val_set) else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Images of unseen classes, with their indices."""
+        return self._evaluate(self.test_set)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test set."""
+        return self._evaluate(self.test_set)
+
+    def _evaluate(self, data: Dataset[Any]) -> DataLoader[Any]:
+        rank, size = rank_and_size()
+        sampler: DistributedSampler[Any] | None = None
+        if size > 1:
+            sampler = DistributedSampler(data, size, rank, shuffle=False)
+        return with_indices(DataLoader(data, self.eval_batch_size, sampler=sampler, **self._loading()))
+
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def _indices_are_needed(self) -> bool:
+        parts = (getattr(self.trainer, "lightning_module", None), *getattr(self.trainer, "callbacks", ()))
+        return any(getattr(part, "needs_indices", False) for part in parts)
+
+    def _refuse_foreign_sampler(self) -> None:
+        connector = getattr(self.trainer, "_accelerator_connector", None)
+        if getattr(connector, "is_distributed", False) and getattr(connector, "use_distributed_sampler", False):
+            raise ValueError(
+                f"{type(self).__name__} divides its batches among devices itself, and Lightning would put its own "
+                "sampler in between: pass Trainer(use_distributed_sampler=False), or "
+                "--trainer.use_distributed_sampler=false on the command line"
+            )
+
+
+def _renumbered(
+    labels: Tensor, split: ClassSplit, classes: int, official: Tensor | None = None
+) -> tuple[Tensor, list[list[int]]]:
+    """Labels with the training classes first, then those for validation and test; and the rows of each part.
+
+    Where there is an official test part, test classes show what is in it, and the others what is not.
+    """
+    order = [*split.train, *split.validation, *split.test]
+    numbers = torch.full((classes,), -1)
+    numbers[torch.tensor(order)] = torch.arange(len(order))
+    new = numbers[labels]
+    ends = torch.tensor([len(split.train), len(split.train) + len(split.validation), len(order)])
+    part = torch.where(new < 0, -1, torch.bucketize(new, ends, right=True))
+    if official is not None:
+        part = torch.where((part == 2) == official, part, -1)
+    return new, [torch.nonzero(part == i).flatten().tolist() for i in range(3)]
+
+
+def channel_statistics(images: Tensor | ImageFiles, rows: list[int]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel, as parts of the full range, from at most 5,000 rows."""
+    some = images[torch.tensor(rows[:: max(1, len(rows) // 5000)])].double() / 255
+    std = some.std(dim=(0, 2, 3), correction=0)
+    return some.mean(dim=(0, 2, 3)).tolist(), torch.where(std > 0, std, 1.0).tolist()

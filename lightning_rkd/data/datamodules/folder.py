@@ -1,0 +1,225 @@
+"""Any folder of images: a class is the folder that directly holds its images."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lightning_rkd.data.datamodules.base import ImageDataModule, LabelledImages
+from lightning_rkd.data.datamodules.splits import ClassSplit, split_classes
+from lightning_rkd.data.datasets.decoding import decode, open_image
+from lightning_rkd.data.transforms.augment import Augment
+
+_log = logging.getLogger(__name__)
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_PART_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Images under a folder, at any depth; classes are divided into training, validation and unseen test classes.
+
+    A class is the folder that directly holds the images, named by its path below the folder that holds all classes
+    (``apple``, or ``Greek/character01`` where there are several alphabets). All images are decoded once, brought to
+    ``image_size`` x ``image_size`` (without cropping) and kept in memory as bytes. Images stay grey if all of them
+    are. A class with a single image can only train: there is nothing to retrieve in it. Hidden files and files that
+    are no images are passed over.
+
+    Args:
+        root: The folder.
+        test_root: A second folder, of images that test and do nothing else, such as ``cifar100/test`` beside
+            ``cifar100/train``; classes have the same names in both. With ``split_by="classes"`` the test classes show
+            the images of this folder, and the others those of ``root``; with ``split_by="samples"`` ``test`` does not
+            matter.
+        image_size: Side of the images; ``None`` takes the median of what is there, at most 64.
+        max_images_per_class: Keep at most this many images of a class, chosen by ``split_seed``.
+        splits: Which classes do what, instead of a random division: names or patterns such as ``"Greek/*"`` under the
+            keys ``test``, ``validation`` and ``train``. What no key names trains, unless ``train`` is given; without
+            ``validation``, those classes are drawn from the ones that train.
+        classes_per_batch: P, per device; ``None`` takes as many as there are, up to 24.
+        samples_per_class: K; ``None`` fills a batch of 120, as far as a typical class has the images.
+        batches_per_epoch: Batches per epoch and device; ``None`` shows about as many images as there are.
+        eval_batch_size: Batch size of validation, test and prediction.
+        num_workers: Worker processes per loader; the images are in memory, so 0 is usually fastest.
+        seed: Of order and augmentation.
+        split_seed: Of the division of the classes.
+        validation: Part of all classes that validate.
+        test: Part of all classes that test.
+        augment: What training batches go through; ``None`` turns, scales and shifts a little, and mirrors colour
+            images.
+        split_by: Whether ``"classes"`` are divided, or the ``"samples"`` of every class.
+
+    Raises:
+        FileNotFoundError: The folder does not exist, or holds no images.
+        ValueError: Fewer than 6 classes with two images, the same classes under ``train`` and ``test``, an image that
+            cannot be read, or ``splits`` that match nothing or the same class twice.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int | None = None,
+        max_images_per_class: int | None = None,
+        splits: Mapping[str, Sequence[str]] | None = None,
+        classes_per_batch: int | None = None,
+        samples_per_class: int | None = None,
+        batches_per_epoch: int | None = None,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+        split_seed: int = 0,
+        validation: float = 0.15,
+        test: float = 0.25,
+        augment: Augment | None = None,
+        split_by: Literal["classes", "samples"] = "classes",
+        views: int | None = None,
+        test_root: str | Path | None = None,
+    ) -> None:
+        super().__init__(
+            classes_per_batch, samples_per_class, batches_per_epoch, eval_batch_size, num_workers, seed, split_seed,
+            validation, test, augment, split_by, views,
+        )  # fmt: skip
+        for name, number in {"image_size": image_size, "max_images_per_class": max_images_per_class}.items():
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if splits is not None and split_by != "classes":
+            raise ValueError("splits divides classes, so it goes with split_by='classes'")
+        if splits is not None and (unknown := set(splits) - {"train", "validation", "test"}):
+            raise ValueError(f"splits takes the keys train, validation and test, got {sorted(unknown)}")
+        if splits is not None and not splits.get("test"):
+            raise ValueError("splits must name the classes under the key test")
+        self.folder = Path(root).expanduser()
+        self.test_folder = None if test_root is None else Path(test_root).expanduser()
+        self.image_size, self.max_images_per_class, self.splits = image_size, max_images_per_class, splits
+
+    def load(self) -> LabelledImages:
+        """Decode everything."""
+        files = find_images(self.folder)
+        tests = {} if self.test_folder is None else find_images(self.test_folder)
+        names = sorted({*files, *tests})
+        if self.split_by == "samples" and (unknown := [name for name in tests if name not in files]):
+            raise ValueError(
+                f"test_root {self.test_folder} holds the class {unknown[0]!r}, which root {self.folder} lacks, so that "
+                "nothing can be learnt of it: classes must have the same names in both"
+            )
+        _check_classes(self.folder, {name: [*files.get(name, ()), *tests.get(name, ())] for name in names})
+        rng = np.random.default_rng(self.split_seed)
+        parts = [[self._limited(part.get(name, []), rng) for name in names] for part in (files, tests)]
+        paths = [path for part in parts for group in part for path in group]
+        images = decode(paths, self.image_size if self.image_size is not None else suggest_size(paths))
+        counts = torch.tensor([[len(group) for group in part] for part in parts])
+        labels = torch.repeat_interleave(torch.arange(len(names)).repeat(2), counts.flatten())
+        official = None if self.test_folder is None else torch.arange(len(paths)) >= counts[0].sum()
+        return LabelledImages(torch.from_numpy(images), labels, names, official)
+
+    def _limited(self, paths: list[Path], rng: np.random.Generator) -> list[Path]:
+        if self.max_images_per_class is None or len(paths) <= self.max_images_per_class:
+            return paths
+        return [paths[i] for i in sorted(rng.choice(len(paths), self.max_images_per_class, replace=False))]
+
+    def split(self, data: LabelledImages) -> ClassSplit:
+        """Random, or as ``splits`` says; classes with one image always train."""
+        counts = torch.bincount(data.labels, minlength=len(data.class_names)).tolist()
+        single = [c for c, n in enumerate(counts) if n < 2]
+        if self.splits is not None:
+            return _given_split(self.splits, data.class_names, single, self.validation, self.split_seed)
+        if single:
+            _log.info("%d classes hold one image, so they only train: %s ...", len(single), data.class_names[single[0]])
+        several = [c for c, n in enumerate(counts) if n >= 2]
+        part = split_classes(several, self.validation, self.test, self.split_seed)
+        return part._replace(train=sorted(part.train + single))
+
+
+def find_images(root: Path) -> dict[str, list[Path]]:
+    """The images of every class, in alphabetical order, by the path below the folder that holds all classes."""
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {root}" + (": it is a file" if root.exists() else f" (seen from {Path.cwd()})")
+        )
+    classes: dict[str, list[Path]] = {}
+    for folder, below, names in os.walk(root, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
+        found = [
+            Path(folder, name)
+            for name in sorted(names)
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+        ]
+        if found:
+            classes[folder] = found
+    if not classes:
+        raise FileNotFoundError(f"no images under {root}; looked at any depth for {', '.join(sorted(SUFFIXES))}")
+    shared = os.path.commonpath(classes)
+    return {Path(folder).relative_to(shared).as_posix(): classes[folder] for folder in sorted(classes)}
+
+
+def _check_classes(root: Path, files: Mapping[str, Sequence[Path]]) -> None:
+    usable = sum(len(paths) >= 2 for paths in files.values())
+    if usable < 6:
+        raise ValueError(
+            f"{root} holds {len(files)} classes, {usable} of them with two images or more, and at least 6 are needed: "
+            "two each to train, validate and test. A class is a folder that directly holds its images"
+        )
+    bare: dict[str, str] = {}
+    for name in files:
+        parts = name.split("/")
+        part = next((i for i, word in enumerate(parts) if word.lower() in _PART_NAMES), len(parts))
+        without = "/".join(parts[:part] + parts[part + 1 :])
+        if without and without in bare:
+            raise ValueError(
+                f"{bare[without]!r} and {name!r} under {root} look like one class in two parts of a data set, and "
+                "would count as two, one perhaps seen and the other unseen: point root at one of the parts, and "
+                "test_root, if you like, at the other"
+            )
+        bare[without] = name
+
+
+def suggest_size(paths: Sequence[Path]) -> int:
+    """Median side of the images, at most 64, from the headers of at most 500 of them."""
+    sides = []
+    for path in paths[:: max(1, len(paths) // 500)]:
+        with open_image(path) as image:
+            sides.append(sum(image.size) / 2)
+    return max(8, min(64, round(median(sides))))
+
+
+def _given_split(
+    splits: Mapping[str, Sequence[str]], names: Sequence[str], single: Sequence[int], validation: float, seed: int
+) -> ClassSplit:
+    chosen: dict[str, list[int]] = {}
+    for key, patterns in splits.items():
+        chosen[key] = []
+        for pattern in patterns:
+            found = [c for c, name in enumerate(names) if fnmatch(name, pattern)]
+            if not found:
+                raise ValueError(
+                    f"splits: no class matches {pattern!r} under {key!r}; there are {', '.join(names[:8])} ..."
+                )
+            chosen[key] += [c for c in found if c not in chosen[key]]
+    keys = list(chosen)
+    for i, a in enumerate(keys):
+        for b in keys[i + 1 :]:
+            if both := set(chosen[a]) & set(chosen[b]):
+                raise ValueError(f"splits: {names[min(both)]!r} is in {a!r} and in {b!r}")
+    for key in ("validation", "test"):
+        if alone := set(chosen.get(key, ())) & set(single):
+            raise ValueError(
+                f"splits: {names[min(alone)]!r} under {key!r} holds one image, so nothing can be retrieved"
+            )
+    taken = {*chosen["test"], *chosen.get("validation", ())}
+    train = chosen.get("train", [c for c in range(len(names)) if c not in taken])
+    if "validation" not in chosen:
+        order = np.random.default_rng(seed).permutation([c for c in train if c not in set(single)]).tolist()
+        chosen["validation"] = order[: max(2, round(validation * len(train)))]
+        train = [c for c in train if c not in set(chosen["validation"])]
+    for key, classes in {"train": train, "validation": chosen["validation"], "test": chosen["test"]}.items():
+        if len(classes) < 2:
+            raise ValueError(f"splits: {len(classes)} classes for {key}, and at least 2 are needed")
+    return ClassSplit(sorted(train), sorted(chosen["validation"]), sorted(chosen["test"]))

@@ -1,0 +1,62 @@
+"""miniImageNet, as Ravi and Larochelle divide it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from lightning_rkd.data.datamodules.archived import Listing, OfficialDataModule
+from lightning_rkd.data.datasets.archives import check_counts
+from lightning_rkd.data.datasets.tables import rows_of
+
+PAGE = "https://github.com/twitter-research/meta-learning-lstm (the lists, in data/miniImagenet)"
+
+
+class MiniImageNetDataModule(OfficialDataModule):
+    """miniImageNet: 100 classes of ImageNet with 600 images each; 64 train, 16 validate and 20 test.
+
+    ``root`` holds ``train.csv``, ``val.csv`` and ``test.csv`` (``filename,label``) and the folder ``images``. Images
+    are brought to 84 x 84, shown whole, and kept in memory (1.3 GB); training mirrors half of them. The split is
+    published, so ``split_by`` and ``validation`` stay as they are. All arguments are those of
+    :class:`~lightning_rkd.data.OfficialDataModule`; ``download`` cannot help, for ImageNet's licence forbids
+    to pass the images on.
+
+    Raises:
+        FileNotFoundError: A missing list or image.
+        ValueError: A wrong number of images; a class in two lists; a damaged image.
+
+    Reference:
+        Vinyals, Blundell, Lillicrap, Kavukcuoglu and Wierstra 2016, Matching Networks for One Shot Learning,
+        arXiv:1606.04080; Ravi and Larochelle 2017, Optimization as a Model for Few-Shot Learning, ICLR, for the split.
+    """
+
+    title: ClassVar[str] = "miniImageNet"
+    sizes: ClassVar[tuple[int, int]] = (84, 84)
+    small: ClassVar[bool] = True
+
+    def listing(self) -> Listing:
+        """By the three lists."""
+        tables = {part: self.folder / f"{part}.csv" for part in ("train", "val", "test")}
+        for path in (*tables.values(), self.folder / "images"):
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{path} is missing: miniImageNet is train.csv, val.csv and test.csv from {PAGE}, and the folder "
+                    "images with the pictures from ImageNet that they name"
+                )
+        parts = {part: rows_of(path, 2, skip=1, separator=",") for part, path in tables.items()}
+        classes = {part: sorted({label for _, label in rows}) for part, rows in parts.items()}
+        if self.check:
+            found = {f"{part} classes": len(names) for part, names in classes.items()}
+            found["images"] = sum(len(rows) for rows in parts.values())
+            expected = {"train classes": 64, "val classes": 16, "test classes": 20, "images": 60_000}
+            check_counts(self.title, self.folder, found, expected)
+        names = sorted({name for part in classes.values() for name in part})
+        number = {name: c for c, name in enumerate(names)}
+        rows = [row for part in parts.values() for row in part]
+        return Listing(
+            [self.folder / "images" / file for file, _ in rows],
+            [number[label] for _, label in rows],
+            names,
+            [number[name] for name in classes["train"]],
+            [number[name] for name in classes["test"]],
+            [number[name] for name in classes["val"]],
+        )

@@ -1,0 +1,76 @@
+"""Weights from gradients: how strongly a term pulls at the student, against the task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_rkd.losses.base import Term, at_tap
+from lightning_rkd.utils.distributed import Group, sum_over_ranks
+from lightning_rkd.utils.types import Outputs
+
+
+def balance_weights(
+    terms: Mapping[str, Tensor],
+    task: Tensor,
+    student: Mapping[str, Outputs],
+    losses: Mapping[str, Term],
+    group: Group = None,
+    scale: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    r"""Factors that bring the gradients of loss terms to the size of the task's gradient.
+
+    .. math:: b_k = \left\lVert \frac{\partial L_{task}}{\partial s_k} \right\rVert \Big/
+        \left\lVert \frac{\partial L_k}{\partial s_k} \right\rVert
+
+    with :math:`s_k` what term k reads of the student, on all ranks. Both graphs are kept; the factors carry none. A
+    term without a gradient gets 0.
+
+    Args:
+        terms: The terms' values by name.
+        task: The task loss, from the same forward pass.
+        student: What the student showed, per tap.
+        losses: The losses behind the terms.
+        group: Process group over whose rows the norms extend.
+        scale: What a gradient scaler makes of a loss before its backward pass: in half precision, gradients at maps
+            would vanish without.
+
+    Returns:
+        A factor per term, a scalar of the term's dtype; NaN where the term's gradient overflows, which a gradient
+        scaler answers with a smaller scale.
+
+    Raises:
+        ValueError: The task, or a term, does not depend on what the term reads.
+
+    Example:
+        >>> from lightning_rkd.losses.rkd import RKDDistance
+        >>> from lightning_rkd.losses.base import named_terms
+        >>> x = torch.tensor([[0.0], [1.0], [3.0]], requires_grad=True)
+        >>> losses = named_terms(RKDDistance())
+        >>> value = losses["rkd_distance"](x, torch.tensor([[0.0], [1.0], [1.0]]))
+        >>> both = {"rkd_distance": 10 * value}, 2 * value
+        >>> balance_weights(*both, {"": Outputs(embedding=x)}, losses)["rkd_distance"]
+        tensor(0.2000)
+    """
+    factors = {}
+    for name, value in terms.items():
+        term = losses[name]
+        read = at_tap(student, term.tap, term.reads, who=name).tensors(term.reads)
+        at = [x for x in read if x.requires_grad]
+        of_task, of_term = (_gradient_norm(loss if scale is None else scale(loss), at, group) for loss in (task, value))
+        if of_task is None or of_term is None:
+            raise ValueError(
+                f"balance: the {'task loss' if of_task is None else 'term'} does not depend on what {name} reads, so "
+                "gradients cannot be compared there; tap a layer that both pass through, or set weights by hand"
+            )
+        ratio = torch.where(of_term > 0, of_task / torch.where(of_term > 0, of_term, 1), 0)
+        factors[name] = torch.where(of_term.isfinite(), ratio, torch.nan).to(value.dtype)
+    return factors
+
+
+def _gradient_norm(loss: Tensor, at: list[Tensor], group: Group) -> Tensor | None:
+    found = torch.autograd.grad(loss, at, retain_graph=True, allow_unused=True) if at and loss.requires_grad else ()
+    squares = [g.to(torch.promote_types(g.dtype, torch.float32)).square().sum() for g in found if g is not None]
+    return sum_over_ranks(torch.stack(squares).sum(), group).sqrt() if squares else None

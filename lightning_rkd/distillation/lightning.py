@@ -1,0 +1,181 @@
+"""What the engine needs of Lightning and DDP, with every private name of theirs that the package uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.parsing import collect_init_args
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_rkd.data.indexing import number_batches
+from lightning_rkd.distillation.finite_checks import refuse_broken_weights
+from lightning_rkd.losses.base import Term
+from lightning_rkd.losses.parts.state import StepState
+from lightning_rkd.utils.distributed import has_mesh
+
+try:  # only tells whether LightningCLI builds a module; private in Lightning
+    from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+except ImportError:  # pragma: no cover
+    _given_hyperparameters = None  # type: ignore[assignment]
+
+
+def keep_from_ddp(module: nn.Module) -> Callable[[], None]:
+    """Tell DDP not to broadcast what losses inside a module remember from step to step: all ranks hold the same.
+
+    Returns the function that takes the notice off again.
+
+    Example:
+        >>> class Steps(StepState):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_buffer("count", torch.zeros(1))
+        >>> host = nn.Sequential(nn.BatchNorm1d(2), Steps())
+        >>> undo = keep_from_ddp(host)
+        >>> host._ddp_params_and_buffers_to_ignore
+        ['1.count']
+    """
+    notice = "_ddp_params_and_buffers_to_ignore"  # DDP's own name
+    inside = [(at, m) for at, m in module.named_modules() if isinstance(m, StepState)]
+    own = {f"{at}.{name}" for at, m in inside for name, _ in m.named_buffers()}
+    before = vars(module).get(notice)
+    if own:
+        vars(module)[notice] = sorted(own.union(before or ()))
+
+    def undo() -> None:
+        if before is None:
+            vars(module).pop(notice, None)
+        else:
+            vars(module)[notice] = before
+
+    return undo
+
+
+def refuse_lbfgs(optimizers: Iterable[torch.optim.Optimizer], banks: Sequence[str]) -> None:
+    """An optimizer that evaluates a step several times would change a memory as often.
+
+    Raises:
+        ValueError: There are both.
+    """
+    if banks and any(isinstance(o, torch.optim.LBFGS) for o in optimizers):
+        raise ValueError(
+            f"the losses {list(banks)} remember every evaluation of a step, and LBFGS evaluates each several times: "
+            "use another optimizer"
+        )
+
+
+def refuse_averages(callbacks: Iterable[Any], cure: str) -> None:
+    """Weights are averaged tensor by tensor, in order: what joins the module after it was copied is left out, or shifts
+    the others.
+
+    Raises:
+        ValueError: One of the callbacks has copied the module for its averages already.
+    """
+    for callback in callbacks:
+        if any(isinstance(value, AveragedModel) or _is_copy(value) for value in vars(callback).values()):
+            raise ValueError(
+                f"{type(callback).__name__} copied the module before all its losses' tensors were in it: {cure}"
+            )
+
+
+def _is_copy(value: Any) -> bool:
+    """Lightning notes in its module which hook is running: a copy made in a hook keeps the note, but not the trainer.
+
+    So the module that trains is told from its copies, and these from a network that a callback was given.
+    """
+    if not isinstance(value, nn.Module):
+        return False
+    notes = vars(value)
+    return notes.get("_current_fx_name") is not None and notes.get("_trainer") is None
+
+
+def refuse_unsynchronised(losses: Mapping[str, Term], strategy: Any, gather: bool) -> None:
+    """Fully sharded training (FSDP2) synchronises the modules that were sharded one by one, and nothing else.
+
+    Parameters that are not sharded stay alike on all ranks only where their gradient is the same on all ranks, that of
+    a loss that sees the rows of all.
+
+    Raises:
+        ValueError: Ranks would train different parameters, or parts of parameters.
+    """
+    if not has_mesh(strategy):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for name, term in losses.items():
+        own = [p for p in term.loss.parameters() if p.requires_grad]
+        alike = gather and term.gather and not any(hasattr(p, "full_tensor") for p in own)
+        if own and not alike and not isinstance(term.loss, FSDPModule):
+            raise ValueError(
+                f"{name}: under {type(strategy).__name__} every rank would train its own parameters of "
+                f"{type(term.loss).__name__}: train with strategy='ddp'; or use DistillationModule, and in its "
+                "configure_model shard the loss by itself, before anything around it: fully_shard(loss, mesh=...)"
+            )
+
+
+class _HandBack(pl.Callback):
+    """Lightning calls no ``teardown`` after an exception, and tells only callbacks about it.
+
+    What a checkpoint must not hold is looked at here too: subclasses override ``on_save_checkpoint`` of a module.
+    """
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Refuse weights that hold NaN."""
+        refuse_broken_weights(pl_module, trainer.global_step)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Hand the teacher back as it was."""
+        if hand_back := getattr(pl_module, "hand_back", None):
+            hand_back()
+
+
+def hand_back_after_exceptions(trainer: pl.Trainer) -> None:
+    """Let the trainer call its module's ``hand_back`` after an exception."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+    if not any(isinstance(callback, _HandBack) for callback in callbacks):
+        callbacks.insert(0, _HandBack())
+
+
+def number_training_batches(trainer: pl.Trainer) -> Callable[[], None]:
+    """Let the training loaders say which rows of the root data set their batches hold, wherever they come from.
+
+    Returns the function that undoes it.
+    """
+    source = trainer.fit_loop._data_source
+    plain = source.dataloader
+    vars(source)["dataloader"] = lambda: number_batches(plain())
+
+    def undo() -> None:
+        vars(source).pop("dataloader", None)
+
+    return undo
+
+
+def save_plain_hyperparameters(module: pl.LightningModule, frame: FrameType | None) -> None:
+    """Save those arguments of ``__init__``, of subclasses too, that are plain values: such checkpoints load safely.
+
+    Under LightningCLI the hyper-parameters are the configuration: plain values, from which it rebuilds all parts.
+
+    Args:
+        module: What is being made.
+        frame: Of its ``__init__``.
+    """
+    given: dict[str, Any] = {}
+    if frame is not None and (_given_hyperparameters is None or _given_hyperparameters.get() is None):
+        # as save_hyperparameters would collect them
+        for arguments in collect_init_args(frame, [], classes=(pl.LightningModule,)):
+            given |= arguments
+    ignore = ["teacher", *(name for name, value in given.items() if not _is_plain(value))]
+    module.save_hyperparameters(ignore=ignore, frame=frame)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,116 @@
+"""Distillation by Tanimoto coefficients (Shu 2022): similarities that see angles and lengths."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from lightning_rkd.functional.similarities import tanimoto_coefficients, tanimoto_of_pairs
+from lightning_rkd.losses.base import Card, RelationalLoss
+
+Form = Literal["matrix", "sample"]
+"""``"matrix"`` relates the samples of a batch; ``"sample"`` relates each sample's two embeddings."""
+
+
+def tanimoto(student: Tensor, teacher: Tensor, *, form: Form = "matrix") -> Tensor:
+    r"""The loss as a function; :class:`Tanimoto` says what it computes.
+
+    Shapes: (N, D_s), (N, D_t) -> scalar, in the dtype of the student.
+
+    Args:
+        student: Embeddings of the student.
+        teacher: Embeddings of the teacher for the same samples; a constant.
+        form: ``"matrix"`` or ``"sample"``.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: Different widths in the form ``"sample"``.
+
+    Reference:
+        Shu 2022, Two Distillation Perspectives Based on Tanimoto Coefficient, ICIP.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+        >>> tanimoto(student, teacher), tanimoto(student, teacher, form="sample")
+        (tensor(0.2222), tensor(0.5000))
+    """
+    teacher = teacher.detach()
+    if form == "matrix":
+        return (tanimoto_coefficients(student) - tanimoto_coefficients(teacher)).square().mean()
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"Tanimoto: form='sample' compares embeddings of equal width, got {student.shape[1]} of the student and "
+            f"{teacher.shape[1]} of the teacher; use form='matrix', or a student's head as wide as the teacher's"
+        )
+    return (1 - tanimoto_of_pairs(student, teacher)).mean()
+
+
+class Tanimoto(RelationalLoss):
+    r"""Samples should be as similar, in angle and length, as they are to the teacher; or each to its teacher's.
+
+    .. math::
+        L_\text{matrix} = \frac{1}{N^2} \sum_{i,j} \big(T(s_i, s_j) - T(t_i, t_j)\big)^2, \qquad
+        L_\text{sample} = \frac{1}{N} \sum_i 1 - T(s_i, t_i), \qquad
+        T(a, b) = \frac{\langle a, b \rangle}{\lVert a \rVert^2 + \lVert b \rVert^2 - \langle a, b \rangle}
+
+    This is a reconstruction from the paper's abstract, which names the two perspectives, the coefficient and that it is
+    taken within the batch, but not the distance between the two matrices: the mean square is ours, and no parity with
+    the paper's numbers is claimed. Between two zero rows :math:`T = 1`.
+
+    The matrix form does not change when either side is rotated or scaled.
+
+    Shapes: (N, D_s), (N, D_t) -> scalar; widths must be equal in the form ``"sample"``. In the form ``"matrix"`` a
+    batch of one row gives 0.
+
+    Args:
+        form: ``"matrix"``, the first perspective, or ``"sample"``, the second, a mean of per-sample terms. The paper
+            uses both: ``Tanimoto() + Tanimoto("sample")``, with weights that we do not know.
+
+    Raises:
+        ValueError: Unknown form; different widths in the form ``"sample"``.
+
+    Reference:
+        Shu 2022, Two Distillation Perspectives Based on Tanimoto Coefficient, IEEE International Conference on Image
+        Processing, doi:10.1109/ICIP46576.2022.9897375.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+        >>> Tanimoto()(student, teacher), Tanimoto("sample")(student, teacher)
+        (tensor(0.2222), tensor(0.5000))
+    """
+
+    bibtex: ClassVar[str] = """@inproceedings{shu2022two,
+  title     = {Two Distillation Perspectives Based on Tanimoto Coefficient},
+  author    = {Shu, Hongqiao},
+  booktitle = {IEEE International Conference on Image Processing (ICIP)},
+  year      = {2022},
+  doi       = {10.1109/ICIP46576.2022.9897375}
+}"""
+    card: ClassVar[Card] = Card(
+        paper="Shu 2022, Two Distillation Perspectives Based on Tanimoto Coefficient, "
+        "doi:10.1109/ICIP46576.2022.9897375",
+        certainty="reconstruction",
+        source="the paper's abstract",
+    )
+    invariances = frozenset({"rotation", "scale"})
+
+    def __init__(self, form: Form = "matrix") -> None:
+        super().__init__()
+        if form not in ("matrix", "sample"):
+            raise ValueError(f"Tanimoto: form must be 'matrix' or 'sample', got {form!r}")
+        self.form = form
+        if form == "sample":
+            self.gather, self.equal_widths, self.invariances = False, True, frozenset()
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss as a scalar."""
+        return tanimoto(student, teacher, form=self.form)
+
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return f"form={self.form!r}"

@@ -1,0 +1,312 @@
+r"""RKD's angle loss on the CPU: loss and gradient of all triplets in one pass, compiled with numba.
+
+With :math:`r_{jk} = 1 / d_{jk}` the law of cosines reads
+:math:`\cos(j; i, k) = \tfrac12 r_{ji} \big((S_{ji} - S_{ik}) r_{jk} + d_{jk}\big)`: a few multiplications and additions
+on rows of matrices, which vector units do for 8 or 16 triplets at a time. Pairs that are too close for float32 are left
+out of that pass and worked on in float64 in another.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import boolean, float32, float64, int64
+from torch import Tensor
+
+from lightning_rkd.functional._kernels.jit import compiled
+from lightning_rkd.functional._kernels.threads import in_ranges, shares
+from lightning_rkd.functional._kernels.units import NEAR
+
+_SQUARE = range(24, 200)  # rows with which half the triplets in short loops take longer than all of them in long ones
+_TRIPLETS = 4_000_000  # a thread's share at least: PyTorch's threads hold the cores for a while after their own work
+_ROWS, _COLUMNS = 128, 512  # of three matrices stay in a core's cache while vertices pass
+
+_EXACT = float64[:, ::1]
+_Array = np.ndarray
+
+
+def loss_and_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    vertices: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    official: bool,
+    factor: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`lightning_rkd.functional.angle_tiles.loss_and_gradient`, which says what goes in and what comes out.
+
+    Everything comes back in float64.
+
+    Example:
+        >>> right = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 2.0], [1.0, 2.0, 0.0]])
+        >>> total, _ = loss_and_gradient(
+        ...     right, 1 - torch.eye(3), (0, 3), torch.float64, official=True, factor=1.0, with_gradient=False
+        ... )
+        >>> round(float(total), 4)
+        0.3358
+    """
+    n, kind = len(student), np.float64 if dtype == torch.float64 else np.float32
+    start, stop = vertices
+    parts = shares(stop - start, smallest=_TRIPLETS // max(1, n * n))
+    squared_s, squared_t = (side.detach().to(torch.float64).contiguous().numpy() for side in (student, teacher))
+    own, given = np.empty((2, 3, n, n), kind)  # squared distances, their inverse roots, their roots
+    units = np.empty((2, 3))  # mean, smallest but 0, largest
+
+    def prepare(part: int, first: int, last: int) -> None:
+        for squared, side, unit in ((squared_s, own, units[0]), (squared_t, given, units[1]))[first:last]:
+            _in_units_of_mean(squared, side, unit)
+
+    in_ranges(prepare, 2, min(2, parts))
+    limit_s, limit_t = NEAR * units[:, 2]
+    near = np.zeros((n, n) if kind is np.float32 and (units[0, 1] < limit_s or units[1, 1] < limit_t) else (0, 0), bool)
+    if len(near):
+        _leave_out_near(squared_s, squared_t, limit_s, limit_t, near, own, given)
+    totals = np.zeros(parts)
+    alone = 0.5 * _unlike(squared_s, squared_t, start, stop) if official else 0.0
+    if not with_gradient and not len(near):
+
+        def add_losses(part: int, first: int, last: int) -> None:
+            totals[part] = _losses(own, given, start + first, start + last)
+
+        in_ranges(add_losses, stop - start, parts)
+        return torch.tensor(factor * (2 * totals.sum() + alone), dtype=torch.float64), None
+
+    across = np.zeros((parts, n, n), kind)  # summed over vertices: the pull at the side that faces the vertex
+    at = np.zeros((2, n, n), kind)  # summed over one side: the pull at the other, by way of the weight and the cosine
+    exact = np.zeros((parts, *near.shape))
+    terms = _all_terms if n in _SQUARE else _half_terms
+
+    def add_terms(part: int, first: int, last: int) -> None:
+        totals[part] = terms(own, given, start + first, start + last, across[part], at)
+        if len(near):
+            totals[part] += _near_terms(
+                squared_s, squared_t, units[0, 0], units[1, 0], near, start + first, start + last, exact[part]
+            )
+
+    in_ranges(add_terms, stop - start, parts)
+    gradient = np.empty((n, n))
+
+    def put_together(part: int, first: int, last: int) -> None:
+        twice = 1.0 if n in _SQUARE else 2.0
+        _put_together(across, twice, at, exact, squared_s, units[0, 0], factor, first, last, gradient)
+
+    in_ranges(put_together, n, parts)
+    return torch.tensor(factor * (2 * totals.sum() + alone), dtype=torch.float64), torch.from_numpy(gradient)
+
+
+def _kinds(arguments: str) -> list[tuple[object, ...]]:
+    """Signatures in float32 and in float64: m and c have two and three axes of that type, M is exact, i a number."""
+    fixed = {"i": int64, "d": float64, "M": float64[:, ::1], "C": float64[:, :, ::1], "V": float64[::1]}
+    kinds = ({"m": kind[:, ::1], "c": kind[:, :, ::1], **fixed} for kind in (float32, float64))
+    return [tuple(types[letter] for letter in arguments) for types in kinds]
+
+
+@compiled(*_kinds("McV"))
+def _in_units_of_mean(squared: _Array, side: _Array, unit: _Array) -> None:
+    """Squared distances over their mean, which keeps float32 in range, inverse roots (0 for 0), and roots."""
+    n = len(squared)
+    total, smallest, largest = 0.0, np.inf, 0.0
+    for i in range(n):
+        for k in range(n):
+            value = squared[i, k]
+            total += value
+            largest = max(largest, value)
+            if 0 < value < smallest:
+                smallest = value
+    mean = max(total / (n * n), 2.3e-308) if total == total else total
+    for i in range(n):
+        for k in range(n):
+            value = squared[i, k] / mean
+            root = np.sqrt(value)
+            side[0, i, k] = value
+            side[1, i, k] = 0.0 if value == 0 else 1 / root
+            side[2, i, k] = root
+    unit[0], unit[1], unit[2] = mean, smallest, largest
+
+
+@compiled((_EXACT, _EXACT, float64, float64, boolean[:, ::1], float32[:, :, ::1], float32[:, :, ::1]))
+def _leave_out_near(
+    squared_s: _Array, squared_t: _Array, limit_s: float, limit_t: float, near: _Array, own: _Array, given: _Array
+) -> None:
+    """Mark pairs that are near in either network, and make every cosine at them 0 in both."""
+    n = len(near)
+    for i in range(n):
+        for k in range(n):
+            near[i, k] = 0 < squared_s[i, k] < limit_s or 0 < squared_t[i, k] < limit_t
+            if near[i, k]:
+                own[1:, i, k] = 0
+                given[1:, i, k] = 0
+
+
+@compiled((_EXACT, _EXACT, int64, int64))
+def _unlike(squared_s: _Array, squared_t: _Array, start: int, stop: int) -> int:
+    """How many pairs are duplicates in one network only."""
+    count = 0
+    for j in range(start, stop):
+        for i in range(len(squared_s)):
+            count += (squared_s[j, i] > 0) != (squared_t[j, i] > 0)
+    return count
+
+
+@compiled(*_kinds("cciimc"))
+def _all_terms(student: _Array, teacher: _Array, start: int, stop: int, across: _Array, at: _Array) -> float:
+    """Every triplet (j, i, k) and (j, k, i): rows stay whole, and their sums are all there is to sum."""
+    s, rs, ds = student[0], student[1], student[2]
+    t, rt, dt = teacher[0], teacher[1], teacher[2]
+    n, total = len(s), 0.0
+    one, half = s.dtype.type(1), s.dtype.type(0.5)
+    for j in range(start, stop):
+        sj, rsj, dsj, tj, rtj, dtj = s[j], rs[j], ds[j], t[j], rt[j], dt[j]
+        for i in range(n):
+            si, ti, pull = s[i], t[i], across[i]
+            a, b, h, q = sj[i], tj[i], rsj[i] * half, rtj[i] * half
+            weight = cosine = loss = s.dtype.type(0)
+            for k in range(n):
+                c = h * ((a - si[k]) * rsj[k] + dsj[k])
+                e = c - q * ((b - ti[k]) * rtj[k] + dtj[k])
+                g = one if e > one else e
+                g = -one if g < -one else g
+                loss += g * (e - half * g)
+                gr = g * rsj[k]
+                pull[k] -= h * gr
+                weight += gr
+                cosine += c * g
+            if (rsj[i] == 0) != (rtj[i] == 0):  # at k = i both cosines are 1, and cancel, but not here
+                c = h * (a * rsj[i] + dsj[i])
+                g = c - q * (b * rtj[i] + dtj[i])
+                loss -= half * g * g
+                gr = g * rsj[i]
+                pull[i] += h * gr
+                weight -= gr
+                cosine -= c * g
+            total += loss
+            at[0, j, i] = weight * h
+            at[1, j, i] = cosine
+    return 0.5 * total
+
+
+@compiled(*_kinds("cciimc"))
+def _half_terms(student: _Array, teacher: _Array, start: int, stop: int, across: _Array, at: _Array) -> float:
+    """Triplets with k < i, which stand for their mirror images too; tile by tile, each for all vertices."""
+    s, rs, ds = student[0], student[1], student[2]
+    t, rt, dt = teacher[0], teacher[1], teacher[2]
+    n, total = len(s), 0.0
+    one, half = s.dtype.type(1), s.dtype.type(0.5)
+    for first_k in range(0, n, _COLUMNS):
+        last_k = min(first_k + _COLUMNS, n)
+        for first_i in range(first_k, n, _ROWS):
+            for j in range(start, stop):
+                rsj, dsj = rs[j, first_k:last_k], ds[j, first_k:last_k]
+                rtj, dtj = rt[j, first_k:last_k], dt[j, first_k:last_k]
+                weights, cosines = at[0, j, first_k:last_k], at[1, j, first_k:last_k]
+                for i in range(first_i, min(first_i + _ROWS, n)):
+                    si, ti, pull = s[i, first_k:last_k], t[i, first_k:last_k], across[i, first_k:last_k]
+                    a, b, h, q = s[j, i], t[j, i], rs[j, i] * half, rt[j, i] * half
+                    weight = cosine = loss = s.dtype.type(0)
+                    for k in range(min(i, last_k) - first_k):
+                        c = h * ((a - si[k]) * rsj[k] + dsj[k])
+                        e = c - q * ((b - ti[k]) * rtj[k] + dtj[k])
+                        g = one if e > one else e
+                        g = -one if g < -one else g
+                        loss += g * (e - half * g)
+                        w = h * g * rsj[k]
+                        cg = c * g
+                        pull[k] -= w
+                        weight += w
+                        cosine += cg
+                        weights[k] += w
+                        cosines[k] += cg
+                    total += loss
+                    at[0, j, i] += weight
+                    at[1, j, i] += cosine
+    return total
+
+
+@compiled(*_kinds("ccii"))
+def _losses(student: _Array, teacher: _Array, start: int, stop: int) -> float:
+    """The loss alone, of triplets with k < i."""
+    s, rs, ds = student[0], student[1], student[2]
+    t, rt, dt = teacher[0], teacher[1], teacher[2]
+    n, total = len(s), 0.0
+    one, half = s.dtype.type(1), s.dtype.type(0.5)
+    for j in range(start, stop):
+        sj, rsj, dsj, tj, rtj, dtj = s[j], rs[j], ds[j], t[j], rt[j], dt[j]
+        for i in range(n):
+            si, ti = s[i], t[i]
+            a, b, h, q = sj[i], tj[i], rsj[i] * half, rtj[i] * half
+            loss = s.dtype.type(0)
+            for k in range(i):
+                e = h * ((a - si[k]) * rsj[k] + dsj[k]) - q * ((b - ti[k]) * rtj[k] + dtj[k])
+                g = one if e > one else e
+                g = -one if g < -one else g
+                loss += g * (e - half * g)
+            total += loss
+    return total
+
+
+@compiled((_EXACT, _EXACT, float64, float64, boolean[:, ::1], int64, int64, _EXACT))
+def _near_terms(
+    squared_s: _Array,
+    squared_t: _Array,
+    mean_s: float,
+    mean_t: float,
+    near: _Array,
+    start: int,
+    stop: int,
+    gradient: _Array,
+) -> float:
+    """Triplets in which a corner is near the vertex, with the whole of their gradient."""
+    n, total = len(near), 0.0
+    for j in range(start, stop):
+        for k in range(n):
+            if not near[j, k]:
+                continue
+            s_jk, t_jk = squared_s[j, k] / mean_s, squared_t[j, k] / mean_t
+            for i in range(n):
+                if i == k or (near[j, i] and i > k):
+                    continue
+                s_ji, t_ji = squared_s[j, i] / mean_s, squared_t[j, i] / mean_t
+                w = 0.5 / np.sqrt(s_ji * s_jk) if s_ji * s_jk > 0 else 0.0
+                c = (s_ji + s_jk - squared_s[i, k] / mean_s) * w
+                e = c - (
+                    (t_ji + t_jk - squared_t[i, k] / mean_t) * 0.5 / np.sqrt(t_ji * t_jk) if t_ji * t_jk > 0 else 0.0
+                )
+                g = 1.0 if e > 1 else -1.0 if e < -1 else e
+                total += g * (e - 0.5 * g)
+                gradient[i, k] -= 2 * g * w
+                if w > 0:
+                    gradient[j, i] += g * (2 * w - c / s_ji)
+                    gradient[j, k] += g * (2 * w - c / s_jk)
+    return total
+
+
+@compiled(*_kinds("cdcCMddiiM"))
+def _put_together(
+    across: _Array,
+    twice: float,
+    at: _Array,
+    exact: _Array,
+    squared: _Array,
+    mean: float,
+    factor: float,
+    first: int,
+    last: int,
+    gradient: _Array,
+) -> None:
+    """What the passes have summed, as a gradient to squared distances."""
+    n = len(squared)
+    for i in range(first, last):
+        for k in range(n):
+            pull = 0.0
+            for part in range(len(across)):
+                pull += across[part, i, k]
+            pull = twice * pull + 2.0 * at[0, i, k]
+            if exact.shape[1]:
+                for part in range(len(exact)):
+                    pull += exact[part, i, k]
+            pull /= mean
+            if at[1, i, k] != 0:
+                pull -= at[1, i, k] / squared[i, k]
+            gradient[i, k] = factor * pull

@@ -1,0 +1,174 @@
+"""Squared distances on the CPU and the pull of their gradient on rows, compiled with numba.
+
+The products are ours too: a symmetric one is half the work, and PyTorch's threads, which hold the cores for a while
+after their own work, stay asleep.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import float32, float64, int64
+from torch import Tensor
+
+from lightning_rkd.functional._kernels.jit import compiled
+from lightning_rkd.functional._kernels.threads import in_ranges, shares
+
+_PRODUCTS = 4_000_000  # multiplications that are worth a thread of their own
+_TILE = 96  # rows that stay in a core's cache while others pass; a multiple of 3
+
+_Array = np.ndarray
+_EXACT = float64[:, ::1]
+
+
+def centred(x: Tensor) -> Tensor:
+    """Rows less their mean, in float64.
+
+    Example:
+        >>> centred(torch.tensor([[1.0], [2.0], [6.0]]))
+        tensor([[-2.],
+                [-1.],
+                [ 3.]], dtype=torch.float64)
+    """
+    x = x.detach()
+    x = (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous()
+    rows = torch.empty(x.shape, dtype=torch.float64)
+    _centre(x.numpy(), rows.numpy())
+    return rows
+
+
+def squared(rows: Tensor, duplicate: float) -> Tensor:
+    """Squared distances of centred rows; 0 where they are at most ``duplicate`` times the squared norms.
+
+    Example:
+        >>> squared(torch.tensor([[-1.0], [2.0]], dtype=torch.float64), 1e-13)
+        tensor([[0., 9.],
+                [9., 0.]], dtype=torch.float64)
+    """
+    n, width = rows.shape
+    gram = torch.empty((n, n), dtype=torch.float64)
+    x, out = rows.numpy(), gram.numpy()
+    parts = shares(n, smallest=2 * _PRODUCTS // max(1, n * width) + 1)
+    in_ranges(lambda part, start, stop: _gram(x, out, part, parts), parts, parts)
+    _from_lower(out, duplicate)
+    return gram
+
+
+def pulled(pull: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of rows from that of their squared distances.
+
+    Example:
+        >>> rows = torch.tensor([[-1.0], [2.0]], dtype=torch.float64)
+        >>> pulled(torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64), rows)
+        tensor([[-6.],
+                [ 6.]], dtype=torch.float64)
+    """
+    n, width = rows.shape
+    laplacian, result = torch.empty((n, n), dtype=torch.float64), torch.zeros((n, width), dtype=torch.float64)
+    _laplacian(pull.detach().to(torch.float64).contiguous().numpy(), laplacian.numpy())
+    a, x, out = laplacian.numpy(), rows.numpy(), result.numpy()
+    parts = shares(n, smallest=_PRODUCTS // max(1, n * width) + 1)
+    in_ranges(lambda part, start, stop: _product(a, x, out, start, stop), n, parts)
+    return result
+
+
+@compiled(*((kind[:, ::1], float64[:, ::1]) for kind in (float32, float64)))
+def _centre(x: _Array, rows: _Array) -> None:
+    n, width = x.shape
+    mean = np.zeros(width)
+    for i in range(n):
+        for d in range(width):
+            mean[d] += x[i, d]
+    mean /= n
+    for i in range(n):
+        for d in range(width):
+            rows[i, d] = x[i, d] - mean[d]
+
+
+@compiled((_EXACT, _EXACT, int64, int64))
+def _gram(x: _Array, out: _Array, part: int, parts: int) -> None:
+    """Inner products of rows with earlier rows and themselves; every ``parts``-th four of them."""
+    n, width = x.shape
+    for first in range(0, n, _TILE):
+        for i in range(first // 4 * 4, n, 4):
+            if i // 4 % parts != part:
+                continue
+            k, last = first, min(first + _TILE, i + 4, n)
+            if i + 4 <= n:
+                x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+                while k + 3 <= last:
+                    y0, y1, y2 = x[k], x[k + 1], x[k + 2]
+                    s00 = s01 = s02 = s10 = s11 = s12 = s20 = s21 = s22 = s30 = s31 = s32 = 0.0
+                    for d in range(width):
+                        s00 += x0[d] * y0[d]
+                        s01 += x0[d] * y1[d]
+                        s02 += x0[d] * y2[d]
+                        s10 += x1[d] * y0[d]
+                        s11 += x1[d] * y1[d]
+                        s12 += x1[d] * y2[d]
+                        s20 += x2[d] * y0[d]
+                        s21 += x2[d] * y1[d]
+                        s22 += x2[d] * y2[d]
+                        s30 += x3[d] * y0[d]
+                        s31 += x3[d] * y1[d]
+                        s32 += x3[d] * y2[d]
+                    out[i, k], out[i, k + 1], out[i, k + 2] = s00, s01, s02
+                    out[i + 1, k], out[i + 1, k + 1], out[i + 1, k + 2] = s10, s11, s12
+                    out[i + 2, k], out[i + 2, k + 1], out[i + 2, k + 2] = s20, s21, s22
+                    out[i + 3, k], out[i + 3, k + 1], out[i + 3, k + 2] = s30, s31, s32
+                    k += 3
+            for row in range(i, min(i + 4, n)):
+                for column in range(k, last):
+                    total = 0.0
+                    for d in range(width):
+                        total += x[row, d] * x[column, d]
+                    out[row, column] = total
+
+
+@compiled((_EXACT, float64))
+def _from_lower(gram: _Array, duplicate: float) -> None:
+    n = len(gram)
+    norms = np.empty(n)
+    for i in range(n):
+        norms[i] = gram[i, i]
+    for i in range(n):
+        for k in range(i):
+            both = norms[i] + norms[k]
+            distance = both - 2 * gram[i, k]
+            gram[i, k] = gram[k, i] = 0.0 if distance <= duplicate * both else distance
+        gram[i, i] = 0.0
+
+
+@compiled((_EXACT, _EXACT))
+def _laplacian(pull: _Array, result: _Array) -> None:
+    """Takes rows to the gradient which a gradient to their squared distances gives them."""
+    n = len(pull)
+    for i in range(n):
+        total = 0.0
+        for k in range(n):
+            both = 2 * (pull[i, k] + pull[k, i])
+            total += both
+            result[i, k] = -both
+        result[i, i] += total
+
+
+@compiled((_EXACT, _EXACT, _EXACT, int64, int64))
+def _product(a: _Array, x: _Array, out: _Array, start: int, stop: int) -> None:
+    """Some rows of the product of two matrices, added."""
+    n, width = x.shape
+    for i in range(start, stop, 2):
+        both = i + 1 < stop
+        j = i + 1 if both else i
+        out0, out1, k = out[i], out[j], 0
+        while both and k + 4 <= n:
+            a0, a1, a2, a3 = a[i, k], a[i, k + 1], a[i, k + 2], a[i, k + 3]
+            b0, b1, b2, b3 = a[j, k], a[j, k + 1], a[j, k + 2], a[j, k + 3]
+            x0, x1, x2, x3 = x[k], x[k + 1], x[k + 2], x[k + 3]
+            for d in range(width):
+                out0[d] += a0 * x0[d] + a1 * x1[d] + a2 * x2[d] + a3 * x3[d]
+                out1[d] += b0 * x0[d] + b1 * x1[d] + b2 * x2[d] + b3 * x3[d]
+            k += 4
+        for row in range(i, j + 1):
+            for column in range(k, n):
+                for d in range(width):
+                    out[row, d] += a[row, column] * x[column, d]

@@ -1,0 +1,125 @@
+"""RKD's angle loss in PyTorch's own operations, tile by tile: on any device, in O(N^2) memory."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_rkd.functional._kernels.units import NEAR, in_units_of_mean
+
+_TILE = 2**19  # triplets in a tile: four float32 buffers of it stay in cache
+_SIDE = 128
+
+
+def loss_and_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    vertices: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    official: bool,
+    factor: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of the Huber terms of all triplets at the given vertices, and its gradient to ``student``.
+
+    Args:
+        student: (N, N) squared distances, symmetric, with a zero diagonal.
+        teacher: The same for the teacher.
+        vertices: First vertex, and the one after the last.
+        dtype: Precision of the work on triplets; on other devices than the CPU it is the precision of the distances.
+        official: Whether i = k counts too: the cosine is 1 there, or 0 where j and i are duplicates.
+        factor: Multiplies sum and gradient.
+        with_gradient: Whether the gradient is wanted.
+
+    Returns:
+        A scalar, and an (N, N) matrix or ``None``, in the precision of the distances.
+
+    Example:
+        >>> right = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 2.0], [1.0, 2.0, 0.0]])
+        >>> total, _ = loss_and_gradient(
+        ...     right, 1 - torch.eye(3), (0, 3), torch.float32, official=True, factor=1.0, with_gradient=False
+        ... )
+        >>> round(float(total), 4)
+        0.3358
+    """
+    n, exact = len(student), student.dtype
+    if student.device.type != "cpu":
+        dtype = exact
+    student, inverse, scale = in_units_of_mean(student)
+    teacher, inverse_t, _ = in_units_of_mean(teacher)
+    near = None if dtype == exact else _near_pairs(student, inverse, teacher, inverse_t)
+    kinds = {dtype} if near is None else {dtype, exact}
+    sides = {kind: (_Side(student, inverse, kind), _Side(teacher, inverse_t, kind)) for kind in kinds}
+    total = torch.zeros((), dtype=exact, device=student.device)
+    at_weight = torch.zeros_like(student)  # gradient through S_ji + S_jk - S_ik
+    at_cosine = torch.zeros_like(student)  # gradient through the two square roots, times S_ji
+
+    tiles = -(-n // _SIDE) if n > _SIDE else 1 + (n > 96)  # of two halves one off-diagonal tile is a mirror image
+    side = -(-n // tiles)
+    depth = min(n, max(1, _TILE // side**2))
+    buffers = {kind: torch.empty(4, depth * side * side, dtype=kind, device=student.device) for kind in kinds}
+    for j in _slices(*vertices, depth):
+        for i in _slices(0, n, side):
+            for k in _slices(i.start, n, side):
+                full = near is not None and bool(near[j, i].any() or near[j, k].any())
+                kind = exact if full else dtype
+                shape = (j.stop - j.start, i.stop - i.start, k.stop - k.start)
+                c, e, w, g = (b[: math.prod(shape)].view(shape) for b in buffers[kind])
+                s, t = sides[kind]
+                t.cosines(j, i, k, out=e, weight=w)
+                s.cosines(j, i, k, out=c, weight=w)
+                torch.sub(c, e, out=e)
+                if i == k:
+                    e.diagonal(dim1=1, dim2=2).zero_()
+                torch.clamp(e, -1, 1, out=g)  # the Huber term is g (e - g / 2), its derivative g
+                times = 1 if i == k else 2  # tiles below the diagonal are mirror images
+                total.add_(e.sub_(g, alpha=0.5).mul_(g).sum(), alpha=times)
+                if not with_gradient:
+                    continue
+                w.mul_(g)
+                c.mul_(g)
+                at_weight[i, k].sub_(w.sum(0), alpha=times)
+                at_weight[j, i].add_(w.sum(2), alpha=2)
+                at_cosine[j, i].add_(c.sum(2))
+                if i != k:
+                    at_weight[j, k].add_(w.sum(1), alpha=2)
+                    at_cosine[j, k].add_(c.sum(1))
+    if official:
+        rows = slice(*vertices)
+        total.add_(((student[rows] > 0) ^ (teacher[rows] > 0)).sum(), alpha=0.5)
+    total.mul_(factor)
+    if not with_gradient:
+        return total, None
+    return total, at_weight.sub_(at_cosine.mul_(inverse).mul_(inverse)).mul_(factor / scale)
+
+
+class _Side:
+    """One network's squared distances, inverse distances, and half of those, in the precision of a tile."""
+
+    def __init__(self, squared: Tensor, inverse: Tensor, dtype: torch.dtype) -> None:
+        self.squared, self.inverse = squared.to(dtype), inverse.to(dtype)
+        self.half = self.inverse * 0.5
+
+    def cosines(self, j: slice, i: slice, k: slice, *, out: Tensor, weight: Tensor) -> None:
+        """Fill ``out`` with the cosines at j between i and k, and ``weight`` with 1 / (2 d_ji d_jk)."""
+        torch.sub(self.squared[j, None, k], self.squared[i, k], out=out)
+        out.add_(self.squared[j, i, None])
+        torch.mul(self.half[j, i, None], self.inverse[j, None, k], out=weight)
+        out.mul_(weight).clamp_(-1, 1)
+
+
+def _near_pairs(student: Tensor, inverse_s: Tensor, teacher: Tensor, inverse_t: Tensor) -> Tensor | None:
+    """Marks pairs that are too close for float32, or ``None`` if there are none, which two maxima tell."""
+    if all(
+        float(inverse.max()) ** 2 * float(squared.max()) * NEAR < 1
+        for squared, inverse in ((student, inverse_s), (teacher, inverse_t))
+    ):
+        return None
+    return ((student > 0) & (student < NEAR * student.max())) | ((teacher > 0) & (teacher < NEAR * teacher.max()))
+
+
+def _slices(start: int, stop: int, step: int) -> list[slice]:
+    return [slice(first, min(first + step, stop)) for first in range(start, stop, step)]

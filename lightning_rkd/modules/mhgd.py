@@ -1,0 +1,389 @@
+"""The two stages of MHGD: learn the teacher's attention graph, then train a student with clipped gradients."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+from copy import copy
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lightning_rkd.data.indexing import first_samples, to_batch
+from lightning_rkd.distillation.features import Layer
+from lightning_rkd.distillation.lightning import hand_back_after_exceptions, save_plain_hyperparameters
+from lightning_rkd.distillation.teachers import Teacher
+from lightning_rkd.functional.singular import positions, right_singular_vectors
+from lightning_rkd.losses.base import Card, pick, weight_at
+from lightning_rkd.losses.mhgd import MHGD
+from lightning_rkd.losses.parts.attention_graph import AttentionGraph, attention_sizes, trained_attention
+from lightning_rkd.modules.distillation import DistillationModule
+from lightning_rkd.utils.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts, sum_over_ranks
+from lightning_rkd.utils.types import Batch, Key, unpack
+
+
+def official_sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    r"""SGD as the authors train the attention graph: Nesterov momentum 0.9, rate 0.1.
+
+    Their loss holds :math:`5 \cdot 10^{-4} \sum \lVert w \rVert^2` over all weights, biases and norms, without a half:
+    its gradient is that of a weight decay of :math:`10^{-3}`.
+
+    Example:
+        >>> official_sgd([torch.zeros(1)]).defaults["weight_decay"]
+        0.001
+    """
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)
+
+
+class AttentionGraphEstimator(pl.LightningModule):
+    r"""Stage 1 of MHGD: learns, from the teacher alone and without labels, the graphs that stage 2 transfers.
+
+    .. math:: L = \sum_{\text{pairs}} \frac{1}{N} \sum_i \big(1 - \langle \hat V_{B,i}, V_{B,i} \rangle\big)
+
+    :math:`V` are the first right singular vectors of the teacher's maps, :math:`\hat V_B` the estimate of a stage's
+    vectors from those of the stage before, through the attention graphs between the two
+    (:class:`~lightning_rkd.losses.parts.attention_graph.AttentionGraph`). The graphs relate the samples of all ranks.
+
+    Logged: ``train/loss`` per step; ``val/cosine_error`` and ``test/cosine_error``, the mean over pairs of the same
+    error, in evaluation mode, each batch by itself. Checkpoints hold tensors and plain values only, and no teacher;
+    :class:`~lightning_rkd.losses.mhgd.MHGD` reads them.
+
+    Args:
+        teacher: A network, or a :class:`~lightning_rkd.Teacher`; needed to train and to evaluate.
+        teacher_layer: A list of at least two layers that show the maps of consecutive stages, front to back.
+        channels: Channels of those maps; ``None`` asks the teacher when training begins.
+        heads: Graphs per pair of stages.
+        seed: Of the noise that drops heads.
+        optimizer: From parameters to optimizer; the default is the authors', which run it for 40 epochs.
+        inputs: Key of the inputs in the batch; needed where the batch is a mapping.
+
+    Raises:
+        ValueError: No teacher, or one that shows fewer than two maps; a training batch of one sample.
+
+    Reference:
+        Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.
+        Certainty: read in code, sseung0703/KD_methods_with_TF, nets/Relation.py and nets/SVP.py.
+
+    Example:
+        >>> estimator = AttentionGraphEstimator(channels=[8, 16], heads=2)
+        >>> [tuple(estimate.shape) for estimate in estimator([torch.rand(5, 8), torch.rand(5, 16)])]
+        [(5, 16)]
+    """
+
+    bibtex: ClassVar[str] = MHGD.bibtex
+    card: ClassVar[Card] = replace(MHGD.card, weight=None, weight_note="it is a stage of its own", result="")
+
+    def __init__(
+        self,
+        teacher: Teacher | nn.Module | None = None,
+        teacher_layer: Layer | None = None,
+        *,
+        channels: list[int] | None = None,
+        heads: int = 8,
+        seed: int = 0,
+        optimizer: OptimizerCallable = official_sgd,
+        inputs: Key | list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        save_plain_hyperparameters(self, inspect.currentframe())
+        self.teacher = copy(teacher) if teacher is None or isinstance(teacher, Teacher) else Teacher(teacher)
+        self.teacher_layer, self.heads, self.seed, self.inputs = teacher_layer, heads, seed, inputs
+        self._optimizer = optimizer
+        self.graph: AttentionGraph | None = None if channels is None else AttentionGraph(channels, heads, seed)
+
+    def forward(self, vectors: list[Tensor]) -> list[Tensor]:
+        """The estimates of all stages' vectors but the first's."""
+        assert self.graph is not None
+        estimates: list[Tensor] = self.graph(vectors)
+        return estimates
+
+    def unpack(self, batch: Any) -> Batch:
+        """Build the :class:`~lightning_rkd.utils.types.Batch` of a step; override it for batches of another make."""
+        return unpack(batch, inputs=self.inputs)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer over the graph's parameters."""
+        return self._optimizer(self.parameters())
+
+    def setup(self, stage: str) -> None:
+        """Hook the teacher, whose weights file is read now if it has one, and make the graph."""
+        if self.teacher is None:
+            raise ValueError("AttentionGraphEstimator learns from a teacher: pass teacher=... and teacher_layer=[...]")
+        hand_back_after_exceptions(self.trainer)
+        self.teacher.attach(self.teacher_layer)
+        if self.graph is None:
+            self.graph = AttentionGraph([m.shape[-1] for m in self._shown_once(stage)], self.heads, self.seed)
+
+    def teardown(self, stage: str) -> None:
+        """Hand the teacher back as it was."""
+        self.hand_back()
+
+    def hand_back(self) -> None:
+        """Take the hooks off, and leave the teacher as it was."""
+        if self.teacher is not None:
+            self.teacher.detach()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the graph that was saved, where its channels are not known yet."""
+        if self.graph is None:
+            channels, heads = attention_sizes(trained_attention(checkpoint["state_dict"]))
+            self.graph = AttentionGraph(channels, heads, self.seed)
+
+    def on_fit_start(self) -> None:
+        """Move the teacher to where the graph is."""
+        self._prepare()
+
+    def on_train_start(self) -> None:
+        """Move the teacher, where Lightning's learning rate finder trains before ``on_fit_start``."""
+        self._prepare()
+
+    def on_validation_start(self) -> None:
+        """Move the teacher, where no fit did."""
+        self._prepare()
+
+    def on_test_start(self) -> None:
+        """Move the teacher."""
+        self._prepare()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The sum of the estimates' cosine errors."""
+        group = data_parallel_group(self.trainer.strategy)
+        own = self._vectors(batch)
+        counts = row_counts(len(own[0]), own[0].device, group)
+        if sum(counts) < 2:
+            raise ValueError("a graph relates samples, but this training batch holds one: pass drop_last=True")
+        loss = self._errors([gather_rows(v, counts, group) for v in own]).sum()
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log ``val/cosine_error``."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log ``test/cosine_error``."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Any, stage: str) -> None:
+        vectors = self._vectors(batch)
+        error = self._errors(vectors).mean()
+        self.log(f"{stage}/cosine_error", error, prog_bar=True, sync_dist=True, batch_size=len(vectors[0]))
+
+    def _errors(self, vectors: list[Tensor]) -> Tensor:
+        """One minus the mean cosine, for every stage but the first."""
+        with torch.autocast(vectors[0].device.type, enabled=False):
+            estimates = self(vectors)
+            return torch.stack([1 - (e * v).sum(1).mean() for e, v in zip(estimates, vectors[1:], strict=True)])
+
+    def _vectors(self, batch: Any) -> list[Tensor]:
+        dtype = next(self.parameters()).dtype
+        with torch.autocast(self.device.type, enabled=False):
+            maps = [m if m.dtype == torch.float64 else m.float() for m in self._maps(batch)]
+            return [right_singular_vectors(positions(m)).squeeze(2).to(dtype) for m in maps]
+
+    def _maps(self, batch: Any) -> list[Tensor]:
+        assert self.teacher is not None
+        shown = self.teacher(to_batch(batch, self.unpack))
+        maps: list[Tensor] = pick(shown, "feature_maps", who="AttentionGraphEstimator, teacher")
+        return maps
+
+    @torch.no_grad()
+    def _shown_once(self, stage: str) -> list[Tensor]:
+        """The teacher's maps of two samples, before it is moved."""
+        trainer: Any = self.trainer
+        loops = {"fit": trainer.fit_loop, "validate": trainer.validate_loop, "test": trainer.test_loop}
+        with isolate_rng(include_cuda=False):
+            batch = first_samples(loops[stage]._data_source.dataloader())
+            if batch is None:
+                raise ValueError(
+                    "AttentionGraphEstimator does not know the channels of the teacher's maps, and the loader is none "
+                    "that could be asked for two samples: pass channels=[...]"
+                )
+            return [positions(m) for m in self._maps(batch)]
+
+    def _prepare(self) -> None:
+        assert self.teacher is not None
+        if self.teacher.to(self.device, self.trainer.precision_plugin.convert_module):
+            self.teacher.check_same_on_ranks(data_parallel_group(self.trainer.strategy))
+
+
+class MHGDModule(DistillationModule):
+    r"""Stage 2 of MHGD: trains a student on task and relations, the relations' gradient clipped for every parameter.
+
+    .. math::
+        g = g_{task} + g_{dist} \min\!\Big(1,\; \frac{\lVert g_{task} \rVert\, \varsigma(e)}{\lVert g_{dist}
+        \rVert}\Big), \qquad \varsigma(e) = \frac{1}{1 + \exp(-e)}
+
+    with e the epoch, counted from 0: the distillation gradient of a weight is at most half as long as the task's there
+    in the first epoch, and as long as it later on; where the task does not reach, it is zero. The optimizer's weight
+    decay takes no part in it. Parameters of the loss itself (adapters between different channels) are clipped at the
+    mean norm of the task's gradients instead. Over ranks both gradients are those of the whole batch before one is
+    clipped by the other.
+
+    The authors' poster divides by :math:`1 + \exp(-\tau)`, :math:`\tau = \max(1, \lVert g_{task} \rVert / \lVert
+    g_{dist} \rVert)`, instead; this is their code. They clip other transfer losses likewise, and so does this module
+    any relational loss. With a fixed weight in place of the clipping, train :class:`~lightning_rkd.losses.mhgd.MHGD` in
+    a ``DistillationModule``.
+
+    Optimisation is manual, so the trainer clips and accumulates no gradients; schedulers step as in
+    ``DistillationModule``. It runs on one device or under DDP, in any precision.
+
+    Arguments are those of :class:`~lightning_rkd.DistillationModule`; ``loss`` and ``task_loss`` are needed, and
+    ``balance`` has no place here; ``log_gradients`` shows the terms' gradients as they are before they are clipped. The
+    authors train for 100 epochs of batches of 128 with SGD, Nesterov momentum 0.9, weight decay 5e-4, and a rate of 0.1
+    that falls to a tenth after 30, 60 and 80 epochs.
+
+    Raises:
+        ValueError: No loss or no task loss, ``balance``, or a strategy that shards parameters.
+
+    Reference:
+        Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.
+        Certainty: read in code, sseung0703/KD_methods_with_TF, nets/Relation.py, nets/SVP.py and, for the clipping,
+        op_util.py.
+
+    Example:
+        >>> from lightning_rkd.losses.rkd import RKD
+        >>> parts = {"loss": RKD(), "task_loss": nn.CrossEntropyLoss(), "task_reads": "logits"}
+        >>> MHGDModule(nn.Linear(8, 2), nn.Linear(8, 4), **parts).automatic_optimization
+        False
+    """
+
+    bibtex: ClassVar[str] = MHGD.bibtex
+    card: ClassVar[Card] = replace(
+        MHGD.card,
+        source="sseung0703/KD_methods_with_TF, nets/Relation.py, nets/SVP.py and, for the clipping, op_util.py",
+    )
+
+    @property  # type: ignore[misc] # nobody sets it
+    def automatic_optimization(self) -> bool:
+        """``False``: two gradients are taken and joined by hand."""
+        return False
+
+    def setup(self, stage: str) -> None:
+        """Check what clipping needs, and hook the networks."""
+        if stage == "fit":
+            if self.loss is None or self.task_loss is None:
+                raise ValueError(
+                    "MHGDModule clips the gradient of a relational loss by the task's: pass loss=... and task_loss=..."
+                )
+            if self.balance is not None:
+                raise ValueError("MHGDModule clips gradients, which takes the place of balance: leave balance out")
+            strategy = self.trainer.strategy
+            if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+                raise ValueError(
+                    f"MHGDModule takes norms of whole gradients, and {type(strategy).__name__} may hold them in parts: "
+                    "train on one device or with strategy='ddp'"
+                )
+        super().setup(stage)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and the scheduler without what Lightning does not heed in manual optimisation."""
+        configured = super().configure_optimizers()
+        if isinstance(configured, dict):
+            configured["lr_scheduler"] = configured["lr_scheduler"]["scheduler"]
+        return configured
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step of the optimizer; returns the sum of task loss and relational terms, for the record."""
+        shown, output, terms = self.forward_both(batch)
+        task = self.task(shown, output)
+        weighted = weight_at(self.task_weight, self.current_epoch) * task
+        distillation = torch.stack(list(terms.values())).sum()
+        loss = (weighted + distillation).detach()
+        logged = {"train/task": task.detach(), **{f"distill/{name}": v.detach() for name, v in terms.items()}}
+        self.distiller.look_at_losses(logged, self.global_step)
+        if self._looks_at_gradients:
+            logged |= self._weigh(terms, weighted, shown)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict(logged)
+        self._step(weighted, distillation)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Step a scheduler that steps per epoch."""
+        if self._lr_interval == "epoch":
+            self._schedule()
+
+    def _step(self, task: Tensor, distillation: Tensor) -> None:
+        optimizer: Any = self.optimizers()
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        own = {id(p) for p in self.loss.parameters()} if self.loss is not None else set()
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        with torch.autocast(self.device.type, enabled=False):  # a step runs under autocast, a backward pass should not
+            pulls = torch.autograd.grad(
+                distillation if scaler is None else scaler.scale(distillation),
+                trained,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            optimizer.zero_grad()
+            # DDP waits for a gradient of every parameter, also of adapters, which the task does not reach
+            reached = [0 * p.sum() for p in trained if id(p) in own]
+            self.manual_backward(torch.stack([task, *(r.to(task) for r in reached)]).sum())
+        whole = _mean_over_ranks(list(pulls), self.distiller.group)
+        clip_to_task(trained, whole, 1 / (1 + math.exp(-self.current_epoch)), own)
+        optimizer.step()
+        if self._lr_interval == "step":
+            self._schedule()
+
+    def _schedule(self) -> None:
+        scheduler: Any = self.lr_schedulers()
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(self.trainer.callback_metrics[scheduler.monitor])
+        elif scheduler is not None:
+            scheduler.step()
+
+
+@torch.no_grad()
+def clip_to_task(
+    parameters: list[Tensor], pulls: list[Tensor], part: float, own: set[int] | frozenset[int] = frozenset()
+) -> None:
+    """Add to every parameter's ``grad`` its distillation gradient, clipped at ``part`` of the norm of ``grad``.
+
+    Args:
+        parameters: Parameters that hold the task's gradient in ``grad``.
+        pulls: Their distillation gradients.
+        part: What part of the task gradient's norm the distillation gradient may have.
+        own: ``id`` of parameters that the task does not reach, which are clipped at the same part of the mean norm of
+            the others.
+
+    Example:
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> clip_to_task([weight], [torch.tensor([0.0, 100.0])], part=0.5)
+        >>> weight.grad
+        tensor([3.0000, 6.5000])
+    """
+    norms = {id(p): _norm(p.grad) for p in parameters if p.grad is not None and id(p) not in own}
+    mean = torch.stack(list(norms.values())).mean() if norms else None
+    for parameter, pull in zip(parameters, pulls, strict=True):
+        bound = norms.get(id(parameter), mean if id(parameter) in own else None)
+        if bound is None:
+            continue
+        bound, norm = part * bound, _norm(pull)
+        clipped = pull * torch.where(norm > bound, bound / norm, 1).to(pull.dtype)
+        parameter.grad = clipped if parameter.grad is None else parameter.grad.add_(clipped)
+
+
+def _norm(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm
+
+
+def _mean_over_ranks(tensors: list[Tensor], group: Any) -> list[Tensor]:
+    """In one collective operation; an ``autograd.grad`` is not synchronised by DDP."""
+    ranks = rank_and_size(group)[1]
+    if ranks == 1:
+        return tensors
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    flat = sum_over_ranks(torch.cat([t.flatten().to(dtype) for t in tensors]), group) / ranks
+    parts = torch.split(flat, [t.numel() for t in tensors])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]

@@ -1,0 +1,261 @@
+"""Multi-head Knowledge Distillation (Wang, Lohit, Jones and Fu 2020): classifiers on middle layers teach as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from lightning_rkd.distillation.features import Tap
+from lightning_rkd.distillation.teachers import Teacher
+from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_logits, check_positive
+from lightning_rkd.losses.soft_target import soft_target
+from lightning_rkd.modules.distillation import DistillationModule
+from lightning_rkd.utils.types import Batch, Key, Outputs
+
+
+def soft_and_hard(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float, alpha: float) -> Tensor:
+    r"""Soft targets and labels mixed, :math:`\alpha T^2 \mathrm{KL} + (1 - \alpha) \mathrm{CE}`.
+
+    Shapes: (N, K), (N, K), labels (N,) or soft labels (N, K) -> scalar.
+
+    Example:
+        >>> zs, zt = torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]])
+        >>> soft_and_hard(zs, zt, torch.tensor([0]), temperature=4.0, alpha=0.1)
+        tensor(0.8013)
+    """
+    soft = soft_target(student, teacher, temperature=temperature)
+    return alpha * soft + (1 - alpha) * F.cross_entropy(student, labels)
+
+
+class MiddleHead(nn.Sequential):
+    """A classifier for maps: two 3 x 3 convolutions with batch norm and ReLU, mean pooling, two linear layers.
+
+    Shapes: (N, C, H, W) -> (N, K).
+
+    Args:
+        channels: C.
+        num_classes: K.
+        width: Channels inside.
+        padding: Of the first convolution; the second is never padded.
+
+    Example:
+        >>> MiddleHead(8, 5, width=16)(torch.ones(2, 8, 7, 7)).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(self, channels: int, num_classes: int, width: int = 256, padding: int = 0) -> None:
+        super().__init__(
+            nn.Conv2d(channels, width, kernel_size=3, padding=padding, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, kernel_size=3, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(width, width),
+            nn.ReLU(inplace=True),
+            nn.Linear(width, num_classes),
+        )
+        self.smallest = 5 - 2 * padding
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """The logits.
+
+        Raises:
+            ValueError: Something that is no map, or a map too small for the convolutions.
+        """
+        if maps.ndim != 4 or min(maps.shape[2:]) < self.smallest:
+            raise ValueError(
+                f"MultiHeadDistillation: a head takes maps (N, C, H, W) of at least {self.smallest} x {self.smallest}, "
+                f"got {tuple(maps.shape)}; name convolutional layers, or pass head_padding=1 for small maps"
+            )
+        for layer in self:
+            maps = layer(maps)
+        return maps
+
+
+class MultiHeadDistillation(DistillationModule):
+    r"""Trains a student by the soft targets of a teacher and of classifiers on both networks' middle layers.
+
+    .. math::
+        L &= D(z^s, z^t) + \sum_h \big[ \mathrm{CE}(z^t_h, y) + \beta\, D(z^s_h, z^t_h) \big] \\
+        D(a, b) &= \alpha\, T^2\, \mathrm{KL}\big(\sigma(b / T) \,\Vert\, \sigma(a / T)\big) +
+        (1 - \alpha)\, \mathrm{CE}(a, y)
+
+    z are the logits of the networks, :math:`z_h` those of head h (a :class:`MiddleHead`) on the h-th middle layer named
+    for either network. The teacher is frozen; its heads learn from the labels while the student's learn from them. All
+    heads are trained and saved with the student, and are not part of what is deployed: ``forward`` is the student's.
+
+    Certainty: the equation, the heads and the defaults were read in third-party code; of the paper itself, the
+    abstract, which they agree with.
+
+    Departure: that code lets the student's term train the teacher's heads too; here they are its constant targets and
+    learn from the labels alone.
+
+    Logged: ``distill/final`` and ``distill/heads``, the two parts of the equation.
+
+    Args:
+        student: A classifier.
+        teacher: A classifier of the same classes; needed to fit only.
+        student_layers: Dotted paths of the student's middle layers, which give maps.
+        teacher_layers: As many of the teacher's, in the same order.
+        student_logits: Dotted path of the layer that gives the student's logits; ``None`` is its output. Name its last
+            Linear where the metrics need embeddings, which are that layer's input.
+        teacher_logits: The same for the teacher.
+        temperature: T.
+        alpha: Part of the soft targets in D.
+        beta: Weight of the heads.
+        head_width: Channels of the heads.
+        head_padding: 1 where the maps are smaller than 5 x 5.
+        metrics: As for :class:`~lightning_rkd.DistillationModule`, and so are the following.
+        optimizer: From parameters to optimizer.
+        lr_scheduler: From optimizer to scheduler.
+        lr_interval: ``"epoch"`` or ``"step"``.
+        batch_transform: From ``Batch`` to ``Batch``, in training.
+        inputs: Key of the inputs in the batch.
+        labels: Key of the labels.
+        indices: Key of the sample indices.
+
+    Raises:
+        ValueError: Unequally many layers, or none; a setting out of range; logits of different classes; layers that
+            give no maps.
+
+    Reference:
+        Wang, Lohit, Jones and Fu 2020, Multi-head Knowledge Distillation for Model Compression, arXiv:2012.02911.
+        Heads and numbers: the benchmark code of Asadian and Salehi-Abari 2021, arXiv:2103.00497.
+
+    Example:
+        >>> from lightning_rkd.models.small import ConvNet
+        >>> student, teacher = (ConvNet(widths=(w, w), embedding_dim=10) for w in (4, 8))
+        >>> module = MultiHeadDistillation(student, teacher, ["backbone.stage1"], ["backbone.stage1"])
+        >>> module(torch.zeros(2, 1, 12, 12)).shape
+        torch.Size([2, 10])
+    """
+
+    bibtex: ClassVar[str] = """@article{wang2020multihead,
+  title   = {Multi-head Knowledge Distillation for Model Compression},
+  author  = {Wang, Huan and Lohit, Suhas and Jones, Michael and Fu, Yun},
+  journal = {arXiv preprint arXiv:2012.02911},
+  year    = {2020}
+}"""
+    card: ClassVar[Card] = Card(
+        paper="Wang, Lohit, Jones and Fu 2020, Multi-head Knowledge Distillation for Model Compression, "
+        "arXiv:2012.02911",
+        certainty="read in code",
+        source="third-party: aryanasadianuoit/Distilling-Knowledge-via-Intermediate-Classifiers, MHKD/mhkd_training.py",
+        weight=0.5,
+        weight_note="beta, with T = 4 and alpha = 0.1; CIFAR-100, the same code",
+    )
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher | nn.Module | None = None,
+        student_layers: list[str] | None = None,
+        teacher_layers: list[str] | None = None,
+        *,
+        student_logits: str | None = None,
+        teacher_logits: str | None = None,
+        temperature: float = 4.0,
+        alpha: float = 0.1,
+        beta: float = 0.5,
+        head_width: int = 256,
+        head_padding: Literal[0, 1] = 0,
+        metrics: dict[str, Metric] | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        batch_transform: Callable[[Batch], Batch] | None = None,
+        inputs: Key | list[str] | None = None,
+        labels: Key | None = None,
+        indices: Key | None = None,
+    ) -> None:
+        layers = list(student_layers or ()), list(teacher_layers or ())
+        if not layers[0] or len(layers[0]) != len(layers[1]):
+            raise ValueError(
+                "MultiHeadDistillation pairs middle layers of the two networks: name as many student_layers as "
+                f"teacher_layers, at least one; got {layers[0]} and {layers[1]}"
+            )
+        check_positive("MultiHeadDistillation", temperature=temperature)
+        if not 0 <= alpha <= 1 or beta < 0:
+            raise ValueError(f"MultiHeadDistillation: alpha is in [0, 1] and beta >= 0, got {alpha} and {beta}")
+        final = _Final(temperature, alpha)
+        heads = _Heads(temperature, alpha, beta, head_width, head_padding)
+        super().__init__(
+            student,
+            teacher,
+            {"final": final, "heads": heads},
+            metrics=metrics,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            lr_interval=lr_interval,
+            batch_transform=batch_transform,
+            student_layer=_taps(student_logits, layers[0]),
+            teacher_layer=_taps(teacher_logits, layers[1]),
+            inputs=inputs,
+            labels=labels,
+            indices=indices,
+        )
+
+
+class _Final(RelationalLoss):
+    """The first term of the equation."""
+
+    reads = "logits"
+    gather = False
+    called = "MultiHeadDistillation"
+
+    def __init__(self, temperature: float, alpha: float) -> None:
+        super().__init__()
+        self.temperature, self.alpha = temperature, alpha
+
+    def forward(self, student: Tensor, teacher: Tensor, *, labels: Tensor) -> Tensor:
+        check_logits(student, teacher, self.called)
+        return soft_and_hard(student, teacher, labels, temperature=self.temperature, alpha=self.alpha)
+
+
+class _Heads(RelationalLoss):
+    """The sum over heads; reads the logits for the number of classes only."""
+
+    reads = ("feature_maps", "logits")
+    gather = False
+    called = "MultiHeadDistillation"
+    heads: nn.ModuleList
+    guides: nn.ModuleList
+
+    def __init__(self, temperature: float, alpha: float, beta: float, width: int, padding: int) -> None:
+        super().__init__()
+        self.temperature, self.alpha, self.beta, self.width, self.padding = temperature, alpha, beta, width, padding
+        self.sized()
+
+    def build(self, student_dim: tuple[int, ...], teacher_dim: tuple[int, ...], num_classes: int) -> None:
+        self.heads, self.guides = (
+            nn.ModuleList(MiddleHead(channels, num_classes, self.width, self.padding) for channels in side)
+            for side in (student_dim, teacher_dim)
+        )
+
+    def forward(self, student: Outputs, teacher: Outputs, *, labels: Tensor) -> Tensor:
+        assert student.feature_maps is not None
+        assert teacher.feature_maps is not None
+        losses = []
+        for of_student, of_teacher, s, t in zip(
+            self.heads, self.guides, student.feature_maps, teacher.feature_maps, strict=True
+        ):
+            zs, zt = of_student(s), of_teacher(t)
+            mixed = soft_and_hard(zs, zt, labels, temperature=self.temperature, alpha=self.alpha)
+            losses.append(F.cross_entropy(zt, labels) + self.beta * mixed)
+        return torch.stack(losses).sum()
+
+
+def _taps(logits: str | None, middle: list[str]) -> Any:
+    """Where to read a network: its logits, what is embedded there, and the maps."""
+    final = Tap("", at="output") if logits is None else logits
+    return {"embedding": final, "logits": final, "feature_maps": [Tap(layer, at="output") for layer in middle]}

@@ -1,0 +1,1 @@
+"""Types, ranks, files and statistics that every part of the library uses."""

@@ -1,0 +1,122 @@
+"""Files that are whole or not there: written under another name and renamed, and verified before they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
+    """Write a file so that, whenever the process or the machine stops, the old content or the new one is there.
+
+    The bytes go to ``.<name>.part`` in the same folder, reach the disk, and take the name at once.
+
+    Raises:
+        OSError: The disk is full, or something else kept it from being written; what was there before still is.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "notes.txt")
+        ...     write_whole(path, b"old")
+        ...     write_whole(path, b"new")
+        ...     path.read_bytes(), [p.name for p in Path(folder).iterdir()]
+        (b'new', ['notes.txt'])
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise OSError(f"{str(path)!r} could not be written, and is what it was before: {reason}") from error
+        raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let the new name reach the disk, too; where folders cannot be to_batch (Windows) the system sees to it."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems know no fsync of folders
+        pass
+    finally:
+        os.close(handle)
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Verify the checksums inside a file written by ``torch.save``; a flipped bit would otherwise load in silence.
+
+    What is no such file at all passes: ``torch.load`` refuses it.
+
+    Raises:
+        ValueError: The file is cut short or damaged, or of the format before torch 1.6, which has no checksums; the
+            message names it.
+    """
+    with Path(path).open("rb") as file:
+        start = file.read(len(_LEGACY))
+    if start == _LEGACY:
+        raise ValueError(
+            f"{str(path)!r} is of the format before torch 1.6, in which damage cannot be seen: save it again, "
+            f"torch.save(torch.load({str(path)!r}, weights_only=True), {str(path)!r})"
+        )
+    if start[:2] != b"PK" and not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load takes an entry with this attribute for a folder and leaves its tensor uninitialised
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+            damaged = folders[0] if folders else archive.testzip()
+    except Exception as error:  # zipfile has many ways to say that it understands nothing
+        raise ValueError(
+            f"the checkpoint {str(path)!r} is damaged or cut short ({error}); use an earlier one"
+        ) from error
+    if damaged is not None:
+        raise ValueError(f"the checkpoint {str(path)!r} is damaged in {damaged!r}; use an earlier one")
+
+
+def check_sum(path: str | os.PathLike[str]) -> bool:
+    """Compare a file with its SHA-256, should ``<name>.sha256`` lie beside it, as ``sha256sum`` writes it.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        ValueError: The file has another one.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path, beside = Path(folder, "x"), Path(folder, "x.sha256")
+        ...     _, before = path.write_bytes(b"content"), check_sum(path)
+        ...     _ = beside.write_text(f"{hashlib.sha256(b'content').hexdigest()}  x")
+        ...     before, check_sum(path)
+        (False, True)
+    """
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.sha256")
+    if not beside.is_file():
+        return False
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    given = beside.read_text(encoding="utf-8", errors="replace").split()[:1]
+    if given != [found]:
+        raise ValueError(
+            f"{str(path)!r} does not have the SHA-256 that {str(beside)!r} gives, so it is damaged, or another file: "
+            "fetch it again, or correct the sum if the file is right"
+        )
+    return True

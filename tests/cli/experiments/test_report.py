@@ -1,0 +1,98 @@
+"""The report is one file that a real browser shows whole: no request, no error, no overflow, light and dark."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lightning_rkd.cli.experiments.report import Picture, report
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--virtual-time-budget=5000", "--dump-dom",
+]  # fmt: skip
+HEAD = "<script>const wrong = []; onerror = (text) => { wrong.push(text) };</script>"
+LOOK = """<script>addEventListener("load", async () => {
+  const images = [...document.images];
+  await Promise.all(images.map((image) => image.decode().catch(() => wrong.push("an image"))));
+  const asked = performance.getEntriesByType("resource").map((one) => one.name).filter((n) => !n.startsWith("data:"));
+  document.documentElement.dataset.seen = JSON.stringify({
+    wrong, asked, width: innerWidth, needed: document.documentElement.scrollWidth,
+    images: images.map((image) => [image.naturalWidth, image.currentSrc.length]),
+    paper: getComputedStyle(document.body).backgroundColor,
+  });
+});</script>"""
+
+
+def figure(colour: str) -> Figure:
+    shown = Figure(figsize=(12, 4), facecolor=colour)
+    FigureCanvasAgg(shown)
+    return shown
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    rows = [[f"network {n}", "174,008", *["0.123 ± 0.456"] * 4] for n in range(3)]
+    pictures = [
+        Picture(f"Picture {n}", "Something <is> seen & more.", figure("#ffffff"), figure("#000000")) for n in range(2)
+    ]
+    heads = ["network", "parameters", "recall_at_1", "map_at_r", "distance_correlation", "seconds"]
+    return report("A report", ["A lead."], heads, rows, ["Below."], pictures, {"Again:": "make demo " * 20}, "today")
+
+
+def seen(page: str, folder: Path, width: int, dark: bool = False) -> dict[str, Any]:
+    """What a browser says of the page."""
+    assert BROWSER is not None
+    path = folder / "report.html"
+    path.write_text(page.replace("<head>", f"<head>{HEAD}", 1).replace("</body>", f"{LOOK}</body>", 1))
+    scheme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+    command = [BROWSER, *FLAGS, *scheme, f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900"]
+    done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r'data-seen="(.*?)"', done.stdout)
+    assert found is not None, done.stdout[-500:]
+    said: dict[str, Any] = json.loads(html.unescape(found[1]))
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium on the PATH")
+@pytest.mark.parametrize("width", [500, 1200])
+def test_a_browser_shows_all_of_it_without_a_request_an_error_or_a_scroll_bar(
+    width: int, page: str, tmp_path: Path
+) -> None:
+    said = seen(page, tmp_path, width)
+    assert said["wrong"] == []
+    assert said["asked"] == []
+    assert [natural for natural, _ in said["images"]] == [1200, 1200]
+    assert said["width"] == width
+    assert said["needed"] <= width
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium on the PATH")
+def test_in_the_dark_paper_and_pictures_are_dark(page: str, tmp_path: Path) -> None:
+    (tmp_path / "light").mkdir()
+    light, dark = seen(page, tmp_path / "light", 900), seen(page, tmp_path, 900, dark=True)
+    assert (light["paper"], dark["paper"]) == ("rgb(255, 255, 255)", "rgb(22, 24, 29)")
+
+
+def test_the_page_refers_to_nothing_outside_itself(page: str) -> None:
+    links = re.findall(r'(?:src|srcset|href)="([^"]*)"', page)
+    assert len(links) == 4
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert "http" not in page
+    assert "url(" not in page
+
+
+def test_text_is_escaped(page: str) -> None:
+    assert "Something &lt;is&gt; seen &amp; more." in page

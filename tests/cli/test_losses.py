@@ -1,0 +1,69 @@
+"""Every loss trains the student of letters through the real command line, by its bare name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_rkd.losses
+from lightning_rkd.cli import main as cli
+from lightning_rkd.losses.base import LossSum, RelationalLoss, Term
+from tests.cli.test_recipes import tiny
+
+pytestmark = pytest.mark.slow
+
+DENSE = {"class_path": f"{__name__}.Dense"}
+EXTRA = {  # what the recipe must be told for losses that read something else than it shows, or other batches
+    "IRG": ["--model.loss.transform_layers=[]"],  # stages of different widths
+    "STKD": ["--model.batch_transform=MixUp", "--model.batch_transform.num_classes=315"],
+    "PCKD": ["--model.batch_transform=Rotations"],
+    "MHGD": ["--model.loss.estimator=runs/glyphs_mhgd_estimator/last.ckpt"],
+    "AICSD": [
+        f"--model.student={json.dumps(DENSE)}",
+        f"--model.teacher.network={json.dumps(DENSE)}",
+        "--model.student_layer=null",
+        "--model.teacher_layer=null",
+        "--model.task_loss=null",
+        "--model.metrics=null",
+    ],
+}
+
+
+class Dense(nn.Sequential):
+    """Predicts a class for each position."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(1, 4, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().forward(x)
+        return logits
+
+
+def names() -> list[str]:
+    found = {name: getattr(lightning_rkd.losses, name) for name in lightning_rkd.losses.__all__}
+    classes = {n: c for n, c in found.items() if isinstance(c, type) and issubclass(c, RelationalLoss)}
+    return sorted(n for n, c in classes.items() if c not in (RelationalLoss, Term, LossSum))
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_loss_trains_the_student_of_letters_by_its_bare_name(name: str) -> None:
+    if name == "MHGD":
+        assert cli.main(["fit", "--config", "glyphs_mhgd_estimator", *tiny("glyphs_mhgd_estimator")]) == 0
+    arguments = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0", f"--model.loss={name}"]
+    assert (
+        cli.main(["fit", "--config", "glyphs_distill", *tiny("glyphs_distill"), *arguments, *EXTRA.get(name, [])]) == 0
+    )
+    state = torch.load("runs/glyphs_distill/last.ckpt", weights_only=True)
+    assert state["global_step"] == 2
+    assert all(torch.isfinite(x).all() for x in state["state_dict"].values() if x.is_floating_point())

@@ -1,0 +1,309 @@
+"""Every recipe runs through the real command line, says what it is, and fits its neighbours; killed runs resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lightning_rkd.cli import main as cli
+from lightning_rkd.cli import recipes
+from lightning_rkd.data import GlyphDataModule
+from tests.harness.replicas import replica
+
+PROGRAM = [sys.executable, "-c", "import sys; from lightning_rkd.cli.main import main; sys.exit(main())"]
+
+TINY = [
+    "--data.eval_batch_size=64",
+    "--data.batches_per_epoch=2",
+    "--trainer.max_epochs=2",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.limit_val_batches=1",
+]
+LETTERS = ["--data.max_classes=20", "--data.image_size=12", "--data.classes_per_batch=4"]
+EPISODES = {"few_shot": {"class_path": "FewShotAccuracy", "init_args": {"ways": 2, "queries": 2, "episodes": 9}}}
+FOLDER = ["--data.root=images", "--data.image_size=12", "--data.classes_per_batch=4", "--data.samples_per_class=2"]
+
+
+REPLICAS = {
+    "CUBDataModule": ("cub", 12, 6),
+    "CarsDataModule": ("cars", 12, 6),
+    "OnlineProductsDataModule": ("online_products", 24, 6),
+    "CIFARDataModule": ("cifar100", 12, 6),
+    "TinyImageNetDataModule": ("tiny_imagenet", 12, 6),
+    "OmniglotDataModule": ("omniglot", 2, 20),
+    "MiniImageNetDataModule": ("mini_imagenet", 18, 20),
+}
+"""Of the published data sets: name, classes and images of a class; episodes need many."""
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # processes that share few cores
+
+
+def loaded(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((recipes.FOLDER / f"{name}.yaml").read_text())
+    return config
+
+
+def data_of(name: str) -> str:
+    module: str = loaded(name)["data"]["class_path"]
+    return module
+
+
+OURS = [name for name in recipes.names() if data_of(name) not in REPLICAS]
+PUBLISHED = [name for name in recipes.names() if data_of(name) in REPLICAS]
+
+
+def miniature(name: str) -> list[str]:
+    """Options that let the recipe take a step on a replica of its data set, with networks that start at random."""
+    model = loaded(name)["model"]["init_args"]
+    untrained: dict[str, Any] = {}
+    if "teacher" in model:
+        untrained["teacher"] = {"init_args": {"weights": None}}
+    if "weights" in model.get("student", {}).get("init_args", {}):
+        untrained["student"] = {"init_args": {"weights": None}}
+    Path("untrained.yaml").write_text(yaml.safe_dump({"model": {"init_args": untrained}}))
+    kind, classes, images = REPLICAS[data_of(name)]
+    if not Path("replica").exists():
+        replica(kind, Path("replica"), classes, images)
+    options = ["--config=untrained.yaml", "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
+    options += ["--data.root=replica", "--data.check=false", "--data.num_workers=0", "--data.eval_batch_size=500"]
+    options += ["--data.classes_per_batch=2", "--data.samples_per_class=4"]
+    if data_of(name) in ("CUBDataModule", "CarsDataModule", "OnlineProductsDataModule"):
+        options += ["--data.image_size=36", "--data.crop_size=32", "--data.validation=0.34"]
+    if data_of(name) in ("CIFARDataModule", "TinyImageNetDataModule"):
+        options += ["--data.validation=0.2"]
+    return options
+
+
+def tiny(name: str, weights: bool = False) -> list[str]:
+    """Options that make the recipe small and, but for ``weights``, independent of what other runs leave."""
+    options = list(TINY)
+    if "teacher" in loaded(name)["model"]["init_args"] and not weights:
+        untrained = {"model": {"init_args": {"teacher": {"init_args": {"weights": None}}}}}
+        Path("untrained.yaml").write_text(yaml.safe_dump(untrained))
+        options.append("--config=untrained.yaml")
+    if "few_shot" in loaded(name)["model"]["init_args"].get("metrics", {}):
+        Path("episodes.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"metrics": EPISODES}}}))
+        options.append("--config=episodes.yaml")
+    if data_of(name) == "GlyphDataModule":
+        options += LETTERS
+    else:
+        images()
+        options += FOLDER
+    return options
+
+
+def images() -> None:
+    """A folder of small pictures."""
+    generator = np.random.default_rng(0)
+    for number in range(8):
+        Path("images", str(number)).mkdir(parents=True, exist_ok=True)
+        for picture in range(12):
+            pixels = generator.integers(0, 60, (12, 12, 3)) + 20 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(Path("images", str(number), f"{picture}.png"))
+
+
+def run(args: list[str], own_process: bool) -> int:
+    return subprocess.run([*PROGRAM, *args], timeout=300).returncode if own_process else cli.main(args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_of_a_published_data_set_takes_a_step_on_a_replica(name: str) -> None:
+    options = miniature(name)
+    if name.endswith("mhgd_student"):  # reads what its first stage left
+        estimator = name.replace("student", "estimator")
+        stage = [o for o in options if "fast_dev_run" not in o]
+        stage += ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
+        assert run(["fit", "--config", estimator, *stage], False) == 0
+    assert run(["fit", "--config", name, *options], False) == 0
+
+
+def test_metric_learning_recipes_differ_by_their_data_alone() -> None:
+    for role in ("resnet50", "resnet50_resnet18", "resnet50_self"):
+        cub, cars = loaded(f"cub_{role}"), json.loads(json.dumps(loaded(f"cars_{role}")).replace("cars_", "cub_"))
+        assert cars["data"].pop("class_path") != cub["data"].pop("class_path")
+        assert cars["data"]["init_args"].pop("root") != cub["data"]["init_args"].pop("root")
+        assert cars == cub
+
+
+def test_pairs_of_one_table_differ_by_their_networks_alone() -> None:
+    found = []
+    for teacher, student in PAIRS.items():
+        for name in (f"cifar100_{teacher}", f"cifar100_{teacher}_{student}"):
+            config = loaded(name)
+            model = config["model"]["init_args"]
+            shown = config["trainer"].pop("default_root_dir"), model.pop("student")["init_args"]["num_classes"]
+            assert shown == (f"runs/{name}", 100)
+            for key in ("teacher", "student_layer", "teacher_layer"):
+                model.pop(key, None)
+            loss = model.pop("loss", None)
+            assert loss is None or loss["init_args"] == {"distance_weight": 25.0, "angle_weight": 50.0}
+            found.append(config)
+    assert all(config == found[0] for config in found)
+
+
+@pytest.mark.parametrize("name", ["glyphs_fewshot_teacher", "glyphs_rkd_fewshot"])
+def test_letters_have_the_pictures_that_the_episodes_of_a_recipe_draw(name: str) -> None:
+    config = loaded(name)
+    data = GlyphDataModule(**config["data"]["init_args"])
+    data.setup()
+    sizes = torch.bincount(data.root.labels[data.val_set.indices])
+    few = config["model"]["init_args"]["metrics"]["few_shot"]["init_args"]
+    assert int(sizes[sizes > 0].min()) >= few["shots"] + few["queries"]
+    assert int((sizes > 0).sum()) >= few["ways"]
+
+
+PAIRS = {"resnet32x4": "resnet8x4", "wrn40_2": "wrn16_2", "resnet56": "resnet20", "vgg13": "vgg8"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "other",
+    ["SimilarityPreserving", "SoftTarget", "AttentionTransfer", "CRD", "PKT"],
+)
+def test_other_rows_of_the_table_are_chosen_by_the_loss(other: str) -> None:
+    name = "cifar100_resnet56_resnet20"
+    assert run(["fit", "--config", name, *miniature(name), "--model.loss", other, "--model.weight=0.9"], False) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [16, 64])
+def test_students_of_other_widths_are_one_option_away(dim: int) -> None:
+    name = "cub_resnet50_resnet18"
+    options = [f"--model.student.init_args.embedding_dim={dim}", "--model.loss=RKDDistance"]
+    assert run(["fit", "--config", name, *miniature(name), *options], False) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OURS)
+def test_recipe_fits_and_tests(name: str, tmp_path: Path) -> None:
+    own_process = name == OURS[0]
+    if name.endswith("mhgd_student"):  # reads what its first stage left
+        estimator = name.replace("student", "estimator")
+        assert run(["fit", "--config", estimator, *tiny(estimator)], own_process) == 0
+    assert run(["fit", "--config", name, *tiny(name)], own_process) == 0
+    checkpoint = Path(loaded(name)["trainer"]["default_root_dir"]) / "last.ckpt"
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["global_step"] == 4
+    assert not [key for key in state["state_dict"] if key.startswith("teacher") or ".network." in key]
+    assert run(["test", "--config", name, *tiny(name), "--ckpt_path", str(checkpoint)], own_process) == 0
+    measured = list(tmp_path.glob("runs/*/lightning_logs/*/metrics.csv"))
+    assert any("test/" in path.read_text() for path in measured)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_recipe_says_what_it_does_how_long_it_takes_and_how_to_run_it(name: str) -> None:
+    text = (recipes.FOLDER / f"{name}.yaml").read_text()
+    header = text[: text.index("\nseed_everything")]
+    assert all(line.startswith("#") for line in header.splitlines())
+    words = " ".join(header.replace("\n#", " ").split())
+    assert recipes.about(name).endswith(".")
+    assert "minute" in words or "has not been measured" in words
+    assert f"lightning-rkd fit --config {name}" in header
+    assert f"--ckpt_path runs/{name}/last.ckpt" in header
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_recipe_ends_its_schedule_with_its_epochs(name: str) -> None:
+    config = loaded(name)
+    if scheduler := config["model"]["init_args"].get("lr_scheduler"):
+        epochs, settings = config["trainer"]["max_epochs"], scheduler["init_args"]
+        if "total_steps" in settings:
+            assert settings["total_steps"] == epochs * config["data"]["init_args"]["batches_per_epoch"]
+        else:
+            assert max(settings.get("milestones", [settings.get("step_size")])) < epochs
+    assert config["trainer"]["default_root_dir"] == f"runs/{name}"
+
+
+def test_the_distilled_student_differs_from_the_one_alone_by_its_teacher_only() -> None:
+    alone, distilled, teacher = (loaded(f"glyphs_{name}") for name in ("student", "rkd", "teacher"))
+    learned = distilled["model"]["init_args"].pop("teacher")["init_args"]
+    distilled["model"]["init_args"].pop("loss")
+    for config in (alone, distilled):
+        config["trainer"].pop("default_root_dir")
+    assert alone == distilled
+    assert learned["network"] == teacher["model"]["init_args"]["student"]
+    assert learned["weights"] == f"{teacher['trainer']['default_root_dir']}/last.ckpt"
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_recipe_describes_its_teacher_as_the_teachers_own_recipe_does(name: str) -> None:
+    teacher = loaded(name)["model"]["init_args"].get("teacher")
+    if teacher is not None:
+        folder = Path(teacher["init_args"]["weights"]).parent
+        theirs = loaded(folder.name)
+        assert theirs["trainer"]["default_root_dir"] == str(folder)
+        student, network = theirs["model"]["init_args"]["student"], teacher["init_args"]["network"]
+        if "weights" in network["init_args"]:  # the checkpoint fills what ImageNet filled before
+            assert network["init_args"].pop("weights") is None
+            assert student["init_args"].pop("weights") == "IMAGENET1K_V1"
+        assert student == network
+        assert theirs["data"]["init_args"].get("split_seed") == loaded(name)["data"]["init_args"].get("split_seed")
+        assert theirs["data"]["init_args"].get("split_by") == loaded(name)["data"]["init_args"].get("split_by")
+
+
+@pytest.mark.slow
+def test_teachers_weights_come_from_the_teachers_run(tmp_path: Path) -> None:
+    """Run one after the other, the recipes hand the weights on."""
+    assert cli.main(["fit", "--config", "glyphs_teacher", *tiny("glyphs_teacher")]) == 0
+    assert cli.main(["fit", "--config", "glyphs_rkd", *tiny("glyphs_rkd", weights=True)]) == 0
+    assert (tmp_path / "runs" / "glyphs_rkd" / "last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """SIGKILL in the third epoch of shuffled, augmented letters with a teacher; then resume from last.ckpt."""
+    assert cli.main(["fit", "--config", "glyphs_teacher", *tiny("glyphs_teacher")]) == 0
+    options = [option for option in tiny("glyphs_rkd", weights=True) if "max_epochs" not in option]
+    options += ["--data.batches_per_epoch=6", "--trainer.max_epochs=5", "--trainer.limit_val_batches=0"]
+    fit = ["fit", "--config", "glyphs_rkd", *options]
+
+    def process(folder: str, *extra: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*PROGRAM, *fit, "--trainer.default_root_dir", folder, *extra])
+
+    slow = json.dumps({"class_path": "tests.cli.test_recipes.Slowly", "init_args": {"file": str(tmp_path / "epoch")}})
+    whole = process("whole")
+    killed = process("killed", f"--trainer.callbacks+={slow}")
+    while killed.poll() is None and not (tmp_path / "epoch").exists():
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "it was still running"
+    left = torch.load("killed/last.ckpt", weights_only=True)
+    assert left["global_step"] == 12, "the second epoch was saved, the third was under way"
+    assert process("killed", "--ckpt_path", "killed/last.ckpt").wait() == 0
+    assert whole.wait() == 0
+    a, b = (torch.load(f"{folder}/last.ckpt", weights_only=True) for folder in ("whole", "killed"))
+    assert a["global_step"] == b["global_step"] == 30
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    assert all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in a["state_dict"])
+
+
+class Slowly(pl.Callback):
+    """Says that the third epoch is under way, and then waits to be killed."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == 15:
+            self.file.touch()
+            time.sleep(60)

@@ -1,0 +1,122 @@
+"""SIGTERM and dying ranks: every process ends, soon, and says so with its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lightning_rkd.cli import main as cli
+from lightning_rkd.cli.signals import PARENT, at_sigterm, ending_with_first_rank
+from tests.harness.processes import LETTERS, end_of, start
+
+TWO = [*LETTERS, "--data.batches_per_epoch=3", "--trainer.max_epochs=4", "--trainer.default_root_dir=run"]
+TWO += ["--trainer.devices=2", "--trainer.strategy=ddp"]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+
+class Fails(pl.Callback):
+    """One rank fails in the third epoch."""
+
+    def __init__(self, how: str, rank: int) -> None:
+        self.how, self.rank = how, rank
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank != self.rank or trainer.global_step != 7:
+            return
+        if self.how == "NaN":
+            batch[0].fill_(torch.nan)
+        else:  # whatever the main thread is doing then: mostly, it waits for the other rank
+            threading.Timer(0.01, os.kill, (os.getpid(), getattr(signal, self.how))).start()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "rank"), [("SIGTERM", 0), ("SIGKILL", 1), ("NaN", 1)])
+def test_when_one_rank_fails_all_end_and_the_last_checkpoint_is_whole(how: str, rank: int) -> None:
+    callback = {"class_path": "tests.cli.test_signals.Fails", "init_args": {"how": how, "rank": rank}}
+    fit = ["fit", "--config", "glyphs_student", *TWO, "--trainer.callbacks+", json.dumps(callback)]
+    code, output = end_of(start(*fit))
+    # Lightning kills the first rank when it finds another dead before the first has noticed
+    assert code in (143 if how == "SIGTERM" else 1, -signal.SIGKILL), output
+    if how == "NaN":
+        assert "train/task is NaN or infinite" in output
+    assert torch.load("run/last.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_a_rank_ends_after_the_process_that_started_it() -> None:
+    """Also where the main thread waits in a collective, or for ranks that will never come."""
+    rank = """
+import time
+from lightning_rkd.cli.signals import ending_with_first_rank
+with ending_with_first_rank(0.1):
+    time.sleep(99)
+"""
+    first = f"""
+import os, subprocess, sys
+from lightning_rkd.cli.signals import ending_with_first_rank
+with ending_with_first_rank():
+    own = os.environ | {{"LOCAL_RANK": "1"}}
+    child = subprocess.Popen([sys.executable, "-c", {rank!r}], env=own, stdout=2, stderr=open("said", "w"))
+    print(child.pid, flush=True)
+"""
+    child = int(subprocess.run([sys.executable, "-c", first], check=True, capture_output=True, text=True).stdout)
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{child}").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
+        assert time.monotonic() < deadline, "it stays"
+        time.sleep(0.05)
+    assert Path("said").read_text() == "rank 1: the process that started this one is gone; ending\n"
+
+
+def test_ranks_that_somebody_else_starts_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sets LOCAL_RANK as well, and looks after its processes itself."""
+    monkeypatch.delenv(PARENT, raising=False)
+    assert cli.main(["test"]) == 2  # a run in this process leaves nothing to those that it starts later
+    assert PARENT not in os.environ
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    before = threading.active_count()
+    with ending_with_first_rank():
+        assert threading.active_count() == before
+
+
+def test_sigterm_counts_whatever_else_it_sets_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loader's worker that dies of the same signal is an error that may come first."""
+
+    def fails(args: list[str]) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise RuntimeError("DataLoader worker is killed")
+
+    monkeypatch.setattr(cli, "_command", fails)
+    assert cli.main(["test"]) == 143
+    assert capsys.readouterr().err.endswith("terminated\n")
+
+
+def test_the_handler_of_whoever_calls_is_put_back_and_threads_have_none() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with at_sigterm():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["--version"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_rkd.data.transforms.mixup import MixUp
+from lightning_rkd.utils.types import Batch
+from tests.harness.ranks import Ranks
+
+
+def batch(n: int = 8, classes: int = 4) -> Batch:
+    return Batch(torch.randn(n, 3, 5, 5), torch.arange(n) % classes, indices=torch.arange(n) + 100)
+
+
+def by_hand(x: Tensor, ratio: Tensor, partners: Tensor) -> Tensor:
+    return torch.stack([ratio[i] * x[i] + (1 - ratio[i]) * x[partners[i]] for i in range(len(x))])
+
+
+def drawn(mixup: MixUp, steps: int = 1, n: int = 8) -> list[Tensor]:
+    mixes = [mixup(Batch(torch.zeros(n, 1))).mix for _ in range(steps)]
+    return [torch.cat([mix.partners.double(), mix.ratio.double()]) for mix in mixes]
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_every_row_is_mixed_with_its_partner(per_row):
+    given = batch()
+    mixed = MixUp(per_row=per_row)(given)
+    torch.testing.assert_close(mixed.inputs, by_hand(given.inputs, mixed.mix.ratio, mixed.mix.partners))
+    assert sorted(mixed.mix.partners.tolist()) == list(range(8))
+    assert mixed.mix.ratio.shape == (8,)
+    assert (len(mixed.mix.ratio.unique()) > 1) is per_row
+    assert torch.equal(mixed.mix.labels, given.labels[mixed.mix.partners])
+    assert torch.equal(mixed.labels, given.labels)
+    assert torch.equal(mixed.indices, given.indices)
+
+
+def test_the_given_batch_is_left_alone():
+    given = batch()
+    before = copy.deepcopy(given)
+    MixUp(num_classes=4)(given)
+    assert given.mix is None
+    assert torch.equal(given.inputs, before.inputs)
+    assert torch.equal(given.labels, before.labels)
+
+
+def test_soft_labels_are_those_of_the_mixture():
+    given = batch()
+    mixed = MixUp(num_classes=4, per_row=True)(given)
+    expected = by_hand(F.one_hot(given.labels, 4).float(), mixed.mix.ratio, mixed.mix.partners)
+    torch.testing.assert_close(mixed.labels, expected)
+    logits = torch.randn(8, 4)
+    own, other = (F.cross_entropy(logits, y, reduction="none") for y in (given.labels, mixed.mix.labels))
+    both = (mixed.mix.ratio * own + (1 - mixed.mix.ratio) * other).mean()
+    torch.testing.assert_close(F.cross_entropy(logits, mixed.labels), both)
+
+
+def test_labels_that_are_soft_already_are_mixed():
+    given = batch()
+    given.labels = torch.rand(8, 4).softmax(1)
+    for mixup in (MixUp(), MixUp(num_classes=4)):
+        mixed = mixup(given)
+        torch.testing.assert_close(mixed.labels, by_hand(given.labels, mixed.mix.ratio, mixed.mix.partners))
+
+
+def test_ratios_are_beta_distributed_and_partners_uniform():
+    stats = pytest.importorskip("scipy.stats")
+    for alpha in (0.2, 1.0, 3.0):
+        ratios = MixUp(alpha, per_row=True)(Batch(torch.zeros(2000, 1))).mix.ratio
+        assert stats.kstest(ratios.double().numpy(), stats.beta(alpha, alpha).cdf).pvalue > 0.01
+    mixup = MixUp()
+    rounds = torch.stack([mixup(Batch(torch.zeros(4, 1))).mix.partners for _ in range(500)])
+    counts = torch.stack([(rounds == k).float().mean(0) for k in range(4)])
+    assert (counts - 0.25).abs().max() < 0.08
+
+
+def test_draws_are_those_of_a_generator_seeded_by_seed_rank_and_step():
+    mixup = MixUp(alpha=0.5, seed=7)
+    for step in range(3):
+        rng = np.random.default_rng([7, 0, step])
+        mix = mixup(batch()).mix
+        assert mix.ratio[0] == np.float32(rng.beta(0.5, 0.5))
+        assert mix.partners.tolist() == rng.permutation(8).tolist()
+
+
+def test_the_global_random_states_are_neither_read_nor_moved():
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first = drawn(MixUp(), 3)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
+    torch.manual_seed(99)
+    assert all(torch.equal(a, b) for a, b in zip(first, drawn(MixUp(), 3), strict=True))
+
+
+def test_steps_and_seeds_draw_differently():
+    a, b = drawn(MixUp(), 2)
+    (c,) = drawn(MixUp(seed=1))
+    assert not torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("how", ["state", "pickle", "copy"])
+def test_a_saved_mixup_goes_on_where_it_was(how):
+    whole = drawn(MixUp(seed=3), 5)
+    mixup = MixUp(seed=3)
+    drawn(mixup, 3)
+    if how == "state":
+        twin = MixUp(seed=3)
+        drawn(twin)
+        twin.load_state_dict(mixup.state_dict())
+    else:
+        twin = copy.deepcopy(mixup) if how == "copy" else pickle.loads(pickle.dumps(mixup))
+    assert list(mixup.state_dict()) == ["steps"]
+    assert mixup.steps.dtype == torch.int64
+    assert int(mixup.steps) == 3
+    assert all(torch.equal(a, b) for a, b in zip(drawn(twin, 2), whole[3:], strict=True))
+    assert int(twin.steps) == 5
+
+
+def _draw(rank: int) -> list[Tensor]:
+    return drawn(MixUp(), 2)
+
+
+def test_ranks_draw_differently(ranks: Ranks):
+    first, second = ranks.run(_draw)
+    assert all(torch.equal(a, b) for a, b in zip(first, drawn(MixUp(), 2), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_in_evaluation_nothing_is_mixed_and_no_step_counted():
+    mixup, given = MixUp(num_classes=4), batch()
+    assert mixup.eval()(given) is given
+    assert int(mixup.steps) == 0
+
+
+def test_the_teacher_sees_the_same_mixture():
+    given = batch()
+    assert MixUp()(given).teacher_inputs is None  # the inputs, then
+    given.teacher_inputs = torch.randn(8, 2)
+    mixed = MixUp()(given)
+    torch.testing.assert_close(mixed.teacher_inputs, by_hand(given.teacher_inputs, mixed.mix.ratio, mixed.mix.partners))
+
+
+def test_a_clean_teacher_sees_the_rows_unmixed():
+    given = batch()
+    assert MixUp(clean_teacher=True)(given).teacher_inputs is given.inputs
+    given.teacher_inputs = torch.randn(8, 2)
+    assert MixUp(clean_teacher=True)(given).teacher_inputs is given.teacher_inputs
+
+
+def test_all_tensors_of_mappings_and_sequences_are_mixed_alike():
+    x, y = torch.randn(4, 2), torch.randn(4, 3, 3)
+    inputs: Any
+    for inputs in ({"x": x, "y": y, "flag": True}, [x, (y, None)]):
+        mixed = MixUp()(Batch(inputs))
+        got = list(mixed.inputs.values()) if isinstance(inputs, dict) else [mixed.inputs[0], *mixed.inputs[1]]
+        assert got[2] in (True, None)
+        for one, given in zip(got, (x, y), strict=False):
+            torch.testing.assert_close(one, by_hand(given, mixed.mix.ratio, mixed.mix.partners))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_precision_of_the_inputs_is_kept_and_that_of_the_ratio_is_never_half(dtype):
+    x = torch.randn(6, 3).to(dtype)
+    mixed = MixUp()(Batch(x))
+    assert mixed.inputs.dtype == dtype
+    assert mixed.mix.ratio.dtype == torch.promote_types(dtype, torch.float32)
+    exact = by_hand(x.double(), mixed.mix.ratio.double(), mixed.mix.partners)
+    torch.testing.assert_close(mixed.inputs, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_integers_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"MixUp: the inputs hold no floating-point tensor to mix, but torch\.uint8"):
+        MixUp()(Batch(torch.zeros(4, 3, 2, 2, dtype=torch.uint8)))
+    with pytest.raises(TypeError, match=r"MixUp: inputs\['ids'\] is torch\.int64, and only floating-point"):
+        MixUp()(Batch({"x": torch.zeros(4, 2), "ids": torch.zeros(4, 2, dtype=torch.int64)}))
+    with pytest.raises(TypeError, match="MixUp: the inputs hold no floating-point tensor to mix, but str"):
+        MixUp()(Batch("text"))
+
+
+def test_tensors_with_other_rows_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"MixUp: inputs\[1\] must have 4 rows like the rest, got \(3, 2\)"):
+        MixUp()(Batch([torch.zeros(4, 2), torch.zeros(3, 2)]))
+
+
+def test_what_cannot_be_mixed_is_refused_with_the_cure():
+    with pytest.raises(ValueError, match="mixed already"):
+        MixUp()(MixUp()(batch()))
+    with pytest.raises(ValueError, match=r"num_classes makes soft labels, but the batch has no labels: labels=\.\.\."):
+        MixUp(num_classes=4)(Batch(torch.zeros(4, 2)))
+    with pytest.raises(ValueError, match="MixUp: labels go from 0 to 3, but num_classes=3"):
+        MixUp(num_classes=3)(batch())
+    with pytest.raises(ValueError, match=r"MixUp: labels must be \(N,\) class numbers"):
+        MixUp(num_classes=3)(Batch(torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.int64)))
+    with pytest.raises(ValueError, match=r"MixUp: soft labels must be \(N, 3\) for num_classes=3, got \(4, 2\)"):
+        MixUp(num_classes=3)(Batch(torch.zeros(4, 2), torch.zeros(4, 2)))
+
+
+@pytest.mark.parametrize(("name", "value"), [("alpha", 0), ("num_classes", 0), ("seed", -1)])
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"MixUp: {name} must .*, got {value}"):
+        MixUp(**{name: value})
+
+
+def test_settings_show_when_printed():
+    assert str(MixUp(0.2, seed=5)) == "MixUp(alpha=0.2, num_classes=None, per_row=False, clean_teacher=False, seed=5)"

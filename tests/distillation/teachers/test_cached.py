@@ -1,0 +1,420 @@
+"""A cached teacher teaches as the live one would, for the rows it is asked for, or says why it cannot."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from lightning_rkd.callbacks.distillation import RelationalDistillation
+from lightning_rkd.data import Augment, AugmentedSubset, ImageSet, MixUp, PKBatchSampler, Rotations
+from lightning_rkd.data.indexing import IndexedBatch, with_indices
+from lightning_rkd.distillation.features import CaptureError
+from lightning_rkd.distillation.teachers import CachedTeacher, CacheError, EnsembleTeacher, Teacher
+from lightning_rkd.distillation.teachers.cache_format import MANIFEST, shard_name
+from lightning_rkd.distillation.teachers.cache_writer import fill
+from lightning_rkd.losses.attention_transfer import AttentionTransfer
+from lightning_rkd.losses.rkd import RKD
+from lightning_rkd.losses.soft_target import SoftTarget
+from lightning_rkd.metrics.agreement import RelationalAgreement
+from lightning_rkd.utils.types import Batch
+from tests.harness import toys
+from tests.harness.faces import FACES, User, gradients, largest, taught
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning")
+
+ROWS = 8 * toys.STEPS
+
+
+def filled(path: Path, network: nn.Module | None = None, loader: Any = None, layer: Any = None, **how: Any) -> Path:
+    """A folder with what a network shows for the toy rows, in several shards."""
+    teacher = Teacher(toys.teacher() if network is None else network)
+    teacher.attach(layer)
+    assert fill(path, teacher, layer, toys.loader() if loader is None else loader, **{"shard_rows": 16, **how})
+    teacher.detach()
+    return path
+
+
+def read(teacher: CachedTeacher, rows: Any) -> Tensor:
+    shown = teacher.lessons(Batch(None, indices=torch.as_tensor(rows)))[0].shown[""].embedding
+    assert shown is not None
+    return shown
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-5), ("float16", 2e-3)])
+def test_gradients_are_those_of_the_live_teacher(face: str, dtype: str, allowed: float, tmp_path: Path) -> None:
+    live = gradients(*unpacked(taught(face, toys.teacher(), RKD())))
+    cached = gradients(*unpacked(taught(face, CachedTeacher(filled(tmp_path, dtype=dtype)), RKD())))
+    plain = gradients(*unpacked(taught(face, toys.teacher(seed=5), RKD())))
+    assert largest(live[:1], cached[:1]) <= allowed
+    assert largest(live[:1], plain[:1]) > 4 * allowed
+    if dtype == "float32":
+        assert largest(live, cached) <= 1e-5
+
+
+def unpacked(pair: Any) -> tuple[Any, ...]:
+    module, callbacks = pair
+    return module, *callbacks
+
+
+def test_embeddings_are_those_of_the_live_teacher(tmp_path: Path) -> None:
+    network = toys.teacher()
+    expected = network.eval()(toys.Rows(ROWS).x).detach()
+    rows = torch.tensor([39, 0, 17, 16, 15, 0])
+    cached = CachedTeacher(filled(tmp_path, network))
+    assert float((read(cached, rows) - expected[rows]).abs().max()) <= 1e-5
+    half = CachedTeacher(filled(tmp_path / "half", network, dtype="float16"))
+    assert read(half, rows).dtype == torch.float32
+    assert 0 < float((read(half, rows) - expected[rows]).abs().max()) <= 2e-3 * float(expected.abs().max())
+
+
+def test_logits_are_kept_beside_the_embedding_and_taps_by_name(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(toys.WIDTH, 6), nn.Tanh(), nn.Linear(6, 3))
+    layer: Any = {"body": "1", "head": "2"}
+    cached = CachedTeacher(filled(tmp_path, network, layer=layer))
+    cached.attach(layer)
+    shown = cached.lessons(Batch(None, indices=torch.tensor([3, 20])))[0].shown
+    x = toys.Rows(ROWS).x[[3, 20]]
+    torch.testing.assert_close(shown["head"].logits, network(x))
+    torch.testing.assert_close(shown["head"].embedding, network[:2](x))
+    torch.testing.assert_close(shown["body"].embedding, network[:2](x))
+    cached.check_loss("kd", SoftTarget() * 1)
+
+
+class Sees(nn.Module):
+    """A teacher that is not to be run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("the teacher was run")
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_index_is_the_row_of_the_root_through_subsets_and_samplers(face: str, shuffle: bool, tmp_path: Path) -> None:
+    data = toys.Rows(ROWS)
+    root = TensorDataset(data.x, data.y)
+    path = filled(tmp_path, loader=DataLoader(root, batch_size=7))
+    part = Subset(Subset(root, range(39, 3, -1)), range(4, 28))
+
+    def batches() -> DataLoader[Any]:
+        if not shuffle:
+            return DataLoader(part, batch_size=8)
+        return DataLoader(part, batch_sampler=PKBatchSampler(torch.arange(24) % 6, 3, 2, seed=3))
+
+    live = gradients(*unpacked(taught(face, toys.teacher(), RKD())), batches=batches(), use_distributed_sampler=False)
+    cached = gradients(
+        *unpacked(taught(face, CachedTeacher(path), RKD())), batches=batches(), use_distributed_sampler=False
+    )
+    assert largest(live, cached) <= 1e-5
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_missing_cache_is_written_before_the_first_step(face: str, tmp_path: Path) -> None:
+    live = gradients(*unpacked(taught(face, toys.teacher(), RKD())))
+    cached = gradients(*unpacked(taught(face, CachedTeacher(tmp_path, toys.teacher()), RKD())))
+    assert largest(live, cached) <= 1e-5
+    assert (tmp_path / MANIFEST).exists()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = gradients(*unpacked(taught(face, CachedTeacher(tmp_path, toys.teacher()), RKD())))
+    assert largest(again, cached) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    with pytest.raises(CacheError, match="teacher weights: cached"):
+        gradients(*unpacked(taught(face, CachedTeacher(tmp_path, toys.teacher(seed=8)), RKD())))
+
+
+def pictures(views: int | None = None) -> AugmentedSubset:
+    root = ImageSet(
+        torch.randint(256, (24, 1, 6, 6), generator=torch.Generator().manual_seed(1)).byte(), torch.arange(24) % 6
+    )
+    return AugmentedSubset(root, range(4, 24), Augment(rotation=30, shift=0.2), seed=2, views=views)
+
+
+def flat() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 7))
+
+
+def test_views_are_what_training_shows_epoch_by_epoch(tmp_path: Path) -> None:
+    data, network = pictures(views=2), flat()
+    loader = DataLoader(data, batch_sampler=PKBatchSampler(torch.arange(20) % 5, 5, 6))  # rows come up twice
+    cached = CachedTeacher(filled(tmp_path, network, loader))
+    seen = []
+    for epoch in range(4):
+        loader.batch_sampler.sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        for batch in with_indices(loader):
+            shown = cached.lessons(Batch(None, indices=batch.indices, epoch=batch.epoch))[0].shown[""].embedding
+            torch.testing.assert_close(shown, network(batch.batch[0]), atol=1e-5, rtol=0)
+            seen.append(batch.batch[0].sort(0).values)
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_a_single_view_is_of_the_images_as_they_are(tmp_path: Path) -> None:
+    data, network = pictures(), flat()
+    cached = CachedTeacher(filled(tmp_path, network, DataLoader(data, batch_size=4)))
+    plain = torch.stack([x for x, _ in (data.dataset[i] for i in range(24))])
+    torch.testing.assert_close(read(cached, range(24)), network(plain))
+
+
+@pytest.mark.parametrize("transform", [MixUp(), Rotations()])
+def test_batch_transforms_are_refused(transform: Any, tmp_path: Path) -> None:
+    module, _ = taught("module", CachedTeacher(filled(tmp_path)), RKD(), batch_transform=transform)
+    with pytest.raises(ValueError, match=rf"batch_transform={type(transform).__name__} .* Teacher\(network\)"):
+        gradients(module)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_metrics_may_compare_with_it_on_the_same_root_only(same: bool, tmp_path: Path) -> None:
+    data = toys.Rows(ROWS)
+    root = TensorDataset(data.x, data.y)
+    metric = RelationalAgreement()
+    module, _ = taught("module", CachedTeacher(filled(tmp_path)), RKD(), metrics={"kept": metric})
+    other = root if same else TensorDataset(data.x + 1, data.y)
+    validation = with_indices(DataLoader(Subset(other, range(20, 40)), batch_size=10))
+    trainer = toys.trainer()
+    if same:
+        trainer.fit(module, toys.loader(), validation)
+        assert any(name.startswith("val/") for name in trainer.callback_metrics)
+    else:
+        with pytest.raises(CacheError, match="data content: cached"):
+            trainer.fit(module, toys.loader(), validation)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_another_data_set_is_refused_by_name_of_what_differs(face: str, tmp_path: Path) -> None:
+    path = filled(tmp_path)
+    data = toys.Rows(ROWS)
+    others: dict[str, Any] = {
+        "length": TensorDataset(data.x[:32], data.y[:32]),
+        "content": TensorDataset(data.x + 1, data.y),
+        "class": ConcatDataset([TensorDataset(data.x, data.y)]),
+    }
+    for what, other in others.items():
+        with pytest.raises(CacheError, match=f"data {what}: cached"):
+            gradients(*unpacked(taught(face, CachedTeacher(path), RKD())), batches=DataLoader(other, batch_size=8))
+    gradients(
+        *unpacked(taught(face, CachedTeacher(path, ignore=["class", "content"]), RKD())),
+        batches=DataLoader(others["content"], batch_size=8),
+    )
+    with pytest.raises(CacheError, match="teacher layer: cached 'output', now '0'"):
+        gradients(*unpacked(taught(face, CachedTeacher(path), RKD(), teacher_layer="0")))
+
+
+class Jitters(Dataset[Any]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.rand(toys.WIDTH), 0
+
+
+class Streams(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+class Maps(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1, 1, 2)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no cache": (
+        lambda p: read(CachedTeacher(p / "none"), [0]),
+        r"cache is not there. Write it with lightning",
+    ),
+    "too large an index": (lambda p: read(CachedTeacher(filled(p)), [0, 40]), r"asks for row 40, .* rows 0 to 39"),
+    "a negative index": (lambda p: read(CachedTeacher(filled(p)), [0, -1]), "asks for row -1"),
+    "no indices": (lambda p: CachedTeacher(filled(p)).lessons(Batch(None)), r"with_indices\(loader\)"),
+    "input_layer": (lambda p: CachedTeacher(filled(p)).lessons(Batch(None), [1]), "leave input_layer out"),
+    "views of a batch": (
+        lambda p: CachedTeacher(filled(p)).lessons(Batch(None, indices=torch.ones(2).long(), view=torch.ones(2))),
+        "leave the batch_transform out",
+    ),
+    "a loss of maps": (
+        lambda p: CachedTeacher(p).check_loss("at", AttentionTransfer() * 1),
+        r"reads \['feature_maps'\], but a cached teacher keeps embeddings and logits",
+    ),
+    "random data": (lambda p: filled(p, loader=DataLoader(Jitters())), "Jitters shows its first rows differently"),
+    "streams": (lambda p: filled(p, loader=DataLoader(Streams())), "map-style data set"),
+    "feature_maps": (lambda p: filled(p, Maps()), r"an embedding \(N, D\) or logits"),
+    "NaN": (lambda p: filled(p, nn.Sequential(nn.Linear(toys.WIDTH, 2), Broken())), "row 0 is NaN or infinite"),
+    "overflow": (lambda p: filled(p, Huge(), dtype="float16"), "does not fit into float16; use float32"),
+    "an unknown part": (lambda p: CachedTeacher(p, ignore=["length"]), "ignore may name"),
+    "an unknown dtype": (lambda p: CachedTeacher(p, dtype="int8"), "'float32' or 'float16', got 'int8'"),  # type: ignore[arg-type]
+}
+
+
+class Broken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float("nan")
+
+
+class Huge(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1e9
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_is_refused_with_the_cure(what: str, tmp_path: Path) -> None:
+    call, message = REFUSED[what]
+    with pytest.raises((ValueError, OSError, CaptureError), match=message):
+        call(tmp_path)
+
+
+def test_no_damaged_file_is_read_in_silence(tmp_path: Path) -> None:
+    path = filled(tmp_path)
+    good = read(CachedTeacher(path), range(ROWS))
+    rng = np.random.default_rng(0)
+    for victim in (shard_name(1), MANIFEST):
+        whole = (path / victim).read_bytes()
+        for trial in range(60):
+            if trial % 3 == 0:
+                damaged = whole[: rng.integers(len(whole))]
+            else:
+                damaged = bytearray(whole)
+                damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+            (path / victim).write_bytes(damaged)
+            with pytest.raises(CacheError, match=re.escape(victim)) as caught:
+                read(CachedTeacher(path), range(ROWS))
+            assert "lightning-rkd cache" in str(caught.value)
+        (path / victim).write_bytes(whole)
+    assert torch.equal(read(CachedTeacher(path), range(ROWS)), good)
+
+
+def test_a_missing_shard_and_one_of_another_cache_are_named(tmp_path: Path) -> None:
+    path, other = filled(tmp_path / "a"), filled(tmp_path / "b", toys.teacher(seed=9))
+    teacher = CachedTeacher(path)
+    (path / shard_name(2)).unlink()
+    read(teacher, [0])
+    with pytest.raises(CacheError, match=r"rows-00002\.safetensors' is missing"):
+        read(teacher, [32])
+    (path / shard_name(2)).write_bytes((other / shard_name(2)).read_bytes())
+    with pytest.raises(CacheError, match=r"rows-00002\.safetensors' belongs to another cache \(teacher weights"):
+        read(teacher, [32])
+
+
+def test_a_file_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_files: list[str] = []
+    original = hashlib.file_digest
+
+    def counted(file: Any, kind: str) -> Any:
+        read_files.append(Path(file.name).name)
+        return original(file, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    path = filled(tmp_path)
+    read_files.clear()
+    teacher = CachedTeacher(path)
+    for rows in ([0, 1], [1, 2], [20], [0, 21]):
+        read(teacher, rows)
+    assert read_files == [shard_name(0), shard_name(1)]
+
+
+def test_copies_and_pickles_hold_the_path_and_no_rows(tmp_path: Path) -> None:
+    teacher = CachedTeacher(filled(tmp_path))
+    expected = read(teacher, [5, 30])
+    for twin in (copy.deepcopy(teacher), copy.copy(teacher), pickle.loads(pickle.dumps(teacher))):
+        assert twin._store is None
+        assert torch.equal(read(twin, [5, 30]), expected)
+    np.save(tmp_path / "rows.npy", np.zeros((5000, 64), dtype="float32"))
+    assert len(pickle.dumps(CachedTeacher.from_array(tmp_path / "rows.npy"))) < 5000
+
+
+def stored(kind: str, x: Tensor, folder: Path) -> Any:
+    if kind == "npy":
+        np.save(folder / "x.npy", x.numpy())
+    if kind == "safetensors":
+        save_file({"x": x}, folder / "x.safetensors")
+    return {"tensor": x, "numpy": x.numpy(), "npy": folder / "x.npy", "safetensors": str(folder / "x.safetensors")}[
+        kind
+    ]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "numpy", "npy", "safetensors"])
+@pytest.mark.parametrize("face", FACES)
+def test_embeddings_from_elsewhere_teach_as_the_network_would(kind: str, face: str, tmp_path: Path) -> None:
+    x = toys.teacher().eval()(toys.Rows(ROWS).x).detach()
+    live = gradients(*unpacked(taught(face, toys.teacher(), RKD())))
+    given = CachedTeacher.from_array(stored(kind, x, tmp_path))
+    assert largest(live, gradients(*unpacked(taught(face, given, RKD())))) <= 1e-5
+    order = torch.randperm(ROWS)
+    mixed = CachedTeacher.from_array(stored(kind, x[order].contiguous(), tmp_path), ids=order.tolist())
+    assert largest(live, gradients(*unpacked(taught(face, mixed, RKD())))) <= 1e-5
+    assert torch.equal(read(pickle.loads(pickle.dumps(mixed)), [7, 3]), x[[7, 3]])
+
+
+def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    short = CachedTeacher.from_array(torch.randn(39, 4))
+    with pytest.raises(CacheError, match=r"39 rows without ids, but the root data set has 40: pass ids"):
+        gradients(*unpacked(taught("callback", short, RKD())))
+    few = CachedTeacher.from_array(torch.randn(3, 4), ids=[5, 9, 700])
+    with pytest.raises(CacheError, match="no embedding with the id 8"):
+        read(few, [5, 8])
+    with pytest.raises(CacheError, match="no embedding with the id 701"):
+        read(few, [701])
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
+    (tmp_path / "cut.safetensors").write_bytes(b"no")
+    wrong: list[tuple[Any, Any, str]] = [
+        (torch.arange(6).view(3, 2), None, r"floating point \(N, D\), got torch.int64"),
+        (torch.randn(3), None, r"floating point \(N, D\)"),
+        (torch.randn(3, 2), [1, 2], "ids must be 3 integers"),
+        (torch.randn(3, 2), [1, 2, 1], "the id 1 is given twice"),
+        (tmp_path / "cut.npy", None, r"cut\.npy' cannot be read"),
+        (tmp_path / "cut.safetensors", None, r"cut\.safetensors' cannot be read"),
+        (tmp_path / "none.npy", None, "do not exist"),
+        (5, None, "takes a tensor, an array or a path, got int"),
+    ]
+    for array, ids, message in wrong:
+        with pytest.raises((ValueError, TypeError, OSError), match=message):
+            CachedTeacher.from_array(array, ids)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_an_ensemble_may_hold_cached_and_live_teachers(face: str, tmp_path: Path) -> None:
+    live = EnsembleTeacher([toys.teacher(), toys.teacher(seed=4)])
+    mixed = EnsembleTeacher([CachedTeacher(filled(tmp_path)), toys.teacher(seed=4)])
+    a, b = (gradients(*unpacked(taught(face, teacher, RKD()))) for teacher in (live, mixed))
+    assert largest(a, b) <= 1e-5
+
+
+def test_the_users_code_never_sees_indexed_batches_and_loaders_are_as_before(tmp_path: Path) -> None:
+    kinds = []
+
+    class Looks(User):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            kinds.append(type(batch))
+            return super().training_step(batch, batch_idx)
+
+    module, teacher = Looks(), CachedTeacher(filled(tmp_path))
+    trainer = toys.fit(module, RelationalDistillation(teacher, RKD(), student_layer="student.backbone"))
+    assert IndexedBatch not in kinds
+    assert "dataloader" not in vars(trainer.fit_loop._data_source)
+
+
+def on_two_ranks(rank: int, folder: str) -> None:
+    teacher = Teacher(toys.teacher())
+    teacher.attach(None)
+    assert fill(Path(folder), teacher, None, toys.loader(), shard_rows=8)
+    assert not fill(Path(folder), teacher, None, toys.loader(), shard_rows=8)
+    teacher.detach()
+
+
+def test_two_ranks_write_the_files_of_one(ranks: Any, tmp_path: Path) -> None:
+    ranks.run(on_two_ranks, str(tmp_path / "two"))
+    filled(tmp_path / "one", shard_rows=8)
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    assert json.loads(one[MANIFEST])["plan"]["rows"] == ROWS

@@ -1,0 +1,386 @@
+"""Several teachers: what they show together, what may be asked of them, and that each comes back as it was."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_rkd.distillation.distiller import Distiller
+from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError, Tap
+from lightning_rkd.distillation.teachers import EnsembleTeacher, Teacher, joint_embedding
+from lightning_rkd.losses.base import NonFiniteError, RelationalLoss, Term
+from lightning_rkd.losses.crd import CRD
+from lightning_rkd.losses.nst import NST
+from lightning_rkd.losses.parts.state import StepState
+from lightning_rkd.losses.rkd import RKD, RKDDistance
+from lightning_rkd.losses.soft_target import SoftTarget
+from lightning_rkd.losses.ttm import TTM
+from lightning_rkd.utils.types import Batch, Outputs
+from tests.harness import nets
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+X = nets.Rows(8).x
+COMBINE = ("relations", "losses")
+
+
+def wide(seed: int = 1) -> nn.Module:
+    """A teacher of width 9; that of ``nets`` has 7."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nets.Backbone(norm=True, width=12, out=9)
+
+
+def half(network: nn.Module) -> nn.Module:
+    return network.to(torch.bfloat16)
+
+
+def terms(teacher: Any, loss: Any, x: Tensor = X, student: nn.Module | None = None, **settings: Any) -> Any:
+    student = student or nets.Backbone()
+    distiller = Distiller(teacher, loss, **settings)
+    distiller.attach(student)
+    try:
+        distiller.prepare("cpu")
+        distiller.begin()
+        student(x)
+        return distiller.terms(distiller.shown(Batch(x, indices=torch.arange(len(x)))))
+    finally:
+        distiller.detach()
+
+
+# What they show together
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.floats(0.01, 100), st.integers(1, 4), st.floats(1e-3, 1e3)), min_size=1, max_size=4),
+    st.integers(0, 99),
+)
+def test_squared_distances_and_inner_products_add_up_with_the_weights(parts: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shares = [w / sum(w for w, _, _ in parts) for w, _, _ in parts]
+    shown = [scale * torch.randn(5, width, generator=generator, dtype=torch.float64) for _, width, scale in parts]
+    rows, joined = [x.tolist() for x in shown], joint_embedding(shown, shares).tolist()
+    for i in range(5):
+        for j in range(5):
+            squared = sum(w * math.dist(x[i], x[j]) ** 2 for w, x in zip(shares, rows, strict=True))
+            inner = sum(w * float(x[i] @ x[j]) for w, x in zip(shares, shown, strict=True))
+            assert math.dist(joined[i], joined[j]) ** 2 == pytest.approx(squared, rel=1e-9)
+            assert sum(a * b for a, b in zip(joined[i], joined[j], strict=True)) == pytest.approx(inner, rel=1e-9)
+
+
+def test_cosines_of_rows_of_length_one_are_averaged() -> None:
+    shown = [nn.functional.normalize(torch.randn(6, d, dtype=torch.float64)) for d in (3, 5)]
+    joined = nn.functional.normalize(joint_embedding(shown, [0.75, 0.25]))
+    expected = 0.75 * shown[0] @ shown[0].T + 0.25 * shown[1] @ shown[1].T
+    torch.testing.assert_close(joined @ joined.T, expected)
+
+
+def test_half_precision_is_joined_in_float32_and_double_in_float64() -> None:
+    x = torch.randn(4, 3)
+    assert torch.equal(joint_embedding([x.bfloat16()] * 2, [0.5, 0.5])[:, :3], math.sqrt(0.5) * x.bfloat16().float())
+    assert joint_embedding([x.half(), x.double()], [0.5, 0.5]).dtype == torch.float64
+
+
+@pytest.mark.parametrize("combine", COMBINE)
+@pytest.mark.parametrize("loss", [RKD(), nets.Gram(), 3 * nets.Gram() + RKDDistance()])
+def test_an_ensemble_of_equal_teachers_is_that_teacher(loss: Any, combine: Any) -> None:
+    student, teacher = nets.Backbone(), EnsembleTeacher([nets.teacher() for _ in range(3)], [5, 1, 0.5], combine)
+    ours, alone = (terms(each, loss, student=student) for each in (teacher, nets.teacher()))
+    torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_each_teacher_is_read_at_its_own_layer_or_at_the_common_one() -> None:
+    a, b = nets.teacher(), wide()
+    hidden, last, once = Tap("first", at="output"), Tap("last", at="output"), Teacher(b)
+    expected = {
+        "by name": ({"teachers": {"a": a, "b": b}, "layers": {"b": hidden}}, last, (a(X), b.first(X))),
+        "in order": ({"teachers": [a, b], "layers": [hidden, None]}, None, (a.first(X), b.eval()(X))),
+        "all alike": ({"teachers": [Teacher(a), b]}, hidden, (a.first(X), b.first(X))),
+        "one teacher twice": ({"teachers": [once, once], "layers": [hidden, last]}, None, (b.first(X), b(X))),
+        "one network twice": ({"teachers": [b, b], "layers": [hidden, last]}, None, (b.first(X), b(X))),
+    }
+    for arguments, common, shown in expected.values():
+        teacher = EnsembleTeacher(**arguments, combine="losses")
+        teacher.attach(common)
+        lessons = teacher.lessons(Batch(X))
+        teacher.detach()
+        assert [one.share for one in lessons] == [0.5, 0.5]
+        for one, embedding in zip(lessons, shown, strict=True):
+            torch.testing.assert_close(one.shown[""].embedding, embedding)
+
+
+def test_each_tap_is_joined_by_itself() -> None:
+    at = {"low": Tap("first", at="output"), "feature_maps": ["first", "last"], "high": Tap("last", at="output")}
+    teacher = EnsembleTeacher([nets.teacher(), wide()], [1, 3])
+    teacher.attach(at)
+    (lesson,) = teacher.lessons(Batch(None), calls=[X, -X])
+    assert {tap: None if o.embedding is None else tuple(o.embedding.shape) for tap, o in lesson.shown.items()} == {
+        "low": (16, 22),
+        "feature_maps": None,
+        "high": (16, 16),
+    }
+
+
+def test_ensembles_of_ensembles_multiply_their_shares() -> None:
+    inner = EnsembleTeacher({"x": nets.teacher(), "y": wide()}, combine="losses")
+    outer = EnsembleTeacher({"in": inner, "out": nets.teacher(seed=3)}, [3, 1], "losses")
+    outer.attach(None)
+    lessons = outer.lessons(Batch(X))
+    assert {one.teacher: one.share for one in lessons} == {"in.x": 0.375, "in.y": 0.375, "out": 0.25}
+    outer.detach()
+
+
+def test_the_loss_is_averaged_over_teachers_in_whatever_it_reads() -> None:
+    student, teachers = nets.Backbone(out=7), [nets.teacher(seed=s) for s in (1, 2)]
+    ours = terms(EnsembleTeacher(teachers, [1, 4], "losses"), {"soft": 2 * SoftTarget(), "ttm": TTM()}, student=student)
+    expected = {
+        "soft": 2 * (0.2 * SoftTarget()(student(X), teachers[0](X)) + 0.8 * SoftTarget()(student(X), teachers[1](X))),
+        "ttm": 0.2 * TTM()(student(X), teachers[0](X)) + 0.8 * TTM()(student(X), teachers[1](X)),
+    }
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("loss", [nets.Projected(5, 16), nets.Remembers(16, 8)])
+def test_a_loss_with_tensors_of_its_own_sees_one_teacher_as_wide_as_all(loss: RelationalLoss) -> None:
+    assert terms(EnsembleTeacher([nets.teacher(), wide()]), {"own": loss})["own"] > 0
+
+
+class Learns(nets.Gram):
+    """Has a parameter that belongs to the student."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return super().forward(self.scale * student, teacher)
+
+
+def test_a_parameter_that_belongs_to_no_teacher_gets_the_averaged_gradient() -> None:
+    loss, student, teachers = Learns(), nets.Backbone(), [nets.teacher(), wide().eval()]
+    (value,) = terms(EnsembleTeacher(teachers, combine="losses"), loss, student=student).values()
+    (ours,) = torch.autograd.grad(value, loss.scale)
+    expected = [torch.autograd.grad(loss(student(X), t(X)), loss.scale)[0] for t in teachers]
+    torch.testing.assert_close(ours, torch.stack(expected).mean())
+
+
+# What is refused
+
+
+class Late(RelationalLoss):
+    """Makes a memory that does not depend on a teacher's width, when it is asked to."""
+
+    def __init__(self, num_samples: int | None = None) -> None:
+        super().__init__()
+        self.sized(num_samples=num_samples)
+
+    def build(self, num_samples: int) -> None:
+        self.memory = StepState()
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return student.sum()
+
+
+class Both(RelationalLoss):
+    reads = ("embedding", "classifier")
+
+    def forward(self, student: Outputs, teacher: Outputs) -> Tensor: ...
+
+
+BELONGS = (
+    r"has tensors that belong to one teacher, but EnsembleTeacher\(combine='losses'\) would show it several: pass co"
+)
+JOINS = r"but EnsembleTeacher\(combine='relations'\) joins embeddings only: pass combine='losses'"
+REFUSED: dict[str, tuple[Any, Any, str]] = {
+    "logits": (SoftTarget(), "relations", f"soft_target: SoftTarget reads 'logits', {JOINS}"),
+    "feature_maps": (0.5 * NST(), "relations", f"nst: NST reads 'feature_maps', {JOINS}"),
+    "several": (Both(), "relations", rf"Both reads \('embedding', 'classifier'\), {JOINS}"),
+    "one of a sum": (RKD() + SoftTarget(), "relations", "soft_target: SoftTarget reads"),
+    "projector": (nets.Projected(5, 7), "losses", f"projected: Projected {BELONGS}"),
+    "unsized projector": (nets.Projected(), "losses", f"projected: Projected {BELONGS}"),
+    "bank": (2 * CRD(), "losses", f"crd: CRD {BELONGS}"),
+    "memory": (Late(8), "losses", f"late: Late {BELONGS}"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_loss_that_does_not_fit_the_combination_is_refused_at_once(case: str) -> None:
+    loss, combine, message = REFUSED[case]
+    teachers = [nets.teacher(), nets.teacher(seed=2)]
+    with pytest.raises(ValueError, match=message):
+        Distiller(EnsembleTeacher(teachers, combine=combine), loss)
+    with pytest.raises(ValueError, match=message):
+        Distiller(EnsembleTeacher([EnsembleTeacher(teachers, combine=combine), wide()], combine="losses"), loss)
+    other = "losses" if combine == "relations" else "relations"
+    Distiller(EnsembleTeacher(teachers, combine=other), loss)
+
+
+def test_a_memory_that_is_made_later_is_refused_before_the_first_step() -> None:
+    loss = Late()
+    distiller = Distiller(EnsembleTeacher([nets.teacher(), wide()], combine="losses"), loss)
+    distiller.attach(nets.Backbone())
+    distiller.make_ready(num_samples=8)
+    with pytest.raises(ValueError, match=f"late: Late {BELONGS}"):
+        distiller.prepare("cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teachers": [nets.teacher()]}, "needs at least two teachers, got 1"),
+        ({"teachers": {}}, "needs at least two teachers, got 0"),
+        ({"combine": "logits"}, "combine must be 'relations' or 'losses', got 'logits'"),
+        ({"weights": [1.0]}, "weights must be one for each of 2 teachers, got 1"),
+        ({"weights": {"1": 1.0, "c": 1.0}}, r"weights name \['c'\], but the teachers are \['0', '1'\]"),
+        ({"weights": [1.0, 0.0]}, "the weight of '1' must be positive, got 0.0; leave it out"),
+        ({"weights": [math.inf, 1.0]}, "the weight of '0' must be positive, got inf"),
+        ({"weights": {"1": math.nan}}, "the weight of '1' must be positive, got nan"),
+        ({"layers": ["first"]}, "layers must be one for each of 2 teachers, got 1"),
+        ({"layers": {"b": "first"}}, r"layers name \['b'\], but the teachers are"),
+    ],
+)
+def test_what_does_not_make_an_ensemble_is_refused(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EnsembleTeacher(**{"teachers": [nets.teacher(), nets.teacher()], **settings})
+    with pytest.raises(TypeError, match=r"a teacher is an nn\.Module, got str"):
+        EnsembleTeacher(["resnet18", nets.teacher()])  # type: ignore[list-item]
+
+
+def test_a_dict_of_weights_need_not_name_all() -> None:
+    teacher = EnsembleTeacher({"a": nets.teacher(), "b": nets.teacher(), "c": wide()}, weights={"b": 2})
+    assert teacher.shares == {"a": 0.25, "b": 0.5, "c": 0.25}
+
+
+def test_teachers_with_different_taps_are_refused() -> None:
+    teacher = EnsembleTeacher({"a": nets.teacher(), "b": wide()}, layers={"a": {"low": "first", "high": "last"}})
+    with pytest.raises(ValueError, match=r"must have the same taps, got \{'a': \['high', 'low'\], 'b': \[''\]\}"):
+        Distiller(teacher, RKD().at("low"))
+    Distiller(teacher, RKD().at("low"), teacher_layer={"low": "first", "high": "last"})
+    with pytest.raises(ValueError, match=r"the taps are \['high', 'low'\]"):
+        Distiller(teacher, RKD().at("lwo"), teacher_layer={"low": "first", "high": "last"})
+
+
+def test_maps_alone_cannot_be_joined() -> None:
+    with pytest.raises(ValueError, match=r"the teachers show \{'0': \[\(8, 6\), \(8, 10\)\], '1': \[\(8, 6\)"):
+        terms(EnsembleTeacher([nets.teacher(), wide()]), RKD(), teacher_layer=["first", "last"])
+
+
+@pytest.mark.parametrize(
+    ("combine", "error", "message"),
+    [
+        ("relations", ValueError, r"must show the same samples, got embeddings \[\(8, 7\), \(4, 7\)\]"),
+        ("losses", CaptureError, r"shows 8 rows in 1 call\(s\), the teacher 'half' 4"),
+    ],
+)
+def test_teachers_that_show_unequal_numbers_of_rows_are_refused(combine: Any, error: Any, message: str) -> None:
+    class Half(nets.Backbone):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:4])
+
+    with pytest.raises(error, match=message):
+        terms(EnsembleTeacher({"whole": nets.teacher(), "half": Half(out=7)}, combine=combine), RKD())
+
+
+def test_the_teacher_that_shows_nan_is_named() -> None:
+    broken = wide()
+    with torch.no_grad():
+        broken.last.bias[0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"step 0 \(teacher 'broken'\): RKD: the teacher's output holds NaN"):
+        terms(EnsembleTeacher({"fine": nets.teacher(), "broken": broken}, combine="losses"), RKD())
+
+
+def test_a_layer_that_one_of_them_lacks_is_named_and_nothing_stays() -> None:
+    a, b = nets.teacher(), nn.Linear(nets.WIDTH, 3)
+    before = nets.snapshot(a)
+    distiller = Distiller(EnsembleTeacher([a, b]), RKD(), teacher_layer="first")
+    with pytest.raises(LayerNotFoundError, match="Linear has no layer 'first'"):
+        distiller.attach(nets.Backbone())
+    distiller.detach()
+    assert nets.attachments(a, b) == []
+    assert nets.same(before, a)
+
+
+def test_a_student_among_the_teachers_is_refused() -> None:
+    student = nets.Backbone()
+    with pytest.raises(ValueError, match="the teacher shares parameters with the student"):
+        terms(EnsembleTeacher([wide(), student]), RKD(), student=student)
+
+
+# Each comes back as it was
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("combine", COMBINE)
+def test_all_teachers_are_handed_back(combine: Any, shared: bool) -> None:
+    a = nets.teacher(dropout=0.5, norm=True).train()
+    b = a if shared else wide().train()
+    quantised = nets.teacher(seed=3)
+    networks = [a, b, quantised]
+    before = [nets.snapshot(network) for network in networks]
+    teacher = EnsembleTeacher([a, b, Teacher(quantised, move=False)], combine=combine)
+    for _ in range(2):
+        teacher.attach("drop")
+        assert teacher.to("cpu", half)
+        assert not teacher.to("cpu", half), "they are there already"
+        assert [network.first.weight.dtype for network in networks] == [torch.bfloat16, torch.bfloat16, torch.float32]
+        teacher.teachers["0"].lessons(Batch(X.bfloat16()))
+        assert not a.training
+        teacher.detach()
+        assert all(nets.same(*pair) for pair in zip(before, networks, strict=True))
+        assert nets.attachments(*networks) == []
+
+
+def test_copies_share_the_networks_and_pickles_work_while_attached() -> None:
+    teacher = EnsembleTeacher({"a": nets.teacher(), "b": wide()}, combine="losses")
+    teacher.attach("drop")
+    deep = copy.deepcopy({"module": teacher})["module"]
+    assert all(deep.teachers[n].network is teacher.teachers[n].network for n in "ab")  # type: ignore[attr-defined]
+    for twin in (pickle.loads(pickle.dumps(teacher)), copy.copy(teacher), deep):
+        twin.attach(None)
+        assert [one.shown[""].embedding.shape[1] for one in twin.lessons(Batch(X))] == [7, 9]
+        twin.detach()
+        assert [one.shown[""].embedding.shape[1] for one in teacher.lessons(Batch(X))] == [10, 12], "still hooked"
+
+
+def test_one_ensemble_serves_two_distillers_at_two_layers() -> None:
+    shared, student = EnsembleTeacher([nets.teacher(), wide().eval()]), nets.Backbone()
+    a, b = (shared.teachers[name].network for name in "01")  # type: ignore[attr-defined]
+    low, high = (Distiller(shared, nets.Gram(), teacher_layer=Tap(at, at="output")) for at in ("first", "last"))
+    for distiller in (low, high):
+        distiller.attach(student)
+        distiller.begin()
+    out = student(X)
+    for distiller, shown in ((low, (a.first(X), b.first(X))), (high, (a(X), b(X)))):
+        target = sum(t @ t.T for t in shown) / 2
+        ours = distiller.terms(distiller.shown(Batch(X)))["gram"]
+        torch.testing.assert_close(ours, nn.functional.mse_loss(out @ out.T, target))
+
+
+def test_what_it_shows_together_is_what_agreement_is_measured_against() -> None:
+    for combine in COMBINE:
+        student, a, b = nets.Backbone(), nets.teacher(), wide().eval()
+        distiller = Distiller(EnsembleTeacher([a, b], [1, 3], combine), RKD())
+        distiller.attach(student)
+        distiller.begin()
+        student(X)
+        shown = distiller.shown(Batch(X)).teacher_embedding
+        assert shown is not None
+        expected = torch.cat([0.5 * a(X), math.sqrt(0.75) * b(X)], dim=1)
+        torch.testing.assert_close(shown.embedding, expected)
+
+
+def test_the_weight_of_a_term_and_of_all_terms_act_on_the_average() -> None:
+    teachers, student = [nets.teacher(), wide().eval()], nets.Backbone()
+    loss = Term(nets.Gram(), weight=3.0)
+    ours = terms(EnsembleTeacher(teachers, combine="losses"), loss, student=student, weight=0.5)["gram"]
+    each = [nets.Gram()(student(X), t(X)) for t in teachers]
+    torch.testing.assert_close(ours, 1.5 * torch.stack(each).mean())

@@ -1,0 +1,276 @@
+"""One step of the engine without a Trainer: what it shows, which terms it makes, what it reports."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_rkd.distillation.distiller import Distiller
+from lightning_rkd.distillation.features import CaptureError, Tap
+from lightning_rkd.distillation.finite_checks import CollapseWarning, FiniteChecks
+from lightning_rkd.distillation.gathered import Gathered
+from lightning_rkd.distillation.teachers import Teacher
+from lightning_rkd.losses.base import NonFiniteError, RelationalLoss, named_terms
+from lightning_rkd.losses.rkd import RKD, RKDDistance
+from lightning_rkd.utils.types import Batch, Outputs
+from tests.harness import nets
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+X, Y = nets.Rows(8).x, nets.Rows(8).y
+
+
+def step(
+    distiller: Distiller, *calls: Tensor, batch: Batch | None = None, student: nn.Module | None = None, **kwargs: Any
+) -> dict[str, Tensor]:
+    """Attach, call the student, and take the terms."""
+    student = student or nets.Backbone()
+    distiller.attach(student)
+    distiller.prepare("cpu")
+    distiller.begin()
+    for x in calls or (X,):
+        student(x)
+    return distiller.terms(distiller.shown(Batch(X, Y) if batch is None else batch), **kwargs)
+
+
+def test_a_term_is_weight_times_weight_times_loss() -> None:
+    student, teacher = nets.Backbone(), nets.teacher()
+    loss = {"a": 25 * RKDDistance(), "b": RKD() * (lambda epoch: epoch / 10)}
+    terms = step(Distiller(teacher, loss, weight=lambda epoch: 2.0 + epoch), student=student, epoch=3)
+    raw = {"a": RKDDistance()(student(X), teacher(X)), "b": RKD()(student(X), teacher(X))}
+    torch.testing.assert_close(terms, {"a": 5.0 * 25 * raw["a"], "b": 5.0 * 0.3 * raw["b"]})
+
+
+def test_each_loss_reads_its_tap() -> None:
+    student, teacher = nets.Backbone(), nets.teacher()
+    at = {"low": Tap("first", at="output"), "high": Tap("last", at="output")}
+    distiller = Distiller(teacher, {"x": RKD().at("low"), "y": RKD().at("high")}, student_layer=at, teacher_layer=at)
+    terms = step(distiller, student=student)
+    low = RKD()(student.first(X), teacher.first(X))
+    torch.testing.assert_close(terms, {"x": low, "y": RKD()(student(X), teacher(X))})
+
+
+def test_a_classifier_gives_logits_and_weights_to_losses_that_read_them() -> None:
+    class Reads(RelationalLoss):
+        reads = ("logits", "classifier")
+
+        def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
+            self.seen = student
+            return student.logits.sum()  # type: ignore[union-attr]
+
+    loss, student = Reads(), nets.Backbone()
+    step(Distiller(nets.teacher(), loss, student_layer="last", teacher_layer="last"), student=student)
+    assert torch.equal(loss.seen.classifier[0], student.last.weight)
+
+
+def test_the_teacher_gets_its_own_inputs_or_those_of_a_layer() -> None:
+    student, teacher = nets.Backbone(), nets.teacher()
+    own = step(Distiller(teacher, RKD()), student=student, batch=Batch(X, teacher_inputs=2 * X))
+    torch.testing.assert_close(own["rkd"], RKD()(student(X), teacher(2 * X)))
+    fed = step(Distiller(teacher, RKD(), input_layer=""), X, -X, student=student)
+    both = torch.cat([X, -X])
+    torch.testing.assert_close(fed["rkd"], RKD()(student(both), teacher(both)))
+
+
+def test_labels_that_no_loss_asks_for_may_be_anything() -> None:
+    terms = step(Distiller(nets.teacher(), RKD(), input_layer=""), X, -X, batch=Batch(X, labels=["a", "b"]))  # type: ignore[arg-type]
+    assert terms["rkd"].requires_grad
+
+
+def test_labels_that_a_loss_asks_for_must_be_a_tensor() -> None:
+    with pytest.raises(CaptureError, match=r"the labels of a batch must be a tensor, got list: .*labels=\.\.\."):
+        step(Distiller(nets.teacher(), nets.Asking()), batch=Batch(X, labels=["a"] * 8))  # type: ignore[arg-type]
+
+
+def test_without_a_loss_there_are_no_terms_and_without_a_teacher_calls_may_repeat() -> None:
+    distiller, student = Distiller(None, None), nets.Backbone()
+    distiller.attach(student, teach=False)
+    distiller.begin()
+    student(X)
+    student(-X)
+    shown = distiller.shown(Batch(X), teach=False)
+    assert shown.embedding.embedding.shape == (16, 5)
+    assert (shown.teacher_embedding, shown.views, distiller.terms(shown)) == (None, 2, {})
+
+
+def test_a_batch_of_one_gives_a_zero_with_a_graph() -> None:
+    terms = step(Distiller(nets.teacher(), RKD()), X[:1], batch=Batch(X[:1]))
+    assert (float(terms["rkd"].detach()), terms["rkd"].requires_grad) == (0.0, True)
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    student, teacher = nets.Backbone().bfloat16(), nets.teacher().bfloat16()
+    terms = step(Distiller(teacher, RKD()), X.bfloat16(), student=student, batch=Batch(X.bfloat16()))
+    expected = RKD()(student(X.bfloat16()).float(), teacher(X.bfloat16()).float())
+    assert terms["rkd"].dtype == torch.float32
+    assert torch.equal(terms["rkd"], expected)
+
+
+def test_taps_that_share_a_map_are_gathered_apart() -> None:
+    class Maps(RelationalLoss):
+        reads = "feature_maps"
+
+    x, y, z = (torch.randn(2, c, 1, 1) for c in (1, 2, 3))
+    shown = {"a": Outputs(feature_maps=[x, y]), "b": Outputs(feature_maps=[x, z])}
+    gathered = Gathered({}, None, [2], None)
+    for tap, expected in {"a": (x, y), "b": (x, z)}.items():
+        maps = gathered.side(shown, Maps().at(tap), "feature_maps").feature_maps
+        assert maps is not None
+        assert [m.shape for m in maps] == [m.shape for m in expected]
+
+
+def test_nothing_stays_after_detach() -> None:
+    student, teacher = nets.Backbone(), nets.teacher()
+    distiller = Distiller(teacher, RKD(), input_layer="")
+    step(distiller, student=student)
+    distiller.detach()
+    distiller.detach()
+    assert nets.attachments(student, teacher) == []
+
+
+def test_copies_and_pickles_of_an_attached_distiller_attach_anew() -> None:
+    distiller = Distiller(nets.teacher(), RKD())
+    step(distiller)
+    for twin in (copy.deepcopy(distiller), pickle.loads(pickle.dumps(distiller))):
+        assert step(twin)["rkd"].requires_grad
+    assert copy.deepcopy(distiller).teacher.network is distiller.teacher.network  # type: ignore[union-attr]
+
+
+def test_a_teacher_object_may_serve_two_distillers() -> None:
+    teacher, student = Teacher(nets.teacher()), nets.Backbone()
+    low, high = (Distiller(teacher, RKD(), teacher_layer=Tap(at, at="output")) for at in ("first", "last"))
+    for distiller in (low, high):
+        distiller.attach(student)
+        distiller.begin()
+    out = student(X)
+    network = teacher.network
+    for distiller, shown in ((low, network.first(X)), (high, network(X))):  # type: ignore[operator]
+        torch.testing.assert_close(distiller.terms(distiller.shown(Batch(X)))["rkd"], RKD()(out, shown))
+
+
+@pytest.mark.parametrize(
+    ("calls", "settings", "batch", "message"),
+    [
+        ((X, X), {}, Batch(X), "ran 2 times in one step, but the teacher is fed the batch once"),
+        ((X[:4],), {}, Batch(X), r"shows 4 rows in 1 call\(s\), the teacher 8"),
+        ((X,), {"input_layer": "drop"}, Batch(X), None),
+    ],
+)
+def test_calls_and_rows_must_fit(calls: Any, settings: Any, batch: Any, message: str | None) -> None:
+    distiller = Distiller(nn.Linear(8, 3) if message is None else nets.teacher(), RKD(), **settings)
+    if message is None:
+        assert step(distiller, *calls, batch=batch)["rkd"] > 0
+        return
+    with pytest.raises(CaptureError, match=message):
+        step(distiller, *calls, batch=batch)
+
+
+def test_a_step_without_a_batch_needs_an_input_layer() -> None:
+    distiller, student = Distiller(nets.teacher(), RKD()), nets.Backbone()
+    distiller.attach(student)
+    distiller.begin()
+    student(X)
+    with pytest.raises(CaptureError, match="was given no batch: name the layer that feeds the teacher, input_layer="):
+        distiller.shown(None)
+
+
+# What the watch reports (on a GPU a step later; here the flags arrive at once)
+
+
+def looked(reads: Any, student: Outputs, teacher: Outputs) -> None:
+    """Look without the check of the loss itself, as on a GPU."""
+
+    class Reads(RelationalLoss):
+        def forward(self, student: Any, teacher: Any) -> Any: ...
+
+    loss = Reads()
+    loss.reads = reads
+    (term,) = named_terms(loss).values()
+    FiniteChecks().look(term, (student, teacher), "loss", 4)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("reads", "field", "shape"),
+    [
+        ("embedding", "embedding", (6, 2)),
+        ("logits", "logits", (6, 2, 3, 3)),
+        (("logits", "embedding"), "embedding", (6, 2)),
+    ],
+)
+def test_infinity_is_found_in_whatever_a_loss_reads(side: str, reads: Any, field: str, shape: tuple[int, ...]) -> None:
+    sides = {name: Outputs(embedding=torch.randn(6, 2), logits=torch.randn(6, 2)) for name in ("student", "teacher")}
+    bad = torch.randn(shape)
+    bad[3:] = torch.inf
+    setattr(sides[side], field, bad)
+    with pytest.raises(NonFiniteError, match=f"step 4: loss: the {side}'s output holds NaN or infinity, .* row 3"):
+        looked(reads, sides["student"], sides["teacher"])
+
+
+def test_maps_are_watched_too_and_a_classifier_alone_is_not() -> None:
+    fine, bad = (Outputs(feature_maps=[torch.ones(2, 1, 2, 2) * value]) for value in (1.0, torch.nan))
+    with pytest.raises(NonFiniteError, match="the teacher's output"):
+        looked("feature_maps", fine, bad)
+    looked("classifier", Outputs(), Outputs())
+
+
+def test_collapse_is_a_matter_of_embeddings_with_several_rows() -> None:
+    flat, one = Outputs(embedding=torch.ones(4, 2), logits=torch.ones(4, 2)), Outputs(embedding=torch.ones(1, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        looked("logits", flat, flat)
+        looked("embedding", one, one)
+    with pytest.warns(CollapseWarning, match="Lower the learning rate, or add a task loss"):
+        looked("embedding", flat, flat)
+
+
+def test_collapse_is_no_matter_of_losses_that_take_samples_one_by_one() -> None:
+    loss, flat = nets.Hint(), Outputs(embedding=torch.ones(4, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FiniteChecks().look(named_terms(loss)["hint"], (flat, flat), "hint", 0)
+
+
+class _FlagUnderWay:
+    """Stands in for a CUDA event that has not happened until it is waited for."""
+
+    def __init__(self) -> None:
+        self.waited = False
+
+    def query(self) -> bool:
+        return self.waited
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+def test_a_non_finite_last_step_is_reported_when_the_fit_ends() -> None:
+    watch = FiniteChecks()
+    watch._waiting.append((torch.tensor([2, -1, 0, 0]), _FlagUnderWay(), partial(watch._report_outputs, "rkd", 7)))
+    watch.check()  # still under way: nothing to say, nothing lost
+    with pytest.raises(NonFiniteError, match=r"step 7: rkd: the student's output .* row 2"):
+        watch.check(wait=True)
+
+
+def test_a_loss_at_a_tap_that_no_layer_is_named_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tap 'typo'.*the taps are \['deep'\]"):
+        Distiller(nn.Linear(2, 2), RKD().at("typo"), student_layer={"deep": "0"})
+    with pytest.raises(ValueError, match="the taps are none"):
+        Distiller(nn.Linear(2, 2), RKD().at("typo"), student_layer="0")
+    Distiller(nn.Linear(2, 2), RKD().at("deep"), student_layer="0", teacher_layer={"deep": "", "other": ""})
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_loss_that_overflows_where_no_loss_looks_is_found_with_its_step(value: float) -> None:
+    (term,) = named_terms(nets.Hint()).values()
+    fine = Outputs(embedding=torch.randn(4, 2))
+    FiniteChecks().look(term, (fine, fine), "hint", 4, torch.tensor(1.0))
+    with pytest.raises(NonFiniteError, match="step 4: hint: overflow: both sides are finite, but the loss is not"):
+        FiniteChecks().look(term, (fine, fine), "hint", 4, torch.tensor(value))

@@ -1,0 +1,351 @@
+"""Every form of layer is read, nothing after the layer changes what was read, and nothing stays behind."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_rkd.distillation.features import (
+    CaptureError,
+    FeatureReader,
+    InputReader,
+    Layer,
+    LayerNotFoundError,
+    Tap,
+    cls_token,
+    find_layer,
+    global_pool,
+    mean_pool,
+    read,
+)
+from lightning_rkd.utils.types import Outputs
+from tests.harness import nets
+
+X = torch.randn(4, nets.WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def by_steps(net: nets.Backbone, x: Tensor) -> dict[str, Tensor]:
+    """What each layer shows, without hooks."""
+    first = net.first(x)
+    hidden = torch.relu(first)
+    return {"first": first, "act": hidden, "last": net.last(hidden)}
+
+
+def test_the_layers_own_output_is_read_although_the_next_layer_writes_over_it() -> None:
+    net = nets.Backbone()
+    shown = read(net, Tap("first", at="output"), X)
+    assert torch.equal(shown.embedding, by_steps(net, X)["first"])
+
+
+def test_the_layers_input_is_read_although_the_layer_writes_over_it() -> None:
+    net = nets.Backbone()
+    shown = read(net, Tap("act", at="input"), X)
+    assert torch.equal(shown.embedding, by_steps(net, X)["first"])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_that_holds_in_inference_mode_where_writes_are_not_counted(mode: Any) -> None:
+    net = nets.Backbone()
+    with mode():
+        assert torch.equal(read(net, Tap("first", at="output"), X).embedding, by_steps(net, X)["first"])
+
+
+def test_a_tensor_nobody_wrote_to_is_the_layers_own() -> None:
+    net, reader = nn.Sequential(nn.Linear(nets.WIDTH, 5), nn.Tanh()), FeatureReader("1", "student")
+    reader.attach(net)
+    reader.start()
+    output = net(X)
+    assert reader.collect()[0][""].embedding is output
+
+
+def test_a_linear_shows_input_output_and_weights() -> None:
+    net = nets.Backbone()
+    steps = by_steps(net, X)
+    for shown in (read(net, "last", X), read(_Keywords(net.last), "inner", steps["act"])):
+        assert torch.equal(shown.embedding, steps["act"])
+        assert torch.equal(shown.logits, steps["last"])
+        assert shown.classifier == (net.last.weight, net.last.bias)
+
+
+class _Keywords(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        shown: Tensor = self.inner(input=x)
+        return shown
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "act",
+        lambda net: net.act,
+        Tap("act"),
+        Tap(lambda net: net.act),
+        Tap("act", at="output"),
+        Tap("act", read=lambda o, k: o),
+    ],
+)
+def test_a_layer_may_be_a_path_a_function_or_a_tap(layer: Layer) -> None:
+    net = nets.Backbone()
+    assert torch.equal(read(net, layer, X).embedding, by_steps(net, X)["act"])
+
+
+def test_none_is_the_networks_own_output() -> None:
+    net = nets.Backbone()
+    assert torch.equal(read(net, None, X).embedding, by_steps(net, X)["last"])
+
+
+def test_a_list_gives_maps_and_a_dict_gives_named_taps() -> None:
+    net = nets.Backbone()
+    steps = by_steps(net, X)
+    maps = read(net, ["first", "act"], X).feature_maps
+    assert [m.shape for m in maps] == [X.shape, steps["act"].shape], "of a Linear the input"
+    reader = FeatureReader({"logits": "last", "hidden": Tap("act"), "levels": ["act"]}, "student")  # type: ignore[dict-item]
+    reader.attach(net)
+    reader.start()
+    net(X)
+    shown, calls = reader.collect()
+    assert calls == 1
+    assert torch.equal(shown["logits"].logits, steps["last"])
+    assert torch.equal(shown["hidden"].embedding, steps["act"])
+    assert len(shown["levels"].feature_maps) == 1
+
+
+def test_maps_of_one_position_are_flattened_and_wider_ones_kept() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.AdaptiveAvgPool2d(1))
+    x = torch.ones(2, 1, 4, 4)
+    assert read(net, "1", x).embedding.shape == (2, 3)
+    assert read(net, "0", x).embedding.shape == (2, 3, 4, 4)
+    assert read(net, Tap("0", read=global_pool), x).embedding.shape == (2, 3)
+
+
+def test_two_calls_are_concatenated_in_order() -> None:
+    net, reader = nets.Backbone(), FeatureReader(None, "student")
+    reader.attach(net)
+    reader.start()
+    a, b = net(X), net(-X)
+    shown, calls = reader.collect()
+    assert calls == 2
+    assert torch.equal(shown[""].embedding, torch.cat([a, b]))
+
+
+def test_read_gets_what_the_layer_was_called_with_by_keyword() -> None:
+    class Tokens(nn.Module):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+            return _Hidden(x)
+
+    class _Hidden(dict[str, Tensor]):
+        def __init__(self, x: Tensor) -> None:
+            super().__init__(last_hidden_state=x)
+            self.last_hidden_state = x
+
+    x, mask = torch.randn(2, 3, 5), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    pooled = read(Tokens(), Tap("", read=mean_pool), x, attention_mask=mask)
+    expected = torch.stack([x[0, :2].mean(0), x[1, 0]])
+    torch.testing.assert_close(pooled.embedding, expected)
+    assert torch.equal(read(Tokens(), Tap("", read=cls_token), x, attention_mask=mask).embedding, x[:, 0])
+
+
+def test_read_may_return_outputs_which_later_writes_do_not_change() -> None:
+    def both(output: Tensor, kwargs: Any) -> Outputs:
+        return Outputs(embedding=output, feature_maps=[output[:, :, None]])
+
+    net = nets.Backbone()
+    shown, expected = read(net, Tap("first", read=both), X), by_steps(net, X)["first"]
+    assert torch.equal(shown.embedding, expected)
+    assert torch.equal(shown.feature_maps[0][:, :, 0], expected)
+
+
+@pytest.mark.parametrize(("pool", "shape"), [(global_pool, (2, 3)), (mean_pool, (2, 3)), (cls_token, (2, 3, 4, 4))])
+def test_pools_refuse_other_shapes(pool: Any, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"{pool.__name__} takes .*got \("):
+        pool(torch.ones(shape), {})
+
+
+def test_mean_pool_refuses_a_mask_of_another_shape() -> None:
+    with pytest.raises(ValueError, match=r"attention_mask \(N, T\) = \(2, 3\), got \(2, 4\)"):
+        mean_pool(torch.ones(2, 3, 5), {"attention_mask": torch.ones(2, 4)})
+
+
+# Errors
+
+
+def test_an_unknown_layer_is_answered_with_the_near_ones() -> None:
+    with pytest.raises(LayerNotFoundError, match="Backbone has no layer 'frist'; near it: 'first'"):
+        read(nets.Backbone(), "frist", X)
+    with pytest.raises(LayerNotFoundError, match="near it: 'first', 'norm', 'act', 'drop', 'last'"):
+        find_layer(nets.Backbone(), "zzz")
+
+
+class Around(nn.Module):
+    """As torch.compile puts it around a module."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = network
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "_orig_mod" else getattr(self._orig_mod, name)
+
+
+def test_a_path_reaches_through_what_compiling_puts_around_a_module() -> None:
+    net = nets.Backbone()
+    outer = nn.Sequential(Around(net))
+    assert find_layer(outer, "0.last") is find_layer(outer, "0._orig_mod.last") is net.last
+
+
+def test_a_module_under_two_names_is_found_by_both() -> None:
+    net = nets.Backbone()
+    net.alias = net.last
+    assert find_layer(net, "last") is find_layer(net, "alias")
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "message"),
+    [
+        ({}, ValueError, "student_layer is an empty dict"),
+        ({"a": 3}, TypeError, "a layer is a dotted path, a function, a Tap, a list or a dict of them, got 3"),
+        ([None, 3], TypeError, "got 3"),
+    ],
+)
+def test_what_is_no_layer_is_refused(layer: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FeatureReader(layer, "student")
+
+
+def test_a_tap_is_at_output_or_input() -> None:
+    with pytest.raises(ValueError, match=r"Tap\.at must be 'output', 'input' or None, got 'in'"):
+        Tap("a", at="in")  # type: ignore[arg-type]
+
+
+def test_layers_that_run_unequally_often_are_refused() -> None:
+    net, reader = nets.Backbone(), FeatureReader(["first", "last"], "student")
+    reader.attach(net)
+    reader.start()
+    net(X)
+    net.first(X)
+    with pytest.raises(CaptureError, match=r"ran unequally often in one step: \{\"'first'\": 2, \"'last'\": 1\}"):
+        reader.collect()
+
+
+# Traces
+
+
+def test_nothing_is_recorded_while_off_and_nothing_stays_after_detach() -> None:
+    net, reader, inputs = (
+        nets.Backbone(),
+        FeatureReader(["first", Tap("act", at="input")], "student"),
+        InputReader("act"),
+    )
+    reader.attach(net)
+    inputs.attach(net)
+    net(X)
+    assert (reader._seen, inputs._seen) == ({}, [])
+    reader.attach(net)  # attaching again does not double the hooks
+    assert sum("Hook" in left for left in nets.attachments(net)) == 3
+    for _ in range(2):
+        reader.detach()
+        inputs.detach()
+    assert nets.attachments(net) == []
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_copies_of_a_hooked_network_record_nothing(duplicate: Any) -> None:
+    net, reader = nets.Backbone(), FeatureReader("act", "student")
+    reader.attach(net)
+    twin = duplicate(net)
+    reader.start()
+    twin(X)
+    with pytest.raises(CaptureError, match="never called"):
+        reader.collect()
+
+
+def test_inputs_are_read_per_call_as_they_were() -> None:
+    class Takes(nn.Module):
+        def forward(self, x: Any, scale: Tensor | None = None) -> Tensor:
+            first = x if isinstance(x, Tensor) else x[0]
+            return first.mul_(0)
+
+    net, reader = Takes(), InputReader("")
+    reader.attach(net)
+    reader.start()
+    net(torch.ones(2, 1))
+    net([torch.ones(2, 1)])
+    net(x=torch.ones(2, 1), scale=torch.ones(1))
+    tensor, listed, mapped = reader.collect()
+    assert float(tensor.sum()) == float(listed[0].sum()) == float(mapped["x"].sum()) == 2.0
+    reader.start()
+    with pytest.raises(CaptureError, match="input_layer '' is called with 1 positional and 1 keyword"):
+        net(torch.ones(2, 1), scale=torch.ones(1))
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_new_start_within_a_step_forgets_only_where_a_layer_runs_again(again: bool) -> None:
+    net, reader, inputs = nets.Backbone(), FeatureReader("drop", "student"), InputReader("")
+    for each in (reader, inputs):
+        each.attach(net)
+        each.start()
+    net(X)
+    for each in (reader, inputs):
+        each.start_again()
+        each.start_again()
+    if again:
+        net(2 * X)
+    expected = 2 * X if again else X
+    (seen,), (shown, calls) = inputs.collect(), reader.take()
+    assert torch.equal(seen, expected)
+    assert calls == 1
+    assert torch.equal(shown[""].embedding, by_steps(net, expected)["act"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_what_was_compiled_before_it_was_hooked_fails_with_the_cure() -> None:
+    net, reader = nets.Backbone(), FeatureReader(Tap("first", at="output"), "student")
+    compiled: Any = torch.compile(net, backend="eager")
+    compiled(X)
+    reader.attach(net)
+    reader.start()
+    compiled(X)
+    with pytest.raises(CaptureError, match=r"attach before the first compiled call, or call torch\._dynamo\.reset\(\)"):
+        reader.collect()
+
+
+def test_what_was_compiled_keeps_the_names_it_had() -> None:
+    inner = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    outer = nn.Sequential(torch.compile(inner, backend="eager"))  # type: ignore[arg-type]
+    assert find_layer(outer, "0.1") is find_layer(outer, "0._orig_mod.1") is inner[1]
+    assert find_layer(outer, "0") is outer[0], "as it is called"
+    assert find_layer(torch.compile(outer, backend="eager"), "0.1") is inner[1]  # type: ignore[arg-type]
+    with pytest.raises(LayerNotFoundError, match=r"has no layer '0\.2'; near it: '0\.1', '0\.0', '0'"):
+        find_layer(outer, "0.2")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_network_shows_the_same() -> None:
+    net = nets.Backbone()
+    expected = by_steps(net, X)["first"]
+    reader = FeatureReader(Tap("first", at="output"), "student")
+    reader.attach(net)
+    compiled: Any = torch.compile(net, backend="eager")
+    for _ in range(2):
+        reader.start()
+        compiled(X)
+        assert torch.equal(reader.collect()[0][""].embedding, expected)

@@ -1,0 +1,138 @@
+"""What a Trainer must respect of losses that live inside a module: DDP's buffers, averages, sharded parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+
+from lightning_rkd.callbacks.distillation import RelationalDistillation
+from lightning_rkd.distillation.lightning import keep_from_ddp
+from lightning_rkd.losses.base import RelationalLoss
+from lightning_rkd.modules.distillation import DistillationModule
+from tests.callbacks.test_ddp import Sharded, batches, devices, largest
+from tests.harness import toys
+from tests.harness.ranks import Ranks
+from tests.harness.scheme_toys import CASES, fit
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
+]
+
+
+class PerSample(toys.Projected):
+    """A mean over samples, with parameters: its gradient differs between ranks."""
+
+    gather = False
+
+
+class WholeSharded(Sharded):
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        super().configure_model()
+        fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+
+def test_a_notice_to_ddp_keeps_what_others_had_told_it() -> None:
+    host = nn.ModuleDict({"loss": toys.Remembers(7, 40)})
+    host._ddp_params_and_buffers_to_ignore = ["a"]  # type: ignore[assignment]
+    undo = keep_from_ddp(host)
+    assert host._ddp_params_and_buffers_to_ignore == ["a", "loss.mean.value"]  # type: ignore[comparison-overlap]
+    undo()
+    assert host._ddp_params_and_buffers_to_ignore == ["a"]  # type: ignore[comparison-overlap]
+
+
+def test_the_memory_of_a_scheme_is_kept_from_ddp_too() -> None:
+    module = CASES["CORSD"].made()
+    fit(module)
+    assert module._ddp_params_and_buffers_to_ignore == ["relations.memory.steps", "relations.memory.sums"]
+
+
+def test_averages_that_copied_a_module_before_its_losses_knew_their_sizes_are_refused() -> None:
+    def module(loss: RelationalLoss) -> DistillationModule:
+        return DistillationModule(toys.Backbone(norm=True), toys.teacher(), loss, optimizer=toys.sgd)
+
+    with pytest.raises(ValueError, match=r"WeightAveraging copied .* tell the losses their sizes, Projected\(student_"):
+        toys.fit(module(toys.Projected()), WeightAveraging())
+    toys.fit(module(toys.Projected(5, 7)), WeightAveraging())
+
+
+class Holds(pl.Callback):
+    """Has a network of its own, which Lightning has trained before or not."""
+
+    def __init__(self, network: pl.LightningModule) -> None:
+        self.network = network
+
+
+def test_a_callback_that_holds_another_network_has_copied_nothing() -> None:
+    trained, loss = toys.Student(), toys.Projected(5, 7)
+    toys.fit(trained)
+    ours = RelationalDistillation(toys.teacher(), loss, student_layer="backbone")
+    toys.fit(toys.Student(), Holds(trained), Holds(toys.Student()), ours)
+    assert toys.gap(loss, toys.Projected(5, 7)) > 1e-3
+
+
+# Sharded modules, over two processes
+
+
+def on_a_mesh(rank: int | None, module: pl.LightningModule, *callbacks: pl.Callback) -> dict[str, Tensor]:
+    with devices(rank) as where:
+        if rank is not None:
+            where["strategy"] = ModelParallelStrategy(2, 1, process_group_backend="gloo")
+        toys.fit(module, *callbacks, batches=batches(rank), **where)
+        whole = {name: getattr(x, "full_tensor", lambda x=x: x)() for name, x in module.state_dict().items()}
+        return {name: x.clone() for name, x in whole.items()}
+
+
+def attached(rank: int, student: type[toys.Student], loss: RelationalLoss) -> Any:
+    callback = RelationalDistillation(toys.teacher(), loss, student_layer="backbone")
+    try:
+        on_a_mesh(rank, student(), callback)
+    except ValueError as error:
+        return str(error)
+    return dict(loss.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("student", "loss"), [(Sharded, PerSample), (WholeSharded, PerSample), (WholeSharded, toys.Projected)]
+)
+def test_parameters_that_a_mesh_would_not_keep_alike_are_refused(ranks: Ranks, student: Any, loss: Any) -> None:
+    for answer in ranks.run(attached, student, loss(5, 7)):
+        assert "under ModelParallelStrategy every rank would train its own parameters" in str(answer)
+
+
+@pytest.mark.slow
+def test_parameters_of_a_loss_that_sees_all_rows_stay_alike_on_a_mesh(ranks: Ranks) -> None:
+    first, second = ranks.run(attached, Sharded, toys.Projected(5, 7))
+    assert largest(first, second) == 0.0
+    assert largest(first, toys.Projected(5, 7).state_dict()) > 1e-3
+
+
+class ShardsItsLoss(DistillationModule):
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for part in (self.loss, self.student):
+                assert part is not None
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def itself_sharded(rank: int | None) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return on_a_mesh(rank, ShardsItsLoss(toys.Backbone(), toys.teacher(), PerSample(), optimizer=toys.sgd))
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_sharded_by_itself_trains_as_on_one_device(ranks: Ranks) -> None:
+    first, second = ranks.run(itself_sharded)
+    assert largest(first, second) == 0.0
+    assert largest(first, itself_sharded(None)) <= 1e-6

@@ -1,0 +1,152 @@
+"""Class-oriented self-distillation: the terms, the triplets, the memory, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_rkd.experimental.corsd import PARTS, ClassMemory, RelationNet, triplets
+from lightning_rkd.losses.parts.memory import generator
+from lightning_rkd.utils.types import Outputs
+from tests.harness.scheme_toys import CASES, STEPS, fit, images
+from tests.oracles import classifiers as oracle
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
+]
+CASE = CASES["CORSD"]
+
+
+def shown(rows: int = 6) -> tuple[Outputs, torch.Tensor]:
+    maps = [torch.randn(rows, width, side, side) for width, side in ((4, 6), (6, 3))]
+    return Outputs(feature_maps=maps, logits=torch.randn(rows, 3)), torch.arange(rows) % 3
+
+
+def test_all_terms_but_the_memory_are_those_of_the_equation() -> None:
+    relations = CASE.made().double().relations.eval()
+    here, labels = shown()
+    here = Outputs(feature_maps=[m.double() for m in here.feature_maps or []], logits=here.logits.double())
+    classes, triplet, scores, _ = relations(here, here, labels=labels).tolist()
+    positive, negative = triplets(labels, generator(0, 0))
+    sides = []
+    for partner in (positive, negative):
+        with torch.no_grad():
+            pairs = zip(relations.nets, here.feature_maps, strict=True)
+            sides.append([tuple(v.tolist() for v in n(torch.cat([x, x[partner]], 1))) for n, x in pairs])
+    expected = oracle.relations(*sides, labels.tolist(), labels[negative].tolist())
+    assert (classes, triplet, scores) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_memory_tells_the_own_class_from_another(training: bool) -> None:
+    relations = CASE.made().double().relations.train(training)
+    here, labels = shown()
+    here = Outputs(feature_maps=[m.double() for m in here.feature_maps or []], logits=here.logits.double())
+    before = torch.randn(5, 3, dtype=torch.float64).softmax(1), torch.tensor([0, 2, 2, 1, 0])
+    relations.memory.update(*before)
+    random = generator(0, 1)
+    triplets(labels, random)
+    other = (labels + torch.randint(1, 3, labels.shape, generator=random)) % 3
+    assert bool((other != labels).all())
+    mix, norm, _, last, _ = relations.judge
+    judge = {
+        "weights": mix.weight[0].tolist(), "bias": mix.bias.item(), "gamma": norm.weight.item(),
+        "beta": norm.bias.item(), "mean": None if training else norm.running_mean.item(),
+        "var": None if training else norm.running_var.item(), "eps": norm.eps, "slope": last.weight.item(),
+        "offset": last.bias.item(),
+    }  # fmt: skip
+    expected = oracle.judged(
+        here.logits.tolist(), labels.tolist(), other.tolist(), before[0].tolist(), before[1].tolist(), judge
+    )
+    assert relations(here, here, labels=labels)[3].item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_deepest_stage_teaches_and_does_not_learn_from_the_others() -> None:
+    relations = CASE.made(positive_ce=0.0, negative_ce=0.0, triplet=0.0, memory=0.0).relations
+    here, labels = shown()
+    relations(here, here, labels=labels).sum().backward()
+    assert any(float(p.grad.abs().max()) > 0 for p in relations.nets[0].parameters())
+    assert all(p.grad is None or float(p.grad.abs().max()) == 0 for p in relations.nets[1].parameters())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_partners_are_of_the_same_and_of_another_class(seed: int) -> None:
+    labels = torch.tensor([2, 0, 0, 1, 2, 2, 0])
+    positive, negative = triplets(labels, torch.Generator().manual_seed(seed))
+    assert torch.equal(labels[positive], labels)
+    assert bool((labels[negative] != labels).all())
+    alone = positive == torch.arange(7)
+    assert alone.tolist() == [False, False, False, True, False, False, False]
+
+
+def test_partners_change_from_step_to_step_and_come_again_after_a_resume() -> None:
+    labels = torch.arange(12) % 3
+    first, second, again = (triplets(labels, generator(0, step))[0].tolist() for step in (0, 1, 0))
+    assert first == again != second
+
+
+def test_the_memory_is_the_mean_prediction_by_class_and_counts_its_steps() -> None:
+    memory, module = ClassMemory(3), CASE.made()
+    predictions = torch.randn(6, 3).softmax(1)
+    memory.update(predictions[:4], torch.tensor([0, 0, 1, 0]))
+    memory.update(predictions[4:], torch.tensor([1, 0]))
+    rows = torch.cat([torch.tensor([[1.0, 0.0, 0.0]]), predictions[[0, 1, 3, 5]]])
+    torch.testing.assert_close(memory.means()[0], rows.mean(0))
+    assert torch.equal(memory.means()[2], torch.tensor([0.0, 0.0, 1.0]))
+    fit(module)
+    assert int(module.relations.memory.steps) == STEPS
+    torch.testing.assert_close(module.relations.memory.sums.sum(1), torch.tensor([41.0, 41.0, 41.0]))
+
+
+def test_the_memory_keeps_its_precision() -> None:
+    module = CASE.made()
+    fit(module, precision="bf16-true")
+    assert module.student.head.linear.weight.dtype == torch.bfloat16
+    assert module.relations.memory.sums.dtype == torch.float32
+    torch.testing.assert_close(module.relations.memory.sums.sum(1), torch.tensor([41.0, 41.0, 41.0]))
+
+
+def test_the_parts_are_logged_and_add_up() -> None:
+    trainer = fit(CASE.made())
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    parts = [logged["train/cross_entropy"], *(logged[f"distill/{name}"] for name in PARTS)]
+    assert logged["train/loss"] == pytest.approx(sum(parts), rel=1e-5)
+
+
+def test_a_relation_net_halves_the_maps_at_every_block_and_ends_in_a_distance() -> None:
+    relation = RelationNet([8, 16, 32], 8, 5).eval()
+    assert relation.features[:2](torch.ones(2, 8, 12, 12)).shape == (2, 32, 3, 3)
+    score, _ = relation(torch.randn(4, 8, 12, 12))
+    assert bool(((score > 0) & (score < 1)).all())
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "one stage": ({"stages": ["backbone.stage1"], "channels": [4]}, "two stages at least"),
+    "channels": ({"channels": [4]}, "the channels of each"),
+    "classes": ({"num_classes": 1}, "at least 2 classes"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_cannot_work_are_refused(case: str) -> None:
+    settings, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        CASE.made(**settings)
+
+
+def test_batches_and_optimizers_that_cannot_work_are_refused() -> None:
+    x, y = next(iter(images()))
+    with pytest.raises(ValueError, match="all 12 rows of the batch are of one"):
+        fit(CASE.made(), batches=[(x, 0 * y)])
+    with pytest.raises(ValueError, match=r"one class per sample, \(N,\), got labels \(12, 3\)"):
+        fit(CASE.made(), batches=[(x, nn.functional.one_hot(y, 3).float())])
+    with pytest.raises(
+        ValueError, match=r"^CORSD was made for student_dim=\(4, 7\), but is shown student_dim=\(4, 6\): make"
+    ):
+        fit(CASE.made(channels=[4, 7]), batches=[(x, y)])
+    with pytest.raises(ValueError, match="LBFGS"):
+        fit(CASE.made(optimizer=torch.optim.LBFGS), batches=[(x, y)])

@@ -1,0 +1,119 @@
+"""Online branches: the equation, that diversity does something, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_rkd.experimental.online_branches import OnlineBranches, branch_losses, classifier_overlap
+from tests.harness import toys
+from tests.harness.scheme_toys import CASES, fit, images, net
+from tests.oracles import classifiers as oracle
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
+]
+CASE = CASES["OnlineBranches"]
+
+
+@pytest.mark.parametrize(("rows", "count", "temperature"), [(1, 2, 3.0), (5, 4, 1.5)])
+def test_cross_entropies_and_soft_targets_are_those_of_the_equation(rows: int, count: int, temperature: float) -> None:
+    logits = 2 * torch.randn(rows, 3, count, dtype=torch.float64)
+    labels = torch.arange(rows) % 3
+    expected = oracle.online([z.tolist() for z in logits.unbind(2)], labels.tolist(), temperature)
+    found = branch_losses(logits, labels, temperature=temperature)
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_overlap_is_that_of_every_two_classifiers() -> None:
+    weights = [torch.randn(3, width, dtype=torch.float64) for width in (2, 4, 5)]
+    assert float(classifier_overlap(weights)) == pytest.approx(oracle.overlap([w.tolist() for w in weights]), rel=1e-12)
+
+
+def test_the_overlap_of_nothing_has_a_finite_gradient() -> None:
+    weights = [torch.zeros(3, 2, requires_grad=True) for _ in range(2)]
+    classifier_overlap(weights).backward()
+    assert all(torch.equal(w.grad, torch.zeros(3, 2)) for w in weights)
+
+
+def test_the_ensemble_is_a_constant() -> None:
+    """What a branch learns from another is through the target's value alone."""
+    logits = torch.randn(4, 3, 2, requires_grad=True)
+    (soft,) = branch_losses(logits, torch.arange(4) % 3)[1:]
+    (grad,) = torch.autograd.grad(soft, logits)
+    first = logits.detach()[..., 0].requires_grad_()
+    target = logits.detach().mean(2)
+    divergence = nn.functional.kl_div((first / 3).log_softmax(1), (target / 3).softmax(1), reduction="batchmean")
+    torch.testing.assert_close(grad[..., 0], 9 * torch.autograd.grad(divergence, first)[0])
+
+
+def test_the_three_parts_are_logged_and_add_up() -> None:
+    trainer = fit(CASE.made(diversity=0.01))
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    parts = [logged[name] for name in ("train/cross_entropy", "distill/ensemble", "distill/diversity")]
+    assert logged["train/loss"] == pytest.approx(sum(parts))
+    assert all(part > 0 for part in parts)
+
+
+def test_diversity_makes_classifiers_look_elsewhere() -> None:
+    overlaps = []
+    for diversity in (0.0, 1.0):
+        module = CASE.made(diversity=diversity)
+        fit(module, max_epochs=2)
+        overlaps.append(classifier_overlap([b[1].head.linear.weight for b in module.student.branches]).item())
+    assert overlaps[1] < 0.5 * overlaps[0]
+
+
+def test_branches_share_the_trunk_and_one_of_them_is_deployed() -> None:
+    trunk = net().backbone
+    module = OnlineBranches([nn.Linear(6, 3), nn.Linear(6, 3)], trunk, optimizer=toys.sgd)
+    fit(module)
+    x, _ = next(iter(images()))
+    single = module.eval().student.single(1)
+    assert torch.equal(single(x), module.student.branches[1](trunk(x)))
+    torch.testing.assert_close(module(x), (single(x) + module.student.single(0)(x)) / 2)
+
+
+def test_a_named_classifier_is_the_one_kept_diverse() -> None:
+    def branch() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.Linear(3, 3))
+
+    grads = []
+    for classifier in (None, "1"):
+        torch.manual_seed(0)
+        module = OnlineBranches([branch(), branch()], classifier=classifier, diversity=1.0, optimizer=toys.sgd)
+        fit(module, batches=list(images())[:1])
+        grads.append(module.student.branches[0][2].weight.grad)
+    assert not torch.equal(*grads)
+
+
+def shared() -> list[nn.Module]:
+    branch = net()
+    return [branch, nn.Sequential(branch)]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "one branch": ({"branches": [net()]}, "at least two branches"),
+    "shared": ({"branches": shared()}, "branches share parameters"),
+    "temperature": ({"temperature": -1.0}, "temperature must be a positive number"),
+    "diversity": ({"diversity": -1.0}, "diversity must be >= 0"),
+    "no classifier": ({"branches": [nn.Conv2d(1, 3, 8), nn.Conv2d(1, 3, 8)]}, "in branch 0 is a Conv2d"),
+    "another layer": ({"classifier": "0"}, "'0' in branch 0 is a ReLU"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused(case: str) -> None:
+    settings, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        CASE.made(**settings)
+
+
+def test_branches_of_different_classes_are_refused() -> None:
+    module = OnlineBranches([net(out=3), net(1, out=4)])
+    with pytest.raises(ValueError, match=r"got \[\(12, 3\), \(12, 4\)\]"):
+        fit(module)

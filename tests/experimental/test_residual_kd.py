@@ -1,0 +1,110 @@
+"""Residual distillation: its two terms, who learns from which, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_rkd.distillation.features import Tap
+from lightning_rkd.experimental.residual_kd import ResidualKD, ResidualPair
+from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
+from tests.harness import toys
+from tests.harness.scheme_toys import CASES, fit, images, net, teacher
+from tests.oracles import classifiers as oracle
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
+]
+CASE = CASES["ResidualKD"]
+
+
+def test_both_terms_are_those_of_the_equation() -> None:
+    module, x = CASE.made(), torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    s, a, t = x[:, 0], x[:, 1], x[:, 2]
+    mimic, residual = (module.distiller.losses[name].loss for name in ("student", "assistant"))
+    rows = [v.flatten(1).tolist() for v in (s, a, t)]
+    left = [[p - q for p, q in zip(*pair, strict=True)] for pair in zip(rows[2], rows[0], strict=True)]
+    assert float(mimic([s, a], [t, t])) == pytest.approx(oracle.squared(rows[0], rows[2]), rel=1e-12)
+    assert float(residual([s, a], [t, t])) == pytest.approx(oracle.squared(rows[1], left), rel=1e-12)
+
+
+def test_the_student_learns_exactly_as_it_would_alone() -> None:
+    ours, alone, network = CASE.made(optimizer=toys.sgd, weight=1.0), net(1, out=5), teacher(out=5).eval()
+    fit(ours)
+    optimizer = toys.sgd(alone.parameters())
+    for x, _ in images():
+        with torch.no_grad():
+            target = network(x)
+        optimizer.zero_grad()
+        F.mse_loss(alone(x), target).backward()
+        optimizer.step()
+    assert toys.gap(ours.student.student, alone) == 0.0
+
+
+def test_the_pair_comes_closer_to_the_teacher_than_the_student_alone() -> None:
+    weak = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 5))
+    module = CASE.made(student=weak, assistant=nn.Sequential(nn.Flatten(), nn.Linear(64, 5)))
+    network = teacher(out=5).eval()
+    fit(module, max_epochs=8)
+    x = torch.cat([x for x, _ in images()])
+    with torch.no_grad():
+        pair, alone, target = module.eval()(x), module.student.student(x), network(x)
+    assert F.mse_loss(pair, target) < 0.8 * F.mse_loss(alone, target)
+
+
+def test_a_head_classifies_the_sum() -> None:
+    head = nn.Linear(5, 3)
+    before = head.weight.detach().clone()
+    module = CASE.made(
+        head=head, task_loss=nn.CrossEntropyLoss(), task_reads="logits", metrics={"r": EmbeddingRetrieval()}
+    )
+    trainer = toys.trainer()
+    trainer.fit(module, images(), images())
+    assert {"train/task", "distill/student", "distill/assistant", "val/recall_at_1"} <= set(trainer.callback_metrics)
+    x, _ = next(iter(images()))
+    assert module.eval()(x).shape == (12, 3)
+    assert not torch.equal(head.weight, before)
+    assert toys.trainer().predict(module, images())[0].shape == (12, 5)
+
+
+@pytest.mark.parametrize("layer", ["head", Tap("head.linear", at="output"), lambda network: network.head])
+def test_the_teacher_may_be_read_at_a_layer(layer: Any) -> None:
+    named, plain = CASE.made(teacher_layer=layer), CASE.made()
+    fit(named)
+    fit(plain)
+    assert toys.gap(named, plain) == 0.0
+
+
+def test_maps_are_compared_as_they_are() -> None:
+    def module(network: nn.Module) -> ResidualKD:
+        student, assistant = (net(seed).backbone.stage1 for seed in (0, 1))
+        return ResidualKD(student, assistant, network, teacher_layer="backbone.stage1", optimizer=toys.sgd)
+
+    fit(module(net(2)))
+    with pytest.raises(ValueError, match=r"student and assistant \(12, 4, 8, 8\), teacher \(12, 8, 8, 8\)"):
+        fit(module(teacher()))
+
+
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"student and assistant \(12, 5\), teacher \(12, 3\)"):
+        fit(CASE.made(teacher=teacher()))
+    with pytest.raises(ValueError, match=r"need one shape: got \(12, 5\) and \(12, 6\); end both with a layer"):
+        fit(CASE.made(assistant=nn.Sequential(nn.Flatten(), nn.Linear(64, 6))))
+    with pytest.raises(ValueError, match="nothing trains the head: pass task_loss="):
+        CASE.made(head=nn.Linear(5, 3))
+    with pytest.raises(ValueError, match="name one teacher_layer"):
+        CASE.made(teacher_layer=["head", "backbone"])
+    CASE.made(head=nn.Linear(5, 3).requires_grad_(False))
+
+
+def test_a_pair_passes_keywords_on() -> None:
+    class Keyed(nn.Module):
+        def forward(self, x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+            return factor * x
+
+    assert ResidualPair(Keyed(), Keyed())(torch.ones(1), factor=3.0) == 6.0

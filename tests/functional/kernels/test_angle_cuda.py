@@ -1,0 +1,194 @@
+"""The angle kernel for GPUs: run by Triton's interpreter, compiled for real chips, run on one where there is one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lightning_rkd.functional import _kernels as kernels
+from lightning_rkd.functional import angles
+from lightning_rkd.functional.angles import angle_loss
+from lightning_rkd.functional.distances import squared_distances
+
+pytest.importorskip("triton")
+
+INTERPRETED = """
+import sys
+import torch
+from lightning_rkd.functional._kernels import angle_cuda, native
+from lightning_rkd.functional.distances import squared_distances
+
+cpu = native("angle_cpu")
+tile_j, tile_i, tile_k = map(int, sys.argv[2].split(","))
+angle_cuda._ACROSS.update(TILE_I=tile_i, TILE_K=tile_k)
+angle_cuda._AT.update(TILE_J=tile_j, TILE_I=tile_i)
+angle_cuda._PADDED = max(tile_j, tile_i, tile_k)
+
+
+def compare(n, dtype, tolerance, official, close=False, vertices=None):
+    generator = torch.Generator().manual_seed(n)
+    x, y = (torch.randn(n, d, generator=generator, dtype=torch.float64) for d in (16, 32))
+    if close:  # duplicates and near rows, in one network and in both
+        x[1] = x[0]
+        y[2] = y[3] + 1e-4 * y[2]
+        x[4] = x[3] + 1e-5 * x[4]
+        y[6] = y[5]
+    s, t = squared_distances(x), squared_distances(y)
+    count = n**3 if official else max(1, n * (n - 1) * (n - 2))
+    vertices = vertices or (0, n)
+    settings = {"official": official, "factor": 1 / count, "with_gradient": True}
+    value, pull = angle_cuda.loss_and_gradient(s, t, vertices, dtype, **settings)
+    expected, expected_pull = cpu.loss_and_gradient(s, t, vertices, torch.float64, **settings)
+    grad, expected_grad = (
+        (p.sum(1, keepdim=True) * x - p @ x) for p in (pull + pull.T, expected_pull + expected_pull.T)
+    )
+    assert abs(value - expected) <= tolerance * expected, (n, dtype, official, value, expected)
+    for rows in (slice(0, 2), slice(2, 7), slice(7, None)) if close else (slice(None),):
+        error = (grad[rows] - expected_grad[rows]).norm()
+        assert error <= tolerance * expected_grad[rows].norm(), (n, dtype, official, error)
+    if sys.argv[3] == "brief":
+        return
+    alone, none = angle_cuda.loss_and_gradient(s, t, vertices, dtype, **(settings | {"with_gradient": False}))
+    assert none is None and alone == value
+
+
+sizes, brief = [int(n) for n in sys.argv[1].split(",")], sys.argv[3] == "brief"
+for n in sizes:
+    compare(n, torch.float32, 1e-5, True)
+    compare(n, torch.float64, 1e-11, False)
+    if brief:
+        continue
+    compare(n, torch.float32, 1e-5, False)
+    compare(n, torch.float64, 1e-11, True)
+    if n >= 8:
+        compare(n, torch.float32, 1e-5, True, close=True)
+        compare(n, torch.float32, 1e-5, True, vertices=(n // 3, n // 2))
+        compare(n, torch.float32, 1e-5, True, vertices=(n // 2, n))
+bad = torch.ones(5, 5).fill_diagonal_(0)
+bad[1, 3] = bad[3, 1] = float("nan")
+for pair in ((bad, 1 - torch.eye(5)), (1 - torch.eye(5), bad)):
+    settings = {"official": True, "factor": 1.0, "with_gradient": True}
+    assert angle_cuda.loss_and_gradient(*pair, (0, 5), torch.float32, **settings)[0].isnan()
+print("agree")
+"""
+
+DISTANCES = """
+import torch
+from lightning_rkd.functional._kernels import distance_cuda as kernel
+from lightning_rkd.functional.distances import DUPLICATE, _from_gram, squared_distances
+
+for n in (1, 2, 31, 32, 65):
+    x = torch.randn(n, 5, dtype=torch.float64) + 3
+    x[n // 2] = x[0]
+    rows = kernel.centred(x)
+    expected = _from_gram(rows @ rows.T)
+    torch.testing.assert_close(kernel.squared(rows, DUPLICATE), expected, rtol=1e-12, atol=1e-15)
+    own, pull = x.clone().requires_grad_(), torch.randn(n, n, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(squared_distances(own), own, pull)
+    torch.testing.assert_close(kernel.pulled(pull, rows), expected, rtol=1e-10, atol=1e-10)
+print("agree")
+"""
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lightning_rkd.functional._kernels import angle_cuda as kernels
+
+for arch in (80, 90):
+    for wide in (False, True):
+        for near in (False, True):
+            for kernel, tiles in ((kernels._at_vertices, kernels._AT), (kernels._across, kernels._ACROSS)):
+                constants = tiles | {"NEAR": near, "WIDE": wide, "GRADIENT": True}
+                options = {"num_warps": constants.pop("num_warps")}
+                numbers = dict.fromkeys(("n", "start", "stop", "first", "place"), "i32")
+                special = {"fast": "*fp32", "near": "*i8", "wanted": "*i32"}
+                kinds = {
+                    name: "constexpr" if name in constants else numbers.get(name) or special.get(name, "*fp64")
+                    for name in kernel.arg_names
+                }
+                constants = {name: value for name, value in constants.items() if name in kinds}
+                source = ASTSource(kernel, signature=kinds, constexprs=constants)
+                code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
+                assert code.count("fma.rn.f64" if wide else "fma.rn.f32") > 50
+print("compiled")
+"""
+
+
+def run(program: str, *arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# The interpreter has to be asked for before the kernels are imported, so in a process of its own; larger tiles are
+# fewer steps for it.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "tiles", "how"),
+    [
+        ("1,2,3,5,31", "32,64,32", "full"),
+        ("64,100", "32,64,32", "brief"),
+        ("150", "64,64,64", "brief"),
+    ],
+)
+def test_interpreted_it_agrees_with_the_cpu_kernel(sizes, tiles, how):
+    assert run(INTERPRETED, sizes, tiles, how, TRITON_INTERPRET="1", OMP_NUM_THREADS="1") == "agree\n"
+
+
+@pytest.mark.slow
+def test_interpreted_the_kernels_of_distances_agree_with_pytorch():
+    assert run(DISTANCES, TRITON_INTERPRET="1", OMP_NUM_THREADS="1") == "agree\n"
+
+
+@pytest.mark.slow
+def test_it_compiles_for_real_chips(tmp_path):
+    assert run(COMPILED, TRITON_CACHE_DIR=str(tmp_path)) == "compiled\n"
+
+
+def test_where_it_cannot_run_the_tiles_do_its_work(monkeypatch, caplog):
+    student, teacher = (squared_distances(torch.randn(6, 4)) for _ in range(2))
+    expected = angle_loss(student, teacher)
+
+    class Kernel:
+        calls = 0
+
+        @classmethod
+        def loss_and_gradient(cls, *args, **settings):  # type: ignore[no-untyped-def]
+            cls.calls += 1
+            raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(angles, "native", lambda name: None if name in kernels._failed else Kernel)
+    monkeypatch.setattr(kernels, "_failed", set())
+    with pytest.raises(RuntimeError, match="no C compiler"):  # a fault of our own on the CPU is no reason to be slow
+        angle_loss(student, teacher)
+    monkeypatch.setitem(angles._KERNELS, "cpu", "angle_cuda")
+    with caplog.at_level(logging.WARNING, logger="lightning_rkd"):
+        torch.testing.assert_close(angle_loss(student, teacher), expected)
+        torch.testing.assert_close(angle_loss(student, teacher), expected)
+    assert Kernel.calls == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "The kernel angle_cuda does not run here, PyTorch's operations do its work, slower: no C compiler"
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("n", [3, 100, 1000])
+def test_on_a_gpu_it_agrees_with_the_cpu(n):
+    student, teacher = (squared_distances(torch.randn(n, d)) for d in (16, 32))
+    results = []
+    for device in ("cpu", "cuda"):
+        own = student.to(device).requires_grad_()
+        loss = angle_loss(own, teacher.to(device))
+        (grad,) = torch.autograd.grad(loss, own)
+        results.append((loss.detach().cpu(), (grad + grad.T).cpu()))
+    assert not kernels._failed
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
+    assert (results[1][1] - results[0][1]).norm() <= 1e-5 * results[0][1].norm()

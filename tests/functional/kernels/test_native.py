@@ -1,0 +1,64 @@
+"""Native kernels are optional."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lightning_rkd.functional import _kernels as kernels
+
+PROGRAM = """
+import sys
+{before}
+import torch
+from lightning_rkd.functional._kernels import native
+from lightning_rkd.losses import RKD
+student, teacher = torch.sin(torch.arange(40.0)).view(10, 4).requires_grad_(), torch.cos(torch.arange(60.0)).view(10, 6)
+loss = RKD()(student, teacher)
+loss.backward()
+print(native("angle_cpu") is not None, "numba" in sys.modules, f"{{loss:.6f}} {{student.grad.norm():.6f}}")
+"""
+
+
+def run(before: str = "", **environment: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(before=before)],
+        env=os.environ | environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.split(maxsplit=2)
+
+
+@pytest.mark.slow
+def test_without_numba_or_with_a_broken_one_the_result_is_the_same(tmp_path):
+    whole = run()
+    assert whole[:2] == ["True", "True"]
+    assert run("sys.modules['numba'] = None")[0] == "False"
+    assert run("sys.modules['numba'] = None")[2] == whole[2]
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba" / "__init__.py").write_text("raise OSError('cannot load a library')")
+    broken = run(f"sys.path.insert(0, {str(tmp_path)!r})")
+    assert (broken[0], broken[2]) == ("False", whole[2])
+    assert run(LIGHTNING_RKD_NATIVE="0") == ["False", "False", whole[2]]
+
+
+@pytest.mark.slow
+def test_where_nothing_can_be_kept_kernels_are_compiled_all_the_same(tmp_path):
+    before = "import numba.core.caching as c; c.CacheImpl._locator_classes = []; c._CacheImpl = c.CacheImpl"
+    assert run(before)[0] == "True"
+
+
+def test_a_kernel_is_looked_for_once(monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(kernels, "import_module", asked.append)
+    kernels._imported.cache_clear()
+    try:
+        assert kernels.native("angle_cpu") is kernels.native("angle_cpu")
+        assert asked == ["lightning_rkd.functional._kernels.angle_cpu"]
+    finally:
+        kernels._imported.cache_clear()

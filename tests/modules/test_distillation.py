@@ -1,0 +1,500 @@
+"""DistillationModule: what it trains, saves, resumes, evaluates, and refuses."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.model_summary import ModelSummary
+from pytorch_metric_learning import losses, miners
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_rkd.data.indexing import with_indices
+from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError
+from lightning_rkd.distillation.teachers import Teacher
+from lightning_rkd.losses.base import RelationalLoss
+from lightning_rkd.losses.rkd import RKD, RKDDistance
+from lightning_rkd.metrics.agreement import RelationalAgreement
+from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
+from lightning_rkd.modules.distillation import DistillationModule
+from lightning_rkd.utils.types import Batch
+from tests.harness import toys
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
+]
+
+
+def student() -> toys.Backbone:
+    torch.manual_seed(0)
+    return toys.Backbone()
+
+
+def module(**kwargs: Any) -> DistillationModule:
+    return DistillationModule(**{"student": student(), "optimizer": toys.sgd, **kwargs})
+
+
+def distilling(**kwargs: Any) -> DistillationModule:
+    return module(**{"teacher": toys.teacher(norm=True), "loss": RKD(), **kwargs})
+
+
+# Training
+
+
+class Written(pl.LightningModule):
+    """The same by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = student(), [toys.teacher(norm=True).eval()]
+        self.task_loss, self.miner = losses.TripletMarginLoss(), miners.BatchHardMiner()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        embedding = self.student(x)
+        with torch.no_grad():
+            shown = self.teacher[0](x)
+        return 0.5 * self.task_loss(embedding, y, self.miner(embedding, y)) + 2.0 * RKD()(embedding, shown)
+
+    def configure_optimizers(self) -> Any:
+        return toys.sgd(self.parameters())
+
+
+def test_it_trains_the_weighted_sum_of_task_and_terms() -> None:
+    expected = Written()
+    ours = distilling(
+        loss={"rkd": RKD()},
+        task_loss=losses.TripletMarginLoss(),
+        miner=miners.BatchHardMiner(),
+        weight=2,
+        task_weight=0.5,
+    )
+    toys.fit(expected)
+    trainer = toys.fit(ours)
+    assert toys.gap(ours.student, expected.student) <= 1e-6
+    logged = trainer.callback_metrics
+    assert sorted(logged) == ["distill/rkd", "train/loss", "train/task"]
+    assert float(logged["train/loss"]) == pytest.approx(
+        0.5 * float(logged["train/task"]) + float(logged["distill/rkd"])
+    )
+
+
+@pytest.mark.parametrize("reads", ["embedding", "logits"])
+def test_without_a_teacher_it_trains_the_task_alone(reads: Any) -> None:
+    ours, plain = module(task_loss=nn.CrossEntropyLoss(), task_reads=reads), student()
+    toys.fit(ours)
+    optimizer = toys.sgd(plain.parameters())
+    for x, y in toys.loader():
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    assert toys.gap(ours.student, plain) == 0.0
+
+
+def test_parameters_of_losses_are_trained_along() -> None:
+    class Learns(toys.Gram):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+            return super().forward(self.scale * student, teacher)
+
+    proxies = losses.ProxyAnchorLoss(toys.CLASSES, 5)
+    before = proxies.proxies.detach().clone()
+    ours = distilling(loss=Learns() + RKD(), task_loss=proxies, optimizer=torch.optim.AdamW)
+    toys.fit(ours)
+    assert not torch.equal(proxies.proxies, before)
+    assert ours.distiller.losses["learns"].loss.scale.item() != 1.0
+
+
+def test_a_classifier_shows_embedding_and_logits() -> None:
+    net = nn.Sequential(student(), nn.ReLU(), nn.Linear(5, toys.CLASSES))
+    ours = distilling(
+        student=net,
+        student_layer="2",
+        task_loss=nn.CrossEntropyLoss(),
+        task_reads="logits",
+        metrics={"accuracy": MulticlassAccuracy(toys.CLASSES), "retrieval": EmbeddingRetrieval()},
+    )
+    trainer = toys.trainer()
+    trainer.fit(ours, toys.loader(), toys.loader())
+    x, y = toys.loader().dataset.tensors
+    expected = MulticlassAccuracy(toys.CLASSES)(net(x), y)
+    assert float(trainer.callback_metrics["val/accuracy"]) == pytest.approx(float(expected))
+    assert toys.trainer().predict(ours, toys.loader())[0].shape == (8, 5)
+
+
+def test_a_batch_transform_acts_before_both_networks() -> None:
+    def double(batch: Batch) -> Batch:
+        return Batch(inputs=2 * batch.inputs, labels=batch.labels)
+
+    ours, plain = distilling(batch_transform=double), distilling()
+    toys.fit(ours)
+    toys.fit(plain, batches=[(2 * x, y) for x, y in toys.loader()])
+    assert toys.gap(ours, plain) == 0.0
+
+
+def test_an_indexed_batch_a_mapping_and_an_own_unpack_give_the_same() -> None:
+    class Own(DistillationModule):
+        def unpack(self, batch: Any) -> Batch:
+            return Batch(inputs=batch[1], labels=batch[0])
+
+    plain, indexed, mapped = (distilling() for _ in range(3))
+    own = Own(student(), toys.teacher(norm=True), RKD(), optimizer=toys.sgd)
+    toys.fit(plain)
+    toys.fit(indexed, batches=with_indices(toys.loader()))
+    mapped._keys["inputs"] = ["x"]
+    toys.fit(mapped, batches=[{"x": x} for x, _ in toys.loader()])
+    toys.fit(own, batches=[(y, x) for x, y in toys.loader()])
+    assert toys.gap(indexed, plain) == toys.gap(mapped, plain) == toys.gap(own, plain) == 0.0
+
+
+def test_schedulers_step_as_asked() -> None:
+    def halves(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+    for interval, rate in (("epoch", 0.1 / 2**2), ("step", 0.1 / 2**10)):
+        trainer = toys.fit(distilling(lr_scheduler=halves, lr_interval=interval), max_epochs=2)
+        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
+
+
+# The teacher
+
+
+def test_the_teacher_is_registered_nowhere_and_comes_back_as_it_was() -> None:
+    teacher = toys.teacher(dropout=0.5, norm=True).train()
+    before, ours = toys.snapshot(teacher), distilling(teacher=teacher, task_loss=nn.CrossEntropyLoss())
+    ids = {id(p) for p in teacher.parameters()}
+    assert not ids & {id(p) for p in ours.parameters()}
+    assert ModelSummary(ours).total_parameters == sum(p.numel() for p in ours.student.parameters())
+    trainer = toys.trainer(precision="bf16-true")
+    trainer.fit(ours.train(), toys.loader())
+    assert not ids & {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert toys.same(before, teacher)
+    assert toys.attachments(ours, teacher) == []
+
+
+@pytest.mark.parametrize("start", ["fit", "validate"])
+def test_it_comes_back_after_an_exception_too(start: str) -> None:
+    class Fails(Metric):
+        def update(self, embeddings: Tensor) -> None:
+            raise ArithmeticError("stop")
+
+        def compute(self) -> None: ...
+
+    teacher = toys.teacher(norm=True).train()
+    before = toys.snapshot(teacher)
+    ours = distilling(teacher=teacher, metrics={"fails": Fails(), "agreement": RelationalAgreement(k=2)})
+    trainer = toys.trainer(precision="bf16-true", num_sanity_val_steps=0)
+    loaders = [toys.loader()] * (2 if start == "fit" else 1)
+    with pytest.raises(ArithmeticError):
+        getattr(trainer, start)(ours, *loaders)
+    assert toys.same(before, teacher)
+    assert toys.attachments(ours, teacher) == []
+
+
+def test_agreement_is_measured_in_validation_and_training_goes_on() -> None:
+    teacher = toys.teacher(norm=True)
+    ours = distilling(teacher=teacher, metrics={"agreement": RelationalAgreement(k=2, triplets=50)})
+    trainer = toys.trainer(max_epochs=2, num_sanity_val_steps=1)
+    trainer.fit(ours, toys.loader(), toys.loader())
+    expected = RelationalAgreement(k=2, triplets=50)
+    x, _ = toys.loader().dataset.tensors
+    with torch.no_grad():
+        expected.update(ours(x), teacher.eval()(x))
+    for name, value in expected.compute().items():
+        assert float(trainer.callback_metrics[f"val/{name}"]) == pytest.approx(float(value), abs=1e-4)
+    before = toys.snapshot(teacher)
+    (tested,) = toys.trainer(precision="64-true").test(ours.double(), toys.loader(), verbose=False)
+    assert sorted(tested) == [f"test/{name}" for name in sorted(expected.compute())]
+    assert toys.same(before, teacher)
+
+
+def test_the_sanity_check_neither_fails_on_few_rows_nor_leaves_any() -> None:
+    class Counts(Metric):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("rows", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+        def update(self, embeddings: Tensor) -> None:
+            self.rows += len(embeddings)
+
+        def compute(self) -> Tensor:
+            return self.rows.float()
+
+    ours = distilling(metrics={"rows": Counts(), "agreement": RelationalAgreement(k=10)})
+    trainer = toys.trainer(num_sanity_val_steps=1)
+    trainer.fit(ours, toys.loader(), toys.loader())
+    assert float(trainer.callback_metrics["val/rows"]) == 40.0
+
+
+@pytest.mark.parametrize("several", [list, lambda loaders: dict(zip("ab", loaders, strict=True))])
+def test_several_validation_loaders_are_told_apart(several: Any) -> None:
+    ours = distilling(metrics={"retrieval": EmbeddingRetrieval()})
+    loaders = [toys.loader(), toys.loader(rows=16)]
+    trainer = toys.trainer()
+    trainer.fit(ours, toys.loader(), several(loaders))
+    for number, loader in enumerate(loaders):
+        metric = EmbeddingRetrieval()
+        with torch.no_grad():
+            metric.update(ours(loader.dataset.tensors[0]), loader.dataset.tensors[1])
+        assert float(trainer.callback_metrics[f"val/{number}/recall_at_1"]) == float(metric.compute()["recall_at_1"])
+
+
+# Checkpoints
+
+
+def keeps(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, save_last=True, save_top_k=0)
+
+
+class Subclass(DistillationModule):
+    """With arguments of its own, one of which is no plain value."""
+
+    def __init__(self, network: nn.Module, width: int = 3) -> None:
+        super().__init__(network, toys.teacher(norm=True), RKD(), optimizer=toys.sgd, weight=0.5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "subclass"])
+def test_checkpoints_are_safe_hold_no_teacher_and_plain_hyper_parameters(kind: str, tmp_path: Path) -> None:
+    ours = Subclass(student(), width=4) if kind == "subclass" else distilling(task_loss=nn.CrossEntropyLoss())
+    toys.fit(ours, keeps(tmp_path), enable_checkpointing=True)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == {f"student.{k}" for k in ours.student.state_dict()}
+    saved = checkpoint["hyper_parameters"]
+    assert {"teacher", "student", "loss", "optimizer", "network"}.isdisjoint(saved)
+    assert saved["weight"] == (0.5 if kind == "subclass" else 1.0)
+    assert saved.get("width") == (4 if kind == "subclass" else None)
+    assert "lightning_rkd" not in str(checkpoint["callbacks"])
+    loaded = (
+        Subclass.load_from_checkpoint(tmp_path / "last.ckpt", network=toys.Backbone())
+        if kind == "subclass"
+        else DistillationModule.load_from_checkpoint(tmp_path / "last.ckpt", student=toys.Backbone())
+    )
+    assert toys.gap(loaded.student, ours.student) == 0.0
+    assert type(loaded.hparams["weight"]) is float
+
+
+@pytest.mark.parametrize("averaging", [WeightAveraging, lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1)])
+def test_averages_of_weights_hold_no_teacher(averaging: Any, tmp_path: Path) -> None:
+    ours = distilling(metrics={"retrieval": EmbeddingRetrieval()})
+    trainer = toys.trainer(max_epochs=3, enable_checkpointing=True, callbacks=[averaging(), keeps(tmp_path)])
+    trainer.fit(ours, toys.loader(), toys.loader())
+    assert "val/recall_at_1" in trainer.callback_metrics
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    network = ours.distiller.teacher.network
+    shapes = {tuple(p.shape) for p in network.parameters()} - {tuple(p.shape) for p in ours.parameters()}
+    assert not shapes & {tuple(t.shape) for t in tree_leaves(checkpoint) if isinstance(t, Tensor)}
+    assert toys.attachments(ours, network) == []
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path) -> None:
+    def training() -> DistillationModule:
+        return distilling(
+            task_loss=losses.ProxyAnchorLoss(toys.CLASSES, 5),
+            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+            weight=lambda epoch: 1.0 + epoch,
+            metrics={"retrieval": EmbeddingRetrieval()},
+        )
+
+    torch.manual_seed(5)
+    whole = training()
+    first = copy.deepcopy(whole)
+    toys.trainer(max_epochs=3).fit(whole, toys.loader(), toys.loader())
+    toys.trainer(max_epochs=1, enable_checkpointing=True, callbacks=[keeps(tmp_path)]).fit(
+        first, toys.loader(), toys.loader()
+    )
+    resumed = training()
+    resuming = toys.trainer(max_epochs=3, enable_checkpointing=True, callbacks=[keeps(tmp_path)])
+    resuming.fit(resumed, toys.loader(), toys.loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert toys.gap(resumed, whole) == 0.0
+    assert toys.gap(first, whole) > 1e-3
+
+
+# What cannot work
+
+
+class Tuple(toys.Backbone):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+TASK = {"task_loss": nn.CrossEntropyLoss()}
+FAILURES: dict[str, tuple[dict[str, Any], Any, type[Exception], str]] = {
+    "no teacher": ({"loss": RKD()}, None, ValueError, "there is a loss but no teacher"),
+    "nothing to train with": ({"teacher": toys.teacher()}, None, ValueError, "pass task_loss=..., or teacher=... and"),
+    "frozen": (
+        TASK | {"student": toys.Backbone().requires_grad_(False)},
+        None,
+        ValueError,
+        "the student is frozen: none of its parameters requires a gradient",
+    ),
+    "no labels": (TASK, [x for x, _ in toys.loader()], ValueError, "the batch has none: say where they are, labels="),
+    "no logits": (
+        TASK | {"student": Tuple(), "student_layer": "last", "task_reads": "logits"},
+        None,
+        ValueError,
+        "the student shows no logits for the task loss, but tuple",
+    ),
+    "tuple": (
+        {"student": Tuple(), "teacher": toys.teacher(), "loss": RKD()},
+        None,
+        CaptureError,
+        "gives a tuple, not a tensor; say how to read it",
+    ),
+    "agreement without teacher": (
+        TASK | {"metrics": {"a": RelationalAgreement()}},
+        None,
+        ValueError,
+        r"the metrics \['a'\] compare with the teacher",
+    ),
+    "mapping": (TASK, [{"x": x, "y": y} for x, y in toys.loader()], TypeError, "say which is the input, inputs="),
+    "unknown layer": (
+        TASK | {"student_layer": "lats"},
+        None,
+        LayerNotFoundError,
+        "Backbone has no layer 'lats'; near it: 'last'",
+    ),
+    "missing weights": (
+        {"teacher": Teacher(toys.teacher(), weights="none.ckpt"), "loss": RKD()},
+        None,
+        FileNotFoundError,
+        "the weights file 'none.ckpt' does not exist",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_what_cannot_work_fails_with_the_cure(case: str) -> None:
+    arguments, batches, error, message = FAILURES[case]
+    with pytest.raises(error, match=message):
+        toys.fit(module(**arguments), batches=batches)
+
+
+def test_a_shared_network_is_no_teacher() -> None:
+    net = student()
+    with pytest.raises(ValueError, match="shares parameters with the student"):
+        toys.fit(module(student=net, teacher=net, loss=RKD()))
+
+
+def test_prediction_and_validation_need_no_teacher() -> None:
+    ours = module(loss=RKD(), metrics={"retrieval": EmbeddingRetrieval()})
+    toys.trainer().validate(ours, toys.loader(), verbose=False)
+    (first, *_) = toys.trainer().predict(ours, toys.loader())
+    with torch.no_grad():
+        assert torch.equal(first, ours(toys.loader().dataset.tensors[0][:8]))
+
+
+def test_weights_are_read_when_training_begins_and_not_before(tmp_path: Path) -> None:
+    source = toys.teacher(seed=1)
+    trained = module(student=source, task_loss=nn.CrossEntropyLoss())
+    toys.fit(trained, keeps(tmp_path), enable_checkpointing=True)
+    network = toys.teacher(seed=2)
+    ours = distilling(teacher=Teacher(network, weights=tmp_path / "last.ckpt"))
+    toys.trainer().validate(ours, toys.loader(), verbose=False)
+    assert toys.gap(network, source) > 0
+    toys.fit(ours)
+    assert toys.gap(network, source) == 0.0
+
+
+# Configuration
+
+
+def find_last(network: nn.Module) -> nn.Module:
+    return network.get_submodule("last")
+
+
+class Maps(RelationalLoss):
+    """Reads a list of layers."""
+
+    reads = "feature_maps"
+
+    def forward(self, student: Any, teacher: Any) -> Tensor:
+        return torch.stack([RKDDistance()(s, t) for s, t in zip(student, teacher, strict=True)]).sum()
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return toys.loader()
+
+
+def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> LightningCLI:
+    """Fit what a YAML file says about the model, with one override on the command line."""
+    (tmp_path / "model.yaml").write_text(
+        f"""
+model:
+  class_path: lightning_rkd.modules.distillation.DistillationModule
+  init_args:
+    student: {{class_path: tests.harness.toys.Backbone, init_args: {{out: 3}}}}
+    teacher: {{class_path: tests.harness.toys.teacher, init_args: {{norm: true}}}}
+    optimizer: {{class_path: torch.optim.SGD, init_args: {{lr: 0.1}}}}
+    {model}
+data: tests.modules.test_distillation.Data
+trainer: {{accelerator: cpu, devices: 1, max_epochs: 1, logger: false, enable_progress_bar: false,
+           enable_model_summary: false, default_root_dir: {tmp_path}}}
+"""
+    )
+    monkeypatch.setattr("sys.argv", ["fit"])
+    return LightningCLI(
+        args=["fit", f"--config={tmp_path / 'model.yaml'}", "--model.init_args.student.init_args.out=4"],
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_kwargs={"exit_on_error": False},
+        trainer_defaults={"callbacks": [keeps(tmp_path)]},
+    )
+
+
+LAST = "{class_path: lightning_rkd.distillation.features.Tap, init_args: {layer: last, at: output}}"
+LAYERS: dict[str, tuple[str, str, list[Any]]] = {
+    "path": ("last", "lightning_rkd.losses.rkd.RKD", ["last"]),
+    "tap": (LAST, "lightning_rkd.losses.rkd.RKD", ["last"]),
+    "list": ("[norm, last]", "tests.modules.test_distillation.Maps", ["norm", "last"]),
+    "dict": (f"{{hidden: norm, embedding: {LAST}}}", "lightning_rkd.losses.rkd.RKD", ["norm", "last"]),
+    "function": ("tests.modules.test_distillation.find_last", "lightning_rkd.losses.rkd.RKD", [find_last]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", LAYERS)
+def test_every_form_of_layer_comes_through_a_configuration(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, loss, expected = LAYERS[form]
+    cli = configured(tmp_path, monkeypatch, f"loss: {loss}\n    student_layer: {layer}\n    teacher_layer: {layer}")
+    taps = [tap for taps in cli.model.distiller.student.taps.values() for tap in taps]
+    assert [tap.layer for tap in taps] == expected
+    assert taps[-1].at == ("output" if LAST in layer else None)
+    assert cli.model.student.last.out_features == 4, "the command line overrides"
+    assert float(cli.trainer.callback_metrics["train/loss"]) > 0
+    torch.load(tmp_path / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_a_configured_run_rebuilds_everything_but_the_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = "{a: RKDDistance, b: {class_path: RKD, init_args: {angle_weight: 3}}}"
+    cli = configured(tmp_path, monkeypatch, f"loss: {loss}\n    weight: 0.5")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert "teacher" not in checkpoint["hyper_parameters"]
+    assert "norm" not in str(list(checkpoint["state_dict"]))
+    loaded = DistillationModule.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert toys.gap(loaded, cli.model) == 0.0
+    assert list(loaded.distiller.losses) == ["a", "b"]
+    assert loaded.distiller.losses["b"].loss.angle_weight == 3
+    assert (loaded.distiller.weight, loaded.distiller.teacher) == (0.5, None)

@@ -1,0 +1,369 @@
+"""Losses with tensors of their own in ``DistillationModule``, balanced weights, views and task rows."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_rkd.data.indexing import first_samples, root_size, samples_of, with_indices
+from lightning_rkd.distillation.gradient_balance import balance_weights
+from lightning_rkd.losses.base import RelationalLoss, named_terms
+from lightning_rkd.losses.rkd import RKD, RKDDistance
+from lightning_rkd.modules.distillation import DistillationModule
+from lightning_rkd.utils.types import Batch, Outputs
+from tests.callbacks.test_ddp import batches, devices
+from tests.harness import toys
+from tests.harness.ranks import Ranks
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
+]
+
+
+def module(loss: RelationalLoss | dict[str, RelationalLoss], **settings: Any) -> DistillationModule:
+    torch.manual_seed(0)
+    return DistillationModule(
+        toys.Backbone(dropout=0.5, norm=True), toys.teacher(), loss, **{"optimizer": toys.sgd, **settings}
+    )
+
+
+@pytest.mark.parametrize("known_from", ["loader", "example", "argument"])
+def test_sizes_are_known_before_the_optimizer_is_made(known_from: str) -> None:
+    told = toys.Projected(5, 7) if known_from == "argument" else toys.Projected()
+    ours, expected = module(told), module(toys.Projected(5, 7))
+    if known_from == "example":
+        ours.example_input_array = torch.zeros(2, toys.WIDTH)
+    torch.manual_seed(1)  # of the dropout
+    trainer = toys.fit(ours)
+    assert {id(p) for p in told.parameters()} <= {id(p) for p in trainer.optimizers[0].param_groups[0]["params"]}
+    torch.manual_seed(1)
+    toys.fit(expected)
+    assert toys.gap(ours, expected) == 0.0, "looking changed neither weights nor running means nor random numbers"
+
+
+def test_the_number_of_samples_is_that_of_the_root_data_set() -> None:
+    loss = toys.Remembers()
+    toys.fit(module(loss), batches=with_indices(toys.loader()))
+    assert loss.state_dict()["sizes"].tolist() == [0, 40, 0, 7]
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(toys.loader().dataset)
+
+
+def test_sizes_that_cannot_be_found_are_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"pass Projected\(student_dim=\.\.\., teacher_dim=\.\.\.\)"):
+        toys.fit(module(toys.Projected()), batches=DataLoader(Stream(), 8))
+
+
+@pytest.mark.parametrize("example", [(torch.zeros(2, toys.WIDTH),), {"x": torch.zeros(2, toys.WIDTH)}])
+def test_an_example_is_given_to_the_networks_as_lightning_gives_it(example: Any) -> None:
+    loss = toys.Projected()
+    ours = module(loss)
+    ours.example_input_array = example
+    toys.fit(ours, batches=DataLoader(Stream(), 8))
+    assert loss.state_dict()["sizes"].tolist() == [0, 5, 0, 7]
+
+
+class OfTwo(DistillationModule):
+    def unpack(self, batch: Any) -> Batch:
+        return super().unpack(batch["a"])
+
+
+def test_sizes_are_found_with_several_loaders() -> None:
+    loss = toys.Projected()
+    ours = OfTwo(toys.Backbone(), toys.teacher(), loss, optimizer=toys.sgd)
+    toys.trainer().fit(ours, {"a": toys.loader(), "b": toys.loader(rows=16)})
+    assert loss.state_dict()["sizes"].tolist() == [0, 5, 0, 7]
+
+
+def test_networks_are_asked_for_sizes_with_what_the_batch_transform_makes() -> None:
+    seen: list[int] = []
+
+    class ToFloat(nn.Module):
+        def forward(self, batch: Batch) -> Batch:
+            seen.append(len(batch.inputs))
+            return Batch(batch.inputs.float(), batch.labels)
+
+    loss, transform = toys.Projected(), ToFloat()
+    whole = DataLoader(TensorDataset(torch.ones(40, toys.WIDTH, dtype=torch.uint8), torch.zeros(40)), 8)
+    toys.fit(module(loss, batch_transform=transform), batches=whole)
+    assert seen == [2, *[8] * toys.STEPS]
+    assert loss.state_dict()["sizes"].tolist() == [0, 5, 0, 7]
+
+
+def test_networks_that_fail_when_asked_for_sizes_are_reported_with_the_cure() -> None:
+    wide = DataLoader(TensorDataset(torch.ones(40, 3), torch.zeros(40)), 8)
+    with pytest.raises(ValueError, match=r"failed \(.*mat1 .*set example_input_array, or pass Projected\(student_dim"):
+        toys.fit(module(toys.Projected()), batches=wide)
+
+
+def test_looking_for_sizes_leaves_the_random_numbers_of_augmentations_alone() -> None:
+    class Noisy(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            x, y = super().__getitem__(index)
+            return x + float(np.random.rand()), y  # noqa: NPY002 - the global generator, as many augmentations use it
+
+    def trained(loss: RelationalLoss) -> DistillationModule:
+        ours = module(loss)
+        np.random.seed(0)  # noqa: NPY002
+        torch.manual_seed(1)
+        toys.fit(ours, batches=DataLoader(Noisy(*toys.loader().dataset.tensors), 8))
+        return ours
+
+    assert toys.gap(trained(toys.Projected()), trained(toys.Projected(5, 7))) == 0.0
+
+
+def test_a_learning_rate_finder_finds_the_teacher_in_the_precision_of_the_student(tmp_path: Path) -> None:
+    ours = module(toys.Projected())
+    ours.lr = 0.1
+    finder = LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+    toys.fit(ours, finder, precision="bf16-true", default_root_dir=tmp_path)
+    assert finder.optimal_lr is not None
+
+
+def test_a_checkpoint_rebuilds_what_the_loss_had_made(tmp_path: Path) -> None:
+    ours = module(toys.Projected())
+    toys.fit(ours).save_checkpoint(tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    fresh = module(toys.Projected())
+    fresh.load_state_dict(state)
+    assert toys.gap(fresh, ours) == 0.0
+
+
+def test_a_resumed_run_with_a_memory_is_the_uninterrupted_run(tmp_path: Path) -> None:
+    loader = with_indices(toys.loader())
+    whole, half, rest = (module({"p": toys.Projected(), "r": toys.Remembers()}) for _ in range(3))
+    for each in (whole, half, rest):
+        each.student.drop.p = 0.0
+    toys.fit(whole, batches=loader, max_epochs=2)
+    toys.fit(half, batches=loader).save_checkpoint(tmp_path / "half.ckpt")
+    toys.trainer(max_epochs=2).fit(rest, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert toys.gap(whole, rest) == 0.0
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_tensors_of_losses_stay_in_float32(precision: Any) -> None:
+    loss = toys.Projected()
+    if precision == "16-true":
+        ours = module(loss).half()
+        assert ours.student.last.weight.dtype == torch.float16
+    else:
+        toys.fit(module(loss), precision=precision)
+        assert {p.dtype for p in loss.parameters()} == {torch.float32}
+    assert all(p.dtype == torch.float32 for p in loss.parameters())
+
+
+def test_a_memory_and_lbfgs_are_refused() -> None:
+    with pytest.raises(ValueError, match="LBFGS evaluates each several times"):
+        toys.fit(module(toys.Remembers(), optimizer=torch.optim.LBFGS), batches=with_indices(toys.loader()))
+
+
+def in_two_processes(rank: int | None) -> dict[str, Tensor]:
+    ours = module({"p": toys.Projected(), "r": toys.Remembers()})
+    ours.student = toys.Backbone()
+    torch.manual_seed(3)
+    with devices(rank) as where:
+        toys.fit(ours, batches=with_indices(batches(rank)), **where)
+    assert rank is None or ours._ddp_params_and_buffers_to_ignore == ["loss.terms.r.loss.mean.value"]
+    return {name: value.clone() for name, value in ours.state_dict().items() if name != "student"}
+
+
+@pytest.mark.slow
+def test_on_two_devices_parameters_and_memories_are_those_of_one_device(ranks: Ranks) -> None:
+    first, second = ranks.run(in_two_processes)
+    alone = in_two_processes(None)
+    for name in (key for key in alone if not key.startswith("student")):
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+        torch.testing.assert_close(first[name], alone[name], rtol=0, atol=1e-5)
+
+
+def local_memory(rank: int | None) -> str:
+    ours = module(toys.Remembers(7, 80), gather=False)
+    try:
+        with devices(rank) as where:
+            toys.fit(ours, batches=with_indices(batches(rank)), **where)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_a_memory_that_would_differ_between_ranks_is_refused(ranks: Ranks) -> None:
+    assert all("leave gather=True" in message for message in ranks.run(local_memory))
+    assert local_memory(None) == "", "on one device there is nothing to gather"
+
+
+# Balance
+
+
+def by_hand(task: Tensor, term: Tensor, at: Tensor) -> Tensor:
+    norms = [torch.autograd.grad(loss, at, retain_graph=True)[0].norm() for loss in (task, term)]
+    return norms[0] / norms[1]
+
+
+def test_balanced_gradients_have_the_norm_of_the_tasks() -> None:
+    torch.manual_seed(2)
+    x, t, y = torch.randn(6, 4, requires_grad=True), torch.randn(6, 3), torch.arange(6) % 4
+    losses = named_terms(3 * RKD())
+    terms, task = {"rkd": losses["rkd"](x, t)}, F.cross_entropy(x, y)
+    factor = balance_weights(terms, task, {"": Outputs(embedding=x)}, losses)["rkd"]
+    torch.testing.assert_close(factor, by_hand(task, terms["rkd"], x))
+    scaled = torch.autograd.grad(factor * terms["rkd"], x)[0].norm()
+    torch.testing.assert_close(scaled, torch.autograd.grad(task, x)[0].norm())
+
+
+def test_balance_weighs_the_terms_of_a_run_and_logs_what_it_found() -> None:
+    settings: dict[str, Any] = {"task_loss": nn.CrossEntropyLoss(), "task_reads": "embedding", "weight": 0.5}
+    ours = module({"rkd": RKD()}, balance=2.0, **settings)
+    plain = module({"rkd": RKD()}, **settings)
+    logged = toys.fit(ours, max_steps=1).callback_metrics
+    assert sorted(logged) == ["balance/rkd", "distill/rkd", "train/loss", "train/task"]
+    toys.fit(plain, max_steps=1)
+    fixed = module({"rkd": RKD()}, **{**settings, "weight": float(logged["balance/rkd"])})
+    toys.fit(fixed, max_steps=1)
+    assert toys.gap(ours, fixed) <= 1e-6, "the logged weight, written down, trains alike"
+    assert toys.gap(ours, plain) > 1e-4
+
+
+def test_a_term_without_a_gradient_gets_no_weight() -> None:
+    x = torch.ones(4, 3, requires_grad=True)
+    losses = named_terms(RKDDistance())
+    terms = {"rkd_distance": losses["rkd_distance"](x, torch.randn(4, 2))}
+    assert float(balance_weights(terms, x.sum(), {"": Outputs(embedding=x)}, losses)["rkd_distance"]) == 0.0
+
+
+def test_a_task_that_does_not_depend_on_what_a_term_reads_is_refused() -> None:
+    x, y = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    losses = named_terms(RKDDistance())
+    terms = {"rkd_distance": losses["rkd_distance"](x, torch.randn(4, 2))}
+    with pytest.raises(ValueError, match="the task loss does not depend on what rkd_distance reads"):
+        balance_weights(terms, y.sum(), {"": Outputs(embedding=x)}, losses)
+
+
+def test_gradients_are_logged_in_units_of_the_tasks_and_change_nothing() -> None:
+    settings: dict[str, Any] = {"task_loss": nn.CrossEntropyLoss(), "task_reads": "embedding", "task_weight": 0.25}
+    ours, plain = (module({"rkd": 3 * RKD()}, log_gradients=on, **settings) for on in (True, False))
+    torch.manual_seed(1)  # of the dropout
+    logged = toys.fit(ours, max_steps=1, log_every_n_steps=1).callback_metrics
+    torch.manual_seed(1)
+    toys.fit(plain, max_steps=1)
+    assert toys.gap(ours, plain) == 0
+    balanced = module({"rkd": 3 * RKD()}, balance=1.0, **settings)
+    torch.manual_seed(1)
+    found = toys.fit(balanced, max_steps=1).callback_metrics["balance/rkd"]
+    torch.testing.assert_close(logged["gradient/rkd"], 3 * 3 / found)  # with that weight it is 3, and it has 3
+    both = module({"rkd": 3 * RKD()}, balance=2.0, log_gradients=True, **settings)
+    assert float(toys.fit(both, max_steps=1, log_every_n_steps=1).callback_metrics["gradient/rkd"]) == 6.0
+    with pytest.raises(ValueError, match="log_gradients needs a task_loss"):
+        module(RKD(), log_gradients=True)
+
+
+def test_balance_without_a_task_is_refused() -> None:
+    with pytest.raises(ValueError, match="balance needs a task_loss"):
+        module(RKD(), balance=1.0)
+
+
+def test_balance_finds_gradients_that_half_precision_would_lose_without_its_scaler() -> None:
+    def found(**settings: Any) -> float:
+        small = {"weight": 1e-9, "task_weight": 1e-9, "task_loss": nn.CrossEntropyLoss(), "balance": 1.0}
+        torch.manual_seed(0)
+        ours = DistillationModule(toys.Backbone(), toys.teacher(), RKD(), optimizer=toys.sgd, **small)
+        return float(toys.fit(ours, max_steps=1, **settings).callback_metrics["balance/rkd"])
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    half = found(plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+    assert half == pytest.approx(found(), rel=0.05)
+
+
+def test_a_term_whose_gradient_overflows_makes_the_scaler_step_back() -> None:
+    x = torch.randn(4, 3, dtype=torch.float16, requires_grad=True)
+    losses = named_terms(RKDDistance())
+    terms = {"rkd_distance": losses["rkd_distance"](x, torch.randn(4, 2))}
+    factor = balance_weights(terms, x.float().sum(), {"": Outputs(embedding=x)}, losses, scale=lambda loss: 1e8 * loss)
+    assert bool(factor["rkd_distance"].isnan())
+
+
+def balanced_in_two_processes(rank: int | None) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    ours = DistillationModule(
+        toys.Backbone(), toys.teacher(), RKD(), task_loss=nn.CrossEntropyLoss(), balance=1.0, optimizer=toys.sgd
+    )
+    with devices(rank) as where:
+        toys.fit(ours, batches=batches(rank), **where)
+    return {name: value.clone() for name, value in ours.state_dict().items()}
+
+
+@pytest.mark.slow
+def test_balance_is_the_same_on_two_devices(ranks: Ranks) -> None:
+    first, second = ranks.run(balanced_in_two_processes)
+    for name, value in balanced_in_two_processes(None).items():
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-5)
+
+
+# What a batch transform may say
+
+
+def test_the_task_loss_sees_its_rows_only() -> None:
+    def twice(batch: Batch) -> Batch:
+        return Batch(torch.cat([batch.inputs, -batch.inputs]), torch.cat([batch.labels] * 2), task_rows=torch.arange(8))
+
+    task = nn.CrossEntropyLoss()
+    ours = module(0.0 * RKD(), batch_transform=twice, task_loss=task, task_reads="logits")
+    seen: list[int] = []
+    task.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    toys.fit(ours)
+    assert seen == [8] * toys.STEPS
+
+
+def test_views_of_a_batch_transform_reach_the_loss() -> None:
+    def twice(batch: Batch) -> Batch:
+        view = torch.arange(2).repeat_interleave(8)
+        return Batch(torch.cat([batch.inputs] * 2), torch.cat([batch.labels] * 2), torch.arange(16), view=view)
+
+    loss = toys.Asking()
+    toys.fit(module(loss, batch_transform=twice))
+    assert loss.given["view"].tolist() == [0] * 8 + [1] * 8
+
+
+# Looking at a loader
+
+
+def test_first_samples_are_as_the_steps_would_see_them() -> None:
+    loader = toys.loader(shuffle=True)
+    x, y = loader.dataset.tensors
+    state = copy.deepcopy(torch.get_rng_state())
+    first = first_samples(loader)
+    assert torch.equal(first[0], x[:2])
+    assert torch.equal(first[1], y[:2])
+    several = {"a": [loader], "b": with_indices(loader)}
+    for together in (first_samples(several), first_samples(CombinedLoader(several))):
+        assert torch.equal(together["a"][0][0], x[:2])
+        assert together["b"].indices.tolist() == [0, 1]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first_samples([1, 2, 3]) is None
+    assert first_samples([loader, 1]) is None
+
+
+def test_the_number_of_samples_is_known_of_sized_loaders_only() -> None:
+    loader = toys.loader()
+    assert root_size(with_indices(loader).dataset) == samples_of(loader) == samples_of(with_indices(loader)) == 40
+    assert samples_of(DataLoader(list(range(9)), 4)) == 9
+    assert samples_of(DataLoader(list(loader), batch_size=None)) is None, "of batches"
+    assert samples_of(DataLoader(Stream(), 8)) is None
+    assert samples_of({"a": loader}) is None
+    assert root_size(object()) is None

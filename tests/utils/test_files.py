@@ -1,0 +1,108 @@
+"""A file is whole or not there, and damage is found before anything is read."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_rkd.utils.files import check_file, write_whole
+
+
+def content() -> bytes:
+    file = io.BytesIO()
+    torch.manual_seed(0)
+    torch.save({"epoch": 3, "state_dict": nn.Linear(5, 3).state_dict()}, file)
+    return file.getvalue()
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+
+
+def outcome(path: Path, sound: object) -> str:
+    """What becomes of whoever checks a file and then loads it."""
+    try:
+        check_file(path)
+        found = torch.load(path, weights_only=True)
+    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return "refused"
+    return "harmless" if same(found, sound) else "silent"
+
+
+def test_no_flipped_bit_changes_what_is_loaded(tmp_path: Path) -> None:
+    """Every fourth byte of a whole file, header and directory included; padding is harmless."""
+    sound, path, rng = content(), tmp_path / "x.ckpt", random.Random(0)
+    expected = torch.load(io.BytesIO(sound), weights_only=True)
+    outcomes = {"refused": 0, "harmless": 0, "silent": 0}
+    for at in range(rng.randrange(4), len(sound), 4):
+        flipped = bytearray(sound)
+        flipped[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        outcomes[outcome(path, expected)] += 1
+    assert outcomes["silent"] == 0
+    assert outcomes["refused"] > 100
+
+
+def test_a_tensor_that_has_become_a_folder_is_damaged(tmp_path: Path) -> None:
+    """This one bit of the zip directory makes torch.load leave a tensor uninitialised."""
+    sound, path = bytearray(content()), tmp_path / "x.ckpt"
+    entry = sound.rindex(b"archive/data/0") - 46
+    assert sound[entry : entry + 4] == b"PK\1\2"
+    sound[entry + 38] ^= 0x10
+    path.write_bytes(sound)
+    with pytest.raises(ValueError, match=r"x\.ckpt' is damaged in 'archive/data/0'; use an earlier one"):
+        check_file(path)
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    sound, path = content(), tmp_path / "x.ckpt"
+    for length in range(0, len(sound), 7):
+        path.write_bytes(sound[:length])
+        assert outcome(path, None) == "refused"
+
+
+def test_a_writer_that_is_killed_leaves_the_old_content(tmp_path: Path) -> None:
+    """SIGKILL when all bytes are written and the name is not changed yet."""
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    code = f"import os; from lightning_rkd import files; os.fsync = lambda f: os.kill(os.getpid(), 9); " \
+           f"files.write_whole({str(path)!r}, b'new' * 1000)"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    write_whole(path, b"new")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"x": b"new"}, "nothing is left lying about"
+
+
+def test_a_writer_that_is_interrupted_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(file: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "x", b"new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_and_the_old_content_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match=r"x' could not be written, and is what it was before: No space left on device"):
+        write_whole(path, b"new")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"x": b"old"}
