@@ -30,27 +30,8 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_HOMES = {
-    "CachedTeacher": "distillation.teachers",
-    "DistillationModule": "modules.distillation",
-    "Distiller": "distillation.distiller",
-    "EmbeddingRetrieval": "metrics.retrieval",
-    "EnsembleTeacher": "distillation.teachers",
-    "PKBatchSampler": "data.samplers.pk",
-    "Pictures": "callbacks.figures",
-    "RKD": "losses.rkd",
-    "RKDAngle": "losses.rkd",
-    "RKDDistance": "losses.rkd",
-    "RelationalAgreement": "metrics.agreement",
-    "RelationalDistillation": "callbacks.distillation",
-    "RelationalLoss": "losses.base",
-    "RetrievalEvaluation": "callbacks.retrieval",
-    "Tap": "distillation.features",
-    "Teacher": "distillation.teachers",
-    "with_indices": "data.indexing",
-}
-
-_load, _ = lazy_attributes(__name__, _HOMES)
+_load, _, __all__ = lazy_attributes(__name__)
+__all__ += ["__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -64,25 +45,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-__all__ = [
-    "RKD",
-    "CachedTeacher",
-    "DistillationModule",
-    "Distiller",
-    "EmbeddingRetrieval",
-    "EnsembleTeacher",
-    "PKBatchSampler",
-    "Pictures",
-    "RKDAngle",
-    "RKDDistance",
-    "RelationalAgreement",
-    "RelationalDistillation",
-    "RelationalLoss",
-    "RetrievalEvaluation",
-    "Tap",
-    "Teacher",
-    "__version__",
-    "with_indices",
-]

@@ -14,22 +14,4 @@ if TYPE_CHECKING:
     from lightning_rkd.experimental.residual_kd import ResidualKD as ResidualKD
     from lightning_rkd.experimental.tanimoto import Tanimoto as Tanimoto
 
-_HOMES = {
-    "AICSD": "aicsd",
-    "AdaptiveWeight": "aicsd",
-    "CORSD": "corsd",
-    "OnlineBranches": "online_branches",
-    "ResidualKD": "residual_kd",
-    "Tanimoto": "tanimoto",
-}
-
-__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)
-
-__all__ = [
-    "AICSD",
-    "CORSD",
-    "AdaptiveWeight",
-    "OnlineBranches",
-    "ResidualKD",
-    "Tanimoto",
-]
+__getattr__, __dir__, __all__ = lazy_attributes(__name__)

@@ -12,18 +12,4 @@ if TYPE_CHECKING:
     from lightning_rkd.metrics.fewshot import FewShotAccuracy as FewShotAccuracy
     from lightning_rkd.metrics.retrieval import EmbeddingRetrieval as EmbeddingRetrieval
 
-_HOMES = {
-    "EmbeddingRetrieval": "retrieval",
-    "Faiss": "_faiss",
-    "FewShotAccuracy": "fewshot",
-    "RelationalAgreement": "agreement",
-}
-
-__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)
-
-__all__ = [
-    "EmbeddingRetrieval",
-    "Faiss",
-    "FewShotAccuracy",
-    "RelationalAgreement",
-]
+__getattr__, __dir__, __all__ = lazy_attributes(__name__)

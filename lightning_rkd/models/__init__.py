@@ -20,34 +20,4 @@ if TYPE_CHECKING:
     from lightning_rkd.models.prototypes import PrototypicalLoss as PrototypicalLoss
     from lightning_rkd.models.small import ConvNet as ConvNet
 
-_HOMES = {
-    "CIFARResNet": "cifar_resnet",
-    "CIFARVGG": "cifar_vgg",
-    "CIFARWideResNet": "cifar_wide_resnet",
-    "Classified": "classified",
-    "Conv4": "conv4",
-    "ConvNet": "small",
-    "Embedded": "embedded",
-    "EmbeddingHead": "heads",
-    "L2Normalize": "heads",
-    "PrototypicalLoss": "prototypes",
-    "count_parameters": "heads",
-    "torchvision_embedder": "backbones",
-}
-
-__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)
-
-__all__ = [
-    "CIFARVGG",
-    "CIFARResNet",
-    "CIFARWideResNet",
-    "Classified",
-    "Conv4",
-    "ConvNet",
-    "Embedded",
-    "EmbeddingHead",
-    "L2Normalize",
-    "PrototypicalLoss",
-    "count_parameters",
-    "torchvision_embedder",
-]
+__getattr__, __dir__, __all__ = lazy_attributes(__name__)

@@ -12,18 +12,4 @@ if TYPE_CHECKING:
     from lightning_rkd.modules.mhgd import MHGDModule as MHGDModule
     from lightning_rkd.modules.multihead import MultiHeadDistillation as MultiHeadDistillation
 
-_HOMES = {
-    "AttentionGraphEstimator": "mhgd",
-    "DistillationModule": "distillation",
-    "MHGDModule": "mhgd",
-    "MultiHeadDistillation": "multihead",
-}
-
-__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)
-
-__all__ = [
-    "AttentionGraphEstimator",
-    "DistillationModule",
-    "MHGDModule",
-    "MultiHeadDistillation",
-]
+__getattr__, __dir__, __all__ = lazy_attributes(__name__)

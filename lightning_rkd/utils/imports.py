@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import ast
+import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 
-def lazy_attributes(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of a package whose public names are loaded on first use (PEP 562).
+def lazy_attributes(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """``__getattr__``, ``__dir__`` and ``__all__`` of a package whose public names are loaded on first use (PEP 562).
+
+    The names are those that its ``__init__.py`` imports under ``if TYPE_CHECKING:``, where type checkers and editors
+    read them, so each is written once.
 
     Args:
         package: The package's ``__name__``.
-        homes: The submodule that defines each public name, relative to the package.
 
     Example:
-        >>> get, names = lazy_attributes("lightning_rkd", {"RKD": "losses.rkd"})
-        >>> get("RKD").__name__, names()
-        ('RKD', ['RKD'])
+        >>> import lightning_rkd
+        >>> get, _, names = lazy_attributes("lightning_rkd")
+        >>> get("RKD").__module__, "RKD" in names
+        ('lightning_rkd.losses.rkd', True)
     """
+    loader: Any = sys.modules[package].__spec__.loader  # type: ignore[union-attr] # set while it is imported
+    blocks = [node for node in ast.parse(loader.get_source(package)).body if isinstance(node, ast.If)]
+    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    homes = {alias.asname or alias.name: str(node.module) for node in imports for alias in node.names}
 
     def __getattr__(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{homes[name]}"), name)
+        return getattr(import_module(homes[name]), name)
 
-    def __dir__() -> list[str]:
-        return sorted(homes)
-
-    return __getattr__, __dir__
+    return __getattr__, lambda: sorted(homes), sorted(homes)
 
 
 def require(module: str, extra: str) -> ModuleType:
