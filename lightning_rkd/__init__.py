@@ -31,15 +31,17 @@ if TYPE_CHECKING:
     __version__: str
 
 _load, _, __all__ = lazy_attributes(__name__)
-__all__ += ["__version__"]
+__all__ = sorted([*__all__, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
-        return version("lightning-rkd")
-    value = globals()[name] = _load(name)
+        value: Any = version("lightning-rkd")
+    else:
+        value = _load(name)
+    globals()[name] = value
     return value
 
 
