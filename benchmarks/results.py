@@ -133,9 +133,9 @@ def published(studies: Mapping[str, Any]) -> list[list[str]]:
     names = {name for study in studies for name in re.findall(r"\w+", (HERE / f"{study}.yaml").read_text())}
     cards = {name: getattr(lightning_rkd.losses, name) for name in lightning_rkd.losses.__all__ if name in names}
     return [
-        [f"[`{name}`](losses.md#{name.lower()})", cls.card.result]
+        [f"[`{name}`](losses.md#{name.lower()})", cls.reference.result]
         for name, cls in sorted(cards.items())
-        if isinstance(cls, type) and getattr(cls, "card", None) is not None and cls.card.result
+        if isinstance(cls, type) and getattr(cls, "reference", None) is not None and cls.reference.result
     ]
 
 

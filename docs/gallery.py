@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import inspect
 import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import lightning_rkd.experimental
 import lightning_rkd.losses
 import lightning_rkd.modules
-from lightning_rkd.losses import Card, LossSum, RelationalLoss, Term
+from lightning_rkd.losses import LossSum, Reference, RelationalLoss, Term
 
 PAGE = Path(__file__).parent / "losses.md"
 
-CERTAINTY = {
+PROVENANCE = {
     "read in code": "formula read in code",
     "read in paper": "formula read in the paper",
     "from memory": "formula from memory, not checked against a source",
@@ -58,7 +57,7 @@ def schemes() -> dict[str, type[Any]]:
     packages = (lightning_rkd.modules, lightning_rkd.experimental)
     found = {name: getattr(package, name) for package in packages for name in package.__all__}
     kept = {n: c for n, c in found.items() if inspect.isclass(c) and not issubclass(c, RelationalLoss)}
-    return {name: c for name, c in sorted(kept.items()) if getattr(c, "card", None)}
+    return {name: c for name, c in sorted(kept.items()) if getattr(c, "reference", None)}
 
 
 def summary(cls: type[Any]) -> str:
@@ -80,10 +79,10 @@ def markdown(text: str) -> str:
     return text.replace("``", "`")
 
 
-def weight(card: Card) -> str:
+def weight(reference: Reference) -> str:
     """The published weight and its setting."""
-    number = "" if card.weight is None else f"{card.weight:g}"
-    return ", ".join(part for part in (number, card.weight_note) if part) or "not known"
+    number = "" if reference.weight is None else f"{reference.weight:g}"
+    return ", ".join(part for part in (number, reference.weight_note) if part) or "not known"
 
 
 def reads(cls: type[Any]) -> str:
@@ -101,19 +100,19 @@ def needs(cls: type[Any]) -> str:
 def row(name: str, cls: type[Any]) -> str:
     """A line of the table of losses."""
     invariances = ", ".join(sorted(cls.invariances)) or "none"
-    return f"| [`{name}`](#{name.lower()}) | {reads(cls)} | {needs(cls)} | {invariances} | {weight(cls.card)} |"
+    return f"| [`{name}`](#{name.lower()}) | {reads(cls)} | {needs(cls)} | {invariances} | {weight(cls.reference)} |"
 
 
 def entry(name: str, cls: type[Any]) -> str:
     """What the page says of one method."""
-    card: Card = cls.card
+    reference: Reference = cls.reference
     loss = issubclass(cls, RelationalLoss)
     own = loss and bool(cls._wants)
     facts = {
-        "paper": card.paper,
-        "certainty": f"{CERTAINTY[card.certainty]} ({card.source})",
-        "published weight": weight(card),
-        "published result": card.result or "none found",
+        "paper": reference.citation,
+        "provenance": f"{PROVENANCE[reference.provenance]} ({reference.source})",
+        "published weight": weight(reference),
+        "published result": reference.result or "none found",
     }
     if loss:
         facts["reads"] = reads(cls)
@@ -125,7 +124,7 @@ def entry(name: str, cls: type[Any]) -> str:
     if tex := equation(cls):
         lines += ["$$", tex, "$$", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
-    lines += ["", "<details><summary>BibTeX</summary>", "", "```bibtex", textwrap.dedent(cls.bibtex).strip(), "```", ""]
+    lines += ["", "<details><summary>BibTeX</summary>", "", "```bibtex", reference.bibtex, "```", ""]
     return "\n".join([*lines, "</details>", ""])
 
 

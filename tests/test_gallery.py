@@ -29,7 +29,7 @@ def test_every_method_has_an_equation_a_paper_and_a_bibtex_entry_of_its_own() ->
     for name, cls in (page.losses() | page.schemes()).items():
         assert page.equation(cls), name
         assert "```bibtex\n@" in page.entry(name, cls), name
-        assert cls.card.paper, name
+        assert cls.reference.citation, name
         assert not any(mark in page.entry(name, cls) for mark in (":math:", ":class:", ":func:")), name
 
 

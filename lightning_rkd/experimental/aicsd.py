@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rkd.functional.similarities import unit_rows
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_logits
 
 
@@ -106,20 +105,11 @@ class AICSD(RelationalLoss):
     """
 
     reads = "logits"
-    dense = True
     gather = False
-    equal_widths = True
     invariances = frozenset({"row shift"})
-    bibtex: ClassVar[str] = """@article{mansourian2025aicsd,
-  title   = {{AICSD}: Adaptive Inter-Class Similarity Distillation for Semantic Segmentation},
-  author  = {Mansourian, Amir M. and Ahmadi, Rozhan and Kasaei, Shohreh},
-  journal = {Multimedia Tools and Applications},
-  year    = {2025}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Mansourian, Ahmadi and Kasaei 2023, AICSD: Adaptive Inter-Class Similarity Distillation for Semantic "
-        "Segmentation, arXiv:2308.04243",
-        certainty="reconstruction",
+    reference = Reference(
+        "mansourian2025aicsd",
+        "reconstruction",
         source="AmirMansurian/AICSD: its description, which its code contradicts",
         result="Pascal VOC, DeepLabV3+, ResNet-101 to ResNet-18: 70.03 mIoU (student alone 67.50), with pixel-wise "
         "distillation and adaptive weights, the authors",

@@ -15,9 +15,10 @@ from torchmetrics import Metric
 from lightning_rkd.distillation.features import Tap
 from lightning_rkd.distillation.lightning import refuse_lbfgs
 from lightning_rkd.distillation.step import Shown
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.parts.memory import generator
 from lightning_rkd.losses.parts.state import StepState
+from lightning_rkd.losses.references import BibTeX, Reference
 from lightning_rkd.losses.soft_target import soft_target
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.distributed import gather_rows, rank_and_size, row_counts
@@ -266,16 +267,10 @@ class CORSD(DistillationModule):
         torch.Size([2, 5])
     """
 
-    bibtex: ClassVar[str] = """@inproceedings{yu2023corsd,
-  title     = {{CORSD}: Class-Oriented Relational Self Distillation},
-  author    = {Yu, Muzhou and Tan, Sia Huat and Wu, Kailu and Dong, Runpei and Zhang, Linfeng and Ma, Kaisheng},
-  booktitle = {IEEE International Conference on Acoustics, Speech and Signal Processing (ICASSP)},
-  year      = {2023}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Yu, Tan, Wu, Dong, Zhang and Ma 2023, CORSD: Class-Oriented Relational Self Distillation, "
-        "arXiv:2305.00918",
-        certainty="reconstruction",
+    bibtex = BibTeX()
+    reference = Reference(
+        "yu2023corsd",
+        "reconstruction",
         source="muzhou-yu/CORSD, distillation.py and model.py, which do not run as published",
         weight_note="seven weights, the authors'",
         result="abstract: 3.8 points over the baseline on CIFAR-100, 1.5 on ImageNet, 4.5 on CUB-200-2011, averages",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,8 +14,8 @@ from torchmetrics import Metric
 
 from lightning_rkd.distillation.features import Tap, find_layer
 from lightning_rkd.distillation.step import Shown
-from lightning_rkd.losses.base import Card
 from lightning_rkd.losses.parts.checks import check_positive
+from lightning_rkd.losses.references import BibTeX, Reference
 from lightning_rkd.losses.soft_target import soft_target
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.types import Batch, Key
@@ -145,16 +145,10 @@ class OnlineBranches(DistillationModule):
         torch.Size([2, 3])
     """
 
-    bibtex: ClassVar[str] = """@inproceedings{li2020online,
-  title     = {Online Knowledge Distillation via Multi-branch Diversity Enhancement},
-  author    = {Li, Zheng and Huang, Ying and Chen, Defang and Luo, Tianren and Cai, Ning and Pan, Zhigeng},
-  booktitle = {Asian Conference on Computer Vision (ACCV)},
-  year      = {2020}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Li, Huang, Chen, Luo, Cai and Pan 2020, Online Knowledge Distillation via Multi-branch Diversity "
-        "Enhancement, arXiv:2010.00795",
-        certainty="reconstruction",
+    bibtex = BibTeX()
+    reference = Reference(
+        "li2020online",
+        "reconstruction",
         source="third-party code for all but the ensemble; the paper's Feature Fusion Module is missing, and the mean "
         "of logits stands in for it",
         weight=5e-8,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -13,7 +13,8 @@ from torchmetrics import Metric
 
 from lightning_rkd.distillation.features import Tap
 from lightning_rkd.distillation.teachers import Teacher
-from lightning_rkd.losses.base import Card, RelationalLoss, Weight
+from lightning_rkd.losses.base import RelationalLoss, Weight
+from lightning_rkd.losses.references import BibTeX, Reference
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.types import Batch, Key
 
@@ -105,15 +106,10 @@ class ResidualKD(DistillationModule):
         torch.Size([3, 4])
     """
 
-    bibtex: ClassVar[str] = """@article{gao2020residual,
-  title   = {Residual Knowledge Distillation},
-  author  = {Gao, Mengya and Shen, Yujun and Li, Quanquan and Loy, Chen Change},
-  journal = {arXiv preprint arXiv:2002.09168},
-  year    = {2020}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Gao, Shen, Li and Loy 2020, Residual Knowledge Distillation, arXiv:2002.09168",
-        certainty="from memory",
+    bibtex = BibTeX()
+    reference = Reference(
+        "gao2020residual",
+        "from memory",
         source="the abstract, for what student and assistant learn; no code was found",
     )
 

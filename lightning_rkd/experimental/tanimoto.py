@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from lightning_rkd.functional.similarities import tanimoto_coefficients, tanimoto_of_pairs
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 
 Form = Literal["matrix", "sample"]
 """``"matrix"`` relates the samples of a batch; ``"sample"`` relates each sample's two embeddings."""
@@ -84,17 +84,9 @@ class Tanimoto(RelationalLoss):
         (tensor(0.2222), tensor(0.5000))
     """
 
-    bibtex: ClassVar[str] = """@inproceedings{shu2022two,
-  title     = {Two Distillation Perspectives Based on Tanimoto Coefficient},
-  author    = {Shu, Hongqiao},
-  booktitle = {IEEE International Conference on Image Processing (ICIP)},
-  year      = {2022},
-  doi       = {10.1109/ICIP46576.2022.9897375}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Shu 2022, Two Distillation Perspectives Based on Tanimoto Coefficient, "
-        "doi:10.1109/ICIP46576.2022.9897375",
-        certainty="reconstruction",
+    reference = Reference(
+        "shu2022two",
+        "reconstruction",
         source="the paper's abstract",
     )
     invariances = frozenset({"rotation", "scale"})
@@ -105,12 +97,8 @@ class Tanimoto(RelationalLoss):
             raise ValueError(f"Tanimoto: form must be 'matrix' or 'sample', got {form!r}")
         self.form = form
         if form == "sample":
-            self.gather, self.equal_widths, self.invariances = False, True, frozenset()
+            self.gather, self.invariances = False, frozenset()
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
         return tanimoto(student, teacher, form=self.form)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"form={self.form!r}"

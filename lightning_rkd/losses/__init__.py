@@ -1,7 +1,7 @@
 """The losses, one paper a file. Importing them costs no more than PyTorch."""
 
 from lightning_rkd.losses.attention_transfer import AttentionTransfer
-from lightning_rkd.losses.base import Card, LossSum, NonFiniteError, RelationalLoss, Term
+from lightning_rkd.losses.base import LossSum, NonFiniteError, Reference, RelationalLoss, Term
 from lightning_rkd.losses.correlation_congruence import CorrelationCongruence
 from lightning_rkd.losses.crcd import CRCD
 from lightning_rkd.losses.crd import CRD
@@ -48,7 +48,6 @@ __all__ = [
     "TTM",
     "WTTM",
     "AttentionTransfer",
-    "Card",
     "ClassSimilarityKD",
     "CorrelationCongruence",
     "CosineTemperatureKD",
@@ -61,6 +60,7 @@ __all__ = [
     "NonFiniteError",
     "RKDAngle",
     "RKDDistance",
+    "Reference",
     "RelationalLoss",
     "RelaxedContrastive",
     "SampleContrastiveKD",

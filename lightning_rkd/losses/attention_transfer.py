@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_rkd.functional.scales import ordinary, power_of_two
 from lightning_rkd.functional.similarities import unit_rows
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
 def attention_map(features: Tensor, *, power: float = 2.0) -> Tensor:
@@ -118,16 +117,9 @@ class AttentionTransfer(RelationalLoss):
     reads = "feature_maps"
     gather = False
     invariances = frozenset({"scale", "row scale"})
-    bibtex: ClassVar[str] = """@inproceedings{zagoruyko2017paying,
-  title     = {Paying More Attention to Attention: Improving the Performance of Convolutional Neural Networks via
-               Attention Transfer},
-  author    = {Zagoruyko, Sergey and Komodakis, Nikos},
-  booktitle = {International Conference on Learning Representations (ICLR)},
-  year      = {2017}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Zagoruyko and Komodakis 2017, Paying More Attention to Attention, arXiv:1612.03928",
-        certainty="read in code",
+    reference = Reference(
+        "zagoruyko2017paying",
+        "read in code",
         source="szagoruyko/attention-transfer, utils.py; HobbitLong/RepDistiller, distiller_zoo/AT.py",
         weight=1000.0,
         weight_note="CIFAR-100, RepDistiller, the maps at the end of all stages",
@@ -143,7 +135,3 @@ class AttentionTransfer(RelationalLoss):
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """The loss as a scalar."""
         return attention_transfer(student, teacher, power=self.power)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"power={self.power}"

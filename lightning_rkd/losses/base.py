@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_rkd.losses.context import checked_context
 from lightning_rkd.losses.lazy import Size, Sized
+from lightning_rkd.losses.references import BibTeX, Reference
 from lightning_rkd.losses.sides import (
     FIELDS,
     NonFiniteError,
@@ -26,8 +27,8 @@ from lightning_rkd.losses.sides import (
 )
 
 __all__ = [
-    "Card", "LossSum", "NonFiniteError", "RelationalLoss", "Side", "Size", "Term", "Weight", "at_tap", "check_finite",
-    "named_terms", "pick", "weight_at",
+    "LossSum", "NonFiniteError", "Reference", "RelationalLoss", "Side", "Size", "Term", "Weight", "at_tap",
+    "check_finite", "named_terms", "pick", "weight_at",
 ]  # fmt: skip
 
 Weight = float | Callable[[int], float]
@@ -38,27 +39,6 @@ CONTEXT = frozenset({"labels", "indices", "view", "epoch", "mix", "shard"})
 
 INVARIANCES = frozenset({"translation", "rotation", "scale", "row scale", "row shift"})
 """What may leave a loss unchanged, done to either side alone."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """What the gallery tells about a method.
-
-    Attributes:
-        paper: Authors, year, title, arXiv number.
-        certainty: How the formula was come by.
-        source: Where it was read.
-        weight: The weight that was published, ``None`` where none is known.
-        weight_note: The setting that the weight belongs to.
-        result: What was published with it, setting and origin included; empty where nothing is known.
-    """
-
-    paper: str
-    certainty: Literal["read in code", "read in paper", "from memory", "reconstruction"]
-    source: str
-    weight: float | None = None
-    weight_note: str = ""
-    result: str = ""
 
 
 def weight_at(weight: Weight, epoch: int) -> float:
@@ -84,16 +64,11 @@ class RelationalLoss(Sized):
             tuple of fields, and ``forward`` receives the two ``Outputs``.
         gather: Whether the loss relates samples to one another. ``False`` marks a mean of per-sample terms,
             which the engine does not gather over ranks.
-        equal_widths: Whether student and teacher must be equally wide.
-        min_rows: The fewest rows it works with.
-        order_matters: Whether the order of the rows changes the value.
-        dense: Whether the logits it reads are maps (N, K, H, W).
-        exact_gradient: Whether the gradient is that of the value; not where a paper takes for a constant what depends
-            on the student.
         invariances: What leaves the value unchanged, done to student or teacher alone: ``"translation"`` (the same
             vector added to all rows), ``"rotation"``, ``"scale"`` (all rows times a positive number), ``"row scale"``
             (each row times one of its own), ``"row shift"`` (a constant of its own added to each row).
-        card: What the gallery tells about the method; ``bibtex`` is the entry of its paper.
+        reference: The paper of the method, its provenance, and the published weight and result, for the gallery;
+            optional. ``bibtex`` is the entry of the paper.
 
     A loss with tensors of its own (projectors, banks) makes them in a method ``build``, whose parameters name the sizes
     that it must know: ``student_dim``, ``teacher_dim`` (columns of the embedding or the logits; for maps a tuple of
@@ -115,14 +90,9 @@ class RelationalLoss(Sized):
     """
 
     gather: bool = True
-    equal_widths: bool = False
-    min_rows: int = 1
-    order_matters: bool = False
-    dense: ClassVar[bool] = False
-    exact_gradient: bool = True
     invariances: frozenset[str] = frozenset()
-    card: ClassVar[Card | None] = None
-    bibtex: ClassVar[str] = ""
+    reference: ClassVar[Reference | None] = None
+    bibtex: ClassVar[BibTeX] = BibTeX()
     needs: frozenset[str] = frozenset()
     required: ClassVar[frozenset[str]] = frozenset()
 
@@ -177,6 +147,11 @@ class RelationalLoss(Sized):
         if device.type == "cpu" and not torch.compiler.is_compiling():
             check_value(value, tensors, self)
         return value
+
+    def extra_repr(self) -> str:
+        """Settings for ``print``: the arguments of ``__init__`` that are kept under their own names."""
+        settings = {name: vars(self)[name] for name in inspect.signature(type(self)).parameters if name in vars(self)}
+        return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
     def at(self, tap: str) -> Term:
         """This loss, read at the tap of that name: ``RKD().at("layer3")``."""

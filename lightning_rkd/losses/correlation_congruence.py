@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_rkd.functional.similarities import row_lengths, unit_rows
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 
 Form = Literal["kernel", "norm", "rows"]
 """``"kernel"`` is the paper's, ``"norm"`` torchdistill's, ``"rows"`` RepDistiller's."""
@@ -170,19 +170,11 @@ class CorrelationCongruence(RelationalLoss):
         (tensor(0.5362), tensor(0.))
     """
 
-    bibtex: ClassVar[str] = """@inproceedings{peng2019correlation,
-  title     = {Correlation Congruence for Knowledge Distillation},
-  author    = {Peng, Baoyun and Jin, Xiao and Liu, Jiaheng and Li, Dongsheng and Wu, Yichao and Liu, Yu
-               and Zhou, Shunfeng and Zhang, Zhaoning},
-  booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
-  year      = {2019}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Peng et al. 2019, Correlation Congruence for Knowledge Distillation, arXiv:1904.01802",
-        certainty="read in code",
+    reference = Reference(
+        "peng2019correlation",
+        "read in code",
         source="JDAI-CV/FaceX-Zoo, addition_module/face_lightning/KDF/loss/cc.py; yoshitomo-matsubara/torchdistill, "
         "losses/mid_level.py (norm); HobbitLong/RepDistiller, distiller_zoo/CC.py (rows)",
-        weight=None,
         weight_note="0.02 for the form rows, CIFAR-100, RepDistiller; 0.003 for the form norm, ImageNet, torchdistill",
         result="CIFAR-100 resnet32x4 to resnet8x4: 72.97 for the form rows (student alone 72.50), RepDistiller",
     )
@@ -199,7 +191,6 @@ class CorrelationCongruence(RelationalLoss):
         self.form, self.gamma, self.order = form, gamma, order
         if form != "kernel":
             self.invariances = frozenset({"rotation"} if form == "norm" else ())
-        self.order_matters = self.equal_widths = form == "rows"
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
@@ -209,7 +200,3 @@ class CorrelationCongruence(RelationalLoss):
             return correlation_congruence_rows(student, teacher)
         compare = correlation_congruence if self.form == "kernel" else correlation_congruence_norm
         return compare(student, teacher, gamma=self.gamma, order=self.order)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"form={self.form!r}" + ("" if self.form == "rows" else f", gamma={self.gamma}, order={self.order}")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.memory import MemoryBank, generator
 from lightning_rkd.losses.parts.nce import nce
 from lightning_rkd.losses.parts.projector import Projector
@@ -124,16 +123,9 @@ class CRCD(RelationalLoss):
         (torch.Size([]), 1)
     """
 
-    bibtex: ClassVar[str] = """@inproceedings{zhu2021complementary,
-  title     = {Complementary Relation Contrastive Distillation},
-  author    = {Zhu, Jinguo and Tang, Shixiang and Chen, Dapeng and Yu, Shijie and Liu, Yakun and Yang, Aijun
-               and Rong, Mingzhe and Wang, Xiaohua},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  year      = {2021}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Zhu et al. 2021, Complementary Relation Contrastive Distillation, arXiv:2103.16367",
-        certainty="read in code",
+    reference = Reference(
+        "zhu2021complementary",
+        "read in code",
         source="Lechatelia/CRCD, crcd/criterion.py and crcd/memory.py; the feature relation only",
         weight=1.0,
         weight_note="CIFAR-100, the authors' script; 0 in the last 10 of 250 epochs",
@@ -190,10 +182,3 @@ class CRCD(RelationalLoss):
         same = which[:, None] == indices[:, None]
         cosines = relation_similarities(features, memory.rows[which], memory.rows[indices], same)
         return nce(cosines.flatten(0, 1) / self.temperature, self._log_normaliser, len(memory))
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return (
-            f"dim={self.dim}, negatives={self.negatives}, temperature={self.temperature}, momentum={self.momentum}, "
-            f"seed={self.seed}"
-        )

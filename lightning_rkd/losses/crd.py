@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.memory import MemoryBank
 from lightning_rkd.losses.parts.nce import nce
 from lightning_rkd.losses.parts.projector import Projector
@@ -79,15 +78,9 @@ class CRD(RelationalLoss):
         (torch.Size([]), 1)
     """
 
-    bibtex: ClassVar[str] = """@inproceedings{tian2020contrastive,
-  title     = {Contrastive Representation Distillation},
-  author    = {Tian, Yonglong and Krishnan, Dilip and Isola, Phillip},
-  booktitle = {International Conference on Learning Representations (ICLR)},
-  year      = {2020}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Tian, Krishnan and Isola 2019, Contrastive Representation Distillation, arXiv:1910.10699",
-        certainty="read in code",
+    reference = Reference(
+        "tian2020contrastive",
+        "read in code",
         source="HobbitLong/RepDistiller, crd/criterion.py and crd/memory.py",
         weight=0.8,
         weight_note="CIFAR-100, RepDistiller",
@@ -144,10 +137,3 @@ class CRD(RelationalLoss):
 
     def _nce(self, similarities: Tensor) -> Tensor:
         return nce(similarities / self.temperature, self._log_normaliser, len(self.student_memory))
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return (
-            f"dim={self.dim}, negatives={self.negatives}, temperature={self.temperature}, momentum={self.momentum}, "
-            f"seed={self.seed}"
-        )

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from lightning_rkd.functional.scales import exact, far_above_rounding
 from lightning_rkd.functional.similarities import unit_rows
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_logits, check_positive
 
-_PAPER = (
-    "Ham, Kim, Lee, Lee and Kim 2023, Cosine Similarity Knowledge Distillation for Individual Class Information "
-    "Transfer, arXiv:2311.14307"
-)
 _SOURCE = "a public implementation on top of multi-level logit distillation: llieeai/lud, mdistiller/distillers/CSKD.py"
-_BIBTEX = """@article{ham2023cosine,
-  title   = {Cosine Similarity Knowledge Distillation for Individual Class Information Transfer},
-  author  = {Ham, Gyeongdo and Kim, Seonghak and Lee, Suin and Lee, Jae-Hyeok and Kim, Daeshik},
-  journal = {arXiv preprint arXiv:2311.14307},
-  year    = {2023}
-}"""
 
 
 def class_similarity(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 4.0) -> Tensor:
@@ -129,12 +117,10 @@ class ClassSimilarityKD(RelationalLoss):
     """
 
     reads = "logits"
-    equal_widths = True
     invariances = frozenset({"row shift"})
-    bibtex: ClassVar[str] = _BIBTEX
-    card: ClassVar[Card] = Card(
-        paper=_PAPER,
-        certainty="read in code",
+    reference = Reference(
+        "ham2023cosine",
+        "read in code",
         source=_SOURCE,
         weight=1.0,
         weight_note="that code's default",
@@ -150,10 +136,6 @@ class ClassSimilarityKD(RelationalLoss):
         check_logits(student, teacher, "ClassSimilarityKD", dims=(2,))
         factor = self.scale * self.temperature**2
         return factor * class_similarity(student, teacher, temperature=self.temperature)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"temperature={self.temperature}, scale={self.scale}"
 
 
 class CosineTemperatureKD(RelationalLoss):
@@ -194,13 +176,10 @@ class CosineTemperatureKD(RelationalLoss):
     """
 
     reads = "logits"
-    equal_widths = True
     invariances = frozenset({"row shift"})
-    exact_gradient = False
-    bibtex: ClassVar[str] = _BIBTEX
-    card: ClassVar[Card] = Card(
-        paper=_PAPER,
-        certainty="read in code",
+    reference = Reference(
+        "ham2023cosine",
+        "read in code",
         source=_SOURCE,
         weight=1.0,
         weight_note="that code's default",
@@ -218,7 +197,3 @@ class CosineTemperatureKD(RelationalLoss):
         check_logits(student, teacher, "CosineTemperatureKD", dims=(2,))
         temperatures = cosine_temperatures(student, teacher, low=self.low, high=self.high)
         return self.scale * temperatures.mean() ** 2 * class_similarity(student, teacher, temperature=temperatures)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"low={self.low}, high={self.high}, scale={self.scale}"

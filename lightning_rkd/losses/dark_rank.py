@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from lightning_rkd.functional.distances import distances
 from lightning_rkd.functional.ranks import log_probability_of_order, nearest, permutations
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 
-_PAPER = (
-    "Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer, "
-    "arXiv:1707.01220"
-)
-_BIBTEX = """@inproceedings{chen2018darkrank,
-  title     = {{DarkRank}: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer},
-  author    = {Chen, Yuntao and Wang, Naiyan and Zhang, Zhaoxiang},
-  booktitle = {AAAI Conference on Artificial Intelligence},
-  year      = {2018}
-}"""
 _LONGEST = 7  # lists have 5,040 orders, each of which is scored
 
 
@@ -125,10 +113,9 @@ class HardDarkRank(RelationalLoss):
         tensor(7.)
     """
 
-    bibtex: ClassVar[str] = _BIBTEX
-    card: ClassVar[Card] = Card(
-        paper=_PAPER,
-        certainty="read in code",
+    reference = Reference(
+        "chen2018darkrank",
+        "read in code",
         source="lenscloth/RKD, metric/loss.py",
         weight=1.0,
         weight_note="metric learning with unit embeddings, beside a triplet loss, LabelRelaxation",
@@ -145,10 +132,6 @@ class HardDarkRank(RelationalLoss):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
         return hard_dark_rank(student, teacher, alpha=self.alpha, beta=self.beta, length=self.length)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"alpha={self.alpha}, beta={self.beta}, length={self.length}"
 
 
 class SoftDarkRank(RelationalLoss):
@@ -188,10 +171,9 @@ class SoftDarkRank(RelationalLoss):
         tensor(6.4644)
     """
 
-    bibtex: ClassVar[str] = _BIBTEX
-    card: ClassVar[Card] = Card(
-        paper=_PAPER,
-        certainty="read in code",
+    reference = Reference(
+        "chen2018darkrank",
+        "read in code",
         source="TuSimple/DarkRank, PYOP/listnet_loss.py",
         weight=2.0,
         weight_note="Market-1501 with unit embeddings, alpha=12.25 and beta=4; the authors' 16 over their batch of 8",
@@ -211,10 +193,6 @@ class SoftDarkRank(RelationalLoss):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
         return soft_dark_rank(student, teacher, alpha=self.alpha, beta=self.beta, length=self.length)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"alpha={self.alpha}, beta={self.beta}, length={self.length}"
 
 
 def _scores(student: Tensor, teacher: Tensor, alpha: float, beta: float, length: int) -> tuple[Tensor, Tensor]:

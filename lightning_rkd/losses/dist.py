@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_logits, check_positive, pixels_as_rows
 
 _EPS = 1e-8  # the authors'
@@ -104,17 +102,10 @@ class DIST(RelationalLoss):
     """
 
     reads = "logits"
-    equal_widths = True
     invariances = frozenset({"row shift"})
-    bibtex: ClassVar[str] = """@inproceedings{huang2022knowledge,
-  title     = {Knowledge Distillation from A Stronger Teacher},
-  author    = {Huang, Tao and You, Shan and Wang, Fei and Qian, Chen and Xu, Chang},
-  booktitle = {Advances in Neural Information Processing Systems (NeurIPS)},
-  year      = {2022}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Huang, You, Wang, Qian and Xu 2022, Knowledge Distillation from A Stronger Teacher, arXiv:2205.10536",
-        certainty="read in code",
+    reference = Reference(
+        "huang2022knowledge",
+        "read in code",
         source="hunto/image_classification_sota, lib/models/losses/dist_kd.py; hunto/DIST_KD, segmentation/losses",
         weight=2.0,
         weight_note="ImageNet with temperature=1 and CIFAR-100 with temperature=4",
@@ -135,7 +126,3 @@ class DIST(RelationalLoss):
             intra_weight=self.intra_weight,
             temperature=self.temperature,
         )
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"inter_weight={self.inter_weight}, intra_weight={self.intra_weight}, temperature={self.temperature}"

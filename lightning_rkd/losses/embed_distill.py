@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_rkd.functional.similarities import row_lengths, unit_rows
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 
 Distance = Literal["l2", "cosine"]
 
@@ -89,18 +89,9 @@ class EmbedDistill(RelationalLoss):
     """
 
     gather = False
-    bibtex: ClassVar[str] = """@article{kim2023embeddistill,
-  title   = {{EmbedDistill}: A Geometric Knowledge Distillation for Information Retrieval},
-  author  = {Kim, Seungyeon and Rawat, Ankit Singh and Zaheer, Manzil and Jayasumana, Sadeep and
-             Sadhanala, Veeranjaneyulu and Jitkrittum, Wittawat and Menon, Aditya Krishna and Fergus, Rob and
-             Kumar, Sanjiv},
-  journal = {arXiv preprint arXiv:2301.12005},
-  year    = {2023}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Kim et al. 2023, EmbedDistill: A Geometric Knowledge Distillation for Information Retrieval, "
-        "arXiv:2301.12005",
-        certainty="read in code",
+    reference = Reference(
+        "kim2023embeddistill",
+        "read in code",
         source="sentence-transformers, EmbedDistillLoss, which cites the paper's equations 7 and 8",
         result="MSMARCO: students of a tenth of the size keep 95 to 97 % of the teacher, with the whole method",
     )
@@ -132,7 +123,3 @@ class EmbedDistill(RelationalLoss):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
         return embedding_distance(self.project(student), teacher, distance=self.distance)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"distance={self.distance!r}, projection={self.projection}"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_channels
 
 
@@ -53,17 +52,9 @@ class FitNetHint(RelationalLoss):
 
     reads = "feature_maps"
     gather = False
-    bibtex: ClassVar[str] = """@inproceedings{romero2015fitnets,
-  title     = {{FitNets}: Hints for Thin Deep Nets},
-  author    = {Romero, Adriana and Ballas, Nicolas and Kahou, Samira Ebrahimi and Chassang, Antoine and
-               Gatta, Carlo and Bengio, Yoshua},
-  booktitle = {International Conference on Learning Representations (ICLR)},
-  year      = {2015}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Romero, Ballas, Kahou, Chassang, Gatta and Bengio 2015, FitNets: Hints for Thin Deep Nets, "
-        "arXiv:1412.6550",
-        certainty="read in code",
+    reference = Reference(
+        "romero2015fitnets",
+        "read in code",
         source="adri-romsor/FitNets, costs/HintCost.py; HobbitLong/RepDistiller, distiller_zoo/FitNet.py",
         weight=100.0,
         weight_note="CIFAR-100, RepDistiller, one map of the middle",
@@ -108,7 +99,3 @@ class FitNetHint(RelationalLoss):
             predicted = self.regressors[i](s)
             losses.append(F.mse_loss(predicted.relu() if self.relu else predicted, t))
         return torch.stack(losses).sum()
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"relu={self.relu}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_rkd.functional.graphs import knn_graph, normalised_adjacency, same_class
 from lightning_rkd.functional.similarities import cosine_similarities, layer_rows
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
 def graph_kd(
@@ -98,16 +98,9 @@ class GraphKD(RelationalLoss):
         tensor(0.0147)
     """
 
-    bibtex: ClassVar[str] = """@inproceedings{lassance2020deep,
-  title     = {Deep Geometric Knowledge Distillation with Graphs},
-  author    = {Lassance, Carlos and Bontonou, Myriam and Hacene, Ghouthi Boukli and Gripon, Vincent and Tang, Jian
-               and Ortega, Antonio},
-  booktitle = {IEEE International Conference on Acoustics, Speech and Signal Processing (ICASSP)},
-  year      = {2020}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Lassance et al. 2020, Deep Geometric Knowledge Distillation with Graphs, arXiv:1911.03080",
-        certainty="read in code",
+    reference = Reference(
+        "lassance2020deep",
+        "read in code",
         source="cadurosar/graph_kd, utils.py",
         weight=25.0,
         weight_note="CIFAR-10, three maps (reads='feature_maps'), batches of 128",
@@ -131,7 +124,6 @@ class GraphKD(RelationalLoss):
         if reads not in ("embedding", "feature_maps"):
             raise ValueError(f"GraphKD: reads must be 'embedding' or 'feature_maps', got {reads!r}")
         self.neighbours, self.power, self.edges, self.reads = neighbours, power, edges, reads
-        self.min_rows = 1 if neighbours is None else neighbours + 1
 
     def forward(
         self,
@@ -145,10 +137,6 @@ class GraphKD(RelationalLoss):
         mask = self._mask(labels, layers[0][0].dtype)
         each = [graph_kd(s, t, mask=mask, neighbours=self.neighbours, power=self.power) for s, t in layers]
         return torch.stack(each).mean()
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"neighbours={self.neighbours}, power={self.power}, edges={self.edges!r}, reads={self.reads!r}"
 
     def _mask(self, labels: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if self.edges == "all":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_rkd.functional.graphs import knn_graph
 from lightning_rkd.functional.similarities import unit_rows
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.memory import MemoryBank
 from lightning_rkd.losses.parts.projector import Projector
 from lightning_rkd.utils.types import Outputs
@@ -118,18 +118,9 @@ class HolisticKD(RelationalLoss):
     """
 
     reads = ("embedding", "logits")
-    min_rows = 8
-    exact_gradient = False  # so finite differences of the value are not the gradient
-    bibtex: ClassVar[str] = """@inproceedings{zhou2021distilling,
-  title     = {Distilling Holistic Knowledge with Graph Neural Networks},
-  author    = {Zhou, Sheng and Wang, Yucheng and Chen, Defang and Chen, Jiawei and Wang, Xin and Wang, Can
-               and Bu, Jiajun},
-  booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
-  year      = {2021}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Zhou et al. 2021, Distilling Holistic Knowledge with Graph Neural Networks, arXiv:2108.05507",
-        certainty="read in code",
+    reference = Reference(
+        "zhou2021distilling",
+        "read in code",
         source="wyc-ruiker/HKD, distiller_zoo/GNN.py",
         weight=3.0,
         weight_note="CIFAR-100, the authors' code",
@@ -221,11 +212,3 @@ class HolisticKD(RelationalLoss):
             [(features * partners).sum(1, keepdim=True), memory.similarities(features, which)], dim=1
         )
         return F.cross_entropy(similarities / self.temperature, which.new_zeros(len(which)))
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return (
-            f"dim={self.dim}, neighbours={self.neighbours}, negatives={self.negatives}, "
-            f"temperature={self.temperature}, momentum={self.momentum}, smoothing={self.smoothing}, "
-            f"negatives_from={self.negatives_from!r}, seed={self.seed}"
-        )

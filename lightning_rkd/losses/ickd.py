@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_rkd.functional.channels import channel_vectors, unit_channels
 from lightning_rkd.functional.scales import not_too_large, ordinary, power_of_two
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_channels
 
 
@@ -100,17 +99,9 @@ class ICKD(RelationalLoss):
     """
 
     reads = "feature_maps"
-    bibtex: ClassVar[str] = """@inproceedings{liu2021exploring,
-  title     = {Exploring Inter-Channel Correlation for Diversity-preserved Knowledge Distillation},
-  author    = {Liu, Li and Huang, Qingle and Lin, Sihao and Xie, Hongwei and Wang, Bing and Chang, Xiaojun and
-               Liang, Xiaodan},
-  booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
-  year      = {2021}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Liu, Huang, Lin, Xie, Wang, Chang and Liang 2021, Exploring Inter-Channel Correlation for "
-        "Diversity-preserved Knowledge Distillation, arXiv:2202.03680",
-        certainty="read in code",
+    reference = Reference(
+        "liu2021exploring",
+        "read in code",
         source="ADLab-AutoDrive/ICKD, Cifar100/distiller_zoo/ICKD.py",
         weight=2.5,
         weight_note="CIFAR-100, the authors' README; one of their scripts has 4",

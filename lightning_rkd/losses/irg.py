@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from lightning_rkd.functional.channels import channel_vectors
 from lightning_rkd.functional.distances import squared_distances
 from lightning_rkd.functional.scales import power_of_two
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.utils.types import Outputs
 
 
@@ -100,16 +99,9 @@ class IRG(RelationalLoss):
     """
 
     reads: str | tuple[str, ...] = ("logits", "feature_maps")
-    bibtex: ClassVar[str] = """@inproceedings{liu2019knowledge,
-  title     = {Knowledge Distillation via Instance Relationship Graph},
-  author    = {Liu, Yufan and Cao, Jiajiong and Li, Bing and Yuan, Chunfeng and Hu, Weiming and Li, Yangxi and
-               Duan, Yunqiang},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  year      = {2019}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Liu, Cao, Li, Yuan, Hu, Li and Duan 2019, Knowledge Distillation via Instance Relationship Graph, CVPR",
-        certainty="read in code",
+    reference = Reference(
+        "liu2019knowledge",
+        "read in code",
         source="yufanLIU/IRG, batch_euclidean_map_layer.cpp, batch_euclidean_vector_layer.cpp and the prototxt files",
         weight=1.0,
         weight_note="with 0.005 inside for edges and for each transformation, CIFAR-10, the authors' files",
@@ -152,14 +144,6 @@ class IRG(RelationalLoss):
             gap = _moved(s, *pair, who="student") - _moved(t, *pair, who="teacher")
             total = total + self.transform_weight * gap.square().sum() / 2
         return total
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return (
-            f"vertex_weight={self.vertex_weight}, edge_weight={self.edge_weight}, "
-            f"transform_weight={self.transform_weight}, edge_layers={self.edge_layers}, "
-            f"transform_layers={self.transform_layers}"
-        )
 
 
 def _vertices(s: Tensor, t: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +9,7 @@ from torch.nn import functional as F
 from lightning_rkd.functional.columns import centred
 from lightning_rkd.functional.scales import smallest_length
 from lightning_rkd.functional.similarities import cosine_similarities
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
 def correlation_loss(student: Tensor, teacher: Tensor, *, alpha: float = 1.5) -> Tensor:
@@ -127,16 +125,9 @@ class ITRD(RelationalLoss):
         (tensor(-2.), tensor(0.5000))
     """
 
-    bibtex: ClassVar[str] = """@inproceedings{miles2022itrd,
-  title     = {Information Theoretic Representation Distillation},
-  author    = {Miles, Roy and Lopez-Rodriguez, Adrian and Mikolajczyk, Krystian},
-  booktitle = {British Machine Vision Conference (BMVC)},
-  year      = {2022}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Miles, Lopez-Rodriguez and Mikolajczyk 2022, Information Theoretic Representation Distillation, "
-        "arXiv:2112.00459",
-        certainty="read in code",
+    reference = Reference(
+        "miles2022itrd",
+        "read in code",
         source="roymiles/ITRD, distiller_zoo/IT.py, helper/loops.py and train_student.py",
         weight=1.0,
         weight_note="with 2 and 0.05 inside, CIFAR-100, the authors' defaults",
@@ -170,7 +161,3 @@ class ITRD(RelationalLoss):
         own = student if student.shape[1] == teacher.shape[1] else mapped + self.embed(student.mean(0, keepdim=True))
         correlation = correlation_loss(mapped, teacher, alpha=self.alpha)
         return self.correlation_weight * correlation + self.mutual_weight * mutual_information_loss(own, teacher)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"correlation_weight={self.correlation_weight}, mutual_weight={self.mutual_weight}, alpha={self.alpha}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.functional.singular import align, positions, right_singular_vectors
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.attention_graph import (
     attention_between,
     attention_sizes,
@@ -98,15 +98,9 @@ class MHGD(RelationalLoss):
         tensor(0.)
     """
 
-    bibtex: ClassVar[str] = """@inproceedings{lee2019graph,
-  title     = {Graph-based Knowledge Distillation by Multi-head Attention Network},
-  author    = {Lee, Seunghyun and Song, Byung Cheol},
-  booktitle = {British Machine Vision Conference (BMVC)},
-  year      = {2019}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226",
-        certainty="read in code",
+    reference: ClassVar[Reference] = Reference(
+        "lee2019graph",
+        "read in code",
         source="sseung0703/KD_methods_with_TF, nets/Relation.py and nets/SVP.py",
         weight=1.0,
         weight_note="with the gradient clipped per variable",
@@ -183,10 +177,6 @@ class MHGD(RelationalLoss):
         ]
         divergences = torch.stack([graph_divergence(s, t, reduction=self.reduction) for s, t in graphs])
         return divergences.sum() if self.reduction == "official" else divergences.mean()
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"heads={self.heads}, reduction={self.reduction!r}"
 
     def _fill(self) -> None:
         assert self._state is not None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rkd.functional.channels import channel_vectors, unit_channels
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 
 Kernel = Literal["polynomial", "linear", "gaussian"]
 
@@ -135,16 +135,9 @@ class NST(RelationalLoss):
     reads = "feature_maps"
     gather = False
     invariances = frozenset({"scale", "row scale"})
-    bibtex: ClassVar[str] = """@article{huang2017like,
-  title   = {Like What You Like: Knowledge Distill via Neuron Selectivity Transfer},
-  author  = {Huang, Zehao and Wang, Naiyan},
-  journal = {arXiv:1707.01219},
-  year    = {2017}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Huang and Wang 2017, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, "
-        "arXiv:1707.01219",
-        certainty="read in code",
+    reference = Reference(
+        "huang2017like",
+        "read in code",
         source="HobbitLong/RepDistiller, distiller_zoo/NST.py; TuSimple/neuron-selectivity-transfer, "
         "symbol/transfer.py; the Gaussian kernel's bandwidth from memory",
         weight=50.0,
@@ -156,13 +149,8 @@ class NST(RelationalLoss):
         super().__init__()
         _check(kernel)
         self.kernel: Kernel = kernel
-        self.exact_gradient = kernel != "gaussian"  # its bandwidth is held constant
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         """The loss as a scalar, summed over the maps."""
         terms = [neuron_selectivity(s, t, kernel=self.kernel) for s, t in zip(student, teacher, strict=True)]
         return torch.stack(terms).sum()
-
-    def extra_repr(self) -> str:
-        """The setting, for ``print``."""
-        return f"kernel={self.kernel!r}"

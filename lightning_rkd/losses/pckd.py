@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rkd.functional.columns import centred
 from lightning_rkd.functional.scales import not_too_large
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_classes, check_logits
 from lightning_rkd.losses.parts.projector import Projector
 from lightning_rkd.utils.types import Outputs
@@ -151,24 +149,15 @@ class PCKD(RelationalLoss):
     """
 
     reads = ("embedding", "logits", "classifier")
-    order_matters = True
-    exact_gradient = False
-    card = Card(
-        paper="Ding, Wu, Dong, Li, Qin, Gan and Nie 2024, Preview-based Category Contrastive Learning for Knowledge "
-        "Distillation, arXiv:2410.14143",
-        certainty="read in code",
+    reference = Reference(
+        "ding2024preview",
+        "read in code",
         source="MuHeDing/PCKD, helper/losses.py and helper/loops.py; the MLP in ifding/DLKD, models/mlp_head.py",
         weight=1.0,
         weight_note="CIFAR-100, with the weights of its parts as they are by default",
         result="CIFAR-100 resnet32x4 to resnet8x4: 77.14, wrn40-2 to wrn16-2: 76.97; ImageNet resnet34 to resnet18: "
         "72.01, the authors",
     )
-    bibtex: ClassVar[str] = """@article{ding2024preview,
-  title   = {Preview-based Category Contrastive Learning for Knowledge Distillation},
-  author  = {Ding, Muhe and Wu, Jianlong and Dong, Xue and Li, Xiaojie and Qin, Pengda and Gan, Tian and Nie, Liqiang},
-  journal = {arXiv preprint arXiv:2410.14143},
-  year    = {2024}
-}"""
 
     to_student: Projector
     to_teacher: Projector
@@ -247,14 +236,6 @@ class PCKD(RelationalLoss):
                 min=1
             )
         return loss
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return (
-            f"contrast_weight={self.contrast_weight}, correlation_weight={self.correlation_weight}, "
-            f"align_weight={self.align_weight}, kl_weight={self.kl_weight}, temperature={self.temperature}, "
-            f"kl_temperature={self.kl_temperature}, growth={self.growth}"
-        )
 
 
 def _shown(side: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from lightning_rkd.functional.angles import Reduction, check_reduction
 from lightning_rkd.functional.scales import exact, far_above_rounding
 from lightning_rkd.functional.similarities import cosine_similarities
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 
 _EPS = 1e-7  # of the authors' code, in the norms and in the logarithm
 
@@ -78,16 +76,9 @@ class PKT(RelationalLoss):
         (tensor(0.1540), tensor(0.2310))
     """
 
-    bibtex: ClassVar[str] = """@inproceedings{passalis2018learning,
-  title     = {Learning Deep Representations with Probabilistic Knowledge Transfer},
-  author    = {Passalis, Nikolaos and Tefas, Anastasios},
-  booktitle = {European Conference on Computer Vision (ECCV)},
-  year      = {2018}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Passalis and Tefas 2018, Learning Deep Representations with Probabilistic Knowledge Transfer, "
-        "arXiv:1803.10837",
-        certainty="read in code",
+    reference = Reference(
+        "passalis2018learning",
+        "read in code",
         source="passalis/probabilistic_kt, nn/pkt.py",
         weight=30000.0,
         weight_note="CIFAR-100, RepDistiller",
@@ -103,10 +94,6 @@ class PKT(RelationalLoss):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
         return pkt(student, teacher, reduction=self.reduction)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"reduction={self.reduction!r}"
 
 
 def _kernel(x: Tensor) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from lightning_rkd.functional.distances import distances, squared_distances
 from lightning_rkd.functional.similarities import unit_rows
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
 def relaxed_contrastive(student: Tensor, teacher: Tensor, *, sigma: float = 1.0, delta: float = 1.0) -> Tensor:
@@ -78,16 +76,9 @@ class RelaxedContrastive(RelationalLoss):
         tensor(0.6047)
     """
 
-    bibtex: ClassVar[str] = """@inproceedings{kim2021embedding,
-  title     = {Embedding Transfer with Label Relaxation for Improved Metric Learning},
-  author    = {Kim, Sungyeon and Kim, Dongwon and Cho, Minsu and Kwak, Suha},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  year      = {2021}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Kim, Kim, Cho and Kwak 2021, Embedding Transfer with Label Relaxation for Improved Metric Learning, "
-        "arXiv:2103.14908",
-        certainty="read in code",
+    reference = Reference(
+        "kim2021embedding",
+        "read in code",
         source="tjddus9597/LabelRelaxation-CVPR21, code/Relaxed_losses.py",
         weight=1.0,
         weight_note="metric learning, the only loss",
@@ -105,7 +96,3 @@ class RelaxedContrastive(RelationalLoss):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
         return relaxed_contrastive(student, teacher, sigma=self.sigma, delta=self.delta)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"sigma={self.sigma}, delta={self.delta}"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.memory import Queue
 from lightning_rkd.losses.parts.projector import Projector
 
@@ -91,15 +89,9 @@ class RRD(RelationalLoss):
         tensor(0.3133)
     """
 
-    bibtex: ClassVar[str] = """@article{giakoumoglou2024relational,
-  title   = {Relational Representation Distillation},
-  author  = {Giakoumoglou, Nikolaos and Stathaki, Tania},
-  journal = {arXiv:2407.12073},
-  year    = {2024}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Giakoumoglou and Stathaki 2024, Relational Representation Distillation, arXiv:2407.12073",
-        certainty="read in code",
+    reference = Reference(
+        "giakoumoglou2024relational",
+        "read in code",
         source="giakoumoglou/rrd, cifar/distillers/RRD.py and cifar/train_student.py",
         weight=1.0,
         weight_note="CIFAR-100, the authors' README",
@@ -152,10 +144,3 @@ class RRD(RelationalLoss):
         if self.training:
             self.queue.push(t)
         return loss
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return (
-            f"dim={self.dim}, queue_size={self.queue_size}, student_temperature={self.student_temperature}, "
-            f"teacher_temperature={self.teacher_temperature}"
-        )

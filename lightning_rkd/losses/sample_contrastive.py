@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rkd.functional.similarities import unit_rows
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_logits, check_positive
 
 
@@ -74,18 +72,10 @@ class SampleContrastiveKD(RelationalLoss):
     """
 
     reads = "logits"
-    equal_widths = True
     invariances = frozenset({"scale", "row scale"})
-    bibtex: ClassVar[str] = """@article{zhu2024ckd,
-  title   = {{CKD}: Contrastive Knowledge Distillation from A Sample-wise Perspective},
-  author  = {Zhu, Wencheng and Zhou, Xin and Zhu, Pengfei and Wang, Yu and Hu, Qinghua},
-  journal = {arXiv preprint arXiv:2404.14109},
-  year    = {2024}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Zhu, Zhou, Zhu, Wang and Hu 2024, CKD: Contrastive Knowledge Distillation from A Sample-wise "
-        "Perspective, arXiv:2404.14109",
-        certainty="read in code",
+    reference = Reference(
+        "zhu2024ckd",
+        "read in code",
         source="ZhouXinzzzzz/CKD, mdistiller/distillers/CKD.py",
         weight=100.0,
         weight_note="CIFAR-100, batch 64, 480 epochs; 10 on ImageNet",
@@ -100,7 +90,3 @@ class SampleContrastiveKD(RelationalLoss):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
         return sample_contrastive(student, teacher, temperature=self.temperature)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"temperature={self.temperature}"

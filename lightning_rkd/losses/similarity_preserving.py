@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_rkd.functional.scales import ordinary, power_of_two
 from lightning_rkd.functional.similarities import layer_rows, unit_rows
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
@@ -80,15 +80,9 @@ class SimilarityPreserving(RelationalLoss):
         tensor(0.2929)
     """
 
-    bibtex: ClassVar[str] = """@inproceedings{tung2019similarity,
-  title     = {Similarity-Preserving Knowledge Distillation},
-  author    = {Tung, Frederick and Mori, Greg},
-  booktitle = {IEEE/CVF International Conference on Computer Vision (ICCV)},
-  year      = {2019}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Tung and Mori 2019, Similarity-Preserving Knowledge Distillation, arXiv:1907.09682",
-        certainty="read in code",
+    reference = Reference(
+        "tung2019similarity",
+        "read in code",
         source="HobbitLong/RepDistiller, distiller_zoo/SP.py",
         weight=3000.0,
         weight_note="CIFAR-100, last map before pooling (reads='feature_maps'), RepDistiller",
@@ -106,7 +100,3 @@ class SimilarityPreserving(RelationalLoss):
         """The loss as a scalar."""
         layers = zip(layer_rows(student), layer_rows(teacher), strict=True)
         return torch.stack([similarity_preserving(s, t) for s, t in layers]).sum()
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"reads={self.reads!r}"

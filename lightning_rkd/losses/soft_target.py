@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_logits, check_positive, pixels_as_rows
 
 
@@ -71,17 +69,10 @@ class SoftTarget(RelationalLoss):
 
     reads = "logits"
     gather = False
-    equal_widths = True
     invariances = frozenset({"row shift"})
-    bibtex: ClassVar[str] = """@article{hinton2015distilling,
-  title   = {Distilling the Knowledge in a Neural Network},
-  author  = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
-  journal = {arXiv preprint arXiv:1503.02531},
-  year    = {2015}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531",
-        certainty="read in code",
+    reference = Reference(
+        "hinton2015distilling",
+        "read in code",
         source="HobbitLong/RepDistiller, distiller_zoo/KD.py",
         weight=0.9,
         weight_note="CIFAR-100, RepDistiller, with 0.1 on the task loss",
@@ -96,7 +87,3 @@ class SoftTarget(RelationalLoss):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
         return soft_target(student, teacher, temperature=self.temperature)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"temperature={self.temperature}"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from lightning_rkd.functional.columns import centred
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_positive
 
 
@@ -83,16 +81,9 @@ class SRD(RelationalLoss):
     """
 
     invariances = frozenset({"translation"})
-    bibtex: ClassVar[str] = """@inproceedings{miles2024understanding,
-  title     = {Understanding the Role of the Projector in Knowledge Distillation},
-  author    = {Miles, Roy and Mikolajczyk, Krystian},
-  booktitle = {AAAI Conference on Artificial Intelligence},
-  year      = {2024}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Miles and Mikolajczyk 2024, Understanding the Role of the Projector in Knowledge Distillation, "
-        "arXiv:2303.11098",
-        certainty="read in code",
+    reference = Reference(
+        "miles2024understanding",
+        "read in code",
         source="roymiles/Simple-Recipe-Distillation, imagenet/torchdistill/losses/single.py",
         weight=2.0,
         weight_note="ImageNet, with soft targets at temperature 1",
@@ -124,7 +115,3 @@ class SRD(RelationalLoss):
         # what all rows share is standardised away behind the projector, and would cost digits inside it
         student = centred(student).to(student.dtype)
         return log_sum(self.project(student), teacher, power=self.power, eps=self.eps)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"power={self.power}, eps={self.eps}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_classes, check_logits
 from lightning_rkd.utils.types import Mix
 
@@ -139,17 +139,11 @@ class STKD(RelationalLoss):
     reads = "logits"
     gather = False
     invariances = frozenset({"row shift"})
-    card = Card(
-        paper="Zhao, Gong, Sun, Dong and Yu 2021, Similarity Transfer for Knowledge Distillation, arXiv:2103.10047",
-        certainty="reconstruction",
+    reference = Reference(
+        "zhao2021similarity",
+        "reconstruction",
         source="the abstract; no code was found",
     )
-    bibtex: ClassVar[str] = """@article{zhao2021similarity,
-  title   = {Similarity Transfer for Knowledge Distillation},
-  author  = {Zhao, Haoran and Gong, Kun and Sun, Xin and Dong, Junyu and Yu, Hui},
-  journal = {arXiv preprint arXiv:2103.10047},
-  year    = {2021}
-}"""
 
     def __init__(self, form: Form = "virtual", share: float = 0.9, temperature: float = 4.0) -> None:
         super().__init__()
@@ -166,10 +160,6 @@ class STKD(RelationalLoss):
         return similarity_transfer(
             student, teacher, mix, labels, form=self.form, share=self.share, temperature=self.temperature
         )
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"form={self.form!r}, share={self.share}, temperature={self.temperature}"
 
 
 def _mixed_labels(labels: Tensor | None, mix: Mix, logits: Tensor) -> Tensor:

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_logits, check_positive, pixels_as_rows
-
-_PAPER = "Zheng and Yang 2024, Knowledge Distillation Based on Transformed Teacher Matching, arXiv:2402.11148"
-_BIBTEX = """@inproceedings{zheng2024knowledge,
-  title     = {Knowledge Distillation Based on Transformed Teacher Matching},
-  author    = {Zheng, Kaixiang and Yang, En-Hui},
-  booktitle = {International Conference on Learning Representations (ICLR)},
-  year      = {2024}
-}"""
 
 
 def transformed_teacher_matching(
@@ -88,12 +78,10 @@ class TTM(RelationalLoss):
 
     reads = "logits"
     gather = False
-    equal_widths = True
     invariances = frozenset({"row shift"})
-    bibtex: ClassVar[str] = _BIBTEX
-    card: ClassVar[Card] = Card(
-        paper=_PAPER,
-        certainty="read in paper",
+    reference = Reference(
+        "zheng2024knowledge",
+        "read in paper",
         source="its equation 2 and algorithm 1; zkxufo/TTM, distiller_zoo/ttm.py",
         weight=100.0,
         weight_note="CIFAR-100 resnet32x4 to resnet8x4, exponent 0.1; 7 to 101 for other pairs",
@@ -108,10 +96,6 @@ class TTM(RelationalLoss):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
         return transformed_teacher_matching(student, teacher, exponent=self.exponent)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"exponent={self.exponent}"
 
 
 class WTTM(RelationalLoss):
@@ -144,12 +128,10 @@ class WTTM(RelationalLoss):
 
     reads = "logits"
     gather = False
-    equal_widths = True
     invariances = frozenset({"row shift"})
-    bibtex: ClassVar[str] = _BIBTEX
-    card: ClassVar[Card] = Card(
-        paper=_PAPER,
-        certainty="read in paper",
+    reference = Reference(
+        "zheng2024knowledge",
+        "read in paper",
         source="its section 4 and algorithm 1; zkxufo/TTM, distiller_zoo/wttm.py",
         weight=3.0,
         weight_note="CIFAR-100 resnet32x4 to resnet8x4, exponent 0.1; 1.4 to 16 for other pairs; 1.6 on ImageNet, "
@@ -165,7 +147,3 @@ class WTTM(RelationalLoss):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
         return transformed_teacher_matching(student, teacher, exponent=self.exponent, weighted=True)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        return f"exponent={self.exponent}"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rkd.functional.scales import not_too_large
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
 def orthonormal(x: Tensor) -> Tensor:
@@ -63,16 +61,9 @@ class VkD(RelationalLoss):
     """
 
     gather = False
-    bibtex: ClassVar[str] = """@inproceedings{miles2024vkd,
-  title     = {{VkD}: Improving Knowledge Distillation using Orthogonal Projections},
-  author    = {Miles, Roy and Elezi, Ismail and Deng, Jiankang},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  year      = {2024}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Miles, Elezi and Deng 2024, VkD: Improving Knowledge Distillation using Orthogonal Projections, "
-        "arXiv:2403.06213",
-        certainty="read in code",
+    reference = Reference(
+        "miles2024vkd",
+        "read in code",
         source="roymiles/VkD, engine.py and train.py",
         weight=1.0,
         weight_note="ImageNet, the authors' default",

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -21,9 +21,10 @@ from lightning_rkd.distillation.features import Layer
 from lightning_rkd.distillation.lightning import hand_back_after_exceptions, save_plain_hyperparameters
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.functional.singular import positions, right_singular_vectors
-from lightning_rkd.losses.base import Card, pick, weight_at
+from lightning_rkd.losses.base import pick, weight_at
 from lightning_rkd.losses.mhgd import MHGD
 from lightning_rkd.losses.parts.attention_graph import AttentionGraph, attention_sizes, trained_attention
+from lightning_rkd.losses.references import BibTeX
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts, sum_over_ranks
 from lightning_rkd.utils.types import Batch, Key, unpack
@@ -77,8 +78,8 @@ class AttentionGraphEstimator(pl.LightningModule):
         [(5, 16)]
     """
 
-    bibtex: ClassVar[str] = MHGD.bibtex
-    card: ClassVar[Card] = replace(MHGD.card, weight=None, weight_note="it is a stage of its own", result="")
+    bibtex = BibTeX()
+    reference = replace(MHGD.reference, weight=None, weight_note="it is a stage of its own", result="")
 
     def __init__(
         self,
@@ -255,9 +256,9 @@ class MHGDModule(DistillationModule):
         False
     """
 
-    bibtex: ClassVar[str] = MHGD.bibtex
-    card: ClassVar[Card] = replace(
-        MHGD.card,
+    bibtex = BibTeX()
+    reference = replace(
+        MHGD.reference,
         source="sseung0703/KD_methods_with_TF, nets/Relation.py, nets/SVP.py and, for the clipping, op_util.py",
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -13,8 +13,9 @@ from torchmetrics import Metric
 
 from lightning_rkd.distillation.features import Tap
 from lightning_rkd.distillation.teachers import Teacher
-from lightning_rkd.losses.base import Card, RelationalLoss
+from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.parts.checks import check_logits, check_positive
+from lightning_rkd.losses.references import BibTeX, Reference
 from lightning_rkd.losses.soft_target import soft_target
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.types import Batch, Key, Outputs
@@ -140,16 +141,10 @@ class MultiHeadDistillation(DistillationModule):
         torch.Size([2, 10])
     """
 
-    bibtex: ClassVar[str] = """@article{wang2020multihead,
-  title   = {Multi-head Knowledge Distillation for Model Compression},
-  author  = {Wang, Huan and Lohit, Suhas and Jones, Michael and Fu, Yun},
-  journal = {arXiv preprint arXiv:2012.02911},
-  year    = {2020}
-}"""
-    card: ClassVar[Card] = Card(
-        paper="Wang, Lohit, Jones and Fu 2020, Multi-head Knowledge Distillation for Model Compression, "
-        "arXiv:2012.02911",
-        certainty="read in code",
+    bibtex = BibTeX()
+    reference = Reference(
+        "wang2020multihead",
+        "read in code",
         source="third-party: aryanasadianuoit/Distilling-Knowledge-via-Intermediate-Classifiers, MHKD/mhkd_training.py",
         weight=0.5,
         weight_note="beta, with T = 4 and alpha = 0.1; CIFAR-100, the same code",

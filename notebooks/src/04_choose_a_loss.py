@@ -19,12 +19,14 @@ import lightning_rkd.losses
 from lightning_rkd import RelationalLoss
 
 found = [getattr(lightning_rkd.losses, name) for name in lightning_rkd.losses.__all__]
-losses = [cls for cls in found if isinstance(cls, type) and issubclass(cls, RelationalLoss) and cls.card is not None]
+losses = [
+    cls for cls in found if isinstance(cls, type) and issubclass(cls, RelationalLoss) and cls.reference is not None
+]
 print(f"{len(losses)} losses, for instance:")
 for cls in losses[::5]:
-    weight = "-" if cls.card.weight is None else f"{cls.card.weight:g}"
+    weight = "-" if cls.reference.weight is None else f"{cls.reference.weight:g}"
     print(
-        f"  {cls.__name__:22} reads {cls.reads!s:32.32} published weight {weight:>6}   {cls.card.paper.split(',')[0]}"
+        f"  {cls.__name__:22} reads {cls.reads!s:32.32} published weight {weight:>6}   {cls.reference.citation.split(',')[0]}"
     )
 
 # %% [markdown]

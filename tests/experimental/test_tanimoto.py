@@ -59,9 +59,7 @@ def test_the_form_sample_is_a_mean_of_per_sample_terms():
     torch.testing.assert_close(loss(student, teacher), sum(halves) / 2)
     assert not loss.gather
     assert not (2 * loss).gather
-    assert loss.equal_widths
     assert Tanimoto().gather
-    assert not Tanimoto().equal_widths
 
 
 def test_different_widths_are_refused_in_the_form_sample_with_the_cure():

@@ -20,6 +20,7 @@ from lightning_rkd.losses import HardDarkRank, NonFiniteError, RKDAngle, RKDDist
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.utils.types import Mix
 from tests.harness.real_networks import MISFITS, Wild, wild
+from tests.losses.properties import properties
 from tests.losses.test_contract import CLASSES, Sample, context, every_loss, fields, made, rows, side
 from tests.oracles.rkd import rkd_angle, rkd_distance
 
@@ -123,7 +124,7 @@ def _shortest(one: Shown) -> float:
 
 
 def check_against_float64(cls: type[RelationalLoss], student: Wild, teacher: Wild, n: int, widths: tuple[int, int]):
-    n, loss = max(n, cls.min_rows), loss_for(cls, widths)
+    n, loss = max(n, properties(cls).min_rows), loss_for(cls, widths)
     sides = shown(cls, student, n, widths[0]), shown(cls, teacher, n, widths[1])
     expected, exact = value_and_gradient(cls, widths, *sides, n, exact=True)
     if abs(expected) > LARGEST / 1e3:  # where it begins depends on what is summed before
@@ -179,7 +180,7 @@ derandomised = settings(
 @derandomised
 @pairs_of_sides
 def test_any_numbers_give_what_float64_gives_or_a_named_overflow(cls, student, teacher, n, widths):
-    check_against_float64(cls, student, teacher, n, widths if not made(cls).equal_widths else (widths[0],) * 2)
+    check_against_float64(cls, student, teacher, n, widths if not properties(cls).equal_widths else (widths[0],) * 2)
 
 
 @pytest.mark.slow
@@ -187,7 +188,7 @@ def test_any_numbers_give_what_float64_gives_or_a_named_overflow(cls, student, t
 @settings(derandomised, max_examples=36)
 @pairs_of_sides
 def test_many_more_numbers_do_too(cls, student, teacher, n, widths):
-    check_against_float64(cls, student, teacher, n, widths if not made(cls).equal_widths else (widths[0],) * 2)
+    check_against_float64(cls, student, teacher, n, widths if not properties(cls).equal_widths else (widths[0],) * 2)
 
 
 # what leaves a loss unchanged does so at every magnitude

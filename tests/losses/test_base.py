@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_rkd.losses import RKD
 from lightning_rkd.losses.base import LossSum, NonFiniteError, RelationalLoss, Term, named_terms, weight_at
 from lightning_rkd.utils.types import Mix, Outputs
 from tests.harness.nets import Projected, Remembers
@@ -387,3 +388,19 @@ def test_labels_that_are_no_whole_numbers_are_refused() -> None:
     with pytest.raises(TypeError, match="Labelled: labels are whole numbers, one per row"):
         Labelled()(torch.ones(3, 2), torch.ones(3, 2), labels=torch.ones(3))
     Labelled()(torch.ones(3, 2), torch.ones(3, 2), labels=torch.ones(3, 4))  # soft labels
+
+
+def test_the_bibtex_entry_of_every_reference_is_reachable_from_the_class() -> None:
+    assert RKD.bibtex.startswith("@inproceedings{park2019relational,\n")
+    assert RKD().bibtex == RKD.reference.bibtex
+    assert RelationalLoss.bibtex == ""
+
+
+def test_a_loss_prints_the_arguments_that_it_keeps_under_their_own_names() -> None:
+    class Powers(RelationalLoss):
+        def __init__(self, student_dim: int | None = None, *, power: float = 2.0, form: str = "a") -> None:
+            super().__init__()
+            self.power, self.form = power, form
+
+    assert repr(Powers(power=3)) == "Powers(power=3, form='a')"
+    assert repr(RKD()) == "RKD(distance_weight=1.0, angle_weight=2.0, reduction='official', sampled_anchors=None)"
