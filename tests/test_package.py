@@ -94,7 +94,7 @@ def test_wheel_built_from_the_source_archive_is_complete(tmp_path: Path) -> None
     packed = set(zipfile.ZipFile(wheel).namelist())
     tracked = {
         p.relative_to(ROOT).as_posix()
-        for suffix in ("py", "yaml", "html")
+        for suffix in ("py", "yaml", "html", "bib")
         for p in (ROOT / "lightning_rkd").rglob(f"*.{suffix}")
     }
     assert "lightning_rkd/py.typed" in packed
@@ -104,6 +104,7 @@ def test_wheel_built_from_the_source_archive_is_complete(tmp_path: Path) -> None
 
 
 LOSS, EXPORT = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M | re.S)
+(ENTRY,) = re.findall(r"^```bibtex\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M | re.S)
 
 
 def test_the_loss_in_contributing_runs(tmp_path: Path) -> None:
@@ -127,6 +128,8 @@ def test_a_new_loss_is_one_file_and_one_export(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     losses = tmp_path / "lightning_rkd" / "losses"
     (losses / "cka.py").write_text(LOSS)
+    with (losses / "references.bib").open("a") as bibliography:
+        bibliography.write(f"\n{ENTRY}")
     exports = (losses / "__init__.py").read_text()
     (losses / "__init__.py").write_text(exports.replace("__all__ = [", f'{EXPORT}\n__all__ = [\n    "CKA",', 1))
     contract = [

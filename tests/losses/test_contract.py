@@ -328,14 +328,15 @@ def test_the_random_numbers_of_the_training_are_not_touched(cls):
 
 
 @every_class
-def test_the_docstring_names_the_paper_and_shows_an_example(cls):
+def test_the_docstring_of_a_published_loss_has_reference_and_example(cls):
+    if cls.reference is None:
+        pytest.skip("a loss without a paper")
     doc = inspect.getdoc(cls) or ""
     assert "Reference:" in doc
     assert "Example:" in doc
     assert ">>>" in doc
     assert ".. math::" in doc
-    assert cls.bibtex.lstrip().startswith("@"), "a loss carries the BibTeX entry of its paper"
-    assert cls.reference is not None, "a loss tells the gallery about itself"
+    assert cls.bibtex.startswith("@"), "its key is in references.bib"
     assert "reconstruction" in doc or cls.reference.provenance != "reconstruction"
 
 

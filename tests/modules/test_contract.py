@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 import lightning_rkd.experimental
 import lightning_rkd.modules
 from lightning_rkd import DistillationModule
-from lightning_rkd.losses.base import Card
+from lightning_rkd.losses.references import Reference
 from tests.harness import toys
 from tests.harness.ranks import Ranks
 from tests.harness.scheme_toys import CASES, CLASSES, SIDE, STEPS, Case, Losses, fit, images, keeps
@@ -133,10 +133,9 @@ def test_missing_labels_are_an_error_with_the_cure_where_they_are_needed(case: C
 @every_scheme
 def test_it_says_where_it_comes_from(case: Case) -> None:
     scheme: Any = case.scheme
-    assert isinstance(scheme.card, Card)
+    assert isinstance(scheme.reference, Reference)
     assert scheme.bibtex.startswith("@")
-    assert "Certainty:" in inspect.getdoc(scheme)
-    assert scheme.card.paper.split("arXiv:")[1] in inspect.getdoc(scheme)
+    assert scheme.reference.citation.split("arXiv:")[1] in inspect.getdoc(scheme)
 
 
 # Two devices
