@@ -6,12 +6,15 @@ import io
 import re
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
-from matplotlib.figure import Figure
 
 from lightning_rkd.utils.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
@@ -26,6 +29,7 @@ def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
     Example:
         >>> import tempfile
         >>> from lightning.pytorch.loggers import CSVLogger
+        >>> from matplotlib.figure import Figure
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     logger = CSVLogger(folder, name="", version="")
         ...     log_figure(logger, "pictures/angles", Figure(), 20)

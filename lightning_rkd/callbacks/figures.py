@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_rkd import plots
 from lightning_rkd.callbacks.figure_loggers import log_figure
 from lightning_rkd.data.indexing import to_batch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Pictures(pl.Callback):

@@ -12,6 +12,7 @@ from importlib import import_module
 
 from lightning_rkd.cli import recipes
 from lightning_rkd.cli.signals import TERMINATED, at_sigterm, ending_with_first_rank
+from lightning_rkd.utils.imports import MissingExtraError, check_installed
 from lightning_rkd.utils.messages import brief
 
 COMMANDS = {
@@ -29,6 +30,9 @@ TRAINER = {
     "predict": "Compute embeddings.",
 }
 """Commands that run a Trainer."""
+
+PACKAGES = ("docstring_parser", "jsonargparse", "matplotlib", "pytorch_metric_learning", "rich", "scipy")
+"""Packages of the extra ``cli``."""
 
 TRACEBACK = "LIGHTNING_RKD_TRACEBACK"
 """Set to 1, this environment variable shows where an error came from."""
@@ -81,7 +85,7 @@ def _exit_code(args: list[str]) -> int:
     except Exception as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
-        usage = isinstance(error, ArgumentError | UsageError | recipes.UnknownRecipeError)
+        usage = isinstance(error, ArgumentError | MissingExtraError | UsageError | recipes.UnknownRecipeError)
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         known = usage or isinstance(error, ValueError | OSError)
         message = brief(message) if isinstance(error, ArgumentError) else message
@@ -101,9 +105,11 @@ def _command(args: list[str]) -> None:
 
         print(__version__)
     elif first in COMMANDS:
+        check_installed(*PACKAGES, extra="cli")
         run: Callable[[list[str]], None] = import_module(f"lightning_rkd.cli.commands.{first}").main
         run(args[1:])
     elif first in TRAINER or first.startswith("-"):
+        check_installed(*PACKAGES, extra="cli")
         _train(recipes.resolve(args))
     else:
         known = [*COMMANDS, *TRAINER]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_rkd.metrics._nearest import LAST, Gallery
 from lightning_rkd.utils.distributed import rank_and_size
+from lightning_rkd.utils.imports import require
 
 _TRAINING = 64  # rows per list from which the lists' centres are found
 _ROUNDS = 10
@@ -61,7 +62,7 @@ class Faiss:
         for name, value in (("lists", self.lists), ("probes", self.probes)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        _library()
+        require("faiss", extra="faiss")
 
     def refuse_ranks(self, group: Any) -> None:
         """An index lives in one process."""
@@ -104,7 +105,7 @@ class Faiss:
                 yield few, scores[:, :width], places.gather(1, by_score)[:, :width]
 
     def _index(self, gallery: Gallery, frame: tuple[Tensor, float], width: int) -> Any:
-        faiss = _library()
+        faiss = require("faiss", extra="faiss")
         n = len(gallery.rows)
         lists = min(self.lists or max(1, 4 * isqrt(n)), n)
         dim = len(frame[0])
@@ -130,21 +131,10 @@ def _points(gallery: Gallery, rows: Tensor, frame: tuple[Tensor, float], asking:
     return x.cpu().numpy()
 
 
-def _library() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            "Faiss needs the package faiss: pip install 'lightning-rkd[faiss]' (or faiss-cpu); "
-            "EmbeddingRetrieval without engine needs nothing and is exact"
-        ) from error
-    return faiss
-
-
 @contextmanager
 def _threads() -> Iterator[None]:
     """As many as PyTorch has; faiss brings an OpenMP of its own, with its own number."""
-    faiss = _library()
+    faiss = require("faiss", extra="faiss")
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(torch.get_num_threads())
     try:

@@ -5,6 +5,10 @@ All are for light paper, or for dark with ``dark=True``, in colours that colour-
 
 from __future__ import annotations
 
+from lightning_rkd.utils.imports import check_installed
+
+check_installed("matplotlib", "scipy", extra="plots")
+
 from lightning_rkd.plots.angles import angles
 from lightning_rkd.plots.comparisons import comparison
 from lightning_rkd.plots.curves import curves, loss_terms, read_metrics

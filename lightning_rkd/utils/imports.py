@@ -6,6 +6,7 @@ import ast
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -38,29 +39,38 @@ def lazy_attributes(package: str) -> tuple[Callable[[str], Any], Callable[[], li
     return __getattr__, lambda: sorted(homes), sorted(homes)
 
 
-def require(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency.
+class MissingExtraError(ImportError):
+    """A package that an extra of this library installs is missing."""
+
+
+def check_installed(*packages: str, extra: str) -> None:
+    """Raise an error that names the extra if one of the packages is not installed.
 
     Args:
-        module: Dotted name of the module.
-        extra: The extra of this package that installs it.
+        packages: Top-level names of the packages; none of them is imported.
+        extra: The extra of this library that installs them.
 
     Raises:
-        ImportError: It is not installed; the message names the extra.
+        MissingExtraError: A package is missing.
+
+    Example:
+        >>> check_installed("json", "absent", extra="cli")
+        Traceback (most recent call last):
+            ...
+        lightning_rkd.utils.imports.MissingExtraError: absent is not installed: pip install 'lightning-rkd[cli]'
+    """
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise MissingExtraError(f"{', '.join(missing)} {verb} not installed: pip install 'lightning-rkd[{extra}]'")
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import a module of an optional dependency, as :func:`check_installed` allows.
 
     Example:
         >>> require("json", extra="cli").__name__
         'json'
-        >>> require("no_such_module", extra="cli")
-        Traceback (most recent call last):
-            ...
-        ImportError: no_such_module is not installed: pip install 'lightning-rkd[cli]'
     """
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
-            raise
-        raise ImportError(
-            f"{module.partition('.')[0]} is not installed: pip install 'lightning-rkd[{extra}]'"
-        ) from error
+    check_installed(module.partition(".")[0], extra=extra)
+    return import_module(module)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from lightning_rkd.data.datamodules.archived import Listing, OfficialDataModule
 from lightning_rkd.data.datasets.archives import Archive, check_counts, check_md5, unpacked
+from lightning_rkd.utils.imports import require
 
 PAGE = "http://ai.stanford.edu/~jkrause/cars/car_dataset.html (gone at the time of writing, so look for a copy)"
 IMAGES = Archive("car_ims.tgz", "car_ims", PAGE, "d5c8f0aa497503f355e17dc7886c3f14")
@@ -92,12 +93,7 @@ def _present(path: Path) -> Path:
 
 
 def _matlab(path: Path) -> dict[str, Any]:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ImportError(
-            f"{path.name} is a MATLAB file, which SciPy reads: pip install 'lightning-rkd[cars]'"
-        ) from error
+    loadmat = require("scipy.io", extra="plots").loadmat
     try:
         return dict(loadmat(path, squeeze_me=True))
     except (ValueError, OSError, TypeError, NotImplementedError) as error:

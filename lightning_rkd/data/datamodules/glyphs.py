@@ -13,18 +13,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 import PIL
 import torch
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rkd.data.datamodules.base import ImageDataModule, LabelledImages
 from lightning_rkd.data.transforms.augment import Augment
+from lightning_rkd.utils.imports import require
+
+matplotlib = require("matplotlib", extra="plots")
+FT2Font = require("matplotlib.ft2font", extra="plots").FT2Font
 
 _log = logging.getLogger(__name__)
 
