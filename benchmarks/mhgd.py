@@ -37,7 +37,8 @@ from lightning_rkd.cli.experiments.settings import with_settings
 from lightning_rkd.data.datamodules.base import ImageDataModule
 from lightning_rkd.data.datamodules.folder import ImageFolderDataModule
 from lightning_rkd.distillation.teachers import Teacher
-from lightning_rkd.functional.singular import positions, right_singular_vectors
+from lightning_rkd.functional.channels import flatten_positions
+from lightning_rkd.functional.singular import right_singular_vectors
 from lightning_rkd.models import Classified, ConvNet
 from lightning_rkd.models.heads import count_parameters
 from lightning_rkd.utils.types import Batch
@@ -132,7 +133,7 @@ def vectors(network: Teacher, loader: Iterable[Any]) -> list[Tensor]:
     parts = []
     for images, _ in loader:
         maps = network(Batch(inputs=images))[""].feature_maps or []
-        parts.append([right_singular_vectors(positions(m)).squeeze(2) for m in maps])
+        parts.append([right_singular_vectors(flatten_positions(m)).squeeze(2) for m in maps])
     return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 

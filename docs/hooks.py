@@ -31,7 +31,7 @@ PACKAGES = {
     "lightning_rkd.models": "Models",
     "lightning_rkd.plots": "Plots",
     "lightning_rkd.export": "Export",
-    "lightning_rkd.functional": "Relations",
+    "lightning_rkd.functional": "Functional",
 }
 """Whose public names are the reference."""
 
@@ -95,9 +95,6 @@ def public(package: str) -> list[str]:
     True
     """
     module = import_module(package)
-    if package == "lightning_rkd.functional":
-        files = sorted(path.stem for path in Path(str(module.__file__)).parent.glob("[a-z]*.py"))
-        return [f"{package}.{name}" for name in files]
     found = [getattr(module, name) for name in sorted(getattr(module, "__all__", vars(module)), key=str.lower)]
     places = [f"{x.__module__}.{x.__qualname__}" for x in found if inspect.isclass(x) or inspect.isfunction(x)]
     return [place for place in places if place.startswith("lightning_rkd")]

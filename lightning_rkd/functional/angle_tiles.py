@@ -1,4 +1,4 @@
-"""RKD's angle loss in PyTorch's own operations, tile by tile: on any device, in O(N^2) memory."""
+"""RKD's angle loss in PyTorch operations on tiles of triplets: for any device, in O(N^2) memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_rkd.functional._kernels.units import NEAR, in_units_of_mean
 
 _TILE = 2**19  # triplets in a tile: four float32 buffers of it stay in cache
-_SIDE = 128
+_EDGE = 128
 
 
 def loss_and_gradient(
@@ -29,10 +29,10 @@ def loss_and_gradient(
         student: (N, N) squared distances, symmetric, with a zero diagonal.
         teacher: The same for the teacher.
         vertices: First vertex, and the one after the last.
-        dtype: Precision of the work on triplets; on other devices than the CPU it is the precision of the distances.
-        official: Whether i = k counts too: the cosine is 1 there, or 0 where j and i are duplicates.
+        dtype: Precision of the cosines on the CPU; other devices use the precision of the distances.
+        official: Include i = k, where the cosine is 1, or 0 if j and i are duplicates.
         factor: Multiplies sum and gradient.
-        with_gradient: Whether the gradient is wanted.
+        with_gradient: Compute the gradient too.
 
     Returns:
         A scalar, and an (N, N) matrix or ``None``, in the precision of the distances.
@@ -52,23 +52,23 @@ def loss_and_gradient(
     teacher, inverse_t, _ = in_units_of_mean(teacher)
     near = None if dtype == exact else _near_pairs(student, inverse, teacher, inverse_t)
     kinds = {dtype} if near is None else {dtype, exact}
-    sides = {kind: (_Side(student, inverse, kind), _Side(teacher, inverse_t, kind)) for kind in kinds}
+    networks = {kind: (_Distances(student, inverse, kind), _Distances(teacher, inverse_t, kind)) for kind in kinds}
     total = torch.zeros((), dtype=exact, device=student.device)
     at_weight = torch.zeros_like(student)  # gradient through S_ji + S_jk - S_ik
     at_cosine = torch.zeros_like(student)  # gradient through the two square roots, times S_ji
 
-    tiles = -(-n // _SIDE) if n > _SIDE else 1 + (n > 96)  # of two halves one off-diagonal tile is a mirror image
-    side = -(-n // tiles)
-    depth = min(n, max(1, _TILE // side**2))
-    buffers = {kind: torch.empty(4, depth * side * side, dtype=kind, device=student.device) for kind in kinds}
+    tiles = -(-n // _EDGE) if n > _EDGE else 1 + (n > 96)  # of two halves one off-diagonal tile is a mirror image
+    edge = -(-n // tiles)
+    depth = min(n, max(1, _TILE // edge**2))
+    buffers = {kind: torch.empty(4, depth * edge * edge, dtype=kind, device=student.device) for kind in kinds}
     for j in _slices(*vertices, depth):
-        for i in _slices(0, n, side):
-            for k in _slices(i.start, n, side):
+        for i in _slices(0, n, edge):
+            for k in _slices(i.start, n, edge):
                 full = near is not None and bool(near[j, i].any() or near[j, k].any())
                 kind = exact if full else dtype
                 shape = (j.stop - j.start, i.stop - i.start, k.stop - k.start)
                 c, e, w, g = (b[: math.prod(shape)].view(shape) for b in buffers[kind])
-                s, t = sides[kind]
+                s, t = networks[kind]
                 t.cosines(j, i, k, out=e, weight=w)
                 s.cosines(j, i, k, out=c, weight=w)
                 torch.sub(c, e, out=e)
@@ -96,8 +96,8 @@ def loss_and_gradient(
     return total, at_weight.sub_(at_cosine.mul_(inverse).mul_(inverse)).mul_(factor / scale)
 
 
-class _Side:
-    """One network's squared distances, inverse distances, and half of those, in the precision of a tile."""
+class _Distances:
+    """Squared, inverse and halved inverse distances of one network in the precision of a tile."""
 
     def __init__(self, squared: Tensor, inverse: Tensor, dtype: torch.dtype) -> None:
         self.squared, self.inverse = squared.to(dtype), inverse.to(dtype)
@@ -112,7 +112,7 @@ class _Side:
 
 
 def _near_pairs(student: Tensor, inverse_s: Tensor, teacher: Tensor, inverse_t: Tensor) -> Tensor | None:
-    """Marks pairs that are too close for float32, or ``None`` if there are none, which two maxima tell."""
+    """Pairs that are too close for float32, or ``None`` if two maxima rule them out."""
     if all(
         float(inverse.max()) ** 2 * float(squared.max()) * NEAR < 1
         for squared, inverse in ((student, inverse_s), (teacher, inverse_t))

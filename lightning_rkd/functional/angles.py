@@ -5,9 +5,9 @@ distances :math:`S`: a network enters through its N x N distances only, the work
 the width of the embedding and is symmetric in (i, k), and the gradient is an N x N matrix that can be summed while the
 loss is. Nothing of size N x N x N or N x N x D is ever held.
 
-The triplets go through a native kernel for the CPU (``_kernels.angle_cpu``) or for GPUs
-(``_kernels.angle_cuda``); elsewhere, and without numba or Triton, through tiles of PyTorch's
-operations (:mod:`lightning_rkd.functional.angle_tiles`).
+The triplets are computed by a native kernel for the CPU (``_kernels.angle_cpu``) or for GPUs
+(``_kernels.angle_cuda``); elsewhere, and without numba or Triton, by tiles of PyTorch operations
+(:mod:`lightning_rkd.functional.angle_tiles`).
 """
 
 from __future__ import annotations
@@ -49,33 +49,34 @@ def angle_loss(
     The gradient flows to the student alone. Memory is O(N^2).
 
     Cosines are computed in ``dtype``. In float32 the cosines at two rows at 1e-5 of the spread would be wrong in the
-    second digit, so triplets with a pair closer than 0.3 % of the largest distance are worked on in float64.
+    second digit, so triplets with a pair closer than 0.3 % of the largest distance are computed in float64.
 
     Shapes: (N, N), (N, N) -> scalar.
 
     Args:
         squared_student: Squared distances as :func:`~lightning_rkd.functional.distances.squared_distances` gives them:
             symmetric, zero diagonal.
-        squared_teacher: The same for the teacher; a constant.
+        squared_teacher: The same for the teacher; receives no gradient.
         reduction: ``"official"`` divides by N^3; ``"distinct"`` takes the mean over triplets of three different rows,
             as the paper writes it. Without any triplet the loss is 0.
-        shard: Where all ranks hold the same batch: work on this rank's vertices only and sum over ranks.
-        sample: Work on this many vertices, drawn anew at each call from PyTorch's random numbers as dropout's masks are
-            (with ``shard``: each rank its share of them, from its own). The value is an unbiased estimate, and so is
-            its gradient; with :math:`\ell_j` the mean over the triplets at vertex j, its variance is
-            :math:`\frac{1}{m} \left(1 - \frac{m}{N}\right) \frac{1}{N - 1} \sum_j (\ell_j - L)^2` for m
-            vertices. ``None`` works on all.
-        dtype: Precision of the work on triplets.
+        shard: Split of the vertices over ranks that all hold the same batch; the result is summed over ranks.
+        sample: Number m of vertices to compute, drawn at each call from PyTorch's random number generator, like the
+            mask of dropout (with ``shard``, each rank draws its share of its own vertices). Value and gradient are
+            unbiased estimates; with :math:`\ell_j` the mean over the triplets at vertex j, the variance is
+            :math:`\frac{1}{m} \left(1 - \frac{m}{N}\right) \frac{1}{N - 1} \sum_j (\ell_j - L)^2`. ``None``
+            computes all vertices.
+        dtype: Precision of the cosines and of the result.
 
     Returns:
         Scalar of type ``dtype``.
 
     Raises:
         ValueError: Unknown reduction, a sample of no vertices, or matrices that are not both (N, N).
-        RuntimeError: A second derivative is asked for.
+        RuntimeError: The backward pass runs with ``create_graph=True``.
 
     Reference:
-        Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068. The form in distances is ours.
+        Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068 (with embeddings in place of
+        distances).
 
     Example:
         A right angle against the three angles of an equilateral triangle.
@@ -103,7 +104,7 @@ def angle_loss(
 
 
 def check_reduction(reduction: str) -> None:
-    """Raise ``ValueError`` for anything but the two reductions.
+    """Raise ``ValueError`` for an unknown reduction.
 
     Example:
         >>> check_reduction("official")
@@ -113,7 +114,7 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_sample(sample: int | None) -> None:
-    """Raise ``ValueError`` for a sample of no vertices.
+    """Raise ``ValueError`` for a sample without vertices.
 
     Example:
         >>> check_sample(None)
@@ -136,11 +137,11 @@ def _loss_and_gradient(
     order, share = None, 1.0
     if sample is not None and sample < n and stop > start:
         own = sample * (stop - start) // n or 1
-        order, share = _ahead(start, stop, n, student.device), (stop - start) / own
+        order, share = _shuffled(start, stop, n, student.device), (stop - start) / own
         stop = start + own
         student, teacher = student[order][:, order], teacher[order][:, order]
     count = n**3 if reduction == "official" else max(1, n * (n - 1) * (n - 2))
-    total, grad = _of_triplets(
+    total, grad = _sum_triplets(
         student,
         teacher,
         (start, stop),
@@ -157,14 +158,14 @@ def _loss_and_gradient(
     return total.to(dtype), grad
 
 
-def _ahead(start: int, stop: int, n: int, device: torch.device) -> Tensor:
-    """All rows, with those from start to stop in random order."""
+def _shuffled(start: int, stop: int, n: int, device: torch.device) -> Tensor:
+    """Numbers of all rows, with the range from start to stop in random order."""
     order = torch.arange(n, device=device)
     order[start:stop] = start + torch.randperm(stop - start, device=device)
     return order
 
 
-def _of_triplets(student: Tensor, teacher: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
+def _sum_triplets(student: Tensor, teacher: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
     device = student.device.type
     name = _KERNELS.get(device, "")
     kernel = native(name) if name else None
@@ -201,11 +202,11 @@ class _AngleLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("angle_loss")
         (grad,) = ctx.saved_tensors
-        return _times(grad, grads[0]), None, None, None, None, None
+        return _multiply(grad, grads[0]), None, None, None, None, None
 
 
-def _times(x: Tensor, scalar: Tensor) -> Tensor:
-    if x.device.type == "cpu":  # on one thread: PyTorch's own would hold the cores afterwards
+def _multiply(x: Tensor, scalar: Tensor) -> Tensor:
+    if x.device.type == "cpu":  # on one thread: PyTorch's threads would hold the cores afterwards
         return torch.from_numpy(x.numpy() * scalar.numpy())
     return x * scalar
 
@@ -214,14 +215,12 @@ def _call(*args: Any) -> Tensor:
     return _AngleLoss.apply(*args)  # type: ignore[no-any-return]
 
 
-# Ranks that share the work talk to one another, which is no part of a compiled graph.
-# torch.compiler.disable would do the same, but imports the whole compiler on the spot.
+# Ranks that share the work communicate, which cannot be part of a compiled graph. torch.compiler.disable would do the
+# same, but imports the whole compiler at once.
 _call_uncompiled = _disable_dynamo(_call)
 
 
-# One node of a compiled graph, whose loops nobody traces.
-
-
+# The loss as one node of a compiled graph, so that the compiler does not trace its loops.
 def _operate(
     student: Tensor, teacher: Tensor, reduction: str, sample: int, dtype: torch.dtype, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:

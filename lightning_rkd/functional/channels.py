@@ -1,4 +1,4 @@
-"""Feature maps as channels over positions, whatever network they come from."""
+"""Feature maps as matrices of channels and positions, for convolutional networks, transformers and pooled features."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from torch import Tensor
 from lightning_rkd.functional.similarities import unit_rows
 
 
-def channel_vectors(x: Tensor, *, who: str = "channel_vectors") -> Tensor:
-    """A map with its positions in one row: one vector of P numbers a channel.
+def flatten_channels(x: Tensor, *, who: str = "flatten_channels") -> Tensor:
+    """Channels of a feature map as vectors over its P positions.
 
     Shapes: (N, C, H, W) -> (N, C, H W); tokens (N, T, C) -> (N, C, T); (N, C) -> (N, C, 1).
 
     Args:
-        x: A map.
-        who: Begins the error message: the loss that asks.
-
-    Returns:
-        (N, C, P).
+        x: A feature map.
+        who: The name that error messages begin with.
 
     Raises:
         ValueError: A tensor of another rank.
 
     Example:
         >>> import torch
-        >>> channel_vectors(torch.ones(2, 3, 4, 5)).shape, channel_vectors(torch.ones(2, 7, 3)).shape
+        >>> flatten_channels(torch.ones(2, 3, 4, 5)).shape, flatten_channels(torch.ones(2, 7, 3)).shape
         (torch.Size([2, 3, 20]), torch.Size([2, 3, 7]))
     """
     if x.ndim == 4:
@@ -34,6 +31,19 @@ def channel_vectors(x: Tensor, *, who: str = "channel_vectors") -> Tensor:
     if x.ndim == 2:
         return x[:, :, None]
     raise ValueError(f"{who}: a map is (N, C, H, W), tokens are (N, T, C), got {tuple(x.shape)}")
+
+
+def flatten_positions(x: Tensor, *, who: str = "flatten_positions") -> Tensor:
+    """Positions of a feature map as vectors of C channels; the transpose of :func:`flatten_channels`.
+
+    Shapes: (N, C, H, W) -> (N, H W, C); tokens (N, T, C) unchanged; (N, C) -> (N, 1, C).
+
+    Example:
+        >>> import torch
+        >>> flatten_positions(torch.zeros(2, 8, 4, 4)).shape
+        torch.Size([2, 16, 8])
+    """
+    return flatten_channels(x, who=who).transpose(1, 2)
 
 
 def unit_channels(x: Tensor) -> Tensor:

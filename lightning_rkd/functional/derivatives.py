@@ -1,4 +1,4 @@
-"""Derivatives that are not there, said so."""
+"""Errors for missing second derivatives."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import torch
 
 
 def refuse_second_derivative(name: str) -> None:
-    """Called in a backward pass that is no function of its own inputs: raise where its graph is asked for.
+    """Raise where the backward pass of a first-order function runs with ``create_graph=True``.
 
     Args:
-        name: What has no second derivative.
-
-    Raises:
-        RuntimeError: The backward pass runs with ``create_graph=True``.
+        name: Function named in the message.
 
     Example:
         >>> with torch.no_grad():
@@ -20,6 +17,6 @@ def refuse_second_derivative(name: str) -> None:
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{name} has a first derivative only: its backward pass was asked for a graph of its own "
-            "(create_graph=True), which would leave the second derivative out in silence"
+            f"{name} has a first derivative only: its backward pass ran with create_graph=True, and the second "
+            "derivative would be left out silently"
         )

@@ -61,7 +61,7 @@ def safe_sqrt(squared: Tensor) -> Tensor:
     return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
 
 
-def distances(x: Tensor) -> Tensor:
+def pairwise_distances(x: Tensor) -> Tensor:
     r"""Euclidean distances between the rows of a batch; duplicates have distance 0 and pass no gradient.
 
     .. math:: d_{ij} = \lVert x_i - x_j \rVert_2
@@ -75,62 +75,42 @@ def distances(x: Tensor) -> Tensor:
         Symmetric (N, N) tensor.
 
     Example:
-        >>> distances(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist()
+        >>> pairwise_distances(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist()
         [[0.0, 5.0], [5.0, 0.0]]
     """
     return safe_sqrt(squared_distances(x))
 
 
-def divide_by_mean(d: Tensor) -> Tensor:
-    r"""Distances in units of their mean: what RKD calls the distance potential.
+def distance_loss(squared_student: Tensor, squared_teacher: Tensor, *, count: int) -> Tensor:
+    r"""Huber loss between the distances of a batch in student and teacher, each in units of its mean.
 
-    .. math:: \psi_{ij} = d_{ij} / \mu, \qquad \mu = \frac{1}{|\{d > 0\}|} \sum_{d_{ij} > 0} d_{ij}
+    .. math::
+        L = \frac{1}{n} \sum_{i,j} h\!\left(\frac{d_{ij}}{\mu} - \frac{d'_{ij}}{\mu'}\right), \qquad
+        h(e) = \begin{cases} e^2 / 2 & |e| \le 1 \\ |e| - 1/2 & \text{else} \end{cases}
 
-    The mean :math:`\mu` runs over the strictly positive entries and is part of the graph. Where all distances are 0
-    they stay 0.
+    :math:`\mu` is the mean of strictly positive distances, and the student's is part of the gradient. Duplicates pass
+    none. The gradient flows to the student alone; it is computed with the loss.
 
-    Shapes: (N, N) -> (N, N).
+    Shapes: (N, N), (N, N) -> scalar, of the type that comes in.
 
     Args:
-        d: Distances.
+        squared_student: As :func:`squared_distances` gives them.
+        squared_teacher: The same for the teacher; a constant.
+        count: n, what the sum is divided by.
 
-    Returns:
-        Tensor of the same shape and dtype.
+    Raises:
+        RuntimeError: A second derivative is asked for.
 
     Reference:
         Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
 
     Example:
-        >>> divide_by_mean(torch.tensor([[0.0, 1.0, 3.0], [1.0, 0.0, 2.0], [3.0, 2.0, 0.0]]))[0]
-        tensor([0.0000, 0.5000, 1.5000])
+        >>> student = torch.tensor([[0.0, 1.0, 4.0], [1.0, 0.0, 1.0], [4.0, 1.0, 0.0]])
+        >>> teacher = torch.tensor([[0.0, 1.0, 9.0], [1.0, 0.0, 4.0], [9.0, 4.0, 0.0]])
+        >>> distance_loss(student, teacher, count=9)
+        tensor(0.0139)
     """
-    mean = d.sum() / (d > 0).sum().clamp(min=1)
-    return d / torch.where(mean > 0, mean, 1)
-
-
-def normalised_distances(x: Tensor) -> Tensor:
-    r"""Distances between the rows of a batch, divided by their mean over strictly positive entries.
-
-    .. math:: \psi_{ij} = \lVert x_i - x_j \rVert_2 / \mu
-
-    Invariant under translation, rotation and scaling of ``x``; see :func:`divide_by_mean` for :math:`\mu`.
-
-    Shapes: (N, D) -> (N, N), float64 as in :func:`squared_distances`.
-
-    Args:
-        x: Embeddings, any floating dtype.
-
-    Returns:
-        Symmetric (N, N) tensor.
-
-    Reference:
-        Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
-
-    Example:
-        >>> normalised_distances(torch.tensor([[0.0], [1.0], [3.0]])).tolist()
-        [[0.0, 0.5, 1.5], [0.5, 0.0, 1.0], [1.5, 1.0, 0.0]]
-    """
-    return divide_by_mean(distances(x))
+    return _DistanceLoss.apply(squared_student, squared_teacher.detach(), count)  # type: ignore[no-any-return]
 
 
 class _SquaredDistances(torch.autograd.Function):
@@ -189,3 +169,32 @@ def _by_differences(x: Tensor) -> Tensor:
     rows = _centred(x, torch.promote_types(x.dtype, torch.float32))
     step = max(1, _BLOCK // max(1, rows.numel()))
     return torch.cat([(block[:, None] - rows).square_().sum(2) for block in torch.split(rows, step)])
+
+
+class _DistanceLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, squared_student: Tensor, squared_teacher: Tensor, count: int) -> Tensor:
+        ctx.count = count
+        own, given = squared_student.sqrt(), squared_teacher.sqrt()
+        (positive, total, per_mean), (_, _, others) = _unit(own), _unit(given)
+        e = own * per_mean - given * others
+        g = e.clamp(-1, 1)
+        loss = (e.sub_(g, alpha=0.5).mul_(g)).sum() / count
+        if ctx.needs_input_grad[0]:
+            by_mean = (g * own).sum() * per_mean / total
+            pull = g.mul_(per_mean).sub_(by_mean).div_(own)  # 0 / 0 at duplicates
+            ctx.save_for_backward(torch.where(positive, pull, 0))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("distance_loss")
+        (pull,) = ctx.saved_tensors
+        return pull * (grads[0] * (0.5 / ctx.count)), None, None
+
+
+def _unit(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where distances are positive, their sum (not 0), and one over their mean; 0 where there is none."""
+    positive = d > 0
+    total = d.sum().clamp_min(torch.finfo(d.dtype).tiny)
+    return positive, total, positive.sum() / total

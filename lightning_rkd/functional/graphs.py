@@ -1,4 +1,4 @@
-"""Graphs over the samples of a batch: who is whose neighbour, who shares a class, and normalised adjacency."""
+"""Graphs over the samples of a batch: nearest neighbours, shared classes, and normalised adjacency."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ from torch import Tensor
 def knn_graph(
     distance: Tensor, k: int, *, include_self: bool = True, who: str = "knn_graph", argument: str = "k"
 ) -> Tensor:
-    """Directed k-nearest-neighbour graph of a batch; row i marks the k neighbours of sample i.
+    """Directed k-nearest-neighbour graph of a batch: entry (i, j) is true where j is among the k nearest of i.
 
-    The diagonal of ``distance`` is not looked at: with ``include_self`` a sample is always the first of its own k
-    neighbours, however many duplicates it has, else it is none of them. Of equally near samples the first in the batch
-    wins. Similarities are handed over with their sign turned. No gradient passes.
+    With ``include_self`` a sample is always the first of its own k neighbours, however many duplicates it has;
+    otherwise it is none of them. Ties go to the first sample in the batch. No gradient passes.
 
     Shapes: (N, N) -> (N, N), boolean.
 
     Args:
-        distance: Distances, or anything that is small for near samples.
+        distance: Distances, or negated similarities; the diagonal is ignored.
         k: Neighbours of each sample; with ``include_self`` the sample itself is one of them.
-        include_self: Whether a sample is its own neighbour.
-        who: Begins the error message: the loss that asks.
-        argument: What the loss calls k, for the error message.
-
-    Returns:
-        The graph: entry (i, j) is true where j is among the k nearest of i.
+        include_self: Count a sample as its own neighbour.
+        who: The name that error messages begin with.
+        argument: The name of k in error messages.
 
     Raises:
         ValueError: A matrix that is not square, k below 1, or a batch with fewer than k candidates.
@@ -55,15 +51,9 @@ def knn_graph(
 
 
 def same_class(labels: Tensor) -> Tensor:
-    """Which pairs of a batch share a class: 1 or 0, or the inner product of soft labels.
+    """Matrix of pairs that share a class: booleans for class numbers, inner products for soft labels.
 
     Shapes: (N,) -> (N, N), boolean; (N, K) -> (N, N) in the dtype of the labels.
-
-    Args:
-        labels: Class numbers, or one distribution over classes a sample.
-
-    Returns:
-        The matrix.
 
     Example:
         >>> same_class(torch.tensor([5, 2, 5])).int().tolist()
@@ -83,10 +73,7 @@ def normalised_adjacency(adjacency: Tensor) -> Tensor:
     Shapes: (N, N) -> (N, N).
 
     Args:
-        adjacency: Symmetric, no negative weights.
-
-    Returns:
-        Tensor of the same shape and dtype.
+        adjacency: Symmetric matrix without negative weights.
 
     Example:
         >>> normalised_adjacency(torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 3.0], [0.0, 3.0, 0.0]]))[1]

@@ -1,4 +1,4 @@
-"""Rankings of a batch's samples by nearness, and the probability of a ranking."""
+"""Rankings of samples by distance, and the probability of a ranking."""
 
 from __future__ import annotations
 
@@ -6,23 +6,18 @@ import torch
 from torch import Tensor
 
 
-def nearest(distance: Tensor, length: int) -> Tensor:
-    """The nearest other samples of each sample, nearest first; of equally near ones the first in the batch.
-
-    The diagonal of ``distance`` is not looked at: a sample is not in its own list.
+def nearest_samples(distance: Tensor, length: int) -> Tensor:
+    """Row numbers of each sample's nearest other samples, nearest first; ties go to the first in the batch.
 
     Shapes: (N, N) -> (N, min(length, N - 1)).
 
     Args:
-        distance: Distances, or anything that is small for near samples.
-        length: How many.
-
-    Returns:
-        Row numbers.
+        distance: Distances, or anything that is small for near samples; the diagonal is ignored.
+        length: Number of samples in each list.
 
     Example:
         >>> x = torch.tensor([0.0, 1.0, 3.0])
-        >>> nearest((x[:, None] - x).abs(), 2).tolist()
+        >>> nearest_samples((x[:, None] - x).abs(), 2).tolist()
         [[1, 2], [0, 2], [1, 0]]
     """
     others = distance.detach().clone().fill_diagonal_(float("inf"))
@@ -34,13 +29,10 @@ def log_probability_of_order(scores: Tensor) -> Tensor:
 
     .. math:: \log P = \sum_{i=1}^{L} \Big( s_i - \log \sum_{j \ge i} e^{s_j} \Big)
 
-    Shapes: (..., L) -> (...).
+    Shapes: (..., L) -> (...); 0 for lists of up to one entry.
 
     Args:
         scores: Scores of the list's entries, in its order.
-
-    Returns:
-        Tensor of the same dtype; 0 for lists of up to one entry.
 
     Example:
         >>> log_probability_of_order(torch.tensor([[1.0, 0.0, -1.0], [-1.0, 0.0, 1.0]])).exp()
@@ -51,16 +43,9 @@ def log_probability_of_order(scores: Tensor) -> Tensor:
 
 
 def permutations(length: int, device: torch.device | str = "cpu") -> Tensor:
-    """All orders of ``length`` things, made on the device itself.
+    """All permutations of the numbers from 0 to ``length`` - 1, one per row, created on the device.
 
     Shapes: (length!, length).
-
-    Args:
-        length: How many things.
-        device: Where the result lives.
-
-    Returns:
-        Numbers from 0 to ``length`` - 1, one order a row.
 
     Example:
         >>> permutations(3).tolist()

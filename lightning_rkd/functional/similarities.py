@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.functional.distances import safe_sqrt
-from lightning_rkd.functional.scales import exact, ordinary, power_of_two
+from lightning_rkd.functional.scales import power_of_two, squares_in_range, to_float64
 
 
 def unit_rows(x: Tensor, *, eps: float = 0.0) -> Tensor:
@@ -16,9 +16,9 @@ def unit_rows(x: Tensor, *, eps: float = 0.0) -> Tensor:
 
     .. math:: \hat x_i = x_i / (\lVert x_i \rVert_2 + \varepsilon)
 
-    ``torch.nn.functional.normalize`` lets a zero row pass a gradient 1e12 times too large, and makes rows zero whose
-    squares overflow. Here a row may have any length that its gradient, about one over the length, can follow: it is a
-    zero row below 1.2e-35 in float32 (:func:`~lightning_rkd.functional.scales.smallest_length`).
+    ``torch.nn.functional.normalize`` passes a gradient 1e12 times too large to a zero row, and returns zero for rows
+    whose squares overflow. Here every norm works whose gradient, about one over the norm, stays in range: a row counts
+    as zero below 1.2e-35 in float32 (:func:`~lightning_rkd.functional.scales.smallest_norm`).
 
     Shapes: (N, D) -> (N, D).
 
@@ -26,26 +26,23 @@ def unit_rows(x: Tensor, *, eps: float = 0.0) -> Tensor:
         x: Embeddings.
         eps: Added to the norm, as some published codes do.
 
-    Returns:
-        Tensor of the same shape and dtype.
-
     Example:
         >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
         [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
     """
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    if ordinary(norm[:, 0], x):
+    if squares_in_range(norm[:, 0], x):
         zero, length = norm == 0, norm + eps if eps else norm
     else:
         scale = power_of_two(x, 1)
         x = x / scale
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        zero = norm < 1  # a row that scale could not bring there is too short; NaN stays NaN
+        zero = norm < 1  # the smallest scale did not bring the row to 1: it is too short; NaN stays NaN
         length = norm + eps / scale if eps else norm
     return torch.where(zero, 0, x / torch.where(zero, 1, length))
 
 
-def row_lengths(x: Tensor) -> Tensor:
+def row_norms(x: Tensor) -> Tensor:
     r"""Euclidean norms of the rows, right for every length; zero rows pass no gradient.
 
     .. math:: \lVert x_i \rVert_2
@@ -55,15 +52,12 @@ def row_lengths(x: Tensor) -> Tensor:
     Args:
         x: Embeddings, or differences of them.
 
-    Returns:
-        Tensor of the same dtype.
-
     Example:
-        >>> row_lengths(torch.tensor([[3e30, 4e30], [0.0, 0.0]]))
+        >>> row_norms(torch.tensor([[3e30, 4e30], [0.0, 0.0]]))
         tensor([5.0000e+30, 0.0000e+00])
     """
     squared = x.square().sum(1)
-    if ordinary(squared, x):
+    if squares_in_range(squared, x):
         return safe_sqrt(squared)
     scale = power_of_two(x, 1)
     return scale[:, 0] * safe_sqrt((x / scale).square().sum(1))
@@ -80,9 +74,6 @@ def cosine_similarities(x: Tensor, *, eps: float = 0.0) -> Tensor:
         x: Embeddings.
         eps: Added to the norms, as some published codes do.
 
-    Returns:
-        Symmetric (N, N) tensor of the same dtype.
-
     Example:
         >>> cosine_similarities(torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))[0]
         tensor([1.0000, 0.7071, 0.0000])
@@ -97,45 +88,32 @@ def tanimoto_coefficients(x: Tensor) -> Tensor:
     .. math:: T_{ij} = \frac{\langle x_i, x_j \rangle}
         {\lVert x_i \rVert^2 + \lVert x_j \rVert^2 - \langle x_i, x_j \rangle}
 
-    Unlike a cosine it tells lengths apart: it is 1 for equal rows only. Two zero rows are equal, so theirs is 1, and
-    passes no gradient.
+    Unlike a cosine it depends on norms: it is 1 for equal rows only. The coefficient of two zero rows is 1 and passes
+    no gradient. Values lie in [-1/3, 1].
 
     Shapes: (N, D) -> (N, N).
-
-    Args:
-        x: Embeddings.
-
-    Returns:
-        Symmetric (N, N) tensor of the same dtype, in [-1/3, 1].
 
     Example:
         >>> tanimoto_coefficients(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]))[0]
         tensor([1.0000, 0.6667, 0.0000])
     """
     inner = x @ x.T
-    if not ordinary(inner.diagonal(), x):
-        inner = exact(x) @ exact(x).T
+    if not squares_in_range(inner.diagonal(), x):
+        inner = to_float64(x) @ to_float64(x).T
     squared = inner.diagonal()
     return _tanimoto(inner, squared[:, None] + squared).to(x.dtype)
 
 
 def tanimoto_of_pairs(a: Tensor, b: Tensor) -> Tensor:
-    r"""Tanimoto coefficient of each row with the row of the same number; see :func:`tanimoto_coefficients`.
+    """Tanimoto coefficients of corresponding rows of two matrices; see :func:`tanimoto_coefficients`.
 
     Shapes: (N, D), (N, D) -> (N,).
-
-    Args:
-        a: Embeddings.
-        b: As many, equally wide.
-
-    Returns:
-        Tensor of the same dtype.
 
     Example:
         >>> tanimoto_of_pairs(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
         tensor([0.6667, 1.0000])
     """
-    dtype, a, b = a.dtype, exact(a), exact(b)
+    dtype, a, b = a.dtype, to_float64(a), to_float64(b)
     return _tanimoto((a * b).sum(1), a.square().sum(1) + b.square().sum(1)).to(dtype)
 
 
@@ -145,19 +123,13 @@ def _tanimoto(inner: Tensor, squares: Tensor) -> Tensor:
     return torch.where(zero, 1, inner / torch.where(zero, 1, union))
 
 
-def layer_rows(shown: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """What a network showed, as one matrix of flattened samples a layer: an embedding is one layer, maps are several.
+def flatten_layers(features: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Features as one matrix per layer, a row per sample; a single tensor is one layer.
 
-    Shapes: (N, ...) or a list of them -> list of (N, D_l).
-
-    Args:
-        shown: An embedding, or maps.
-
-    Returns:
-        One matrix a layer.
+    Shapes: (N, ...) or a sequence of them -> list of (N, D_l).
 
     Example:
-        >>> [tuple(x.shape) for x in layer_rows([torch.ones(5, 3, 2, 2), torch.ones(5, 8, 1, 1)])]
+        >>> [tuple(x.shape) for x in flatten_layers([torch.ones(5, 3, 2, 2), torch.ones(5, 8, 1, 1)])]
         [(5, 12), (5, 8)]
     """
-    return [x.flatten(1) for x in ([shown] if isinstance(shown, Tensor) else shown)]
+    return [x.flatten(1) for x in ([features] if isinstance(features, Tensor) else features)]

@@ -1,4 +1,4 @@
-"""Singular vectors of feature maps: the channel directions in which a map has most of its energy."""
+"""Singular vectors of feature maps: the directions in channel space that hold most of a map's energy."""
 
 from __future__ import annotations
 
@@ -9,21 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rkd.functional.derivatives import refuse_second_derivative
-from lightning_rkd.functional.scales import smallest_length
-
-
-def positions(feature_map: Tensor) -> Tensor:
-    """A feature map as one matrix per sample, positions by channels.
-
-    Shapes: (N, C, H, W) -> (N, HW, C); tokens (N, T, C) as they are; (N, C) -> (N, 1, C).
-
-    Example:
-        >>> positions(torch.zeros(2, 8, 4, 4)).shape
-        torch.Size([2, 16, 8])
-    """
-    if feature_map.ndim == 2:
-        return feature_map[:, None]
-    return feature_map if feature_map.ndim == 3 else feature_map.flatten(2).transpose(1, 2)
+from lightning_rkd.functional.scales import smallest_norm
 
 
 def right_singular_vectors(x: Tensor, k: int = 1) -> Tensor:
@@ -31,8 +17,8 @@ def right_singular_vectors(x: Tensor, k: int = 1) -> Tensor:
 
     .. math:: x_n = U \Sigma V^\top \;\mapsto\; V_{:, 1 \dots k}
 
-    A singular vector has no sign of its own; here it points along the mean of the rows (the first one of a map behind
-    a ReLU then has no negative entry). Vectors whose singular value is zero to rounding are zero themselves, and so are
+    The sign of a singular vector is arbitrary; here it points along the mean of the rows, so that the first vector of
+    a map after a ReLU has no negative entry. Vectors whose singular value is zero to rounding are zero, and so are
     those of a matrix without an entry above 1.2e-35 (2.3e-305 in float64).
 
     The gradient is exact. With :math:`\lambda = \sigma^2`, an incoming gradient :math:`g` of :math:`v_i` becomes
@@ -41,18 +27,15 @@ def right_singular_vectors(x: Tensor, k: int = 1) -> Tensor:
         w = \sum_{j \ne i} \frac{v_j v_j^\top}{\lambda_i - \lambda_j}\, g, \qquad
         \frac{\partial L}{\partial x} = x\,(w v_i^\top + v_i w^\top),
 
-    where j runs over all right singular vectors, those of the null space included. Pairs whose eigenvalues are equal
-    to rounding leave the sum: within such a pair no direction is defined. Value and gradient are finite for every
-    finite x, and the value does not depend on the scale of x above that.
+    where j runs over all right singular vectors, including the null space. Pairs whose eigenvalues are equal to
+    rounding are left out of the sum, since their directions are not defined. Value and gradient are finite for every
+    finite x, and the value does not depend on the scale of x.
 
     Shapes: (N, P, C) -> (N, C, min(k, P, C)), unit columns.
 
     Args:
         x: Matrices, float32 or float64.
-        k: How many vectors.
-
-    Returns:
-        The vectors as columns, largest singular value first.
+        k: Number of vectors; columns of the result, largest singular value first.
 
     Example:
         >>> right_singular_vectors(torch.tensor([[[3.0, 4.0], [6.0, 8.0]]]))
@@ -62,12 +45,12 @@ def right_singular_vectors(x: Tensor, k: int = 1) -> Tensor:
     return _RightSingularVectors.apply(x, min(k, *x.shape[1:]))  # type: ignore[no-any-return]
 
 
-def align(vectors: Tensor, target: Tensor) -> Tensor:
-    r"""Of several vectors per sample the one nearest to a target, turned the same way.
+def align_vectors(vectors: Tensor, target: Tensor) -> Tensor:
+    r"""Vector of each sample that is nearest to its target, with the sign of the target.
 
     .. math:: \mathrm{sgn}(c_m)\, v_m, \qquad c = V^\top t, \quad m = \arg\max_i |c_i|
 
-    The choice passes no gradient. Where all cosines are 0, as with a target of zero, the result is zero.
+    The choice passes no gradient. Where all cosines are 0, as for a target of zero, the result is zero.
 
     Shapes: vectors (N, C, k), target (N, C) -> (N, C).
 
@@ -75,14 +58,11 @@ def align(vectors: Tensor, target: Tensor) -> Tensor:
         vectors: Unit vectors, as columns.
         target: Unit vectors.
 
-    Returns:
-        One vector per sample.
-
     Reference:
         Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.
 
     Example:
-        >>> align(torch.eye(2)[None], torch.tensor([[0.6, -0.8]])).tolist()
+        >>> align_vectors(torch.eye(2)[None], torch.tensor([[0.6, -0.8]])).tolist()
         [[0.0, -1.0]]
     """
     with torch.no_grad():
@@ -97,7 +77,7 @@ class _RightSingularVectors(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             rows, columns = x.shape[1:]
             largest = x.abs().amax((1, 2), keepdim=True)
-            silent = largest < smallest_length(x.dtype)
+            silent = largest < smallest_norm(x.dtype)
             scale = torch.where(silent, 1, largest)  # so that no square overflows or vanishes
             unit = torch.where(silent, 0, x) / scale
             wide = rows < columns

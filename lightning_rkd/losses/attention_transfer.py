@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.functional.scales import ordinary, power_of_two
+from lightning_rkd.functional.scales import power_of_two, squares_in_range
 from lightning_rkd.functional.similarities import unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
 
@@ -32,7 +32,7 @@ def attention_map(features: Tensor, *, power: float = 2.0) -> Tensor:
         tensor([[0.4472, 0.8944]])
     """
     strength = _strength(features, power)
-    if not ordinary(torch.linalg.vector_norm(strength.detach(), dim=1), features):
+    if not squares_in_range(torch.linalg.vector_norm(strength.detach(), dim=1), features):
         strength = _strength(features / power_of_two(features, tuple(range(1, features.ndim))), power)
     return unit_rows(strength)
 

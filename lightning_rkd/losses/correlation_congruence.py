@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_rkd.functional.similarities import row_lengths, unit_rows
+from lightning_rkd.functional.similarities import row_norms, unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
 
 Form = Literal["kernel", "norm", "rows"]
@@ -62,7 +62,7 @@ def correlation_congruence_norm(student: Tensor, teacher: Tensor, *, gamma: floa
         tensor(1.0679)
     """
     s, t = (gaussian_taylor(x @ x.T, gamma, order) for x in (student, teacher.detach()))
-    return row_lengths((s - t).reshape(1, -1)).squeeze(0) / len(student) ** 2
+    return row_norms((s - t).reshape(1, -1)).squeeze(0) / len(student) ** 2
 
 
 def correlation_congruence_rows(student: Tensor, teacher: Tensor) -> Tensor:

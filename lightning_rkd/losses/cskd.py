@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_rkd.functional.scales import exact, far_above_rounding
+from lightning_rkd.functional.scales import far_above_rounding, to_float64
 from lightning_rkd.functional.similarities import unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_logits, check_positive
@@ -44,7 +44,7 @@ def _directions(logits: Tensor) -> Tensor:
     p = logits.softmax(1)
     if far_above_rounding(p.amax(0)):
         return unit_rows(p.T)
-    log_p = exact(logits).log_softmax(1).T  # beside large logits float32 would lose their logarithms
+    log_p = to_float64(logits).log_softmax(1).T  # beside large logits float32 would lose their logarithms
     return unit_rows((log_p - log_p.detach().amax(1, keepdim=True)).exp()).to(logits.dtype)
 
 
@@ -72,7 +72,7 @@ def cosine_temperatures(student: Tensor, teacher: Tensor, *, low: float = 2.0, h
     with torch.no_grad():
         cosines = _cosines(student, teacher)
         if not far_above_rounding(cosines.max() - cosines.min()):  # or rounding would be spread over all temperatures
-            cosines = _cosines(exact(student), exact(teacher))
+            cosines = _cosines(to_float64(student), to_float64(teacher))
         most, spread = cosines.max(), cosines.max() - cosines.min()
         temperatures: Tensor = low + (high - low) * (most - cosines) / torch.where(spread > 0, spread, 1)
         return temperatures.to(student.dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_rkd.functional.distances import distances
-from lightning_rkd.functional.ranks import log_probability_of_order, nearest, permutations
+from lightning_rkd.functional.distances import pairwise_distances
+from lightning_rkd.functional.ranks import log_probability_of_order, nearest_samples, permutations
 from lightning_rkd.losses.base import Reference, RelationalLoss
 
 _LONGEST = 7  # lists have 5,040 orders, each of which is scored
@@ -197,8 +197,8 @@ class SoftDarkRank(RelationalLoss):
 
 def _scores(student: Tensor, teacher: Tensor, alpha: float, beta: float, length: int) -> tuple[Tensor, Tensor]:
     """Scores in student and teacher of each sample's nearest to the teacher, nearest first; (N, L) each."""
-    s, t = distances(student), distances(teacher.detach())
-    near = nearest(t, length)
+    s, t = pairwise_distances(student), pairwise_distances(teacher.detach())
+    near = nearest_samples(t, length)
     return -alpha * s.gather(1, near).pow(beta), -alpha * t.gather(1, near).pow(beta)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.functional.similarities import row_lengths, unit_rows
+from lightning_rkd.functional.similarities import row_norms, unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
 
 Distance = Literal["l2", "cosine"]
@@ -43,7 +43,7 @@ def embedding_distance(student: Tensor, teacher: Tensor, *, distance: Distance =
     teacher = teacher.detach()
     if distance == "cosine":
         return (1 - (unit_rows(student) * unit_rows(teacher)).sum(1)).mean()
-    return row_lengths(student - teacher).mean()
+    return row_norms(student - teacher).mean()
 
 
 def _check_distance(distance: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.functional.graphs import knn_graph, normalised_adjacency, same_class
-from lightning_rkd.functional.similarities import cosine_similarities, layer_rows
+from lightning_rkd.functional.similarities import cosine_similarities, flatten_layers
 from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
@@ -133,7 +133,7 @@ class GraphKD(RelationalLoss):
         labels: Tensor | None = None,
     ) -> Tensor:
         """The loss as a scalar; ``labels`` are needed where edges depend on classes."""
-        layers = list(zip(layer_rows(student), layer_rows(teacher), strict=True))
+        layers = list(zip(flatten_layers(student), flatten_layers(teacher), strict=True))
         mask = self._mask(labels, layers[0][0].dtype)
         each = [graph_kd(s, t, mask=mask, neighbours=self.neighbours, power=self.power) for s, t in layers]
         return torch.stack(each).mean()

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.functional.channels import channel_vectors, unit_channels
-from lightning_rkd.functional.scales import not_too_large, ordinary, power_of_two
+from lightning_rkd.functional.channels import flatten_channels, unit_channels
+from lightning_rkd.functional.scales import limit_magnitude, power_of_two, squares_in_range
 from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_channels
 
@@ -48,7 +48,7 @@ def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
 def _gram(x: Tensor) -> Tensor:
     """Inner products of each sample's channels, up to a factor of its own that keeps them in range."""
     gram = x @ x.transpose(1, 2)
-    if ordinary(torch.diagonal(gram, dim1=1, dim2=2), x):
+    if squares_in_range(torch.diagonal(gram, dim1=1, dim2=2), x):
         return gram
     x = x / power_of_two(x, (1, 2))
     return x @ x.transpose(1, 2)
@@ -138,13 +138,13 @@ class ICKD(RelationalLoss):
                     "ICKD: student and teacher must show maps (N, C, H, W) or tokens (N, T, C), "
                     f"got {tuple(s.shape)} and {tuple(t.shape)}; tap layers before pooling"
                 )
-            channels = channel_vectors(s, who="ICKD")
+            channels = flatten_channels(s, who="ICKD")
             if channels.shape[0] * channels.shape[2] == 1:
                 raise ValueError(
                     f"ICKD: batch normalisation needs more than one position, got a map {tuple(s.shape)}; use a "
                     "larger batch (drop_last=True) or a layer before pooling"
                 )
             # what all positions share is standardised away behind the convolution, and would cost digits inside it
-            channels = not_too_large(channels - channels[:1, :, :1].detach(), (0, 1, 2))
-            terms.append(inter_channel_correlation(embed(channels), channel_vectors(t, who="ICKD")))
+            channels = limit_magnitude(channels - channels[:1, :, :1].detach(), (0, 1, 2))
+            terms.append(inter_channel_correlation(embed(channels), flatten_channels(t, who="ICKD")))
         return torch.stack(terms).sum()

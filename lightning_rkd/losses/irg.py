@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_rkd.functional.channels import channel_vectors
+from lightning_rkd.functional.channels import flatten_channels
 from lightning_rkd.functional.distances import squared_distances
 from lightning_rkd.functional.scales import power_of_two
 from lightning_rkd.losses.base import Reference, RelationalLoss
@@ -129,7 +129,7 @@ class IRG(RelationalLoss):
         assert student.feature_maps is not None
         assert teacher.feature_maps is not None
         s, t = (
-            [channel_vectors(x, who="IRG").mean(2) for x in maps]
+            [flatten_channels(x, who="IRG").mean(2) for x in maps]
             for maps in (student.feature_maps, teacher.feature_maps)
         )
         total = s[0].new_zeros(())

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.functional.columns import centred
-from lightning_rkd.functional.scales import smallest_length
+from lightning_rkd.functional.columns import centre_columns
+from lightning_rkd.functional.scales import smallest_norm
 from lightning_rkd.functional.similarities import cosine_similarities
 from lightning_rkd.losses.base import Reference, RelationalLoss
 
@@ -77,9 +77,9 @@ def mutual_information_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _standardised(x: Tensor) -> Tensor:
-    rows = centred(x)
+    rows = centre_columns(x)
     variance = rows.square().sum(0) / (len(x) - 1)
-    constant = variance <= smallest_length(x.dtype) ** 2
+    constant = variance <= smallest_norm(x.dtype) ** 2
     return torch.where(constant, 0, rows / torch.where(constant, 1, variance).sqrt())
 
 
@@ -157,7 +157,7 @@ class ITRD(RelationalLoss):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
         # correlations know no bias, beside which small differences would be lost; it only stays in the graph
-        mapped = F.linear(centred(student).to(student.dtype), self.embed.weight) + 0 * self.embed.bias
+        mapped = F.linear(centre_columns(student).to(student.dtype), self.embed.weight) + 0 * self.embed.bias
         own = student if student.shape[1] == teacher.shape[1] else mapped + self.embed(student.mean(0, keepdim=True))
         correlation = correlation_loss(mapped, teacher, alpha=self.alpha)
         return self.correlation_weight * correlation + self.mutual_weight * mutual_information_loss(own, teacher)

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.functional.singular import align, positions, right_singular_vectors
+from lightning_rkd.functional.channels import flatten_positions
+from lightning_rkd.functional.singular import align_vectors, right_singular_vectors
 from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.attention_graph import (
     attention_between,
@@ -167,9 +168,9 @@ class MHGD(RelationalLoss):
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """The loss as a scalar."""
-        of_teacher = [right_singular_vectors(positions(m)).squeeze(2) for m in teacher]
+        of_teacher = [right_singular_vectors(flatten_positions(m)).squeeze(2) for m in teacher]
         of_student = [
-            align(right_singular_vectors(adapt(positions(m)), _CANDIDATES), target)
+            align_vectors(right_singular_vectors(adapt(flatten_positions(m)), _CANDIDATES), target)
             for m, adapt, target in zip(student, self.adapters, of_teacher, strict=True)
         ]
         graphs = [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.functional.channels import channel_vectors, unit_channels
+from lightning_rkd.functional.channels import flatten_channels, unit_channels
 from lightning_rkd.losses.base import Reference, RelationalLoss
 
 Kernel = Literal["polynomial", "linear", "gaussian"]
@@ -40,7 +40,7 @@ def neuron_selectivity(student: Tensor, teacher: Tensor, *, kernel: Kernel = "po
     """
     _check(kernel)
     s, t = _common_size(student, teacher.detach())
-    s, t = unit_channels(channel_vectors(s, who="NST")), unit_channels(channel_vectors(t, who="NST"))
+    s, t = unit_channels(flatten_channels(s, who="NST")), unit_channels(flatten_channels(t, who="NST"))
     if kernel == "linear":
         return (s.mean(1) - t.mean(1)).square().sum(1).mean()
     if kernel == "gaussian":

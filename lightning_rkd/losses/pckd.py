@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.functional.columns import centred
-from lightning_rkd.functional.scales import not_too_large
+from lightning_rkd.functional.columns import centre_columns
+from lightning_rkd.functional.scales import limit_magnitude
 from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_classes, check_logits
 from lightning_rkd.losses.parts.projector import Projector
@@ -221,8 +221,8 @@ class PCKD(RelationalLoss):
         )
         rows = s if len(s) > 1 else s.expand(2, -1)  # torch normalises no single row; twice the same has its statistics
         # what all rows share is standardised away behind the first layer, and would cost digits inside it
-        rows = not_too_large(centred(rows).to(s.dtype), (0, 1))
-        align = 2 - 2 * F.cosine_similarity(self.align(rows)[: len(s)], not_too_large(t, 1)).mean()
+        rows = limit_magnitude(centre_columns(rows).to(s.dtype), (0, 1))
+        align = 2 - 2 * F.cosine_similarity(self.align(rows)[: len(s)], limit_magnitude(t, 1)).mean()
         loss = self.contrast_weight * (weights * contrast).mean() + self.align_weight * align
         parts = [(a, b) for a, b in ((s_centres, t_centres), (s_bias, t_bias)) if a is not None and b is not None]
         if s_centres.shape == t_centres.shape and (s_bias is None) == (t_bias is None):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.functional.angles import Reduction, check_reduction
-from lightning_rkd.functional.scales import exact, far_above_rounding
+from lightning_rkd.functional.scales import far_above_rounding, to_float64
 from lightning_rkd.functional.similarities import cosine_similarities
 from lightning_rkd.losses.base import Reference, RelationalLoss
 
@@ -103,7 +103,7 @@ def _kernel(x: Tensor) -> Tensor:
 def _probabilities(x: Tensor, reduction: Reduction) -> Tensor:
     kernel = _kernel(x)
     if not far_above_rounding(kernel):  # of opposite rows float32 leaves about the 1e-7 that they are compared with
-        kernel = _kernel(exact(x))
+        kernel = _kernel(to_float64(x))
     if reduction == "distinct":
         kernel = kernel * (1 - torch.eye(len(x), dtype=kernel.dtype, device=x.device))
     total = kernel.sum(1, keepdim=True)

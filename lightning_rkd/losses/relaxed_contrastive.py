@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_rkd.functional.distances import distances, squared_distances
+from lightning_rkd.functional.distances import pairwise_distances, squared_distances
 from lightning_rkd.functional.similarities import unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
 
@@ -33,7 +33,7 @@ def relaxed_contrastive(student: Tensor, teacher: Tensor, *, sigma: float = 1.0,
         >>> relaxed_contrastive(student, teacher)
         tensor(0.6047)
     """
-    d = distances(student)
+    d = pairwise_distances(student)
     mean = d.mean(1, keepdim=True)
     d = d / torch.where(mean > 0, mean, 1)
     alike = torch.exp(-squared_distances(unit_rows(teacher.detach())) / sigma)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.functional.angles import Reduction, angle_loss, check_reduction, check_sample
-from lightning_rkd.functional.distance_loss import distance_loss
-from lightning_rkd.functional.distances import squared_distances
+from lightning_rkd.functional.distances import distance_loss, squared_distances
 from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.utils.distributed import Shard
 

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_rkd.functional.scales import ordinary, power_of_two
-from lightning_rkd.functional.similarities import layer_rows, unit_rows
+from lightning_rkd.functional.scales import power_of_two, squares_in_range
+from lightning_rkd.functional.similarities import flatten_layers, unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
@@ -39,7 +39,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
 def _gram(x: Tensor) -> Tensor:
     """Inner products of the rows, up to a factor that keeps them in range."""
     gram = x @ x.T
-    if ordinary(gram.diagonal(), x):
+    if squares_in_range(gram.diagonal(), x):
         return gram
     x = x / power_of_two(x, (0, 1))
     return x @ x.T
@@ -98,5 +98,5 @@ class SimilarityPreserving(RelationalLoss):
 
     def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
         """The loss as a scalar."""
-        layers = zip(layer_rows(student), layer_rows(teacher), strict=True)
+        layers = zip(flatten_layers(student), flatten_layers(teacher), strict=True)
         return torch.stack([similarity_preserving(s, t) for s, t in layers]).sum()

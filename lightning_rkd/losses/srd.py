@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.functional.columns import centred
+from lightning_rkd.functional.columns import centre_columns
 from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_positive
 
@@ -37,7 +37,7 @@ def log_sum(student: Tensor, teacher: Tensor, *, power: float = 4.0, eps: float 
 
 def _standardised(x: Tensor) -> Tensor:
     """Columns with mean 0 and variance 1: batch normalisation in training mode, without memory."""
-    rows = centred(x)
+    rows = centre_columns(x)
     return rows * (rows.square().mean(0) + 1e-4).rsqrt()  # 1e-4 as in the authors' ImageNet code
 
 
@@ -113,5 +113,5 @@ class SRD(RelationalLoss):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
         # what all rows share is standardised away behind the projector, and would cost digits inside it
-        student = centred(student).to(student.dtype)
+        student = centre_columns(student).to(student.dtype)
         return log_sum(self.project(student), teacher, power=self.power, eps=self.eps)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.functional.scales import not_too_large
+from lightning_rkd.functional.scales import limit_magnitude
 from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
@@ -81,5 +81,5 @@ class VkD(RelationalLoss):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
-        target = F.layer_norm(not_too_large(teacher, 1), teacher.shape[1:])
+        target = F.layer_norm(limit_magnitude(teacher, 1), teacher.shape[1:])
         return F.smooth_l1_loss(student @ orthonormal(self.matrix).T, target)

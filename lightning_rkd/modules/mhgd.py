@@ -20,7 +20,8 @@ from lightning_rkd.data.indexing import first_samples, to_batch
 from lightning_rkd.distillation.features import Layer
 from lightning_rkd.distillation.lightning import hand_back_after_exceptions, save_plain_hyperparameters
 from lightning_rkd.distillation.teachers import Teacher
-from lightning_rkd.functional.singular import positions, right_singular_vectors
+from lightning_rkd.functional.channels import flatten_positions
+from lightning_rkd.functional.singular import right_singular_vectors
 from lightning_rkd.losses.base import pick, weight_at
 from lightning_rkd.losses.mhgd import MHGD
 from lightning_rkd.losses.parts.attention_graph import AttentionGraph, attention_sizes, trained_attention
@@ -187,7 +188,7 @@ class AttentionGraphEstimator(pl.LightningModule):
         dtype = next(self.parameters()).dtype
         with torch.autocast(self.device.type, enabled=False):
             maps = [m if m.dtype == torch.float64 else m.float() for m in self._maps(batch)]
-            return [right_singular_vectors(positions(m)).squeeze(2).to(dtype) for m in maps]
+            return [right_singular_vectors(flatten_positions(m)).squeeze(2).to(dtype) for m in maps]
 
     def _maps(self, batch: Any) -> list[Tensor]:
         assert self.teacher is not None
@@ -207,7 +208,7 @@ class AttentionGraphEstimator(pl.LightningModule):
                     "AttentionGraphEstimator does not know the channels of the teacher's maps, and the loader is none "
                     "that could be asked for two samples: pass channels=[...]"
                 )
-            return [positions(m) for m in self._maps(batch)]
+            return [flatten_positions(m) for m in self._maps(batch)]
 
     def _prepare(self) -> None:
         assert self.teacher is not None

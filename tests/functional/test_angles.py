@@ -43,12 +43,12 @@ def loss_and_gradient(loss: object, student: Tensor, teacher: Tensor, **settings
     return value.detach(), grad
 
 
-@pytest.mark.parametrize("side", [2, 3, 5, 128])
+@pytest.mark.parametrize("edge", [2, 3, 5, 128])
 @pytest.mark.parametrize("tile", [1, 60, 2**19])
 @pytest.mark.parametrize("n", [3, 4, 7, 10])
-def test_every_tiling_gives_the_loss_and_the_gradient_of_the_formula(monkeypatch, n, tile, side):
+def test_every_tiling_gives_the_loss_and_the_gradient_of_the_formula(monkeypatch, n, tile, edge):
     use("tiles", monkeypatch)
-    monkeypatch.setattr(angle_tiles, "_SIDE", side)
+    monkeypatch.setattr(angle_tiles, "_EDGE", edge)
     monkeypatch.setattr(angle_tiles, "_TILE", tile)
     student, teacher = torch.randn(n, 4, dtype=torch.float64), torch.randn(n, 9, dtype=torch.float64)
     value, grad = loss_and_gradient(ours, student, teacher)

@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from lightning_rkd.functional import distances as module
 from lightning_rkd.functional._kernels import native
 from lightning_rkd.functional.distances import (
-    distances,
-    divide_by_mean,
-    normalised_distances,
+    pairwise_distances,
     safe_sqrt,
     squared_distances,
 )
@@ -121,39 +119,14 @@ def test_distances_are_roots_and_zero_ones_pass_no_gradient():
     x = torch.randn(6, 4, dtype=torch.float64)
     x[1] = x[4]
     x.requires_grad_()
-    d = distances(x)
+    d = pairwise_distances(x)
     torch.testing.assert_close(d.square(), squared_distances(x))
     (grad,) = torch.autograd.grad(d[1, 4] + d[2, 2], x)
     assert torch.equal(grad, torch.zeros_like(grad))
-    (grad,) = torch.autograd.grad(distances(x).sum(), x)
+    (grad,) = torch.autograd.grad(pairwise_distances(x).sum(), x)
     assert torch.isfinite(grad).all()
 
 
 def test_safe_sqrt_has_the_gradient_of_the_root_elsewhere():
     x = torch.tensor([0.25, 4.0, 9.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(safe_sqrt, x)
-
-
-def test_the_mean_runs_over_positive_entries_and_is_part_of_the_graph():
-    d = torch.tensor([[0.0, 2.0, 0.0], [2.0, 0.0, 4.0], [0.0, 4.0, 0.0]], dtype=torch.float64, requires_grad=True)
-    out = divide_by_mean(d)
-    assert float(out[0, 1].detach()) == pytest.approx(2 / 3)
-    out.sum().backward()  # the sum is the number of positive entries, whatever they are
-    torch.testing.assert_close(d.grad[d > 0], torch.zeros(4, dtype=torch.float64))
-
-
-def test_a_collapsed_batch_has_normalised_distances_of_zero_and_a_finite_gradient():
-    x = torch.ones(4, 3, requires_grad=True)
-    d = normalised_distances(x)
-    assert torch.equal(d, torch.zeros(4, 4, dtype=torch.float64))
-    d.sum().backward()
-    assert torch.equal(x.grad, torch.zeros(4, 3))
-
-
-@given(scale=st.floats(1e-3, 1e3), shift=st.floats(-100, 100), seed=st.integers(0, 1000))
-@settings(deadline=None, max_examples=25)
-def test_normalised_distances_ignore_scale_shift_and_rotation(scale, shift, seed):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(7, 4, dtype=torch.float64, generator=g)
-    rotation, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=g))
-    torch.testing.assert_close(normalised_distances(scale * x @ rotation + shift), normalised_distances(x))

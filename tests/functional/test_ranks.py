@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-from lightning_rkd.functional.ranks import log_probability_of_order, nearest, permutations
+from lightning_rkd.functional.ranks import log_probability_of_order, nearest_samples, permutations
 
 
 def test_the_nearest_are_sorted_and_never_the_sample_itself():
     x = torch.randn(8, 3, dtype=torch.float64)
     x[5] = x[1]
     d = (x[:, None] - x).norm(dim=2)
-    near = nearest(d, 3)
+    near = nearest_samples(d, 3)
     assert near.shape == (8, 3)
     for i, row in enumerate(d.tolist()):
         expected = sorted((j for j in range(8) if j != i), key=lambda j, row=row: row[j])[:3]
@@ -21,12 +21,12 @@ def test_the_nearest_are_sorted_and_never_the_sample_itself():
 
 
 def test_of_equally_near_samples_the_first_comes_first():
-    assert nearest(torch.zeros(4, 4), 2).tolist() == [[1, 2], [0, 2], [0, 1], [0, 1]]
+    assert nearest_samples(torch.zeros(4, 4), 2).tolist() == [[1, 2], [0, 2], [0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_lists_are_as_long_as_the_batch_allows(n):
-    assert nearest(torch.rand(n, n), 4).shape == (n, n - 1)
+    assert nearest_samples(torch.rand(n, n), 4).shape == (n, n - 1)
 
 
 def test_the_probabilities_of_all_orders_sum_to_one():

@@ -4,8 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lightning_rkd.functional.columns import centred
-from lightning_rkd.functional.scales import exact, far_above_rounding, not_too_large, ordinary, power_of_two
+from lightning_rkd.functional.columns import centre_columns
+from lightning_rkd.functional.scales import (
+    far_above_rounding,
+    limit_magnitude,
+    power_of_two,
+    squares_in_range,
+    to_float64,
+)
 from tests.harness.real_networks import Wild, wild
 
 
@@ -30,15 +36,15 @@ def test_the_largest_number_and_the_smallest_have_a_power_of_two():
 def test_nothing_hides_numbers_that_are_none(bad: float):
     x = torch.tensor([[1.0, bad]])
     assert not torch.isfinite(x / power_of_two(x, 1)).all()
-    assert not torch.isfinite(not_too_large(x, 1)).all()
-    assert not ordinary(x.norm(dim=1), x)
+    assert not torch.isfinite(limit_magnitude(x, 1)).all()
+    assert not squares_in_range(x.norm(dim=1), x)
 
 
 def test_large_numbers_are_brought_down_and_others_left_alone():
     x = torch.tensor([[3.0, -1.0], [2.0**100, 2.0**90]])
-    assert not_too_large(x, 1).tolist() == [[3.0, -1.0], [2.0**40, 2.0**30]]
-    assert not_too_large(x[:1], 1) is not x
-    assert torch.equal(not_too_large(x[:1], 1), x[:1])
+    assert limit_magnitude(x, 1).tolist() == [[3.0, -1.0], [2.0**40, 2.0**30]]
+    assert limit_magnitude(x[:1], 1) is not x
+    assert torch.equal(limit_magnitude(x[:1], 1), x[:1])
 
 
 @pytest.mark.parametrize(
@@ -46,19 +52,19 @@ def test_large_numbers_are_brought_down_and_others_left_alone():
 )
 def test_lengths_are_ordinary_where_their_squares_are_far_from_the_end_of_the_range(numbers, answer):
     x = torch.tensor(numbers)[:, None]
-    assert ordinary(x.square().sum(1), x) is answer
+    assert squares_in_range(x.square().sum(1), x) is answer
 
 
 def test_other_devices_are_not_asked():
-    assert not ordinary(torch.ones(2, device="meta"), torch.ones(2, 1, device="meta"))
+    assert not squares_in_range(torch.ones(2, device="meta"), torch.ones(2, 1, device="meta"))
     assert not far_above_rounding(torch.ones(2, device="meta"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_exact_numbers_are_the_same_in_float64(dtype: torch.dtype):
     x = torch.randn(3).to(dtype)
-    assert exact(x).dtype == torch.float64
-    assert torch.equal(exact(x), x.double())
+    assert to_float64(x).dtype == torch.float64
+    assert torch.equal(to_float64(x), x.double())
 
 
 def test_centred_columns_have_mean_zero_and_constant_ones_are_exact_zeros_far_from_the_origin():
@@ -66,12 +72,14 @@ def test_centred_columns_have_mean_zero_and_constant_ones_are_exact_zeros_far_fr
     x[:, 1] = 0.1
     far = (x * 8).round() / 8 + 2.0**20
     far[:, 1] = 1e30
-    assert (centred(x)[:, 1] == 0).all()
-    assert (centred(far)[:, 1] == 0).all()
-    torch.testing.assert_close(centred(far)[:, 0], centred((x * 8).round() / 8)[:, 0], rtol=1e-9, atol=1e-9)
-    assert centred(x).mean(0).abs().max() < 1e-15
+    assert (centre_columns(x)[:, 1] == 0).all()
+    assert (centre_columns(far)[:, 1] == 0).all()
+    torch.testing.assert_close(
+        centre_columns(far)[:, 0], centre_columns((x * 8).round() / 8)[:, 0], rtol=1e-9, atol=1e-9
+    )
+    assert centre_columns(x).mean(0).abs().max() < 1e-15
 
 
 def test_the_gradient_of_centring_is_that_of_subtracting_the_mean():
     x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(centred, x)
+    assert torch.autograd.gradcheck(centre_columns, x)

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from lightning_rkd.functional.similarities import (
     cosine_similarities,
-    layer_rows,
+    flatten_layers,
     tanimoto_coefficients,
     tanimoto_of_pairs,
     unit_rows,
@@ -75,5 +75,5 @@ def test_two_zero_rows_are_equal_and_pass_no_gradient():
 
 def test_an_embedding_is_one_layer_and_maps_are_several():
     embedding, tokens = torch.randn(4, 7), torch.randn(4, 5, 3)
-    assert layer_rows(embedding)[0].equal(embedding)
-    assert [tuple(x.shape) for x in layer_rows((embedding, tokens))] == [(4, 7), (4, 15)]
+    assert flatten_layers(embedding)[0].equal(embedding)
+    assert [tuple(x.shape) for x in flatten_layers((embedding, tokens))] == [(4, 7), (4, 15)]

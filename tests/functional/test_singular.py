@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_rkd.functional.singular import align, positions, right_singular_vectors
+from lightning_rkd.functional.channels import flatten_positions
+from lightning_rkd.functional.singular import align_vectors, right_singular_vectors
 
 SHAPES = [(7, 4), (4, 7), (5, 5), (1, 4), (6, 1), (1, 1)]  # positions, channels
 shaped = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -103,23 +104,25 @@ def test_scale_and_turned_signs_of_the_map_move_no_line(scale):
 
 
 def test_the_first_vector_of_a_map_behind_a_relu_has_no_negative_entry():
-    x = positions(torch.randn(6, 5, 4, 4).relu())
+    x = flatten_positions(torch.randn(6, 5, 4, 4).relu())
     assert (right_singular_vectors(x) > -1e-6).all()
 
 
 def test_positions_come_before_channels():
     maps = torch.randn(2, 3, 4, 5)
-    assert torch.equal(positions(maps)[1, 7], maps[1, :, 1, 2])
+    assert torch.equal(flatten_positions(maps)[1, 7], maps[1, :, 1, 2])
     tokens = torch.randn(2, 6, 3)
-    assert torch.equal(positions(tokens), tokens)
+    assert torch.equal(flatten_positions(tokens), tokens)
     rows = torch.randn(2, 3)
-    torch.testing.assert_close(right_singular_vectors(positions(rows))[..., 0], rows / rows.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(
+        right_singular_vectors(flatten_positions(rows))[..., 0], rows / rows.norm(dim=1, keepdim=True)
+    )
 
 
 def test_alignment_takes_the_nearest_line_and_turns_it():
     vectors = torch.linalg.qr(torch.randn(8, 5, 4, dtype=torch.float64)).Q
     target = torch.nn.functional.normalize(torch.randn(8, 5, dtype=torch.float64), dim=1)
-    chosen = align(vectors, target)
+    chosen = align_vectors(vectors, target)
     for i in range(8):
         cosines = [float(vectors[i, :, j] @ target[i]) for j in range(4)]
         best = max(range(4), key=lambda j: abs(cosines[j]))
@@ -128,7 +131,7 @@ def test_alignment_takes_the_nearest_line_and_turns_it():
 
 def test_alignment_with_a_zero_target_or_zero_vectors_is_zero_and_its_gradient_goes_to_the_chosen_vector_alone():
     vectors = torch.eye(3)[None].clone().requires_grad_()
-    assert torch.equal(align(vectors, torch.zeros(1, 3)), torch.zeros(1, 3))
-    assert torch.equal(align(torch.zeros(1, 3, 2), torch.ones(1, 3)), torch.zeros(1, 3))
-    (grad,) = torch.autograd.grad(align(vectors, torch.tensor([[0.0, -1.0, 0.5]])).sum(), vectors)
+    assert torch.equal(align_vectors(vectors, torch.zeros(1, 3)), torch.zeros(1, 3))
+    assert torch.equal(align_vectors(torch.zeros(1, 3, 2), torch.ones(1, 3)), torch.zeros(1, 3))
+    (grad,) = torch.autograd.grad(align_vectors(vectors, torch.tensor([[0.0, -1.0, 0.5]])).sum(), vectors)
     assert torch.equal(grad[0], torch.tensor([[0.0, -1, 0]] * 3))

@@ -1,4 +1,4 @@
-"""Native kernels behind relations and metrics; each is optional, and gives what the PyTorch code in its place gives."""
+"""Optional kernels compiled by numba or Triton; each gives the same results as the PyTorch code it replaces."""
 
 from __future__ import annotations
 
@@ -11,22 +11,16 @@ from types import ModuleType
 import torch
 
 SWITCH = "LIGHTNING_RKD_NATIVE"
-"""Set to 0, this environment variable leaves the native kernels for the CPU out."""
+"""Environment variable that disables the native kernels where it is 0."""
 
 _log = logging.getLogger(__name__)
-
-
 _failed: set[str] = set()
 
 
 def native(name: str) -> ModuleType | None:
-    """A module of this package whose functions numba or Triton compile, or ``None`` where they do not work.
+    """Module of this package by its file name, or ``None`` where numba or Triton are missing or do not work.
 
-    The first call compiles, which takes seconds, or reads what an earlier process compiled; so call it ahead of work
-    that is timed.
-
-    Args:
-        name: File name without ``.py``.
+    The first call compiles, which takes seconds, or reads what an earlier process compiled; call it before timing.
 
     Example:
         >>> native("no_such_kernel") is None
@@ -36,7 +30,7 @@ def native(name: str) -> ModuleType | None:
 
 
 def give_up(name: str, error: Exception) -> None:
-    """Leave a kernel out from now on, which a first call has shown not to run here, such as for want of a C compiler.
+    """Disable a kernel whose first call has failed, for example because there is no C compiler.
 
     Example:
         >>> give_up("no_such_kernel", RuntimeError("no C compiler"))
@@ -57,10 +51,7 @@ def _imported(name: str) -> ModuleType | None:
 
 
 def load(device: torch.device | str) -> None:
-    """Make the kernels of losses ready, so that a run's first step does not wait for their compilation.
-
-    Args:
-        device: Where the losses are computed.
+    """Compile the kernels of the losses for a device before the first step.
 
     Example:
         >>> load("cpu")

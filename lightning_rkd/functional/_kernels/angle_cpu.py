@@ -3,7 +3,7 @@ r"""RKD's angle loss on the CPU: loss and gradient of all triplets in one pass, 
 With :math:`r_{jk} = 1 / d_{jk}` the law of cosines reads
 :math:`\cos(j; i, k) = \tfrac12 r_{ji} \big((S_{ji} - S_{ik}) r_{jk} + d_{jk}\big)`: a few multiplications and additions
 on rows of matrices, which vector units do for 8 or 16 triplets at a time. Pairs that are too close for float32 are left
-out of that pass and worked on in float64 in another.
+out of that pass and computed in float64 in a second one.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from lightning_rkd.functional._kernels.jit import compiled
 from lightning_rkd.functional._kernels.threads import in_ranges, shares
 from lightning_rkd.functional._kernels.units import NEAR
 
-_SQUARE = range(24, 200)  # rows with which half the triplets in short loops take longer than all of them in long ones
-_TRIPLETS = 4_000_000  # a thread's share at least: PyTorch's threads hold the cores for a while after their own work
-_ROWS, _COLUMNS = 128, 512  # of three matrices stay in a core's cache while vertices pass
+_SQUARE = range(24, 200)  # batch sizes for which all triplets in long loops are faster than half of them in short ones
+_TRIPLETS = 4_000_000  # least share of a thread: PyTorch's threads hold the cores for a while after their own work
+_ROWS, _COLUMNS = 128, 512  # tile of three matrices that stays in a core's cache
 
 _EXACT = float64[:, ::1]
 _Array = np.ndarray
@@ -35,9 +35,7 @@ def loss_and_gradient(
     factor: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`lightning_rkd.functional.angle_tiles.loss_and_gradient`, which says what goes in and what comes out.
-
-    Everything comes back in float64.
+    """Same arguments and results as :func:`lightning_rkd.functional.angle_tiles.loss_and_gradient`, in float64.
 
     Example:
         >>> right = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 2.0], [1.0, 2.0, 0.0]])
@@ -50,13 +48,13 @@ def loss_and_gradient(
     n, kind = len(student), np.float64 if dtype == torch.float64 else np.float32
     start, stop = vertices
     parts = shares(stop - start, smallest=_TRIPLETS // max(1, n * n))
-    squared_s, squared_t = (side.detach().to(torch.float64).contiguous().numpy() for side in (student, teacher))
+    squared_s, squared_t = (squared.detach().to(torch.float64).contiguous().numpy() for squared in (student, teacher))
     own, given = np.empty((2, 3, n, n), kind)  # squared distances, their inverse roots, their roots
     units = np.empty((2, 3))  # mean, smallest but 0, largest
 
     def prepare(part: int, first: int, last: int) -> None:
-        for squared, side, unit in ((squared_s, own, units[0]), (squared_t, given, units[1]))[first:last]:
-            _in_units_of_mean(squared, side, unit)
+        for squared, network, unit in ((squared_s, own, units[0]), (squared_t, given, units[1]))[first:last]:
+            _in_units_of_mean(squared, network, unit)
 
     in_ranges(prepare, 2, min(2, parts))
     limit_s, limit_t = NEAR * units[:, 2]
@@ -73,8 +71,8 @@ def loss_and_gradient(
         in_ranges(add_losses, stop - start, parts)
         return torch.tensor(factor * (2 * totals.sum() + alone), dtype=torch.float64), None
 
-    across = np.zeros((parts, n, n), kind)  # summed over vertices: the pull at the side that faces the vertex
-    at = np.zeros((2, n, n), kind)  # summed over one side: the pull at the other, by way of the weight and the cosine
+    across = np.zeros((parts, n, n), kind)  # gradient to the distance opposite the vertex, summed over vertices
+    at = np.zeros((2, n, n), kind)  # gradient to the distances at the vertex, through the weight and the cosine
     exact = np.zeros((parts, *near.shape))
     terms = _all_terms if n in _SQUARE else _half_terms
 
@@ -97,15 +95,15 @@ def loss_and_gradient(
 
 
 def _kinds(arguments: str) -> list[tuple[object, ...]]:
-    """Signatures in float32 and in float64: m and c have two and three axes of that type, M is exact, i a number."""
+    """Signatures in float32 and float64: m and c have two and three axes of that type, M is float64, i an integer."""
     fixed = {"i": int64, "d": float64, "M": float64[:, ::1], "C": float64[:, :, ::1], "V": float64[::1]}
     kinds = ({"m": kind[:, ::1], "c": kind[:, :, ::1], **fixed} for kind in (float32, float64))
     return [tuple(types[letter] for letter in arguments) for types in kinds]
 
 
 @compiled(*_kinds("McV"))
-def _in_units_of_mean(squared: _Array, side: _Array, unit: _Array) -> None:
-    """Squared distances over their mean, which keeps float32 in range, inverse roots (0 for 0), and roots."""
+def _in_units_of_mean(squared: _Array, network: _Array, unit: _Array) -> None:
+    """Squared distances divided by their mean, which keeps float32 in range, inverse roots (0 for 0), and roots."""
     n = len(squared)
     total, smallest, largest = 0.0, np.inf, 0.0
     for i in range(n):
@@ -120,9 +118,9 @@ def _in_units_of_mean(squared: _Array, side: _Array, unit: _Array) -> None:
         for k in range(n):
             value = squared[i, k] / mean
             root = np.sqrt(value)
-            side[0, i, k] = value
-            side[1, i, k] = 0.0 if value == 0 else 1 / root
-            side[2, i, k] = root
+            network[0, i, k] = value
+            network[1, i, k] = 0.0 if value == 0 else 1 / root
+            network[2, i, k] = root
     unit[0], unit[1], unit[2] = mean, smallest, largest
 
 
@@ -142,7 +140,7 @@ def _leave_out_near(
 
 @compiled((_EXACT, _EXACT, int64, int64))
 def _unlike(squared_s: _Array, squared_t: _Array, start: int, stop: int) -> int:
-    """How many pairs are duplicates in one network only."""
+    """Number of pairs that are duplicates in one network only."""
     count = 0
     for j in range(start, stop):
         for i in range(len(squared_s)):
@@ -152,7 +150,7 @@ def _unlike(squared_s: _Array, squared_t: _Array, start: int, stop: int) -> int:
 
 @compiled(*_kinds("cciimc"))
 def _all_terms(student: _Array, teacher: _Array, start: int, stop: int, across: _Array, at: _Array) -> float:
-    """Every triplet (j, i, k) and (j, k, i): rows stay whole, and their sums are all there is to sum."""
+    """All triplets, both (j, i, k) and (j, k, i), over whole rows."""
     s, rs, ds = student[0], student[1], student[2]
     t, rt, dt = teacher[0], teacher[1], teacher[2]
     n, total = len(s), 0.0
@@ -189,7 +187,7 @@ def _all_terms(student: _Array, teacher: _Array, start: int, stop: int, across: 
 
 @compiled(*_kinds("cciimc"))
 def _half_terms(student: _Array, teacher: _Array, start: int, stop: int, across: _Array, at: _Array) -> float:
-    """Triplets with k < i, which stand for their mirror images too; tile by tile, each for all vertices."""
+    """Triplets with k < i, which stand for their mirror images too, tile by tile."""
     s, rs, ds = student[0], student[1], student[2]
     t, rt, dt = teacher[0], teacher[1], teacher[2]
     n, total = len(s), 0.0
@@ -226,7 +224,7 @@ def _half_terms(student: _Array, teacher: _Array, start: int, stop: int, across:
 
 @compiled(*_kinds("ccii"))
 def _losses(student: _Array, teacher: _Array, start: int, stop: int) -> float:
-    """The loss alone, of triplets with k < i."""
+    """The loss without gradient, of triplets with k < i."""
     s, rs, ds = student[0], student[1], student[2]
     t, rt, dt = teacher[0], teacher[1], teacher[2]
     n, total = len(s), 0.0
@@ -257,7 +255,7 @@ def _near_terms(
     stop: int,
     gradient: _Array,
 ) -> float:
-    """Triplets in which a corner is near the vertex, with the whole of their gradient."""
+    """Triplets in which a corner is near the vertex, with their gradient."""
     n, total = len(near), 0.0
     for j in range(start, stop):
         for k in range(n):
@@ -295,7 +293,7 @@ def _put_together(
     last: int,
     gradient: _Array,
 ) -> None:
-    """What the passes have summed, as a gradient to squared distances."""
+    """Gradient to the squared distances from the sums of the passes."""
     n = len(squared)
     for i in range(first, last):
         for k in range(n):

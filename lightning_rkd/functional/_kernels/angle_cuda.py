@@ -1,12 +1,11 @@
 r"""RKD's angle loss on a GPU: loss and gradient of all triplets in registers, written in Triton.
 
-Two kernels see the triplets. One holds a tile of (side i, side k), k < i, and walks over the vertices j: it sums the
-loss and what pulls at the distance across. The other holds a tile of (vertex j, side i) and walks over all other sides
-k: it sums what pulls at the distances from the vertex. Every program writes entries of its own, so that nothing depends
-on the order in which programs run, and nothing of size N^3 exists. Cosines are computed as on the CPU
-(``angle_cpu``), close pairs in float64 too: where there are any, which only the device knows,
-both kernels run once more for the triplets in which they take part. Launches are few, because at ordinary sizes of a
-batch they are what costs time.
+Two kernels compute the triplets. One holds a tile of corners (i, k), k < i, and loops over the vertices j: it sums the
+loss and the gradient to the distance opposite the vertex. The other holds a tile of (vertex j, corner i) and loops over
+the other corners k: it sums the gradient to the distances at the vertex. Each program writes its own entries, so that
+the result does not depend on the order of programs, and nothing of size N^3 exists. Cosines are computed as on the CPU
+(``angle_cpu``). Where there are pairs too close for float32, which only the device knows, both kernels run a second
+time in float64 for the triplets of these pairs. There are few launches, because they dominate at usual batch sizes.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from lightning_rkd.functional._kernels.units import NEAR
 
 _ACROSS = {"TILE_I": 32, "TILE_K": 32, "UNROLL": 4, "num_warps": 2}
 _AT = {"TILE_J": 32, "TILE_I": 32, "UNROLL": 4, "num_warps": 2}
-_TILE = 32  # of the kernel that prepares
-_PADDED = 64  # sizes are multiples of it: programs then need not look where a matrix ends
+_TILE = 32  # of the kernel ``_prepare``
+_PADDED = 64  # matrices are padded to multiples of it, so that programs need no bounds
 
 
 def loss_and_gradient(
@@ -37,16 +36,16 @@ def loss_and_gradient(
     factor: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`lightning_rkd.functional.angle_tiles.loss_and_gradient`, which says what goes in and what comes out.
+    """Same arguments and results as :func:`lightning_rkd.functional.angle_tiles.loss_and_gradient`, in float64.
 
-    Everything comes back in float64, and the host does not wait for the device.
+    The host does not wait for the device.
     """
     start, stop = vertices
     size, device, wide = len(student), student.device, dtype == torch.float64
-    sides = [side.detach().to(torch.float64) for side in (student, teacher)]
-    s, t = (_padded(side) for side in sides)
+    squared = [x.detach().to(torch.float64) for x in (student, teacher)]
+    s, t = (_padded(x) for x in squared)
     n = len(s)
-    units = [reduced for side in sides for reduced in (side.mean(), side.amax())]
+    units = [reduced for x in squared for reduced in (x.mean(), x.amax())]
     scale = torch.full((), factor, dtype=torch.float64, device=device)
     tiles, blocks = (n // _TILE) ** 2, (n // _ACROSS["TILE_I"]) * (n // _ACROSS["TILE_K"])
     losses = torch.zeros(tiles + 2 * blocks, dtype=torch.float64, device=device)
@@ -59,7 +58,7 @@ def loss_and_gradient(
         s, t, *units, fast, near, found, losses, scale, *limits, TILE=_TILE, LIMIT=NEAR, OFFICIAL=official, WIDE=wide
     )
     for again in (False,) if wide else (False, True):
-        wanted = found.amax() if again else s  # read by the programs themselves
+        wanted = found.amax() if again else s  # read on the device
         matrices = (fast, s, t, *units, near, wanted, scale, gradient)
         common: dict[str, Any] = {"NEAR": again, "WIDE": wide or again}
         grid = (n // _ACROSS["TILE_I"], n // _ACROSS["TILE_K"])
@@ -95,7 +94,7 @@ def _inverse_root(squared):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _per_unit(mean):  # type: ignore[no-untyped-def]
-    """What brings squared distances into units of their mean, which keeps float32 in range."""
+    """Factor that brings squared distances into units of their mean, which keeps float32 in range."""
     return 1.0 / tl.maximum(tl.load(mean), 2.3e-308, tl.PropagateNan.ALL)
 
 
@@ -126,7 +125,7 @@ def _prepare(  # type: ignore[no-untyped-def]
     OFFICIAL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """For both sides squared distances, inverse roots and roots in float32, 0 at near pairs; and where these are."""
+    """Squared distances, inverse roots and roots of both networks in float32, 0 at near pairs, and a mask of these."""
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     k = tl.program_id(1) * TILE + tl.arange(0, TILE)
     here = i[:, None] * n + k[None, :]
@@ -155,7 +154,7 @@ def _prepare(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _distances(fast, exact, unit, here, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Squared distances, inverse roots and roots at some places: as prepared, or from the exact ones."""
+    """Squared distances, inverse roots and roots at some entries: from the prepared planes, or in float64."""
     if WIDE:
         squared = tl.load(exact + here) * unit
         inverse = _inverse_root(squared)
@@ -198,7 +197,7 @@ def _across(  # type: ignore[no-untyped-def]
     WIDE: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    if NEAR:  # noqa: SIM102 # known when the kernel is compiled, what follows when it runs
+    if NEAR:  # noqa: SIM102 # a constant of compilation, the next condition is not
         if tl.load(wanted) == 0:
             return
     first_i, first_k = tl.program_id(0) * TILE_I, tl.program_id(1) * TILE_K
@@ -208,8 +207,8 @@ def _across(  # type: ignore[no-untyped-def]
     here = i[:, None] * n + k[None, :]
     unit_s, unit_t = _per_unit(mean_s), _per_unit(mean_t)
     own, given = _planes(fast, n)
-    side_s = _distances(own, s, unit_s, here, WIDE)[0]
-    side_t = _distances(given, t, unit_t, here, WIDE)[0]
+    across_s = _distances(own, s, unit_s, here, WIDE)[0]
+    across_t = _distances(given, t, unit_t, here, WIDE)[0]
     pull = tl.zeros((TILE_I, TILE_K), dtype=tl.float64 if WIDE else tl.float32)
     loss = tl.zeros((TILE_I, TILE_K), dtype=tl.float64 if WIDE else tl.float32)
     for j in tl.range(start, stop, loop_unroll_factor=UNROLL):
@@ -220,7 +219,7 @@ def _across(  # type: ignore[no-untyped-def]
         _tk, rr, dd = _distances(given, t, unit_t, (j * n + k)[None, :], WIDE)
         h *= 0.5
         q *= 0.5
-        e = h * ((a - side_s) * r + d) - q * ((b - side_t) * rr + dd)
+        e = h * ((a - across_s) * r + d) - q * ((b - across_t) * rr + dd)
         if NEAR:
             near_i = tl.load(near + j * n + i)[:, None]
             near_k = tl.load(near + j * n + k)[None, :]
@@ -273,9 +272,9 @@ def _at_vertices(  # type: ignore[no-untyped-def]
     own, given = _planes(fast, n)
     a, ra, da = _distances(own, s, unit_s, here, WIDE)
     b, rb, db = _distances(given, t, unit_t, here, WIDE)
-    # all is divided by half the inverse root: cosines are x h, their difference e h, Huber's bound is 1 / h
+    # divided by half the inverse root: cosines are x h, their difference e h, Huber's bound is 1 / h
     h = 0.5 * ra
-    none = h == 0.0  # what pulls at distance 0 is nothing
+    none = h == 0.0  # distances of 0 get no gradient
     ratio = tl.where(none, 0.0, rb / tl.where(none, 1.0, ra))
     bound = tl.where(none, 1.0, 1.0 / tl.where(none, 1.0, h))
     if NEAR:

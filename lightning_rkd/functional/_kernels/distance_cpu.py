@@ -1,7 +1,7 @@
-"""Squared distances on the CPU and the pull of their gradient on rows, compiled with numba.
+"""Squared distances on the CPU and their backward pass, compiled with numba.
 
-The products are ours too: a symmetric one is half the work, and PyTorch's threads, which hold the cores for a while
-after their own work, stay asleep.
+The matrix products are compiled too: a symmetric one is half the work, and PyTorch's threads, which hold the cores for
+a while after their work, are not started.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_rkd.functional._kernels.jit import compiled
 from lightning_rkd.functional._kernels.threads import in_ranges, shares
 
-_PRODUCTS = 4_000_000  # multiplications that are worth a thread of their own
+_PRODUCTS = 4_000_000  # multiplications that are worth a thread
 _TILE = 96  # rows that stay in a core's cache while others pass; a multiple of 3
 
 _Array = np.ndarray
@@ -22,7 +22,7 @@ _EXACT = float64[:, ::1]
 
 
 def centred(x: Tensor) -> Tensor:
-    """Rows less their mean, in float64.
+    """Rows minus their mean, in float64.
 
     Example:
         >>> centred(torch.tensor([[1.0], [2.0], [6.0]]))
@@ -55,7 +55,7 @@ def squared(rows: Tensor, duplicate: float) -> Tensor:
 
 
 def pulled(pull: Tensor, rows: Tensor) -> Tensor:
-    """The gradient of rows from that of their squared distances.
+    """Gradient of rows from the gradient of their squared distances.
 
     Example:
         >>> rows = torch.tensor([[-1.0], [2.0]], dtype=torch.float64)
@@ -141,7 +141,7 @@ def _from_lower(gram: _Array, duplicate: float) -> None:
 
 @compiled((_EXACT, _EXACT))
 def _laplacian(pull: _Array, result: _Array) -> None:
-    """Takes rows to the gradient which a gradient to their squared distances gives them."""
+    """Matrix whose product with the rows is their gradient, from the gradient of their squared distances."""
     n = len(pull)
     for i in range(n):
         total = 0.0
@@ -154,7 +154,7 @@ def _laplacian(pull: _Array, result: _Array) -> None:
 
 @compiled((_EXACT, _EXACT, _EXACT, int64, int64))
 def _product(a: _Array, x: _Array, out: _Array, start: int, stop: int) -> None:
-    """Some rows of the product of two matrices, added."""
+    """Add some rows of the product of two matrices."""
     n, width = x.shape
     for i in range(start, stop, 2):
         both = i + 1 < stop

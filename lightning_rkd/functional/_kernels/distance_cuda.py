@@ -1,4 +1,4 @@
-"""What surrounds the matrix products of squared distances and of their gradient, written in Triton: one launch each."""
+"""Element-wise work around the matrix products of squared distances and their backward pass, in one Triton launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TILE = 32
 
 
 def centred(x: Tensor) -> Tensor:
-    """Rows less their mean, in float64."""
+    """Rows minus their mean, in float64."""
     rows = x.detach().to(torch.float64)
     return rows - rows.mean(0)
 
@@ -26,7 +26,7 @@ def squared(rows: Tensor, duplicate: float) -> Tensor:
 
 
 def pulled(pull: Tensor, rows: Tensor) -> Tensor:
-    """The gradient of rows from that of their squared distances."""
+    """Gradient of rows from the gradient of their squared distances."""
     pull, n = pull.detach().to(torch.float64).contiguous(), len(pull)
     laplacian = torch.empty_like(pull)
     if n:
@@ -35,7 +35,7 @@ def pulled(pull: Tensor, rows: Tensor) -> Tensor:
 
 
 def launch_once(device: torch.device) -> None:
-    """Compile."""
+    """Compile the kernels by running them once."""
     rows = torch.eye(_TILE, dtype=torch.float64, device=device)
     pulled(squared(rows, 0.0), rows)
 
@@ -65,6 +65,6 @@ def _laplacian(pull, result, n, TILE: tl.constexpr):  # type: ignore[no-untyped-
         both = 2.0 * (tl.load(pull + here, mask=inside, other=0.0) + tl.load(pull + mirrored, mask=inside, other=0.0))
         total += tl.sum(both, axis=1)
         tl.store(result + here, -both, mask=inside & (i[:, None] != k[None, :]))
-    # what the diagonal itself asks for cancels
+    # the contribution of the diagonal cancels
     own = 4.0 * tl.load(pull + i * (n + 1), mask=i < n, other=0.0)
     tl.store(result + i * (n + 1), total - own, mask=i < n)

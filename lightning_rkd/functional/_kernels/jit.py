@@ -1,4 +1,4 @@
-"""How our kernels are compiled: before the first call, without the interpreter's lock, kept on disk."""
+"""Compilation of numba kernels: ahead of the first call, without the interpreter's lock, cached on disk."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numba
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Whatever lets sums be taken in any order, which vector units need; NaN and infinity keep their meaning.
+# Flags that let vector units sum in any order; NaN and infinity keep their meaning.
 FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
 
 def compiled(*signatures: Any) -> Callable[[Function], Function]:
     """Compile a function for these argument types at once, or read it from the cache of an earlier process.
 
-    The function runs without the interpreter's lock on one thread, see ``threads``: numba's
-    own parallel loops end a forked process, such as a data loader's worker.
+    The function runs without the interpreter's lock on one thread, see ``threads``: numba's parallel loops would end
+    a forked process, such as a data loader's worker.
 
     Args:
-        signatures: numba's types of the arguments, one tuple for each kind of call.
+        signatures: numba types of the arguments, one tuple per signature.
 
     Example:
         >>> @compiled((numba.float64[::1],))

@@ -1,4 +1,4 @@
-"""The smallest entries of each row, kept while blocks of columns pass by: most are told apart sixteen at a time."""
+"""Running selection of the smallest entries of each row over blocks of columns, sixteen comparisons at a time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _ROWS = 64  # per thread at least
 class Kept:
     """The ``width`` smallest pairs (score, place) of each row among all that were offered, in CPU memory.
 
-    Each row has room for half as many candidates again. One that is ahead of the row's bound, the last pair that can
-    stay, is appended; when the room is full, a selection in linear time drops what is behind and tightens the bound. So
-    an entry costs a comparison, and one that enters a constant, whatever the width and however many are tied.
+    Each row has a buffer of one and a half times the width. A candidate before the row's bound, the last pair that can
+    stay, is appended; when the buffer is full, a selection in linear time drops the others and tightens the bound. So
+    an entry costs one comparison, and a candidate constant time, whatever the width and the number of ties.
 
     Args:
         rows: Number of rows.
@@ -37,13 +37,16 @@ class Kept:
 
     def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
         self.width = width
-        room = width + max(_TOGETHER, width // 2)
-        self.scores, self.places = torch.empty(rows, room, dtype=dtype), torch.empty(rows, room, dtype=torch.int64)
+        capacity = width + max(_TOGETHER, width // 2)
+        self.scores, self.places = (
+            torch.empty(rows, capacity, dtype=dtype),
+            torch.empty(rows, capacity, dtype=torch.int64),
+        )
         self.counts = torch.zeros(rows, dtype=torch.int64)
         self.bounds, self.bound_places = torch.full((rows,), torch.inf, dtype=dtype), torch.full((rows,), LAST)
 
     def offer(self, scores: Tensor, places: Tensor) -> None:
-        """Show the rows the scores (rows, n), without NaN, of n columns and their places (n,), each offered once."""
+        """Add the scores (rows, n), without NaN, of n columns and their places (n,); each column is offered once."""
         block, columns = scores.contiguous().numpy(), places.contiguous().numpy()
         state = [x.numpy() for x in (self.scores, self.places, self.counts, self.bounds, self.bound_places)]
         in_ranges(
@@ -65,19 +68,19 @@ class Kept:
         return scores, places
 
 
-def _kinds(*letters: str) -> list[tuple[Any, ...]]:
-    """Types of arguments in either precision: "f" is that precision, "i" int64, the digit counts dimensions."""
-    kinds = []
+def _signatures(*codes: str) -> list[tuple[Any, ...]]:
+    """Types of arguments in both precisions: "f" is the precision, "i" int64, the digit counts dimensions."""
+    signatures = []
     for real in (numba.float32, numba.float64):
-        plain = [real if letter[0] == "f" else numba.int64 for letter in letters]
+        plain = [real if code[0] == "f" else numba.int64 for code in codes]
         shaped = {"0": lambda t: t, "1": lambda t: t[::1], "2": lambda t: t[:, ::1]}
-        kinds.append(tuple(shaped[letter[1]](t) for t, letter in zip(plain, letters, strict=True)))
-    return kinds
+        signatures.append(tuple(shaped[code[1]](t) for t, code in zip(plain, codes, strict=True)))
+    return signatures
 
 
-@compiled(*_kinds("f1", "i1", "i0", "i0", "i0"))
+@compiled(*_signatures("f1", "i1", "i0", "i0", "i0"))
 def _select(scores: Any, places: Any, low: int, high: int, width: int) -> None:
-    """Move the pairs that belong before position ``width`` there, among positions ``low`` to ``high`` inclusive."""
+    """Move the ``width`` smallest pairs to the front, among positions ``low`` to ``high`` inclusive (quickselect)."""
     while low < high:
         middle = (low + high) // 2
         pivot, pivot_place = scores[middle], places[middle]
@@ -100,7 +103,7 @@ def _select(scores: Any, places: Any, low: int, high: int, width: int) -> None:
             return
 
 
-@compiled(*_kinds("i0", "i0", "i0", "f2", "i1", "f2", "i2", "i1", "f1", "i1"))
+@compiled(*_signatures("i0", "i0", "i0", "f2", "i1", "f2", "i2", "i1", "f1", "i1"))
 def _scan(
     width: int,
     start: int,
@@ -137,7 +140,7 @@ def _scan(
         bounds[row], bound_places[row], counts[row] = bound, bound_place, count
 
 
-@compiled(*_kinds("i0", "i0", "i0", "f2", "i2", "i1", "f2", "i2"))
+@compiled(*_signatures("i0", "i0", "i0", "f2", "i2", "i1", "f2", "i2"))
 def _sort(
     width: int, start: int, stop: int, scores: Any, places: Any, counts: Any, sorted_scores: Any, sorted_places: Any
 ) -> None:
@@ -148,7 +151,7 @@ def _sort(
         ordered, ordered_places = sorted_scores[row], sorted_places[row]
         ordered[:count], ordered_places[:count] = scores[row, :count], places[row, :count]
         gap = count
-        while gap > 1:  # Shell's sort: in place, and no slower where all scores are equal
+        while gap > 1:  # Shellsort: in place, and no slower where all scores are equal
             gap = max(1, gap * 4 // 9)
             for at in range(gap, count):
                 score, place, hole = ordered[at], ordered_places[at], at

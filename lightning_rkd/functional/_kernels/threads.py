@@ -1,4 +1,4 @@
-"""Native code on several cores: ranges of one loop on the threads that PyTorch was given."""
+"""Ranges of a loop of native code on as many threads as PyTorch has."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def shares(count: int, smallest: int = 1) -> int:
-    """In how many ranges :func:`in_ranges` cuts ``count`` items: at most ``torch.get_num_threads()``.
+    """Number of ranges for ``count`` items: between 1 and ``torch.get_num_threads()``.
 
     Args:
         count: Number of items.
-        smallest: Number of items below which a thread of its own is not worth while.
-
-    Returns:
-        At least 1.
+        smallest: Number of items that are worth a thread.
 
     Example:
         >>> shares(10, smallest=10)
@@ -31,8 +28,8 @@ def shares(count: int, smallest: int = 1) -> int:
 def in_ranges(work: Callable[[int, int, int], object], count: int, parts: int) -> None:
     """Call ``work(part, start, stop)`` for ``parts`` ranges that cover ``range(count)``, all at the same time.
 
-    The first range runs in the calling thread. The threads gain time only where ``work`` releases the interpreter's
-    lock, as native code does. They belong to this process: after a fork the child makes its own.
+    The first range runs in the calling thread. Threads save time only where ``work`` releases the interpreter's lock,
+    as native code does. After a fork the child makes its own threads.
 
     Args:
         work: Called with the number of the range and its limits. An exception is raised here once all ranges are done.
@@ -69,5 +66,5 @@ def _forget() -> None:
     _pool = None
 
 
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork, what is known of them does
+if hasattr(os, "register_at_fork"):  # the child inherits the pool but not its threads
     os.register_at_fork(after_in_child=_forget)

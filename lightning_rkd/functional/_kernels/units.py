@@ -1,4 +1,4 @@
-"""Squared distances as kernels take them: in units of their mean, with their inverse roots."""
+"""Squared distances in units of their mean, as the kernels read them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 NEAR = 1e-5
-"""In squared distance, of the largest: cosines at a pair this close are wrong in float32."""
+"""Part of the largest squared distance below which the cosines at a pair are wrong in float32."""
 
 
 def in_units_of_mean(squared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared distances over their mean, which keeps float32 in range; inverse distances (0 for 0); that mean.
+    """Squared distances divided by their mean, which keeps float32 in range; inverse distances (0 for 0); the mean.
 
     Example:
         >>> [part.tolist() for part in in_units_of_mean(torch.tensor([[0.0, 2.0], [2.0, 0.0]]))]
