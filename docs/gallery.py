@@ -93,7 +93,7 @@ def reads(cls: type[Any]) -> str:
 def needs(cls: type[Any]) -> str:
     """What a loss asks for beside both outputs, optional things in brackets; and the sizes it must know."""
     asked = [name if name in cls.required else f"({name})" for name in sorted(cls.needs - {"shard"})]
-    sizes = [name for name in cls._wants if name == "num_samples"]
+    sizes = [name for name in cls.needed_sizes if name == "num_samples"]
     return ", ".join([*asked, *sizes]) or "nothing"
 
 
@@ -107,7 +107,7 @@ def entry(name: str, cls: type[Any]) -> str:
     """What the page says of one method."""
     reference: Reference = cls.reference
     loss = issubclass(cls, RelationalLoss)
-    own = loss and bool(cls._wants)
+    own = loss and bool(cls.needed_sizes)
     facts = {
         "paper": reference.citation,
         "provenance": f"{PROVENANCE[reference.provenance]} ({reference.source})",

@@ -161,7 +161,7 @@ class RelationalDistillation(pl.Callback):
             self._undo.append(MethodPatch.add(pl_module, "manual_backward", self._around_backward))
         self.distiller.known_sizes = {}
         if not self.distiller.missing_sizes:
-            self.distiller.make_ready()
+            self.distiller.materialize()
         if own := losses_with_tensors(self.distiller.losses):
             callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
             earlier = itertools.takewhile(lambda callback: callback is not self, callbacks)

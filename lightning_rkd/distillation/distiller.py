@@ -122,7 +122,7 @@ class Distiller:
         """The sizes that losses do not know yet."""
         return frozenset().union(*(term.missing_sizes for term in self.losses.values()))
 
-    def make_ready(self, shown: Shown | None = None, num_samples: int | None = None) -> None:
+    def materialize(self, shown: Shown | None = None, num_samples: int | None = None) -> None:
         """Let every loss read its files and make its tensors, before optimizers and DDP exist.
 
         Args:
@@ -135,11 +135,11 @@ class Distiller:
         student = None if shown is None else shown.student
         teacher = None if shown is None or not shown.lessons else shown.lessons[0].shown
 
-        def make_ready() -> None:
+        def materialize() -> None:
             for term in self.losses.values():
-                term.make_ready(student, teacher, num_samples=num_samples)
+                term.materialize(student, teacher, num_samples=num_samples)
 
-        run_on_all_ranks(make_ready)  # a machine may lack a file
+        run_on_all_ranks(materialize)  # a machine may lack a file
 
     @property
     def banks(self) -> list[str]:
@@ -341,10 +341,10 @@ class Distiller:
             if self.known_sizes is not None and term.missing_sizes:
                 sides = (at_tap(side, term.tap, term.reads, who=name) for side in (student, teacher))
                 read = (pick(side, term.reads, who=name) for side in sides)
-                sizes = {**term.loss.shown_sizes(*read), **self.known_sizes}
+                sizes = {**term.loss.infer_sizes(*read), **self.known_sizes}
                 raise ValueError(
                     f"{name}: the loss has tensors of its own, which the optimizer must know before training begins: "
-                    f"pass {term.loss.call_with(sizes)}"
+                    f"pass {term.loss.suggest_call(sizes)}"
                 )
 
     def _check_calls(self, local: Mapping[str, Tensor | None]) -> None:

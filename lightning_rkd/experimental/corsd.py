@@ -138,7 +138,7 @@ class RelationNets(RelationalLoss):
 
     reads = ("feature_maps", "logits")
     gather = False
-    called = "CORSD"
+    display_name = "CORSD"
     nets: nn.ModuleList
     judge: nn.Sequential
     memory: ClassMemory
@@ -146,7 +146,7 @@ class RelationNets(RelationalLoss):
     def __init__(self, channels: tuple[int, ...], num_classes: int, weights: dict[str, float], seed: int) -> None:
         super().__init__()
         self.weights, self.seed = weights, seed
-        self.sized(student_dim=channels, num_classes=num_classes)
+        self.set_sizes(student_dim=channels, num_classes=num_classes)
 
     def build(self, student_dim: tuple[int, ...], num_classes: int) -> None:
         """Make the relation nets, shallow to deep, and the memory with its judge."""

@@ -171,7 +171,7 @@ class _Mimic(RelationalLoss):
 
     reads = "feature_maps"
     gather = False
-    called = "ResidualKD"
+    display_name = "ResidualKD"
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         _check(student, teacher)
@@ -183,7 +183,7 @@ class _Residual(RelationalLoss):
 
     reads = "feature_maps"
     gather = False
-    called = "ResidualKD"
+    display_name = "ResidualKD"
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         _check(student, teacher)

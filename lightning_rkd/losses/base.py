@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.losses.context import checked_context
-from lightning_rkd.losses.lazy import Size, Sized
+from lightning_rkd.losses.lazy import LazyModule, Size
 from lightning_rkd.losses.references import BibTeX, Reference
 from lightning_rkd.losses.sides import (
     FIELDS,
@@ -51,7 +51,7 @@ def weight_at(weight: Weight, epoch: int) -> float:
     return float(weight(epoch)) if callable(weight) else float(weight)
 
 
-class RelationalLoss(Sized):
+class RelationalLoss(LazyModule):
     r"""Base of all losses: compares what a student and a teacher show for the same N samples.
 
     A subclass writes ``forward(self, student, teacher)`` as plain maths and may ask for more through keyword-only
@@ -123,7 +123,7 @@ class RelationalLoss(Sized):
 
     def __call__(self, student: Side, teacher: Side, **context: Any) -> Tensor:
         """The loss as a scalar, after checking and casting both sides."""
-        name = self.called
+        name = self.display_name
         unknown = set(context) - self.needs
         if unknown:
             raise TypeError(f"{name} does not use {sorted(unknown)}; it takes {sorted(self.needs) or 'no context'}")
@@ -139,7 +139,7 @@ class RelationalLoss(Sized):
         for _, a, b in tensors:
             dtype = torch.promote_types(dtype, torch.promote_types(a.dtype, b.dtype))
         if not self.ready:
-            self.make_ready(s, t, like=torch.empty(0, dtype=dtype, device=device))
+            self.materialize(s, t, like=torch.empty(0, dtype=dtype, device=device))
         self.check_sizes(s, t)
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), dtype)
         with torch.autocast(device_type=device.type, enabled=False):
@@ -222,7 +222,7 @@ class Term(RelationalLoss):
         """The sizes that the loss must still be told."""
         return self.loss.missing_sizes
 
-    def make_ready(
+    def materialize(
         self, student: Any = None, teacher: Any = None, *, num_samples: int | None = None, like: Tensor | None = None
     ) -> None:
         """Make the loss ready for what it will read at its tap."""
@@ -231,7 +231,7 @@ class Term(RelationalLoss):
             None if side is None else pick(at_tap(side, self.tap, self.reads, who=who), self.reads, who=who)
             for side in (student, teacher)
         )
-        self.loss.make_ready(*sides, num_samples=num_samples, like=like)
+        self.loss.materialize(*sides, num_samples=num_samples, like=like)
 
     def extra_repr(self) -> str:
         """Weight and tap, for ``print``."""
@@ -281,12 +281,12 @@ class LossSum(RelationalLoss):
         """The sizes that losses of the sum must still be told."""
         return tuple(sorted({size for term in named_terms(self).values() for size in term.missing_sizes}))
 
-    def make_ready(
+    def materialize(
         self, student: Any = None, teacher: Any = None, *, num_samples: int | None = None, like: Tensor | None = None
     ) -> None:
         """Make every loss ready for what it will read."""
         for term in named_terms(self).values():
-            term.make_ready(student, teacher, num_samples=num_samples, like=like)
+            term.materialize(student, teacher, num_samples=num_samples, like=like)
 
     def __mul__(self, weight: Weight) -> LossSum:  # type: ignore[override] # a weighted sum stays a sum
         return LossSum({name: Term(term, weight) for name, term in named_terms(self).items()})

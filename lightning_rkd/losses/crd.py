@@ -112,7 +112,7 @@ class CRD(RelationalLoss):
         self.dim, self.negatives, self.temperature, self.momentum, self.seed = (
             dim, negatives, temperature, momentum, seed,
         )  # fmt: skip
-        self.sized(student_dim=student_dim, teacher_dim=teacher_dim, num_samples=num_samples)
+        self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim, num_samples=num_samples)
 
     def build(self, student_dim: int, teacher_dim: int, num_samples: int) -> None:
         """Make projectors and memories."""

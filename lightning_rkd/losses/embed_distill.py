@@ -108,7 +108,7 @@ class EmbedDistill(RelationalLoss):
         super().__init__()
         _check_distance(distance)
         self.distance, self.projection = distance, projection
-        self.sized(student_dim=student_dim, teacher_dim=teacher_dim)
+        self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
         """Make the projection, where there is one."""

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rkd.losses.base import Reference, RelationalLoss
-from lightning_rkd.losses.parts.checks import check_channels
 
 
 class FitNetHint(RelationalLoss):
@@ -70,10 +69,8 @@ class FitNetHint(RelationalLoss):
         relu: bool = False,
     ) -> None:
         super().__init__()
-        check_channels("FitNetHint", student_dim=student_dim, teacher_dim=teacher_dim)
         self.relu = relu
-        channels = (None if dims is None else tuple(dims) for dims in (student_dim, teacher_dim))
-        self.sized(**dict(zip(("student_dim", "teacher_dim"), channels, strict=True)))
+        self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: tuple[int, ...], teacher_dim: tuple[int, ...]) -> None:
         """Make a regressor for every pair of maps."""

@@ -162,7 +162,7 @@ class HolisticKD(RelationalLoss):
             raise ValueError(f"HolisticKD takes negatives_from='own' or 'other', got {negatives_from!r}")
         self.dim, self.neighbours, self.negatives, self.temperature = dim, neighbours, negatives, temperature
         self.momentum, self.smoothing, self.negatives_from, self.seed = momentum, smoothing, negatives_from, seed
-        self.sized(student_dim=student_dim, teacher_dim=teacher_dim, num_samples=num_samples)
+        self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim, num_samples=num_samples)
 
     def build(self, student_dim: int, teacher_dim: int, num_samples: int) -> None:
         """Make projectors, convolutions and memories."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lightning_rkd.functional.channels import flatten_channels, unit_channels
 from lightning_rkd.functional.scales import limit_magnitude, power_of_two, squares_in_range
 from lightning_rkd.losses.base import Reference, RelationalLoss
-from lightning_rkd.losses.parts.checks import check_channels
 
 
 def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
@@ -111,11 +110,7 @@ class ICKD(RelationalLoss):
 
     def __init__(self, student_dim: Sequence[int] | None = None, teacher_dim: Sequence[int] | None = None) -> None:
         super().__init__()
-        check_channels("ICKD", student_dim=student_dim, teacher_dim=teacher_dim)
-        self.sized(
-            student_dim=None if student_dim is None else tuple(student_dim),
-            teacher_dim=None if teacher_dim is None else tuple(teacher_dim),
-        )
+        self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: tuple[int, ...], teacher_dim: tuple[int, ...]) -> None:
         """Make the map from the student's channels to the teacher's, one for each pair of maps."""

@@ -148,7 +148,7 @@ class ITRD(RelationalLoss):
         if alpha <= 0:
             raise ValueError(f"ITRD: alpha must be positive, got {alpha}")
         self.correlation_weight, self.mutual_weight, self.alpha = correlation_weight, mutual_weight, alpha
-        self.sized(student_dim=student_dim, teacher_dim=teacher_dim)
+        self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
         """Make the linear map to the teacher's width."""

@@ -18,7 +18,6 @@ from lightning_rkd.losses.parts.attention_graph import (
     frozen_attention,
     trained_attention,
 )
-from lightning_rkd.losses.parts.checks import check_channels
 
 _CANDIDATES = 4  # singular vectors of the student, of which one is compared
 
@@ -125,15 +124,11 @@ class MHGD(RelationalLoss):
         super().__init__()
         if reduction not in ("official", "mean"):
             raise ValueError(f"MHGD: reduction must be 'official' or 'mean', got {reduction!r}")
-        check_channels("MHGD", student_dim=student_dim, teacher_dim=teacher_dim)
         self._estimator = (estimator,)  # in a tuple: a network among it is no part of this loss
         self._state: dict[str, Tensor] | None = None
         self._known = False
         self.heads, self.reduction = heads, reduction
-        self.sized(
-            student_dim=None if student_dim is None else tuple(student_dim),
-            teacher_dim=None if teacher_dim is None else tuple(teacher_dim),
-        )
+        self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def prepare(self) -> None:
         """Read what stage 1 left, unless a checkpoint of this loss has been loaded."""

@@ -183,7 +183,7 @@ class PCKD(RelationalLoss):
         self.contrast_weight, self.correlation_weight = contrast_weight, correlation_weight
         self.align_weight, self.kl_weight = align_weight, kl_weight
         self.temperature, self.kl_temperature, self.growth = temperature, kl_temperature, growth
-        self.sized(student_dim=student_dim, teacher_dim=teacher_dim)
+        self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
         """The two linear maps and the MLP."""

@@ -117,7 +117,7 @@ class RRD(RelationalLoss):
                 raise ValueError(f"RRD: {name} must be positive, got {value}")
         self.dim, self.queue_size, self.seed = dim, queue_size, seed
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
-        self.sized(student_dim=student_dim, teacher_dim=teacher_dim)
+        self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
         """Make the two linear maps, of which the student's learns, and the queue."""

@@ -104,7 +104,7 @@ class SRD(RelationalLoss):
         if power < 1:
             raise ValueError(f"SRD: below 1 the power's gradient has no bound; got power={power}")
         self.power, self.eps = power, eps
-        self.sized(student_dim=student_dim, teacher_dim=teacher_dim)
+        self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
         """Make the projector."""

@@ -73,7 +73,7 @@ class VkD(RelationalLoss):
 
     def __init__(self, student_dim: int | None = None, teacher_dim: int | None = None) -> None:
         super().__init__()
-        self.sized(student_dim=student_dim, teacher_dim=teacher_dim)
+        self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
         """Make the free matrix, orthonormal from the start."""

@@ -367,7 +367,7 @@ class DistillationModule(pl.LightningModule):
         """Before optimizers and DDP exist; networks are asked for their widths, where needed, in evaluation mode."""
         missing = self.distiller.missing_sizes
         if not missing:
-            self.distiller.make_ready()
+            self.distiller.materialize()
             return
         unsized = [term for term in self.distiller.losses.values() if term.missing_sizes]
         with isolate_rng(include_cuda=False):
@@ -378,13 +378,13 @@ class DistillationModule(pl.LightningModule):
             except CaptureError:
                 raise
             except Exception as error:
-                cure = ", ".join(term.loss.call_with({}) for term in unsized)
+                cure = ", ".join(term.loss.suggest_call({}) for term in unsized)
                 raise ValueError(
                     f"the networks, asked for their widths before training, failed ({error}): set example_input_array, "
                     f"or pass {cure}"
                 ) from error
-        self.distiller.make_ready(shown, samples_of(loader))
-        cure = ", ".join(term.loss.call_with({}) for term in unsized)
+        self.distiller.materialize(shown, samples_of(loader))
+        cure = ", ".join(term.loss.suggest_call({}) for term in unsized)
         refuse_averages(self.trainer.callbacks, f"tell the losses their sizes, {cure}")  # type: ignore[attr-defined]
 
     def _example(self, loader: Any) -> Batch | None:

@@ -206,14 +206,14 @@ class _Final(RelationalLoss):
 
     reads = "logits"
     gather = False
-    called = "MultiHeadDistillation"
+    display_name = "MultiHeadDistillation"
 
     def __init__(self, temperature: float, alpha: float) -> None:
         super().__init__()
         self.temperature, self.alpha = temperature, alpha
 
     def forward(self, student: Tensor, teacher: Tensor, *, labels: Tensor) -> Tensor:
-        check_logits(student, teacher, self.called)
+        check_logits(student, teacher, self.display_name)
         return soft_and_hard(student, teacher, labels, temperature=self.temperature, alpha=self.alpha)
 
 
@@ -222,14 +222,14 @@ class _Heads(RelationalLoss):
 
     reads = ("feature_maps", "logits")
     gather = False
-    called = "MultiHeadDistillation"
+    display_name = "MultiHeadDistillation"
     heads: nn.ModuleList
     guides: nn.ModuleList
 
     def __init__(self, temperature: float, alpha: float, beta: float, width: int, padding: int) -> None:
         super().__init__()
         self.temperature, self.alpha, self.beta, self.width, self.padding = temperature, alpha, beta, width, padding
-        self.sized()
+        self.set_sizes()
 
     def build(self, student_dim: tuple[int, ...], teacher_dim: tuple[int, ...], num_classes: int) -> None:
         self.heads, self.guides = (

@@ -153,7 +153,7 @@ class Mapped(RelationalLoss):
 
     def __init__(self, student_dim=None, teacher_dim=None):
         super().__init__()
-        self.sized(student_dim=student_dim, teacher_dim=teacher_dim)
+        self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim, teacher_dim):
         self.map = nn.Linear(student_dim, teacher_dim)

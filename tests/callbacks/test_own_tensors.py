@@ -183,7 +183,7 @@ class Keyed(toys.Student):
 
 
 def test_a_loss_made_for_other_widths_says_so() -> None:
-    with pytest.raises(ValueError, match="Projected was made for student_dim=6, but is shown student_dim=5"):
+    with pytest.raises(ValueError, match="Projected was made for student_dim=6, but received student_dim=5"):
         toys.fit(toys.Student(), attached(toys.Projected(6, 7)))
 
 

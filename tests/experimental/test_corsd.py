@@ -145,7 +145,7 @@ def test_batches_and_optimizers_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match=r"one class per sample, \(N,\), got labels \(12, 3\)"):
         fit(CASE.made(), batches=[(x, nn.functional.one_hot(y, 3).float())])
     with pytest.raises(
-        ValueError, match=r"^CORSD was made for student_dim=\(4, 7\), but is shown student_dim=\(4, 6\): make"
+        ValueError, match=r"^CORSD was made for student_dim=\(4, 7\), but received student_dim=\(4, 6\): make"
     ):
         fit(CASE.made(channels=[4, 7]), batches=[(x, y)])
     with pytest.raises(ValueError, match="LBFGS"):

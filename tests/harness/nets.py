@@ -54,7 +54,7 @@ class Projected(RelationalLoss):
 
     def __init__(self, student_dim: int | None = None, teacher_dim: int | None = None) -> None:
         super().__init__()
-        self.sized(student_dim=student_dim, teacher_dim=teacher_dim)
+        self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
         with torch.random.fork_rng():
@@ -80,7 +80,7 @@ class Remembers(RelationalLoss):
 
     def __init__(self, teacher_dim: int | None = None, num_samples: int | None = None) -> None:
         super().__init__()
-        self.sized(teacher_dim=teacher_dim, num_samples=num_samples)
+        self.set_sizes(teacher_dim=teacher_dim, num_samples=num_samples)
 
     def build(self, teacher_dim: int, num_samples: int) -> None:
         self.mean = Mean(teacher_dim)

@@ -49,7 +49,7 @@ def loss_for(cls: type[RelationalLoss], widths: tuple[int, int], exact: bool = F
     torch.manual_seed(1)
     loss = made(cls)
     sides = (side(cls, shown(cls, Wild(), 8, width)) for width in widths)
-    loss.make_ready(*sides, like=torch.empty(0))
+    loss.materialize(*sides, like=torch.empty(0))
     return (loss.double() if exact else loss).eval()
 
 

@@ -334,7 +334,7 @@ def test_a_sum_and_a_term_tell_and_make_what_their_losses_miss():
     total = 2 * Projected() + Gap() + Remembers().at("only")
     assert total.missing_sizes == ("num_samples", "student_dim", "teacher_dim")
     assert (2 * Projected()).missing_sizes == ("student_dim", "teacher_dim")
-    total.make_ready(ZEROS, ONES, num_samples=9)
+    total.materialize(ZEROS, ONES, num_samples=9)
     assert total.missing_sizes == ()
 
 

@@ -133,7 +133,7 @@ class Sample:
         self.student, self.teacher = (rows(cls, self.n, width, dtype) for width in widths)
         sides = side(cls, self.student), side(cls, self.teacher)
         copy.deepcopy(self.loss)(*sides, **context(cls, self.n))  # works without preparation
-        self.loss.make_ready(*sides, like=torch.empty(0, dtype=dtype))
+        self.loss.materialize(*sides, like=torch.empty(0, dtype=dtype))
 
     def leaves(self) -> list[Tensor]:
         return [x.requires_grad_() for values in self.student.values() for x in values]

@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_refused_with_the_cure():
         ICKD([1, 2], [1])
     with pytest.raises(ValueError, match="ICKD compares equally many channels"):
         inter_channel_correlation(torch.ones(1, 2, 3), torch.ones(1, 3, 3))
-    with pytest.raises(ValueError, match=r"made for student_dim=\(2,\), but is shown student_dim=\(3,\)"):
+    with pytest.raises(ValueError, match=r"made for student_dim=\(2,\), but received student_dim=\(3,\)"):
         ICKD([2], [2])([torch.ones(2, 3, 2, 2)], [torch.ones(2, 2, 2, 2)])
 
 

@@ -36,7 +36,7 @@ def maps(n: int, channels: tuple[int, ...], sides: tuple[int, ...], dtype: torch
 
 
 def ready(loss: MHGD, student: list[Tensor], teacher: list[Tensor]) -> MHGD:
-    loss.make_ready(student, teacher, like=student[0].new_empty(0))
+    loss.materialize(student, teacher, like=student[0].new_empty(0))
     return loss
 
 

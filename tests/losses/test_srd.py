@@ -66,7 +66,7 @@ def test_the_projector_is_made_for_the_first_batch_and_kept():
     assert loss.missing_sizes == ("student_dim", "teacher_dim")
     loss(torch.randn(5, 3), torch.randn(5, 2))
     assert loss.project.weight.shape == (2, 3)
-    with pytest.raises(ValueError, match="SRD was made for student_dim=3, but is shown student_dim=4"):
+    with pytest.raises(ValueError, match="SRD was made for student_dim=3, but received student_dim=4"):
         loss(torch.randn(5, 4), torch.randn(5, 2))
 
 

@@ -207,7 +207,7 @@ def by_hand(epochs: int = 2, widths: tuple[int, int, int] = (4, 6, 6)) -> tuple[
     shown = [torch.zeros(1, c, 1, 1) for c in widths], [torch.zeros(1, c, 1, 1) for c in (4, 6, 6)]
     torch.manual_seed(0)
     loss = MHGD(heads_for((4, 6, 6)))
-    loss.make_ready(*shown)
+    loss.materialize(*shown)
     loss.double()
     trained = [*student.parameters(), *(p for p in loss.parameters() if p.requires_grad)]
     optimizer = sgd(trained)

@@ -40,7 +40,7 @@ def test_both_parts_are_those_of_the_equation(rows: int, count: int, settings: d
         )
         for _ in range(2)
     ]
-    module.distiller.losses["heads"].loss.make_ready(*sides, like=torch.empty(0, dtype=torch.float64))
+    module.distiller.losses["heads"].loss.materialize(*sides, like=torch.empty(0, dtype=torch.float64))
     module.eval()
     final, heads = terms(module, *sides, labels)
     inside = module.distiller.losses["heads"].loss

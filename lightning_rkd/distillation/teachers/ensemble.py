@@ -14,7 +14,7 @@ from lightning_rkd.distillation.features import Layer
 from lightning_rkd.distillation.teachers.base import BaseTeacher, Lesson
 from lightning_rkd.distillation.teachers.teacher import Teacher
 from lightning_rkd.losses.base import Term
-from lightning_rkd.losses.lazy import Sized
+from lightning_rkd.losses.lazy import LazyModule
 from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.utils.distributed import Group
 from lightning_rkd.utils.types import Batch, Outputs
@@ -250,7 +250,7 @@ def _joint(lessons: list[Lesson]) -> Lesson:
 
 def _belongs_to_one_teacher(module: nn.Module) -> bool:
     """Whether it is a memory, or a loss whose tensors are as wide as the teacher."""
-    return isinstance(module, StepState) or (isinstance(module, Sized) and "teacher_dim" in module.wanted_sizes)
+    return isinstance(module, StepState) or (isinstance(module, LazyModule) and "teacher_dim" in module.needed_sizes)
 
 
 def _each(what: str, given: Mapping[str, T] | Sequence[T] | None, names: Iterable[str], default: T) -> dict[str, T]:

@@ -82,20 +82,6 @@ def check_classes(labels: Tensor, classes: int, who: str) -> None:
         )
 
 
-def check_channels(who: str, **channels: object) -> None:
-    """Refuse one number where the channels of every map are asked for.
-
-    Raises:
-        TypeError: Naming loss and argument.
-
-    Example:
-        >>> check_channels("ICKD", student_dim=[64], teacher_dim=None)
-    """
-    for name, size in channels.items():
-        if isinstance(size, int):
-            raise TypeError(f"{who}: {name} lists the channels of every map, got {size}; pass [{size}]")
-
-
 def check_positive(who: str, **values: float) -> None:
     """Refuse a setting that is not a positive, finite number.
 

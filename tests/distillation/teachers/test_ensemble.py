@@ -181,7 +181,7 @@ class Late(RelationalLoss):
 
     def __init__(self, num_samples: int | None = None) -> None:
         super().__init__()
-        self.sized(num_samples=num_samples)
+        self.set_sizes(num_samples=num_samples)
 
     def build(self, num_samples: int) -> None:
         self.memory = StepState()
@@ -228,7 +228,7 @@ def test_a_memory_that_is_made_later_is_refused_before_the_first_step() -> None:
     loss = Late()
     distiller = Distiller(EnsembleTeacher([nets.teacher(), wide()], combine="losses"), loss)
     distiller.attach(nets.Backbone())
-    distiller.make_ready(num_samples=8)
+    distiller.materialize(num_samples=8)
     with pytest.raises(ValueError, match=f"late: Late {BELONGS}"):
         distiller.prepare("cpu")
 
