@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd import RKD, CachedTeacher, DistillationModule, RKDDistance
 from lightning_rkd.distillation.teachers import Teacher
-from lightning_rkd.distillation.teachers.cache_writer import fill
+from lightning_rkd.distillation.teachers.cache_writer import write_cache
 from lightning_rkd.utils.types import Batch
 
 
@@ -76,13 +76,9 @@ def main() -> None:
     big = torchvision.models.resnet50(num_classes=10)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        teacher = Teacher(big)
-        teacher.attach("fc")
-        teacher.to(device)
         begun = time.perf_counter()
-        fill(Path(folder), teacher, "fc", loader, device=device)
+        write_cache(Path(folder), Teacher(big), "fc", loader, device=device)
         writing = time.perf_counter() - begun
-        teacher.detach()
         ways = {
             "no teacher": (None, None),
             "cached, RKDDistance": (CachedTeacher(folder), RKDDistance()),

@@ -1,4 +1,4 @@
-"""What a data set is, in a few words and checksums, so that results by row number are not read for another one."""
+"""Descriptions of data sets in a few words and checksums, for results that are kept by row number."""
 
 from __future__ import annotations
 
@@ -17,66 +17,51 @@ from lightning_rkd.data.indexing import root_of
 _MOST_BYTES = 1 << 28
 
 
-def describe(dataset: Any) -> dict[str, str]:
-    """The root data set behind any depth of ``Subset``: its class, length, transforms and content.
+def describe_dataset(dataset: Any) -> dict[str, str]:
+    """Class, length, transforms, content and augmentation of the root data set behind any depth of ``Subset``.
 
-    The content is a checksum of the tensors, arrays and lists of integers that are attributes of it (of a part of the
-    rows, where they are larger than 256 MiB); paths count for nothing, so a folder may move.
-
-    ``augmentation`` is what an :class:`~lightning_rkd.data.AugmentedSubset` with a number of ``views`` makes of
-    its rows, and ``"none"`` for all others.
+    The content is a checksum of the tensors, arrays and lists of integers among its attributes (of a part of the rows
+    above 256 MiB); paths do not count. Only an :class:`~lightning_rkd.data.AugmentedSubset` with a number of ``views``
+    counts as augmentation.
 
     Example:
         >>> from torch.utils.data import Subset, TensorDataset
-        >>> about = describe(Subset(TensorDataset(torch.arange(3)), [2]))
+        >>> about = describe_dataset(Subset(TensorDataset(torch.arange(3)), [2]))
         >>> about["class"], about["length"], about["transform"]
         ('torch.utils.data.dataset.TensorDataset', '3', 'none')
     """
-    root, augmentation = root_of(dataset), "none"
-    if (subset := augmented(dataset)) is not None and subset.views is not None:
-        augmentation = f"{subset.augment!r}, seed {subset.seed}, {subset.views} views"
-    transforms = {
-        name: without_addresses(repr(value))
-        for name, value in sorted(getattr(root, "__dict__", {}).items())
-        if "transform" in name and value is not None
-    }
-    return {
-        "class": f"{type(root).__module__}.{type(root).__qualname__}",
-        "length": str(len(root)),
-        "transform": "; ".join(f"{name}={value}" for name, value in transforms.items()) or "none",
-        "content": _content(root),
-        "augmentation": augmentation,
-    }
-
-
-def augmented(dataset: Any) -> AugmentedSubset | None:
-    """The augmenting data set on the way from a data set to its root, if there is one."""
-    while not isinstance(dataset, AugmentedSubset):
-        inner = getattr(dataset, "dataset", None)
-        if inner is None or dataset is root_of(dataset):
-            return None
-        dataset = inner
-    return dataset
-
-
-def without_addresses(text: str) -> str:
-    """A ``repr`` without what changes from run to run.
-
-    Example:
-        >>> without_addresses("<function crop at 0x7f3a>")
-        '<function crop>'
-    """
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
-
-
-def _content(root: Any) -> str:
+    root, subset = root_of(dataset), find_views(dataset)
+    attributes = sorted(getattr(root, "__dict__", {}).items())
+    transforms = [f"{k}={without_addresses(repr(v))}" for k, v in attributes if "transform" in k and v is not None]
     digest = hashlib.sha256()
-    for name, value in sorted(getattr(root, "__dict__", {}).items()):
+    for name, value in attributes:
         for array in _arrays(value):
             step = max(1, -(-array.nbytes // _MOST_BYTES))
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array[::step] if array.ndim else array).data)
-    return digest.hexdigest()[:32]
+    return {
+        "class": f"{type(root).__module__}.{type(root).__qualname__}",
+        "length": str(len(root)),
+        "transform": "; ".join(transforms) or "none",
+        "content": digest.hexdigest()[:32],
+        "augmentation": f"{subset.augment!r}, seed {subset.seed}, {subset.views} views"
+        if subset is not None
+        else "none",
+    }
+
+
+def find_views(dataset: Any) -> AugmentedSubset | None:
+    """The :class:`~lightning_rkd.data.AugmentedSubset` with a number of ``views`` above the root data set, if any."""
+    while not isinstance(dataset, AugmentedSubset):
+        if dataset is root_of(dataset):
+            return None
+        dataset = dataset.dataset
+    return None if dataset.views is None else dataset
+
+
+def without_addresses(text: str) -> str:
+    """Text without memory addresses, which change from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 def _arrays(value: Any) -> Iterator[np.ndarray[Any, Any]]:

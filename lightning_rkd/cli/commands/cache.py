@@ -1,4 +1,4 @@
-"""``lightning-rkd cache``: ask the teacher of a recipe once about every sample, and keep what it shows."""
+"""``lightning-rkd cache``: write the teacher's outputs of a recipe for every sample, for ``CachedTeacher``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_rkd.cli import recipes
 from lightning_rkd.cli.trainer import TrainingCLI, check_writable
-from lightning_rkd.data.indexing import to_batch
-from lightning_rkd.distillation.teachers import BaseTeacher, CachedTeacher, Teacher
-from lightning_rkd.distillation.teachers.cache_writer import Dtype, fill
+from lightning_rkd.distillation.teachers import CachedTeacher, Teacher
+from lightning_rkd.distillation.teachers.cache_writer import write_cache
 from lightning_rkd.utils.distributed import rank_and_size
 
 
@@ -31,97 +30,80 @@ def main(args: Sequence[str]) -> None:
     if own.views is not None:
         rest.append(f"--data.views={own.views}")
     given = [part for name in own.config for part in ("--config", name)]
-    with _joined():
+    with _process_group():
         _cache(own, [*recipes.resolve(given), *rest, "--trainer.logger=false", "--trainer.enable_checkpointing=false"])
 
 
 def _cache(own: argparse.Namespace, config: list[str]) -> None:
     cli = TrainingCLI(config, run=False)
-    face = _face(cli)
-    teacher, folder, layer = face.distiller.teacher, own.out, face.distiller.teacher_layer
-    dtype: Dtype = own.dtype or "float32"
+    parts: list[Any] = [cli.model, *cli.trainer.callbacks]  # type: ignore[attr-defined] # set by a connector
+    parts = [part for part in parts if hasattr(part, "distiller") and part.distiller.teacher is not None]
+    if len(parts) != 1:
+        raise argparse.ArgumentError(None, f"the recipe must have one teacher to cache, and it has {len(parts)}")
+    teacher, folder, dtype = parts[0].distiller.teacher, own.out, own.dtype
     if isinstance(teacher, CachedTeacher):
-        folder, dtype, teacher = folder or teacher.path, own.dtype or teacher.dtype, teacher.teacher
+        folder, dtype, teacher = folder or teacher.path, dtype or teacher.dtype, teacher.teacher
     if not isinstance(teacher, Teacher):
+        name = "a CachedTeacher without one inside" if teacher is None else type(teacher).__name__
         raise argparse.ArgumentError(
             None,
-            f"the recipe has no single teacher whose outputs could be kept, but {_named(teacher)}: name a network, a "
-            "Teacher, or a CachedTeacher with one inside",
+            f"the recipe has no single teacher whose outputs could be cached, but {name}: name a network, a Teacher, "
+            "or a CachedTeacher with one inside",
         )
     folder = Path(folder or Path(cli.trainer.default_root_dir, "teacher_cache"))
     check_writable(folder)
-    device = cli.trainer.strategy.root_device
     data = cli.datamodule if cli.datamodule is not None else cli.model
     data.prepare_data()
     data.setup("fit")
-    teacher.attach(layer)
-    try:
-        teacher.to(device)
-        with _progress() as advance:
-            done = fill(
-                folder,
-                teacher,
-                layer,
-                data.train_dataloader(),
-                to_batch=lambda batch: to_batch(batch, face.unpack),
-                dtype=dtype,
-                device=device,
-                batch_size=own.batch_size,
-                shard_rows=own.shard_rows,
-                overwrite=own.overwrite,
-                advance=advance,
-            )
-    finally:
-        teacher.detach()
+    with _progress() as progress:
+        written = write_cache(
+            folder,
+            teacher,
+            parts[0].distiller.teacher_layer,
+            data.train_dataloader(),
+            unpack=parts[0].unpack,
+            dtype=dtype or "float32",
+            device=cli.trainer.strategy.root_device,
+            batch_size=own.batch_size,
+            shard_rows=own.shard_rows,
+            overwrite=own.overwrite,
+            progress=progress,
+        )
     if rank_and_size()[0] == 0:
-        print(f"{'written' if done else 'nothing to do, the cache is there and sound'}: {folder}")
+        print(f"{'written' if written else 'nothing to do, the cache is complete and intact'}: {folder}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-rkd cache",
-        description="Ask the teacher of a recipe once about every row of the data set, and keep what it shows for "
-        "CachedTeacher. An interrupted run goes on where it was; a finished one is verified. Under torchrun the "
-        "processes share the work.",
+        description="Write the outputs of a recipe's teacher for every row of the data set, to be read by "
+        "CachedTeacher. An interrupted run resumes; a complete cache is verified. Under torchrun the processes share "
+        "the work.",
         epilog="Any other option changes the recipe, as for fit.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", "-c", metavar="RECIPE", action="append", help="recipe with teacher and data")
     parser.add_argument("--out", type=Path, help="folder (default: CachedTeacher's, or teacher_cache in the run's)")
-    parser.add_argument("--dtype", choices=("float32", "float16"), help="how numbers are kept (default: float32)")
+    parser.add_argument("--dtype", choices=("float32", "float16"), help="type of the stored numbers (default: float32)")
     parser.add_argument("--views", type=int, help="augmented views of each image, for data modules that have views")
-    parser.add_argument("--batch_size", type=int, default=128, help="images that the teacher sees at once")
-    parser.add_argument("--shard_rows", type=int, default=8192, help="rows in a file, which are lost when interrupted")
-    parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever is in the folder")
+    parser.add_argument("--batch_size", type=int, default=128, help="images in one forward pass of the teacher")
+    parser.add_argument("--shard_rows", type=int, default=8192, help="rows in a file; a resumed run begins at a file")
+    parser.add_argument("--overwrite", action="store_true", help="delete what is in the folder first")
     return parser
-
-
-def _face(cli: TrainingCLI) -> Any:
-    """Whichever face of the recipe distils."""
-    faces = [x for x in (cli.model, *cli.trainer.callbacks) if hasattr(x, "distiller")]  # type: ignore[attr-defined]
-    faces = [face for face in faces if face.distiller.teacher is not None]
-    if len(faces) != 1:
-        raise argparse.ArgumentError(None, f"the recipe must have one teacher to cache, and it has {len(faces)}")
-    return faces[0]
-
-
-def _named(teacher: BaseTeacher | None) -> str:
-    return "a CachedTeacher without one inside" if teacher is None else type(teacher).__name__
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    console = Console(stderr=True)
-    shown = console.is_terminal and rank_and_size()[0] == 0
-    columns = (TextColumn("asking the teacher"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not shown) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, rows: progress.update(task, completed=done * rank_and_size()[1], total=rows)
+    console, (rank, size) = Console(stderr=True), rank_and_size()
+    columns = (TextColumn("running the teacher"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=rank > 0 or not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, rows: bar.update(task, completed=done * size, total=rows)
 
 
 @contextmanager
-def _joined() -> Iterator[None]:
-    """Join the other processes that torchrun has started, if it has."""
+def _process_group() -> Iterator[None]:
+    """Join the other processes of ``torchrun``, if it has started this one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.distributed.is_initialized():
         yield
         return

@@ -16,9 +16,9 @@ import torch
 from lightning_rkd.cli.experiments import runs as study
 from lightning_rkd.cli.experiments.runs import Run
 from lightning_rkd.cli.experiments.settings import with_settings
-from lightning_rkd.data.indexing import root_size, to_batch
+from lightning_rkd.data.indexing import root_size
 from lightning_rkd.distillation.teachers import Teacher
-from lightning_rkd.distillation.teachers.cache_writer import fill
+from lightning_rkd.distillation.teachers.cache_writer import write_cache
 from lightning_rkd.utils.provenance import hardware
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -66,28 +66,22 @@ def _train(task: dict[str, Any], report: Report) -> None:
 def _fill(task: dict[str, Any], report: Report) -> None:
     folder = Path(task["folder"])
     cli = study.prepare(with_settings(task["config"], task["paths"]), folder, task["seed"], images=_LOADED)
-    distiller, device = cli.model.distiller, cli.trainer.strategy.root_device
+    distiller = cli.model.distiller
     teacher = distiller.teacher
     assert isinstance(teacher, Teacher)
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
     loader = cli.datamodule.train_dataloader()
     report({"event": "begin", "first": 0, "steps": root_size(loader.dataset), "unit": "images"})
-    teacher.attach(distiller.teacher_layer)
-    try:
-        teacher.to(device)
-        fill(
-            folder,
-            teacher,
-            distiller.teacher_layer,
-            loader,
-            to_batch=lambda batch: to_batch(batch, cli.model.unpack),
-            device=device,
-            verify=False,
-            advance=lambda done, rows: report({"event": "step", "done": done}),
-        )
-    finally:
-        teacher.detach()
+    write_cache(
+        folder,
+        teacher,
+        distiller.teacher_layer,
+        loader,
+        unpack=cli.model.unpack,
+        device=cli.trainer.strategy.root_device,
+        progress=lambda done, rows: report({"event": "step", "done": done}),
+    )
 
 
 class _Steps(pl.Callback):

@@ -1,10 +1,9 @@
-"""Runs a teacher over a whole data set and keeps what it shows."""
+"""Writing a teacher's outputs for a whole data set to a cache."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,26 +13,23 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 from lightning_rkd.data.datasets.images import AugmentedSubset
-from lightning_rkd.data.fingerprint import augmented, describe, without_addresses
+from lightning_rkd.data.fingerprint import describe_dataset, find_views, without_addresses
 from lightning_rkd.data.indexing import plain_collate, root_of, root_size
 from lightning_rkd.data.samplers.pk import Draw
 from lightning_rkd.distillation.features import Layer
-from lightning_rkd.distillation.teachers import cache_format as shards
-from lightning_rkd.distillation.teachers.cache_format import CacheError, Plan
+from lightning_rkd.distillation.teachers import cache_format as files
+from lightning_rkd.distillation.teachers.cache_format import CacheError, CacheReader, DamagedError, Plan
 from lightning_rkd.distillation.teachers.teacher import Teacher
 from lightning_rkd.utils.distributed import Group, gather_objects, rank_and_size, run_on_all_ranks
-from lightning_rkd.utils.types import Batch, Outputs, unpack
+from lightning_rkd.utils.types import Batch, unpack
 
 Dtype = Literal["float32", "float16"]
+FIELDS = ("embedding", "logits")
+"""The fields of ``Outputs`` that a cache holds; not feature maps and classifier weights."""
 
 
 def describe_layer(layer: Layer | None) -> str:
-    """A layer in words, the same from run to run.
-
-    Example:
-        >>> describe_layer(None), describe_layer("backbone.fc")
-        ('output', 'backbone.fc')
-    """
+    """Description of a layer that is the same in every run."""
     if layer is None or isinstance(layer, str):
         return "output" if layer is None else layer
     if isinstance(layer, Mapping):
@@ -45,7 +41,7 @@ def describe_layer(layer: Layer | None) -> str:
 
 
 def describe_teacher(network: nn.Module, layer: Layer | None) -> dict[str, str]:
-    """A network in words: its class, a checksum of the names and bytes of its tensors, and where it is read."""
+    """Class of a network, checksum of the names and bytes of its tensors, and the layer where it is read."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         digest.update(name.encode())
@@ -54,206 +50,151 @@ def describe_teacher(network: nn.Module, layer: Layer | None) -> dict[str, str]:
                 plain = x.detach().cpu().contiguous().reshape(-1)
                 digest.update(f"{x.dtype} {tuple(x.shape)}".encode())
                 digest.update((plain.int_repr() if x.is_quantized else plain).view(torch.uint8).numpy().data)
-    kind = type(network)
     return {
-        "network": f"{kind.__module__}.{kind.__qualname__}",
-        "weights": digest.hexdigest()[:32],
-        "layer": describe_layer(layer),
+        "teacher network": f"{type(network).__module__}.{type(network).__qualname__}",
+        "teacher weights": digest.hexdigest()[:32],
+        "teacher layer": describe_layer(layer),
     }
 
 
-def cacheable(shown: Mapping[str, Outputs]) -> dict[str, Tensor]:
-    """The rows that can be kept: embeddings (N, D) and logits (N, K), as ``<tap>/<field>``.
-
-    Raises:
-        CacheError: There are none.
-    """
-    fields = {
-        f"{tap}/{name}": x
-        for tap, outputs in shown.items()
-        for name in ("embedding", "logits")
-        if (x := getattr(outputs, name)) is not None and x.ndim == 2
-    }
-    if not fields:
-        raise CacheError(
-            "the teacher shows nothing that can be cached at its layer: that is an embedding (N, D) or logits (N, K), "
-            "and no feature maps; name such a layer, teacher_layer=..., or Tap(layer, read=global_pool)"
-        )
-    return fields
-
-
-def fill(
+def write_cache(
     folder: Path,
     teacher: Teacher,
     layer: Layer | None,
     loader: DataLoader[Any],
     *,
-    to_batch: Callable[[Any], Batch] = unpack,
+    unpack: Callable[[Any], Batch] = unpack,
     dtype: Dtype = "float32",
     device: torch.device | str = "cpu",
     batch_size: int = 128,
     shard_rows: int = 8192,
     overwrite: bool = False,
-    verify: bool = True,
     group: Group = None,
-    advance: Callable[[int, int], None] = lambda done, rows: None,
+    progress: Callable[[int, int], None] = lambda done, rows: None,
 ) -> bool:
-    """Write what an attached teacher shows for every row of the root data set behind a loader.
+    """Write a teacher's embeddings and logits for every row of the root data set behind a loader.
 
-    The rows are read as the root data set gives them, without the augmentation of a training subset; except where the
-    training set is an :class:`~lightning_rkd.data.AugmentedSubset` with a number of ``views``: then view v is
-    what it shows in epoch v. Sampler and batch size of the loader play no part, its ``collate_fn`` does.
-
-    Shards that are there already and sound are kept. In a process group ranks write shards by turns; the files are
-    the same.
+    The rows are read from the root data set, without the augmentation of a training subset; only an
+    :class:`~lightning_rkd.data.AugmentedSubset` with a number of ``views`` is read in each of its views. The loader's
+    ``collate_fn`` is used, its sampler and batch size are not. Intact shards are kept, missing and damaged ones are
+    written. The ranks of a process group share the shards; the files are the same as from one process.
 
     Args:
-        folder: Where the cache goes.
-        teacher: On its device.
-        layer: Where it is attached.
+        folder: Folder of the cache.
+        teacher: The teacher; it is attached, moved to the device, and detached at the end.
+        layer: Layer where it is read.
         loader: The training loader.
-        to_batch: From what the loader yields to a batch.
-        dtype: How numbers are kept.
-        device: Where the teacher is.
-        batch_size: Rows that the teacher sees at once.
-        shard_rows: Rows in a file; an interrupted run goes on at the file it was at.
-        overwrite: Whether to begin anew, whatever is there.
-        verify: Whether to read a finished cache again, and to write damaged files anew.
+        unpack: Makes a batch of what the loader yields.
+        dtype: Type of the numbers in the files.
+        device: Device of the teacher.
+        batch_size: Rows in one forward pass of the teacher.
+        shard_rows: Rows in a file; an interrupted run resumes at a file.
+        overwrite: Whether to delete what is in the folder first.
         group: Process group.
-        advance: Called with the rows done by this rank, and all rows.
+        progress: Called with the rows finished by this rank and the number of all rows.
 
     Returns:
-        Whether there was anything to do.
+        Whether anything was written.
 
     Raises:
         CacheError: The folder holds another cache, or the data set or teacher cannot be cached.
         OSError: The disk is full.
     """
-    data, rank_size = _Rows(loader), rank_and_size(group)
-    first, again = data.batch(range(min(2, data.rows)), 0), data.batch(range(min(2, data.rows)), 0)
-    if not all(
-        torch.equal(a, b) for a, b in zip(tree_leaves(first), tree_leaves(again), strict=True) if torch.is_tensor(a)
-    ):
-        raise CacheError(
-            f"the data set {type(root_of(loader.dataset)).__name__} shows its first rows differently each time, so "
-            "what a teacher shows of them cannot be kept: cache with a transform that draws nothing, and augment for "
-            "training afterwards"
-        )
+    source, (rank, size) = _RootRows(loader), rank_and_size(group)
 
-    def shown(batch: Any) -> dict[str, Tensor]:
-        inputs = _moved(to_batch(batch), device)
-        (lesson,) = teacher.lessons(inputs)
-        return {name: x.cpu() for name, x in cacheable(lesson.shown).items()}
+    def compute(rows: range, view: int = 0) -> dict[str, Tensor]:
+        batch = unpack(source.batch(rows, view))
+        inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
+        taps = teacher(Batch(tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)))
+        outputs = {f"{tap}/{field}": getattr(taps[tap], field) for tap in taps for field in FIELDS}
+        return {name: x.cpu() for name, x in outputs.items() if x is not None and x.ndim == 2}
 
-    plan: Plan = {
-        "format": 1,
-        "rows": data.rows,
-        "views": data.views,
-        "dtype": dtype,
-        "shard_rows": shard_rows,
-        "fields": {name: x.shape[1] for name, x in sorted(shown(first).items())},
-        "teacher": describe_teacher(teacher.network, layer),
-        "data": describe(loader.dataset),
-    }
-    run_on_all_ranks(partial(_prepare, folder, plan, overwrite, rank_size[0] == 0), group)
-    if run_on_all_ranks(partial(_finished, folder, verify), group):
-        return False
-    run_on_all_ranks(partial(_write_shards, folder, plan, data, rank_size, batch_size, shown, advance), group)
-    if rank_size[0] == 0:
-        shards.write_manifest(folder, plan)
-    gather_objects(None, group)
-    return True
+    def prepare() -> bool:
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite and rank == 0:
+            for path in (folder / files.MANIFEST, *folder.glob("rows-*.safetensors")):
+                path.unlink(missing_ok=True)
+        try:
+            if not overwrite:
+                files.refuse_differences(CacheReader(folder).plan, plan, folder)
+            return not overwrite
+        except (FileNotFoundError, DamagedError):
+            return False
 
+    def write_shards() -> bool:
+        intact, done = True, 0
+        for number in range(rank, -(-source.rows // shard_rows), size):
+            rows = range(source.rows)[number * shard_rows : (number + 1) * shard_rows]
+            try:
+                files.read_shard(folder, plan, number)
+            except DamagedError:
+                files.write_shard(folder, plan, number, _compute_shard(plan, rows, batch_size, compute))
+                intact = False
+            done += len(rows)
+            progress(done, source.rows)
+        return intact
 
-def _write_shards(
-    folder: Path,
-    plan: Plan,
-    data: _Rows,
-    rank_size: tuple[int, int],
-    batch_size: int,
-    shown: Callable[[Any], dict[str, Tensor]],
-    advance: Callable[[int, int], None],
-) -> None:
-    """Write those shards of this rank that are not there or not sound."""
-    done = 0
-    for number in range(rank_size[0], shards.shard_count(plan), rank_size[1]):
-        rows = shards.shard_range(plan, number)
-        if not shards.shard_is_sound(folder, plan, number):
-            shards.write_shard(folder, plan, number, _shard(data, rows, plan, batch_size, shown))
-        done += len(rows)
-        advance(done, data.rows)
-
-
-def _prepare(folder: Path, plan: Plan, overwrite: bool, first: bool) -> None:
-    """Make the folder, and look whether what is in it may stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = folder / shards.MANIFEST
-    if overwrite and first:
-        manifest.unlink(missing_ok=True)
-        for path in folder.glob("rows-*.safetensors"):
-            path.unlink()
-    if not overwrite and (there := _manifest(folder)) is not None:
-        shards.refuse_other(there.plan, plan, folder)
-
-
-def _finished(folder: Path, verify: bool) -> bool:
-    there = _manifest(folder)
-    return there is not None and (not verify or all(map(there.is_sound, range(shards.shard_count(there.plan)))))
-
-
-def _manifest(folder: Path) -> shards.Shards | None:
-    """What is there; a damaged manifest is as good as none, for every shard says what it belongs to."""
+    teacher.attach(layer)
     try:
-        return shards.Shards(folder)
-    except (FileNotFoundError, CacheError):
-        return None
+        teacher.to(device)
+        fields = {name: x.shape[1] for name, x in sorted(compute(source.first).items())}
+        if not fields:
+            raise CacheError(
+                "the teacher's layer gives nothing that can be cached, which is an embedding (N, D) or logits (N, K), "
+                "not feature maps: name such a layer, teacher_layer=..., or Tap(layer, read=global_pool)"
+            )
+        plan: Plan = {"rows": source.rows, "views": source.views, "dtype": dtype, "shard_rows": shard_rows}
+        plan |= {"fields": fields, **describe_teacher(teacher.network, layer)}
+        plan |= {f"data {key}": text for key, text in describe_dataset(loader.dataset).items()}
+        complete = run_on_all_ranks(prepare, group)
+        complete = all(gather_objects(run_on_all_ranks(write_shards, group) and complete, group))
+        run_on_all_ranks(lambda: None if complete or rank else files.write_manifest(folder, plan), group)
+    finally:
+        teacher.detach()
+    return not complete
 
 
-def _shard(
-    data: _Rows, rows: range, plan: Plan, batch_size: int, shown: Callable[[Any], dict[str, Tensor]]
+def _compute_shard(
+    plan: Plan, rows: range, batch_size: int, compute: Callable[[range, int], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    kind = getattr(torch, plan["dtype"])
-    out = {name: torch.empty(len(rows), data.views, width, dtype=kind) for name, width in plan["fields"].items()}
-    for view in range(data.views):
+    dtype = getattr(torch, plan["dtype"])
+    out = {name: torch.empty(len(rows), plan["views"], width, dtype=dtype) for name, width in plan["fields"].items()}
+    for view in range(plan["views"]):
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            for name, x in shown(data.batch(part, view)).items():
+            for name, x in compute(part, view).items():
                 if len(x) != len(part):
-                    raise CacheError(f"the teacher shows {len(x)} rows for {len(part)} samples")
-                kept = x.to(kind)
-                if not bool(kept.isfinite().all()):
-                    bad = part[int((~kept.isfinite()).any(1).nonzero()[0])]
+                    raise CacheError(f"the teacher returned {len(x)} rows for {len(part)} samples")
+                out[name][start : start + len(part), view] = kept = x.to(dtype)
+                if len(bad := (~kept.isfinite()).any(1).nonzero()):
                     why = "does not fit into float16; use float32" if bool(x.isfinite().all()) else "is NaN or infinite"
-                    raise CacheError(f"what the teacher shows for row {bad} {why}")
-                out[name][start : start + len(part), view] = kept
+                    raise CacheError(f"the teacher's {name.rpartition('/')[2]} of row {part[int(bad[0])]} {why}")
     return out
 
 
-class _Rows:
-    """The rows of the root data set behind a loader, in batches as the loader would make them."""
+class _RootRows:
+    """Batches of consecutive rows of the root data set behind a loader."""
 
     def __init__(self, loader: Any) -> None:
         if not isinstance(loader, DataLoader) or root_size(loader.dataset) is None:
             raise CacheError(
-                f"a cache needs one DataLoader over a map-style data set, whose rows have numbers; got "
+                "a cache needs one DataLoader over a map-style data set, whose rows have numbers; got "
                 f"{type(loader).__name__}"
             )
-        self.root, self.collate = root_of(loader.dataset), plain_collate(loader)
-        self.rows, self.views, self.augmented = len(self.root), 1, False
-        subset = augmented(loader.dataset)
-        if subset is not None and subset.views is not None:
-            everything = range(self.rows)
-            self.root = AugmentedSubset(subset.dataset, everything, subset.augment, subset.seed, subset.views)
+        self.data, self.collate, self.augmented = root_of(loader.dataset), plain_collate(loader), False
+        kind, self.rows, self.views = type(self.data).__name__, len(self.data), 1
+        if (subset := find_views(loader.dataset)) is not None and subset.views is not None:
             self.views, self.augmented = subset.views, True
+            self.data = AugmentedSubset(self.data, range(self.rows), subset.augment, subset.seed, subset.views)
+        self.first = range(min(2, self.rows))
+        once, twice = (tree_leaves(self.batch(self.first, 0)) for _ in range(2))
+        if not all(torch.equal(a, b) for a, b in zip(once, twice, strict=True) if torch.is_tensor(a)):
+            raise CacheError(
+                f"the data set {kind} returns different first rows each time, so the teacher's outputs cannot be "
+                "cached: cache with a deterministic transform and augment for training afterwards"
+            )
 
     def batch(self, rows: range, view: int) -> Any:
         indices = [Draw(row, view) if self.augmented else row for row in rows]
-        fetch = getattr(self.root, "__getitems__", None)
-        return self.collate(fetch(indices) if fetch else [self.root[i] for i in indices])
-
-
-def _moved(batch: Batch, device: torch.device | str) -> Batch:
-    def move(x: Any) -> Any:
-        return x.to(device) if isinstance(x, Tensor) else x
-
-    return Batch(tree_map(move, batch.inputs), teacher_inputs=tree_map(move, batch.teacher_inputs))
+        fetch = getattr(self.data, "__getitems__", None)
+        return self.collate(fetch(indices) if fetch else [self.data[i] for i in indices])

@@ -1,4 +1,4 @@
-"""A teacher that was asked once: what it showed is read from disk by sample index, and its network is not needed."""
+"""A teacher whose outputs are read by sample index, from files or an array, instead of running a network."""
 
 from __future__ import annotations
 
@@ -6,54 +6,50 @@ from collections.abc import Callable, Iterable
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from lightning_rkd.data.fingerprint import describe
-from lightning_rkd.data.indexing import loaders_in, root_size, to_batch
+from lightning_rkd.data.indexing import loaders_in, root_size
 from lightning_rkd.distillation.features import CaptureError, Layer
-from lightning_rkd.distillation.teachers.arrays import Array
+from lightning_rkd.distillation.teachers.arrays import ArrayReader
 from lightning_rkd.distillation.teachers.base import BaseTeacher, Lesson
-from lightning_rkd.distillation.teachers.cache_format import CacheError, Shards, differences
-from lightning_rkd.distillation.teachers.cache_writer import Dtype, describe_layer, describe_teacher, fill
+from lightning_rkd.distillation.teachers.cache_format import CacheError, CacheReader
+from lightning_rkd.distillation.teachers.cache_writer import (
+    FIELDS,
+    Dtype,
+    describe_layer,
+    describe_teacher,
+    write_cache,
+)
 from lightning_rkd.distillation.teachers.teacher import Teacher
 from lightning_rkd.losses.base import Term
 from lightning_rkd.utils.distributed import Group, gather_objects, run_on_all_ranks
 from lightning_rkd.utils.types import Batch, Outputs
 
-CACHED = ("embedding", "logits")
-"""The fields of ``Outputs`` that are kept; feature maps and classifier weights are not."""
-
 
 class CachedTeacher(BaseTeacher):
-    """Teaches with what a teacher showed once for every row of the data set, read by sample index.
+    """A teacher whose embeddings and logits are read from disk by sample index; no network is built, loaded or run.
 
-    Batches are made to say which rows they hold, in either face and from any loader over a map-style data set. Unless
-    ``teacher`` is given, the teacher's network plays no part: not built, not loaded, not run.
-
-    With one view, the cache holds what the teacher shows for the plain images; a student whose images are augmented is
-    then compared with the teacher's view of the image as it is. With a data module of n ``views``, both see the same
-    augmented image. A ``batch_transform`` is refused. Losses that read feature maps or the classifier are, too.
-
-    The manifest is verified when training begins, and a file when its first row is read; see
-    :class:`~lightning_rkd.distillation.teachers.cache_format.Shards`.
+    The training loader is made to yield the index of every sample, through any sampler and any depth of ``Subset``; the
+    data set must be map-style. With one view the cache holds the outputs for the images without augmentation; with a
+    data module of n ``views``, student and teacher see the same augmented image. A ``batch_transform`` is refused, and
+    so are losses that read feature maps or the classifier.
 
     Args:
         path: The folder that ``lightning-rkd cache`` wrote.
-        teacher: Writes what is missing of the cache before the first step, on all ranks together; and is compared with
-            the teacher that wrote it.
-        ignore: Parts of the description of the data that may differ from what was cached: ``"class"``, ``"transform"``,
-            ``"content"``. Only where you know that row i is the same sample still.
-        dtype: In what to write, if it is to be written.
+        teacher: Writes what is missing of the cache before the first step, on all ranks together; a cache of another
+            teacher is refused.
+        ignore: Parts of the data's description that may differ from the cached one: ``"class"``, ``"transform"``,
+            ``"content"``. Row i must still be the same sample.
+        dtype: Type of the numbers in the files, where they are written.
 
     Raises:
-        FileNotFoundError: When training begins: there is no such cache.
+        FileNotFoundError: When training begins: there is no cache.
         CacheError: When training begins or a file is first read: it is damaged, or was made for another data set,
-            teacher or layer; the message says what differs.
+            teacher or layer; the message names the difference.
 
     Example:
         >>> teacher = CachedTeacher.from_array(torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]))
@@ -77,23 +73,23 @@ class CachedTeacher(BaseTeacher):
         self.path, self.ignore, self.dtype = Path(path), list(ignore or ()), dtype
         self.teacher = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
         self.layer: Layer | None = None
-        self._store: Shards | Array | None = None
-        self._attached, self._device, self._met = False, torch.device("cpu"), False
+        self._array: ArrayReader | None = None
+        self._reader: CacheReader | None = None
+        self._device, self._prepared = torch.device("cpu"), False
 
     @classmethod
     def from_array(
         cls, array: Tensor | npt.NDArray[Any] | str | Path, ids: Iterable[int] | Tensor | None = None
     ) -> CachedTeacher:
-        """A teacher that is known only by its embeddings, one row a sample.
+        """A teacher known only by its embeddings, one row per sample.
 
         Args:
             array: (N, D): a tensor, an array, or the path of a ``.npy`` file or of a ``.safetensors`` file with one
-                tensor (and, if it likes, another called ``ids``), which are memory-mapped.
-            ids: Row of the root data set that each row belongs to, N integers in any order, each once. Without them
-                row i belongs to row i, and N must be the size of the root data set.
+                tensor (and optionally another called ``ids``); files are memory-mapped.
+            ids: Row of the root data set for each row of the array, N different integers; by default 0 to N - 1.
 
         Raises:
-            ValueError: The array is not (N, D) of floating-point numbers, or ids that do not belong to it.
+            ValueError: The array is not floating point (N, D), or the ids do not fit it.
 
         Example:
             >>> import numpy as np
@@ -101,183 +97,120 @@ class CachedTeacher(BaseTeacher):
             >>> teacher.lessons(Batch(None, indices=torch.tensor([5])))[0].shown[""].embedding
             tensor([[0., 1., 0.]])
         """
-        store = Array(array, ids)
-        teacher = cls(store.path or "array")
-        teacher._store = store
+        teacher = cls("array")
+        teacher._array = ArrayReader(array, ids)
         return teacher
 
     def __getstate__(self) -> dict[str, Any]:
-        """What shallow copies and pickles take over: the path, and no rows of a file."""
-        store = self._store if isinstance(self._store, Array) else None
-        own = {"_store": store, "_attached": False, "_met": False, "_device": torch.device("cpu")}
-        return self.__dict__ | own | {"teacher": None if self.teacher is None else copy(self.teacher)}
+        """Leave rows of files out of copies and pickles, which read them again."""
+        return self.__dict__ | {"_reader": None, "_prepared": False, "teacher": copy(self.teacher)}
 
     @property
     def needs_indices(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
     def attach(self, layer: Layer | None) -> None:
-        """Open the cache, and compare it with the layer; without one, get the teacher ready to write it.
-
-        Raises:
-            FileNotFoundError: There is no cache, and no teacher to write it.
-            CacheError: It is damaged, or was read at another layer.
-        """
+        """Read the manifest and compare the layer, or attach the teacher that writes the cache."""
         self.detach()
         self.layer = layer
-        if isinstance(self._store, Array):
-            return
-        if self.teacher is None:
-            run_on_all_ranks(self._open)
-        else:
+        if self.teacher is not None:
             self.teacher.attach(layer)
-        self._attached = True
+        elif self._array is None:
+            run_on_all_ranks(self._read_manifest)
 
     def detach(self) -> None:
-        """Let go of files and teacher."""
+        """Release files and teacher."""
         if self.teacher is not None:
             self.teacher.detach()
-        if not isinstance(self._store, Array):
-            self._store = None
-        self._attached = self._met = False
+        self._reader, self._prepared = None, False
 
     def to(self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None) -> bool:
-        """Remember where rows go; a teacher that writes keeps its own precision."""
-        first, self._device = self._device != torch.device(device), torch.device(device)
-        if self.teacher is not None and self._attached:
-            first = self.teacher.to(device) or first
-        return first
+        """Set the device of the outputs; a teacher that writes the cache keeps its own precision."""
+        self._device = torch.device(device)
+        return self.teacher is not None and self._reader is None and self.teacher.to(device)
 
     def meet(self, loaders: Any, unpack: Callable[[Any], Batch], group: Group = None, *, train: bool = True) -> None:
-        """Write the cache if that is to be done, and make sure that it belongs to these data, on all ranks.
+        """Write the cache where a teacher is given, and compare it with the data, on all ranks.
 
         Raises:
-            CacheError: It belongs to others; the message says what differs.
+            CacheError: It was made for another teacher or data set; the message names the difference.
         """
-        if train and self._met:
+        if train and self._prepared:
             return
         found = loaders_in(loaders)
-        if train and self.teacher is not None and not isinstance(self._store, Array):
-            loader = self._only(found)
-            fill(
-                self.path,
-                self.teacher,
-                self.layer,
-                loader,
-                to_batch=lambda batch: to_batch(batch, unpack),
-                dtype=self.dtype,
-                device=self._device,
-                verify=False,
-                group=group,
-            )
-            self._open()
-        run_on_all_ranks(partial(self._check, found), group)
-        if train:
-            ranks = gather_objects(self._known().fingerprint, group)
-            if len(set(ranks)) > 1:
-                raise RuntimeError(
-                    f"the caches {str(self.path)!r} of the ranks differ ({ranks}): copy one to all machines"
-                )
-            self._met = True
+        if train and self.teacher is not None:
+            if len(found) != 1:
+                raise CacheError(f"a cache is written for one training loader, got {len(found)}")
+            how: dict[str, Any] = {"dtype": self.dtype, "device": self._device, "group": group}
+            write_cache(self.path, self.teacher, self.layer, found[0], unpack=unpack, **how)
+        run_on_all_ranks(partial(self._check_data, found), group)
+        ranks = gather_objects(self._rows().fingerprint, group)
+        if len(set(ranks)) > 1:
+            raise RuntimeError(f"the caches {str(self.path)!r} of the ranks differ ({ranks}): copy one to all machines")
+        self._prepared = self._prepared or train
 
     def lessons(self, batch: Batch, calls: list[Any] | None = None) -> list[Lesson]:
-        """The one lesson: what is kept for the rows of the batch, in float32.
-
-        Raises:
-            CaptureError: The batch has no indices, or is not of images as the data set shows them.
-            CacheError: A row that is not in the cache, or a damaged file.
-        """
+        """The cached rows of a batch, in float32."""
         if calls is not None:
             raise CaptureError(
-                "input_layer feeds the teacher what the student saw in the step, and a cached teacher is asked by "
-                "sample index only: leave input_layer out, or teach with Teacher(network)"
+                "input_layer feeds the teacher with inputs of the student, but a cached teacher is read by sample "
+                "index: leave input_layer out, or teach with Teacher(network)"
             )
         if batch.mix is not None or batch.view is not None or batch.teacher_inputs is not None:
             raise CaptureError(
-                "the batch was mixed or changed after loading, and a cached teacher has never seen such images: leave "
-                "the batch_transform out, or teach with Teacher(network)"
+                "the batch was mixed or changed after loading, but the cache holds outputs for the original images: "
+                "leave the batch_transform out, or teach with Teacher(network)"
             )
-        if self._store is None and self.teacher is not None:  # asked for widths before the cache is written
+        if self.teacher is not None and self._reader is None:  # sizes are needed before the cache is written
             return self.teacher.lessons(batch)
         indices = batch.indices if batch.host_indices is None else batch.host_indices
         if indices is None:
             raise CaptureError(
-                "a cached teacher is asked by sample index, but the batch has none: wrap the loader, "
+                "a cached teacher is read by sample index, but the batch has none: wrap the loader, "
                 "with_indices(loader), or name them in the batch, indices=..."
             )
-        store = self._known()
         if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.is_floating_point():
             raise CaptureError(f"indices must be a tensor of N integers, got {indices!r}")
-        fields = store.read(store.located(indices.cpu().long()), batch.epoch % store.views)
-        taps: dict[str, Outputs] = {}
-        for name, x in fields.items():
+        features: dict[str, Outputs] = {}
+        for name, x in self._rows().read(indices.cpu().long(), batch.epoch).items():
             tap, _, field = name.rpartition("/")
-            setattr(taps.setdefault(tap, Outputs()), field, x.to(self._device, non_blocking=True))
-        return [Lesson(taps)]
+            setattr(features.setdefault(tap, Outputs()), field, x.to(self._device, non_blocking=True))
+        return [Lesson(features)]
 
     def shares_parameters_with(self, network: nn.Module) -> bool:
-        """Whether training ``network`` would change the teacher that writes."""
+        """Whether training ``network`` would change the teacher that writes the cache."""
         return self.teacher is not None and self.teacher.shares_parameters_with(network)
 
     def check_same_on_ranks(self, group: Group = None) -> None:
-        """Compare the teachers that write; the caches are compared in :meth:`meet`."""
+        """Compare the teachers that write the cache; caches are compared in :meth:`meet`."""
         if self.teacher is not None:
             self.teacher.check_same_on_ranks(group)
 
     def check_loss(self, name: str, term: Term) -> None:
-        """Refuse a loss that reads what is not kept.
-
-        Raises:
-            ValueError: It does.
-        """
+        """Refuse a loss that reads fields a cache does not hold."""
         reads = {term.reads} if isinstance(term.reads, str) else set(term.reads)
-        if others := sorted(reads - set(CACHED)):
+        if missing := sorted(reads - set(FIELDS)):
             raise ValueError(
-                f"{name}: {type(term.loss).__name__} reads {others}, but a cached teacher keeps embeddings and logits "
+                f"{name}: {type(term.loss).__name__} reads {missing}, but a cached teacher holds embeddings and logits "
                 "only: teach with Teacher(network)"
             )
 
-    def _known(self) -> Shards | Array:
-        if self._store is None:
-            self._open()
-        assert self._store is not None
-        return self._store
+    def _rows(self) -> CacheReader | ArrayReader:
+        return self._array or self._reader or self._read_manifest()
 
-    def _open(self) -> None:
-        store = Shards(self.path)
-        now = {"layer": describe_layer(self.layer)}
-        if self.teacher is not None and self._attached:
-            now = describe_teacher(self.teacher.network, self.layer)
-        self._refuse({key: store.plan["teacher"][key] for key in now}, now, "teacher ")
-        self._store = store
+    def _read_manifest(self) -> CacheReader:
+        reader, wanted = CacheReader(self.path), {"teacher layer": describe_layer(self.layer)}
+        reader.check(wanted if self.teacher is None else describe_teacher(self.teacher.network, self.layer))
+        self._reader = reader
+        return reader
 
-    def _check(self, loaders: list[Any]) -> None:
-        store = self._known()
+    def _check_data(self, loaders: list[Any]) -> None:
         for loader in loaders:
             dataset = getattr(loader, "dataset", None)
-            size = root_size(dataset)
-            if size is None:
+            if root_size(dataset) is None:
                 raise CacheError(
-                    f"a cached teacher needs DataLoaders over map-style data sets, whose rows have numbers; got "
+                    "a cached teacher needs DataLoaders over map-style data sets, whose rows have numbers; got "
                     f"{type(loader).__name__} over {type(dataset).__name__}"
                 )
-            if isinstance(store, Array):
-                store.check_size(size)
-                continue
-            cached, now = dict(store.plan["data"]), describe(dataset)
-            for part in (*self.ignore, *(["augmentation"] if cached["augmentation"] == "none" else [])):
-                cached.pop(part), now.pop(part)
-            self._refuse(cached, now, "data ")
-
-    def _refuse(self, cached: dict[str, Any], now: dict[str, Any], part: str) -> None:
-        if differing := differences(cached, now, part):
-            raise CacheError(
-                f"the cache {str(self.path)!r} was made for something else: {'; '.join(differing)}. Train with what it "
-                "was made for, or write one for this: lightning-rkd cache --config RECIPE --out FOLDER"
-            )
-
-    def _only(self, loaders: list[Any]) -> DataLoader[Any]:
-        if len(loaders) != 1:
-            raise CacheError(f"a cache is written for one training loader, and there are {len(loaders)}")
-        return cast("DataLoader[Any]", loaders[0])
+            self._rows().check_data(dataset, self.ignore)

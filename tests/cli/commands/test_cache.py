@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lightning_rkd.cli import main as cli
-from lightning_rkd.distillation.teachers import cache_format as shards
+from lightning_rkd.distillation.teachers import cache_format
 from lightning_rkd.models import ConvNet
 from tests.harness.processes import LETTERS, end_of, start
 
@@ -68,14 +68,14 @@ def test_it_writes_once_and_says_so_when_there_is_nothing_to_do(capsys: pytest.C
 def test_what_is_sound_is_kept_and_what_is_not_is_written_again() -> None:
     assert cli.main(cache()) == 0
     whole = files()
-    old = Path("kept", shards.shard_name(0)).stat().st_mtime_ns
-    Path("kept", shards.shard_name(1)).write_bytes(whole[shards.shard_name(1)][:-5])
-    damaged = bytearray(whole[shards.shard_name(2)])
+    old = Path("kept", cache_format.shard_name(0)).stat().st_mtime_ns
+    Path("kept", cache_format.shard_name(1)).write_bytes(whole[cache_format.shard_name(1)][:-5])
+    damaged = bytearray(whole[cache_format.shard_name(2)])
     damaged[-1] ^= 1
-    Path("kept", shards.shard_name(2)).write_bytes(damaged)
+    Path("kept", cache_format.shard_name(2)).write_bytes(damaged)
     assert cli.main(cache()) == 0
     assert files() == whole
-    assert Path("kept", shards.shard_name(0)).stat().st_mtime_ns == old
+    assert Path("kept", cache_format.shard_name(0)).stat().st_mtime_ns == old
     Path("kept", "manifest.json").write_text("{")
     assert cli.main(cache()) == 0
     assert files() == whole
@@ -89,7 +89,7 @@ def test_another_teacher_or_another_data_set_begins_anew_only_when_told(capsys: 
     message = capsys.readouterr().err
     assert "teacher weights: cached" in message
     assert "--overwrite" in message
-    assert "data" not in message.split("something else:")[1].split("Name another")[0]
+    assert "data" not in message.split("something else:")[1].split("Use it")[0]
     Path("kept", "manifest.json").unlink()  # and so it is of one that was never finished
     assert cli.main(cache()) == 1
     assert "teacher weights: cached" in capsys.readouterr().err
@@ -117,7 +117,7 @@ def test_a_recipe_trains_with_the_cache_and_never_opens_the_teachers_weights(
 
 def test_views_are_those_that_training_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(cache("--views", "2")) == 0
-    assert shards.Shards(Path("kept")).plan["views"] == 2
+    assert cache_format.CacheReader(Path("kept")).plan["views"] == 2
     assert cli.main(recipe("kept", "--data.views=2")) == 0
     assert cli.main(recipe()) == 1
     assert "data augmentation: cached" in capsys.readouterr().err
@@ -135,7 +135,7 @@ def test_without_a_recipe_or_a_teacher_it_says_what_is_missing(capsys: pytest.Ca
 def test_killed_and_given_again_it_leaves_the_same_files(sent: signal.Signals) -> None:
     assert cli.main(cache(out="whole")) == 0
     process = start(*cache("--shard_rows", "8"))
-    expected_first = Path("kept", shards.shard_name(random.Random(0).randrange(2, 10)))
+    expected_first = Path("kept", cache_format.shard_name(random.Random(0).randrange(2, 10)))
     while not expected_first.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
@@ -161,7 +161,7 @@ def test_two_processes_write_the_files_of_one(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_full_disk_is_an_error_and_the_next_run_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    written, original = [], shards.write_whole
+    written, original = [], cache_format.write_whole
 
     def full(path: Any, content: Any) -> None:
         if len(written) == 2:
@@ -169,11 +169,11 @@ def test_a_full_disk_is_an_error_and_the_next_run_goes_on(monkeypatch: pytest.Mo
         written.append(path)
         original(path, content)
 
-    monkeypatch.setattr(shards, "write_whole", full)
+    monkeypatch.setattr(cache_format, "write_whole", full)
     assert cli.main(cache()) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert len(files()) == 2
-    monkeypatch.setattr(shards, "write_whole", original)
+    monkeypatch.setattr(cache_format, "write_whole", original)
     assert cli.main(cache()) == 0
     assert cli.main(cache(out="whole")) == 0
     assert files() == files("whole")

@@ -25,7 +25,7 @@ from lightning_rkd.data import (
     TinyImageNetDataModule,
 )
 from lightning_rkd.data.datamodules import cifar, cub, omniglot
-from lightning_rkd.data.fingerprint import describe
+from lightning_rkd.data.fingerprint import describe_dataset
 from lightning_rkd.metrics import EmbeddingRetrieval
 from lightning_rkd.utils.types import QuerySample, unpack
 from tests.harness.replicas import number_of, replica, shade
@@ -128,12 +128,12 @@ def test_images_on_disk_are_those_in_memory(tmp_path: Path) -> None:
 def test_a_data_set_on_disk_is_known_by_its_files_and_crop(tmp_path: Path) -> None:
     replica("cub", tmp_path / "data")
     shutil.copytree(tmp_path / "data", tmp_path / "moved")
-    here, there = (describe(module("cub", tmp_path / place).root) for place in ("data", "moved"))
+    here, there = (describe_dataset(module("cub", tmp_path / place).root) for place in ("data", "moved"))
     assert here == there
-    assert describe(module("cub", tmp_path / "data", crop_size=20).root) != here
+    assert describe_dataset(module("cub", tmp_path / "data", crop_size=20).root) != here
     other = next((tmp_path / "moved").glob("**/*.jpg"))
     other.write_bytes(other.read_bytes() + b"x")
-    assert describe(module("cub", tmp_path / "moved").root) != here
+    assert describe_dataset(module("cub", tmp_path / "moved").root) != here
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import pickle
 import re
@@ -22,9 +21,9 @@ from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.data import Augment, AugmentedSubset, ImageSet, MixUp, PKBatchSampler, Rotations
 from lightning_rkd.data.indexing import IndexedBatch, with_indices
 from lightning_rkd.distillation.features import CaptureError
-from lightning_rkd.distillation.teachers import CachedTeacher, CacheError, EnsembleTeacher, Teacher
+from lightning_rkd.distillation.teachers import CachedTeacher, CacheError, EnsembleTeacher, Teacher, cache_format
 from lightning_rkd.distillation.teachers.cache_format import MANIFEST, shard_name
-from lightning_rkd.distillation.teachers.cache_writer import fill
+from lightning_rkd.distillation.teachers.cache_writer import write_cache
 from lightning_rkd.losses.attention_transfer import AttentionTransfer
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.losses.soft_target import SoftTarget
@@ -40,10 +39,8 @@ ROWS = 8 * toys.STEPS
 
 def filled(path: Path, network: nn.Module | None = None, loader: Any = None, layer: Any = None, **how: Any) -> Path:
     """A folder with what a network shows for the toy rows, in several shards."""
-    teacher = Teacher(toys.teacher() if network is None else network)
-    teacher.attach(layer)
-    assert fill(path, teacher, layer, toys.loader() if loader is None else loader, **{"shard_rows": 16, **how})
-    teacher.detach()
+    batches = toys.loader() if loader is None else loader
+    assert write_cache(path, Teacher(network or toys.teacher()), layer, batches, **{"shard_rows": 16, **how})
     return path
 
 
@@ -233,10 +230,10 @@ class Maps(nn.Module):
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no cache": (
         lambda p: read(CachedTeacher(p / "none"), [0]),
-        r"cache is not there. Write it with lightning",
+        "the cache is missing. Write it with lightning",
     ),
-    "too large an index": (lambda p: read(CachedTeacher(filled(p)), [0, 40]), r"asks for row 40, .* rows 0 to 39"),
-    "a negative index": (lambda p: read(CachedTeacher(filled(p)), [0, -1]), "asks for row -1"),
+    "too large an index": (lambda p: read(CachedTeacher(filled(p)), [0, 40]), "index 40, .* rows 0 to 39"),
+    "a negative index": (lambda p: read(CachedTeacher(filled(p)), [0, -1]), "has the index -1"),
     "no indices": (lambda p: CachedTeacher(filled(p)).lessons(Batch(None)), r"with_indices\(loader\)"),
     "input_layer": (lambda p: CachedTeacher(filled(p)).lessons(Batch(None), [1]), "leave input_layer out"),
     "views of a batch": (
@@ -245,9 +242,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a loss of maps": (
         lambda p: CachedTeacher(p).check_loss("at", AttentionTransfer() * 1),
-        r"reads \['feature_maps'\], but a cached teacher keeps embeddings and logits",
+        r"reads \['feature_maps'\], but a cached teacher holds embeddings and logits",
     ),
-    "random data": (lambda p: filled(p, loader=DataLoader(Jitters())), "Jitters shows its first rows differently"),
+    "random data": (lambda p: filled(p, loader=DataLoader(Jitters())), "Jitters returns different first rows"),
     "streams": (lambda p: filled(p, loader=DataLoader(Streams())), "map-style data set"),
     "feature_maps": (lambda p: filled(p, Maps()), r"an embedding \(N, D\) or logits"),
     "NaN": (lambda p: filled(p, nn.Sequential(nn.Linear(toys.WIDTH, 2), Broken())), "row 0 is NaN or infinite"),
@@ -302,32 +299,29 @@ def test_a_missing_shard_and_one_of_another_cache_are_named(tmp_path: Path) -> N
     with pytest.raises(CacheError, match=r"rows-00002\.safetensors' is missing"):
         read(teacher, [32])
     (path / shard_name(2)).write_bytes((other / shard_name(2)).read_bytes())
-    with pytest.raises(CacheError, match=r"rows-00002\.safetensors' belongs to another cache \(teacher weights"):
+    with pytest.raises(CacheError, match=r"rows-00002\.safetensors' was made for something else: teacher weights"):
         read(teacher, [32])
 
 
 def test_a_file_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read_files: list[str] = []
-    original = hashlib.file_digest
+    path, numbers, original = filled(tmp_path), [], cache_format.read_shard
 
-    def counted(file: Any, kind: str) -> Any:
-        read_files.append(Path(file.name).name)
-        return original(file, kind)
+    def counted(folder: Path, plan: Any, number: int) -> Any:
+        numbers.append(number)
+        return original(folder, plan, number)
 
-    monkeypatch.setattr(hashlib, "file_digest", counted)
-    path = filled(tmp_path)
-    read_files.clear()
+    monkeypatch.setattr(cache_format, "read_shard", counted)
     teacher = CachedTeacher(path)
     for rows in ([0, 1], [1, 2], [20], [0, 21]):
         read(teacher, rows)
-    assert read_files == [shard_name(0), shard_name(1)]
+    assert numbers == [0, 1]
 
 
 def test_copies_and_pickles_hold_the_path_and_no_rows(tmp_path: Path) -> None:
     teacher = CachedTeacher(filled(tmp_path))
     expected = read(teacher, [5, 30])
     for twin in (copy.deepcopy(teacher), copy.copy(teacher), pickle.loads(pickle.dumps(teacher))):
-        assert twin._store is None
+        assert twin._reader is None
         assert torch.equal(read(twin, [5, 30]), expected)
     np.save(tmp_path / "rows.npy", np.zeros((5000, 64), dtype="float32"))
     assert len(pickle.dumps(CachedTeacher.from_array(tmp_path / "rows.npy"))) < 5000
@@ -361,9 +355,9 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"39 rows without ids, but the root data set has 40: pass ids"):
         gradients(*unpacked(taught("callback", short, RKD())))
     few = CachedTeacher.from_array(torch.randn(3, 4), ids=[5, 9, 700])
-    with pytest.raises(CacheError, match="no embedding with the id 8"):
+    with pytest.raises(CacheError, match="index 8, but there is no embedding"):
         read(few, [5, 8])
-    with pytest.raises(CacheError, match="no embedding with the id 701"):
+    with pytest.raises(CacheError, match="index 701, but there is no"):
         read(few, [701])
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
     (tmp_path / "cut.safetensors").write_bytes(b"no")
@@ -405,11 +399,8 @@ def test_the_users_code_never_sees_indexed_batches_and_loaders_are_as_before(tmp
 
 
 def on_two_ranks(rank: int, folder: str) -> None:
-    teacher = Teacher(toys.teacher())
-    teacher.attach(None)
-    assert fill(Path(folder), teacher, None, toys.loader(), shard_rows=8)
-    assert not fill(Path(folder), teacher, None, toys.loader(), shard_rows=8)
-    teacher.detach()
+    for new in (True, False):
+        assert write_cache(Path(folder), Teacher(toys.teacher()), None, toys.loader(), shard_rows=8) is new
 
 
 def test_two_ranks_write_the_files_of_one(ranks: Any, tmp_path: Path) -> None:
@@ -417,4 +408,4 @@ def test_two_ranks_write_the_files_of_one(ranks: Any, tmp_path: Path) -> None:
     filled(tmp_path / "one", shard_rows=8)
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
-    assert json.loads(one[MANIFEST])["plan"]["rows"] == ROWS
+    assert json.loads(one[MANIFEST])["rows"] == ROWS
