@@ -7,7 +7,7 @@ ARGS ?=
 SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint notebooks docs benchmarks speed clean
+.PHONY: help install demo test test-quick test-all lint notebooks docs benchmarks speed clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -20,11 +20,14 @@ install: $(STAMP) ## make .venv and install the package for development
 demo: $(STAMP) ## distil a small network from a big one and compare (ARGS="--seeds 3 --out runs/demo")
 	@$(BIN)/lightning-rkd demo $(ARGS)
 
-test: $(STAMP) ## all tests, doctests, notebooks and recipes
-	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+test: $(STAMP) ## tests, doctests, notebooks and recipes; all but the campaigns
+	@$(BIN)/python -m pytest -m "not campaign" -n auto --dist loadgroup $(ARGS)
 
 test-quick: $(STAMP) ## the tests that take at most a few seconds each
-	@$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not campaign" -n auto --dist loadgroup $(ARGS)
+
+test-all: test ## the same as test, then the campaigns: kills, two machines, SLURM
+	@$(BIN)/python -m pytest -m campaign -n auto --dist loadgroup $(ARGS)
 
 lint: $(STAMP) ## style, formatting, types and import contracts
 	$(BIN)/ruff check

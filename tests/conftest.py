@@ -12,11 +12,12 @@ import torch
 from tests.harness.ranks import Ranks
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes take seconds to start, so whatever needs them is slow."""
+    """One worker of pytest-xdist gets all tests that need two processes, so that these start once."""
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from lightning_rkd.models import ConvNet
 from tests.harness.nodes import TORCHRUN, Nodes, surroundings
 from tests.harness.ranks import Ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.campaign
 
 PROGRAM = ["-m", "lightning_rkd.cli"]
 SMALL = {

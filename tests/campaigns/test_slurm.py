@@ -17,7 +17,7 @@ import yaml
 
 from tests.harness.nodes import surroundings
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.campaign
 
 JOB = {
     "SLURM_JOB_ID": "4711",

@@ -20,10 +20,10 @@ FACES = ("callback", "module")
 class Net(nn.Module):
     """The backbone and a classifier behind it."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0, norm: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.backbone, self.head = toys.Backbone(), nn.Linear(5, toys.CLASSES)
+        self.backbone, self.head = toys.Backbone(dropout, norm), nn.Linear(5, toys.CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.backbone(x))

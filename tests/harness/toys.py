@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+from lightning_rkd.utils.distributed import rank_and_size
 from tests.harness.nets import (
     CLASSES,
     WIDTH,
@@ -41,6 +42,7 @@ __all__ = [
     "Projected",
     "Remembers",
     "Rows",
+    "Shares",
     "Student",
     "attachments",
     "fit",
@@ -48,6 +50,7 @@ __all__ = [
     "loader",
     "same",
     "sgd",
+    "shares",
     "snapshot",
     "teacher",
     "trainer",
@@ -60,11 +63,14 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 class Student(pl.LightningModule):
-    """An ordinary classifier. ``by_hand`` is a function of (embedding, inputs) whose value its step adds itself."""
+    """An ordinary classifier. ``by_hand`` is a function of (embedding, inputs) whose value its step adds."""
+
+    relu = True
+    """Whether a ReLU stands before the head."""
 
     def __init__(
         self,
-        by_hand: Callable[[Tensor, Tensor], Tensor] | None = None,
+        by_hand: Callable[..., Tensor] | None = None,
         optimizer: Callable[..., Any] | None = None,
         dropout: float = 0.0,
         norm: bool = False,
@@ -75,14 +81,21 @@ class Student(pl.LightningModule):
         self.by_hand = [by_hand]  # in a list: a network among it shall not be registered
         self.optimizer = optimizer or sgd
 
+    def task(self, embedding: Tensor, y: Tensor) -> Tensor:
+        logits = self.head(F.relu_(embedding.clone()) if self.relu else embedding)
+        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), y)
+
+    def plus(self, loss: Tensor, embedding: Tensor, *x: Tensor, **context: Any) -> Tensor:
+        """The loss, with the one by hand added to it."""
+        (by_hand,) = self.by_hand
+        return loss if by_hand is None else loss + by_hand(embedding, *x, **context)
+
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         embedding = self.backbone(x)
-        loss = F.cross_entropy(self.head(F.relu_(embedding.clone())), y)
-        (by_hand,) = self.by_hand
-        return loss if by_hand is None else loss + by_hand(embedding, x)
+        return self.plus(self.task(embedding, y), embedding, x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        x, y = batch
+        x, y, *_ = batch
         return self.loss(x, y)
 
     def configure_optimizers(self) -> Any:
@@ -97,17 +110,41 @@ class Manual(Student):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        x, y = batch
+        x, y, *_ = batch
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(self.loss(x, y))
         optimizer.step()
 
 
-def loader(rows: int = 8 * STEPS, batch_size: int = 8, **kwargs: Any) -> DataLoader[Any]:
-    """Five batches of eight rows, in order."""
+def loader(rows: int = 8 * STEPS, batch_size: int = 8, indexed: bool = False, **kwargs: Any) -> DataLoader[Any]:
+    """Five batches of eight rows, in order; with their indices where asked."""
     data = Rows(rows)
-    return DataLoader(TensorDataset(data.x, data.y), batch_size=batch_size, **kwargs)
+    indices = [torch.arange(rows)] * indexed
+    return DataLoader(TensorDataset(data.x, data.y, *indices), batch_size=batch_size, **kwargs)
+
+
+class Shares(Sampler[list[int]]):
+    """Batches, each split over the ranks by ``counts``."""
+
+    def __init__(self, counts: tuple[int, ...]) -> None:
+        self.counts = counts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rank, rows = rank_and_size()[0], sum(self.counts)
+        start, stop = sum(self.counts[:rank]), sum(self.counts[: rank + 1])
+        for batch in range(STEPS):
+            yield list(range(rows * batch + start, rows * batch + stop))
+
+    def __len__(self) -> int:
+        return STEPS
+
+
+def shares(counts: tuple[int, ...]) -> DataLoader[Any]:
+    """Five batches of rows with their indices, of which every rank gets its part."""
+    rows = Rows(sum(counts) * STEPS)
+    data = TensorDataset(rows.x, rows.y, torch.arange(len(rows)))
+    return DataLoader(data, batch_sampler=Shares(counts))
 
 
 def trainer(**kwargs: Any) -> pl.Trainer:

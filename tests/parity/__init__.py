@@ -1,11 +1,13 @@
 """Every way to train, once with distillation attached and once with the same loss written by hand.
 
-A cell is one such way. :func:`measure` trains it and tells how far the gradients of all steps, and the weights at the
-end, lie apart. ``test_parity.py`` holds every cell to its limit; ``python -m tests.parity`` prints them all.
+A :class:`Cell` is one such way. :func:`measure` trains it and tells how far the gradients of all steps, and the weights
+at the end, lie apart. ``cells.py`` lists the cells, ``test_parity.py`` holds each to its limit, and
+``python -m tests.parity`` writes the page ``docs/parity.md``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,30 +18,33 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.method_patch import MethodPatch
+from lightning_rkd.losses.rkd import RKD
+from lightning_rkd.modules.distillation import DistillationModule
 from tests.callbacks.test_ddp import devices
 from tests.harness import toys
+from tests.harness.faces import Net
 from tests.harness.ranks import Ranks
+from tests.parity.users import ByHand
 
 How = Literal["ours", "hand", "without"]
 """Distillation attached, written by hand, or not at all."""
+DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
+
+
+def itself(value: Any) -> Any:
+    return value
 
 
 @dataclass
 class Run:
-    """A module and what it is trained with.
-
-    Attributes:
-        module: What is trained.
-        callbacks: Of the trainer.
-        batches: A loader; ``None`` where the module has its own.
-        settings: Of the trainer; those that are functions are called for each fit.
-    """
+    """A module and what it is trained with; settings that are functions are called for each fit."""
 
     module: Any
     callbacks: list[pl.Callback]
     batches: Any
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
 
     def fit(self, *more: pl.Callback) -> Any:
         """Train, with more callbacks behind the run's own; returns the module."""
@@ -73,42 +78,130 @@ class Recorder(pl.Callback):
         if self.path is not None and trainer.is_global_zero:
             torch.save((self.gradients, self.weights), self.path)
 
-    def _keep(self, module: torch.nn.Module) -> None:
+    def _keep(self, module: nn.Module) -> None:
         self.gradients.append(flat([torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]))
 
 
+# How a cell is trained
+
+
 def once(run: Run, recorder: Recorder) -> Any:
-    """Train; returns the module of which the weights are compared."""
     return run.fit(recorder)
 
 
-@dataclass(frozen=True)
+def twice(run: Run, recorder: Recorder) -> Any:
+    run.fit(recorder)
+    return run.fit(recorder)
+
+
+def after_an_exception(run: Run, recorder: Recorder) -> Any:
+    with contextlib.suppress(ArithmeticError):
+        run.fit(recorder)
+    return run.fit(recorder)
+
+
+class Copies(pl.Callback):
+    """Copies module and callbacks in the middle of a fit."""
+
+    def __init__(self, duplicate: Callable[[Any], Any], run: Run) -> None:
+        self.duplicate, self.run = duplicate, run
+        self.copies: Any = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if self.copies is None:
+            self.copies = self.duplicate((pl_module, self.run.callbacks))
+
+
+def copied(duplicate: Callable[[Any], Any], run: Run, recorder: Recorder) -> Any:
+    """Train, copy in the middle, and then train the copies."""
+    copies = Copies(duplicate, run)
+    run.fit(copies, recorder)
+    run.module, run.callbacks = copies.copies
+    return run.fit(recorder)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One way to train.
 
     Attributes:
         name: What is special about it.
         face: ``"callback"`` or ``"module"``.
-        build: From how to distil, and the rank or ``None``, to what is trained.
+        user: Makes the user's module, from the loss by hand or ``None``; a callback is attached to it.
+        student: Makes the network of a DistillationModule.
+        kind: The class of that module.
+        loss: Makes the loss.
+        by_hand: From loss and dtype to what the user's step adds.
+        arguments: Further arguments of callback or module.
+        also: Further callbacks that distil.
+        callbacks: Further callbacks of the trainer.
+        compiles: Compiles our module; the one by hand is not compiled.
+        compiles_teacher: The same for our teacher.
+        batches: Makes the loader; ``None`` where the module has its own.
+        settings: Of the trainer.
         limit: How far gradients and weights may lie apart.
-        train: How it is trained; :func:`once` unless told otherwise.
+        train: How it is trained.
         slow: Whether it takes seconds.
-        ranks: For two processes: what ours is compared with, the loss by hand on ``"one device"`` with the whole
-            batch, or on the ``"same ranks"``.
-        strategy: Settings of DDP.
+        ranks: For two processes, what ours is compared with: the loss by hand on ``"one device"`` with the whole batch,
+            or on the ``"same ranks"``; ``"spawned"`` where the trainer starts the processes, against one device.
+        counts: How each batch is split over two processes.
+        on_ranks: Settings of the trainer in these.
     """
 
     name: str
-    face: str
-    build: Callable[[How, int | None], Run]
+    face: str = "callback"
+    user: Callable[..., Any] = toys.Student
+    student: Callable[[], nn.Module] = Net
+    kind: type[DistillationModule] = DistillationModule
+    loss: Callable[[], Any] = RKD
+    by_hand: Callable[..., Any] = ByHand
+    arguments: dict[str, Any] = field(default_factory=dict)
+    also: tuple[Callable[[], pl.Callback], ...] = ()
+    callbacks: tuple[Callable[[], pl.Callback], ...] = ()
+    compiles: Callable[[Any], Any] = itself
+    compiles_teacher: Callable[[Any], Any] = itself
+    batches: Callable[..., Any] | None = toys.loader
+    settings: dict[str, Any] = field(default_factory=dict)
     limit: float = 0.0
     train: Callable[[Run, Recorder], Any] = once
     slow: bool = False
-    ranks: Literal["one device", "same ranks"] | None = None
-    strategy: dict[str, Any] = field(default_factory=dict)
+    ranks: Literal["one device", "same ranks", "spawned"] | None = None
+    counts: tuple[int, int] = (8, 8)
+    on_ranks: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.face}: {self.name}"
+
+    def build(self, how: How, rank: int | None = None) -> Run:
+        """What is trained, in this process or on one rank of a group."""
+        module, callbacks = self.ours() if how == "ours" else (self.written(how), [])
+        callbacks += [make() for make in self.callbacks]
+        settings, batches = dict(self.settings), self.batches and self.batches()
+        if self.ranks is not None:
+            split = rank is not None or (self.ranks == "spawned" and how == "ours")
+            settings |= self.on_ranks if split else {}
+            batches = toys.shares(self.counts if split else (sum(self.counts), 0))
+        return Run(module, callbacks, batches, settings)
+
+    def ours(self) -> tuple[Any, list[pl.Callback]]:
+        """The module that distils, or that a callback is attached to, and the callbacks that distil."""
+        # the teacher comes in train() mode, with dropout and batch norm
+        teacher = self.compiles_teacher(toys.teacher(dropout=0.5, norm=True).train())
+        also = [make() for make in self.also]
+        if self.face == "callback":
+            arguments = {"student_layer": "backbone", **self.arguments}
+            return self.compiles(self.user()), [RelationalDistillation(teacher, self.loss(), **arguments), *also]
+        task = {"task_loss": nn.CrossEntropyLoss, "task_reads": "logits", "student_layer": "backbone"}
+        arguments = {"optimizer": toys.sgd, **task, **self.arguments}
+        arguments |= {name: arguments[name]() for name in ("task_loss", "miner") if name in arguments}
+        return self.compiles(self.kind(self.student(), teacher, self.loss(), **arguments)), also
+
+    def written(self, how: How) -> Any:
+        """The user's module with the loss by hand, or without any."""
+        dtype = DTYPES.get(self.settings.get("precision", ""), torch.float32)
+        module = self.user(self.by_hand(self.loss(), dtype)) if how == "hand" else self.user()
+        module.relu = self.face == "callback"  # the networks of the modules have none before the head
+        return module
 
 
 @dataclass(frozen=True)
@@ -132,7 +225,7 @@ class Figures:
 def record(cell: Cell, how: How, rank: int | None = None) -> Record:
     """Train a cell in this process, or on one rank of a group."""
     torch.manual_seed(0)
-    with devices(rank, **cell.strategy) as where, tempfile.TemporaryDirectory() as folder:
+    with devices(rank) as where, tempfile.TemporaryDirectory() as folder:
         run, path = cell.build(how, rank), Path(folder, "gradients.pt")
         run.settings = {"default_root_dir": folder, **where, **run.settings}
         recorder = Recorder(path if run.settings.get("strategy") == "ddp_spawn" else None)
@@ -155,28 +248,26 @@ def left_nothing(*faces: Any) -> None:
 
 def record_on_rank(rank: int, name: str, how: How) -> Record:
     """The same by name, for a process that cannot be handed a function."""
-    from tests.parity.two_devices import CELLS
+    from tests.parity.cells import ON_TWO_DEVICES
 
-    return record(next(cell for cell in CELLS if str(cell) == name), how, rank)
+    return record(next(cell for cell in ON_TWO_DEVICES if str(cell) == name), how, rank)
 
 
 def measure(cell: Cell, ranks: Ranks | None = None) -> Figures:
     """Train a cell in all three ways and compare."""
-    if cell.ranks is None:
-        ours, hand, without = ([record(cell, how)] for how in ("ours", "hand", "without"))
-    else:
-        assert ranks is not None
-        ours = list(ranks.run(record_on_rank, str(cell), "ours"))
-        one = cell.ranks == "one device"
-        hand, without = (
-            [record(cell, how)] if one else list(ranks.run(record_on_rank, str(cell), how))
-            for how in ("hand", "without")
-        )
-    expected, plain = hand[0].gradients, without[0].gradients
+    records: dict[How, list[Record]] = {}
+    for how in ("ours", "hand", "without"):
+        if cell.ranks == "same ranks" or (cell.ranks == "one device" and how == "ours"):
+            assert ranks is not None
+            records[how] = list(ranks.run(record_on_rank, str(cell), how))
+        else:
+            records[how] = [record(cell, how)]
+    ours, hand = records["ours"], records["hand"][0]
+    expected, plain = hand.gradients, records["without"][0].gradients
     both = tuple(slice(min(sizes)) for sizes in zip(expected.shape, plain.shape, strict=True))  # of losses come last
     return Figures(
         gradients=max(apart(mine.gradients, expected) for mine in ours),
-        weights=max(apart(mine.weights, hand[0].weights) for mine in ours),
+        weights=max(apart(mine.weights, hand.weights) for mine in ours),
         size=float(expected.abs().max()),
         effect=float((expected[both] - plain[both]).abs().max()),
     )

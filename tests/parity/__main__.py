@@ -15,7 +15,8 @@ import lightning
 import torch
 
 from tests.harness.ranks import Ranks
-from tests.parity import Cell, Figures, callback, measure, module, two_devices
+from tests.parity import Cell, Figures, measure
+from tests.parity.cells import ON_ONE_DEVICE, ON_TWO_DEVICES
 from tests.parity.refused import REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
@@ -23,7 +24,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
 HEAD = """# The same computation
 
 Distillation attached from outside, or by `DistillationModule`, is the same computation as the loss written by hand into
-`training_step`. Each line below is one way to train (at least five batches), done both ways. Shown is the largest
+`training_step`. Each line below is one way to train (at least five batches), done both ways. It gives the largest
 difference between the gradients of all parameters in all steps (before and after clipping), and between all weights at
 the end; what it may be (0 is bit for bit); and, as a proof that the line tests something, the largest gradient, and the
 largest change that distillation makes to a gradient.
@@ -66,8 +67,8 @@ def hardware() -> str:
 def row(cell: Cell, figures: Figures) -> str:
     """One line of the table."""
     numbers = (figures.gradients, figures.weights, cell.limit)
-    shown = [f"{x:.1e}" if x else "0" for x in numbers]
-    return f"| {cell.name} | {' | '.join(shown)} | {figures.size:.2f} | {figures.effect:.2f} |\n"
+    written = [f"{x:.1e}" if x else "0" for x in numbers]
+    return f"| {cell.name} | {' | '.join(written)} | {figures.size:.2f} | {figures.effect:.2f} |\n"
 
 
 def main() -> int:
@@ -80,14 +81,14 @@ def main() -> int:
     torch.set_num_threads(1)
     tables: dict[tuple[str, int], list[str]] = {key: [] for key in TITLES}
     over: list[Cell] = []
-    cells = [*callback.CELLS, *module.CELLS, *two_devices.CELLS]
+    cells = [*ON_ONE_DEVICE, *ON_TWO_DEVICES]
     ranks = Ranks(2)
     try:
         for cell in cells:
             figures = measure(cell, ranks)
             line = row(cell, figures)
             print(f"{cell.face} {line}", end="", flush=True)
-            tables[cell.face, 2 if cell in two_devices.CELLS else 1].append(line)
+            tables[cell.face, 1 if cell.ranks is None else 2].append(line)
             over += [cell] if max(figures.gradients, figures.weights) > cell.limit else []
     finally:
         ranks.close()

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.harness.ranks import Ranks
-from tests.parity import Cell, callback, left_nothing, measure, module, two_devices
+from tests.parity import Cell, left_nothing, measure
 from tests.parity.__main__ import PAGE
+from tests.parity.cells import ON_ONE_DEVICE, ON_TWO_DEVICES
 from tests.parity.refused import REFUSED, Refused
 
 pytestmark = [
@@ -37,12 +38,12 @@ def check(cell: Cell, ranks: Ranks | None = None) -> None:
     assert figures.effect > 1e-3, "distillation changes nothing here, so the test would prove nothing"
 
 
-@pytest.mark.parametrize("cell", named(callback.CELLS + module.CELLS))
+@pytest.mark.parametrize("cell", named(ON_ONE_DEVICE))
 def test_distillation_is_the_loss_written_by_hand(cell: Cell) -> None:
     check(cell)
 
 
-@pytest.mark.parametrize("cell", named(two_devices.CELLS))
+@pytest.mark.parametrize("cell", named(ON_TWO_DEVICES))
 def test_on_two_devices_distillation_is_the_loss_written_by_hand(ranks: Ranks, cell: Cell) -> None:
     check(cell, ranks)
     assert not [p for p in multiprocessing.active_children() if p.name.startswith("SpawnProcess") and not p.daemon]
@@ -50,19 +51,20 @@ def test_on_two_devices_distillation_is_the_loss_written_by_hand(ranks: Ranks, c
 
 @pytest.mark.parametrize("cell", named(REFUSED))
 def test_what_cannot_be_the_same_is_refused_with_the_cure(cell: Refused) -> None:
-    run = cell.build()
+    run = cell.build("ours")
+    run.callbacks[:0] = [make() for make in cell.before]
     with pytest.raises(cell.error, match=re.escape(cell.message)):
         run.fit()
     left_nothing(run.module, *run.callbacks)
 
 
 def test_every_cell_has_a_name_of_its_own() -> None:
-    names = [str(cell) for cell in [*callback.CELLS, *module.CELLS, *two_devices.CELLS, *REFUSED]]
+    names = [str(cell) for cell in [*ON_ONE_DEVICE, *ON_TWO_DEVICES, *REFUSED]]
     assert len(set(names)) == len(names)
 
 
-def test_the_page_in_the_docs_shows_these_cells_and_no_other() -> None:
+def test_the_page_in_the_docs_lists_these_cells_and_no_other() -> None:
     rows = [line.split(" | ")[0].removeprefix("| ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    shown = [row for row in rows if row.strip("| ")]
-    expected = [cell.name for cell in [*callback.CELLS, *module.CELLS, *two_devices.CELLS]] + [str(c) for c in REFUSED]
-    assert sorted(shown) == sorted(expected)
+    cells = [row for row in rows if row.strip("| ")]
+    expected = [cell.name for cell in [*ON_ONE_DEVICE, *ON_TWO_DEVICES]] + [str(c) for c in REFUSED]
+    assert sorted(cells) == sorted(expected)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd.losses.rkd import RKD, RKDAngle, RKDDistance
+from lightning_rkd.modules.distillation import DistillationModule
+from lightning_rkd.utils.types import Batch
 from tests.harness import toys
+from tests.harness.faces import Net
 
 
 class ByHand:
@@ -20,16 +26,43 @@ class ByHand:
     def __init__(self, loss: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> None:
         self.loss, self.teacher = loss or RKD(), toys.teacher(dropout=0.5, norm=True).to(dtype).eval()
 
-    def __call__(self, embedding: Tensor, *x: Tensor, **context: Any) -> Tensor:
+    def targets(self, *x: Tensor) -> Tensor:
+        # view by view, as the student: some processors round a product of twice the rows differently
         with torch.no_grad():
-            shown = torch.cat([self.teacher(view) for view in x])
-        value: Tensor = self.loss(embedding, shown, **context)
+            return torch.cat([self.teacher(view) for view in x])
+
+    def __call__(self, embedding: Tensor, *x: Tensor, **context: Any) -> Tensor:
+        value: Tensor = self.loss(embedding, self.targets(*x), **context)
         return value
 
 
-def asked(loss: Any, indices: list[Tensor]) -> dict[str, Any]:
-    """The indices of the rows, for a loss that asks for them."""
-    return {"indices": indices[0]} if "indices" in loss.needs else {}
+def rkd(loss: Any, dtype: torch.dtype) -> ByHand:
+    """RKD by hand, however ours is composed."""
+    return ByHand(RKD(), dtype)
+
+
+class Both:
+    """Two relations by hand, as two callbacks add them."""
+
+    def __init__(self, loss: Any, dtype: torch.dtype) -> None:
+        self.parts = [ByHand(RKDDistance()), ByHand(RKDAngle())]
+
+    def __call__(self, embedding: Tensor, x: Tensor) -> Tensor:
+        first, second = (part(embedding, x) for part in self.parts)
+        return first + second
+
+
+class Everywhere(ByHand):
+    """A global relation by hand on each rank: the rows of others as constants, so the gradient is a W-th of it."""
+
+    def __call__(self, embedding: Tensor, *x: Tensor, **context: Any) -> Tensor:
+        mine, ranks = (embedding.float(), self.targets(*x).float()), dist.get_world_size()
+        every = [[torch.empty_like(rows) for _ in range(ranks)] for rows in mine]
+        for rows, parts in zip(mine, every, strict=True):
+            dist.all_gather(parts, rows.detach().contiguous())
+        every[0][dist.get_rank()] = mine[0]
+        value: Tensor = ranks * self.loss(*(torch.cat(parts) for parts in every))
+        return value
 
 
 # Automatic optimisation
@@ -61,15 +94,23 @@ class Mapped(toys.Student):
         return self.loss(batch["x"], batch["y"])
 
 
+class Doubled(toys.Student):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(2 * batch[0], batch[1])
+
+
+def double(batch: Batch) -> Batch:
+    """The same as a batch transform."""
+    return Batch(2 * batch.inputs, batch.labels)
+
+
 class WritesOver(toys.Student):
     """What the layer returned is overwritten in place."""
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         embedding = self.backbone(x)
         kept = embedding.clone()
-        loss = F.cross_entropy(self.head(F.relu_(embedding)), y)
-        (by_hand,) = self.by_hand
-        return loss if by_hand is None else loss + by_hand(kept, x)
+        return self.plus(F.cross_entropy(self.head(F.relu_(embedding)), y), kept, x)
 
 
 class TwoViews(toys.Student):
@@ -78,9 +119,15 @@ class TwoViews(toys.Student):
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         views = [x + 0.1, x.flip(1)]
         a, b = (self.backbone(v) for v in views)
-        loss = F.cross_entropy(self.head(a), y) + F.mse_loss(a, b)
-        (by_hand,) = self.by_hand
-        return loss if by_hand is None else loss + by_hand(torch.cat([a, b]), *views)
+        return self.plus(F.cross_entropy(self.head(a), y) + F.mse_loss(a, b), torch.cat([a, b]), *views)
+
+
+class TwoPasses(toys.Student):
+    """Both passes through the backbone are one joint relation."""
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        a, b = self.backbone(x), self.backbone(x.flip(1))
+        return self.plus(self.task(a + b, y), torch.cat([a, b]), x, x.flip(1))
 
 
 class Penalty(toys.Student):
@@ -90,9 +137,7 @@ class Penalty(toys.Student):
         embedding = self.backbone(x)
         loss = F.cross_entropy(self.head(embedding), y)
         (gradient,) = torch.autograd.grad(loss, self.head.weight, create_graph=True)
-        loss = loss + gradient.square().sum()
-        (by_hand,) = self.by_hand
-        return loss if by_hand is None else loss + by_hand(embedding, x)
+        return self.plus(loss + gradient.square().sum(), embedding, x)
 
 
 class Weighted(toys.Student):
@@ -100,14 +145,24 @@ class Weighted(toys.Student):
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         (by_hand,), embedding = self.by_hand, self.backbone(x)
-        task = F.cross_entropy(self.head(embedding), y)
+        task = self.task(embedding, y)
         if by_hand is None:
             return task
-        with torch.no_grad():
-            shown = by_hand.teacher(x)
-        epoch = self.current_epoch
-        relations = 25 * RKDDistance()(embedding, shown), 50 * RKDAngle()(embedding, shown)
-        return (0.5 - 0.25 * epoch) * task + (1.0 + epoch) * (relations[0] + relations[1])
+        targets, epoch = by_hand.targets(x), self.current_epoch  # type: ignore[attr-defined]
+        relations = 25 * RKDDistance()(embedding, targets) + 50 * RKDAngle()(embedding, targets)
+        return (0.5 - 0.25 * epoch) * task + (1.0 + epoch) * relations
+
+
+class Scheduled(Weighted):
+    """With a scheduler."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [halves(optimizer)]
+
+
+def halves(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
 
 
 class TwoTaps(toys.Student):
@@ -120,9 +175,18 @@ class TwoTaps(toys.Student):
         low = net.first(x)
         embedding = net.last(net.act(low.clone()))
         with torch.no_grad():
-            low_t = by_hand.teacher.first(x)
-        task = F.cross_entropy(self.head(F.relu(embedding)), y)
-        return task + 2 * RKD()(low, low_t) + by_hand(embedding, x)
+            low_t = by_hand.teacher.first(x)  # type: ignore[attr-defined]
+        return self.task(embedding, y) + 2 * RKD()(low, low_t) + by_hand(embedding, x)
+
+
+class Metric(toys.Student):
+    """Learns a metric instead of classes, with a weight for each part."""
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        (by_hand,), embedding = self.by_hand, self.backbone(x)
+        relation = 0 if by_hand is None else 2 * by_hand(embedding, x)  # first, as DistillationModule does
+        task: Tensor = 0.5 * losses.TripletMarginLoss()(embedding, y, miners.BatchHardMiner()(embedding, y))
+        return task + relation
 
 
 class WithTensors(toys.Student):
@@ -133,12 +197,10 @@ class WithTensors(toys.Student):
         self.own = None if by_hand is None else by_hand.loss
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        (x, y, *indices), (by_hand,) = batch, self.by_hand
+        x, y, *indices = batch
         embedding = self.backbone(x)
-        loss = F.cross_entropy(self.head(embedding), y)
-        if by_hand is None:
-            return loss
-        return loss + by_hand(embedding, x, **asked(by_hand.loss, indices))
+        context = {"indices": indices[0]} if isinstance(self.own, toys.Remembers) else {}
+        return self.plus(self.task(embedding, y), embedding, x, **context)
 
 
 class FailsOnce(toys.Student):
@@ -170,8 +232,36 @@ class TunedWithTensors(WithTensors, Tuned):
     """Both."""
 
     def train_dataloader(self) -> Any:
-        rows = toys.Rows(8 * toys.STEPS)
-        return DataLoader(TensorDataset(rows.x, rows.y, torch.arange(len(rows))), self.batch_size)
+        return toys.loader(batch_size=self.batch_size, indexed=True)
+
+
+class OnlyDistilled(toys.Student):
+    """Its backbone gets a gradient from the relations alone, and one layer from nobody."""
+
+    def __init__(self, by_hand: Any = None) -> None:
+        super().__init__(by_hand)
+        self.unused = nn.Linear(2, 2)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        embedding = self.backbone(x)
+        return self.plus(F.cross_entropy(self.head(embedding.detach()), y), embedding, x)
+
+
+class CountsRows(toys.Student):
+    """Weighs its own loss by the rows of all ranks, which a callback leaves to the user."""
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        embedding, ranks = self.backbone(x), dist.get_world_size() if dist.is_initialized() else 1
+        task = F.cross_entropy(self.head(embedding), y, reduction="sum") * ranks / 16
+        return self.plus(task, embedding, x)
+
+
+class Shards(toys.Student):
+    """On two devices its parts lie on both."""
+
+    def configure_model(self) -> None:
+        for part in (self.backbone, self.head) if dist.is_initialized() else ():
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]
 
 
 # Manual optimisation
@@ -205,18 +295,26 @@ class ManualViews(toys.Manual):
     loss = TwoViews.loss
 
 
+class ManualOnlyDistilled(OnlyDistilled, toys.Manual):
+    """Both."""
+
+
+class NoBackward(toys.Manual):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.loss(*batch).backward()
+
+
 class TwoBackwards(toys.Manual):
     """A step of two losses; ``receives`` is the number of the one the term is written into."""
 
     receives = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        (x, y), (by_hand,), optimizer = batch, self.by_hand, self.optimizers()
+        (x, y), optimizer = batch, self.optimizers()
         optimizer.zero_grad()  # type: ignore[union-attr]
         embedding = self.backbone(x)
         losses = [F.cross_entropy(self.head(embedding), y), self.head.weight.square().sum()]
-        if by_hand is not None:
-            losses[self.receives] = losses[self.receives] + by_hand(embedding, x)
+        losses[self.receives] = self.plus(losses[self.receives], embedding, x)
         for number, loss in enumerate(losses):
             self.manual_backward(loss, retain_graph=number == 0)
         optimizer.step()  # type: ignore[union-attr]
@@ -254,12 +352,15 @@ class Adversarial(toys.Manual):
         for player in (self.network_step, self.critic_step):
             player(*batch)
 
-    def network_step(self, x: Tensor, y: Tensor) -> None:
-        (by_hand,), optimizer = self.by_hand, self.optimizers()[0]  # type: ignore[index]
-        self.toggle_optimizer(optimizer)
+    def network_loss(self, x: Tensor, y: Tensor) -> Tensor:
         embedding = self.backbone(x)
         loss = F.cross_entropy(self.head(embedding), y) + F.softplus(-self.critic(embedding)).mean()
-        self.update(optimizer, loss if by_hand is None else loss + by_hand(embedding, x))
+        return self.plus(loss, embedding, x)
+
+    def network_step(self, x: Tensor, y: Tensor) -> None:
+        optimizer = self.optimizers()[0]  # type: ignore[index]
+        self.toggle_optimizer(optimizer)
+        self.update(optimizer, self.network_loss(x, y))
 
     def critic_step(self, x: Tensor, y: Tensor) -> None:
         optimizer = self.optimizers()[1]  # type: ignore[index]
@@ -287,12 +388,10 @@ class ThreeOptimizers(Adversarial):
         return [toys.sgd(part.parameters()) for part in (self.backbone, self.critic, self.head)]
 
     def network_step(self, x: Tensor, y: Tensor) -> None:
-        (by_hand,), both = self.by_hand, self.optimizers()[::2]  # type: ignore[index]
-        embedding = self.backbone(x)
-        loss = F.cross_entropy(self.head(embedding), y) + F.softplus(-self.critic(embedding)).mean()
+        loss, both = self.network_loss(x, y), self.optimizers()[::2]  # type: ignore[index]
         for optimizer in both:
             optimizer.zero_grad()
-        self.manual_backward(loss if by_hand is None else loss + by_hand(embedding, x))
+        self.manual_backward(loss)
         for optimizer in both:
             optimizer.step()
 
@@ -313,7 +412,7 @@ class CriticsOptimizerFirst(Adversarial):
         return super().optimizers(*args, **kwargs)[::-1]  # type: ignore[index]
 
 
-# Changes to a module that has been made
+# Activation checkpointing and compilation
 
 
 class Recomputes(toys.Backbone):
@@ -322,20 +421,89 @@ class Recomputes(toys.Backbone):
     def forward(self, x: Tensor) -> Tensor:
         x = x.requires_grad_() if self.reentrant else x
         with set_checkpoint_early_stop(False):  # else the last layer would not run again to its end
-            shown: Tensor = checkpoint(super().forward, x, use_reentrant=self.reentrant)
-        return shown
+            out: Tensor = checkpoint(super().forward, x, use_reentrant=self.reentrant)
+        return out
 
 
 class RecomputesReentrantly(Recomputes):
     reentrant = True
 
 
-def recomputes(module: Any) -> Any:
-    """Activation checkpointing inside the backbone."""
-    module.backbone.__class__ = Recomputes
-    return module
+def with_backbone(kind: type[nn.Module], make: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the same module with another kind of backbone."""
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        module = make(*args, **kwargs)
+        module.backbone.__class__ = kind
+        return module
+
+    return changed
 
 
-def recomputes_reentrantly(module: Any) -> Any:
-    module.backbone.__class__ = RecomputesReentrantly
-    return module
+def compiled(backend: str, part: str = "") -> Callable[[Any], Any]:
+    """Compiles a module, or a part of it."""
+
+    def change(module: Any) -> Any:
+        torch._dynamo.reset()
+        if not part:
+            return torch.compile(module, backend=backend)
+        setattr(module, part, torch.compile(getattr(module, part), backend=backend))
+        return module
+
+    return change
+
+
+# Networks for DistillationModule that do what the modules of these names do, and subclasses of it
+
+
+class WritesOverNet(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(F.relu_(self.backbone(x)))
+        return logits
+
+
+class TwoPassesNet(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.backbone(x) + self.backbone(x.flip(1)))
+        return logits
+
+
+class FailsOnceNet(Net):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 3:
+            raise ArithmeticError("the third step")
+        return super().forward(x)
+
+
+class ManualModule(DistillationModule):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        loss, optimizer = super().training_step(batch, batch_idx), self.optimizers()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        self.manual_backward(loss)
+        optimizer.step()  # type: ignore[union-attr]
+
+
+class TunedModule(DistillationModule):
+    lr, batch_size = 0.1, 8
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), self.lr)
+
+    def train_dataloader(self) -> Any:
+        return toys.loader(batch_size=self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        return toys.loader(indexed=True)  # the batch size finder wants one of any module with a validation_step
+
+
+class ShardsModule(DistillationModule):
+    def configure_model(self) -> None:
+        for part in (self.student.backbone, self.student.head):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])  # type: ignore[arg-type]
