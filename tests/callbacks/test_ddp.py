@@ -31,7 +31,6 @@ from tests.harness import toys
 from tests.harness.ranks import Ranks
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
 ]

@@ -15,7 +15,7 @@ from tests.callbacks.test_ddp import batches, devices
 from tests.harness import toys
 from tests.harness.ranks import Ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def counted(rank: int, steps: int) -> dict[str, int]:

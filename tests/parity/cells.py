@@ -285,7 +285,7 @@ def ddp(**settings: Any) -> dict[str, Any]:
 def on_two(face: str, name: str, **fields: Any) -> Cell:
     """A cell on two devices; for a module, the third part of a batch is its indices."""
     arguments = ({"indices": 2} if face == "module" else {}) | fields.pop("arguments", {})
-    defaults: dict[str, Any] = {"ranks": "one device", "loss": relation_and_hint, "slow": name not in QUICK}
+    defaults: dict[str, Any] = {"ranks": "one device", "loss": relation_and_hint}
     return Cell(name=name, face=face, limit=ALMOST, arguments=arguments, **defaults | fields)
 
 
@@ -293,7 +293,6 @@ def on_a_mesh() -> ModelParallelStrategy:
     return ModelParallelStrategy(2, 1, process_group_backend="gloo")
 
 
-QUICK = ("DDP", "DDP, uneven batches", "DDP, two passes in a step", "DDP, metric learning with a miner, uneven batches")
 UNUSED = ddp(find_unused_parameters=True)
 FSDP: dict[str, Any] = {"user": users.Shards, "kind": users.ShardsModule, "on_ranks": {"strategy": on_a_mesh}}
 SPAWNED = {"strategy": "ddp_spawn", "devices": 2, "use_distributed_sampler": False}
@@ -316,7 +315,7 @@ ON_TWO_DEVICES = [
         two("DDP, bf16-mixed", settings={"precision": "bf16-mixed"}, **BY_RANKS),
         two("DDP, bf16-true", settings={"precision": "bf16-true"}, **BY_RANKS),
         two("FSDP2", **FSDP),
-        two("ddp_spawn", ranks="spawned", on_ranks=SPAWNED),
+        two("ddp_spawn", ranks="spawned", on_ranks=SPAWNED, slow=True),
     ]
 ]
 ON_TWO_DEVICES += [
