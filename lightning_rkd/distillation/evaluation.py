@@ -9,7 +9,7 @@ import torch
 from torchmetrics import Metric
 
 from lightning_rkd.data.indexing import RowNumbers, loaders_in
-from lightning_rkd.metrics.inputs import computed, feed, wants
+from lightning_rkd.metrics.inputs import compute_metrics, update_metric, update_parameters
 from lightning_rkd.utils.types import Batch, Outputs
 
 
@@ -40,7 +40,7 @@ class Evaluation:
 
     def wants(self, name: str, loader: int = 0) -> bool:
         """Whether a metric asks for that, for example for the teacher."""
-        return any(name in wants(metric) for metric in self.metrics[loader].values())
+        return any(name in update_parameters(metric) for metric in self.metrics[loader].values())
 
     def update(self, loader: int, student: Outputs, batch: Batch, teacher: Outputs | None = None) -> None:
         """Count a batch.
@@ -52,12 +52,12 @@ class Evaluation:
         rows = student.tensors()[0]
         self._numbers[loader].number(batch, len(rows), rows.device, needed=self.wants("indices", loader))
         for metric in self.metrics[loader].values():
-            feed(metric, student, batch, teacher)
+            update_metric(metric, student, batch, teacher)
 
     def values(self, stage: str) -> list[dict[str, Any]]:
         """For each loader the values, as ``<stage>/<key>``, or ``<stage>/<loader>/<key>`` where there are several."""
         several = len(self.metrics) > 1
-        return [computed(own, f"{stage}/{n}" if several else stage) for n, own in enumerate(self.metrics)]
+        return [compute_metrics(own, f"{stage}/{n}" if several else stage) for n, own in enumerate(self.metrics)]
 
     def reset(self) -> None:
         """Empty the metrics."""

@@ -1,8 +1,9 @@
-"""What metrics over rows of embeddings share: a state of rows that stay on their rank, checked and numbered."""
+"""Base of the metrics over rows of embeddings: states that stay on their rank, checks, and the exchange of integers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,26 +11,58 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_rkd.utils.distributed import gather_rows
+from lightning_rkd.utils.distributed import gather_rows, rank_and_size
 
-_RANGE = 1e150  # squares of what lies within it, and of its inverse, are in the range of float64
+_RANGE = 1e150  # squares of numbers within it and of their inverses are in the range of float64
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OPTIONAL = ("indices", "is_query")
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """The samples of all ranks, each once: rows stay on their rank, integers are known to all.
+
+    Attributes:
+        rows: Local rows, one tensor per state.
+        columns: Integers of all samples in rank order by name; optional columns may be absent.
+        keys: Index of every sample, or its number where there are no indices; decides order and ties.
+        first: Number of the first local sample in rank order.
+    """
+
+    rows: tuple[Tensor, ...]
+    columns: dict[str, Tensor]
+    keys: Tensor
+    first: int
+
+    @property
+    def own(self) -> slice:
+        """The local samples among those of all ranks."""
+        return slice(self.first, self.first + len(self.rows[0]))
 
 
 class RowMetric(Metric):
-    """A metric whose state is lists of rows: floating embeddings, and integers that no change of precision touches.
+    """A metric whose states are lists of floating rows, and of integers that no change of precision touches.
 
-    States are not synchronised by torchmetrics; ``compute`` of a subclass does what little exchange it needs.
-    Calling the metric only updates it: a value for one batch would cost a search and mean little.
+    torchmetrics does not synchronise the states: ``compute`` exchanges only integers and blocks of rows. ``forward``
+    only updates, since the value of a single batch would cost a search and mean little.
+
+    Args:
+        distance: ``"euclidean"`` or ``"cosine"``.
+        store_dtype: Precision in which rows are kept; ``None`` keeps the precision of the input.
     """
 
     full_state_update: bool = False
+    is_differentiable: bool = False
     _floats: ClassVar[tuple[str, ...]]
     _integers: ClassVar[tuple[str, ...]]
-    indices: list[Tensor]
 
-    def __init__(self) -> None:
+    def __init__(self, distance: str, store_dtype: torch.dtype | None = None) -> None:
         super().__init__(sync_on_compute=False)
+        if distance not in ("euclidean", "cosine"):
+            raise ValueError(f'distance must be "euclidean" or "cosine", got {distance!r}')
+        if store_dtype is not None and not store_dtype.is_floating_point:
+            raise ValueError(f"store_dtype must be a floating dtype, got {store_dtype}")
+        self.distance, self.store_dtype = distance, store_dtype
         for name in (*self._floats, *self._integers):
             self.add_state(name, [], dist_reduce_fx="cat")
 
@@ -37,20 +70,44 @@ class RowMetric(Metric):
         """Update, and return nothing."""
         self.update(*args, **kwargs)
 
+    def compute(self) -> dict[str, Tensor]:
+        """Evaluate the rows of all processes; every process must call it."""
+        held = getattr(self, self._floats[0])
+        device = held[0].device if held else self.device
+        with full_precision(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return {name: value.float() for name, value in self._evaluate(device).items()}
+
+    def _evaluate(self, device: torch.device) -> dict[str, Tensor]:
+        raise NotImplementedError
+
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> RowMetric:
         super()._apply(fn, exclude_state=(*exclude_state, *self._integers))
         for name in self._integers:  # set_dtype would round labels to the new precision; devices still follow
             setattr(self, name, [part.to(fn(part).device) for part in getattr(self, name)])
         return self
 
-    def _add_indices(self, indices: Tensor | None, rows: int, updated: bool) -> None:
-        """Keep the indices of an update, which come always or never."""
-        same_as_before(indices is not None, self.indices, updated, "indices")
-        if indices is not None:
-            self.indices.append(checked_column(indices, rows, "indices"))
+    def _add(self, rows: Mapping[str, Tensor], **columns: Tensor | None) -> None:
+        """Check an update as a whole, then keep copies of its rows and columns."""
+        checked = {}
+        for name, x in rows.items():
+            who = name if name == "embeddings" else f"{name} embeddings"
+            checked[name] = check_rows(x, self.store_dtype, getattr(self, name), who)
+        (first, n), *others = ((name, len(x)) for name, x in checked.items())
+        for name, count in others:
+            if count != n:
+                raise ValueError(f"{first} has {n} rows, but {name} has {count}")
+        for name, column in columns.items():
+            earlier = getattr(self, name)
+            if getattr(self, first) and (column is not None) != bool(earlier):
+                had = name if earlier else "none"
+                raise ValueError(f"{name} must come with every update or with none; earlier updates had {had}")
+            if column is not None or name not in _OPTIONAL:
+                checked[name] = check_column(column, n, name)
+        for name, x in checked.items():
+            getattr(self, name).append(x)
 
-    def _joined(self, name: str) -> Tensor | None:
-        """The rows of a state as one tensor, which also replaces the pieces; ``None`` where there are none."""
+    def _join(self, name: str) -> Tensor | None:
+        """The rows of a state as one tensor, which replaces the parts; ``None`` where there are none."""
         parts: list[Tensor] = getattr(self, name)
         if len(parts) > 1:
             widest = parts[0].dtype
@@ -59,49 +116,94 @@ class RowMetric(Metric):
             parts[:] = [torch.cat([part.to(widest) for part in parts])]
         return parts[0] if parts else None
 
-    def _everyones(self, name: str, counts: list[int], device: torch.device) -> Tensor:
-        """A column of integers of all ranks, in rank order."""
-        mine = self._joined(name)
-        mine = torch.empty(0, dtype=torch.int64, device=device) if mine is None else mine
-        return gather_rows(mine, counts, self.process_group)
+    def _exchange(self, device: torch.device) -> Samples:
+        """Gather the integers of all ranks, and drop samples whose index came before."""
+        group, empty = self.process_group, torch.empty(0, dtype=torch.int64, device=device)
+        parts = tuple(self._join(name) for name in self._floats)
+        rows, counts, given = agree(parts, tuple(bool(getattr(self, name)) for name in self._integers), device, group)
+        joined = {name: self._join(name) for name, there in zip(self._integers, given, strict=True) if there}
+        columns = {name: gather_rows(empty if x is None else x, counts, group) for name, x in joined.items()}
+        first = sum(counts[: rank_and_size(group)[0]])
+        samples = Samples(rows, columns, columns.get("indices", torch.arange(sum(counts), device=device)), first)
+        if "indices" not in columns:
+            return samples
+        sample = samples.keys
+        if "is_query" in columns:  # one sample may be both a query and in the gallery
+            sample = 2 * sample + columns["is_query"]
+        if "labels" in columns:
+            refuse_two_labels(sample, samples.keys, columns["labels"])
+        kept = first_of_each(sample)
+        if bool(kept.all()):
+            return samples
+        return Samples(
+            tuple(x[kept[samples.own]] for x in rows),
+            {name: column[kept] for name, column in columns.items()},
+            samples.keys[kept],
+            int(kept[:first].sum()),
+        )
 
 
-def checked_rows(x: Tensor, dtype: torch.dtype | None, before: list[Tensor], who: str) -> Tensor:
-    """A copy of (N, D) rows, ready to be stored; on a CPU NaN, infinity and what has no square are found here."""
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 products in float32, without TF32 or bfloat16, whatever training allows."""
+    candidates: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    holders = [c for c in candidates if hasattr(c, "fp32_precision")]  # torch 2.9 and later; before, one global word
+    words = [holder.fp32_precision for holder in holders]
+    word = "" if holders else torch.get_float32_matmul_precision()
+    try:
+        for holder in holders:
+            holder.fp32_precision = "ieee"
+        if word:
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        for holder, before in zip(holders, words, strict=True):
+            holder.fp32_precision = before
+        if word:
+            torch.set_float32_matmul_precision(word)
+
+
+def check_rows(x: Tensor, dtype: torch.dtype | None, before: list[Tensor], who: str) -> Tensor:
+    """A copy of (N, D) rows to store; on a CPU this finds NaN, infinity and numbers without a square."""
     if not isinstance(x, Tensor) or x.ndim != 2:
-        raise ValueError(f"{who} must be (N, D), got {_shape(x)}; flatten or pool them first")
+        raise ValueError(f"{who} must be (N, D), got {_describe(x)}; flatten or pool them first")
     if not x.is_floating_point() or x.dtype not in _DTYPES:
         raise ValueError(f"{who} must be floating point, got {x.dtype}; call .float() on them")
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"{who} can be stored in {', '.join(map(str, _DTYPES))}, got store_dtype={dtype}")
     if x.layout is not torch.strided or x.is_meta or x.shape[1] == 0:
         raise ValueError(
-            f"{who} must be dense (N, D) numbers with D of at least 1, got {_shape(x)}, {x.layout}, on {x.device}"
+            f"{who} must be dense (N, D) numbers with D of at least 1, got {_describe(x)}, {x.layout}, on {x.device}"
         )
     if before and before[0].shape[1] != x.shape[1]:
         raise ValueError(f"{who} had width {before[0].shape[1]} in an earlier update and have width {x.shape[1]} now")
     # a copy: the caller's tensor may be a view of something much bigger, or a buffer about to be written again
     rows = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device).copy_(x.detach())
-    if rows.device.type == "cpu" and (row := first_bad(rows)) >= 0:
-        raise ValueError(f"{who}: row {row} of this update holds NaN or infinity{_stored(x[row], rows.dtype)}")
-    if rows.device.type == "cpu" and rows.dtype is torch.float64 and rows.numel():
-        largest = float(rows.abs().max())
-        if largest and not 1 / _RANGE < largest < _RANGE:
-            raise ValueError(
-                f"{who}: the largest magnitude of this update is {largest:.0e}, of which float64 cannot hold "
-                "the square; multiply all embeddings by one number, which changes no neighbour and no angle"
-            )
+    if rows.device.type != "cpu" or not rows.numel():
+        return rows
+    if (bad := first_bad_row(rows)) >= 0:
+        stored = f" once stored in {rows.dtype}" if x.dtype is not rows.dtype and bool(x[bad].isfinite().all()) else ""
+        raise ValueError(f"{who}: row {bad} of this update holds NaN or infinity{stored}")
+    largest = float(rows.abs().max()) if rows.dtype is torch.float64 else 0.0
+    if largest and not 1 / _RANGE < largest < _RANGE:
+        raise ValueError(
+            f"{who}: the largest magnitude of this update is {largest:.0e}, of which float64 cannot hold "
+            "the square; multiply all embeddings by one number, which changes no neighbour and no angle"
+        )
     return rows
 
 
-def checked_column(x: Tensor, rows: int, who: str, boolean: bool = False) -> Tensor:
-    """An int64 copy of a column of one integer (or bool) per row."""
-    fits = (
-        isinstance(x, Tensor) and (x.dtype is torch.bool) == boolean and not (x.is_floating_point() or x.is_complex())
-    )
-    if not fits or x.ndim != 1:
-        kind = "bool" if boolean else "integer"
-        raise ValueError(f"{who} must be (N,) of {kind} type, got {_shape(x)}")
+def check_column(x: Any, rows: int, who: str) -> Tensor:
+    """An int64 copy of a column of one integer per row, or one bool for ``is_query``."""
+    kind = "bool" if who == "is_query" else "integer"
+    if (
+        not isinstance(x, Tensor)
+        or x.ndim != 1
+        or (x.dtype is torch.bool) != (kind == "bool")
+        or x.is_floating_point()
+        or x.is_complex()
+    ):
+        raise ValueError(f"{who} must be (N,) of {kind} type, got {_describe(x)}")
     if len(x) != rows:
         raise ValueError(f"{who} has {len(x)} rows, but the embeddings have {rows}")
     if x.is_meta:
@@ -109,16 +211,8 @@ def checked_column(x: Tensor, rows: int, who: str, boolean: bool = False) -> Ten
     return torch.empty(x.shape, dtype=torch.int64, device=x.device).copy_(x)
 
 
-def same_as_before(given: bool, earlier: list[Tensor], updated: bool, who: str) -> None:
-    """An optional column comes with every update or with none."""
-    if updated and given != bool(earlier):
-        raise ValueError(
-            f"{who} must come with every update or with none; earlier updates had {who if earlier else 'none'}"
-        )
-
-
 def refuse_two_labels(sample: Tensor, indices: Tensor, labels: Tensor) -> None:
-    """One index stands for one sample."""
+    """Raise where one index came with two labels."""
     order = sample.argsort()
     i, y = sample[order], labels[order]
     clash = torch.nonzero((i[1:] == i[:-1]) & (y[1:] != y[:-1]))
@@ -130,40 +224,42 @@ def refuse_two_labels(sample: Tensor, indices: Tensor, labels: Tensor) -> None:
         )
 
 
-def first_bad(rows: Tensor) -> int:
-    """The number of the first row with NaN or infinity, or -1."""
-    whole = [torch.isfinite(block).all(dim=1) for block in torch.split(rows, 1024)]  # isfinite copies what it reads
-    bad = ~torch.cat(whole)
+def first_bad_row(rows: Tensor) -> int:
+    """Number of the first row with NaN or infinity, or -1."""
+    bad = ~torch.cat([torch.isfinite(block).all(dim=1) for block in torch.split(rows, 1024)])  # isfinite copies
     return int(bad.to(torch.uint8).argmax()) if bool(bad.any()) else -1
 
 
-@dataclass(frozen=True, slots=True)
-class Agreed:
-    """What all ranks found they hold: rows (empty where a rank had no update), and who has which optional column."""
+def agree(
+    rows: tuple[Tensor | None, ...], given: tuple[bool, ...], device: torch.device, group: Any
+) -> tuple[tuple[Tensor, ...], list[int], tuple[bool, ...]]:
+    """Compare widths, dtypes and columns of all ranks before any exchange, so that errors are raised on all of them.
 
-    rows: tuple[Tensor, ...]
-    counts: list[int]
-    optional: tuple[bool, ...]
+    Args:
+        rows: Local rows of every state; ``None`` on a rank without updates.
+        given: Whether this rank has each column of integers.
+        device: Device of the exchange.
+        group: Process group.
 
-
-def agree(rows: tuple[Tensor | None, ...], optional: tuple[bool, ...], device: torch.device, group: Any) -> Agreed:
-    """Let ranks agree on widths, dtypes and columns before anything else travels; errors are raised on all of them."""
+    Returns:
+        The local rows in a common dtype, the number of rows of every rank, and the columns that there are.
+    """
     held = [x for x in rows if x is not None]
-    mine = [len(held[0]) if held else -1, *(int(flag) for flag in optional)]
-    for x in rows:  # those on an accelerator have not been looked at before, nor those from a checkpoint
-        mine += [0, 0, -1] if x is None else [x.shape[1], _DTYPES.index(x.dtype), first_bad(x)]
-    table = gather_rows(torch.tensor([mine], dtype=torch.int64, device=device), group=group).tolist()
+    line = [len(held[0]) if held else -1, *map(int, given)]
+    for x in rows:  # rows from an accelerator or a checkpoint have not been checked before
+        line += [0, 0, -1] if x is None else [x.shape[1], _DTYPES.index(x.dtype), first_bad_row(x)]
+    table = gather_rows(torch.tensor([line], dtype=torch.int64, device=device), group=group).tolist()
     full = [line for line in table if line[0] >= 0]
     if not full:
         raise ValueError("compute() came before any update(): there are no rows to evaluate")
-    flags = full[0][1 : 1 + len(optional)]
-    if any(line[1 : 1 + len(optional)] != flags for line in full):
+    flags = full[0][1 : 1 + len(given)]
+    if any(line[1 : 1 + len(given)] != flags for line in full):
         raise ValueError(
             "some ranks were given indices or is_query and others were not; give them on every rank or none"
         )
-    agreed = []
+    common = []
     for n, x in enumerate(rows):
-        widths, codes, bad = zip(*(line[1 + len(optional) + 3 * n :][:3] for line in full), strict=True)
+        widths, codes, bad = zip(*(line[1 + len(given) + 3 * n :][:3] for line in full), strict=True)
         if len(set(widths)) > 1:
             raise ValueError(f"embeddings have different widths on different ranks: {sorted(set(widths))}")
         if max(bad) >= 0:
@@ -171,12 +267,12 @@ def agree(rows: tuple[Tensor | None, ...], optional: tuple[bool, ...], device: t
         dtype = _DTYPES[codes[0]]
         for code in codes:
             dtype = torch.promote_types(dtype, _DTYPES[code])
-        agreed.append(torch.empty(0, widths[0], dtype=dtype, device=device) if x is None else x.to(dtype))
-    return Agreed(tuple(agreed), [max(line[0], 0) for line in table], tuple(bool(f) for f in flags))
+        common.append(torch.empty(0, widths[0], dtype=dtype, device=device) if x is None else x.to(dtype))
+    return tuple(common), [max(line[0], 0) for line in table], tuple(map(bool, flags))
 
 
 def first_of_each(keys: Tensor) -> Tensor:
-    """Marks the first occurrence of every key.
+    """Mask of the first occurrence of every key.
 
     Example:
         >>> first_of_each(torch.tensor([3, 1, 3, 1, 2])).tolist()
@@ -189,24 +285,22 @@ def first_of_each(keys: Tensor) -> Tensor:
     return torch.zeros_like(new).index_put_((order,), new)
 
 
-def places_of(keys: Tensor) -> Tensor:
-    """The place of every key in their ascending order; equal keys keep their order.
+def rank_keys(keys: Tensor) -> Tensor:
+    """Place of every key in ascending order; equal keys keep their order.
 
     Example:
-        >>> places_of(torch.tensor([30, 10, 20])).tolist()
+        >>> rank_keys(torch.tensor([30, 10, 20])).tolist()
         [2, 0, 1]
     """
     order = keys.argsort(stable=True)
     return torch.empty_like(order).index_put_((order,), torch.arange(len(order), device=order.device))
 
 
-def points(rows: Tensor, cosine: bool) -> Tensor:
-    """Rows in float64, for the cosine scaled to length 1 and rounded to float32 (float64 rows are not rounded).
-
-    A zero row stays zero.
+def as_points(rows: Tensor, cosine: bool) -> Tensor:
+    """Rows in float64; for the cosine unit rows, rounded to float32 unless they come in float64. Zero rows stay zero.
 
     Example:
-        >>> points(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), cosine=True)[1].tolist()
+        >>> as_points(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), cosine=True)[1].tolist()
         [0.0, 0.0]
     """
     x = rows.double()
@@ -217,9 +311,10 @@ def points(rows: Tensor, cosine: bool) -> Tensor:
     return x
 
 
-def _shape(x: Any) -> str:
+def exact_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances (..., n, m) from differences: each depends on its two rows alone, bit for bit."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _describe(x: Any) -> str:
     return f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-
-
-def _stored(row: Tensor, dtype: torch.dtype) -> str:
-    return f" once stored in {dtype}" if row.dtype is not dtype and bool(torch.isfinite(row).all()) else ""

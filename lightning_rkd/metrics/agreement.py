@@ -1,22 +1,13 @@
-"""Agreement of two geometries: do student and teacher see the same neighbours, order of distances, and angles?"""
+"""Agreement of two geometries: neighbours, order of distances, and angles in student and teacher."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_rkd.metrics._nearest import distances, full_precision
-from lightning_rkd.metrics._rows import (
-    RowMetric,
-    agree,
-    checked_rows,
-    first_of_each,
-    places_of,
-    points,
-)
+from lightning_rkd.metrics._rows import RowMetric, Samples, as_points, exact_distances, rank_keys
 from lightning_rkd.utils.distributed import (
     Shard,
     blocks_over_ranks,
@@ -27,15 +18,15 @@ from lightning_rkd.utils.distributed import (
 )
 
 _ENTRIES = 2**21  # float64 entries per working array: 16 MiB
-_BLOCK = 1024  # rows that travel together
-_TRIPLETS = 256  # measured together, whatever the number of processes, so that the sum is the same to the last bit
+_BLOCK = 1024  # rows of a broadcast block
+_TRIPLETS = 256  # measured together for any number of processes, so that the sum is the same to the last bit
 
 
 class RelationalAgreement(RowMetric):
-    r"""How far a student's relations between samples agree with the teacher's.
+    r"""Agreement of a student's relations between samples with the teacher's.
 
-    Three views of two embeddings :math:`s, t` of the same N samples, none of which minds that their widths, scales or
-    orientations differ:
+    Three measures of two embeddings :math:`s, t` of the same N samples, which may differ in width, scale and
+    orientation:
 
     - ``neighbour_overlap_at_k``: the share of an anchor's k nearest samples that both have in common, averaged over
       anchors; 0 to 1.
@@ -44,23 +35,24 @@ class RelationalAgreement(RowMetric):
     - ``angle_gap``: :math:`|\angle_s(i, j, k) - \angle_t(i, j, k)|` at vertex j, in degrees, averaged over random
       triplets; 0 to 180, lower is better.
 
-    What counts, precisely: distances are Euclidean, between rows as given, computed from differences in float64. Equal
-    distances share their average rank; among the neighbours the lower index (without indices the earlier row, rank 0
-    first) goes first. An anchor for which all distances are equal on one side (a collapsed network) correlates
-    by 0. An angle with a leg of length 0 counts as 90 degrees (cosine 0, as in the angle loss). With ``indices`` a
-    sample that comes twice counts once, and rows are sorted by index, so the same anchors and triplets are drawn
-    whatever the number of processes and the order of the updates.
+    Distances are computed from differences in float64, between rows as given. Equal distances share their average
+    rank; among equally near neighbours the lower index (without indices the earlier row, rank 0 first) goes first. The
+    correlation of an anchor is 0 if all its distances are equal in one network (which has collapsed). An angle with a
+    leg of length 0 counts as 90 degrees (cosine 0, as in the angle loss). With ``indices`` a sample that comes twice
+    counts once, and samples are sorted by index, so that anchors and triplets depend neither on the number of processes
+    nor on the order of the updates.
 
-    Cost: :math:`O(A N (D + \log N))` for A anchors. Under several processes each keeps its own rows; in ``compute()``,
-    which all must enter, blocks of rows pass by every process, each measures the anchors that are among its own rows
-    and its share of the triplets, so none ever holds all embeddings. Values are the same for any number of processes.
+    The cost is :math:`O(A N (D + \log N))` for A anchors. Under several processes each keeps its own rows;
+    ``compute()``, which every process must call, broadcasts rows block by block. Each process evaluates the anchors
+    among its own rows and its shard of the triplets, so that none ever holds all embeddings. Values are the same for
+    any number of processes.
 
     Args:
-        k: Neighbours compared.
-        triplets: Random triplets of distinct samples for the angle gap.
-        max_anchors: Shard of the other two; a random subset where there are more samples; ``None`` takes all.
-        distance: ``"euclidean"``, or ``"cosine"``, which first scales all rows to length 1.
-        seed: Of anchors and triplets.
+        k: Number of neighbours to compare.
+        triplets: Number of random triplets of distinct samples for the angle gap.
+        max_anchors: Number of anchors for the other two measures, drawn at random; ``None`` takes all samples.
+        distance: ``"euclidean"``, or ``"cosine"``, which first scales all rows to unit norm.
+        seed: Seed of anchors and triplets.
 
     Shapes:
         student (N, D_s), teacher (N, D_t), indices (N,) integer; results are float32 scalars.
@@ -70,18 +62,16 @@ class RelationalAgreement(RowMetric):
             update, or fewer than max(k + 1, 3) samples.
 
     Reference:
-        Park, Kim, Lu, Cho: Relational Knowledge Distillation, 2019, arXiv:1904.05068 (distances and angles as what a
-        student should keep).
+        Park, Kim, Lu, Cho: Relational Knowledge Distillation, 2019, arXiv:1904.05068 (distances and angles).
 
     Example:
         >>> metric = RelationalAgreement(k=1)
         >>> teacher = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [4.0, 5.0]])
-        >>> metric.update(2 * teacher.flip(1) + 7, teacher)  # the same shape, elsewhere
+        >>> metric.update(2 * teacher.flip(1) + 7, teacher)  # mirrored, scaled and moved
         >>> {name: round(float(value), 4) for name, value in metric.compute().items()}
         {'neighbour_overlap_at_1': 1.0, 'distance_correlation': 1.0, 'angle_gap': 0.0}
     """
 
-    is_differentiable: bool = False
     _floats = ("student", "teacher")
     _integers = ("indices",)
 
@@ -97,138 +87,86 @@ class RelationalAgreement(RowMetric):
         distance: Literal["euclidean", "cosine"] = "euclidean",
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(distance)
         for name, value in (("k", k), ("triplets", triplets), ("max_anchors", max_anchors)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if distance not in ("euclidean", "cosine"):
-            raise ValueError(f'distance must be "euclidean" or "cosine", got {distance!r}')
-        self.k, self.triplets, self.max_anchors, self.distance, self.seed = k, triplets, max_anchors, distance, seed
+        self.k, self.triplets, self.max_anchors, self.seed = k, triplets, max_anchors, seed
 
     def update(self, student: Tensor, teacher: Tensor, indices: Tensor | None = None) -> None:
-        """Add what both networks show for N samples.
+        """Add the embeddings of N samples by both networks.
 
         Args:
             student: (N, D_s), floating point.
             teacher: (N, D_t), floating point.
             indices: (N,) row of each sample in its data set.
         """
-        s = checked_rows(student, None, self.student, "student embeddings")
-        t = checked_rows(teacher, None, self.teacher, "teacher embeddings")
-        if len(s) != len(t):
-            raise ValueError(f"student has {len(s)} rows, but teacher has {len(t)}")
-        self._add_indices(indices, len(s), bool(self.student))
-        self.student.append(s)
-        self.teacher.append(t)
+        self._add({"student": student, "teacher": teacher}, indices=indices)
 
-    def compute(self) -> dict[str, Tensor]:
-        """Compare; every process must call it."""
-        device = self.student[0].device if self.student else self.device
-        with full_precision(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            means = self._means(device)
+    def _evaluate(self, device: torch.device) -> dict[str, Tensor]:
         names = (f"neighbour_overlap_at_{self.k}", "distance_correlation", "angle_gap")
-        return dict(zip(names, means.float(), strict=True))
+        return dict(zip(names, self._means(device), strict=True))
 
     def _means(self, device: torch.device) -> Tensor:
-        rows = self._rows(device)
-        n = len(rows.places)
+        samples = self._exchange(device)
+        places = rank_keys(samples.keys)
+        n = len(places)
         if n < max(self.k + 1, 3):
             raise ValueError(f"{n} different samples are too few: k = {self.k} needs at least {max(self.k + 1, 3)}")
         generator = torch.Generator().manual_seed(self.seed)
         triplets = draw_triplets(n, self.triplets, generator).to(device)
         anchors = torch.randperm(n, generator=generator)[: self.max_anchors].sort().values.to(device)
-        overlap, correlation = rows.compared(anchors, self.k).sum(dim=1)
-        gap = rows.angle_gaps(triplets).sum()
+        overlap, correlation = self._compare_anchors(samples, places, anchors).sum(dim=1)
+        gap = self._angle_gaps(samples, places.argsort()[triplets]).sum()
         return torch.stack([overlap / (len(anchors) * self.k), correlation / len(anchors), gap / self.triplets])
 
-    def _rows(self, device: torch.device) -> _Rows:
-        sides = (self._joined("student"), self._joined("teacher"))
-        held = agree(sides, (bool(self.indices),), device, self.process_group)
-        rank, _ = rank_and_size(self.process_group)
-        first = sum(held.counts[:rank])
-        mine = slice(first, first + held.counts[rank])
-        student, teacher = held.rows
-        keys = torch.arange(sum(held.counts), device=device)
-        if held.optional[0]:
-            keys = self._everyones("indices", held.counts, device)
-            kept = first_of_each(keys)
-            student, teacher, keys = student[kept[mine]], teacher[kept[mine]], keys[kept]
-            first = int(kept[:first].sum())
-        return _Rows((student, teacher), places_of(keys), first, self.distance == "cosine", self.process_group)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The samples of one rank, and where those of all ranks stand.
-
-    Attributes:
-        sides: Local rows of student and teacher, each sample once.
-        places: Place of every sample, of all ranks in rank order, in the order in which anchors and triplets count.
-        first: Number of the first local sample in rank order.
-        cosine: Whether to compare directions.
-        group: Process group.
-    """
-
-    sides: tuple[Tensor, Tensor]
-    places: Tensor
-    first: int
-    cosine: bool
-    group: Any
-
-    def compared(self, anchors: Tensor, k: int) -> Tensor:
-        """(2, A): of every anchor, given by place, the neighbours in common and the rank correlation.
-
-        Each rank measures the anchors among its own samples; those of the others add zeros.
-        """
+    def _compare_anchors(self, samples: Samples, places: Tensor, anchors: Tensor) -> Tensor:
+        """(2, A) common neighbours and rank correlations of anchors, given by place; each rank computes its own."""
         values = torch.zeros(2, len(anchors), dtype=torch.float64, device=anchors.device)
-        here = self.places[self.first : self.first + len(self.sides[0])]
+        here, rows = places[samples.own], samples.rows
         number = torch.searchsorted(anchors, here).clamp(max=len(anchors) - 1)
-        mine = torch.nonzero(anchors[number] == here)[:, 0]
-        n, width = len(self.places), sum(side.shape[1] for side in self.sides)
-        # as many at a time as fit into as much memory as the rows take, or else into a little
-        bunch = max(1, _ENTRIES // n, width // (4 * rank_and_size(self.group)[1]))
-        for start in range(0, max(row_counts(len(mine), mine.device, self.group)), bunch):
-            asking = mine[start : start + bunch]
-            student, teacher = self._distances(asking, here[asking])
-            few = max(1, _ENTRIES // n)
-            for a in range(0, len(asking), few):
-                values[:, number[asking[a : a + few]]] = _compared(student[a : a + few], teacher[a : a + few], k)
-        return sum_over_ranks(values, self.group)
+        own = torch.nonzero(anchors[number] == here)[:, 0]
+        # as many anchors per pass as fit into the memory of the rows, or into a little
+        few = max(1, _ENTRIES // len(places))
+        many = max(few, sum(x.shape[1] for x in rows) // (4 * rank_and_size(self.process_group)[1]))
+        for start in range(0, max(row_counts(len(own), own.device, self.process_group)), many):
+            part = own[start : start + many]
+            student, teacher = self._distances(samples, places, part)
+            for a in range(0, len(part), few):
+                compared = compare_distances(student[a : a + few], teacher[a : a + few], self.k)
+                values[:, number[part[a : a + few]]] = compared
+        return sum_over_ranks(values, self.process_group)
 
-    def _distances(self, asking: Tensor, at: Tensor) -> list[Tensor]:
-        """(A, N) for each side, in the order of places; an anchor's to itself is -1: it comes first and alone."""
-        anchors = [points(side[asking], self.cosine) for side in self.sides]
-        found = [a.new_empty(len(asking), len(self.places)) for a in anchors]
-        for start, blocks in blocks_over_ranks(self.sides, _BLOCK, self.group):
-            columns = self.places[start : start + len(blocks[0])]
-            for side, anchor, block in zip(found, anchors, blocks, strict=True):
-                side[:, columns] = distances(anchor, points(block, self.cosine))
-        return [side.scatter_(1, at[:, None], -1.0) for side in found]
+    def _distances(self, samples: Samples, places: Tensor, anchors: Tensor) -> list[Tensor]:
+        """(A, N) distances of local anchors in both networks, by place; -1 to the anchor itself, so it comes first."""
+        cosine, rows = self.distance == "cosine", samples.rows
+        left = [as_points(x[anchors], cosine) for x in rows]
+        found = [x.new_empty(len(anchors), len(places)) for x in left]
+        for start, blocks in blocks_over_ranks(rows, _BLOCK, self.process_group):
+            columns = places[start : start + len(blocks[0])]
+            for far, x, block in zip(found, left, blocks, strict=True):
+                far[:, columns] = exact_distances(x, as_points(block, cosine))
+        return [far.scatter_(1, places[samples.own][anchors, None], -1.0) for far in found]
 
-    def angle_gaps(self, triplets: Tensor) -> Tensor:
-        """Sums of the angle gaps of (3, M) triplets of places, one for every few triplets.
-
-        Each rank measures its share; those of the others add zeros.
-        """
-        number = self.places.argsort()
-        few = torch.split(number[triplets], _TRIPLETS, dim=1)
-        sums = torch.zeros(len(few), dtype=torch.float64, device=triplets.device)
-        share = Shard(self.group)
-        first, stop = share.range(len(few))
-        size = rank_and_size(self.group)[1]
-        bunch = max(1, len(self.places) // (size * 12 * _TRIPLETS))  # fetches a quarter of what a rank holds
-        for start in range(0, -(-len(few) // size), bunch):
-            bunches = range(first + start, min(first + start + bunch, stop))
-            wanted = torch.cat([few[b].flatten() for b in bunches] or [number[:0]])
-            fetched = [torch.split(x, 3 * _TRIPLETS) for x in fetch_rows(self.sides, wanted, _BLOCK, self.group)]
-            for b, *sides in zip(bunches, *fetched, strict=False):
-                student, teacher = (angles(*points(x, self.cosine).chunk(3)) for x in sides)
-                sums[b] = (student - teacher).abs().sum()
-        return share.sum(sums)
+    def _angle_gaps(self, samples: Samples, triplets: Tensor) -> Tensor:
+        """Sums of the angle gaps of (3, M) triplets of sample numbers, one per group; each rank computes its shard."""
+        groups = torch.split(triplets, _TRIPLETS, dim=1)
+        sums = torch.zeros(len(groups), dtype=torch.float64, device=triplets.device)
+        shard, size = Shard(self.process_group), rank_and_size(self.process_group)[1]
+        first, stop = shard.range(len(groups))
+        many = max(1, len(samples.keys) // (size * 12 * _TRIPLETS))  # fetches a quarter of the rows of a rank
+        for start in range(0, -(-len(groups) // size), many):
+            part = range(first + start, min(first + start + many, stop))
+            wanted = torch.cat([groups[g].flatten() for g in part] or [triplets[0, :0]])
+            fetched = fetch_rows(samples.rows, wanted, _BLOCK, self.process_group)
+            for g, *both in zip(part, *(torch.split(x, 3 * _TRIPLETS) for x in fetched), strict=False):
+                student, teacher = (angles(*as_points(x, self.distance == "cosine").chunk(3)) for x in both)
+                sums[g] = (student - teacher).abs().sum()
+        return shard.sum(sums)
 
 
 def draw_triplets(n: int, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` ordered triplets (i, j, k) of distinct numbers below n, uniformly, as (3, count).
+    """Uniformly random ordered triplets (i, j, k) of distinct numbers below n, as (3, count).
 
     Example:
         >>> draw_triplets(3, 2, torch.Generator().manual_seed(0)).sort(dim=0).values.tolist()
@@ -241,7 +179,7 @@ def draw_triplets(n: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def angles(i: Tensor, j: Tensor, k: Tensor) -> Tensor:
-    """Angle at j between the legs to i and to k, rows of (M, D), in degrees (M,); 90 where a leg has length 0.
+    """Angles in degrees (M,) at j between the legs to i and k, rows of (M, D); 90 where a leg has length 0.
 
     Example:
         >>> angles(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2), torch.tensor([[3.0, 3.0]]))
@@ -254,7 +192,7 @@ def angles(i: Tensor, j: Tensor, k: Tensor) -> Tensor:
 
 
 def average_ranks(sorted_values: Tensor) -> Tensor:
-    """Ranks from 0 of each row's ascending values; equal values share the mean of their ranks.
+    """Ranks from 0 of the ascending values of each row; equal values share their mean rank.
 
     Example:
         >>> average_ranks(torch.tensor([[1.0, 2.0, 2.0, 5.0]]))
@@ -268,12 +206,12 @@ def average_ranks(sorted_values: Tensor) -> Tensor:
     return (first + last).double() / 2
 
 
-def _compared(student: Tensor, teacher: Tensor, k: int) -> Tensor:
-    """(2, A): of every anchor the neighbours in common and the rank correlation, from (A, N) distances."""
-    centre = student.shape[1] / 2  # mean of the ranks 1 to N - 1, rank 0 being the anchor itself
+def compare_distances(student: Tensor, teacher: Tensor, k: int) -> Tensor:
+    """(2, A) common neighbours and rank correlations of anchors, from (A, N) distances of both networks."""
+    centre = student.shape[1] / 2  # mean of the ranks 1 to N - 1; the anchor itself has rank 0
     near, ranks = [], []
-    for side in (student, teacher):
-        values, order = side.sort(dim=1, stable=True)
+    for far in (student, teacher):
+        values, order = far.sort(dim=1, stable=True)
         rank = (average_ranks(values) - centre).index_fill_(1, order.new_zeros(1), 0.0)
         ranks.append(torch.empty_like(rank).scatter_(1, order, rank))
         near.append(torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, 1 : k + 1], True))

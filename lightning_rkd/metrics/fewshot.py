@@ -1,4 +1,4 @@
-"""Few-shot accuracy: queries classified by the mean of a few samples of each class, over many drawn episodes."""
+"""Few-shot accuracy: queries classified by the mean of a few samples of each class, over random episodes."""
 
 from __future__ import annotations
 
@@ -7,20 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_rkd.metrics._nearest import distances, full_precision
-from lightning_rkd.metrics._rows import (
-    RowMetric,
-    agree,
-    checked_column,
-    checked_rows,
-    first_of_each,
-    places_of,
-    points,
-    refuse_two_labels,
-)
+from lightning_rkd.metrics._rows import RowMetric, as_points, exact_distances, rank_keys
 from lightning_rkd.utils.distributed import Shard, fetch_rows, rank_and_size, sum_over_ranks
 
-_BLOCK = 1024  # rows that travel together
+_BLOCK = 1024  # rows of a broadcast block
 
 
 class FewShotAccuracy(RowMetric):
@@ -31,34 +21,33 @@ class FewShotAccuracy(RowMetric):
 
     .. math:: \hat y_q = \arg\min_k \lVert x_q - c_k \rVert^2, \qquad c_k = \frac1{|S_k|} \sum_{i \in S_k} x_i,
 
-    and the accuracy :math:`a_e` of an episode is the share of its queries of which that is true. Returned, with the
-    ways and shots in their names so that several of these metrics can stand beside one another:
+    and the accuracy :math:`a_e` of an episode is the share of its queries with :math:`\hat y_q = y_q`. The names of the
+    results hold ways and shots, so that one evaluation can use several of these metrics:
 
     - ``few_shot_accuracy_5_way_1_shot``: the mean :math:`\bar a` over episodes;
     - ``few_shot_accuracy_5_way_1_shot_ci95``: half the width of its interval, :math:`1.96\, s / \sqrt{E}` with s the
-      standard deviation of :math:`a_e` over the E episodes (E - 1 in its denominator). It tells of the draw of
-      episodes alone, not of the seeds of a training.
+      standard deviation of :math:`a_e` over the E episodes (E - 1 in its denominator). It covers the draw of episodes
+      only, not the seeds of a training.
 
-    What counts, precisely: rows are used as given; ``"cosine"`` scales rows, and then prototypes, to length 1.
-    Distances come from differences in float64. Among prototypes at equal distance the one drawn first wins, so that
-    an embedding that shows all samples alike scores 1 / ways. With ``indices`` a sample that comes twice (the padding
-    of a distributed sampler) counts once, and samples are sorted by index before any are drawn; the episodes then
-    depend on indices, labels and ``seed`` alone, not on the network, the number of processes or the order of updates,
-    so that two networks can be compared episode by episode.
+    Rows are used as given; ``"cosine"`` scales rows, and then prototypes, to unit norm. Distances come from differences
+    in float64. Among prototypes at equal distance the one drawn first wins, so that a constant embedding scores
+    1 / ways. With ``indices`` a sample that comes twice (the padding of a distributed sampler) counts once, and samples
+    are sorted by index before the draw: the episodes then depend on indices, labels and ``seed`` alone, not on the
+    network, the number of processes or the order of updates, so that two networks can be compared episode by episode.
 
-    Calling the metric only updates it. Under several processes each keeps its own rows; in ``compute()``, which all
-    must enter, each scores its share of the episodes and fetches the rows of a few at a time. Values are the same for
-    any number of processes.
+    Calling the metric only updates it. Under several processes each keeps its own rows; in ``compute()``, which every
+    process must call, each scores its shard of the episodes and fetches the rows of a few at a time. Values are the
+    same for any number of processes.
 
     Args:
-        ways: Classes of an episode.
-        shots: Samples of a class that make its prototype.
-        queries: Samples of a class that are classified.
-        episodes: Episodes, at least 2.
+        ways: Number of classes of an episode.
+        shots: Number of samples of a class that make its prototype.
+        queries: Number of samples of a class to classify.
+        episodes: Number of episodes, at least 2.
         distance: ``"euclidean"`` or ``"cosine"``.
-        seed: Of the episodes.
-        working_memory: Bytes for the rows that are in work at a time.
-        store_dtype: Precision in which rows are kept between updates; ``None`` keeps that in which they come.
+        seed: Seed of the episodes.
+        working_memory: Bytes for the rows of the episodes that are computed at a time.
+        store_dtype: Precision in which rows are kept between updates; ``None`` keeps the precision of the input.
 
     Shapes:
         embeddings (N, D), labels (N,) integer, indices (N,) integer; results are float32 scalars.
@@ -79,7 +68,6 @@ class FewShotAccuracy(RowMetric):
     """
 
     higher_is_better: bool = True
-    is_differentiable: bool = False
     _floats = ("embeddings",)
     _integers = ("labels", "indices")
 
@@ -98,19 +86,20 @@ class FewShotAccuracy(RowMetric):
         working_memory: int = 128 * 2**20,
         store_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        least = {"ways": 2, "shots": 1, "queries": 1, "episodes": 2, "working_memory": 1}
-        given = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes}
-        for name, value in {**given, "working_memory": working_memory}.items():
-            if not isinstance(value, int) or value < least[name]:
-                raise ValueError(f"{name} must be a whole number of at least {least[name]}, got {value!r}")
-        if distance not in ("euclidean", "cosine"):
-            raise ValueError(f'distance must be "euclidean" or "cosine", got {distance!r}')
-        if store_dtype is not None and not store_dtype.is_floating_point:
-            raise ValueError(f"store_dtype must be a floating dtype, got {store_dtype}")
+        super().__init__(distance, store_dtype)
+        given = {
+            "ways": ways,
+            "shots": shots,
+            "queries": queries,
+            "episodes": episodes,
+            "working_memory": working_memory,
+        }
+        for name, value in given.items():
+            least = 2 if name in ("ways", "episodes") else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         self.ways, self.shots, self.queries, self.episodes = ways, shots, queries, episodes
-        self.distance, self.seed = distance, seed
-        self.working_memory, self.store_dtype = working_memory, store_dtype
+        self.seed, self.working_memory = seed, working_memory
 
     def update(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
         """Add N rows.
@@ -120,61 +109,42 @@ class FewShotAccuracy(RowMetric):
             labels: (N,) class of each row.
             indices: (N,) row of each sample in its data set.
         """
-        rows = checked_rows(embeddings, self.store_dtype, self.embeddings, "embeddings")
-        classes = checked_column(labels, len(rows), "labels")
-        self._add_indices(indices, len(rows), bool(self.labels))
-        self.embeddings.append(rows)
-        self.labels.append(classes)
+        self._add({"embeddings": embeddings}, labels=labels, indices=indices)
 
-    def compute(self) -> dict[str, Tensor]:
-        """Draw the episodes, classify, and average; every process must call it."""
-        device = self.embeddings[0].device if self.embeddings else self.device
-        with full_precision(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            accuracy = self._correct(device).double() / (self.ways * self.queries)
+    def _evaluate(self, device: torch.device) -> dict[str, Tensor]:
+        accuracy = self._count_correct(device).double() / (self.ways * self.queries)
         name = f"few_shot_accuracy_{self.ways}_way_{self.shots}_shot"
-        half = 1.96 * accuracy.std() / self.episodes**0.5
-        return {name: accuracy.mean().float(), f"{name}_ci95": half.float()}
+        return {name: accuracy.mean(), f"{name}_ci95": 1.96 * accuracy.std() / self.episodes**0.5}
 
-    def _correct(self, device: torch.device) -> Tensor:
-        """(E,) how many queries of each episode are classified correctly, on every rank."""
-        held = agree((self._joined("embeddings"),), (bool(self.indices),), device, self.process_group)
-        rank, _ = rank_and_size(self.process_group)
-        mine = slice(sum(held.counts[:rank]), sum(held.counts[: rank + 1]))
-        (rows,) = held.rows
-        labels = self._everyones("labels", held.counts, device)
-        keys = torch.arange(len(labels), device=device)
-        if held.optional[0]:
-            keys = self._everyones("indices", held.counts, device)
-            refuse_two_labels(keys, keys, labels)
-            kept = first_of_each(keys)
-            rows, labels, keys = rows[kept[mine]], labels[kept], keys[kept]
-        number = places_of(keys).argsort()  # of the sample at each place, counted in rank order
-        drawn = draw_episodes(labels[number], self.ways, self.shots + self.queries, self.episodes, self.seed)
+    def _count_correct(self, device: torch.device) -> Tensor:
+        """(E,) correctly classified queries of each episode, on every rank."""
+        samples, group = self._exchange(device), self.process_group
+        number = rank_keys(samples.keys).argsort()  # of the sample at each place, in rank order
+        labels = samples.columns["labels"][number]
+        drawn = draw_episodes(labels, self.ways, self.shots + self.queries, self.episodes, self.seed)
         drawn = number[drawn.to(device)]
-
-        share = Shard(self.process_group)
-        first, stop = share.range(self.episodes)
-        size = rank_and_size(self.process_group)[1]
-        bunch = max(1, self.working_memory // (3 * 8 * drawn[0].numel() * rows.shape[1]))
+        first, stop = Shard(group).range(self.episodes)
+        size = rank_and_size(group)[1]
+        many = max(1, self.working_memory // (3 * 8 * drawn[0].numel() * samples.rows[0].shape[1]))
         correct = torch.zeros(self.episodes, dtype=torch.int64, device=device)
-        for start in range(0, -(-self.episodes // size), bunch):  # equally many fetches on every rank
-            some = range(min(first + start, stop), min(first + start + bunch, stop))
-            wanted = drawn[some.start : some.stop]
-            (fetched,) = fetch_rows((rows,), wanted.flatten(), _BLOCK, self.process_group)
-            for episode, x in zip(some, fetched.reshape(*wanted.shape, -1), strict=True):
-                correct[episode] = correct_queries(x, self.shots, self.distance == "cosine")
-        return sum_over_ranks(correct, self.process_group)
+        for start in range(0, -(-self.episodes // size), many):  # as many fetches on every rank
+            part = range(min(first + start, stop), min(first + start + many, stop))
+            wanted = drawn[part.start : part.stop]
+            (fetched,) = fetch_rows(samples.rows, wanted.flatten(), _BLOCK, group)
+            for episode, x in zip(part, fetched.reshape(*wanted.shape, -1), strict=True):
+                correct[episode] = count_correct(x, self.shots, self.distance == "cosine")
+        return sum_over_ranks(correct, group)
 
 
 def draw_episodes(labels: Tensor, ways: int, samples: int, episodes: int, seed: int) -> Tensor:
-    """Which samples each of E episodes holds, as (E, ways, samples) places in ``labels``, none twice in an episode.
+    """Draw E episodes without replacement, as (E, ways, samples) places in ``labels``.
 
     Args:
         labels: (N,) classes.
-        ways: Classes of an episode.
-        samples: Samples of a class.
+        ways: Number of classes of an episode.
+        samples: Number of samples of a class.
         episodes: E.
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Raises:
         ValueError: Fewer classes than ``ways``, or classes with fewer samples than ``samples``.
@@ -209,22 +179,22 @@ def draw_episodes(labels: Tensor, ways: int, samples: int, episodes: int, seed: 
     )
 
 
-def correct_queries(rows: Tensor, shots: int, cosine: bool = False) -> Tensor:
-    """How many queries of an episode lie nearest to the prototype of their class.
+def count_correct(rows: Tensor, shots: int, cosine: bool = False) -> Tensor:
+    """Number of queries of an episode that are nearest to the prototype of their class.
 
-    Shapes: (W, shots + queries, D), the support first -> scalar, integer.
+    Shapes: (W, shots + queries, D), support samples first -> integer scalar.
 
     Example:
-        >>> correct_queries(torch.tensor([[[0.0], [1.0], [9.0]], [[5.0], [6.0], [4.0]]]), shots=1)  # 9 lies near 5
+        >>> count_correct(torch.tensor([[[0.0], [1.0], [9.0]], [[5.0], [6.0], [4.0]]]), shots=1)  # 9 lies near 5
         tensor(3)
     """
     ways, samples, _ = rows.shape
-    x = points(rows.flatten(0, 1), cosine).view(ways, samples, -1)
+    x = as_points(rows.flatten(0, 1), cosine).view(ways, samples, -1)
     prototypes = x[:, 0].clone()
     for shot in range(1, shots):  # one by one: the same sums on every machine
         prototypes += x[:, shot]
-    prototypes = points(prototypes / shots, cosine)
-    far = distances(x[:, shots:].flatten(0, 1), prototypes)
+    prototypes = as_points(prototypes / shots, cosine)
+    far = exact_distances(x[:, shots:].flatten(0, 1), prototypes)
     way = torch.arange(ways, device=rows.device)
     nearest = torch.where(far == far.amin(dim=1, keepdim=True), way, ways).amin(dim=1)
     return (nearest == way.repeat_interleave(samples - shots)).sum()

@@ -1,4 +1,4 @@
-"""Hands a metric what its ``update`` asks for, so that ours and any other torchmetrics metric fit one evaluation."""
+"""Updates of metrics by the names of their parameters, for our metrics and any of torchmetrics."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_rkd.utils.types import Batch, Outputs
 
 
-def wants(metric: Metric) -> dict[str, bool]:
-    """Parameter names of ``metric.update``, and whether each must be given.
+def update_parameters(metric: Metric) -> dict[str, bool]:
+    """Names of the parameters of ``metric.update``; true where they are required.
 
     Example:
         >>> from torchmetrics.classification import BinaryAccuracy
-        >>> wants(BinaryAccuracy())
+        >>> update_parameters(BinaryAccuracy())
         {'preds': True, 'target': True}
     """
     parameters = inspect.signature(metric.update).parameters.values()
@@ -28,24 +27,24 @@ def wants(metric: Metric) -> dict[str, bool]:
     }
 
 
-def feed(metric: Metric, student: Outputs, batch: Batch, teacher: Outputs | None = None) -> None:
+def update_metric(metric: Metric, student: Outputs, batch: Batch, teacher: Outputs | None = None) -> None:
     """Update a metric by the names of its parameters.
 
     ``embeddings`` and ``student`` receive the student's embedding, ``teacher`` the teacher's, ``preds`` the student's
     logits, ``labels`` and ``target`` the labels, ``indices`` and ``is_query`` those of the batch.
 
     Raises:
-        ValueError: The metric needs something that is not there, or has a parameter of another name.
+        ValueError: A required parameter has another name, or its value is missing.
 
     Example:
         >>> import torch
         >>> from torchmetrics.classification import MulticlassAccuracy
         >>> metric = MulticlassAccuracy(num_classes=2)
-        >>> feed(metric, Outputs(logits=torch.tensor([[2.0, 1.0]])), Batch(None, labels=torch.tensor([0])))
+        >>> update_metric(metric, Outputs(logits=torch.tensor([[2.0, 1.0]])), Batch(None, labels=torch.tensor([0])))
         >>> metric.compute()
         tensor(1.)
     """
-    given = {
+    values = {
         "embeddings": student.embedding,
         "student": student.embedding,
         "teacher": None if teacher is None else teacher.embedding,
@@ -55,18 +54,19 @@ def feed(metric: Metric, student: Outputs, batch: Batch, teacher: Outputs | None
         "indices": batch.indices,
         "is_query": batch.is_query,
     }
-    asked = wants(metric)
-    absent = [name for name, required in asked.items() if required and given.get(name) is None]
+    given = {name: value for name, value in values.items() if value is not None}
+    parameters = update_parameters(metric)
+    absent = [name for name, required in parameters.items() if required and name not in given]
     if absent:
         raise ValueError(
             f"{type(metric).__name__}.update needs {absent}, which this evaluation does not have; "
-            f"it has {sorted(k for k, v in given.items() if v is not None)}"
+            f"it has {sorted(given)}"
         )
-    metric.update(**{name: given[name] for name in asked if given.get(name) is not None})
+    metric.update(**{name: given[name] for name in parameters if name in given})
 
 
-def computed(metrics: Mapping[str, Metric], prefix: str) -> dict[str, Any]:
-    """Compute all metrics under ``<prefix>/<key>``: the keys of a dict result, else the metric's own name.
+def compute_metrics(metrics: Mapping[str, Metric], prefix: str) -> dict[str, Any]:
+    """Compute all metrics under ``<prefix>/<key>``: the keys of a dict result, else the name of the metric.
 
     Raises:
         ValueError: Two metrics give the same key.
@@ -75,12 +75,12 @@ def computed(metrics: Mapping[str, Metric], prefix: str) -> dict[str, Any]:
         >>> import torch
         >>> from torchmetrics import MeanMetric
         >>> mean = MeanMetric(); mean.update(torch.tensor(2.0))
-        >>> computed({"loss": mean}, "val")
+        >>> compute_metrics({"loss": mean}, "val")
         {'val/loss': tensor(2.)}
     """
     values: dict[str, Any] = {}
     for name, metric in metrics.items():
-        result: Tensor | Mapping[str, Tensor] = metric.compute()
+        result = metric.compute()
         for key, value in (result if isinstance(result, Mapping) else {name: result}).items():
             if f"{prefix}/{key}" in values:
                 raise ValueError(f"two metrics log {prefix}/{key}; give only one of them")

@@ -9,24 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_rkd.metrics._blocks import BlockSizes
 from lightning_rkd.metrics._faiss import Faiss
-from lightning_rkd.metrics._memory import Room
-from lightning_rkd.metrics._nearest import Gallery, close_calls, full_precision
-from lightning_rkd.metrics._rows import (
-    RowMetric,
-    agree,
-    checked_column,
-    checked_rows,
-    first_of_each,
-    places_of,
-    refuse_two_labels,
-    same_as_before,
-)
-from lightning_rkd.utils.distributed import rank_and_size, row_counts, sum_over_ranks
+from lightning_rkd.metrics._nearest import Frame, Gallery, find_close_calls
+from lightning_rkd.metrics._rows import RowMetric, rank_keys
+from lightning_rkd.utils.distributed import row_counts, sum_over_ranks
 
-_SLACK = 4  # neighbours beyond the needed ones, so that a close call at the border can be seen to be one
+_SLACK = 4  # neighbours beyond the needed ones, to detect close calls at the border
 _MANY = 256
-_WORKING_MEMORY = {False: 128 * 2**20, True: 4 * 2**30}  # on a GPU small blocks are all overhead
+_WORKING_MEMORY = {False: 128 * 2**20, True: 4 * 2**30}  # on a GPU the overhead of small blocks dominates
 
 
 class EmbeddingRetrieval(RowMetric):
@@ -40,36 +31,33 @@ class EmbeddingRetrieval(RowMetric):
         \text{R-precision} = \frac1R \sum_{j \le R} y_j, \qquad
         \text{MAP@R} = \frac1R \sum_{j \le R} y_j \, \frac1j \sum_{i \le j} y_i,
 
-    each averaged over the queries. Without ``is_query`` every row asks and is compared with all others but itself;
-    with it, the marked rows ask and the others are the gallery.
-
-    What counts, precisely:
+    each averaged over the queries. Without ``is_query`` every row is a query and is compared with all other rows;
+    with it, the marked rows are the queries and the others are the gallery.
 
     - Rows are used as given. ``"euclidean"`` normalises nothing; ``"cosine"`` compares directions (unit rows rounded
       to float32; a zero row has cosine 0 with everything).
-    - The order is that of the exact distances between the stored rows: products in float32 find the neighbours, and
-      wherever rounding could have changed the result, float64 decides.
+    - Neighbours are ordered by the exact distances between the stored rows: products in float32 find them, and
+      wherever rounding could change the result, float64 decides.
     - Ties go to the lower index, or without indices to the earlier row, counting the rows of rank 0 first.
     - A query without any relevant row in the gallery (a class with one sample) is left out of the means;
-      ``left_out`` says how many there were.
-    - With ``indices`` a sample that comes twice (the padding of a distributed sampler) counts once; queries and
-      gallery are told apart. Without indices nothing is removed.
+      ``left_out`` is the number of such queries.
+    - With ``indices`` a sample that comes twice (the padding of a distributed sampler) counts once, or once as a query
+      and once in the gallery. Without indices nothing is removed.
 
-    Calling the metric only updates it, and returns nothing. Under several processes each keeps its own rows; in
-    ``compute()``, which all must enter, labels and indices are exchanged and blocks of the gallery pass by every
-    process, so none ever holds all embeddings. A process without any update takes part. Values are the same for any
-    number of processes, any order and grouping of the updates (given indices) and any working memory.
+    Calling the metric only updates it and returns nothing. Under several processes each keeps its own rows;
+    ``compute()``, which every process must call, exchanges labels and indices and broadcasts the gallery block by
+    block, so that no process ever holds all embeddings. A process may have no rows. Values are the same for any number
+    of processes, any order and grouping of the updates (given indices) and any working memory.
 
     Args:
-        k: The k, or several, of recall at k.
+        k: One k of recall at k, or several.
         distance: ``"euclidean"`` or ``"cosine"``.
-        working_memory: Bytes for the blocks that are in work at a time, beyond the rows, their labels and
-            indices; ``None``: 128 MiB, and 4 GiB on a GPU, of which the search takes what it needs. On a CPU more
-            saves little time where a query has few relevant rows, and some where it has thousands.
+        working_memory: Bytes for blocks of the search, beyond the rows, their labels and indices. ``None`` is 128 MiB,
+            and up to 4 GiB on a GPU. On a CPU more memory saves little time, except for queries with thousands of
+            relevant rows.
         store_dtype: Precision in which rows are kept between updates, for example ``torch.float16`` to halve their
-            memory; ``None`` keeps the precision in which they come.
-        engine: ``None`` is exact. :class:`Faiss`, for millions of rows, compares each query with some of them: the
-            values are those of the neighbours that it finds.
+            memory; ``None`` keeps the precision of the input.
+        engine: ``None`` searches exactly. :class:`Faiss`, for millions of rows, searches approximately.
 
     Shapes:
         embeddings (N, D), labels (N,) integer, indices (N,) integer, is_query (N,) bool; results are float32 scalars.
@@ -90,14 +78,13 @@ class EmbeddingRetrieval(RowMetric):
     """
 
     higher_is_better: bool = True
-    is_differentiable: bool = False
     _floats = ("embeddings",)
-    _integers = ("labels", "indices", "queries")
+    _integers = ("labels", "indices", "is_query")
 
     embeddings: list[Tensor]
     labels: list[Tensor]
     indices: list[Tensor]
-    queries: list[Tensor]
+    is_query: list[Tensor]
 
     def __init__(
         self,
@@ -107,21 +94,15 @@ class EmbeddingRetrieval(RowMetric):
         store_dtype: torch.dtype | None = None,
         engine: Faiss | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(distance, store_dtype)
         self.k = (k,) if isinstance(k, int) else tuple(k)
         if not self.k or any(not isinstance(n, int) or n < 1 for n in self.k) or len(set(self.k)) < len(self.k):
             raise ValueError(f"k must be one or several different integers of at least 1, got {k!r}")
-        if distance not in ("euclidean", "cosine"):
-            raise ValueError(f'distance must be "euclidean" or "cosine", got {distance!r}')
         if working_memory is not None and (not isinstance(working_memory, int) or working_memory < 1):
             raise ValueError(f"working_memory must be a whole number of bytes, at least 1, got {working_memory!r}")
-        if store_dtype is not None and not store_dtype.is_floating_point:
-            raise ValueError(f"store_dtype must be a floating dtype, got {store_dtype}")
         if engine is not None and not isinstance(engine, Faiss):
             raise ValueError(f"engine must be None (exact) or Faiss(), got {engine!r}")
-        self.distance, self.working_memory, self.store_dtype = distance, working_memory, store_dtype
-        self.engine = engine
-        self.left_out = 0
+        self.working_memory, self.engine, self.left_out = working_memory, engine, 0
 
     def update(
         self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None, is_query: Tensor | None = None
@@ -132,95 +113,67 @@ class EmbeddingRetrieval(RowMetric):
             embeddings: (N, D), floating point.
             labels: (N,) class of each row.
             indices: (N,) row of each sample in its data set.
-            is_query: (N,) bool, marks the rows that ask; the others are the gallery.
+            is_query: (N,) bool, true for queries; the other rows are the gallery.
         """
         if self.engine:
-            self.engine.refuse_ranks(self.process_group)
-        rows = checked_rows(embeddings, self.store_dtype, self.embeddings, "embeddings")
-        columns = [checked_column(labels, len(rows), "labels")]
-        same_as_before(indices is not None, self.indices, bool(self.labels), "indices")
-        same_as_before(is_query is not None, self.queries, bool(self.labels), "is_query")
-        if indices is not None:
-            columns.append(checked_column(indices, len(rows), "indices"))
-        if is_query is not None:
-            columns.append(checked_column(is_query, len(rows), "is_query", boolean=True))
-        self.embeddings.append(rows)
-        self.labels.append(columns[0])
-        if indices is not None:
-            self.indices.append(columns[1])
-        if is_query is not None:
-            self.queries.append(columns[-1])
+            self.engine.check_ranks(self.process_group)
+        self._add({"embeddings": embeddings}, labels=labels, indices=indices, is_query=is_query)
 
-    def compute(self) -> dict[str, Tensor]:
-        """Search, and average over queries; every process must call it."""
-        device = self.embeddings[0].device if self.embeddings else self.device
-        with full_precision(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            totals, one = self._totals(device)
+    def _evaluate(self, device: torch.device) -> dict[str, Tensor]:
+        totals, one = self._totals(device)
         names = (*(f"recall_at_{k}" for k in self.k), "map_at_r", "r_precision")
-        return dict(zip(names, (totals[1:].double() / (totals[0] * one)).float(), strict=True))
+        return dict(zip(names, totals[1:].double() / (totals[0] * one), strict=True))
 
     def _totals(self, device: torch.device) -> tuple[Tensor, int]:
-        """Over all queries of all ranks: see :meth:`_Search.sums`; and what stands for 1 there."""
+        """Sums over the queries of all ranks, see :meth:`_Search.sum_scores`, and the integer that stands for 1."""
         if self.engine:
-            self.engine.refuse_ranks(self.process_group)
-        rows = self._joined("embeddings")
-        held = agree((rows,), (bool(self.indices), bool(self.queries)), device, self.process_group)
-        (rows,), (has_indices, has_queries) = held.rows, held.optional
-        labels = self._everyones("labels", held.counts, device)
-        indices = self._everyones("indices", held.counts, device) if has_indices else None
-        asks = self._everyones("queries", held.counts, device).bool() if has_queries else None
-
-        kept = torch.ones_like(labels, dtype=torch.bool)
-        if indices is not None:
-            sample = indices if asks is None else 2 * indices + asks  # a sample may both ask and be in the gallery
-            refuse_two_labels(sample, indices, labels)
-            kept = first_of_each(sample)
-        in_gallery = kept if asks is None else kept & ~asks
-        asking = kept if asks is None else kept & asks
-        position = in_gallery.cumsum(0) - 1 if asks is None else torch.full_like(labels, -1)
-        relevant = _class_sizes(labels[in_gallery], labels) - (1 if asks is None else 0)
-        found = asking & (relevant > 0)
-        self.left_out = int(asking.sum() - found.sum())
-        if not bool(found.any()):
-            raise ValueError(
-                f"none of {int(asking.sum())} queries has a row of its class among {int(in_gallery.sum())} gallery rows"
-            )
-        # the order that decides ties, and the label at each place in it
-        keys = (torch.arange(len(labels), device=device) if indices is None else indices)[in_gallery]
-        places = places_of(keys)
-
-        rank, _ = rank_and_size(self.process_group)
-        mine = slice(sum(held.counts[:rank]), sum(held.counts[: rank + 1]))
-        room = Room(self.working_memory or _WORKING_MEMORY[rows.is_cuda], rows.shape[1])
-        gallery = Gallery(rows[in_gallery[mine]], places, self.distance == "cosine", room, self.process_group)
+            self.engine.check_ranks(self.process_group)
+        samples = self._exchange(device)
+        (rows,), labels, own = samples.rows, samples.columns["labels"], samples.own
+        if "is_query" in samples.columns:
+            is_query = samples.columns["is_query"].bool()
+            in_gallery, itself = ~is_query, 0
+            position = torch.full_like(labels, -1)
+            gallery_rows = rows[in_gallery[own]]
+        else:
+            is_query = in_gallery = torch.ones_like(labels, dtype=torch.bool)
+            position, itself, gallery_rows = torch.arange(len(labels), device=device), 1, rows
+        relevant = _count_labels(labels[in_gallery], labels) - itself
+        evaluated = is_query & (relevant > 0)
+        self.left_out = int(is_query.sum() - evaluated.sum())
+        if not bool(evaluated.any()):
+            sizes = f"{int(is_query.sum())} queries has a row of its class among {int(in_gallery.sum())} gallery rows"
+            raise ValueError(f"none of {sizes}")
+        places = rank_keys(samples.keys[in_gallery])
+        blocks = BlockSizes(self.working_memory or _WORKING_MEMORY[rows.is_cuda], rows.shape[1])
         search = _Search(
             rows=rows,
-            labels=labels[mine],
-            relevant=relevant[mine],
-            position=position[mine],
-            gallery=gallery,
-            label_at=torch.empty_like(keys).index_put_((places,), labels[in_gallery]),
-            widest=min(max(int(relevant[found].max()), *self.k), len(keys) - (1 if asks is None else 0)),
+            labels=labels[own],
+            relevant=relevant[own],
+            position=position[own],
+            gallery=Gallery(gallery_rows, places, self.distance == "cosine", blocks, self.process_group),
+            label_at=torch.empty_like(places).index_put_((places,), labels[in_gallery]),
+            widest=min(max(int(relevant[evaluated].max()), *self.k), len(places) - itself),
             k=self.k,
             one=2 ** min(52, 62 - len(labels).bit_length()),
         )
-        queries = torch.nonzero(found[mine])[:, 0]
-        totals = search.approximate(self.engine, queries) if self.engine else search.totals(queries)
+        queries = torch.nonzero(evaluated[own])[:, 0]
+        totals = search.approximate(self.engine, queries) if self.engine else search.exact(queries)
         return sum_over_ranks(totals, self.process_group), search.one
 
 
 @dataclass(frozen=True)
 class _Search:
-    """The search of one rank for its queries, which may need several tours of the gallery.
+    """The search of one rank for its queries.
 
     Attributes:
-        rows, labels, relevant, position: Local rows; their labels; how many relevant rows the gallery has for each;
-            where in the gallery each is itself, or -1.
+        rows, labels, relevant, position: Local rows; their labels; the number of gallery rows of their class; their own
+            positions in the gallery, or -1.
         gallery, label_at: The gallery, and the label at each place of the order that decides ties.
-        widest: How many neighbours the neediest query of any rank needs.
+        widest: Largest number of neighbours that a query of any rank needs.
         k: Of recall at k.
-        one: What stands for 1 in sums, which are of integers so that they do not depend on any order: as large as sums
-            over all rows allow.
+        one: Integer that stands for 1 in the sums, as large as sums over all rows allow: sums of integers do not depend
+            on their order.
     """
 
     rows: Tensor
@@ -233,70 +186,70 @@ class _Search:
     k: Sequence[int]
     one: int
 
-    def totals(self, queries: Tensor) -> Tensor:
-        """:meth:`sums` of queries, given as local row numbers."""
+    def exact(self, queries: Tensor) -> Tensor:
+        """:meth:`sum_scores` of queries, given as local row numbers, by their exact neighbours."""
         total = torch.zeros(len(self.k) + 3, dtype=torch.int64, device=queries.device)
         frame = self.gallery.frame()
-        hopeless = [queries[:0]]
-        for tour in self._tours(queries):
-            unsure = []
-            # among many neighbours most are too close for float32
-            dtype = torch.float32 if self.widest < _MANY else torch.float64
-            for query, scores, places in self._found(tour, self.widest + _SLACK, dtype, frame):
+        # among many neighbours most are too close for float32
+        dtype = torch.float32 if self.widest < _MANY else torch.float64
+        unresolved = [queries[:0]]
+        for part in self._passes(queries):
+            uncertain = []
+            for query, scores, places in self._neighbours(part, self.widest + _SLACK, dtype, frame):
                 relevant, count = self._relevance(query, scores, places), self.relevant[query]
-                points = self.gallery.points(self.rows[query], asking=True)
-                lengths = ((points - frame[0]) * frame[1]).norm(dim=1)
+                lengths = self.gallery.points(self.rows[query], frame, queries=True).norm(dim=1)
                 needed = count.clamp(min=max(self.k)).clamp(max=self.widest)
-                calls = close_calls(scores, relevant, needed, lengths, len(frame[0]))
-                total += self.sums(relevant[calls.settled, : self.widest], count[calls.settled])
-                hopeless.append(query[calls.endless])
-                rest = ~calls.settled & ~calls.endless
-                unsure.append((query[rest], places[rest], relevant[rest], calls.chain[rest], calls.open[rest]))
-            query, places, relevant, chain, open_ = (torch.cat(column) for column in zip(*unsure, strict=True))
-            order = self._settle(query, places, chain, open_)
-            total += self.sums(relevant.gather(1, order)[:, : self.widest], self.relevant[query])
-        for tour in self._tours(torch.cat(hopeless)):
-            for query, scores, places in self._found(tour, self.widest, torch.float64, None):
-                total += self.sums(self._relevance(query, scores, places), self.relevant[query])
+                calls = find_close_calls(scores, relevant, needed, lengths, len(frame[0]))
+                total += self.sum_scores(relevant[calls.settled], count[calls.settled])
+                unresolved.append(query[calls.unresolved])
+                rest = ~calls.settled & ~calls.unresolved
+                uncertain.append((query[rest], places[rest], relevant[rest], calls.chain[rest], calls.uncertain[rest]))
+            query, places, relevant, chain, open_ = (torch.cat(column) for column in zip(*uncertain, strict=True))
+            order = self._true_order(query, places, chain, open_)
+            total += self.sum_scores(relevant.gather(1, order), self.relevant[query])
+        for part in self._passes(torch.cat(unresolved)):
+            for query, scores, places in self._neighbours(part, self.widest, torch.float64, None):
+                total += self.sum_scores(self._relevance(query, scores, places), self.relevant[query])
         return total
 
     def approximate(self, engine: Faiss, queries: Tensor) -> Tensor:
-        """:meth:`sums` of queries, with the neighbours that an engine finds."""
+        """:meth:`sum_scores` of queries by the neighbours that an engine finds."""
         total = torch.zeros(len(self.k) + 3, dtype=torch.int64, device=queries.device)
         for query, scores, places in engine.search(self.gallery, self.rows, self.position, queries, self.widest):
-            total += self.sums(self._relevance(query, scores, places), self.relevant[query])
+            total += self.sum_scores(self._relevance(query, scores, places), self.relevant[query])
         return total
 
-    def sums(self, relevant: Tensor, count: Tensor) -> Tensor:
-        """Sums over queries of ones, and in units of ``one``: of recall at each k, average precision, R-precision.
+    def sum_scores(self, relevant: Tensor, count: Tensor) -> Tensor:
+        """Sums over queries: their number, and in units of ``one`` recall at each k, average precision, R-precision.
 
-        ``relevant`` (Q, C) says which neighbours share the class, nearest first; ``count`` (Q,) how many there are in
-        all.
+        ``relevant`` (Q, C) marks the neighbours of the query's class, nearest first; ``count`` (Q,) is the number of
+        rows of the class.
         """
+        relevant = relevant[:, : self.widest]
         place = torch.arange(1, relevant.shape[1] + 1, device=relevant.device)
         inside = relevant & (place <= count[:, None])
         precision = torch.where(inside, inside.cumsum(dim=1).double() / place, 0.0)
-        found = [relevant[:, :n].any(dim=1).sum() * self.one for n in self.k]
-        average = self._whole(self._whole(precision).sum(dim=1).double() / self.one / count)
-        return torch.stack(
-            [count.new_tensor(len(count)), *found, average.sum(), self._whole(inside.sum(dim=1).double() / count).sum()]
-        )
+        recalls = [relevant[:, :n].any(dim=1).sum() * self.one for n in self.k]
+        average = self._to_integer(self._to_integer(precision).sum(dim=1).double() / self.one / count).sum()
+        r_precision = self._to_integer(inside.sum(dim=1).double() / count).sum()
+        return torch.stack([count.new_tensor(len(count)), *recalls, average, r_precision])
 
-    def _whole(self, x: Tensor) -> Tensor:
+    def _to_integer(self, x: Tensor) -> Tensor:
         return (x * self.one).round().long()
 
-    def _tours(self, queries: Tensor) -> Iterator[Tensor]:
-        """Queries in bunches whose neighbours fit into memory, equally many bunches on every rank."""
-        bunch = self.gallery.room.queries(self.widest + _SLACK)
-        longest = max(row_counts(len(queries), queries.device, self.gallery.group))
-        return (queries[start : start + bunch] for start in range(0, longest, bunch))
+    def _passes(self, queries: Tensor) -> Iterator[Tensor]:
+        """Queries in parts whose neighbours fit into memory; the same number of parts on every rank."""
+        size = self.gallery.sizes.queries(self.widest + _SLACK)
+        most = max(row_counts(len(queries), queries.device, self.gallery.group))
+        return (queries[start : start + size] for start in range(0, most, size))
 
-    def _found(
-        self, tour: Tensor, width: int, dtype: torch.dtype, frame: tuple[Tensor, float] | None
+    def _neighbours(
+        self, queries: Tensor, width: int, dtype: torch.dtype, frame: Frame | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Blocks of queries with the scores and places of their neighbours, nearest first."""
         start = 0
-        for nearest in self.gallery.search(self.rows[tour], self.position[tour], width, dtype, frame):
-            query = tour[start : start + nearest.queries]
+        for nearest in self.gallery.search(self.rows[queries], self.position[queries], width, dtype, frame):
+            query = queries[start : start + nearest.queries]
             start += len(query)
             yield query, *nearest.in_order()
 
@@ -304,19 +257,19 @@ class _Search:
         same = self.label_at[places.clamp(max=len(self.label_at) - 1)] == self.labels[query, None]
         return same & scores.isfinite()
 
-    def _settle(self, query: Tensor, places: Tensor, chain: Tensor, open_: Tensor) -> Tensor:
-        """The true order of the neighbours: by chain, in open chains by exact distance, then by place."""
-        row, column = torch.nonzero(open_, as_tuple=True)
+    def _true_order(self, query: Tensor, places: Tensor, chain: Tensor, uncertain: Tensor) -> Tensor:
+        """Order of neighbours by chain, in uncertain chains by exact distance, then by place."""
+        row, column = torch.nonzero(uncertain, as_tuple=True)
         exact = torch.zeros_like(places, dtype=torch.float64)
-        exact[row, column] = self.gallery.between(self.rows, query[row], places[row, column])
+        exact[row, column] = self.gallery.measure_pairs(self.rows, query[row], places[row, column])
         order = places.argsort(dim=1)
         for key in (exact, chain):
             order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
         return order
 
 
-def _class_sizes(gallery: Tensor, labels: Tensor) -> Tensor:
-    """How many rows of the gallery carry each of the labels."""
+def _count_labels(gallery: Tensor, labels: Tensor) -> Tensor:
+    """Number of gallery rows with each of the labels."""
     classes, sizes = torch.unique(gallery, return_counts=True)
     if len(classes) == 0:
         return torch.zeros_like(labels)

@@ -31,7 +31,7 @@ from lightning_rkd.distillation.lightning import (
 from lightning_rkd.distillation.step import Shown
 from lightning_rkd.distillation.teachers import BaseTeacher
 from lightning_rkd.losses.base import LossSum, RelationalLoss, Weight, weight_at
-from lightning_rkd.metrics.inputs import wants
+from lightning_rkd.metrics.inputs import update_parameters
 from lightning_rkd.utils.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts
 from lightning_rkd.utils.types import Batch, Key, Outputs, unpack
 
@@ -181,7 +181,7 @@ class DistillationModule(pl.LightningModule):
                 raise ValueError("nothing to train with: pass task_loss=..., or teacher=... and loss=...")
             if not any(p.requires_grad for p in self.student.parameters()):
                 raise ValueError("the student is frozen: none of its parameters requires a gradient")
-        measured = [name for name, metric in self._metrics().items() if "teacher" in wants(metric)]
+        measured = [name for name, metric in self._metrics().items() if "teacher" in update_parameters(metric)]
         if measured and stage != "predict" and self.distiller.teacher is None:
             raise ValueError(f"the metrics {measured} compare with the teacher: pass teacher=..., or leave them out")
         teach = stage != "predict" and bool(measured or (stage == "fit" and self.loss is not None))

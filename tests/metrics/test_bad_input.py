@@ -44,13 +44,13 @@ def check_cosine(how: Wild, n: int, width: int) -> None:
 
 
 def check_agreement(student: Wild, teacher: Wild, n: int, widths: tuple[int, int]) -> None:
-    """Finite, in bounds, and the same after both sides have been brought to ordinary magnitudes."""
-    sides = [how.of(n, width) for how, width in zip((student, teacher), widths, strict=True)]
-    values = evaluated(RelationalAgreement(k=1, triplets=20), *sides)
+    """Finite, in bounds, and the same after both have been brought to ordinary magnitudes."""
+    both = [how.of(n, width) for how, width in zip((student, teacher), widths, strict=True)]
+    values = evaluated(RelationalAgreement(k=1, triplets=20), *both)
     assert 0 <= values["neighbour_overlap_at_1"] <= 1
     assert -1.001 <= values["distance_correlation"] <= 1.001
     assert 0 <= values["angle_gap"] <= 180
-    ordinary = [x.double() / 2.0 ** math.frexp(float(x.double().abs().max()))[1] for x in sides]
+    ordinary = [x.double() / 2.0 ** math.frexp(float(x.double().abs().max()))[1] for x in both]
     assert evaluated(RelationalAgreement(k=1, triplets=20), *ordinary) == pytest.approx(values, abs=1e-6)
 
 

@@ -179,7 +179,7 @@ for engine in (None, Faiss(lists=10, probes=10)) * 3:
     values.append(round(float(metric.compute()["map_at_r"]), 5))
 assert len(set(values)) == 1, values
 alone = sys.argv[1] == "faiss"  # imported later, it takes the OpenMP that PyTorch brought
-with _faiss._threads():
+with _faiss._use_threads_of_pytorch():
     assert faiss.omp_get_max_threads() == 2
 assert faiss.omp_get_max_threads() == (before if alone else 2)
 print("done")

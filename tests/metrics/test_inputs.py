@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_rkd.metrics.inputs import computed, feed, wants
+from lightning_rkd.metrics.inputs import compute_metrics, update_metric, update_parameters
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.utils.types import Batch, Outputs
 
@@ -29,22 +29,33 @@ class Keeps(Metric):
 
 def test_every_parameter_gets_what_it_is_named_after() -> None:
     metric = Keeps()
-    feed(metric, STUDENT, BATCH, TEACHER)
+    update_metric(metric, STUDENT, BATCH, TEACHER)
     expected = (STUDENT.embedding, TEACHER.embedding, STUDENT.logits, BATCH.indices, BATCH.is_query)
     assert all(a is b for a, b in zip(metric.seen, expected, strict=True))
-    feed(metric, STUDENT, Batch(None), TEACHER)
+    update_metric(metric, STUDENT, Batch(None), TEACHER)
     assert metric.seen[3:] == (None, 7), "what is absent keeps its default"
 
 
 def test_ours_and_those_of_torchmetrics_are_fed_alike() -> None:
     metrics = {"retrieval": EmbeddingRetrieval(), "accuracy": MulticlassAccuracy(3)}
     for metric in metrics.values():
-        feed(metric, STUDENT, Batch(None, labels=BATCH.labels))
-    assert sorted(computed(metrics, "val")) == ["val/accuracy", "val/map_at_r", "val/r_precision", "val/recall_at_1"]
+        update_metric(metric, STUDENT, Batch(None, labels=BATCH.labels))
+    assert sorted(compute_metrics(metrics, "val")) == [
+        "val/accuracy",
+        "val/map_at_r",
+        "val/r_precision",
+        "val/recall_at_1",
+    ]
 
 
-def test_wants_sees_through_the_wrapping_of_update() -> None:
-    assert wants(Keeps()) == {"student": True, "teacher": True, "preds": True, "indices": False, "is_query": False}
+def test_update_parameters_sees_through_the_wrapping_of_update() -> None:
+    assert update_parameters(Keeps()) == {
+        "student": True,
+        "teacher": True,
+        "preds": True,
+        "indices": False,
+        "is_query": False,
+    }
 
 
 @pytest.mark.parametrize(
@@ -54,12 +65,12 @@ def test_wants_sees_through_the_wrapping_of_update() -> None:
 def test_what_is_missing_is_named_with_what_there_is(metric: Metric, batch: Batch, missing: str) -> None:
     message = rf"{type(metric).__name__}\.update needs \['{missing}'\].*it has \['embeddings'"
     with pytest.raises(ValueError, match=message):
-        feed(metric, STUDENT, batch)
+        update_metric(metric, STUDENT, batch)
 
 
 def test_two_metrics_may_not_share_a_key() -> None:
     metrics = {name: EmbeddingRetrieval() for name in "ab"}
     for metric in metrics.values():
-        feed(metric, STUDENT, Batch(None, labels=BATCH.labels))
+        update_metric(metric, STUDENT, Batch(None, labels=BATCH.labels))
     with pytest.raises(ValueError, match="two metrics log val/recall_at_1; give only one of them"):
-        computed(metrics, "val")
+        compute_metrics(metrics, "val")

@@ -13,7 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
-from lightning_rkd.metrics import EmbeddingRetrieval, FewShotAccuracy, RelationalAgreement, _nearest, agreement, fewshot
+from lightning_rkd.metrics import (
+    EmbeddingRetrieval,
+    FewShotAccuracy,
+    RelationalAgreement,
+    _nearest,
+    _rows,
+    agreement,
+    fewshot,
+)
 from tests.harness.ranks import Ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -38,10 +46,10 @@ def columns(metric: str) -> tuple[Tensor, ...]:
     if metric == "fewshot":  # classes of enough samples
         labels = labels // 10
     index = torch.randperm(ROWS, generator=generator) * 3
-    asks = torch.rand(ROWS, generator=generator) < 0.4
+    is_query = torch.rand(ROWS, generator=generator) < 0.4
     if metric == "agreement":
         return x @ torch.randn(WIDTH, 5, generator=generator), x, index
-    return (x, labels, index, asks) if metric == "queries" else (x, labels, index)
+    return (x, labels, index, is_query) if metric == "queries" else (x, labels, index)
 
 
 def made(metric: str, options: dict[str, Any]) -> EmbeddingRetrieval | FewShotAccuracy | RelationalAgreement:
@@ -70,8 +78,8 @@ def totals(rank: int, metric: str, shares: Shares, options: dict[str, Any]) -> l
     if isinstance(evaluation, RelationalAgreement):
         return evaluation._means(torch.device("cpu")).tolist()
     if isinstance(evaluation, FewShotAccuracy):
-        return [float(n) for n in evaluation._correct(torch.device("cpu"))]
-    with _nearest.full_precision():
+        return [float(n) for n in evaluation._count_correct(torch.device("cpu"))]
+    with _rows.full_precision():
         sums, one = evaluation._totals(torch.device("cpu"))
     return [*sums.tolist(), one, evaluation.left_out]
 
@@ -175,8 +183,8 @@ def dying(rank: int, metric: str) -> None:
     """Rank 1 is gone in the middle of the search."""
     if rank == 1:
         _nearest.Nearest.offer = lambda *args: os._exit(9)  # type: ignore[method-assign]
-        agreement._compared = lambda *args: os._exit(9)
-        fewshot.correct_queries = lambda *args: os._exit(9)
+        agreement.compare_distances = lambda *args: os._exit(9)
+        fewshot.count_correct = lambda *args: os._exit(9)
     updated(rank, metric, padded(2), {}).compute()
 
 

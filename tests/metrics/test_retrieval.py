@@ -66,10 +66,10 @@ def test_equals_pytorch_metric_learning_in_float64_with_many_neighbours() -> Non
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 def test_equals_pytorch_metric_learning_with_query_and_gallery(distance: str) -> None:
     x, y = blobs(900, 16, 40)
-    asks = torch.rand(900) < 0.3
+    is_query = torch.rand(900) < 0.3
     knn = CustomKNN(CosineSimilarity()) if distance == "cosine" else None
-    theirs = peer(knn).get_accuracy(x[asks], y[asks], x[~asks], y[~asks])
-    assert evaluate(x, y, None, asks, distance=distance) == pytest.approx(in_our_words(theirs), abs=1e-6)
+    theirs = peer(knn).get_accuracy(x[is_query], y[is_query], x[~is_query], y[~is_query])
+    assert evaluate(x, y, None, is_query, distance=distance) == pytest.approx(in_our_words(theirs), abs=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -92,13 +92,13 @@ def test_equals_the_loop_with_ties_duplicates_and_lone_classes_in_any_order_and_
     rows: Any, with_indices: bool, with_queries: bool, cosine: bool, memory: int, splits: list[int], shuffle: Any
 ) -> None:
     # one index is one sample: its row and label follow from the first that has it
-    first = {(i, asks and with_queries): (x, y) for x, y, i, asks in reversed(rows)}
+    first = {(i, is_query and with_queries): (x, y) for x, y, i, is_query in reversed(rows)}
     if with_indices:
-        rows = [(*first[i, asks and with_queries], i, asks) for _, _, i, asks in rows]
+        rows = [(*first[i, is_query and with_queries], i, is_query) for _, _, i, is_query in rows]
     if cosine:  # directions that are exact in floating point, so that the loop sees the same ties
-        rows = [([x[0], 0] if x[0] else [0, x[1]], y, i, asks) for x, y, i, asks in rows]
-    x, y, i, asks = (list(column) for column in zip(*rows, strict=True))
-    options = {"indices": i if with_indices else None, "is_query": asks if with_queries else None}
+        rows = [([x[0], 0] if x[0] else [0, x[1]], y, i, is_query) for x, y, i, is_query in rows]
+    x, y, i, is_query = (list(column) for column in zip(*rows, strict=True))
+    options = {"indices": i if with_indices else None, "is_query": is_query if with_queries else None}
     try:
         expected = retrieval(x, y, **options, k=(1, 3), cosine=cosine)
     except ZeroDivisionError:
@@ -107,8 +107,8 @@ def test_equals_the_loop_with_ties_duplicates_and_lone_classes_in_any_order_and_
         return
     if with_indices:
         shuffle.shuffle(rows)
-        x, y, i, asks = (list(column) for column in zip(*rows, strict=True))
-        options = {"indices": i, "is_query": asks if with_queries else None}
+        x, y, i, is_query = (list(column) for column in zip(*rows, strict=True))
+        options = {"indices": i, "is_query": is_query if with_queries else None}
     metric = EmbeddingRetrieval(k=(1, 3), distance="cosine" if cosine else "euclidean", working_memory=memory)
     columns = (torch.tensor(x).float(), torch.tensor(y), *_tensors(options))
     cuts = sorted({0, *(min(cut, len(x)) for cut in splits), len(x)})
@@ -131,15 +131,25 @@ def test_values_worked_out_by_hand() -> None:
     assert metric.left_out == 1
 
 
+@pytest.mark.parametrize("with_indices", [False, True])
+def test_left_out_counts_queries_without_a_row_of_their_class(with_indices: bool) -> None:
+    metric = EmbeddingRetrieval()
+    y = torch.tensor([0, 1, 2, 2, 0, 3, 3])  # of the queries 0, 1, 2, 2 the gallery 0, 3, 3 has one class
+    is_query = torch.arange(7) < 4
+    metric.update(torch.arange(7.0)[:, None], y, torch.arange(7) if with_indices else None, is_query)
+    assert values(metric)["recall_at_1"] == 1.0
+    assert metric.left_out == 3
+
+
 # ties and numerics
 
 
 def test_ties_go_to_the_lower_index_and_without_indices_to_the_earlier_row() -> None:
     x, y = torch.tensor([[0.0], [1.0], [-1.0]]), torch.tensor([0, 1, 0])
-    asks = torch.tensor([True, False, False])
-    assert evaluate(x, y, None, asks)["recall_at_1"] == 0.0
-    assert evaluate(x[[0, 2, 1]], y[[0, 2, 1]], None, asks)["recall_at_1"] == 1.0
-    assert evaluate(x, y, torch.tensor([0, 2, 1]), asks)["recall_at_1"] == 1.0
+    is_query = torch.tensor([True, False, False])
+    assert evaluate(x, y, None, is_query)["recall_at_1"] == 0.0
+    assert evaluate(x[[0, 2, 1]], y[[0, 2, 1]], None, is_query)["recall_at_1"] == 1.0
+    assert evaluate(x, y, torch.tensor([0, 2, 1]), is_query)["recall_at_1"] == 1.0
 
 
 def test_a_collapsed_network_is_scored_by_index_order() -> None:
@@ -173,19 +183,19 @@ def test_one_far_outlier_changes_nothing_for_the_others() -> None:
 def test_neighbours_closer_than_float32_can_tell_are_ordered_in_float64() -> None:
     y = torch.tensor([0, 1, 0])
     x = torch.tensor([[0.0, 0.0], [1.0 + 1e-12, 0.0], [1.0, 0.0]], dtype=torch.float64)
-    asks = torch.tensor([True, False, False])
-    assert evaluate(x, y, None, asks)["recall_at_1"] == 1.0
-    assert evaluate(x[:, [1, 0]], y, None, asks)["recall_at_1"] == 1.0
+    is_query = torch.tensor([True, False, False])
+    assert evaluate(x, y, None, is_query)["recall_at_1"] == 1.0
+    assert evaluate(x[:, [1, 0]], y, None, is_query)["recall_at_1"] == 1.0
 
 
 def test_a_zero_row_has_cosine_zero_with_everything() -> None:
     x = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 2.0], [-1.0, 1.0]])
-    asks = torch.tensor([True, False, False, False])
+    is_query = torch.tensor([True, False, False, False])
     for label_of_nearest, expected in ((2, 1.0), (1, 0.0)):
         y = torch.zeros(4, dtype=torch.int64)
         y[1:] = 1
         y[label_of_nearest] = 0
-        assert evaluate(x, y, None, asks, distance="cosine")["recall_at_1"] == expected
+        assert evaluate(x, y, None, is_query, distance="cosine")["recall_at_1"] == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -219,7 +229,7 @@ def test_reduced_matmul_precision_and_autocast_do_not_reach_the_search(word: str
         torch.set_float32_matmul_precision(before)
 
 
-def test_many_neighbours_per_query_are_searched_in_several_tours() -> None:
+def test_many_neighbours_per_query_are_searched_in_several_passes() -> None:
     x, y = blobs(1500, 6, 3)
     whole = evaluate(x, y)
     assert evaluate(x, y, working_memory=500_000) == whole
@@ -371,7 +381,7 @@ def test_a_bad_update_is_refused_and_leaves_the_state_alone(columns: tuple[Any, 
     metric = EmbeddingRetrieval()
     with pytest.raises(ValueError, match=message):
         metric.update(*columns)
-    assert metric.embeddings == metric.labels == metric.indices == metric.queries == []
+    assert metric.embeddings == metric.labels == metric.indices == metric.is_query == []
 
 
 def test_a_row_that_overflows_in_storage_is_named() -> None:
