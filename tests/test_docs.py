@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli import recipes
 from lightning_rkd.cli.experiments import plan
+from tests.harness.processes import run_script
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md"))
@@ -36,13 +36,10 @@ def name(page: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name)
 def test_the_examples_of_a_page_run_one_after_the_other(page: Path, tmp_path: Path) -> None:
-    (tmp_path / "page.py").write_text("\n".join(blocks(page, "python")))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "page.py"], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks(page, "python")))
+    code, output = run_script(script)
+    assert code == 0, output[-3000:]
 
 
 def commands() -> list[tuple[str, str]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+
+from tests.harness.processes import run_script
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -53,8 +53,8 @@ data = DataLoader(TensorDataset(torch.rand(320, 1, 28, 28), torch.randint(10, (3
 def test_every_example_runs_as_a_file_of_its_own(number: int, tmp_path: Path) -> None:
     file = tmp_path / "example.py"
     file.write_text(YOURS + BLOCKS[number] if "RelationalDistillation(" in BLOCKS[number] else BLOCKS[number])
-    done = subprocess.run([sys.executable, str(file)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    code, output = run_script(file)
+    assert code == 0, output[-3000:]
 
 
 def test_the_attach_example_ends_with_the_parameters_of_the_loss_written_by_hand(

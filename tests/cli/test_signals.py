@@ -18,9 +18,9 @@ import torch
 
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli.signals import PARENT, at_sigterm, ending_with_first_rank
-from tests.harness.processes import LETTERS, end_of, start
+from tests.harness.processes import GLYPHS, end_of, start
 
-TWO = [*LETTERS, "--data.batches_per_epoch=3", "--trainer.max_epochs=4", "--trainer.default_root_dir=run"]
+TWO = [*GLYPHS, "--data.batches_per_epoch=3", "--trainer.max_epochs=4", "--trainer.default_root_dir=run"]
 TWO += ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 

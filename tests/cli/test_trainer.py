@@ -22,9 +22,9 @@ from lightning_rkd.cli import main as cli
 from lightning_rkd.cli.trainer import WholeCheckpointIO, _OwnRows
 from lightning_rkd.data import PKBatchSampler
 from tests.harness import toys
-from tests.harness.processes import LETTERS, end_of, start
+from tests.harness.processes import GLYPHS, end_of, start
 
-TINY = [*LETTERS, "--data.batches_per_epoch=3", "--trainer.max_epochs=4", "--trainer.default_root_dir=run"]
+TINY = [*GLYPHS, "--data.batches_per_epoch=3", "--trainer.max_epochs=4", "--trainer.default_root_dir=run"]
 FIT = ["fit", "--config", "glyphs_student", *TINY]
 
 

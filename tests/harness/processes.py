@@ -1,17 +1,22 @@
-"""The command line in processes of its own, each with all that it starts in a session of its own."""
+"""The command line and scripts in processes of their own."""
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+
+import torch
 
 MAIN = "import sys; from lightning_rkd.cli.main import main; sys.exit(main())"
 
-LETTERS = [
+GLYPHS = [
     "--data.max_classes=20",
     "--data.image_size=12",
     "--data.classes_per_batch=4",
@@ -22,7 +27,7 @@ LETTERS = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]
-"""Options that make a recipe of letters small."""
+"""Options that make a recipe of glyphs small."""
 
 
 def start(*args: str, first: str = "") -> subprocess.Popen[str]:
@@ -62,3 +67,30 @@ def end_of(process: subprocess.Popen[str], within: float = 240) -> tuple[int, st
     finally:
         for pid in left(process):
             os.kill(pid, signal.SIGKILL)
+
+
+_FORKS = mp.get_context("forkserver")
+_FORKS.set_forkserver_preload(["lightning", "pytorch_metric_learning.losses", "torchvision", "lightning_rkd"])
+
+
+def run_script(file: Path, within: float = 300) -> tuple[int | None, str]:
+    """Exit code and output of a script in its own folder, run in a fork of a process that has imported Lightning."""
+    said = file.with_suffix(".out")
+    process = _FORKS.Process(target=_run_script, args=(file, said))
+    process.start()
+    process.join(within)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    return process.exitcode, said.read_text()
+
+
+def _run_script(file: Path, said: Path) -> None:
+    with said.open("w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    os.chdir(file.parent)
+    sys.argv, sys.path[0:0] = [str(file)], [str(file.parent)]
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    runpy.run_path(str(file), run_name="__main__")

@@ -20,7 +20,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_rkd.data.indexing import with_indices
-from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError
+from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError, Tap
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.rkd import RKD, RKDDistance
@@ -144,6 +144,23 @@ def test_a_batch_transform_acts_before_both_networks() -> None:
     toys.fit(ours)
     toys.fit(plain, batches=[(2 * x, y) for x, y in toys.loader()])
     assert toys.gap(ours, plain) == 0.0
+
+
+def test_views_of_the_batch_and_of_the_student_are_numbered_together() -> None:
+    class TwoPasses(toys.Backbone):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + super().forward(-x)
+
+    def pairs(batch: Batch) -> Batch:
+        return Batch(batch.inputs, batch.labels, batch.indices, view=torch.arange(8) % 2)
+
+    loss = toys.Asking()
+    at = Tap("last", at="output")
+    ours = distilling(
+        student=TwoPasses(), loss=loss, batch_transform=pairs, student_layer=at, teacher_layer=at, input_layer="first"
+    )
+    toys.fit(ours, batches=with_indices(toys.loader()))
+    assert loss.given["view"].tolist() == [0, 1] * 4 + [2, 3] * 4
 
 
 def test_an_indexed_batch_a_mapping_and_an_own_unpack_give_the_same() -> None:

@@ -127,6 +127,16 @@ def test_looking_for_sizes_leaves_the_random_numbers_of_augmentations_alone() ->
     assert toys.gap(trained(toys.Projected()), trained(toys.Projected(5, 7))) == 0.0
 
 
+@pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode:UserWarning")
+def test_a_frozen_norm_stays_frozen_when_sizes_are_looked_for() -> None:
+    student = toys.Backbone(norm=True)
+    student.norm.eval()
+    ours = DistillationModule(student, toys.teacher(), toys.Projected(), optimizer=toys.sgd)
+    toys.fit(ours)
+    assert [name for name, part in ours.student.named_modules() if not part.training] == ["norm"]
+    assert int(student.norm.num_batches_tracked) == 0
+
+
 def test_a_learning_rate_finder_finds_the_teacher_in_the_precision_of_the_student(tmp_path: Path) -> None:
     ours = module(toys.Projected())
     ours.lr = 0.1

@@ -18,9 +18,9 @@ import torch
 from lightning_rkd.cli import main as cli
 from lightning_rkd.distillation.teachers import cache_format
 from lightning_rkd.models import ConvNet
-from tests.harness.processes import LETTERS, end_of, start
+from tests.harness.processes import GLYPHS, end_of, start
 
-TINY = [*LETTERS, "--data.batches_per_epoch=2"]
+TINY = [*GLYPHS, "--data.batches_per_epoch=2"]
 
 
 @pytest.fixture(autouse=True)
