@@ -1,4 +1,4 @@
-"""Docstrings for the site: what Sphinx would understand, in the words of Markdown."""
+"""Docstrings for the site: Sphinx markup converted to Markdown."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import griffe
 
 
 def markdown(text: str) -> str:
-    """Equations and roles as Markdown has them.
+    """Convert equations and roles to Markdown.
 
     >>> markdown("The loss :math:`x^2` of :class:`~a.b.C`.")
     'The loss $x^2$ of `C`.'
     """
     text = re.sub(r"^\.\. math::[ ]*(.*(?:\n(?:[ \t]+.*|[ \t]*$))*)", _block, text, flags=re.MULTILINE)
-    text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)  # whose code is then read as code
+    text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)  # griffe reads these as code
     text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
     return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
 
@@ -29,9 +29,9 @@ def _block(found: re.Match[str]) -> str:
 
 
 class Markdown(griffe.Extension):
-    """Rewrites every docstring before it is parsed."""
+    """Converts every docstring before it is parsed."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Of whatever has one."""
+        """Convert the docstring of an object that has one."""
         if obj.docstring is not None:
             obj.docstring.value = markdown(obj.docstring.value)

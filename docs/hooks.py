@@ -1,4 +1,4 @@
-"""What mkdocs cannot read off docs/: a reference page for every public package, the notebooks, and equations.
+"""Generated pages of the site: the reference, the notebooks, CONTRIBUTING and its architecture; and equations.
 
 Hooks of mkdocs; ``make docs`` builds the site.
 """
@@ -33,11 +33,11 @@ PACKAGES = {
     "lightning_rkd.export": "Export",
     "lightning_rkd.functional": "Functional",
 }
-"""Whose public names are the reference."""
+"""Packages in the reference, with the titles of their pages."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Fill in the parts of the navigation that are read off folders and packages."""
+    """Fill in the navigation of notebooks and reference."""
     parts = {
         "Notebooks": [{title(path): f"notebooks/{path.stem}.md"} for path in notebooks()],
         "Reference": [{words: f"reference/{package.replace('.', '_')}.md"} for package, words in PACKAGES.items()],
@@ -49,12 +49,13 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made here."""
+    """Add the generated pages."""
     for package, words in PACKAGES.items():
         page = f"reference/{package.replace('.', '_')}.md"
         files.append(File.generated(config, page, content=reference(package, words)))
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     files.append(File.generated(config, "contributing.md", content=contributing))
+    files.append(File.generated(config, "architecture.md", content=architecture(contributing)))
     for path in notebooks():
         body, images = converted(path)
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=body))
@@ -64,7 +65,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_content(content: str, **kwargs: Any) -> str:
-    """Equations become MathML, which browsers draw without a script."""
+    """Convert equations to MathML, which browsers draw without a script."""
     return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _mathml, content, flags=re.DOTALL)
 
 
@@ -73,23 +74,32 @@ def _mathml(found: re.Match[str]) -> str:
     text = re.sub(r"\\[bB]igg?[lrm]?(?=\\)", "", text)  # the converter knows these before brackets only
     text = re.sub(r"\\arg(?![a-z])", r"\\operatorname{arg}", text)
     display = "block" if found[1] == "div" else "inline"
-    shown = latex2mathml.converter.convert(" ".join(text.split()), display=display)
-    return f'<div class="equation">{shown}</div>' if display == "block" else shown
+    mathml = latex2mathml.converter.convert(" ".join(text.split()), display=display)
+    return f'<div class="equation">{mathml}</div>' if display == "block" else mathml
+
+
+def architecture(contributing: str) -> str:
+    """The section "Architecture" as a page.
+
+    >>> architecture("# Contributing\\n## Architecture\\nFolders.\\n## Style\\n")
+    '# Architecture\\nFolders.\\n'
+    """
+    return re.sub(r".*^## (Architecture$.*?)^## .*", r"# \1", contributing, flags=re.MULTILINE | re.DOTALL)
 
 
 def reference(package: str, words: str) -> str:
-    """A page with all public names of a package, in the order of the alphabet."""
+    """A page with the public names of a package in alphabetical order."""
     module = import_module(package)
     lines = [f"# {words}", f"`{package}`: {(module.__doc__ or '').strip().splitlines()[0]}"]
     for path in public(package):
         if package == "lightning_rkd" and any(path in public(other) for other in PACKAGES if other != package):
-            continue  # it has its place there
+            continue
         lines += [f"::: {path}", "    options: {heading_level: 2}"]
     return "\n\n".join(lines[:2]) + "\n\n" + "\n".join(lines[2:]) + "\n"
 
 
 def public(package: str) -> list[str]:
-    """Where the public names of a package are defined.
+    """Full paths of the public names of a package.
 
     >>> "lightning_rkd.losses.rkd.RKD" in public("lightning_rkd.losses")
     True
@@ -101,7 +111,7 @@ def public(package: str) -> list[str]:
 
 
 def notebooks() -> list[Path]:
-    """In the order in which they are read."""
+    """The notebooks, in reading order."""
     return sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -112,12 +122,12 @@ def title(path: Path) -> str:
 
 
 def converted(path: Path) -> tuple[str, dict[str, bytes]]:
-    """A notebook as it was executed, and its pictures."""
+    """An executed notebook as Markdown, and its images."""
     body, resources = MarkdownExporter().from_notebook_node(nbformat.read(path, as_version=4))
     images = resources["outputs"]
     for name in images:
         body = body.replace(f"]({name})", f"]({path.stem}_files/{name})")
-    body = re.sub(r"\]\(\.\./docs/", "](../", body)  # as a notebook refers to the pages
+    body = re.sub(r"\]\(\.\./docs/", "](../", body)
     body = body.replace("](../CONTRIBUTING.md)", "](../contributing.md)")
     body = re.sub(r"\]\((\d\d_\w+)\.ipynb\)", r"](\1.md)", body)
     return body, images
