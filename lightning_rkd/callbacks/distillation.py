@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lightning_rkd.callbacks.attached_losses import AttachedLosses, join_optimizer, losses_with_tensors
 from lightning_rkd.callbacks.method_patch import MethodPatch, unwrap_batches
-from lightning_rkd.data.indexing import samples_of, to_batch
+from lightning_rkd.data.indexing import to_batch
+from lightning_rkd.data.loaders import count_samples
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.features import CaptureError, Layer, LayerNotFoundError, find_layer
 from lightning_rkd.distillation.finite_checks import refuse_broken_weights
@@ -214,7 +215,7 @@ class RelationalDistillation(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the training samples, should a loss have to be told their number."""
-        if (samples := samples_of(trainer.train_dataloader)) is not None:
+        if (samples := count_samples(trainer.train_dataloader)) is not None:
             self.distiller.known_sizes = {"num_samples": samples}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

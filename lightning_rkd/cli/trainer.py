@@ -20,7 +20,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from lightning_rkd.cli.signals import pass_sigterm_on
-from lightning_rkd.data.indexing import loaders_in
+from lightning_rkd.data.loaders import list_loaders
 from lightning_rkd.utils.distributed import gather_objects, run_on_all_ranks
 from lightning_rkd.utils.files import check_file, write_whole
 
@@ -180,7 +180,7 @@ class _OwnRows(pl.Callback):
         """Refuse several devices then."""
         if trainer.world_size == 1 or trainer._accelerator_connector.use_distributed_sampler:
             return
-        for loader in loaders_in(trainer.train_dataloader):
+        for loader in list_loaders(trainer.train_dataloader):
             plain = type(getattr(loader, "batch_sampler", None)) is BatchSampler
             if plain and isinstance(loader.sampler, RandomSampler | SequentialSampler):
                 raise ValueError(

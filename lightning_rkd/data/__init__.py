@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_rkd.data.datasets.images import QuerySubset as QuerySubset
     from lightning_rkd.data.indexing import IndexedBatch as IndexedBatch
     from lightning_rkd.data.indexing import with_indices as with_indices
-    from lightning_rkd.data.loader import ResumableLoader as ResumableLoader
+    from lightning_rkd.data.resumable_loader import ResumableLoader as ResumableLoader
     from lightning_rkd.data.samplers.episodes import episode_sampler as episode_sampler
     from lightning_rkd.data.samplers.pk import Draw as Draw
     from lightning_rkd.data.samplers.pk import PKBatchSampler as PKBatchSampler

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.data.datasets.images import AugmentedSubset
-from lightning_rkd.data.indexing import root_of
+from lightning_rkd.data.indexing import find_root
 
 _MOST_BYTES = 1 << 28
 
@@ -30,7 +30,7 @@ def describe_dataset(dataset: Any) -> dict[str, str]:
         >>> about["class"], about["length"], about["transform"]
         ('torch.utils.data.dataset.TensorDataset', '3', 'none')
     """
-    root, subset = root_of(dataset), find_views(dataset)
+    root, subset = find_root(dataset), find_views(dataset)
     attributes = sorted(getattr(root, "__dict__", {}).items())
     transforms = [f"{k}={without_addresses(repr(v))}" for k, v in attributes if "transform" in k and v is not None]
     digest = hashlib.sha256()
@@ -53,7 +53,7 @@ def describe_dataset(dataset: Any) -> dict[str, str]:
 def find_views(dataset: Any) -> AugmentedSubset | None:
     """The :class:`~lightning_rkd.data.AugmentedSubset` with a number of ``views`` above the root data set, if any."""
     while not isinstance(dataset, AugmentedSubset):
-        if dataset is root_of(dataset):
+        if dataset is find_root(dataset):
             return None
         dataset = dataset.dataset
     return None if dataset.views is None else dataset

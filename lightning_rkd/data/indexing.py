@@ -1,23 +1,15 @@
-"""Batches that know which rows of the data set they hold."""
+"""Batches that carry the rows of the data set they come from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    SequentialSampler,
-    Subset,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from lightning_rkd.utils.types import Batch
 
@@ -27,15 +19,19 @@ class _Movable(Protocol):
     def to(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+@runtime_checkable
+class _Pinnable(Protocol):
+    def pin_memory(self) -> Any: ...
+
+
 @dataclass(init=False)
 class IndexedBatch:
-    """What a loader yielded, and the rows of the root data set it came from.
+    """A loader's batch, and the rows of the root data set it comes from.
 
     Attributes:
         batch: The batch as the loader would have yielded it.
-        indices: Row of each sample in the root data set, shape (N,), int64, on the CPU or moved along.
-        epoch: The epoch in which the samples were drawn, where the sampler says
-            (:class:`~lightning_rkd.data.Draw`).
+        indices: Row of each sample in the root data set, (N,), int64.
+        epoch: The epoch in which the samples were drawn, if the sampler tells (:class:`~lightning_rkd.data.Draw`).
         host_indices: The indices on the CPU, once ``indices`` have been moved.
     """
 
@@ -44,10 +40,10 @@ class IndexedBatch:
 
     def __init__(self, batch: Any, indices: Tensor, epoch: int = 0, host_indices: Tensor | None = None) -> None:
         self.batch, self.indices = batch, indices
-        self.epoch, self.host_indices = epoch, host_indices  # no fields: Lightning takes the size of a batch from those
+        self.epoch, self.host_indices = epoch, host_indices  # not fields: Lightning finds a batch's size among those
 
     def to(self, *args: Any, **kwargs: Any) -> IndexedBatch:
-        """Move everything inside that can be moved, as ``Tensor.to`` would a tensor; indices keep their type.
+        """Move or cast everything inside, as ``Tensor.to`` would; indices keep their type.
 
         Example:
             >>> moved = IndexedBatch((torch.zeros(2, 3), ["a", "b"]), torch.tensor([4, 7])).to("cpu")
@@ -61,18 +57,13 @@ class IndexedBatch:
         return IndexedBatch(batch, indices, self.epoch, host)
 
     def pin_memory(self) -> IndexedBatch:
-        """Copy every tensor to page-locked memory; a :class:`~torch.utils.data.DataLoader` calls this."""
+        """Copy every tensor to page-locked memory, for a :class:`~torch.utils.data.DataLoader`."""
         batch = apply_to_collection(self.batch, _Pinnable, lambda x: x.pin_memory())
         return IndexedBatch(batch, self.indices.pin_memory(), self.epoch, self.host_indices)
 
 
-@runtime_checkable
-class _Pinnable(Protocol):
-    def pin_memory(self) -> Any: ...
-
-
 def to_batch(batch: Any, unpack: Callable[[Any], Batch]) -> Batch:
-    """What ``unpack`` makes of a batch, with the indices of an :class:`IndexedBatch` unless it finds some itself.
+    """Apply ``unpack`` to a batch, and add the indices of an :class:`IndexedBatch` unless it finds some in the batch.
 
     Example:
         >>> to_batch(IndexedBatch(torch.ones(2, 3), torch.tensor([4, 7])), Batch).indices
@@ -87,14 +78,14 @@ def to_batch(batch: Any, unpack: Callable[[Any], Batch]) -> Batch:
 
 
 def with_indices(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """The same loader, yielding :class:`IndexedBatch`.
+    """Rebuild a loader so that it yields :class:`IndexedBatch`.
 
-    An index is the row in the *root* data set: :class:`~torch.utils.data.Subset`, however deep, is looked through;
-    every other data set (a ``ConcatDataset`` too) is a root. Sampler, batch sampler, workers, ``collate_fn``,
-    pinning, generator and ``worker_init_fn`` are kept, so the batches are those of the original loader.
+    An index is the row in the *root* data set, below any depth of :class:`~torch.utils.data.Subset`; every other data
+    set (a ``ConcatDataset`` too) is a root. Sampler, batch sampler, workers, ``collate_fn``, pinning, generator and
+    ``worker_init_fn`` are kept, so the batches are those of the original loader.
 
     Args:
-        loader: Any loader over a map-style data set. A loader that already yields indices is returned as it is. A
+        loader: Any loader over a map-style data set. A loader that already yields indices is returned unchanged. A
             subclass of ``DataLoader`` keeps its class, unless it has an ``__init__`` of its own.
 
     Returns:
@@ -130,27 +121,20 @@ def with_indices(loader: DataLoader[Any]) -> DataLoader[Any]:
             f"with_indices cannot rebuild a {type(loader).__name__}, which has an __init__ and an __iter__ of its own: "
             "apply with_indices to the DataLoader inside it"
         )
-    kind = DataLoader if own_init else type(loader)
-    if loader.batch_size is None:
-        batching: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
-    else:
-        batching = {"batch_size": loader.batch_size, "sampler": loader.sampler, "drop_last": loader.drop_last}
+    batching = ("batch_sampler",) if loader.batch_size is None else ("batch_size", "sampler", "drop_last")
+    others = [
+        "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator",
+        "prefetch_factor", "persistent_workers", "in_order",
+    ]  # fmt: skip
     if loader.pin_memory_device:
-        batching["pin_memory_device"] = loader.pin_memory_device
-    return kind(
+        others.append("pin_memory_device")
+    kind: Any = DataLoader if own_init else type(loader)
+    rebuilt: DataLoader[Any] = kind(
         _WithIndices(data),
-        **batching,
-        num_workers=loader.num_workers,
-        collate_fn=_Collate(loader.collate_fn),  # type: ignore[arg-type]
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-        in_order=loader.in_order,
+        collate_fn=_Collate(loader.collate_fn),
+        **{name: getattr(loader, name) for name in (*batching, *others)},
     )
+    return rebuilt
 
 
 @dataclass(slots=True)
@@ -170,13 +154,12 @@ class _WithIndices(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.dataset[index], root_row(self.dataset, index)
+        return self.dataset[index], find_root_row(self.dataset, index)
 
     def __getitems__(self, indices: Sequence[int]) -> _Fetched:
-        rows = [root_row(self.dataset, i) for i in indices]
-        fetch = getattr(self.dataset, "__getitems__", None)
+        rows = [find_root_row(self.dataset, i) for i in indices]
         epoch = getattr(indices[0], "epoch", 0) if rows else 0
-        return _Fetched(fetch(indices) if fetch else [self.dataset[i] for i in indices], rows, epoch)
+        return _Fetched(fetch_samples(self.dataset, indices), rows, epoch)
 
 
 class _Collate:
@@ -188,11 +171,35 @@ class _Collate:
         return IndexedBatch(self.collate(fetched.samples), rows, fetched.epoch)
 
 
-def root_row(dataset: Any, index: int) -> int:
-    """The row of the root data set that ``dataset[index]`` shows, through any depth of ``Subset``.
+def fetch_samples(dataset: Any, indices: Sequence[int]) -> Any:
+    """Samples of a map-style data set, at once where it can, as a loader fetches them."""
+    fetch = getattr(dataset, "__getitems__", None)
+    return fetch(indices) if fetch else [dataset[i] for i in indices]
+
+
+def get_collate(loader: DataLoader[Any]) -> Callable[[Any], Any]:
+    """``collate_fn`` of a loader without the part that adds indices."""
+    collate = loader.collate_fn
+    return collate.collate if isinstance(collate, _Collate) else collate
+
+
+def find_root(dataset: Any) -> Any:
+    """The data set below any depth of ``Subset``.
 
     Example:
-        >>> root_row(Subset(Subset(range(9), [8, 6, 4]), [2, 0]), 0)
+        >>> find_root(Subset(Subset(range(9), [8, 6, 4]), [2, 0]))
+        range(0, 9)
+    """
+    while isinstance(dataset, Subset | _WithIndices):
+        dataset = dataset.dataset
+    return dataset
+
+
+def find_root_row(dataset: Any, index: int) -> int:
+    """The row of the root data set that ``dataset[index]`` comes from.
+
+    Example:
+        >>> find_root_row(Subset(Subset(range(9), [8, 6, 4]), [2, 0]), 0)
         4
     """
     while True:
@@ -207,151 +214,15 @@ def root_row(dataset: Any, index: int) -> int:
         dataset, index = dataset.dataset, dataset.indices[row]
 
 
-class RowNumbers:
-    """Numbers the rows of one pass over an evaluation loader on one of several ranks.
-
-    A distributed sampler repeats rows to fill its last batch; only those who know the numbers count them once.
-
-    Args:
-        loader: The rank's own loader.
-        ranks: How many ranks there are; one alone needs no numbers.
-    """
-
-    def __init__(self, loader: Any, ranks: int) -> None:
-        self.ranks, self.position = ranks, 0
-        self.order = _rows_in_order(loader) if ranks > 1 else None
-
-    def number(self, batch: Batch, rows: int, device: torch.device, *, needed: bool) -> None:
-        """Give the next batch its indices, where it has none and the sampler tells them.
-
-        Args:
-            batch: The batch, in the order of the loader.
-            rows: How many rows it has.
-            device: Where the indices are wanted.
-            needed: Whether somebody counts rows by their indices.
-
-        Raises:
-            ValueError: They are needed on several ranks, and cannot be known.
-        """
-        if batch.indices is None and self.order is not None:
-            own = self.order[self.position : self.position + rows]
-            batch.indices = torch.tensor(own, dtype=torch.int64, device=device)
-        self.position += rows
-        if batch.indices is None and self.ranks > 1 and needed:
-            raise ValueError(
-                f"on {self.ranks} devices the rows that a distributed sampler repeats must be known to be counted "
-                "once, and this loader's sampler does not tell them: wrap it, with_indices(loader), or name the entry "
-                "of the batch that holds them, indices=..."
-            )
-
-
-def _rows_in_order(loader: Any) -> list[int] | None:
-    """The data set rows this rank's loader yields, in order, where its sampler tells without being disturbed."""
-    if not isinstance(loader, DataLoader) or type(loader.batch_sampler) is not BatchSampler:
-        return None
-    # not their subclasses: Lightning wraps other samplers in one, and asking a random one changes what it says next
-    if type(loader.sampler) in (DistributedSampler, SequentialSampler):
-        return [root_row(loader.dataset, row) for row in loader.sampler]
-    return None
-
-
-def root_of(dataset: Any) -> Any:
-    """The data set at the bottom of any depth of ``Subset``.
+def count_root_rows(dataset: Any) -> int | None:
+    """Number of rows of the root data set, one more than the largest index; ``None`` where it has no size.
 
     Example:
-        >>> root_of(Subset(Subset(range(9), [8, 6, 4]), [2, 0]))
-        range(0, 9)
-    """
-    while isinstance(dataset, Subset | _WithIndices):
-        dataset = dataset.dataset
-    return dataset
-
-
-def number_batches(loaders: Any) -> Any:
-    """The same loaders through :func:`with_indices`: one, a mapping, a sequence, or Lightning's ``CombinedLoader``.
-
-    Raises:
-        TypeError: A loader that has no rows to number.
-    """
-    if isinstance(getattr(loaders, "iterables", None), Mapping | list | tuple):
-        return type(loaders)(number_batches(loaders.iterables), loaders._mode)
-    if isinstance(loaders, Mapping):
-        return {key: number_batches(loader) for key, loader in loaders.items()}
-    if isinstance(loaders, list | tuple):
-        return type(loaders)(number_batches(loader) for loader in loaders)
-    return with_indices(loaders)
-
-
-def loaders_in(loaders: Any) -> list[Any]:
-    """The loaders in a mapping, a sequence or Lightning's ``CombinedLoader``; or the one that it is."""
-    loaders = getattr(loaders, "iterables", loaders)
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    if isinstance(loaders, list | tuple):
-        return [one for each in loaders for one in loaders_in(each)]
-    return [] if loaders is None else [loaders]
-
-
-def plain_collate(loader: DataLoader[Any]) -> Callable[[Any], Any]:
-    """What makes a batch of samples in a loader, with or without indices."""
-    collate = loader.collate_fn
-    return collate.collate if isinstance(collate, _Collate) else collate
-
-
-def root_size(dataset: Any) -> int | None:
-    """How many rows the root data set has, one more than the largest index there can be; ``None`` where it has no size.
-
-    Example:
-        >>> root_size(Subset(Subset(range(9), [8, 6, 4]), [2, 0]))
+        >>> count_root_rows(Subset(Subset(range(9), [8, 6, 4]), [2, 0]))
         9
     """
-    dataset = root_of(dataset)
+    dataset = find_root(dataset)
     try:
         return None if isinstance(dataset, IterableDataset) else len(dataset)
     except (TypeError, NotImplementedError):
         return None
-
-
-def samples_of(loader: Any) -> int | None:
-    """The size of the root data set behind a loader; ``None`` where it is not known.
-
-    Example:
-        >>> samples_of(DataLoader(range(9), batch_size=4)), samples_of(DataLoader([range(4)], batch_size=None))
-        (9, None)
-    """
-    batches = isinstance(loader, DataLoader) and loader.batch_sampler is not None  # else its rows are batches already
-    return root_size(loader.dataset) if batches else None
-
-
-def first_samples(loaders: Any, count: int = 2) -> Any:
-    """A batch of the first samples, as the steps would see it; ``None`` where a loader is not of the map style.
-
-    Neither a sampler nor a worker is started. Several loaders, in a mapping, a sequence or Lightning's
-    ``CombinedLoader``, give a batch of batches.
-
-    Example:
-        >>> loader = DataLoader(range(5), batch_size=4, shuffle=True)
-        >>> first_samples(loader), first_samples({"a": loader})
-        (tensor([0, 1]), {'a': tensor([0, 1])})
-    """
-    loaders = getattr(loaders, "iterables", loaders)
-    if isinstance(loaders, Mapping):
-        batches = {key: first_samples(loader, count) for key, loader in loaders.items()}
-        return None if any(batch is None for batch in batches.values()) else batches
-    if isinstance(loaders, list | tuple):
-        parts = [first_samples(loader, count) for loader in loaders]
-        return None if not parts or any(part is None for part in parts) else parts
-    return _first_samples(loaders, count)
-
-
-def _first_samples(loader: Any, count: int) -> Any:
-    dataset = getattr(loader, "dataset", None)
-    if not isinstance(loader, DataLoader) or root_size(dataset) is None:
-        return None
-    rows = range(min(count, len(loader.dataset)))  # type: ignore[arg-type] # a sized one
-    if isinstance(dataset, _WithIndices):
-        return loader.collate_fn(dataset.__getitems__(rows))  # type: ignore[arg-type] # its own collate_fn
-    if loader.batch_sampler is None:
-        return loader.collate_fn(loader.dataset[0]) if rows else None
-    fetch = getattr(dataset, "__getitems__", None)
-    return loader.collate_fn(fetch(list(rows)) if fetch else [loader.dataset[i] for i in rows])

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torchmetrics import Metric
 
-from lightning_rkd.data.indexing import RowNumbers, loaders_in
+from lightning_rkd.data.loaders import list_loaders
+from lightning_rkd.data.row_numbers import RowNumbers
 from lightning_rkd.metrics.inputs import compute_metrics, update_metric, update_parameters
 from lightning_rkd.utils.types import Batch, Outputs
 
@@ -31,7 +32,7 @@ class Evaluation:
     """
 
     def __init__(self, metrics: Mapping[str, Metric], loaders: Any, ranks: int, device: torch.device | str) -> None:
-        each = loaders_in(loaders)
+        each = list_loaders(loaders)
         self.metrics = [dict(metrics), *({name: m.clone() for name, m in metrics.items()} for _ in each[1:])]
         self._numbers = [RowNumbers(loader, ranks) for loader in each]
         for metric in (m for own in self.metrics for m in own.values()):

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_rkd.data.indexing import number_batches
+from lightning_rkd.data.loaders import number_batches
 from lightning_rkd.distillation.finite_checks import refuse_broken_weights
 from lightning_rkd.losses.base import Term
 from lightning_rkd.losses.parts.state import StepState

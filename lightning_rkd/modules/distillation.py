@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_rkd.data.indexing import first_samples, samples_of, to_batch
+from lightning_rkd.data.indexing import to_batch
+from lightning_rkd.data.loaders import count_samples, load_first_samples
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.evaluation import Evaluation
 from lightning_rkd.distillation.features import CaptureError, Layer
@@ -383,7 +384,7 @@ class DistillationModule(pl.LightningModule):
                     f"the networks, asked for their widths before training, failed ({error}): set example_input_array, "
                     f"or pass {cure}"
                 ) from error
-        self.distiller.materialize(shown, samples_of(loader))
+        self.distiller.materialize(shown, count_samples(loader))
         cure = ", ".join(term.loss.suggest_call({}) for term in unsized)
         refuse_averages(self.trainer.callbacks, f"tell the losses their sizes, {cure}")  # type: ignore[attr-defined]
 
@@ -394,7 +395,7 @@ class DistillationModule(pl.LightningModule):
             (example,) = example
         if isinstance(example, Tensor | Mapping) and not self.distiller.teacher_needs_indices:
             return Batch(example)
-        batch = first_samples(loader)
+        batch = load_first_samples(loader)
         if batch is None:
             return None
         transform = copy.deepcopy(self.batch_transform)  # it may count its steps

@@ -16,7 +16,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_rkd.data.indexing import first_samples, to_batch
+from lightning_rkd.data.indexing import to_batch
+from lightning_rkd.data.loaders import load_first_samples
 from lightning_rkd.distillation.features import Layer
 from lightning_rkd.distillation.lightning import hand_back_after_exceptions, save_plain_hyperparameters
 from lightning_rkd.distillation.teachers import Teacher
@@ -202,7 +203,7 @@ class AttentionGraphEstimator(pl.LightningModule):
         trainer: Any = self.trainer
         loops = {"fit": trainer.fit_loop, "validate": trainer.validate_loop, "test": trainer.test_loop}
         with isolate_rng(include_cuda=False):
-            batch = first_samples(loops[stage]._data_source.dataloader())
+            batch = load_first_samples(loops[stage]._data_source.dataloader())
             if batch is None:
                 raise ValueError(
                     "AttentionGraphEstimator does not know the channels of the teacher's maps, and the loader is none "

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Subs
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
-from lightning_rkd.data.indexing import IndexedBatch, _rows_in_order, with_indices
+from lightning_rkd.data.indexing import IndexedBatch, with_indices
+from lightning_rkd.data.row_numbers import _read_order
 from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError, Tap
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
@@ -156,13 +157,13 @@ def test_what_cannot_work_fails_with_the_cure(kind: Any, callback: Any, error: A
 
 def test_rows_are_known_of_samplers_that_repeat_themselves_and_of_no_others() -> None:
     data = Subset(toys.Rows(20), [5, 6, 7, 8, 9])
-    assert _rows_in_order(DataLoader(data, batch_size=2)) == [5, 6, 7, 8, 9]
+    assert _read_order(DataLoader(data, batch_size=2)) == [5, 6, 7, 8, 9]
     sampler = DistributedSampler(data, num_replicas=2, rank=1, shuffle=False)
-    assert _rows_in_order(DataLoader(data, sampler=sampler)) == [6, 8, 5], "the last is padding"
+    assert _read_order(DataLoader(data, sampler=sampler)) == [6, 8, 5], "the last is padding"
 
     class Own(DistributedSampler[Any]):
         pass
 
     for other in (RandomSampler(data), Own(data, num_replicas=2, rank=0)):
-        assert _rows_in_order(DataLoader(data, sampler=other)) is None
-    assert _rows_in_order([1, 2]) is None
+        assert _read_order(DataLoader(data, sampler=other)) is None
+    assert _read_order([1, 2]) is None

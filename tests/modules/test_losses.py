@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_rkd.data.indexing import first_samples, root_size, samples_of, with_indices
+from lightning_rkd.data.indexing import count_root_rows, with_indices
+from lightning_rkd.data.loaders import count_samples, load_first_samples
 from lightning_rkd.distillation.gradient_balance import balance_weights
 from lightning_rkd.losses.base import RelationalLoss, named_terms
 from lightning_rkd.losses.rkd import RKD, RKDDistance
@@ -357,23 +358,28 @@ def test_first_samples_are_as_the_steps_would_see_them() -> None:
     loader = toys.loader(shuffle=True)
     x, y = loader.dataset.tensors
     state = copy.deepcopy(torch.get_rng_state())
-    first = first_samples(loader)
+    first = load_first_samples(loader)
     assert torch.equal(first[0], x[:2])
     assert torch.equal(first[1], y[:2])
     several = {"a": [loader], "b": with_indices(loader)}
-    for together in (first_samples(several), first_samples(CombinedLoader(several))):
+    for together in (load_first_samples(several), load_first_samples(CombinedLoader(several))):
         assert torch.equal(together["a"][0][0], x[:2])
         assert together["b"].indices.tolist() == [0, 1]
     assert torch.equal(torch.get_rng_state(), state)
-    assert first_samples([1, 2, 3]) is None
-    assert first_samples([loader, 1]) is None
+    assert load_first_samples([1, 2, 3]) is None
+    assert load_first_samples([loader, 1]) is None
 
 
 def test_the_number_of_samples_is_known_of_sized_loaders_only() -> None:
     loader = toys.loader()
-    assert root_size(with_indices(loader).dataset) == samples_of(loader) == samples_of(with_indices(loader)) == 40
-    assert samples_of(DataLoader(list(range(9)), 4)) == 9
-    assert samples_of(DataLoader(list(loader), batch_size=None)) is None, "of batches"
-    assert samples_of(DataLoader(Stream(), 8)) is None
-    assert samples_of({"a": loader}) is None
-    assert root_size(object()) is None
+    assert (
+        count_root_rows(with_indices(loader).dataset)
+        == count_samples(loader)
+        == count_samples(with_indices(loader))
+        == 40
+    )
+    assert count_samples(DataLoader(list(range(9)), 4)) == 9
+    assert count_samples(DataLoader(list(loader), batch_size=None)) is None, "of batches"
+    assert count_samples(DataLoader(Stream(), 8)) is None
+    assert count_samples({"a": loader}) is None
+    assert count_root_rows(object()) is None

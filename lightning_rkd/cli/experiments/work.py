@@ -16,7 +16,7 @@ import torch
 from lightning_rkd.cli.experiments import runs as study
 from lightning_rkd.cli.experiments.runs import Run
 from lightning_rkd.cli.experiments.settings import with_settings
-from lightning_rkd.data.indexing import root_size
+from lightning_rkd.data.indexing import count_root_rows
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.distillation.teachers.cache_writer import write_cache
 from lightning_rkd.utils.provenance import hardware
@@ -72,7 +72,7 @@ def _fill(task: dict[str, Any], report: Report) -> None:
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
     loader = cli.datamodule.train_dataloader()
-    report({"event": "begin", "first": 0, "steps": root_size(loader.dataset), "unit": "images"})
+    report({"event": "begin", "first": 0, "steps": count_root_rows(loader.dataset), "unit": "images"})
     write_cache(
         folder,
         teacher,

@@ -1,26 +1,26 @@
-"""What data sets share whose archives hold one file per image and say which class and part each belongs to."""
+"""Base of the data sets whose archives hold one file per image and lists of their classes and parts."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from lightning_rkd.data.datamodules.base import ImageDataModule, LabelledImages
 from lightning_rkd.data.datamodules.splits import ClassSplit, hold_out
+from lightning_rkd.data.datasets.archives import check_counts
 from lightning_rkd.data.datasets.files import load_files
-from lightning_rkd.data.transforms.augment import Augment
 from lightning_rkd.data.transforms.crop import CentreCrop, Crop
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""What networks that learnt on ImageNet expect images to be normalised with."""
+"""Normalisation of images for networks that were trained on ImageNet."""
 
 
 class Listing(NamedTuple):
-    """What an archive says of its images.
+    """Content of an archive's lists.
 
     Attributes:
         paths: N files.
@@ -28,9 +28,10 @@ class Listing(NamedTuple):
         class_names: Name of every class.
         train: The training classes.
         test: The test classes.
-        validation: The validation classes, where they are published; otherwise they come out of the training classes.
-        official: Which images are test images, where the split is one of images.
-        is_query: Which images ask, where others are their gallery.
+        validation: The validation classes, where they are published; otherwise they are taken from the training
+            classes.
+        official: Marks the test images, where images are divided.
+        is_query: Marks the queries among the test images, where the others are their gallery.
     """
 
     paths: list[Path]
@@ -42,39 +43,44 @@ class Listing(NamedTuple):
     official: list[bool] | None = None
     is_query: list[bool] | None = None
 
+    def count_content(self) -> dict[str, int]:
+        """Numbers of images and classes."""
+        return {
+            "images": len(self.paths),
+            "test images": sum(self.official or ()),
+            "queries": sum(self.is_query or ()),
+            "classes": len(self.class_names),
+            "training classes": len(self.train),
+            "validation classes": len(self.validation or ()),
+            "test classes": len(self.test),
+        }
+
 
 class OfficialDataModule(ImageDataModule):
-    """Base of the data sets with one file per image; a data set is one method, :meth:`listing`, and its sizes.
+    """Base of the data sets with one file per image; a data set is one method, :meth:`read_lists`, and its sizes.
 
-    Images are brought to ``image_size`` x ``image_size`` without cropping. Training crops a square of ``crop_size`` at
-    random and mirrors half of the images, validation and test take the middle. Networks see them normalised as
-    ImageNet's.
+    Images are resized to ``image_size`` x ``image_size`` without cropping. Training crops a square of ``crop_size`` at
+    random and mirrors half of the images, validation and test crop the middle. Images are normalised as ImageNet's.
 
     Args:
-        root: The folder with the archive, or with what it holds.
-        image_size: Side that images are brought to; ``None`` takes what is usual for the data set.
-        crop_size: Side of what networks see; ``None`` takes what is usual for the data set.
-        in_memory: Whether images are decoded once and kept as bytes, or decoded whenever they are asked for, which
-            wants ``num_workers``; ``None`` keeps small data sets.
-        skip_damaged: Whether to read all images first and leave out those that are damaged; an error otherwise.
+        root: The folder with the archive, or with its content.
+        image_size: Height and width of the resized images; ``None`` takes what is usual for the data set.
+        crop_size: Height and width of the networks' inputs; ``None`` takes what is usual for the data set.
+        in_memory: Whether images are decoded once and kept as bytes, or decoded on access, which needs
+            ``num_workers``; ``None`` keeps small data sets.
+        skip_damaged: Whether to read all images first and leave out damaged ones; an error otherwise.
         check: Whether numbers of images and classes, and checksums, must be the published ones.
-        download: Whether to fetch the archive, where there is a direct address.
-        classes_per_batch: P, per device.
-        samples_per_class: K.
-        batches_per_epoch: Batches per epoch and device; ``None`` shows about as many images as there are.
+        download: Whether to download the archive, where there is a direct address.
         eval_batch_size: Batch size of validation, test and prediction.
-        num_workers: Worker processes per loader.
-        seed: Of order and augmentation.
-        split_seed: Of what is taken out of the training side for validation.
-        validation: Part of the training classes (samples) that validate; 0 for none.
-        augment: What training batches go through.
-        split_by: Whether ``"classes"`` are divided, for retrieval, or ``"samples"``, for classification.
-        views: How many augmented versions of each training image there are.
+        kwargs: Arguments of :class:`~lightning_rkd.data.ImageDataModule`, save for ``test``: the test part is
+            published. ``validation`` is a part of the training classes (samples); 0 for none.
     """
 
     title: ClassVar[str]
+    counts: ClassVar[Mapping[str, int]]
+    """Published numbers, by the keys of :meth:`Listing.count_content`."""
     sizes: ClassVar[tuple[int, int]] = (256, 224)
-    """Usual sides of the images and of what is cropped out of them."""
+    """Usual ``image_size`` and ``crop_size``."""
     padding: ClassVar[int] = 0
     small: ClassVar[bool] = False
     """Whether all images together fit into memory easily."""
@@ -82,28 +88,17 @@ class OfficialDataModule(ImageDataModule):
     def __init__(
         self,
         root: str | Path,
+        *,
         image_size: int | None = None,
         crop_size: int | None = None,
         in_memory: bool | None = None,
         skip_damaged: bool = False,
         check: bool = True,
         download: bool = False,
-        classes_per_batch: int | None = 24,
-        samples_per_class: int | None = 5,
-        batches_per_epoch: int | None = None,
         eval_batch_size: int = 128,
-        num_workers: int = 0,
-        seed: int = 0,
-        split_seed: int = 0,
-        validation: float = 0.15,
-        augment: Augment | Crop | None = None,
-        split_by: Literal["classes", "samples"] = "classes",
-        views: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            classes_per_batch, samples_per_class, batches_per_epoch, eval_batch_size, num_workers, seed, split_seed,
-            validation, 0.25, augment, split_by, views,
-        )  # fmt: skip
+        super().__init__(eval_batch_size=eval_batch_size, test=0.25, **kwargs)
         self.image_size = image_size if image_size is not None else self.sizes[0]
         self.crop_size = crop_size if crop_size is not None else min(self.image_size, self.sizes[1])
         if not 1 <= self.crop_size <= self.image_size:
@@ -114,16 +109,20 @@ class OfficialDataModule(ImageDataModule):
         self._listing: Listing | None = None
 
     @abstractmethod
-    def listing(self) -> Listing:
-        """Find the archive's content, check it, and read its lists."""
+    def read_lists(self) -> Listing:
+        """Find or unpack the archive and read its lists."""
 
     def prepare_data(self) -> None:
-        """Fetch and unpack, once per machine."""
-        self.listing()
+        """Download, unpack and check, once per machine."""
+        listing = self._listing = self.read_lists()
+        if self.check:
+            check_counts(self.title, self.folder, listing.count_content(), self.counts)
 
     def load(self) -> LabelledImages:
         """Read the lists, and the images where they are kept in memory."""
-        found = self._listing = self.listing()
+        self.prepare_data()
+        assert self._listing is not None
+        found = self._listing
         images, kept = load_files(found.paths, self.image_size, 3, self.in_memory, self.skip_damaged)
         official, is_query = (
             None if marks is None else torch.tensor(marks)[kept] for marks in (found.official, found.is_query)
@@ -132,19 +131,19 @@ class OfficialDataModule(ImageDataModule):
 
     def split(self, data: LabelledImages) -> ClassSplit:
         """The published one; validation classes are drawn from the training classes where none are published."""
-        found = self._listing if self._listing is not None else self.listing()
+        found = self._listing if self._listing is not None else self.read_lists()
         if found.validation is not None:
             return ClassSplit(list(found.train), list(found.validation), list(found.test))
         return hold_out(found.train, found.test, self.validation, self.split_seed)
 
     def suggest_augment(self, data: LabelledImages) -> Crop:
-        """A random crop, mirrored in half of the cases."""
+        """A random crop, and mirroring half of the images."""
         return Crop(self.crop_size, self.padding, flip=True)
 
     def statistics(self, data: LabelledImages, train: list[int]) -> tuple[Sequence[float], Sequence[float]]:
-        """ImageNet's, as published."""
+        """ImageNet's."""
         return IMAGENET_MEAN, IMAGENET_STD
 
     def centre_crop(self) -> CentreCrop | None:
-        """The middle of the image, where it is larger than what networks see."""
+        """The middle of the image, where it is larger than the networks' inputs."""
         return CentreCrop(self.crop_size) if self.crop_size < self.image_size else None

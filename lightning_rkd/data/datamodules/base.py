@@ -1,4 +1,4 @@
-"""What all data modules share: a division into parts, resumable training batches, indexed evaluation batches."""
+"""Base of the data modules: disjoint parts, resumable training batches, indexed evaluation batches."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
-from lightning_rkd.data.datamodules.splits import ClassSplit, disjoint, split_classes, split_samples
+from lightning_rkd.data.datamodules.splits import ClassSplit, check_disjoint, split_classes, split_samples
 from lightning_rkd.data.datasets.files import ImageFiles
 from lightning_rkd.data.datasets.images import AugmentedSubset, ImageSet, QuerySubset
 from lightning_rkd.data.indexing import with_indices
-from lightning_rkd.data.loader import ResumableLoader
+from lightning_rkd.data.resumable_loader import ResumableLoader
 from lightning_rkd.data.samplers.pk import PKBatchSampler
 from lightning_rkd.data.transforms.augment import Augment
 from lightning_rkd.data.transforms.crop import CentreCrop, Crop
@@ -26,10 +26,14 @@ _log = logging.getLogger(__name__)
 
 
 class LabelledImages(NamedTuple):
-    """A whole data set: images (N, C, H, W) uint8, classes (N,) int64, and the name of every class.
+    """A whole data set.
 
-    ``test`` (N,) bool marks the images of an official test part, where there is one: only they test, and they do
-    nothing else. ``is_query`` (N,) bool marks those that ask when they test, where the others are their gallery.
+    Attributes:
+        images: (N, C, H, W), uint8.
+        labels: Class of every image, (N,), int64.
+        class_names: Name of every class.
+        test: Images of an official test part, (N,), bool: they test and do nothing else; ``None`` without such a part.
+        is_query: Images that are queries when they test, (N,), bool, the others being their gallery.
     """
 
     images: Tensor | ImageFiles
@@ -40,35 +44,33 @@ class LabelledImages(NamedTuple):
 
 
 class ImageDataModule(LightningDataModule, ABC):
-    """Images, divided into training, validation and test; a data set is one method, :meth:`load`.
+    """Images divided into training, validation and test; a data set implements one method, :meth:`load`.
 
-    Samples are ``(x, y)``. By default *classes* are divided, as retrieval asks for: training classes come first, 0 to
-    ``num_train_classes - 1``, validation classes are taken out of the training side, and batches are P classes by K
-    samples. With ``split_by="samples"`` all parts show all classes, as classification asks for, every class divided
-    alike, and batches are P K samples drawn without regard to their class. All three sets are views of one root data
-    set, so an index means the same image everywhere. The test part is never looked at.
+    Samples are ``(x, y)``. By default *classes* are divided, for retrieval among unseen classes: training classes have
+    the numbers 0 to ``num_train_classes - 1``, and batches are P classes by K samples. With ``split_by="samples"`` all
+    parts hold all classes, for classification, and batches are P K samples drawn without regard to their class. All
+    three sets are views of one root data set, so an index means the same image everywhere.
 
     Order and augmentation of the training batches depend on (seed, epoch, index) alone, and the loader's position is
-    part of Lightning's checkpoints: a resumed run is the uninterrupted run, with any number of workers. Validation,
-    test and prediction batches (prediction shows the test set) are
-    :class:`~lightning_rkd.data.indexing.IndexedBatch`.
+    part of Lightning's checkpoints: a resumed run equals the uninterrupted run, with any number of workers. Validation,
+    test and prediction batches (of the test set) are :class:`~lightning_rkd.data.indexing.IndexedBatch`.
 
     Args:
         classes_per_batch: P, per device; N ways of few-shot episodes, with shots + queries as ``samples_per_class``
             (see :func:`~lightning_rkd.data.episode_sampler`). ``None`` takes as many as there are, up to 24.
         samples_per_class: K; ``None`` fills a batch of 120, as far as a typical class has the samples.
-        batches_per_epoch: Batches per epoch and device; ``None`` shows about as many samples as there are.
+        batches_per_epoch: Batches per epoch and device; ``None`` draws about as many samples as there are.
         eval_batch_size: Batch size of validation, test and prediction.
-        num_workers: Worker processes per loader; where the images are in memory, 0 is usually fastest.
-        seed: Of order and augmentation.
-        split_seed: Of the division of the classes, apart from ``seed``, so that runs with other seeds may share a
-            teacher without its having seen their test classes.
-        validation: Part of all classes (samples) that validate.
-        test: Part of all classes (samples) that test.
-        augment: What training batches go through; ``None`` takes what suits the data.
-        split_by: Whether ``"classes"`` or ``"samples"`` are divided.
-        views: How many augmented versions of each training image there are, shown in turn, epoch by epoch; ``None``
-            never shows one twice. :class:`~lightning_rkd.CachedTeacher` can keep what a teacher shows of each.
+        num_workers: Worker processes per loader; 0 is usually fastest for images in memory.
+        seed: Seed of order and augmentation.
+        split_seed: Seed of the division, so that runs with other ``seed`` share test classes that a teacher has not
+            been trained on.
+        validation: Part of the classes (samples) that validate.
+        test: Part of the classes (samples) that test.
+        augment: Augmentation of training batches; ``None`` takes what suits the data.
+        split_by: ``"classes"`` or ``"samples"``.
+        views: Number of augmented versions of each training image, used in turn, epoch by epoch, for which
+            :class:`~lightning_rkd.CachedTeacher` can keep outputs; ``None`` never repeats one.
 
     Attributes:
         train_set: Augmented training images, after ``setup``.
@@ -88,6 +90,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def __init__(
         self,
+        *,
         classes_per_batch: int | None = 24,
         samples_per_class: int | None = 5,
         batches_per_epoch: int | None = None,
@@ -121,27 +124,32 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def load(self) -> LabelledImages:
-        """The whole data set, the same on every rank."""
+        """Read the whole data set, the same on every rank."""
 
     def split(self, data: LabelledImages) -> ClassSplit:
-        """Which classes train, validate and test."""
+        """Divide the classes among training, validation and test."""
         return split_classes(range(len(data.class_names)), self.validation, self.test, self.split_seed)
 
     def suggest_augment(self, data: LabelledImages) -> Augment | Crop:
-        """The augmentation when none was asked for."""
+        """Choose the augmentation where the user passes none."""
         return Augment(rotation=8, scale=0.1, shear=0.1, shift=0.08, flip=data.images.shape[1] == 3)
 
     def statistics(self, data: LabelledImages, train: list[int]) -> tuple[Sequence[float], Sequence[float]]:
-        """What images are normalised with, from the training rows: mean and standard deviation per channel."""
-        return channel_statistics(data.images, train)
+        """Compute the mean and standard deviation per channel that images are normalised with.
+
+        They are parts of the full range, from at most 5,000 training rows.
+        """
+        some = data.images[torch.tensor(train[:: max(1, len(train) // 5000)])].double() / 255
+        std = some.std(dim=(0, 2, 3), correction=0)
+        return some.mean(dim=(0, 2, 3)).tolist(), torch.where(std > 0, std, 1.0).tolist()
 
     def centre_crop(self) -> CentreCrop | None:
-        """What is cut out of the images where no augmentation crops them."""
+        """Choose the crop of images that no augmentation has cropped."""
         return None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images as they are shown, after ``setup``."""
+        """Channels, height and width of the networks' inputs, after ``setup``."""
         channels, height, width = (int(n) for n in self.root.images.shape[1:])
         if self.root.transform is None:
             return channels, height, width
@@ -153,7 +161,7 @@ class ImageDataModule(LightningDataModule, ABC):
             return
         data = self.load()
         if self.split_by == "classes":
-            split = disjoint(self.split(data), data.class_names)
+            split = check_disjoint(self.split(data), data.class_names)
             order = [*split.train, *split.validation, *split.test]
             labels, (train, val, test) = _renumbered(data.labels, split, len(data.class_names), data.test)
             self.num_train_classes = len(split.train)
@@ -167,8 +175,8 @@ class ImageDataModule(LightningDataModule, ABC):
         augment = self.augment if self.augment is not None else self.suggest_augment(data)
         self.train_set = AugmentedSubset(self.root, train, augment, self.seed, self.views)
         self.val_set = Subset(self.root, val)
-        asks = data.is_query if self.split_by == "classes" else None
-        self.test_set = Subset(self.root, test) if asks is None else QuerySubset(self.root, test, asks)
+        is_query = data.is_query if self.split_by == "classes" else None
+        self.test_set = Subset(self.root, test) if is_query is None else QuerySubset(self.root, test, is_query)
         self.class_names = [data.class_names[c] for c in order]
         self._choose_sizes(labels[train])
         self._ready = True
@@ -187,12 +195,12 @@ class ImageDataModule(LightningDataModule, ABC):
             )  # fmt: skip
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Augmented batches; with their indices where a loss of the run needs them."""
+        """Augmented batches, with their indices where a loss of the run needs them."""
         self._refuse_foreign_sampler()
         assert self.classes_per_batch is not None
         assert self.samples_per_class is not None
         labels, p, k = self.root.labels[self.train_set.indices], self.classes_per_batch, self.samples_per_class
-        if self.split_by == "samples":  # every sample a class of its own: batches are drawn without regard to classes
+        if self.split_by == "samples":  # with every sample a class of its own, classes do not matter to the sampler
             rows, needed = len(labels), p * k * rank_and_size()[1]
             if rows < needed:
                 raise ValueError(
@@ -205,22 +213,20 @@ class ImageDataModule(LightningDataModule, ABC):
         return with_indices(loader) if self._indices_are_needed() else loader
 
     def val_dataloader(self) -> Any:
-        """Images of validation classes, with their indices; nothing where nothing validates."""
+        """Validation images with their indices; no loader where there are none."""
         return self._evaluate(self.val_set) if len(self.val_set) else []
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Images of unseen classes, with their indices."""
+        """Test images with their indices."""
         return self._evaluate(self.test_set)
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The test set."""
+        """Test images with their indices."""
         return self._evaluate(self.test_set)
 
     def _evaluate(self, data: Dataset[Any]) -> DataLoader[Any]:
         rank, size = rank_and_size()
-        sampler: DistributedSampler[Any] | None = None
-        if size > 1:
-            sampler = DistributedSampler(data, size, rank, shuffle=False)
+        sampler: Any = DistributedSampler(data, size, rank, shuffle=False) if size > 1 else None
         return with_indices(DataLoader(data, self.eval_batch_size, sampler=sampler, **self._loading()))
 
     def _loading(self) -> dict[str, Any]:
@@ -247,9 +253,9 @@ class ImageDataModule(LightningDataModule, ABC):
 def _renumbered(
     labels: Tensor, split: ClassSplit, classes: int, official: Tensor | None = None
 ) -> tuple[Tensor, list[list[int]]]:
-    """Labels with the training classes first, then those for validation and test; and the rows of each part.
+    """Labels with the training classes first, then validation and test classes; and the rows of each part.
 
-    Where there is an official test part, test classes show what is in it, and the others what is not.
+    Where there is an official test part, test classes consist of its images, and the others of the other images.
     """
     order = [*split.train, *split.validation, *split.test]
     numbers = torch.full((classes,), -1)
@@ -260,10 +266,3 @@ def _renumbered(
     if official is not None:
         part = torch.where((part == 2) == official, part, -1)
     return new, [torch.nonzero(part == i).flatten().tolist() for i in range(3)]
-
-
-def channel_statistics(images: Tensor | ImageFiles, rows: list[int]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, as parts of the full range, from at most 5,000 rows."""
-    some = images[torch.tensor(rows[:: max(1, len(rows) // 5000)])].double() / 255
-    std = some.std(dim=(0, 2, 3), correction=0)
-    return some.mean(dim=(0, 2, 3)).tolist(), torch.where(std > 0, std, 1.0).tolist()

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning_rkd.data.datamodules.archived import Listing, OfficialDataModule
-from lightning_rkd.data.datasets.archives import Archive, check_counts, check_md5, unpacked
+from lightning_rkd.data.datasets.archives import Archive, check_md5
 from lightning_rkd.utils.imports import require
 
 PAGE = "http://ai.stanford.edu/~jkrause/cars/car_dataset.html (gone at the time of writing, so look for a copy)"
 IMAGES = Archive("car_ims.tgz", "car_ims", PAGE, "d5c8f0aa497503f355e17dc7886c3f14")
 ANNOTATIONS_MD5 = "b407c6086d669747186bd1d764ff9dbc"
-# both checksums as the RKD authors' loader has them; not checked against the files
+# both checksums from the RKD authors' loader; not checked against the files
 
 
 class CarsDataModule(OfficialDataModule):
@@ -21,10 +21,10 @@ class CarsDataModule(OfficialDataModule):
     With ``split_by="classes"`` the first 98 makes train and validate, and the last 98 test. With ``split_by="samples"``
     the official test images test. ``root`` holds one of the two official layouts: ``cars_annos.mat`` with ``car_ims``
     (or ``car_ims.tgz``), or ``cars_train``, ``cars_test`` and ``devkit`` with ``cars_test_annos_withlabels.mat`` in
-    either place. Its lists are MATLAB files, for which SciPy must be installed.
+    either place. Its lists are MATLAB files, which need SciPy.
 
-    Images are 256 x 256, of which networks see 224 x 224; they stay on disk unless ``in_memory`` (3.2 GB). All
-    arguments are those of :class:`~lightning_rkd.data.OfficialDataModule`; ``download`` cannot help, for the
+    Images are 256 x 256, cropped to 224 x 224; they stay on disk unless ``in_memory`` (3.2 GB). All
+    arguments are those of :class:`~lightning_rkd.data.OfficialDataModule`; ``download`` has no effect, as the
     publisher's addresses are gone.
 
     Raises:
@@ -38,16 +38,11 @@ class CarsDataModule(OfficialDataModule):
     """
 
     title: ClassVar[str] = "Cars196"
+    counts: ClassVar[dict[str, int]] = {"images": 16_185, "classes": 196}
 
-    def listing(self) -> Listing:
-        """By ``cars_annos.mat``, or by the lists of ``devkit``."""
-        if (self.folder / "devkit").is_dir():
-            rows, names = self._two_parts()
-        else:
-            rows, names = self._one_part()
-        if self.check:
-            found = {"images": len(rows), "classes": len(names)}
-            check_counts(self.title, self.folder, found, {"images": 16_185, "classes": 196})
+    def read_lists(self) -> Listing:
+        """Read ``cars_annos.mat``, or the lists of ``devkit``."""
+        rows, names = self._read_two_parts() if (self.folder / "devkit").is_dir() else self._read_one_part()
         half = len(names) // 2
         return Listing(
             [path for path, _, _ in rows],
@@ -58,12 +53,12 @@ class CarsDataModule(OfficialDataModule):
             official=[tests for *_, tests in rows] if self.split_by == "samples" else None,
         )
 
-    def _one_part(self) -> tuple[list[tuple[Path, int, bool]], list[str]]:
+    def _read_one_part(self) -> tuple[list[tuple[Path, int, bool]], list[str]]:
         table = _present(self.folder / "cars_annos.mat")
         if self.check:
             check_md5(table, ANNOTATIONS_MD5)
         if not (self.folder / "car_ims").is_dir():
-            unpacked(IMAGES, self.folder, [], check=self.check)
+            IMAGES.unpack(self.folder, check=self.check)
         content = _matlab(table)
         rows = [
             (self.folder / str(row["relative_im_path"]), int(row["class"]), bool(row["test"]))
@@ -71,7 +66,7 @@ class CarsDataModule(OfficialDataModule):
         ]
         return rows, [str(name) for name in content["class_names"]]
 
-    def _two_parts(self) -> tuple[list[tuple[Path, int, bool]], list[str]]:
+    def _read_two_parts(self) -> tuple[list[tuple[Path, int, bool]], list[str]]:
         devkit = self.folder / "devkit"
         labelled = "cars_test_annos_withlabels.mat"
         tables = {

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 from lightning_rkd.data.datamodules.archived import Listing, OfficialDataModule
-from lightning_rkd.data.datasets.archives import Archive, check_counts, unpacked
-from lightning_rkd.data.datasets.tables import rows_of
+from lightning_rkd.data.datasets.archives import Archive, read_table
 
 ARCHIVE = Archive(
     "CUB_200_2011.tgz",
     "CUB_200_2011",
     "https://www.vision.caltech.edu/datasets/cub_200_2011/",
-    "97eceeb196236b17998738112f37df78",  # as the RKD authors' loader has it; not checked against the file
+    "97eceeb196236b17998738112f37df78",  # from the RKD authors' loader; not checked against the file
     "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",  # not checked
 )
 
@@ -21,8 +20,8 @@ class CUBDataModule(OfficialDataModule):
     """CUB-200-2011: 11,788 pictures of 200 species of birds.
 
     With ``split_by="classes"`` the first 100 species train and validate, and the last 100 test. With
-    ``split_by="samples"`` the official test images (``train_test_split.txt``) test. Images are 256 x 256, of which
-    networks see 224 x 224; they stay on disk unless ``in_memory`` (2.3 GB). All arguments are those of
+    ``split_by="samples"`` the official test images (``train_test_split.txt``) test. Images are 256 x 256, cropped to
+    224 x 224; they stay on disk unless ``in_memory`` (2.3 GB). All arguments are those of
     :class:`~lightning_rkd.data.OfficialDataModule`.
 
     Raises:
@@ -35,19 +34,14 @@ class CUBDataModule(OfficialDataModule):
     """
 
     title: ClassVar[str] = "CUB-200-2011"
+    counts: ClassVar[dict[str, int]] = {"images": 11_788, "classes": 200}
 
-    def listing(self) -> Listing:
-        """By ``images.txt``, ``image_class_labels.txt`` and ``classes.txt``."""
+    def read_lists(self) -> Listing:
+        """Read ``images.txt``, ``image_class_labels.txt``, ``classes.txt`` and ``train_test_split.txt``."""
         needs = ["images.txt", "image_class_labels.txt", "classes.txt", "train_test_split.txt", "images"]
-        folder = unpacked(ARCHIVE, self.folder, needs, self.download, self.check)
-        files = dict(rows_of(folder / "images.txt", 2))
-        classes = dict(rows_of(folder / "image_class_labels.txt", 2))
-        trains = dict(rows_of(folder / "train_test_split.txt", 2))
-        names = [name for _, name in rows_of(folder / "classes.txt", 2)]
-        if self.check:
-            check_counts(
-                self.title, folder, {"images": len(files), "classes": len(names)}, {"images": 11_788, "classes": 200}
-            )
+        folder = ARCHIVE.unpack(self.folder, needs, self.download, self.check)
+        files, classes, trains = (dict(read_table(folder / name, 2)) for name in (needs[0], needs[1], needs[3]))
+        names = [name for _, name in read_table(folder / "classes.txt", 2)]
         half = len(names) // 2
         return Listing(
             [folder / "images" / path for path in files.values()],

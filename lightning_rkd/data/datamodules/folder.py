@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ import torch
 from lightning_rkd.data.datamodules.base import ImageDataModule, LabelledImages
 from lightning_rkd.data.datamodules.splits import ClassSplit, split_classes
 from lightning_rkd.data.datasets.decoding import decode, open_image
-from lightning_rkd.data.transforms.augment import Augment
 
 _log = logging.getLogger(__name__)
 
@@ -28,34 +27,25 @@ class ImageFolderDataModule(ImageDataModule):
     """Images under a folder, at any depth; classes are divided into training, validation and unseen test classes.
 
     A class is the folder that directly holds the images, named by its path below the folder that holds all classes
-    (``apple``, or ``Greek/character01`` where there are several alphabets). All images are decoded once, brought to
+    (``apple``, or ``Greek/character01`` where there are several alphabets). All images are decoded once, resized to
     ``image_size`` x ``image_size`` (without cropping) and kept in memory as bytes. Images stay grey if all of them
     are. A class with a single image can only train: there is nothing to retrieve in it. Hidden files and files that
-    are no images are passed over.
+    are no images are ignored.
 
     Args:
         root: The folder.
         test_root: A second folder, of images that test and do nothing else, such as ``cifar100/test`` beside
-            ``cifar100/train``; classes have the same names in both. With ``split_by="classes"`` the test classes show
-            the images of this folder, and the others those of ``root``; with ``split_by="samples"`` ``test`` does not
-            matter.
-        image_size: Side of the images; ``None`` takes the median of what is there, at most 64.
-        max_images_per_class: Keep at most this many images of a class, chosen by ``split_seed``.
-        splits: Which classes do what, instead of a random division: names or patterns such as ``"Greek/*"`` under the
-            keys ``test``, ``validation`` and ``train``. What no key names trains, unless ``train`` is given; without
-            ``validation``, those classes are drawn from the ones that train.
+            ``cifar100/train``; classes have the same names in both. With ``split_by="classes"`` the test classes
+            consist of images of this folder, the others of images of ``root``; with ``split_by="samples"`` ``test``
+            has no effect.
+        image_size: Height and width of the images; ``None`` takes the median of those found, at most 64.
+        max_images_per_class: Largest number of images of a class, chosen by ``split_seed``.
+        splits: Classes of each part, instead of a random division: names or patterns such as ``"Greek/*"`` under the
+            keys ``test``, ``validation`` and ``train``. Classes under no key train, unless ``train`` is given; without
+            ``validation``, those classes are drawn from the training classes.
         classes_per_batch: P, per device; ``None`` takes as many as there are, up to 24.
         samples_per_class: K; ``None`` fills a batch of 120, as far as a typical class has the images.
-        batches_per_epoch: Batches per epoch and device; ``None`` shows about as many images as there are.
-        eval_batch_size: Batch size of validation, test and prediction.
-        num_workers: Worker processes per loader; the images are in memory, so 0 is usually fastest.
-        seed: Of order and augmentation.
-        split_seed: Of the division of the classes.
-        validation: Part of all classes that validate.
-        test: Part of all classes that test.
-        augment: What training batches go through; ``None`` turns, scales and shifts a little, and mirrors colour
-            images.
-        split_by: Whether ``"classes"`` are divided, or the ``"samples"`` of every class.
+        kwargs: Arguments of :class:`~lightning_rkd.data.ImageDataModule`.
 
     Raises:
         FileNotFoundError: The folder does not exist, or holds no images.
@@ -66,31 +56,20 @@ class ImageFolderDataModule(ImageDataModule):
     def __init__(
         self,
         root: str | Path,
+        *,
+        test_root: str | Path | None = None,
         image_size: int | None = None,
         max_images_per_class: int | None = None,
         splits: Mapping[str, Sequence[str]] | None = None,
         classes_per_batch: int | None = None,
         samples_per_class: int | None = None,
-        batches_per_epoch: int | None = None,
-        eval_batch_size: int = 512,
-        num_workers: int = 0,
-        seed: int = 0,
-        split_seed: int = 0,
-        validation: float = 0.15,
-        test: float = 0.25,
-        augment: Augment | None = None,
-        split_by: Literal["classes", "samples"] = "classes",
-        views: int | None = None,
-        test_root: str | Path | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            classes_per_batch, samples_per_class, batches_per_epoch, eval_batch_size, num_workers, seed, split_seed,
-            validation, test, augment, split_by, views,
-        )  # fmt: skip
+        super().__init__(classes_per_batch=classes_per_batch, samples_per_class=samples_per_class, **kwargs)
         for name, number in {"image_size": image_size, "max_images_per_class": max_images_per_class}.items():
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
-        if splits is not None and split_by != "classes":
+        if splits is not None and self.split_by != "classes":
             raise ValueError("splits divides classes, so it goes with split_by='classes'")
         if splits is not None and (unknown := set(splits) - {"train", "validation", "test"}):
             raise ValueError(f"splits takes the keys train, validation and test, got {sorted(unknown)}")
@@ -101,7 +80,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.image_size, self.max_images_per_class, self.splits = image_size, max_images_per_class, splits
 
     def load(self) -> LabelledImages:
-        """Decode everything."""
+        """Decode all images."""
         files = find_images(self.folder)
         tests = {} if self.test_folder is None else find_images(self.test_folder)
         names = sorted({*files, *tests})
@@ -126,7 +105,7 @@ class ImageFolderDataModule(ImageDataModule):
         return [paths[i] for i in sorted(rng.choice(len(paths), self.max_images_per_class, replace=False))]
 
     def split(self, data: LabelledImages) -> ClassSplit:
-        """Random, or as ``splits`` says; classes with one image always train."""
+        """Divide at random or by ``splits``; classes with one image always train."""
         counts = torch.bincount(data.labels, minlength=len(data.class_names)).tolist()
         single = [c for c, n in enumerate(counts) if n < 2]
         if self.splits is not None:
@@ -139,7 +118,7 @@ class ImageFolderDataModule(ImageDataModule):
 
 
 def find_images(root: Path) -> dict[str, list[Path]]:
-    """The images of every class, in alphabetical order, by the path below the folder that holds all classes."""
+    """Find the images of every class, in alphabetical order, by the path below the folder that holds all classes."""
     if not root.is_dir():
         raise FileNotFoundError(
             f"there is no folder {root}" + (": it is a file" if root.exists() else f" (seen from {Path.cwd()})")
@@ -155,7 +134,9 @@ def find_images(root: Path) -> dict[str, list[Path]]:
         if found:
             classes[folder] = found
     if not classes:
-        raise FileNotFoundError(f"no images under {root}; looked at any depth for {', '.join(sorted(SUFFIXES))}")
+        raise FileNotFoundError(
+            f"no images under {root}, at any depth, with the suffixes {', '.join(sorted(SUFFIXES))}"
+        )
     shared = os.path.commonpath(classes)
     return {Path(folder).relative_to(shared).as_posix(): classes[folder] for folder in sorted(classes)}
 
@@ -175,19 +156,18 @@ def _check_classes(root: Path, files: Mapping[str, Sequence[Path]]) -> None:
         if without and without in bare:
             raise ValueError(
                 f"{bare[without]!r} and {name!r} under {root} look like one class in two parts of a data set, and "
-                "would count as two, one perhaps seen and the other unseen: point root at one of the parts, and "
-                "test_root, if you like, at the other"
+                "would count as two: point root at one of the parts, and test_root, if wanted, at the other"
             )
         bare[without] = name
 
 
 def suggest_size(paths: Sequence[Path]) -> int:
-    """Median side of the images, at most 64, from the headers of at most 500 of them."""
-    sides = []
+    """Median of the images' mean height and width, at most 64, from the headers of at most 500 of them."""
+    sizes = []
     for path in paths[:: max(1, len(paths) // 500)]:
         with open_image(path) as image:
-            sides.append(sum(image.size) / 2)
-    return max(8, min(64, round(median(sides))))
+            sizes.append(sum(image.size) / 2)
+    return max(8, min(64, round(median(sizes))))
 
 
 def _given_split(

@@ -1,4 +1,4 @@
-"""Letters of many scripts, drawn with the fonts that matplotlib ships: a data set that needs no download."""
+"""Glyphs of many scripts, drawn with the fonts that matplotlib ships: a data set that needs no download."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,30 +42,20 @@ FACES = tuple(
 """The faces, and so the number of samples of a class."""
 
 DISTORTION = Augment(rotation=20, scale=0.25, shear=0.3, shift=0.1, noise=0.2)
-"""What makes every sample of a letter different, once, when the data set is made."""
+"""The distortion that makes the samples of a glyph differ, applied once, when the data set is made."""
 
 
 class GlyphDataModule(ImageDataModule):
-    """525 letters (Latin, Greek, Cyrillic, Armenian, Georgian) x 12 faces, distorted, grey, 28 x 28.
+    """525 glyphs (Latin, Greek, Cyrillic, Armenian, Georgian) x 12 faces, distorted, grey, 28 x 28.
 
-    Letters that some face draws alike, pixel for pixel, are one class: Latin A stands for Alpha and the Cyrillic A.
-    Letters with accents are left out. Deterministic; rendered in about a second, then read from a cache file.
+    Glyphs that some face draws alike, pixel for pixel, are one class: Latin A represents Greek Alpha and Cyrillic A
+    too. Glyphs with accents are left out. Deterministic; rendered in about a second, then read from a cache file.
 
     Args:
-        image_size: Side of the images.
-        max_classes: Use fewer letters, evenly spread over the scripts.
-        cache_dir: Where the rendered letters are kept; ``~/.cache/lightning_rkd`` by default.
-        classes_per_batch: P, per device.
-        samples_per_class: K.
-        batches_per_epoch: Batches per epoch and device; ``None`` shows about as many samples as there are.
-        eval_batch_size: Batch size of validation, test and prediction.
-        num_workers: Worker processes per loader.
-        seed: Of order and augmentation.
-        split_seed: Of the division of the letters.
-        validation: Part of all letters that validate.
-        test: Part of all letters that test.
-        augment: What training batches go through.
-        split_by: Whether "classes" (letters nobody trained on are tested) or "samples" are divided.
+        image_size: Height and width of the images.
+        max_classes: Use fewer glyphs, evenly spread over the scripts.
+        cache_dir: Folder of the rendered glyphs; ``~/.cache/lightning_rkd`` by default.
+        kwargs: Arguments of :class:`~lightning_rkd.data.ImageDataModule`.
 
     Example:
         >>> data = GlyphDataModule(max_classes=20, classes_per_batch=4, samples_per_class=3)
@@ -77,26 +67,13 @@ class GlyphDataModule(ImageDataModule):
 
     def __init__(
         self,
+        *,
         image_size: int = 28,
         max_classes: int | None = None,
         cache_dir: str | Path | None = None,
-        classes_per_batch: int | None = 24,
-        samples_per_class: int | None = 5,
-        batches_per_epoch: int | None = None,
-        eval_batch_size: int = 512,
-        num_workers: int = 0,
-        seed: int = 0,
-        split_seed: int = 0,
-        validation: float = 0.15,
-        test: float = 0.25,
-        augment: Augment | None = None,
-        split_by: Literal["classes", "samples"] = "classes",
-        views: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            classes_per_batch, samples_per_class, batches_per_epoch, eval_batch_size, num_workers, seed, split_seed,
-            validation, test, augment, split_by, views,
-        )  # fmt: skip
+        super().__init__(**kwargs)
         if image_size < 8:
             raise ValueError(f"image_size must be at least 8 pixels, got {image_size}")
         if max_classes is not None and max_classes < 6:
@@ -109,86 +86,86 @@ class GlyphDataModule(ImageDataModule):
         self.load()
 
     def load(self) -> LabelledImages:
-        """Letters in the order of their code points."""
-        images, letters = _letters(self.image_size, self.cache_dir)
+        """Read or render the glyphs, in the order of their code points."""
+        images, glyphs = _load_glyphs(self.image_size, self.cache_dir)
         if self.max_classes is not None:
-            kept = np.linspace(0, len(letters) - 1, min(self.max_classes, len(letters))).round().astype(int)
-            images, letters = images[torch.from_numpy(kept)], "".join(letters[i] for i in kept)
-        labels = torch.arange(len(letters)).repeat_interleave(images.shape[1])
-        return LabelledImages(images.flatten(0, 1).unsqueeze(1), labels, list(letters))
+            kept = np.linspace(0, len(glyphs) - 1, min(self.max_classes, len(glyphs))).round().astype(int)
+            images, glyphs = images[torch.from_numpy(kept)], "".join(glyphs[i] for i in kept)
+        labels = torch.arange(len(glyphs)).repeat_interleave(images.shape[1])
+        return LabelledImages(images.flatten(0, 1).unsqueeze(1), labels, list(glyphs))
 
 
 @lru_cache(maxsize=2)
-def _letters(side: int, cache_dir: Path | None) -> tuple[Tensor, str]:
-    """Distorted letters (classes, faces, side, side), from the cache where it is sound, and their characters."""
-    path = (cache_dir or _default_cache()) / f"glyphs-{_fingerprint(side)}.npz"
+def _load_glyphs(size: int, cache_dir: Path | None) -> tuple[Tensor, str]:
+    """Distorted glyphs (classes, faces, size, size), from the cache where it is sound, and their characters."""
+    path = (cache_dir or _default_cache()) / f"glyphs-{_fingerprint(size)}.npz"
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:  # CRCs are checked in reading
-            images, letters = torch.from_numpy(content["images"]), str(content["letters"])
-        if images.shape != (len(letters), len(FACES), side, side) or images.dtype != torch.uint8:
+            images, glyphs = torch.from_numpy(content["images"]), str(content["glyphs"])
+        if images.shape != (len(glyphs), len(FACES), size, size) or images.dtype != torch.uint8:
             raise ValueError(f"unexpected content: {images.dtype} {tuple(images.shape)}")
-        return images, letters
+        return images, glyphs
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        _log.warning("%s cannot be used (%s); drawing the letters again", path, error)
-    clean, letters = render_letters(2 * side)
+        _log.warning("%s cannot be used (%s); drawing the glyphs again", path, error)
+    clean, glyphs = render_glyphs(2 * size)
     images = _distort(clean)
     try:
-        _write(path, images=images.numpy(), letters=np.array(letters))
+        _write(path, images=images.numpy(), glyphs=np.array(glyphs))
     except OSError as error:
-        _log.warning("the letters could not be kept in %s (%s); they will be drawn again next time", path, error)
-    return images, letters
+        _log.warning("the glyphs could not be kept in %s (%s); they will be drawn again next time", path, error)
+    return images, glyphs
 
 
-def render_letters(side: int) -> tuple[npt.NDArray[np.uint8], str]:
-    """Every letter in every face, white on black, without those that look like an earlier one.
+def render_glyphs(size: int) -> tuple[npt.NDArray[np.uint8], str]:
+    """Draw every glyph in every face, white on black, without those that look like an earlier one.
 
     Returns:
-        Images (classes, faces, side, side), and one character per class.
+        Images (classes, faces, size, size), and one character per class.
     """
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    shown = [set(FT2Font(str(folder / f"{face}.ttf")).get_charmap()) for face in FACES]
-    letters = [
+    drawable = [set(FT2Font(str(folder / f"{face}.ttf")).get_charmap()) for face in FACES]
+    glyphs = [
         chr(code)
-        for code in sorted(set.intersection(*shown))
+        for code in sorted(set.intersection(*drawable))
         if unicodedata.category(chr(code)) in ("Lu", "Ll", "Lt", "Lo") and not unicodedata.decomposition(chr(code))
     ]
-    images = np.zeros((len(letters), len(FACES), side, side), dtype=np.uint8)
+    images = np.zeros((len(glyphs), len(FACES), size, size), dtype=np.uint8)
     for f, face in enumerate(FACES):
         # the plain layout engine is the one every Pillow has
-        font = ImageFont.truetype(str(folder / f"{face}.ttf"), round(0.68 * side), layout_engine=ImageFont.Layout.BASIC)
-        for i, letter in enumerate(letters):
-            canvas = Image.new("L", (side, side))
-            ImageDraw.Draw(canvas).text((side / 2, 0.7 * side), letter, font=font, fill=255, anchor="ms")
+        font = ImageFont.truetype(str(folder / f"{face}.ttf"), round(0.68 * size), layout_engine=ImageFont.Layout.BASIC)
+        for i, glyph in enumerate(glyphs):
+            canvas = Image.new("L", (size, size))
+            ImageDraw.Draw(canvas).text((size / 2, 0.7 * size), glyph, font=font, fill=255, anchor="ms")
             images[i, f] = np.asarray(canvas)
     kept: list[int] = []
     seen: list[set[bytes]] = [set() for _ in FACES]
-    for i in range(len(letters)):
+    for i in range(len(glyphs)):
         drawn = [image.tobytes() for image in images[i]]
         if images[i].any(axis=(1, 2)).all() and not any(d in s for d, s in zip(drawn, seen, strict=True)):
             kept.append(i)
             for d, s in zip(drawn, seen, strict=True):
                 s.add(d)
-    return images[kept], "".join(letters[i] for i in kept)
+    return images[kept], "".join(glyphs[i] for i in kept)
 
 
 def _distort(clean: npt.NDArray[np.uint8]) -> Tensor:
-    """Every sample its own distortion, from twice the size down to the size of the data set."""
-    classes, faces, side, _ = clean.shape
-    pixels = torch.from_numpy(clean).view(classes * faces, 1, side, side)
+    """Distort every sample differently, then halve height and width."""
+    classes, faces, size, _ = clean.shape
+    pixels = torch.from_numpy(clean).view(classes * faces, 1, size, size)
     shape, noise = Augment(**{**DISTORTION.__dict__, "noise": 0.0}), Augment(noise=DISTORTION.noise)
     small = []
     for start in range(0, len(pixels), 1024):
         rows = range(start, min(start + 1024, len(pixels)))
         bent = F.avg_pool2d(shape(pixels[start : start + 1024].float() / 255, 0, rows), 2)
         small.append((noise(bent, 1, rows) * 255).round().to(torch.uint8))
-    return torch.cat(small).view(classes, faces, side // 2, side // 2)
+    return torch.cat(small).view(classes, faces, size // 2, size // 2)
 
 
-def _fingerprint(side: int) -> str:
-    """Names a cache file after everything its content depends on."""
-    parts = (1, side, FACES, DISTORTION, matplotlib.__version__, PIL.__version__, unicodedata.unidata_version)
+def _fingerprint(size: int) -> str:
+    """Name of the cache file, from everything that its content depends on."""
+    parts = (2, size, FACES, DISTORTION, matplotlib.__version__, PIL.__version__, unicodedata.unidata_version)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -197,7 +174,7 @@ def _default_cache() -> Path:
 
 
 def _write(path: Path, **arrays: npt.NDArray[np.generic]) -> None:
-    """Write under a temporary name, then rename: a reader never sees half a file."""
+    """Write under a temporary name of this process's own, then rename: a reader never finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:

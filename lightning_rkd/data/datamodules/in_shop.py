@@ -5,29 +5,28 @@ from __future__ import annotations
 from typing import ClassVar
 
 from lightning_rkd.data.datamodules.archived import Listing, OfficialDataModule
-from lightning_rkd.data.datasets.archives import check_counts
-from lightning_rkd.data.datasets.tables import rows_of
+from lightning_rkd.data.datasets.archives import read_table
 
 PAGE = "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html"
-"""Where people get it; there is no direct address."""
+"""Where to get it; there is no direct address."""
 
 
 class InShopDataModule(OfficialDataModule):
     """In-Shop Clothes Retrieval: 52,712 pictures of 7,982 pieces of clothing.
 
-    3,997 pieces train and validate. Of the other 3,985, the 14,218 pictures marked ``query`` ask and the 12,612 marked
-    ``gallery`` are what they look among: test batches are :class:`~lightning_rkd.utils.types.QuerySample`, whose third
-    entry is the mark, and :class:`~lightning_rkd.metrics.EmbeddingRetrieval` is given it as ``is_query``. Validation
-    has no such marks: there every picture asks among all others.
+    3,997 pieces train and validate. Of the other 3,985, the 14,218 pictures marked ``query`` are compared with the
+    12,612 marked ``gallery``: test batches are :class:`~lightning_rkd.utils.types.QuerySample`, whose third entry is
+    the mark, which :class:`~lightning_rkd.metrics.EmbeddingRetrieval` takes as ``is_query``. Validation has no such
+    marks: there every picture is a query among all others.
 
-    ``root`` holds ``list_eval_partition.txt``, by itself or in ``Eval``, and the folder ``img``, by itself or in
-    ``Img``. Images are 256 x 256, of which networks see 224 x 224; they stay on disk unless ``in_memory`` (10.4 GB).
-    All arguments are those of :class:`~lightning_rkd.data.OfficialDataModule`; ``download`` cannot help, for
-    the publisher asks for an agreement.
+    ``root`` holds ``list_eval_partition.txt``, directly or in ``Eval``, and the folder ``img``, directly or in
+    ``Img``. Images are 256 x 256, cropped to 224 x 224; they stay on disk unless ``in_memory`` (10.4 GB).
+    All arguments are those of :class:`~lightning_rkd.data.OfficialDataModule`; ``download`` has no effect, as
+    the publisher requires an agreement.
 
     Raises:
         FileNotFoundError: A missing list or image.
-        ValueError: A wrong number of images; a piece that trains and tests; a damaged image.
+        ValueError: A wrong number of images; a piece in two parts; a damaged image.
 
     Reference:
         Liu, Luo, Qiu, Wang and Tang 2016, DeepFashion: Powering Robust Clothes Recognition and Retrieval with Rich
@@ -35,25 +34,24 @@ class InShopDataModule(OfficialDataModule):
     """
 
     title: ClassVar[str] = "In-Shop Clothes Retrieval"
+    counts: ClassVar[dict[str, int]] = {
+        "images": 52_712, "queries": 14_218, "training classes": 3_997, "test classes": 3_985,
+    }  # fmt: skip
 
-    def listing(self) -> Listing:
-        """By ``list_eval_partition.txt``."""
+    def read_lists(self) -> Listing:
+        """Read ``list_eval_partition.txt``."""
         places = [self.folder / "Eval" / "list_eval_partition.txt", self.folder / "list_eval_partition.txt"]
         table = next((path for path in places if path.is_file()), None)
         base = next((path for path in (self.folder / "Img", self.folder) if (path / "img").is_dir()), None)
         if table is None or base is None:
             raise FileNotFoundError(
                 f"there is no {places[0] if table is None else self.folder / 'Img' / 'img'}: get "
-                f"list_eval_partition.txt and img.zip from {PAGE} and put them, unpacked, into {self.folder}"
+                f"list_eval_partition.txt and img.zip from {PAGE} and put them, extracted, into {self.folder}"
             )
-        rows = rows_of(table, 3, skip=2)  # a number and a heading
+        rows = read_table(table, 3, skip=2)  # a number and a heading
         if unknown := {part for *_, part in rows} - {"train", "query", "gallery"}:
             raise ValueError(f"{table} marks images as {sorted(unknown)}; train, query and gallery are known")
         parts = {part: {item for _, item, mark in rows if mark == part} for part in ("train", "query", "gallery")}
-        if self.check:
-            found = {"images": len(rows)} | {f"{part} pieces": len(items) for part, items in parts.items()}
-            expected = {"images": 52_712, "train pieces": 3_997, "query pieces": 3_985, "gallery pieces": 3_985}
-            check_counts(self.title, self.folder, found, expected)
         names = sorted(set.union(*parts.values()))
         number = {item: c for c, item in enumerate(names)}
         return Listing(

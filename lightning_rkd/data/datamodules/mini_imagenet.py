@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from lightning_rkd.data.datamodules.archived import Listing, OfficialDataModule
-from lightning_rkd.data.datasets.archives import check_counts
-from lightning_rkd.data.datasets.tables import rows_of
+from lightning_rkd.data.datasets.archives import read_table
 
 PAGE = "https://github.com/twitter-research/meta-learning-lstm (the lists, in data/miniImagenet)"
 
@@ -15,10 +14,10 @@ class MiniImageNetDataModule(OfficialDataModule):
     """miniImageNet: 100 classes of ImageNet with 600 images each; 64 train, 16 validate and 20 test.
 
     ``root`` holds ``train.csv``, ``val.csv`` and ``test.csv`` (``filename,label``) and the folder ``images``. Images
-    are brought to 84 x 84, shown whole, and kept in memory (1.3 GB); training mirrors half of them. The split is
-    published, so ``split_by`` and ``validation`` stay as they are. All arguments are those of
-    :class:`~lightning_rkd.data.OfficialDataModule`; ``download`` cannot help, for ImageNet's licence forbids
-    to pass the images on.
+    are resized to 84 x 84, not cropped, and kept in memory (1.3 GB); training mirrors half of them. The split is
+    published, so ``split_by`` and ``validation`` have no effect. All arguments are those of
+    :class:`~lightning_rkd.data.OfficialDataModule`; ``download`` has no effect, as ImageNet's licence forbids
+    passing the images on.
 
     Raises:
         FileNotFoundError: A missing list or image.
@@ -30,11 +29,14 @@ class MiniImageNetDataModule(OfficialDataModule):
     """
 
     title: ClassVar[str] = "miniImageNet"
+    counts: ClassVar[dict[str, int]] = {
+        "images": 60_000, "training classes": 64, "validation classes": 16, "test classes": 20,
+    }  # fmt: skip
     sizes: ClassVar[tuple[int, int]] = (84, 84)
     small: ClassVar[bool] = True
 
-    def listing(self) -> Listing:
-        """By the three lists."""
+    def read_lists(self) -> Listing:
+        """Read the three lists."""
         tables = {part: self.folder / f"{part}.csv" for part in ("train", "val", "test")}
         for path in (*tables.values(), self.folder / "images"):
             if not path.exists():
@@ -42,13 +44,8 @@ class MiniImageNetDataModule(OfficialDataModule):
                     f"{path} is missing: miniImageNet is train.csv, val.csv and test.csv from {PAGE}, and the folder "
                     "images with the pictures from ImageNet that they name"
                 )
-        parts = {part: rows_of(path, 2, skip=1, separator=",") for part, path in tables.items()}
+        parts = {part: read_table(path, 2, skip=1, separator=",") for part, path in tables.items()}
         classes = {part: sorted({label for _, label in rows}) for part, rows in parts.items()}
-        if self.check:
-            found = {f"{part} classes": len(names) for part, names in classes.items()}
-            found["images"] = sum(len(rows) for rows in parts.values())
-            expected = {"train classes": 64, "val classes": 16, "test classes": 20, "images": 60_000}
-            check_counts(self.title, self.folder, found, expected)
         names = sorted({name for part in classes.values() for name in part})
         number = {name: c for c, name in enumerate(names)}
         rows = [row for part in parts.values() for row in part]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 from lightning_rkd.data.datamodules.archived import Listing, OfficialDataModule
-from lightning_rkd.data.datasets.archives import Archive, check_counts, unpacked
-from lightning_rkd.data.datasets.tables import rows_of
+from lightning_rkd.data.datasets.archives import Archive, read_table
 
 ARCHIVE = Archive(
     "tiny-imagenet-200.zip",
     "tiny-imagenet-200",
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-    "90528d7ca1a48142e341f4ef8d21d0de",  # as many public loaders have it; not checked against the file
+    "90528d7ca1a48142e341f4ef8d21d0de",  # from public loaders; not checked against the file
     "http://cs231n.stanford.edu/tiny-imagenet-200.zip",  # not checked
 )
 
@@ -20,9 +19,9 @@ ARCHIVE = Archive(
 class TinyImageNetDataModule(OfficialDataModule):
     """Tiny-ImageNet-200: 64 x 64, 200 classes with 500 training images and 50 validation images each.
 
-    The published validation images (``val``) test, for the labels of the published test images were kept back;
-    validation comes out of the training images. With ``split_by="classes"`` training images of the first 100 classes
-    (in the order of ``wnids.txt``, sorted) train and validate, and ``val`` images of the last 100 test.
+    The published validation images (``val``) test, as the labels of the test images are not public; validation images
+    are taken from the training images. With ``split_by="classes"`` training images of the first 100 classes (in the
+    order of ``wnids.txt``, sorted) train and validate, and ``val`` images of the last 100 test.
 
     Training pads by 4, crops 64 x 64 at random and mirrors half of the images. Images are kept in memory (1.4 GB). All
     arguments are those of :class:`~lightning_rkd.data.OfficialDataModule`.
@@ -36,23 +35,20 @@ class TinyImageNetDataModule(OfficialDataModule):
     """
 
     title: ClassVar[str] = "Tiny-ImageNet-200"
+    counts: ClassVar[dict[str, int]] = {"images": 110_000, "test images": 10_000, "classes": 200}
     sizes: ClassVar[tuple[int, int]] = (64, 64)
     padding: ClassVar[int] = 4
     small: ClassVar[bool] = True
 
-    def listing(self) -> Listing:
-        """By ``wnids.txt``, the folders under ``train``, and ``val/val_annotations.txt``."""
+    def read_lists(self) -> Listing:
+        """Read ``wnids.txt``, the folders under ``train``, and ``val/val_annotations.txt``."""
         needs = ["wnids.txt", "train", "val/val_annotations.txt", "val/images"]
-        folder = unpacked(ARCHIVE, self.folder, needs, self.download, self.check)
-        names = sorted(name for (name,) in rows_of(folder / "wnids.txt", 1))
+        folder = ARCHIVE.unpack(self.folder, needs, self.download, self.check)
+        names = sorted(name for (name,) in read_table(folder / "wnids.txt", 1))
         number = {name: c for c, name in enumerate(names)}
         train = [(path, c) for name, c in number.items() for path in sorted((folder / "train" / name).glob("images/*"))]
-        marked = rows_of(folder / "val" / "val_annotations.txt", 3)
+        marked = read_table(folder / "val" / "val_annotations.txt", 3)
         test = [(folder / "val" / "images" / file, number[name]) for file, name, _ in marked]
-        if self.check:
-            found = {"training images": len(train), "validation images": len(test), "classes": len(names)}
-            expected = {"training images": 100_000, "validation images": 10_000, "classes": 200}
-            check_counts(self.title, folder, found, expected)
         half = len(names) // 2
         return Listing(
             [path for path, _ in train + test],

@@ -1,8 +1,7 @@
-"""Official archives: found, fetched where the publisher offers it, checked, and unpacked whole or not at all."""
+"""Official archives: found or downloaded, verified, unpacked whole or not at all, and their lists read."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tarfile
@@ -13,17 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchvision.datasets.utils import calculate_md5, download_url
+
 
 @dataclass(frozen=True)
 class Archive:
-    """What a publisher offers.
+    """An archive as its publisher offers it.
 
     Attributes:
         file: Name of the archive, a .zip, .tgz or .tar.gz.
-        folder: The folder that it holds.
+        folder: The folder inside it.
         page: Where people get it.
-        md5: Its checksum, where one is known.
-        url: Its direct address, where there is one.
+        md5: Its checksum, if one is known.
+        url: Its direct address, if there is one.
     """
 
     file: str
@@ -32,52 +33,81 @@ class Archive:
     md5: str | None = None
     url: str | None = None
 
+    def unpack(self, root: Path, needs: Sequence[str] = (), download: bool = False, check: bool = True) -> Path:
+        """Find the content in ``root``, or unpack the archive there, downloading it first if asked to.
 
-def unpacked(archive: Archive, root: Path, needs: Sequence[str], download: bool = False, check: bool = True) -> Path:
-    """The folder with an archive's content.
+        Args:
+            root: The folder with the archive, with its folder, or with the content itself.
+            needs: Files and folders without which the content is incomplete.
+            download: Whether to download an archive that is missing.
+            check: Whether to compare the checksum.
 
-    It may be ``root`` itself or be in ``root``; otherwise the archive is looked for in ``root``, or downloaded into it,
-    and unpacked there.
+        Returns:
+            The folder with the content.
 
-    Args:
-        archive: What is wanted.
-        root: The folder that the user named.
-        needs: Files and folders in it without which the content is not whole.
-        download: Whether to fetch an archive that is not there.
-        check: Whether to compare the checksum.
-
-    Raises:
-        FileNotFoundError: No archive, or one that was unpacked in part; it names what is missing and where to get it.
-        ValueError: A wrong checksum, or a damaged archive.
-        OSError: The archive cannot be downloaded.
-    """
-    for folder in (root / archive.folder, root):
-        missing = [name for name in needs if not (folder / name).exists()]
-        if folder.is_dir() and not missing and (needs or folder != root):
-            return folder
-        if 0 < len(missing) < len(needs) or (missing and folder != root and folder.is_dir()):
+        Raises:
+            FileNotFoundError: No archive, or one that was unpacked in part; the message names what is missing and
+                where to get it.
+            ValueError: A wrong checksum, or a damaged archive.
+            OSError: The archive cannot be downloaded.
+        """
+        for folder in (root / self.folder, root):
+            missing = [name for name in needs if not (folder / name).exists()]
+            if folder.is_dir() and not missing and (needs or folder != root):
+                return folder
+            if 0 < len(missing) < len(needs) or (missing and folder != root and folder.is_dir()):
+                raise FileNotFoundError(
+                    f"{folder / missing[0]} is missing: {self.file} seems to be half extracted. Delete {folder} and "
+                    f"extract it again; it comes from {self.page}"
+                )
+        path = root / self.file
+        if download and not path.is_file():
+            self._download(root)
+        if not path.is_file():
             raise FileNotFoundError(
-                f"{folder / missing[0]} is missing: {archive.file} seems to be half extracted. Delete {folder} and "
-                f"extract it again; it comes from {archive.page}"
+                f"there is neither {root / self.folder} nor {path}: get {self.file} from {self.page} and put it, or "
+                f"its content, into {root}{', or pass download=True' if self.url else ''}"
             )
-    path = root / archive.file
-    if not path.is_file():
-        if not download:
+        if check:
+            check_md5(path, self.md5)
+        _unpack(path, root)
+        if missing := [name for name in (".", *needs) if not (root / self.folder / name).exists()]:
             raise FileNotFoundError(
-                f"there is neither {root / archive.folder} nor {path}: get {archive.file} from "
-                f"{archive.page} and put it, or what it holds, into {root}"
-                + (", or pass download=True" if archive.url else "")
+                f"{path} does not hold {self.folder}/{missing[0]}, so it is not the official archive, which comes from "
+                f"{self.page}"
             )
-        _fetch(archive, root)
-    if check:
-        check_md5(path, archive.md5)
-    _unpack(path, root)
-    if missing := [name for name in (".", *needs) if not (root / archive.folder / name).exists()]:
-        raise FileNotFoundError(
-            f"{path} does not hold {archive.folder}/{missing[0]}, so it is not the official archive, which comes from "
-            f"{archive.page}"
-        )
-    return root / archive.folder
+        return root / self.folder
+
+    def _download(self, root: Path) -> None:
+        if self.url is None:
+            raise OSError(f"{self.file} has no direct address: get it from {self.page} and put it into {root}")
+        part = f"{self.file}.part"
+        try:
+            download_url(self.url, root, part, self.md5)
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"{self.url} cannot be downloaded ({error}): get {self.file} from {self.page} and put it into {root}"
+            ) from error
+        os.replace(root / part, root / self.file)
+
+
+def _unpack(path: Path, root: Path) -> None:
+    """Unpack into a temporary folder, then move: half an archive never looks like a whole one, no path leaves it."""
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=root))
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as content:
+                content.extractall(beside)
+        else:
+            with tarfile.open(path) as content:
+                content.extractall(beside, filter="data")  # torchvision's extract_archive does not filter paths
+        for entry in sorted(beside.iterdir()):
+            if not (root / entry.name).exists():
+                os.replace(entry, root / entry.name)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} cannot be unpacked ({error}): delete it and get it again") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_md5(path: Path, md5: str | None) -> None:
@@ -86,14 +116,10 @@ def check_md5(path: Path, md5: str | None) -> None:
     Raises:
         ValueError: They differ.
     """
-    if md5 is None:
-        return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if found != md5:
+    if md5 is not None and (found := calculate_md5(path)) != md5:
         raise ValueError(
             f"{path} has the MD5 checksum {found} instead of {md5}: it is damaged or another version. Delete it and "
-            "get it again, or pass check=False if you know better"
+            "get it again, or pass check=False to use it all the same"
         )
 
 
@@ -110,36 +136,27 @@ def check_counts(name: str, folder: Path, found: Mapping[str, int], expected: Ma
         )
 
 
-def _fetch(archive: Archive, root: Path) -> None:
-    from torchvision.datasets.utils import download_url
+def read_table(path: Path, columns: int, skip: int = 0, separator: str | None = None) -> list[list[str]]:
+    """Read the fields of every line that is not empty.
 
-    if archive.url is None:
-        raise OSError(f"{archive.file} has no direct address: get it from {archive.page} and put it into {root}")
-    part = f"{archive.file}.part"
-    try:
-        download_url(archive.url, root, part, archive.md5)
-    except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"{archive.url} cannot be downloaded ({error}): get {archive.file} from {archive.page} and put it into "
-            f"{root}"
-        ) from error
-    os.replace(root / part, root / archive.file)
+    Args:
+        path: The file.
+        columns: Fields per line; the last one takes the rest of the line.
+        skip: Lines of heading.
+        separator: Between fields; white space by default.
 
-
-def _unpack(path: Path, root: Path) -> None:
-    """Unpack beside, then move into place: half an archive never looks like a whole one."""
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=root))
-    try:
-        if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as content:
-                content.extractall(beside)  # leaves no path outside
-        else:
-            with tarfile.open(path) as content:
-                content.extractall(beside, filter="data")
-        for entry in sorted(beside.iterdir()):
-            if not (root / entry.name).exists():
-                os.replace(entry, root / entry.name)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} cannot be unpacked ({error}): delete it and get it again") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    Raises:
+        ValueError: A line with fewer fields, by its number.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if number <= skip or not line.strip():
+            continue
+        fields = line.strip().split(separator, columns - 1)
+        if len(fields) < columns:
+            raise ValueError(
+                f"line {number} of {path} has {len(fields)} fields instead of {columns} ({line!r}), so the file is "
+                "damaged: extract the archive again"
+            )
+        rows.append(fields)
+    return rows

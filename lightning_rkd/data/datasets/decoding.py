@@ -1,4 +1,4 @@
-"""From image files to arrays of bytes."""
+"""Decoding of image files into arrays of bytes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch.utils.data import get_worker_info
 _T = TypeVar("_T")
 
 
-def decode(paths: Sequence[Path], side: int) -> npt.NDArray[np.uint8]:
-    """All images as (N, C, side, side); C is 1 if none of them shows a colour, else 3."""
-    pixels = list(_mapped(lambda path: read_image(path, side), paths))
+def decode(paths: Sequence[Path], size: int) -> npt.NDArray[np.uint8]:
+    """Decode images into (N, C, size, size); C is 1 if all of them are grey, else 3."""
+    pixels = list(_mapped(lambda path: read_image(path, size), paths))
     if all(p.ndim == 2 for p in pixels):
         return np.stack(pixels)[:, None]
     colour = np.stack([p if p.ndim == 3 else np.repeat(p[:, :, None], 3, axis=2) for p in pixels])
@@ -26,18 +26,18 @@ def decode(paths: Sequence[Path], side: int) -> npt.NDArray[np.uint8]:
 
 
 def decode_into(pixels: npt.NDArray[np.uint8], paths: Sequence[Path]) -> None:
-    """Read image i into ``pixels[i]``, (C, side, side), where C is 1 or 3, without a second copy of them all."""
-    channels, side = pixels.shape[1:3]
+    """Decode image i into ``pixels[i]``, (C, size, size), where C is 1 or 3, without a second copy of all of them."""
+    channels, size = pixels.shape[1:3]
 
     def fill(i: int) -> None:
-        pixels[i] = in_channels(read_image(paths[i], side), channels)
+        pixels[i] = convert_channels(read_image(paths[i], size), channels)
 
     for _ in _mapped(fill, range(len(paths))):
         pass
 
 
-def damaged(paths: Sequence[Path]) -> dict[int, str]:
-    """The numbers of the files that cannot be read, and what they say, found by reading all of them."""
+def find_damaged(paths: Sequence[Path]) -> dict[int, str]:
+    """Read all files and return the numbers of those that cannot be decoded, each with its error message."""
 
     def look(path: Path) -> str | None:
         try:
@@ -49,8 +49,8 @@ def damaged(paths: Sequence[Path]) -> dict[int, str]:
     return {i: error for i, error in enumerate(_mapped(look, paths)) if error is not None}
 
 
-def in_channels(pixels: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[np.uint8]:
-    """What :func:`read_image` gives, as (1, side, side) or (3, side, side); colours become grey by ITU-R 601."""
+def convert_channels(pixels: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[np.uint8]:
+    """Convert the result of :func:`read_image` to (1, size, size), grey by ITU-R 601, or to (3, size, size)."""
     if channels == 1 and pixels.ndim == 3:
         pixels = np.asarray(Image.fromarray(pixels).convert("L"))
     if pixels.ndim == 2:
@@ -59,18 +59,18 @@ def in_channels(pixels: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[np.
 
 
 def _mapped(work: Callable[..., _T], items: Iterable[object]) -> Iterable[_T]:
-    """As ``map``, in threads (Pillow decodes without Python's lock); a loader's worker has one of its own already."""
+    """``map`` in threads, as Pillow decodes without Python's lock; in a loader's worker the ordinary ``map``."""
     if get_worker_info() is not None:
         return map(work, items)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(work, items))
 
 
-def read_image(path: Path, side: int) -> npt.NDArray[np.uint8]:
-    """(side, side) where the image is grey, else (side, side, 3)."""
+def read_image(path: Path, size: int) -> npt.NDArray[np.uint8]:
+    """Decode an image, upright and resized, into (size, size) if it is grey, else (size, size, 3)."""
     with open_image(path) as image:
         try:
-            image.draft(None, (side, side))  # lets JPEG decode at a fraction of its size
+            image.draft(None, (size, size))  # lets JPEG decode at a fraction of its size
             if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                 ImageOps.exif_transpose(image, in_place=True)
             upright: Image.Image = image
@@ -80,8 +80,8 @@ def read_image(path: Path, side: int) -> npt.NDArray[np.uint8]:
                 paper = Image.new("RGBA", upright.size, "white")
                 upright = Image.alpha_composite(paper, upright.convert("RGBA"))
             upright = upright.convert("L" if upright.mode in ("1", "L") else "RGB")
-            if upright.size != (side, side):
-                upright = upright.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=3.0)
+            if upright.size != (size, size):
+                upright = upright.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3.0)
             pixels = np.asarray(upright)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise _unreadable(path, error) from error

@@ -1,4 +1,4 @@
-"""Images that stay on disk until they are asked for."""
+"""Images that are decoded on access."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_rkd.data.datasets.decoding import damaged, decode_into
+from lightning_rkd.data.datasets.decoding import decode_into, find_damaged
 
 _log = logging.getLogger(__name__)
 
 
 class ImageFiles:
-    """Stands for the (N, C, H, W) uint8 tensor of all images: ``files[rows]`` decodes these rows, and no more.
+    """Stand-in for the (N, C, H, W) uint8 tensor of all images: ``files[rows]`` decodes these rows.
 
-    Every image is brought to ``side`` x ``side`` (without cropping). Several rows are decoded in threads, or, in a
+    Every image is resized to ``size`` x ``size`` (without cropping). Several rows are decoded in threads, or, in a
     worker of a loader, one after another.
 
     Args:
         paths: The files.
-        side: Side of the images.
+        size: Height and width of the images.
         channels: 3, or 1 for grey.
 
     Attributes:
         paths: The files.
         shape: (N, C, H, W).
-        sizes: Bytes of every file, (N,) int64: what is known of the content without reading it.
+        sizes: Bytes of every file, (N,) int64; they identify the content without reading it.
 
     Raises:
-        FileNotFoundError: A file that is not there.
-        ValueError: In decoding, a file that is no sound image, by name.
+        FileNotFoundError: A missing file.
+        ValueError: A damaged file, when it is decoded; the message names it.
     """
 
-    def __init__(self, paths: Sequence[Path], side: int, channels: int = 3) -> None:
+    def __init__(self, paths: Sequence[Path], size: int, channels: int = 3) -> None:
         self.paths = list(paths)
-        self.shape = torch.Size((len(self.paths), channels, side, side))
-        self.sizes = file_sizes(self.paths)
+        self.shape = torch.Size((len(self.paths), channels, size, size))
+        self.sizes = _file_sizes(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -53,12 +53,7 @@ class ImageFiles:
         return torch.from_numpy(pixels)
 
 
-def file_sizes(paths: Sequence[Path]) -> Tensor:
-    """Bytes of every file, (N,) int64.
-
-    Raises:
-        FileNotFoundError: Files that are not there; it names the first.
-    """
+def _file_sizes(paths: Sequence[Path]) -> Tensor:
     sizes, missing = [], []
     for path in paths:
         try:
@@ -74,33 +69,33 @@ def file_sizes(paths: Sequence[Path]) -> Tensor:
 
 
 def load_files(
-    paths: Sequence[Path], side: int, channels: int = 3, in_memory: bool = True, skip_damaged: bool = False
+    paths: Sequence[Path], size: int, channels: int = 3, in_memory: bool = True, skip_damaged: bool = False
 ) -> tuple[Tensor | ImageFiles, Tensor]:
-    """All images, in memory or on disk, and which of the files they are.
+    """Open images, in memory or on disk.
 
     Args:
         paths: The files.
-        side: Side of the images.
+        size: Height and width of the images.
         channels: 3, or 1 for grey.
         in_memory: Whether to decode everything now.
-        skip_damaged: Whether to read all files first and to leave out those that cannot be decoded, with a warning in
+        skip_damaged: Whether to read all files first and leave out those that cannot be decoded, with a warning in
             the log that names them.
 
     Returns:
         The images, and the numbers of their files, (M,) int64.
 
     Raises:
-        FileNotFoundError: A file that is not there.
-        ValueError: A damaged file, unless ``skip_damaged``; if not ``in_memory``, once it is asked for.
+        FileNotFoundError: A missing file.
+        ValueError: A damaged file, unless ``skip_damaged``; if not ``in_memory``, on access.
     """
-    file_sizes(paths)
+    _file_sizes(paths)
     kept = list(range(len(paths)))
-    if skip_damaged and (bad := damaged(paths)):
+    if skip_damaged and (bad := find_damaged(paths)):
         _log.warning("%d damaged images are left out:\n%s", len(bad), "\n".join(bad.values()))
         kept = [i for i in kept if i not in bad]
     chosen = [paths[i] for i in kept]
     if not in_memory:
-        return ImageFiles(chosen, side, channels), torch.tensor(kept)
-    pixels = np.empty((len(chosen), channels, side, side), np.uint8)
+        return ImageFiles(chosen, size, channels), torch.tensor(kept)
+    pixels = np.empty((len(chosen), channels, size, size), np.uint8)
     decode_into(pixels, chosen)
     return torch.from_numpy(pixels), torch.tensor(kept)

@@ -1,4 +1,4 @@
-"""Images held as bytes or as files, and a training view of them that changes with the epoch."""
+"""Images as bytes or files, and subsets of them: augmented for training, or with marks of queries."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     """Images, one byte a value; a sample is ``(x, y)`` with x normalised per channel.
 
     Args:
-        images: (N, C, H, W), uint8: in memory, or files that are decoded when they are asked for.
+        images: (N, C, H, W), uint8, in memory or as files that are decoded on access.
         labels: (N,), int64.
         mean: Per channel, as a part of the full range; 0 by default.
         std: Per channel, as a part of the full range; 1 by default.
-        transform: Cuts the middle out of every image, unless an augmentation has cropped it before.
+        transform: Crop of the middle of every image, unless an augmentation has cropped it before.
 
     Example:
         >>> data = ImageSet(torch.full((3, 1, 2, 2), 255, dtype=torch.uint8), torch.tensor([0, 0, 1]), mean=(0.5,))
@@ -48,7 +48,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         self.images, self.labels = images, labels.to(torch.int64)
         self.transform = transform
         if isinstance(images, ImageFiles):
-            self.sizes = images.sizes  # the content, as far as checksums of this data set go
+            self.sizes = images.sizes  # an attribute, as fingerprints take the content of a data set from those
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
 
     def __len__(self) -> int:
@@ -60,33 +60,33 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
         """A whole batch at once; PyTorch's loaders prefer this."""
         rows = torch.tensor([int(i) for i in indices])
-        return self.samples(self.pixels(rows), rows)
+        return self.make_samples(self.pixels(rows), rows)
 
     def pixels(self, rows: Tensor) -> Tensor:
-        """The images of these rows as they are kept, (N, C, H, W), float32 in 0 to 1."""
+        """Images of these rows before cropping and normalisation, (N, C, H, W), float32 in 0 to 1."""
         return self.images[rows].float() / 255
 
-    def samples(self, pixels: Tensor, rows: Tensor) -> list[tuple[Tensor, int]]:
-        """Pixels in 0 to 1, cut to size and normalised, each with its label."""
+    def make_samples(self, pixels: Tensor, rows: Tensor) -> list[tuple[Tensor, int]]:
+        """Crop and normalise pixels in 0 to 1, each with its label."""
         if self.transform is not None:
             pixels = self.transform(pixels)
         return list(zip((pixels - self.mean) / self.std, self.labels[rows].tolist(), strict=True))
 
 
 class AugmentedSubset(Subset[tuple[Tensor, int]]):
-    """Rows of an :class:`ImageSet` for training: every epoch shows another random version of each image.
+    """Rows of an :class:`ImageSet` for training: every epoch yields another random version of each image.
 
-    What an image looks like depends on ``(seed, epoch, row, occurrence)`` alone, where the epoch comes with the index
-    (:class:`~lightning_rkd.data.Draw`; a plain integer counts as epoch 0) and the occurrence numbers
-    repetitions of a row within a batch. So worker processes, batch composition and resuming do not matter.
+    The version depends on ``(seed, epoch, row, occurrence)`` alone, where the epoch comes with the index
+    (:class:`~lightning_rkd.data.Draw`; a plain integer counts as epoch 0) and the occurrence numbers repetitions of a
+    row within a batch. So worker processes, batch composition and resuming do not matter.
 
     Args:
         dataset: The root data set.
         indices: Its rows.
-        augment: What is done to the images.
-        seed: Of the augmentation.
-        views: How many versions of each image there are: epoch e shows version e modulo ``views``, and repetitions of a
-            row within a batch are alike, so that what a teacher shows can be kept. ``None`` never repeats one.
+        augment: The augmentation.
+        seed: Its seed.
+        views: Number of versions of each image: epoch e yields version e modulo ``views``, and repetitions of a row
+            within a batch are alike, so that teacher outputs can be cached. ``None`` never repeats one.
     """
 
     dataset: ImageSet
@@ -119,16 +119,16 @@ class AugmentedSubset(Subset[tuple[Tensor, int]]):
         if self.views is not None:
             epochs, occurrences = [epoch % self.views for epoch in epochs], [0] * len(rows)
         pixels = self.augment(self.dataset.pixels(torch.tensor(rows)), self.seed, epochs, rows, occurrences)
-        return self.dataset.samples(pixels, torch.tensor(rows))
+        return self.dataset.make_samples(pixels, torch.tensor(rows))
 
 
 class QuerySubset(Subset[Any]):
-    """Rows of a data set whose samples say whether they ask: :class:`~lightning_rkd.utils.types.QuerySample`.
+    """Rows of a data set whose samples are marked as queries: :class:`~lightning_rkd.utils.types.QuerySample`.
 
     Args:
         dataset: Any data set of ``(x, y)``.
         indices: Its rows.
-        is_query: Which rows of the whole data set ask, (N,) bool.
+        is_query: Marks the queries among all rows of the data set, (N,), bool.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -147,5 +147,5 @@ class QuerySubset(Subset[Any]):
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """A whole batch at once; PyTorch's loaders prefer this."""
-        asks = self.is_query[torch.tensor([int(self.indices[i]) for i in indices])].tolist()
-        return [QuerySample(x, y, q) for (x, y), q in zip(super().__getitems__(indices), asks, strict=True)]
+        marks = self.is_query[torch.tensor([int(self.indices[i]) for i in indices])].tolist()
+        return [QuerySample(x, y, mark) for (x, y), mark in zip(super().__getitems__(indices), marks, strict=True)]

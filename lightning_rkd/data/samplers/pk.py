@@ -130,7 +130,7 @@ class PKBatchSampler(Sampler[list[int]]):
         """Epoch and next batch, as plain numbers.
 
         Loader workers fetch ahead of the training loop, and this counts what was fetched; the ``state_dict`` of
-        :class:`~lightning_rkd.data.loader.ResumableLoader` counts what was delivered.
+        :class:`~lightning_rkd.data.resumable_loader.ResumableLoader` counts what was delivered.
         """
         return {"epoch": self._epoch, "first_batch": self._next_batch}
 

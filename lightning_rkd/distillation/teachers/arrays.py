@@ -12,7 +12,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from lightning_rkd.data.indexing import root_size
+from lightning_rkd.data.indexing import count_root_rows
 from lightning_rkd.distillation.teachers.cache_format import CacheError
 
 
@@ -50,7 +50,7 @@ class ArrayReader:
 
     def check_data(self, dataset: Any, ignore: Collection[str] = ()) -> None:
         """Compare the number of rows with that of the root data set, where there are no ids."""
-        rows, size = len(self.ids), root_size(dataset)
+        rows, size = len(self.ids), count_root_rows(dataset)
         if not self.has_ids and rows != size:
             raise CacheError(
                 f"CachedTeacher.from_array: {rows} rows without ids, but the root data set has {size}: pass ids=..., "

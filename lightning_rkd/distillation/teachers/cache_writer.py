@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_rkd.data.datasets.images import AugmentedSubset
 from lightning_rkd.data.fingerprint import describe_dataset, find_views, without_addresses
-from lightning_rkd.data.indexing import plain_collate, root_of, root_size
+from lightning_rkd.data.indexing import count_root_rows, find_root, get_collate
 from lightning_rkd.data.samplers.pk import Draw
 from lightning_rkd.distillation.features import Layer
 from lightning_rkd.distillation.teachers import cache_format as files
@@ -176,12 +176,12 @@ class _RootRows:
     """Batches of consecutive rows of the root data set behind a loader."""
 
     def __init__(self, loader: Any) -> None:
-        if not isinstance(loader, DataLoader) or root_size(loader.dataset) is None:
+        if not isinstance(loader, DataLoader) or count_root_rows(loader.dataset) is None:
             raise CacheError(
                 "a cache needs one DataLoader over a map-style data set, whose rows have numbers; got "
                 f"{type(loader).__name__}"
             )
-        self.data, self.collate, self.augmented = root_of(loader.dataset), plain_collate(loader), False
+        self.data, self.collate, self.augmented = find_root(loader.dataset), get_collate(loader), False
         kind, self.rows, self.views = type(self.data).__name__, len(self.data), 1
         if (subset := find_views(loader.dataset)) is not None and subset.views is not None:
             self.views, self.augmented = subset.views, True

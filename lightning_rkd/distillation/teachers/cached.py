@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.data.indexing import loaders_in, root_size
+from lightning_rkd.data.indexing import count_root_rows
+from lightning_rkd.data.loaders import list_loaders
 from lightning_rkd.distillation.features import CaptureError, Layer
 from lightning_rkd.distillation.teachers.arrays import ArrayReader
 from lightning_rkd.distillation.teachers.base import BaseTeacher, Lesson
@@ -138,7 +139,7 @@ class CachedTeacher(BaseTeacher):
         """
         if train and self._prepared:
             return
-        found = loaders_in(loaders)
+        found = list_loaders(loaders)
         if train and self.teacher is not None:
             if len(found) != 1:
                 raise CacheError(f"a cache is written for one training loader, got {len(found)}")
@@ -208,7 +209,7 @@ class CachedTeacher(BaseTeacher):
     def _check_data(self, loaders: list[Any]) -> None:
         for loader in loaders:
             dataset = getattr(loader, "dataset", None)
-            if root_size(dataset) is None:
+            if count_root_rows(dataset) is None:
                 raise CacheError(
                     "a cached teacher needs DataLoaders over map-style data sets, whose rows have numbers; got "
                     f"{type(loader).__name__} over {type(dataset).__name__}"

@@ -242,7 +242,7 @@ def test_what_is_downloaded_is_used_and_what_cannot_be_is_said(tmp_path: Path, m
         asked.append((url, md5))
         shutil.copy(archive, root / filename)
 
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", fetch)
+    monkeypatch.setattr("lightning_rkd.data.datasets.archives.download_url", fetch)
     (tmp_path / "fresh").mkdir()
     assert len(module("cub", tmp_path / "fresh", download=True).root) == 72
     module("cub", tmp_path / "fresh", download=True)
@@ -251,13 +251,13 @@ def test_what_is_downloaded_is_used_and_what_cannot_be_is_said(tmp_path: Path, m
     def offline(*_: object) -> None:
         raise OSError("no route to host")
 
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", offline)
+    monkeypatch.setattr("lightning_rkd.data.datasets.archives.download_url", offline)
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match=r"cannot be downloaded \(no route to host\): get CUB_200_2011\.tgz from https"):
         module("cub", tmp_path / "empty", download=True)
 
 
-def test_a_thing_in_both_lists_is_refused(tmp_path: Path) -> None:
+def test_a_product_in_both_lists_is_refused(tmp_path: Path) -> None:
     root = replica("online_products", tmp_path / "data")
     table = root / "Stanford_Online_Products" / "Ebay_test.txt"
     table.write_text(table.read_text() + "999 3 1 chair_final/1002_0.JPG\n")

@@ -16,9 +16,9 @@ from lightning_rkd.data.datamodules import glyphs as g
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    g._letters.cache_clear()
+    g._load_glyphs.cache_clear()
     yield
-    g._letters.cache_clear()
+    g._load_glyphs.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rendered() -> tuple[np.ndarray, str]:
-    return g.render_letters(56)
+    return g.render_glyphs(56)
 
 
 def test_no_two_letters_look_alike_in_any_face(rendered: tuple[np.ndarray, str]) -> None:
@@ -60,7 +60,7 @@ def test_letters_fit_on_their_canvas(rendered: tuple[np.ndarray, str]) -> None:
 
 def test_rendering_is_deterministic_and_the_cache_holds_it(cache: Path, tmp_path: Path) -> None:
     kept = GlyphDataModule(cache_dir=cache).load()
-    g._letters.cache_clear()
+    g._load_glyphs.cache_clear()
     fresh = GlyphDataModule(cache_dir=tmp_path).load()
     assert torch.equal(kept.images, fresh.images)
     assert kept.class_names == fresh.class_names
@@ -69,7 +69,7 @@ def test_rendering_is_deterministic_and_the_cache_holds_it(cache: Path, tmp_path
 
 
 def test_a_sound_cache_is_read_and_nothing_rendered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(g, "render_letters", lambda side: pytest.fail("rendered"))
+    monkeypatch.setattr(g, "render_glyphs", lambda side: pytest.fail("rendered"))
     assert len(GlyphDataModule(cache_dir=cache).load().class_names) > 480
 
 
@@ -81,7 +81,7 @@ def six_letters(side: int) -> tuple[np.ndarray, str]:
 def test_a_damaged_cache_is_rendered_again(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(g, "render_letters", six_letters)
+    monkeypatch.setattr(g, "render_glyphs", six_letters)
     sound = GlyphDataModule(cache_dir=tmp_path).load()
     (path,) = tmp_path.iterdir()
     content = bytearray(path.read_bytes())
@@ -89,21 +89,21 @@ def test_a_damaged_cache_is_rendered_again(
         content[len(content) // 2] ^= 1
     path.write_bytes({"cut": content[:1000], "empty": b"", "foreign": b"not a cache"}.get(damage, bytes(content)))
     if damage == "other shape":
-        np.savez(path, images=np.zeros((2, 12, 28, 28), dtype=np.uint8), letters=np.array("abc"))
-    g._letters.cache_clear()
+        np.savez(path, images=np.zeros((2, 12, 28, 28), dtype=np.uint8), glyphs=np.array("abc"))
+    g._load_glyphs.cache_clear()
     with caplog.at_level(logging.WARNING, logger=g.__name__):
         again = GlyphDataModule(cache_dir=tmp_path).load()
-    assert "drawing the letters again" in caplog.text
+    assert "drawing the glyphs again" in caplog.text
     assert torch.equal(again.images, sound.images)
-    g._letters.cache_clear()
-    monkeypatch.setattr(g, "render_letters", lambda side: pytest.fail("the cache was not mended"))
+    g._load_glyphs.cache_clear()
+    monkeypatch.setattr(g, "render_glyphs", lambda side: pytest.fail("the cache was not mended"))
     assert torch.equal(GlyphDataModule(cache_dir=tmp_path).load().images, sound.images)
 
 
 def test_a_cache_that_cannot_be_written_is_only_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(g, "render_letters", six_letters)
+    monkeypatch.setattr(g, "render_glyphs", six_letters)
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING, logger=g.__name__):
         assert len(GlyphDataModule(cache_dir=tmp_path / "file").load().images) == 72
