@@ -1,15 +1,16 @@
-"""Writes the notebooks: each ``notebooks/src/*.py`` is run from top to bottom and kept as ``notebooks/*.ipynb``.
+"""Runs each ``notebooks/src/*.py`` from top to bottom and writes it as ``notebooks/*.ipynb``.
 
-    python notebooks/build.py                   those whose source has changed
+    python notebooks/build.py                   those whose source has changed; new text and comments keep the outputs
     python notebooks/build.py 03_relations      these, in any case
 
-The sources are plain Python in the percent format, which editors and jupytext know too: a cell begins with ``# %%``, one of
-text with ``# %% [markdown]``, and a line such as ``# %matplotlib inline`` is a magic command.
+The sources are plain Python in the percent format of jupytext: a cell begins with ``# %%``, a text cell with
+``# %% [markdown]``, and a line such as ``# %matplotlib inline`` is a magic command.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import sys
@@ -29,10 +30,10 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def read(source: str) -> nbformat.NotebookNode:
-    """The notebook that a source describes, without outputs.
+    """The notebook of a source, without outputs.
 
     Raises:
-        ValueError: Something stands before the first cell.
+        ValueError: There is text before the first cell.
 
     Example:
         >>> [(cell.cell_type, cell.source) for cell in read("# %% [markdown]\\n# # Hello\\n\\n# %%\\n# %time 1\\n").cells]
@@ -40,7 +41,7 @@ def read(source: str) -> nbformat.NotebookNode:
     """
     head, *parts = re.split(r"^# %%(.*)\n", source, flags=re.MULTILINE)
     if head.strip():
-        raise ValueError(f"a source begins with a cell, # %%, but this one with {head.strip().splitlines()[0]!r}")
+        raise ValueError(f"a source must begin with a cell, # %%, got {head.strip().splitlines()[0]!r}")
     cells = []
     for number, (kind, body) in enumerate(zip(parts[::2], parts[1::2], strict=True)):
         text = body.strip("\n")
@@ -62,7 +63,7 @@ def read(source: str) -> nbformat.NotebookNode:
 
 
 def in_step(source: Path, notebook: Path) -> bool:
-    """Whether the notebook shows what the source says."""
+    """True if the cells of the notebook are those of the source."""
     if not notebook.exists():
         return False
     wanted = read(source.read_text(encoding="utf-8")).cells
@@ -70,15 +71,35 @@ def in_step(source: Path, notebook: Path) -> bool:
     return [(c.cell_type, c.source, c.id) for c in wanted] == [(c.cell_type, c.source, c.id) for c in found]
 
 
+def same_code(name: str) -> nbformat.NotebookNode | None:
+    """The notebook of a source if they differ in text and comments only, so that its outputs stay valid."""
+    if not (path := HERE / f"{name}.ipynb").exists():
+        return None
+    found = nbformat.read(path, as_version=4)
+    wanted = read((SOURCES / f"{name}.py").read_text(encoding="utf-8"))
+    codes = [[(c.cell_type, c.cell_type == "code" and code(c.source)) for c in x.cells] for x in (wanted, found)]
+    return found if codes[0] == codes[1] else None
+
+
+def code(source: str) -> str:
+    """The code of a cell without comments and layout.
+
+    Example:
+        >>> code("x = 1  # one") == code("# two\\nx = 1"), code("%time 1") == code("%time 2")
+        (True, False)
+    """
+    return ast.dump(ast.parse(re.sub(r"^[%!].*", lambda magic: repr(magic[0]), source, flags=re.MULTILINE)))
+
+
 def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
-    """Execute it in a folder, as a reader would; on one thread, because others may be executed at the same time."""
+    """Execute a notebook in a folder, on one thread because several may run at the same time."""
     place = {"metadata": {"path": str(folder)}}
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, resources=place)
     client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def complaints(notebook: nbformat.NotebookNode) -> list[str]:
-    """What no committed notebook may hold: warnings and other text on stderr, paths of a machine, code that did not run."""
+    """Errors of a notebook: text on stderr such as warnings, paths of this machine, cells that did not run."""
     found = []
     for cell in notebook.cells:
         if cell.cell_type != "code":
@@ -106,7 +127,7 @@ def _texts(output: nbformat.NotebookNode) -> list[str]:
 
 
 def local_links(text: str) -> list[str]:
-    """Files that a text links to, as paths from the folder of the notebooks.
+    """Local files that a text links to, relative to the folder of the notebooks.
 
     Example:
         >>> local_links("see [the gallery](../docs/losses.md#rkd), or [the paper](https://arxiv.org/abs/1904.05068)")
@@ -116,7 +137,7 @@ def local_links(text: str) -> list[str]:
 
 
 def tidy(notebook: nbformat.NotebookNode) -> None:
-    """Join the pieces of streams, and leave out what differs from run to run and means nothing."""
+    """Join the parts of streams, and remove metadata, which differs from run to run."""
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({})
         joined: list[nbformat.NotebookNode] = []
@@ -132,17 +153,21 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
             cell["outputs"] = joined
 
 
-def build(name: str) -> list[str]:
-    """Run a source and write its notebook; returns what is wrong with it, and then writes nothing."""
+def build(name: str, keep: nbformat.NotebookNode | None = None) -> list[str]:
+    """Run a source and write its notebook, or return what is wrong with it and write nothing."""
     notebook = read((SOURCES / f"{name}.py").read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as folder:
-        run(notebook, Path(folder))
-    tidy(notebook)
+    if keep is None:
+        with tempfile.TemporaryDirectory() as folder:
+            run(notebook, Path(folder))
+        tidy(notebook)
+    else:
+        for new, old in zip(notebook.cells, keep.cells, strict=True):
+            new.update({key: old[key] for key in ("outputs", "execution_count") if key in old})
     nbformat.validate(notebook)
     content = (nbformat.writes(notebook) + "\n").encode()
     wrong = complaints(notebook)
     if len(content) > LIMIT:
-        wrong.append(f"{len(content):,} bytes, and the limit is {LIMIT:,}: show less, or smaller pictures")
+        wrong.append(f"{len(content):,} bytes, and the limit is {LIMIT:,}: print less, or draw smaller pictures")
     if not wrong:
         write_whole(HERE / f"{name}.ipynb", content)
     return [f"{name}, {what}" for what in wrong]
@@ -152,16 +177,16 @@ def main(args: Sequence[str] | None = None) -> int:
     """Build the notebooks that are named, or those that are out of step."""
     parser = argparse.ArgumentParser(description="Run notebooks/src/*.py and write notebooks/*.ipynb.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="such as 03_relations; default: those out of step")
-    names = parser.parse_args(args).names
+    chosen = names = parser.parse_args(args).names
     sources = sorted(SOURCES.glob("*.py"))
     if unknown := sorted(set(names) - {path.stem for path in sources}):
         parser.error(f"no such source: {', '.join(unknown)}")
     names = names or [path.stem for path in sources if not in_step(path, HERE / f"{path.stem}.ipynb")]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is shown is what a CPU shows
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # notebooks are executed on a CPU
     wrong = []
     for name in names:
         print(f"{name} ...", flush=True)
-        wrong += build(name)
+        wrong += build(name, keep=None if chosen else same_code(name))
     print("\n".join(wrong) if wrong else f"{len(names)} of {len(sources)} notebooks were run and written.")
     return int(bool(wrong))
 

@@ -1,18 +1,18 @@
 # %% [markdown]
-# # 1. Quickstart: a small student learns the geometry of a big teacher
+# # 1. Quickstart: a small student learns the geometry of a large teacher
 #
-# What you will see, in about a minute, on a CPU, without a download:
+# In about a minute on a CPU, without a download, this notebook
 #
-# - a relational loss, called by hand;
-# - a teacher that learns to tell letters apart;
-# - the same small student twice: trained alone, and trained with the teacher;
-# - how they do on letters that neither of them, nor the teacher, has ever seen.
+# - computes a relational loss;
+# - trains a teacher to embed glyphs;
+# - trains the same small student twice, alone and with the teacher;
+# - compares the networks on glyphs that none of them has seen.
 
 # %% [markdown]
 # ## A relational loss compares geometries, not outputs
 #
-# A network turns every image into a point, its *embedding*. `RKD` looks at the distances between all pairs of points of a
-# batch, and at the angles in all triplets; in the student's space and in the teacher's. The two spaces may differ in width.
+# A network maps every image to a point, its *embedding*. `RKD` compares the distances between all pairs of points in a batch, and
+# the angles in all triplets, between student and teacher. The widths of the two embeddings may differ.
 
 # %%
 import torch
@@ -24,11 +24,11 @@ teacher_embedding = torch.randn(32, 128)
 student_embedding = torch.randn(32, 8, requires_grad=True)
 
 loss = RKD()(student_embedding, teacher_embedding)
-loss.backward()  # a loss like any other
+loss.backward()
 print(f"random student: {loss.item():.4f}")
 
 # %% [markdown]
-# Where the points lie, how large the cloud is and how it is turned does not matter. Only its shape does:
+# Translation, scale and rotation of the embedding do not change the loss:
 
 # %%
 rotation, _ = torch.linalg.qr(torch.randn(128, 128))
@@ -36,17 +36,17 @@ moved = 7 * teacher_embedding @ rotation + 100
 print(f"the teacher itself, enlarged, turned and moved: {RKD()(moved, teacher_embedding).item():.0e}")
 
 # %% [markdown]
-# Losses are added and weighted like numbers. These are the weights that the paper uses for classification:
+# Losses can be weighted and added. These are the weights of the paper for classification:
 
 # %%
 weighted = 25 * RKDDistance() + 50 * RKDAngle()
 print(f"weighted sum: {weighted(student_embedding, teacher_embedding).item():.3f}")
 
 # %% [markdown]
-# ## The data: letters of many scripts
+# ## Data: glyphs of many scripts
 #
-# They are drawn with fonts that are already on your machine. A class is a letter. The test letters are others than the
-# training letters, so nobody can learn them by heart.
+# The images are drawn with fonts that come with matplotlib. A class is a glyph, and test classes are disjoint from training
+# classes.
 
 # %%
 from lightning_rkd.data import GlyphDataModule
@@ -54,14 +54,14 @@ from lightning_rkd.data import GlyphDataModule
 data = GlyphDataModule()
 data.setup()
 images, labels = data.root.images[data.test_set.indices], data.root.labels[data.test_set.indices]
-print(f"{data.num_train_classes} letters to train with, {len(labels.unique())} other letters to test with")
-print("some of those:", " ".join(data.class_names[c] for c in labels.unique()[::8]))
+print(f"{data.num_train_classes} training classes, {len(labels.unique())} test classes")
+print("some test classes:", " ".join(data.class_names[c] for c in labels.unique()[::8]))
 
 # %% [markdown]
 # ## Train a teacher
 #
-# `DistillationModule` without a teacher trains a network with a task loss, and that is how teachers are made. The task
-# loss is any of [pytorch-metric-learning](https://github.com/KevinMusgrave/pytorch-metric-learning)'s, or of PyTorch's.
+# Without a teacher, `DistillationModule` trains a network with a task loss. The task loss can come from
+# [pytorch-metric-learning](https://github.com/KevinMusgrave/pytorch-metric-learning) or PyTorch.
 
 # %%
 # %matplotlib inline
@@ -74,7 +74,7 @@ from pytorch_metric_learning.losses import TripletMarginLoss
 from lightning_rkd import DistillationModule, EmbeddingRetrieval
 from lightning_rkd.models import ConvNet, count_parameters
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a notebook needs fewer words
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # keep the notebook short
 warnings.filterwarnings("ignore", module="lightning")
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -89,7 +89,7 @@ def train(student, steps, learning_rate, teacher=None, loss=None):
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps),
         lr_interval="step",
     )
-    # the batches know about devices themselves, hence the second argument
+    # the data module divides its batches over devices, hence use_distributed_sampler=False
     trainer = L.Trainer(max_steps=steps, use_distributed_sampler=False, limit_val_batches=0, **QUIET)
     trainer.fit(module, data)
     return trainer.test(module, data, verbose=False)[0]
@@ -102,11 +102,11 @@ results = {"teacher": train(teacher, steps=300, learning_rate=1e-2)}
 results["teacher"]
 
 # %% [markdown]
-# `recall_at_1` is the share of test images whose nearest other image shows the same letter.
+# `recall_at_1` is the share of test images whose nearest other image belongs to the same class.
 #
 # ## The same student, alone and distilled
 #
-# Same start, same batches, same number of steps. The only difference is the relational loss.
+# Initialisation, batches and number of steps are the same. The only difference is the relational loss.
 
 
 # %%
@@ -125,10 +125,10 @@ for name, result in results.items():
     print(f"{name:17} {size:>7,} parameters   recall@1 {result['test/recall_at_1']:.3f}")
 
 # %% [markdown]
-# ## How much of the teacher's geometry did the student keep?
+# ## How well did the student preserve the teacher's geometry?
 #
-# `RelationalAgreement` compares two embeddings of the same images: do they have the same neighbours, the same order of
-# distances, the same angles?
+# `RelationalAgreement` compares two embeddings of the same images: the overlap of their neighbours, the rank correlation of
+# their distances, and the gap between their angles.
 
 # %%
 from lightning_rkd import RelationalAgreement
@@ -145,10 +145,9 @@ for name in ("student alone", "student with RKD"):
     print(f"{name:17}", {key: round(value.item(), 3) for key, value in agreement.compute().items()})
 
 # %% [markdown]
-# Overlap and correlation: more is better. The gap between angles, in degrees: less is better.
+# Overlap and correlation: higher is better. Angle gap, in degrees: lower is better.
 #
-# And to look at: letters from the test set, and the nearest images that each network finds. Blue with a check mark is the
-# same letter.
+# The pictures are test images and the nearest images that each network finds. Blue with a check mark is the same class.
 
 # %%
 from lightning_rkd import plots
@@ -156,9 +155,9 @@ from lightning_rkd import plots
 plots.neighbours(images, labels, embeddings)
 
 # %% [markdown]
-# ## Attach it to a module of your own
+# ## Attach it to your own module
 #
-# Nothing in your module changes. Name the layer whose output is the embedding, and the callback does the rest.
+# The module does not change. Name the layer whose output is the embedding:
 
 # %%
 from torch import nn
@@ -186,7 +185,7 @@ trainer.fit(Mine(), data.train_dataloader())
 print(f"distill/rkd after {trainer.global_step} steps: {trainer.callback_metrics['distill/rkd']:.3f}")
 
 # %% [markdown]
-# ## Where next
+# ## Next
 #
 # - [02 Attach it to your own LightningModule](02_your_own_module.ipynb): your data, your logging, your metrics.
 # - [03 What relations are](03_relations.ipynb), in pictures.

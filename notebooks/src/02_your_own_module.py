@@ -1,21 +1,20 @@
 # %% [markdown]
 # # 2. Attach it to your own LightningModule
 #
-# You have a `LightningModule` that works, and data that are yours. Here you will see how to
+# You have a working `LightningModule` and your own data. Without changing the module, this notebook
 #
-# - add a relational loss without a change to the module: the callback `RelationalDistillation`;
-# - measure retrieval without a change to the module: the callback `RetrievalEvaluation`;
-# - find the terms in your own log, next to what the module logs;
-# - say where things are when batches are dictionaries, and what happens when a name is wrong.
+# - adds a relational loss with the callback `RelationalDistillation`;
+# - measures retrieval with the callback `RetrievalEvaluation`;
+# - reads the logged terms;
+# - handles batches that are dictionaries, and shows the error for a wrong layer name.
 #
-# Replace the first two cells by your data and your module; the rest stays.
+# Replace the first two code cells by your data and your module.
 
 # %% [markdown]
 # ## Your data
 #
-# Any `DataLoader` will do. Here images and labels are tensors, and a batch is a pair `(images, labels)`: letters, drawn with
-# fonts that are on your machine, because a notebook must work without a download. Nine fonts train, three others validate,
-# and every picture is distorted in its own way.
+# Any `DataLoader` works. Here a batch is a pair `(images, labels)` of glyphs, drawn with fonts that come with matplotlib. Nine
+# fonts train, three others validate, and every image is distorted at random.
 
 # %%
 import torch
@@ -42,7 +41,7 @@ print(f"{len(train_set)} images to train with, {len(val_set)} to validate with, 
 # %% [markdown]
 # ## Your module
 #
-# Nothing in it knows about distillation. It has a `backbone` that makes an embedding, and logs what it likes.
+# The module knows nothing about distillation. Its `backbone` computes an embedding, and it logs its own metrics.
 
 # %%
 import lightning as L
@@ -78,13 +77,13 @@ class Classifier(L.LightningModule):
 # %% [markdown]
 # ## A teacher
 #
-# Any `nn.Module` can teach: from torchvision, from a checkpoint, or, as here, a wider one of the same class.
+# Any `nn.Module` can be the teacher: a torchvision network, one from a checkpoint, or, here, a wider network of the same class.
 
 # %%
 import logging
 import warnings
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a notebook needs fewer words
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # keep the notebook short
 warnings.filterwarnings("ignore", module="lightning")
 QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -101,10 +100,10 @@ teacher = Classifier(width=48)
 fit(teacher, epochs=12)
 
 # %% [markdown]
-# ## Attach it
+# ## Attach the callbacks
 #
-# Two callbacks, and the module is as it was. `student_layer` and `teacher_layer` are names as you would write them in
-# Python: `self.backbone` is `"backbone"`. The default teacher layer is the teacher's output.
+# `student_layer` is a dotted path to a submodule: `self.backbone` is `"backbone"`. The default teacher layer is the teacher's
+# output.
 
 # %%
 from lightning.pytorch.loggers import CSVLogger
@@ -124,8 +123,8 @@ distilled = fit(student, epochs=10, callbacks=[distillation, retrieval], logger=
 distilled
 
 # %% [markdown]
-# `val/accuracy` is the module's own. The other numbers come from `RetrievalEvaluation`, which read the backbone in
-# `validation_step`. The same without a teacher:
+# `val/accuracy` is logged by the module. The other metrics come from `RetrievalEvaluation`, which read the backbone in
+# `validation_step`. The same training without a teacher:
 
 # %%
 torch.manual_seed(1)
@@ -136,12 +135,11 @@ for name in alone:
     print(f"{name:20} {alone[name]:8.3f} {distilled[name]:9.3f}")
 
 # %% [markdown]
-# One run each, with one seed: enough to see that it works, too little to say how much it helps. For that there is
-# [notebook 4](04_choose_a_loss.ipynb).
+# A single run with one seed shows that it works, not how much it helps: see [notebook 4](04_choose_a_loss.ipynb).
 #
-# ## Your own log
+# ## The log
 #
-# The terms are logged as `distill/<name>` to whatever logger the trainer has. Here it was a CSV file:
+# The terms are logged as `distill/<name>` to the trainer's loggers, here a CSV file:
 
 # %%
 import csv
@@ -159,16 +157,16 @@ for axis, name in zip(axes, ("train/cross_entropy", "distill/rkd", "val/recall_a
 plt.show()
 
 # %% [markdown]
-# What your loss weighs against the relations is yours to say: `weight=` and `task_weight=` take a number, or a function of
-# the epoch. This one lets the relations fade in over ten epochs:
+# `weight=` and `task_weight=` take a number or a function of the epoch. This one increases the weight of the relations over ten
+# epochs:
 
 # %%
 RelationalDistillation(teacher.backbone, RKD(), student_layer="backbone", weight=lambda epoch: min(1, epoch / 10))
 
 # %% [markdown]
-# ## What stays outside
+# ## The teacher is not part of the module
 #
-# The teacher is in eval mode while it teaches, and no part of your module: not in its parameters, not in its checkpoints.
+# It is in eval mode, and in neither the module's parameters nor its checkpoints:
 
 # %%
 print("modules:   ", [name for name, _ in student.named_children()])
@@ -177,7 +175,7 @@ print("state dict:", sorted({key.split(".")[0] for key in student.state_dict()})
 # %% [markdown]
 # ## Batches that are dictionaries
 #
-# Say which entry is the input. `labels=` says where the labels are; retrieval needs them, and some losses do.
+# `inputs=` names the entry that the networks are called with, `labels=` that of the labels, which retrieval and some losses need.
 
 
 # %%
@@ -203,11 +201,11 @@ trainer.fit(FromNames(width=6), DataLoader(Named(), batch_size=64, shuffle=True)
 print(f"distill/rkd: {trainer.callback_metrics['distill/rkd']:.3f}")
 
 # %% [markdown]
-# Batches of any other make: override `unpack(self, batch)` of the callback and return a `lightning_rkd.utils.types.Batch`.
+# For other batches override `unpack(self, batch)` of the callback and return a `lightning_rkd.utils.types.Batch`.
 #
-# ## When a name is wrong
+# ## A wrong layer name
 #
-# Nothing is skipped in silence. The message says what there is:
+# The error lists the available names:
 
 # %%
 wrong = RelationalDistillation(teacher.backbone, RKD(), student_layer="backbon")
@@ -217,9 +215,9 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# ## Where next
+# ## Next
 #
 # - [03 What relations are](03_relations.ipynb), in pictures.
-# - [04 Choose a loss](04_choose_a_loss.ipynb), or look through [the gallery](../docs/losses.md).
+# - [04 Choose a loss](04_choose_a_loss.ipynb), or [the gallery](../docs/losses.md).
 # - [06 Many devices, mixed precision, resume](06_devices_precision_resume.ipynb): the callback needs no other settings there.
-# - [09 A teacher you only have embeddings of](09_embeddings_only.ipynb).
+# - [09 A teacher given as embeddings](09_embeddings_only.ipynb).

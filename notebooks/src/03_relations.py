@@ -1,18 +1,17 @@
 # %% [markdown]
 # # 3. What relations are
 #
-# Relational distillation does not ask a student to say what the teacher says. It asks that samples *relate* to one another as
-# they do for the teacher. You will see, in pictures,
+# Relational distillation matches relations between samples instead of outputs. This notebook shows
 #
-# - distances and angles between three points, and then between ten;
-# - what a relational loss ignores, and what it does not;
-# - the same for real networks: matrices of distances and angles, before and after distillation.
+# - distances and angles of three points, and of ten;
+# - which transformations a relational loss ignores;
+# - matrices of distances and angles of real networks, before and after distillation.
 
 # %% [markdown]
 # ## Distances and angles
 #
-# Ten points in the plane: a teacher's embedding of ten samples. And two students. One has the same shape elsewhere: moved,
-# turned, smaller. The other has been squeezed.
+# Ten points in the plane are a teacher's embedding of ten samples. One student has the same shape, moved, rotated and scaled.
+# The other is distorted.
 
 # %%
 import matplotlib.pyplot as plt
@@ -46,7 +45,7 @@ for (name, points), axis in zip(spaces.items(), axes, strict=True):
 plt.show()
 
 # %% [markdown]
-# The orange angle lies at its middle point. Measure one distance and that angle in all three spaces:
+# One distance, and the orange angle at its middle point, in the three spaces:
 
 # %%
 for name, x in spaces.items():
@@ -59,8 +58,8 @@ for name, x in spaces.items():
     )
 
 # %% [markdown]
-# A distance is compared in units of the mean distance, so size does not matter. Angles have no unit anyway. The losses
-# compare all pairs, and all triplets:
+# Distances are divided by their mean, so scale does not matter; angles are independent of it. The losses compare all pairs and
+# all triplets:
 
 # %%
 for name, points in spaces.items():
@@ -68,9 +67,9 @@ for name, points in spaces.items():
     print(f"{name:22} distance loss {d:.4f}   angle loss {a:.4f}")
 
 # %% [markdown]
-# ## A student that knows nothing but relations
+# ## Training with relations only
 #
-# Ten random points, moved down the gradient of the loss. Nobody tells them where to go, only how to lie to one another.
+# Ten random points, moved along the gradient of the loss:
 
 # %%
 student = torch.randn(10, 2).requires_grad_()
@@ -90,12 +89,12 @@ draw(student.detach(), axes[2], f"student after, loss {value.item():.3f}")
 plt.show()
 
 # %% [markdown]
-# The shape is the teacher's; where it lies and which way it faces is the student's affair. A mirror image is allowed too.
+# The shape is the teacher's. Position, orientation and reflection are free.
 #
-# ## The same with networks
+# ## Networks
 #
-# Now the points are embeddings of images. A teacher learns letters with labels. The student gets no labels at all: only the
-# relations, in batches of 120 images.
+# Now the points are embeddings of images. The teacher is trained on labels. The student gets no labels, only the relations in
+# batches of 120 images.
 
 # %%
 import logging
@@ -108,7 +107,7 @@ from lightning_rkd import DistillationModule
 from lightning_rkd.data import GlyphDataModule
 from lightning_rkd.models import ConvNet
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a notebook needs fewer words
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # keep the notebook short
 warnings.filterwarnings("ignore", module="lightning")
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -133,7 +132,7 @@ train(teacher, steps=200, learning_rate=1e-2, task_loss=TripletMarginLoss(margin
 # %%
 images = torch.stack([x for x, _ in data.test_set])
 labels = torch.tensor([y for _, y in data.test_set])
-print(f"{len(images)} images of {len(labels.unique())} letters that no network has seen in training")
+print(f"{len(images)} images of {len(labels.unique())} unseen classes")
 
 
 @torch.no_grad()
@@ -150,7 +149,7 @@ embeddings["student after"] = embed(student)
 # %% [markdown]
 # ### Distances
 #
-# Every row and column is an image; dark is near. The blocks on the diagonal are the images of one letter.
+# Rows and columns are images; dark is near. The blocks on the diagonal are images of one class.
 
 # %%
 from lightning_rkd import plots
@@ -162,8 +161,7 @@ figure
 # %% [markdown]
 # ### Distances and angles, one by one
 #
-# Each dot is a pair of images (left) or a triplet (right): what the teacher measures, and what the student does. On the
-# diagonal they agree.
+# Each dot is a pair of images (left) or a triplet (right): the teacher's value and the student's. On the diagonal they agree.
 
 # %%
 from lightning_rkd.metrics.agreement import angles, draw_triplets
@@ -189,7 +187,7 @@ for row, name in zip(axes, ("student before", "student after"), strict=True):
 plt.show()
 
 # %% [markdown]
-# In numbers, over all of them. More is better for overlap and correlation, less is better for the gap:
+# The same over all of them. Higher is better for overlap and correlation, lower for the gap:
 
 # %%
 from lightning_rkd import RelationalAgreement
@@ -201,7 +199,7 @@ for name in ("student before", "student after"):
     print(f"{name:15}", found)
 
 # %% [markdown]
-# And what it is good for: how often is the nearest other image the same letter? The student was never told a label.
+# Retrieval: how often is the nearest other image of the same class? The student was trained without labels.
 
 # %%
 from lightning_rkd import EmbeddingRetrieval
@@ -212,8 +210,8 @@ for name, x in embeddings.items():
     print(f"{name:15} recall@1 {retrieval.compute()['recall_at_1']:.3f}")
 
 # %% [markdown]
-# ## Where next
+# ## Next
 #
-# - [04 Choose a loss](04_choose_a_loss.ipynb): distances and angles are two of many relations.
-# - [05 Write your own loss](05_write_your_own_loss.ipynb): a relation of your own.
+# - [04 Choose a loss](04_choose_a_loss.ipynb): other relations than distances and angles.
+# - [05 Write your own loss](05_write_your_own_loss.ipynb).
 # - [The gallery](../docs/losses.md) has the equations.

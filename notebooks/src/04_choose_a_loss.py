@@ -1,18 +1,18 @@
 # %% [markdown]
 # # 4. Choose a loss
 #
-# Which relations, and with which weight? Here you will see
+# Which relations, and with which weight? This notebook
 #
-# - what losses there are, and that all of them are called alike;
-# - the first answer to "which weight?": let the gradients say;
-# - `lightning-rkd compare`: several losses, several seeds, weights chosen on validation data, one table;
-# - how to read that table.
+# - lists the losses, which share one interface;
+# - finds weights from gradients;
+# - compares losses over several seeds with `lightning-rkd compare`, with weights chosen on validation data;
+# - explains the resulting table.
 
 # %% [markdown]
-# ## What there is
+# ## The losses
 #
-# Some read embeddings, some logits, some feature maps. Each tells the paper it comes from, and the weight published with it.
-# [The gallery](../docs/losses.md) has their equations.
+# Some read embeddings, some logits, some feature maps. Each states its paper and the published weight.
+# [The gallery](../docs/losses.md) has the equations.
 
 # %%
 import lightning_rkd.losses
@@ -30,11 +30,10 @@ for cls in losses[::5]:
     )
 
 # %% [markdown]
-# ## Which weight? The gradients' answer
+# ## Weights from gradients
 #
-# Losses have very different sizes, and published weights belong to the batch sizes and networks of their papers. `balance=1`
-# weighs a loss in every step so that its gradient is as long as the task's. The weight it finds is logged: a good place to
-# start.
+# Losses differ in scale, and published weights belong to the batch sizes and networks of their papers. `balance=1` matches the
+# gradient norms of a loss and the task in every step. The resulting weight is logged and is a good starting point.
 
 # %%
 import logging
@@ -50,7 +49,7 @@ from lightning_rkd.data import GlyphDataModule
 from lightning_rkd.losses import PKT, SimilarityPreserving
 from lightning_rkd.models import ConvNet
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a notebook needs fewer words
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # keep the notebook short
 warnings.filterwarnings("ignore", module="lightning")
 QUIET = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -90,19 +89,18 @@ for loss in (RKD(), PKT(), SimilarityPreserving()):
     print(f"{name:22} balanced by a weight of about {statistics.median(weights[20:]):,.3g}")
 
 # %% [markdown]
-# The weights differ by orders of magnitude. Without such an answer, a comparison of losses is mostly one of weights.
+# The weights differ by orders of magnitude. Without balancing, a comparison of losses is mostly one of weights.
 #
 # ## A comparison
 #
-# `lightning-rkd compare` reads a YAML file: a recipe, and what differs from network to network. This one is small enough for
-# a notebook: few letters, short trainings, two seeds. The values behind `--tune` are tried with the first seed and judged on
-# validation data; the best one is taken.
+# `lightning-rkd compare` reads a YAML file: a recipe, and what differs between networks. This one is small: few classes, short
+# trainings, two seeds. The values behind `--tune` are trained with the first seed and selected on validation data.
 
 # %%
 from pathlib import Path
 
 _ = Path("mine.yaml").write_text("""\
-title: Losses on letters, a miniature
+title: Losses on glyphs
 recipe: glyphs_rkd
 teacher: {recipe: glyphs_teacher, seed: 0}
 set: {data.max_classes: 100}
@@ -118,13 +116,13 @@ select: map_at_r
 """)
 
 # %% [markdown]
-# In a terminal this is
+# The command is
 #
 # ```
 # lightning-rkd compare --config mine.yaml --tune RKD.weight=0.5,2 --jobs 2 --out runs/mine
 # ```
 #
-# and shows bars while it trains. Here it runs in a process of its own:
+# and displays progress bars. Here it runs in a subprocess:
 
 # %%
 import os
@@ -132,7 +130,7 @@ import subprocess
 import sys
 
 command = ["compare", "--config", "mine.yaml", "--tune", "RKD.weight=0.5,2", "--jobs", "2", "--out", "runs/mine"]
-plain = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}  # notebooks ask for colours
+plain = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}  # notebooks set it
 done = subprocess.run([sys.executable, "-m", "lightning_rkd.cli", *command], env=plain, capture_output=True, text=True)
 assert done.returncode == 0, done.stderr
 print(*done.stdout.splitlines()[:6], sep="\n")
@@ -148,13 +146,12 @@ table = [line for line in text.splitlines() if line.startswith("|")]
 Markdown("\n".join(table))
 
 # %% [markdown]
-# - **mean ± deviation**: over the seeds.
-# - **difference to the baseline**: seed by seed, because runs of the same seed begin with the same weights and see the same
-#   batches. Behind it stands its 95 % interval. Where the interval holds zero, the comparison has not shown a difference; two
-#   seeds, as here, almost never do. Take five.
-# - **parameters, time**: what it costs.
+# - **mean ± deviation** over the seeds.
+# - **difference to the baseline**, paired by seed because runs of one seed share initial weights and batches, with its 95 %
+#   interval. If the interval contains zero, no difference is established; with two seeds, as here, it almost always does. Use five.
+# - **parameters, time**: the cost.
 #
-# What was tried to find the weights, on validation data:
+# The weights that were tried, on validation data:
 
 # %%
 print(Path("runs/mine/tune.csv").read_text())
@@ -165,15 +162,15 @@ Image("runs/mine/plot.png", width=700)
 # %% [markdown]
 # Dots are runs, bars are means, lines are intervals, the dashed line is the baseline.
 #
-# The same command once more trains nothing, and another network or more seeds train only what is new. In `runs/mine` every run
-# keeps its checkpoint and the `config.yaml` that `lightning-rkd fit --config` trains it with:
+# Running the command again trains nothing; further networks or seeds train only what is new. In `runs/mine` every run keeps its
+# checkpoint and the `config.yaml` that `lightning-rkd fit --config` trains it with:
 
 # %%
 print(sorted(path.name for path in Path("runs/mine").iterdir()))
 
 # %% [markdown]
-# ## Where next
+# ## Next
 #
 # - [All keys of a comparison](../docs/compare.md), and [all losses on one student](../docs/losses_on_glyphs.md).
-# - [05 Write your own loss](05_write_your_own_loss.ipynb), and compare it like these.
+# - [05 Write your own loss](05_write_your_own_loss.ipynb), and compare it in the same way.
 # - [07 Classification with RKD and soft targets](07_classification.ipynb).

@@ -1,12 +1,11 @@
 # %% [markdown]
 # # 5. Write your own loss
 #
-# A relational loss is a function of two tensors. Here you will
+# A relational loss is a function of two tensors. This notebook
 #
-# - write one, centred kernel alignment (Kornblith et al. 2019), in a dozen lines;
-# - use it alone, in the module, in a sum with others, and from YAML;
-# - get more than embeddings: labels, several fields, parameters of its own;
-# - see what the base class catches for you.
+# - implements centred kernel alignment (Kornblith et al. 2019) in a dozen lines;
+# - uses it alone, in the module, in a sum, and from YAML;
+# - adds labels, further fields and parameters.
 
 # %%
 import logging
@@ -17,13 +16,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a notebook needs fewer words
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # keep the notebook short
 warnings.filterwarnings("ignore", module="lightning")
 
 # %% [markdown]
 # ## The loss
 #
-# Two Gram matrices, centred; one minus the cosine between them. The widths may differ: a Gram matrix is (N, N) on both sides.
+# One minus the cosine between the centred Gram matrices. The widths may differ, since both Gram matrices are (N, N).
 
 # %%
 from lightning_rkd import RelationalLoss
@@ -45,7 +44,7 @@ loss.backward()
 print(f"loss {loss.item():.4f}, gradient of shape {tuple(student.grad.shape)}")
 
 # %% [markdown]
-# A check that costs nothing: the loss of the teacher with itself is 0, and it should not mind a rotation or another scale.
+# The loss of the teacher with itself is 0, and it is invariant to rotation and scale:
 
 # %%
 turn = torch.linalg.qr(torch.randn(64, 64)).Q
@@ -58,10 +57,10 @@ for name, x in {
     print(f"{name:18} {CKA()(x, teacher).item():.6f}")
 
 # %% [markdown]
-# ## What the base class does
+# ## The base class
 #
-# `forward` sees checked tensors: matrices of as many rows, the teacher detached, both in float32 or float64 whatever autocast says,
-# NaN found with its row.
+# `RelationalLoss` checks the inputs before `forward`: two matrices with the same number of rows, finite values, the teacher detached,
+# both in float32 or float64 whatever the autocast setting.
 
 # %%
 for student_rows, teacher_rows in (
@@ -76,7 +75,7 @@ for student_rows, teacher_rows in (
 # %% [markdown]
 # ## Use it
 #
-# Wherever a loss goes. Weighed and added with the operators; the keys of a dict are the names in the log.
+# A custom loss works like any other. Losses are weighted and added with operators; the keys of a dict are the names in the log.
 
 # %%
 from lightning_rkd import RKD, DistillationModule, EmbeddingRetrieval
@@ -117,9 +116,10 @@ logged, score = train(small, epochs=6)
 print(f"student: recall@1 {score:.3f}, logged {logged}")
 
 # %% [markdown]
-# ## More than embeddings
+# ## Labels and other inputs
 #
-# Ask by keyword, and it is there: `labels`, `indices`, `view`, `epoch`, `mix`. This one looks only at pairs of different classes:
+# Keyword-only parameters of `forward` request more: `labels`, `indices`, `view`, `epoch`, `mix`. This loss compares only pairs of
+# different classes:
 
 
 # %%
@@ -137,12 +137,12 @@ print(f"{BetweenClasses()(student, teacher, labels=labels).item():.4f}")
 print("needs:", sorted(BetweenClasses().needs))
 
 # %% [markdown]
-# What else a class can say of itself:
+# A class can also declare
 #
-# - `reads = "logits"`, `"feature_maps"`, or a tuple of fields: what of the networks it is given;
-# - `gather = False`: a mean of per-sample terms, which is then never gathered over devices;
-# - parameters of its own, whose sizes come from the networks: `build(self, student_dim, teacher_dim)`. They are trained and saved
-#   with the student, by module and callback alike.
+# - `reads = "logits"`, `"feature_maps"`, or a tuple of fields: what it reads of the networks;
+# - `gather = False`: a mean of per-sample terms, which needs no gathering over devices;
+# - parameters whose shapes depend on the networks, created in `build(self, student_dim, teacher_dim)`. Module and callback train and
+#   save them with the student.
 
 
 # %%
@@ -174,7 +174,7 @@ print("a map of its own, found by itself:", tuple(module.loss.map.weight.shape))
 # %% [markdown]
 # ## From YAML
 #
-# Put the class into a file of your own, and name it by its path:
+# Put the class into a file and refer to it by its path:
 
 # %%
 from pathlib import Path
@@ -196,7 +196,7 @@ class CKA(RelationalLoss):
 
 # %% [markdown]
 # `python -m lightning_rkd.cli fit --config glyphs_rkd --model.loss mine.CKA`, or `loss: {class_path: mine.CKA}` in a configuration.
-# The folder of `mine.py` must be where Python looks for modules, such as the one that you are in.
+# The folder of `mine.py` must be on Python's module path, such as the current folder.
 
 # %%
 import importlib
@@ -206,13 +206,12 @@ sys.path.insert(0, "")
 print(importlib.import_module("mine").CKA())
 
 # %% [markdown]
-# ## Into this library
+# ## Contribute it
 #
-# One file, one line that exports it, and a contract test covers it: finite and right gradients, the invariances that it declares
-# and no other, duplicates, half precision, two devices against one.
-# [CONTRIBUTING](../CONTRIBUTING.md) shows the whole of it with this very loss.
+# One file and one export: the contract test then checks finite and correct gradients, the declared invariances, duplicates, half
+# precision, and two devices against one. [CONTRIBUTING](../CONTRIBUTING.md) describes the steps with this loss.
 #
-# ## Where next
+# ## Next
 #
-# - [04 Choose a loss](04_choose_a_loss.ipynb): does yours help? `lightning-rkd compare` takes it by its path.
-# - [The gallery](../docs/losses.md): thirty others to read.
+# - [04 Choose a loss](04_choose_a_loss.ipynb): `lightning-rkd compare` accepts your loss by its path.
+# - [The gallery](../docs/losses.md): more than thirty losses to read.

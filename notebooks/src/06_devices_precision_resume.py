@@ -1,13 +1,13 @@
 # %% [markdown]
 # # 6. Many devices, mixed precision, resume
 #
-# Three things that go wrong in silence elsewhere, and how to see that they are right here:
+# This notebook checks three properties:
 #
 # - over several devices, relations span the rows of *all* of them;
-# - in half precision, losses are computed in full;
-# - a run that was stopped goes on to the same weights, bit for bit.
+# - in half precision, losses are computed in full precision;
+# - an interrupted run resumes to the same weights, bit for bit.
 #
-# All of it runs on a CPU. Several devices are two processes here; on GPUs nothing changes but `accelerator="gpu"`.
+# Everything runs on a CPU. The devices are two processes; on GPUs only `accelerator="gpu"` changes.
 
 # %%
 import logging
@@ -18,14 +18,14 @@ import lightning as L
 import torch
 from torch import nn
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a notebook needs fewer words
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # keep the notebook short
 warnings.filterwarnings("ignore", module="lightning")
 
 # %% [markdown]
 # ## Two devices
 #
-# A script that trains one student, on as many devices as it is told, with the same 32 rows in every step: all on one device, or
-# 16 on each of two. It prints what the weights have become.
+# The script trains one student with the same 32 rows per step: all on one device, or 16 on each of two. It prints the trained
+# weights.
 
 # %%
 _ = Path("train.py").write_text("""
@@ -49,7 +49,7 @@ torch.manual_seed(0)
 student, teacher = nn.Linear(8, 4), nn.Linear(8, 16)
 module = DistillationModule(student, teacher=teacher, loss=RKD(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
 rows, rank = TensorDataset(torch.randn(96, 8)), int(os.environ.get("LOCAL_RANK", 0))
-sampler = DistributedSampler(rows, devices, rank, shuffle=False)  # Lightning's own would draw other batches
+sampler = DistributedSampler(rows, devices, rank, shuffle=False)  # Lightning's would draw different batches
 data = DataLoader(rows, batch_size=32 // devices, sampler=sampler)
 trainer = L.Trainer(
     max_epochs=2, accelerator="cpu", devices=devices, logger=False, enable_checkpointing=False,
@@ -73,18 +73,17 @@ gap = max(float((one[name] - two[name]).abs().max()) for name in one)
 print(f"largest difference of a weight after 6 steps: {gap:.1e}")
 
 # %% [markdown]
-# Rounding only. Each device has 16 rows, but every step had the relations of all 32: 32 x 32 distances, not two times 16 x 16.
-# With the usual way to compute such a loss under DDP, each device would have seen its own rows only, and the more devices there
-# are the less would be left of the method.
+# They differ by rounding only. Each device holds 16 rows, but every step used the relations of all 32: 32 x 32 distances, not two
+# times 16 x 16. A loss computed on the rows of each device would lose relations with every additional device.
 #
-# Batches must hold different rows on each device. Lightning puts a sampler of its own over your loader that sees to it (the script
-# does without, to compare the same batches), and where classes are drawn [`PKBatchSampler`](../docs/many_devices.md) does.
+# Devices must receive different rows. Lightning adds a distributed sampler to your loader (disabled in the script to compare the
+# same batches); for batches of classes use [`PKBatchSampler`](../docs/many_devices.md).
 
 # %% [markdown]
 # ## Mixed precision
 #
-# Under autocast the networks compute in bfloat16 or float16. The losses do not: whatever comes in, they go to float32, and
-# distances to float64 where it matters. To see why, take embeddings far from the origin and compare with the exact value:
+# Under autocast the networks compute in bfloat16 or float16. The losses convert their inputs to float32, and distances to float64
+# where needed. Compare embeddings far from the origin with the exact value:
 
 # %%
 from lightning_rkd import RKDDistance
@@ -94,7 +93,7 @@ student, teacher = torch.randn(64, 32) + 100, torch.randn(64, 128)
 
 
 def by_hand(x, t):
-    """The usual formula, in whatever precision its inputs have."""
+    """The usual formula, in the precision of its inputs."""
 
     def relative(y):
         squares = (y * y).sum(1)
@@ -106,14 +105,14 @@ def by_hand(x, t):
 
 
 exact = by_hand(student.double(), teacher.double())
-half = student.bfloat16().float()  # what a network in bfloat16 would show
+half = student.bfloat16().float()  # the output of a network in bfloat16
 print(f"exact                {exact:.6f}")
 print(f"here                 {RKDDistance()(student, teacher):.6f}")
 print(f"by hand, float32     {by_hand(student, teacher):.6f}")
 print(f"by hand, bfloat16    {by_hand(student.bfloat16(), teacher.bfloat16()):.6f}")
 
 # %% [markdown]
-# So `precision="bf16-mixed"`, or `"16-mixed"` on a GPU, is all there is to say:
+# Therefore `precision="bf16-mixed"`, or `"16-mixed"` on a GPU, needs no further settings:
 
 # %%
 from torch.utils.data import DataLoader, TensorDataset
@@ -128,11 +127,10 @@ trainer.fit(module, data)
 print(f"loss after 3 epochs in bf16-mixed: {trainer.callback_metrics['train/loss']:.4f}")
 
 # %% [markdown]
-# ## Stop and go on
+# ## Stop and resume
 #
-# A checkpoint holds the student, and what its training needs to go on; the teacher is not in it, because it is where you have
-# it. Here a run is cut off after two of four epochs and resumed, and compared with one that ran through. The data module's
-# order and distortions depend on seed and epoch alone, so that the third epoch is the same third epoch.
+# A checkpoint holds the student and the state of its training, not the teacher. Here a run is stopped after two of four epochs,
+# resumed, and compared with an uninterrupted one. The data module's order and augmentation depend on seed and epoch only.
 
 # %%
 from lightning_rkd.data import GlyphDataModule
@@ -140,12 +138,12 @@ from lightning_rkd.models import ConvNet
 
 
 def parts():
-    letters = GlyphDataModule(
+    data = GlyphDataModule(
         max_classes=20, image_size=16, classes_per_batch=6, samples_per_class=4, batches_per_epoch=8, seed=3
     )
     torch.manual_seed(3)
     teacher = ConvNet((8, 16), embedding_dim=32)
-    return DistillationModule(ConvNet((4, 8), embedding_dim=8), teacher=teacher, loss=RKD()), letters
+    return DistillationModule(ConvNet((4, 8), embedding_dim=8), teacher=teacher, loss=RKD()), data
 
 
 def trainer(epochs):
@@ -154,16 +152,16 @@ def trainer(epochs):
     )
 
 
-whole, letters = parts()
-trainer(4).fit(whole, letters)
+whole, data = parts()
+trainer(4).fit(whole, data)
 
-first, letters = parts()
+first, data = parts()
 half_way = trainer(2)
-half_way.fit(first, letters)
+half_way.fit(first, data)
 half_way.save_checkpoint("half.ckpt")
 
-resumed, letters = parts()
-trainer(4).fit(resumed, letters, ckpt_path="half.ckpt")
+resumed, data = parts()
+trainer(4).fit(resumed, data, ckpt_path="half.ckpt")
 
 same = all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 kept = sorted({name.split(".")[0] for name in torch.load("half.ckpt", weights_only=True)["state_dict"]})
@@ -171,11 +169,11 @@ print(f"the same weights, bit for bit: {same}")
 print(f"in the checkpoint's state dict: {kept}")
 
 # %% [markdown]
-# Give the length of a run in epochs: Lightning 2.6 trains one batch too many when a run that is limited by `max_steps` resumes.
-# On the command line it is `lightning-rkd fit --config ... --ckpt_path last`.
+# Limit runs by epochs: Lightning 2.6 trains one batch too many when a run limited by `max_steps` resumes. On the command line, use
+# `lightning-rkd fit --config ... --ckpt_path last`.
 #
-# ## Where next
+# ## Next
 #
-# - [Many devices and machines](../docs/many_devices.md): torchrun, SLURM, what is gathered and what is not.
-# - [What is guaranteed](../docs/guarantees.md), with the test behind every promise.
-# - [Kills and damage](../docs/faults.md): what was done to runs, and what became of them.
+# - [Many devices and machines](../docs/many_devices.md): torchrun, SLURM, what is gathered.
+# - [Guarantees](../docs/guarantees.md), with their tests.
+# - [Faults](../docs/faults.md): killed runs, damaged files, failing ranks.

@@ -1,15 +1,13 @@
 # %% [markdown]
 # # 7. Classification: relations and soft targets
 #
-# In classification the teacher has *two* things to say: which classes it finds likely, its soft targets (Hinton, Vinyals and
-# Dean 2015), and how it sees images relative to one another (RKD). Here a small student learns from labels alone, from either,
-# and from both.
+# In classification a teacher offers soft targets (Hinton, Vinyals and Dean 2015) and relations between images (RKD). Here a small
+# student learns from labels alone, from either, and from both.
 #
 # ## The data
 #
-# CIFAR-100, if its archive `cifar-100-python.tar.gz` lies in the folder that the environment variable `CIFAR100` names. A
-# notebook must also run without a download: then it classifies the library's letters instead, drawn by fonts whose bold and
-# slanted faces nobody trained on.
+# CIFAR-100 if the environment variable `CIFAR100` names the folder of `cifar-100-python.tar.gz`. Otherwise, without a download,
+# glyphs: fonts with bold and oblique faces that are held out of training.
 
 # %%
 import logging
@@ -22,7 +20,7 @@ from torch import nn
 
 from lightning_rkd.data import CIFARDataModule, GlyphDataModule
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a notebook needs fewer words
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # keep the notebook short
 warnings.filterwarnings("ignore", module="lightning")
 
 sizes = {"classes_per_batch": 16, "samples_per_class": 4, "batches_per_epoch": 50, "split_by": "samples"}
@@ -38,8 +36,8 @@ print(f"{data.num_train_classes} classes")
 # %% [markdown]
 # ## Teacher and student
 #
-# `Classified` puts a linear classifier on an embedding network. One tap, `"classifier"`, shows both what it is given (the
-# embedding) and what it says (the logits).
+# `Classified` adds a linear classifier to an embedding network. The layer `"classifier"` provides its input, the embedding, and its
+# output, the logits.
 
 # %%
 from torchmetrics.classification import MulticlassAccuracy
@@ -89,9 +87,9 @@ print(f"teacher: {count_parameters(teacher.student):,} parameters, accuracy {sco
 # %% [markdown]
 # ## Four students
 #
-# The same start, the same batches. Soft targets take 0.9 of the weight and leave 0.1 to the labels, as is usual; RKD has
-# weights of 1 for distances and 2 for angles, which suit a training as short as this one; the paper has 25 and 50 in its long ones. A dict of losses is their sum, and its keys are the
-# names in the log.
+# Initialisation and batches are the same. Soft targets have the usual weight of 0.9, which leaves 0.1 to the labels. RKD has the
+# weights 1 for distances and 2 for angles, which suit this short training; the paper uses 25 and 50 in long ones. A dict of losses
+# is their sum, and its keys are the names in the log.
 
 # %%
 from lightning_rkd import RKD
@@ -104,16 +102,16 @@ ways = {
     "soft targets": {"loss": {"soft": soft}, "task_weight": 0.1},
     "soft targets + RKD": {"loss": {"soft": soft, "rkd": relations}, "task_weight": 0.1},
 }
-shown = {"teacher": teacher.student, "teacher_layer": {"embedding": "classifier", "logits": "classifier"}}
+taught = {"teacher": teacher.student, "teacher_layer": {"embedding": "classifier", "logits": "classifier"}}
 accuracy = {}
 for name, way in ways.items():
     torch.manual_seed(1)
-    student = module(network((8, 16, 16), depth=1), **(way | shown if way else {}))
+    student = module(network((8, 16, 16), depth=1), **(way | taught if way else {}))
     accuracy[name] = train(student)
     print(f"{name:20} {accuracy[name]:.3f}")
 
 # %% [markdown]
-# ## What it means
+# ## Results
 
 # %%
 gains = {name: 100 * (value - accuracy["labels"]) for name, value in accuracy.items() if name != "labels"}
@@ -122,14 +120,14 @@ print(", ".join(f"{name}: {gain:+.1f} points" for name, gain in gains.items()))
 print(f"Most was gained by {best}.")
 
 # %% [markdown]
-# One run each, with one seed, on a small task: it shows how the parts go together, and not which way is best.
-# [The results](../docs/results.md) have CIFAR-100 with several seeds and intervals, and check the paper's claims there.
+# A single run with one seed shows how the parts fit together, not which method is best. [The results](../docs/results.md) have
+# CIFAR-100 with several seeds and intervals.
 #
-# On the command line: `lightning-rkd fit --config cifar100_resnet32x4`, then `cifar100_resnet32x4_resnet8x4`, are a pair that
+# On the command line, `lightning-rkd fit --config cifar100_resnet32x4` and then `cifar100_resnet32x4_resnet8x4` train a pair that
 # many papers report, with the published settings.
 #
-# ## Where next
+# ## Next
 #
 # - [04 Choose a loss](04_choose_a_loss.ipynb): several seeds, weights chosen on validation data.
-# - [The gallery](../docs/losses.md): which losses read logits, which the embedding, which maps.
+# - [The gallery](../docs/losses.md): which losses read logits, embeddings or feature maps.
 # - [06 Many devices, mixed precision, resume](06_devices_precision_resume.ipynb).

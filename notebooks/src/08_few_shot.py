@@ -1,12 +1,11 @@
 # %% [markdown]
-# # 8. Few-shot: a prototype of every new class
+# # 8. Few-shot: a prototype for every new class
 #
-# Few-shot classification names classes that nobody trained on, from one or five examples of each: the mean of the examples is
-# the class's *prototype*, and a query belongs to the nearest one (Snell, Swersky and Zemel 2017). All that counts is the
-# geometry of the embedding, which is what RKD distils.
+# Few-shot classification recognises unseen classes from one or five examples of each. The mean of the examples is the class's
+# *prototype*, and a query belongs to the nearest one (Snell, Swersky and Zemel 2017). Accuracy depends only on the geometry of the
+# embedding, which RKD distils.
 #
-# Here you will see episodes, the loss that trains on them, the score with its confidence interval, and what a small student
-# learns from a bigger teacher.
+# This notebook covers episodes, the loss that trains on them, accuracy with a confidence interval, and a distilled student.
 
 # %%
 import logging
@@ -20,14 +19,14 @@ from lightning_rkd.data import GlyphDataModule
 from lightning_rkd.metrics import FewShotAccuracy
 from lightning_rkd.models import ConvNet, PrototypicalLoss, count_parameters
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a notebook needs fewer words
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # keep the notebook short
 warnings.filterwarnings("ignore", module="lightning")
 
 # %% [markdown]
 # ## Episodes
 #
-# A batch of 20 classes with 4 images each is an episode of 20 *ways*: the first image of each class makes its prototype (1
-# *shot*), the other three ask. The classes that test are others than those that train.
+# A batch of 20 classes with 4 images each is a 20-way episode: the first image of each class is its prototype (1 shot), the other
+# three are queries. Test classes are disjoint from training classes.
 
 # %%
 data = GlyphDataModule(image_size=20, max_classes=150, classes_per_batch=20, samples_per_class=4, batches_per_epoch=40)
@@ -42,8 +41,8 @@ print(f"classes to train with: {data.num_train_classes}")
 # %% [markdown]
 # ## Train on episodes
 #
-# `PrototypicalLoss` is the task, `FewShotAccuracy` the score: it draws many episodes from the embeddings of all test images.
-# Several of them stand side by side.
+# `PrototypicalLoss` is the task loss. `FewShotAccuracy` draws many episodes from the embeddings of all test images; several can be
+# evaluated at once.
 
 # %%
 EPOCHS = 6
@@ -86,12 +85,12 @@ teacher = module(ConvNet((16, 32, 64), embedding_dim=64))
 show("teacher", train(teacher))
 
 # %% [markdown]
-# The interval tells how far the draw of episodes matters, not the draw of another training.
+# The interval covers the sampling of episodes, not of trainings.
 #
 # ## A small student
 #
-# Alone, and with RKD beside the prototypical loss. The weights 1 and 2 suit a training as short as this; the paper has 50 and
-# 100, halved where both are used, in a long one.
+# Alone, and with RKD added to the prototypical loss. The weights 1 and 2 suit this short training; the paper uses 50 and 100, halved
+# when combined, in a long one.
 
 # %%
 torch.manual_seed(1)
@@ -110,11 +109,11 @@ show("student alone", alone)
 show("student with RKD", distilled)
 
 # %% [markdown]
-# One run each, with one seed. [The results](../docs/results.md) have Omniglot with several seeds, 5 and 20 ways, 1 and 5 shots.
+# A single run with one seed. [The results](../docs/results.md) have Omniglot with several seeds, 5 and 20 ways, 1 and 5 shots.
 #
-# ## Your own classes, at once
+# ## New classes
 #
-# A trained student needs no further training for new classes. Take three letters that it has never seen, one example each:
+# A trained student needs no further training for new classes. Take three unseen glyphs, one example each:
 
 # %%
 data.setup("test")
@@ -132,8 +131,8 @@ with torch.no_grad():
 print(f"{sum(hits)} of {len(hits)} images of {', '.join(data.class_names[int(label)] for label in new)} named right")
 
 # %% [markdown]
-# ## Where next
+# ## Next
 #
-# - The recipes `omniglot_conv4`, `omniglot_conv4_rkd` and `mini_imagenet_conv4_rkd` are the paper's settings.
-# - [`episode_sampler`](../docs/data_sets.md) makes episodes of any data set with labels.
-# - [07 Classification](07_classification.ipynb), if your classes are the same in training and use.
+# - The recipes `omniglot_conv4`, `omniglot_conv4_rkd` and `mini_imagenet_conv4_rkd` have the paper's settings.
+# - [`episode_sampler`](../docs/data_sets.md) draws episodes from any labelled data set.
+# - [07 Classification](07_classification.ipynb), if training and test classes are the same.

@@ -1,16 +1,16 @@
 # %% [markdown]
-# # 9. A teacher you only have embeddings of
+# # 9. A teacher given as embeddings
 #
-# Often the best teacher is not a network on your machine: it answers behind a service, it ran once last year, or it saw other
-# data of the same things. All that you have is a table of embeddings. Relations need no more than that.
+# The best teacher may not be available as a network: it may be a service, an older system, or a model of another modality. A table
+# of its embeddings is sufficient for relational distillation.
 #
-# Here a table of texts gets a student of a few thousand parameters, taught by embeddings that come from a file.
+# Here a student of a few thousand parameters learns from embeddings in a file.
 #
 # ## The table, and the embeddings
 #
-# Products with the long name that some maker gave them, a price and a weight. The student sees what a small service can afford: letters counted, two numbers.
-# The teacher "saw" the whole description; here its embeddings are made from the hidden kinds of the products, as those of a
-# large language model would roughly follow them, and then written to a file as they would come from elsewhere.
+# Products with a name, a price and a weight. The student sees cheap features: hashed letter pairs and two numbers. The teacher's
+# embeddings are synthetic: they follow the hidden kinds of the products, as those of a large language model would, and are written
+# to a file.
 
 # %%
 import itertools
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a notebook needs fewer words
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # keep the notebook short
 warnings.filterwarnings("ignore", module="lightning")
 
 rng = np.random.default_rng(0)
@@ -58,7 +58,7 @@ print(*(f"{name!r}, {price:.2f}, {weight:.2f} kg" for name, price, weight, *_ in
 print(f"{len(rows)} products; teacher.npy holds {meaning.shape[1]} numbers for each")
 
 # %% [markdown]
-# What the student sees: pairs of letters of the name, hashed into 256 places, and the two numbers on a logarithmic scale.
+# The student's features are pairs of characters of the name, hashed into 256 bins, and the two numbers on a logarithmic scale.
 
 # %%
 import zlib
@@ -80,8 +80,8 @@ print(f"{len(train_set)} rows to train with, {len(test_set)} to test with, in {l
 # %% [markdown]
 # ## Teach from the file
 #
-# `CachedTeacher.from_array` takes a tensor, an array, a `.npy` or a `.safetensors` file: row i of it belongs to row i of the
-# *whole* data set, and the library knows which rows a batch holds, also through a `random_split`. No label is used.
+# `CachedTeacher.from_array` accepts a tensor, an array, a `.npy` or a `.safetensors` file. Row i belongs to row i of the *whole* data
+# set, and the library tracks which rows a batch holds, also through a `random_split`. No labels are used.
 
 # %%
 from lightning_rkd import RKD, CachedTeacher, DistillationModule, EmbeddingRetrieval
@@ -109,29 +109,29 @@ trainer.fit(module, DataLoader(train_set, batch_size=96, shuffle=True, drop_last
 print(f"loss after training: {trainer.callback_metrics['train/loss']:.4f}")
 
 # %% [markdown]
-# ## Does it find the same neighbours?
+# ## Neighbours of unseen products
 #
-# For products that it was never trained on: how often the nearest other product is of the same kind and material. Beside it the
-# raw features, an untrained student, and the teacher's embeddings of the same products.
+# How often is the nearest other product of the same kind and material? Compared are the raw features, an untrained student and the
+# teacher's embeddings of the same products.
 
 # %%
 table = torch.from_numpy(np.load("teacher.npy"))
 held = torch.tensor(test_set.indices)
 with torch.no_grad():
-    shown = {
+    compared = {
         "raw features (258)": x[held],
         "untrained student (16)": student()(x[held]),
         "student (16)": module.student(x[held]),
         "teacher (256)": table[held],
     }
-for name, embeddings in shown.items():
+for name, embeddings in compared.items():
     metric = EmbeddingRetrieval()
     metric.update(embeddings, y[held])
     scores = metric.compute()
     print(f"{name:24} recall@1 {scores['recall_at_1']:.3f}   MAP@R {scores['map_at_r']:.3f}")
 
 # %% [markdown]
-# The teacher's space has 256 numbers and the student's 16; that they differ is no matter for relations.
+# The teacher's embedding has width 256, the student's 16.
 
 # %%
 # %matplotlib inline
@@ -147,9 +147,9 @@ figure.set_dpi(60)
 figure
 
 # %% [markdown]
-# ## When the table does not fit
+# ## Errors
 #
-# A table with a row too few, or one that is not a number, would teach the wrong rows. It is refused:
+# A table with a missing row or a NaN would match the wrong rows. It is refused:
 
 # %%
 try:
@@ -163,10 +163,10 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# Rows that come with names of their own: `CachedTeacher.from_array(table, ids=...)`, and the batch says which it holds.
+# For rows with their own identifiers, use `CachedTeacher.from_array(table, ids=...)`; the batch then holds the identifiers.
 #
-# ## Where next
+# ## Next
 #
-# - [A teacher that is asked once](../docs/cached_teacher.md): the same for a network that you have, `lightning-rkd cache`.
-# - [02 Attach it to your own module](02_your_own_module.ipynb): the callback takes the same teacher.
-# - [Export](../docs/export.md) the student alone.
+# - [Cached teacher](../docs/cached_teacher.md): the same for a network, with `lightning-rkd cache`.
+# - [02 Attach it to your own module](02_your_own_module.ipynb): the callback accepts the same teacher.
+# - [Export](../docs/export.md) the student.
