@@ -14,8 +14,6 @@ from torch import Tensor
 from lightning_rkd.data.datasets.images import AugmentedSubset
 from lightning_rkd.data.indexing import find_root
 
-_MOST_BYTES = 1 << 28
-
 
 def describe_dataset(dataset: Any) -> dict[str, str]:
     """Class, length, transforms, content and augmentation of the root data set behind any depth of ``Subset``.
@@ -36,7 +34,7 @@ def describe_dataset(dataset: Any) -> dict[str, str]:
     digest = hashlib.sha256()
     for name, value in attributes:
         for array in _arrays(value):
-            step = max(1, -(-array.nbytes // _MOST_BYTES))
+            step = max(1, -(-array.nbytes // 2**28))
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array[::step] if array.ndim else array).data)
     return {

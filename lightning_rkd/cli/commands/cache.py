@@ -27,8 +27,6 @@ def main(args: Sequence[str]) -> None:
         raise argparse.ArgumentError(
             None, "cache needs a recipe with teacher and data: lightning-rkd cache --config RECIPE"
         )
-    if own.views is not None:
-        rest.append(f"--data.views={own.views}")
     given = [part for name in own.config for part in ("--config", name)]
     with _process_group():
         _cache(own, [*recipes.resolve(given), *rest, "--trainer.logger=false", "--trainer.enable_checkpointing=false"])
@@ -44,12 +42,8 @@ def _cache(own: argparse.Namespace, config: list[str]) -> None:
     if isinstance(teacher, CachedTeacher):
         folder, dtype, teacher = folder or teacher.path, dtype or teacher.dtype, teacher.teacher
     if not isinstance(teacher, Teacher):
-        name = "a CachedTeacher without one inside" if teacher is None else type(teacher).__name__
-        raise argparse.ArgumentError(
-            None,
-            f"the recipe has no single teacher whose outputs could be cached, but {name}: name a network, a Teacher, "
-            "or a CachedTeacher with one inside",
-        )
+        message = "the recipe's teacher must be a network, a Teacher, or a CachedTeacher with one inside"
+        raise argparse.ArgumentError(None, f"{message}; got {teacher and type(teacher).__name__}")
     folder = Path(folder or Path(cli.trainer.default_root_dir, "teacher_cache"))
     check_writable(folder)
     data = cli.datamodule if cli.datamodule is not None else cli.model
@@ -85,7 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", "-c", metavar="RECIPE", action="append", help="recipe with teacher and data")
     parser.add_argument("--out", type=Path, help="folder (default: CachedTeacher's, or teacher_cache in the run's)")
     parser.add_argument("--dtype", choices=("float32", "float16"), help="type of the stored numbers (default: float32)")
-    parser.add_argument("--views", type=int, help="augmented views of each image, for data modules that have views")
     parser.add_argument("--batch_size", type=int, default=128, help="images in one forward pass of the teacher")
     parser.add_argument("--shard_rows", type=int, default=8192, help="rows in a file; a resumed run begins at a file")
     parser.add_argument("--overwrite", action="store_true", help="delete what is in the folder first")
@@ -94,11 +87,11 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    console, (rank, size) = Console(stderr=True), rank_and_size()
+    console = Console(stderr=True)
     columns = (TextColumn("running the teacher"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=rank > 0 or not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=rank_and_size()[0] > 0 or not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
-        yield lambda done, rows: bar.update(task, completed=done * size, total=rows)
+        yield lambda done, rows: bar.update(task, completed=done, total=rows)
 
 
 @contextmanager

@@ -12,8 +12,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from lightning_rkd.data.indexing import count_root_rows
-from lightning_rkd.distillation.teachers.cache_format import CacheError
+from lightning_rkd.distillation.teachers.cache_format import CacheError, count_rows
 
 
 class ArrayReader:
@@ -25,15 +24,12 @@ class ArrayReader:
         self._arguments, (self.x, stored_ids) = (array, ids), _load(array)
         x, ids = self.x, stored_ids if ids is None else ids
         if x.ndim != 2 or not x.is_floating_point():
-            raise ValueError(
-                f"CachedTeacher.from_array: embeddings must be floating point (N, D), got {x.dtype} of {tuple(x.shape)}"
-            )
+            raise ValueError(f"CachedTeacher.from_array takes floating point (N, D), got {x.dtype} {tuple(x.shape)}")
         self.has_ids = ids is not None
         given = torch.as_tensor(ids) if self.has_ids else torch.arange(len(x))
         if given.shape != x.shape[:1] or given.is_floating_point():
             raise ValueError(
-                f"CachedTeacher.from_array: ids must be {len(x)} integers, one for each row, got {given.dtype} of "
-                f"{tuple(given.shape)}"
+                f"CachedTeacher.from_array: ids must be {len(x)} integers, got {given.dtype} {tuple(given.shape)}"
             )
         self.ids, self.order = given.long().sort()
         if len(repeated := self.ids[1:][self.ids[1:] == self.ids[:-1]]):
@@ -48,9 +44,9 @@ class ArrayReader:
         some = float(self.x[:: max(1, len(self.ids) // 64)].double().sum())
         return f"{len(self.ids)} rows, sum of some {some!r}, sum of ids {int(self.ids.sum())}"
 
-    def check_data(self, dataset: Any, ignore: Collection[str] = ()) -> None:
+    def check_data(self, loader: Any, ignore: Collection[str] = ()) -> None:
         """Compare the number of rows with that of the root data set, where there are no ids."""
-        rows, size = len(self.ids), count_root_rows(dataset)
+        rows, size = len(self.ids), count_rows(loader)
         if not self.has_ids and rows != size:
             raise CacheError(
                 f"CachedTeacher.from_array: {rows} rows without ids, but the root data set has {size}: pass ids=..., "

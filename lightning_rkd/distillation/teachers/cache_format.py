@@ -1,9 +1,8 @@
 """Files of a teacher cache: safetensors shards of consecutive rows and a JSON manifest, each with its own SHA-256.
 
-A *plan* is a flat description of a cache: ``rows``, ``views``, ``dtype``, ``shard_rows``, ``fields`` (name to width),
-``teacher weights``, ``data length`` and so on. ``rows-00000.safetensors`` and the next ones hold ``shard_rows`` rows
-each, one tensor (rows, views, width) for each field, and the plan, so that an interrupted cache can be resumed.
-``manifest.json`` holds the plan; it is written last and marks a cache as complete.
+A *plan* describes a cache: ``rows``, ``views``, ``dtype``, ``shard_rows``, ``fields`` (name to width),
+``teacher weights``, ``data length`` and so on. A shard holds ``shard_rows`` rows, one tensor (rows, views, width) for
+each field, and the plan, so that an interrupted run can be resumed. The manifest holds the plan; it is written last.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ import safetensors
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_rkd.data.fingerprint import describe_dataset
+from lightning_rkd.data.indexing import count_root_rows
 from lightning_rkd.utils.files import write_whole
 
 MANIFEST = "manifest.json"
@@ -49,12 +50,7 @@ def write_shard(folder: Path, plan: Plan, number: int, fields: Mapping[str, Tens
 
 
 def read_shard(folder: Path, plan: Plan, number: int) -> dict[str, Tensor]:
-    """Memory-mapped tensors of a shard, after reading it once to verify its digest.
-
-    Raises:
-        DamagedError: The shard is missing, cut short or changed.
-        CacheError: It was written for another plan; the message names the differences.
-    """
+    """Memory-mapped tensors of a shard, which is read once to verify its digest and must be of the same plan."""
     path = folder / shard_name(number)
     if not path.exists():
         raise DamagedError(f"the shard {str(path)!r} is missing{_CURE}")
@@ -78,17 +74,12 @@ def write_manifest(folder: Path, plan: Plan) -> None:
 
 
 def refuse_differences(found: Plan, wanted: Plan, path: Path) -> None:
-    """Compare what a cache was made for with what is wanted.
-
-    Raises:
-        CacheError: They differ; the message names every difference.
-    """
-    keys = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-    if keys:
-        differing = "; ".join(f"{key}: cached {found.get(key)!r}, now {wanted.get(key)!r}" for key in keys)
+    """Raise a :class:`CacheError` where a plan differs from the parts that are wanted; the message names them."""
+    parts = [f"{k}: cached {found.get(k)!r}, now {v!r}" for k, v in sorted(wanted.items()) if found.get(k) != v]
+    if parts:
         raise CacheError(
-            f"the cache {str(path)!r} was made for something else: {differing}. Use it with what it was made for, name "
-            "another folder, or replace it: lightning-rkd cache --config RECIPE --out FOLDER --overwrite"
+            f"the cache {str(path)!r} was made for something else: {'; '.join(parts)}. Use it with what it was made "
+            "for, name another folder, or replace it: lightning-rkd cache --config RECIPE --out FOLDER --overwrite"
         )
 
 
@@ -98,18 +89,17 @@ class CacheReader:
     The manifest is verified at once, a shard when its first row is read; after that only the pages of the requested
     rows are read.
 
-    Raises:
-        FileNotFoundError: The folder has no manifest.
-        DamagedError: The manifest is damaged.
+    Args:
+        folder: The folder of the cache.
+        wanted: Parts that its plan must have.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, wanted: Plan) -> None:
         path = folder / MANIFEST
         if not path.is_file():
-            state = "incomplete" if any(folder.glob("rows-*.safetensors")) else "missing"
             raise FileNotFoundError(
-                f"{str(path)!r} does not exist, the cache is {state}. Write it with lightning-rkd cache --config "
-                f"RECIPE --out {folder}"
+                f"{str(path)!r} does not exist, the cache is missing or incomplete. Write it with lightning-rkd cache "
+                f"--config RECIPE --out {folder}"
             )
         try:
             plan = json.loads(path.read_bytes())
@@ -119,17 +109,16 @@ class CacheReader:
             intact = False
         if not intact:
             raise DamagedError(f"the manifest {str(path)!r} is damaged: its SHA-256 does not match{_CURE}")
+        refuse_differences(plan, wanted, folder)
         self.folder, self.plan = folder, plan
         self._shards: dict[int, dict[str, Tensor]] = {}
 
-    def check(self, wanted: Plan) -> None:
-        """Compare parts of the plan with those wanted; raise :class:`CacheError` where they differ."""
-        refuse_differences({key: self.plan.get(key) for key in wanted}, wanted, self.folder)
-
-    def check_data(self, dataset: Any, ignore: Collection[str] = ()) -> None:
-        """Compare the data set with the cached one; a cache without augmentation serves any augmentation."""
+    def check_data(self, loader: Any, ignore: Collection[str] = ()) -> None:
+        """Compare a loader's data set with the cached one; a cache without augmentation serves any augmentation."""
+        count_rows(loader)
         ignore = {*ignore, "augmentation"} if self.plan["data augmentation"] == "none" else ignore
-        self.check({f"data {key}": text for key, text in describe_dataset(dataset).items() if key not in ignore})
+        found = {f"data {key}": text for key, text in describe_dataset(loader.dataset).items() if key not in ignore}
+        refuse_differences(self.plan, found, self.folder)
 
     def read(self, indices: Tensor, epoch: int = 0) -> dict[str, Tensor]:
         """Rows of every field, (N, width) each, in float32.
@@ -137,9 +126,6 @@ class CacheReader:
         Args:
             indices: (N,) int64 on the CPU, rows of the root data set.
             epoch: Selects the view: epoch modulo ``views``.
-
-        Raises:
-            CacheError: An index is out of range, or a shard is missing, damaged, or of another cache.
         """
         rows, size, view = self.plan["rows"], self.plan["shard_rows"], epoch % self.plan["views"]
         if len(outside := indices[(indices < 0) | (indices >= rows)]):
@@ -153,6 +139,15 @@ class CacheReader:
             for name, x in self._shards[number].items():
                 out[name][here] = x[:, view].index_select(0, indices[here] - number * size).float()
         return out
+
+
+def count_rows(loader: Any) -> int:
+    """Number of rows of the root data set behind a loader, which must be map-style."""
+    rows = count_root_rows(loader.dataset) if isinstance(loader, DataLoader) else None
+    if rows is None:
+        kind = type(getattr(loader, "dataset", loader)).__name__
+        raise CacheError(f"a cached teacher needs one DataLoader over a map-style data set with a length, got {kind}")
+    return rows
 
 
 def _digest(content: Any, fields: Mapping[str, Tensor] | None = None) -> str:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_rkd.data.datasets.images import AugmentedSubset
 from lightning_rkd.data.fingerprint import describe_dataset, find_views, without_addresses
-from lightning_rkd.data.indexing import count_root_rows, find_root, get_collate
+from lightning_rkd.data.indexing import find_root, get_collate
 from lightning_rkd.data.samplers.pk import Draw
 from lightning_rkd.distillation.features import Layer
 from lightning_rkd.distillation.teachers import cache_format as files
@@ -25,17 +25,15 @@ from lightning_rkd.utils.types import Batch, unpack
 
 Dtype = Literal["float32", "float16"]
 FIELDS = ("embedding", "logits")
-"""The fields of ``Outputs`` that a cache holds; not feature maps and classifier weights."""
 
 
 def describe_layer(layer: Layer | None) -> str:
     """Description of a layer that is the same in every run."""
     if layer is None or isinstance(layer, str):
         return "output" if layer is None else layer
-    if isinstance(layer, Mapping):
-        return str({name: describe_layer(part) for name, part in layer.items()})
-    if isinstance(layer, list):
-        return str([describe_layer(part) for part in layer])
+    if isinstance(layer, Mapping | list):
+        parts = layer.items() if isinstance(layer, Mapping) else enumerate(layer)
+        return str({name: describe_layer(part) for name, part in parts})
     read = getattr(layer, "read", None)
     return without_addresses(repr(layer)) + (f" read by {without_addresses(repr(read))}" if read else "")
 
@@ -72,18 +70,17 @@ def write_cache(
     group: Group = None,
     progress: Callable[[int, int], None] = lambda done, rows: None,
 ) -> bool:
-    """Write a teacher's embeddings and logits for every row of the root data set behind a loader.
+    """Write a teacher's embeddings and logits for every row of the root data set, and return whether any were missing.
 
-    The rows are read from the root data set, without the augmentation of a training subset; only an
-    :class:`~lightning_rkd.data.AugmentedSubset` with a number of ``views`` is read in each of its views. The loader's
-    ``collate_fn`` is used, its sampler and batch size are not. Intact shards are kept, missing and damaged ones are
-    written. The ranks of a process group share the shards; the files are the same as from one process.
+    The rows have no augmentation, unless the loader's data set is an :class:`~lightning_rkd.data.AugmentedSubset` with
+    a number of ``views``. Intact shards are kept. The ranks of a process group share the shards; the files are the same
+    as from one process.
 
     Args:
         folder: Folder of the cache.
         teacher: The teacher; it is attached, moved to the device, and detached at the end.
         layer: Layer where it is read.
-        loader: The training loader.
+        loader: The training loader, for its data set and ``collate_fn``.
         unpack: Makes a batch of what the loader yields.
         dtype: Type of the numbers in the files.
         device: Device of the teacher.
@@ -91,14 +88,10 @@ def write_cache(
         shard_rows: Rows in a file; an interrupted run resumes at a file.
         overwrite: Whether to delete what is in the folder first.
         group: Process group.
-        progress: Called with the rows finished by this rank and the number of all rows.
-
-    Returns:
-        Whether anything was written.
+        progress: Called after each shard with the number of finished rows and of all rows.
 
     Raises:
         CacheError: The folder holds another cache, or the data set or teacher cannot be cached.
-        OSError: The disk is full.
     """
     source, (rank, size) = _RootRows(loader), rank_and_size(group)
 
@@ -111,18 +104,18 @@ def write_cache(
 
     def prepare() -> bool:
         folder.mkdir(parents=True, exist_ok=True)
-        if overwrite and rank == 0:
-            for path in (folder / files.MANIFEST, *folder.glob("rows-*.safetensors")):
+        if overwrite:
+            for path in (folder / files.MANIFEST, *folder.glob("rows-*.safetensors")) if rank == 0 else ():
                 path.unlink(missing_ok=True)
+            return False
         try:
-            if not overwrite:
-                files.refuse_differences(CacheReader(folder).plan, plan, folder)
-            return not overwrite
+            CacheReader(folder, plan)
         except (FileNotFoundError, DamagedError):
             return False
+        return True
 
     def write_shards() -> bool:
-        intact, done = True, 0
+        intact = True
         for number in range(rank, -(-source.rows // shard_rows), size):
             rows = range(source.rows)[number * shard_rows : (number + 1) * shard_rows]
             try:
@@ -130,8 +123,7 @@ def write_cache(
             except DamagedError:
                 files.write_shard(folder, plan, number, _compute_shard(plan, rows, batch_size, compute))
                 intact = False
-            done += len(rows)
-            progress(done, source.rows)
+            progress(rows.stop, source.rows)
         return intact
 
     teacher.attach(layer)
@@ -175,26 +167,21 @@ def _compute_shard(
 class _RootRows:
     """Batches of consecutive rows of the root data set behind a loader."""
 
-    def __init__(self, loader: Any) -> None:
-        if not isinstance(loader, DataLoader) or count_root_rows(loader.dataset) is None:
-            raise CacheError(
-                "a cache needs one DataLoader over a map-style data set, whose rows have numbers; got "
-                f"{type(loader).__name__}"
-            )
-        self.data, self.collate, self.augmented = find_root(loader.dataset), get_collate(loader), False
-        kind, self.rows, self.views = type(self.data).__name__, len(self.data), 1
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.rows, self.views = files.count_rows(loader), 1
+        self.data, self.collate = find_root(loader.dataset), get_collate(loader)
         if (subset := find_views(loader.dataset)) is not None and subset.views is not None:
-            self.views, self.augmented = subset.views, True
+            self.views = subset.views
             self.data = AugmentedSubset(self.data, range(self.rows), subset.augment, subset.seed, subset.views)
         self.first = range(min(2, self.rows))
         once, twice = (tree_leaves(self.batch(self.first, 0)) for _ in range(2))
         if not all(torch.equal(a, b) for a, b in zip(once, twice, strict=True) if torch.is_tensor(a)):
             raise CacheError(
-                f"the data set {kind} returns different first rows each time, so the teacher's outputs cannot be "
-                "cached: cache with a deterministic transform and augment for training afterwards"
+                f"the data set {type(find_root(loader.dataset)).__name__} returns different first rows each time, so the "
+                "teacher's outputs cannot be cached: use a deterministic transform, and augment for training afterwards"
             )
 
     def batch(self, rows: range, view: int) -> Any:
-        indices = [Draw(row, view) if self.augmented else row for row in rows]
+        indices = [Draw(row, view) for row in rows]
         fetch = getattr(self.data, "__getitems__", None)
         return self.collate(fetch(indices) if fetch else [self.data[i] for i in indices])

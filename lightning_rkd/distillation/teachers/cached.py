@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from copy import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.data.indexing import count_root_rows
 from lightning_rkd.data.loaders import list_loaders
 from lightning_rkd.distillation.features import CaptureError, Layer
+from lightning_rkd.distillation.teachers import cache_writer
 from lightning_rkd.distillation.teachers.arrays import ArrayReader
 from lightning_rkd.distillation.teachers.base import BaseTeacher, Lesson
-from lightning_rkd.distillation.teachers.cache_format import CacheError, CacheReader
-from lightning_rkd.distillation.teachers.cache_writer import (
-    FIELDS,
-    Dtype,
-    describe_layer,
-    describe_teacher,
-    write_cache,
-)
+from lightning_rkd.distillation.teachers.cache_format import CacheReader
 from lightning_rkd.distillation.teachers.teacher import Teacher
 from lightning_rkd.losses.base import Term
 from lightning_rkd.utils.distributed import Group, gather_objects, run_on_all_ranks
@@ -48,24 +40,24 @@ class CachedTeacher(BaseTeacher):
         dtype: Type of the numbers in the files, where they are written.
 
     Raises:
-        FileNotFoundError: When training begins: there is no cache.
-        CacheError: When training begins or a file is first read: it is damaged, or was made for another data set,
-            teacher or layer; the message names the difference.
+        FileNotFoundError: There is no cache when training begins.
+        CacheError: The cache is damaged, or was made for another data set, teacher or layer; the message says which.
 
     Example:
         >>> teacher = CachedTeacher.from_array(torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]))
-        >>> teacher.attach(None)
         >>> teacher.lessons(Batch(None, indices=torch.tensor([2, 0])))[0].shown[""].embedding
         tensor([[4., 5.],
                 [0., 1.]])
     """
+
+    needs_indices = True
 
     def __init__(
         self,
         path: str | Path,
         teacher: Teacher | nn.Module | None = None,
         ignore: list[str] | None = None,
-        dtype: Dtype = "float32",
+        dtype: cache_writer.Dtype = "float32",
     ) -> None:
         if unknown := sorted({*(ignore or ())} - {"class", "transform", "content"}):
             raise ValueError(f"CachedTeacher: ignore may name 'class', 'transform' and 'content', got {unknown}")
@@ -82,19 +74,15 @@ class CachedTeacher(BaseTeacher):
     def from_array(
         cls, array: Tensor | npt.NDArray[Any] | str | Path, ids: Iterable[int] | Tensor | None = None
     ) -> CachedTeacher:
-        """A teacher known only by its embeddings, one row per sample.
+        """A teacher known only by its embeddings.
 
         Args:
             array: (N, D): a tensor, an array, or the path of a ``.npy`` file or of a ``.safetensors`` file with one
                 tensor (and optionally another called ``ids``); files are memory-mapped.
             ids: Row of the root data set for each row of the array, N different integers; by default 0 to N - 1.
 
-        Raises:
-            ValueError: The array is not floating point (N, D), or the ids do not fit it.
-
         Example:
-            >>> import numpy as np
-            >>> teacher = CachedTeacher.from_array(np.eye(3, dtype="float32"), ids=[7, 5, 9])
+            >>> teacher = CachedTeacher.from_array(torch.eye(3), ids=[7, 5, 9])
             >>> teacher.lessons(Batch(None, indices=torch.tensor([5])))[0].shown[""].embedding
             tensor([[0., 1., 0.]])
         """
@@ -105,11 +93,6 @@ class CachedTeacher(BaseTeacher):
     def __getstate__(self) -> dict[str, Any]:
         """Leave rows of files out of copies and pickles, which read them again."""
         return self.__dict__ | {"_reader": None, "_prepared": False, "teacher": copy(self.teacher)}
-
-    @property
-    def needs_indices(self) -> bool:
-        """Always true."""
-        return True
 
     def attach(self, layer: Layer | None) -> None:
         """Read the manifest and compare the layer, or attach the teacher that writes the cache."""
@@ -132,20 +115,15 @@ class CachedTeacher(BaseTeacher):
         return self.teacher is not None and self._reader is None and self.teacher.to(device)
 
     def meet(self, loaders: Any, unpack: Callable[[Any], Batch], group: Group = None, *, train: bool = True) -> None:
-        """Write the cache where a teacher is given, and compare it with the data, on all ranks.
-
-        Raises:
-            CacheError: It was made for another teacher or data set; the message names the difference.
-        """
+        """Write the cache where a teacher is given, and compare it with the data, on all ranks."""
         if train and self._prepared:
             return
         found = list_loaders(loaders)
         if train and self.teacher is not None:
-            if len(found) != 1:
-                raise CacheError(f"a cache is written for one training loader, got {len(found)}")
-            how: dict[str, Any] = {"dtype": self.dtype, "device": self._device, "group": group}
-            write_cache(self.path, self.teacher, self.layer, found[0], unpack=unpack, **how)
-        run_on_all_ranks(partial(self._check_data, found), group)
+            loader = found[0] if len(found) == 1 else loaders  # several are refused
+            how: dict[str, Any] = {"unpack": unpack, "dtype": self.dtype, "device": self._device, "group": group}
+            cache_writer.write_cache(self.path, self.teacher, self.layer, loader, **how)
+        run_on_all_ranks(lambda: [self._rows().check_data(loader, self.ignore) for loader in found], group)
         ranks = gather_objects(self._rows().fingerprint, group)
         if len(set(ranks)) > 1:
             raise RuntimeError(f"the caches {str(self.path)!r} of the ranks differ ({ranks}): copy one to all machines")
@@ -166,13 +144,11 @@ class CachedTeacher(BaseTeacher):
         if self.teacher is not None and self._reader is None:  # sizes are needed before the cache is written
             return self.teacher.lessons(batch)
         indices = batch.indices if batch.host_indices is None else batch.host_indices
-        if indices is None:
-            raise CaptureError(
-                "a cached teacher is read by sample index, but the batch has none: wrap the loader, "
-                "with_indices(loader), or name them in the batch, indices=..."
-            )
         if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.is_floating_point():
-            raise CaptureError(f"indices must be a tensor of N integers, got {indices!r}")
+            raise CaptureError(
+                f"a cached teacher is read by sample index, N integers in a tensor, but the batch has {indices!r}: "
+                "wrap the loader, with_indices(loader), or name them in the batch, indices=..."
+            )
         features: dict[str, Outputs] = {}
         for name, x in self._rows().read(indices.cpu().long(), batch.epoch).items():
             tap, _, field = name.rpartition("/")
@@ -191,7 +167,7 @@ class CachedTeacher(BaseTeacher):
     def check_loss(self, name: str, term: Term) -> None:
         """Refuse a loss that reads fields a cache does not hold."""
         reads = {term.reads} if isinstance(term.reads, str) else set(term.reads)
-        if missing := sorted(reads - set(FIELDS)):
+        if missing := sorted(reads - set(cache_writer.FIELDS)):
             raise ValueError(
                 f"{name}: {type(term.loss).__name__} reads {missing}, but a cached teacher holds embeddings and logits "
                 "only: teach with Teacher(network)"
@@ -201,17 +177,8 @@ class CachedTeacher(BaseTeacher):
         return self._array or self._reader or self._read_manifest()
 
     def _read_manifest(self) -> CacheReader:
-        reader, wanted = CacheReader(self.path), {"teacher layer": describe_layer(self.layer)}
-        reader.check(wanted if self.teacher is None else describe_teacher(self.teacher.network, self.layer))
-        self._reader = reader
-        return reader
-
-    def _check_data(self, loaders: list[Any]) -> None:
-        for loader in loaders:
-            dataset = getattr(loader, "dataset", None)
-            if count_root_rows(dataset) is None:
-                raise CacheError(
-                    "a cached teacher needs DataLoaders over map-style data sets, whose rows have numbers; got "
-                    f"{type(loader).__name__} over {type(dataset).__name__}"
-                )
-            self._rows().check_data(dataset, self.ignore)
+        wanted = {"teacher layer": cache_writer.describe_layer(self.layer)}
+        if self.teacher is not None:
+            wanted = cache_writer.describe_teacher(self.teacher.network, self.layer)
+        self._reader = CacheReader(self.path, wanted)
+        return self._reader

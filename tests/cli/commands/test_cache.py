@@ -116,8 +116,8 @@ def test_a_recipe_trains_with_the_cache_and_never_opens_the_teachers_weights(
 
 
 def test_views_are_those_that_training_shows(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(cache("--views", "2")) == 0
-    assert cache_format.CacheReader(Path("kept")).plan["views"] == 2
+    assert cli.main(cache("--data.views=2")) == 0
+    assert cache_format.CacheReader(Path("kept"), {}).plan["views"] == 2
     assert cli.main(recipe("kept", "--data.views=2")) == 0
     assert cli.main(recipe()) == 1
     assert "data augmentation: cached" in capsys.readouterr().err

@@ -230,7 +230,7 @@ class Maps(nn.Module):
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no cache": (
         lambda p: read(CachedTeacher(p / "none"), [0]),
-        "the cache is missing. Write it with lightning",
+        "the cache is missing or incomplete. Write it with lightning-rkd cache",
     ),
     "too large an index": (lambda p: read(CachedTeacher(filled(p)), [0, 40]), "index 40, .* rows 0 to 39"),
     "a negative index": (lambda p: read(CachedTeacher(filled(p)), [0, -1]), "has the index -1"),
