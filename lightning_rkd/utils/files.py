@@ -1,22 +1,23 @@
-"""Files that are whole or not there: written under another name and renamed, and verified before they are read."""
+"""Atomic writing of files, and verification of files before they are read."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
-    """Write a file so that, whenever the process or the machine stops, the old content or the new one is there.
+    """Write a file atomically: when the process or the machine stops, the file holds the old or the new content.
 
-    The bytes go to ``.<name>.part`` in the same folder, reach the disk, and take the name at once.
+    The bytes are written to ``.<name>.part`` in the same folder, flushed to the disk, and renamed.
 
     Raises:
-        OSError: The disk is full, or something else kept it from being written; what was there before still is.
+        OSError: The file could not be written, for example because the disk is full; the old content is kept.
 
     Example:
         >>> import tempfile
@@ -45,33 +46,28 @@ def write_whole(path: str | os.PathLike[str], content: bytes | memoryview) -> No
 
 
 def _flush_folder(folder: Path) -> None:
-    """Let the new name reach the disk, too; where folders cannot be to_batch (Windows) the system sees to it."""
-    try:
+    """Flush the new name to the disk, where folders can be flushed (not on Windows and some network file systems)."""
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:  # some network file systems know no fsync of folders
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
-    """Verify the checksums inside a file written by ``torch.save``; a flipped bit would otherwise load in silence.
+    """Verify the checksums inside a file written by ``torch.save``, which ``torch.load`` ignores.
 
-    What is no such file at all passes: ``torch.load`` refuses it.
+    Files of other formats pass: ``torch.load`` refuses them.
 
     Raises:
-        ValueError: The file is cut short or damaged, or of the format before torch 1.6, which has no checksums; the
-            message names it.
+        ValueError: The file is cut short or damaged, or of the format before torch 1.6, which has no checksums.
     """
     with Path(path).open("rb") as file:
         start = file.read(len(_LEGACY))
     if start == _LEGACY:
         raise ValueError(
-            f"{str(path)!r} is of the format before torch 1.6, in which damage cannot be seen: save it again, "
+            f"{str(path)!r} is of the format before torch 1.6, in which damage cannot be detected: save it again, "
             f"torch.save(torch.load({str(path)!r}, weights_only=True), {str(path)!r})"
         )
     if start[:2] != b"PK" and not zipfile.is_zipfile(path):
@@ -81,7 +77,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
             # torch.load takes an entry with this attribute for a folder and leaves its tensor uninitialised
             folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
             damaged = folders[0] if folders else archive.testzip()
-    except Exception as error:  # zipfile has many ways to say that it understands nothing
+    except Exception as error:  # zipfile raises errors of many types
         raise ValueError(
             f"the checkpoint {str(path)!r} is damaged or cut short ({error}); use an earlier one"
         ) from error
@@ -90,13 +86,10 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
 
 def check_sum(path: str | os.PathLike[str]) -> bool:
-    """Compare a file with its SHA-256, should ``<name>.sha256`` lie beside it, as ``sha256sum`` writes it.
-
-    Returns:
-        Whether there was one.
+    """Verify a file by ``<name>.sha256`` beside it, as ``sha256sum`` writes it; returns whether there is such a file.
 
     Raises:
-        ValueError: The file has another one.
+        ValueError: The file has another SHA-256.
 
     Example:
         >>> import tempfile
@@ -117,6 +110,6 @@ def check_sum(path: str | os.PathLike[str]) -> bool:
     if given != [found]:
         raise ValueError(
             f"{str(path)!r} does not have the SHA-256 that {str(beside)!r} gives, so it is damaged, or another file: "
-            "fetch it again, or correct the sum if the file is right"
+            "download it again, or correct the SHA-256 if the file is right"
         )
     return True

@@ -78,7 +78,7 @@ def test_a_writer_that_is_killed_leaves_the_old_content(tmp_path: Path) -> None:
     """SIGKILL when all bytes are written and the name is not changed yet."""
     path = tmp_path / "x"
     path.write_bytes(b"old")
-    code = f"import os; from lightning_rkd import files; os.fsync = lambda f: os.kill(os.getpid(), 9); " \
+    code = f"import os; from lightning_rkd.utils import files; os.fsync = lambda f: os.kill(os.getpid(), 9); " \
            f"files.write_whole({str(path)!r}, b'new' * 1000)"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"

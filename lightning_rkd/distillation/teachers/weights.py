@@ -1,4 +1,4 @@
-"""Weights of a network from a file: the right ones, all of them, undamaged, or an error that says what is wrong."""
+"""Loading of weights files: every key matched, damage detected."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_rkd.utils.files import check_file, check_sum
 
-_CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of smaller ones torch cannot tell
+_CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # isfinite knows no smaller types
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a network's weights from a Lightning checkpoint, a state dict or a safetensors file, every key matched.
+    """Load a network's weights from a Lightning checkpoint, a state dict or a safetensors file; every key must match.
 
     A prefix common to the network's keys (``student.`` in a checkpoint of ``DistillationModule``, ``model.`` in many
-    others) is found and taken off.
-
-    Files of ``torch.save`` carry checksums, which are verified. Safetensors files carry none: a flipped bit is found
-    only where the SHA-256 lies beside the file, ``sha256sum net.safetensors > net.safetensors.sha256``. So may that of
-    any other file.
+    others) is found and removed. The checksums inside files of ``torch.save`` are verified. Safetensors files have
+    none; for these, and any other file, the SHA-256 in a file beside it is verified:
+    ``sha256sum net.safetensors > net.safetensors.sha256``.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is damaged, a weight is NaN or infinite, keys or shapes do not fit the network, or it is
-            the folder of a sharded checkpoint.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, a weight is NaN or infinite, keys or shapes do not fit the network, or the path
+            is the folder of a sharded checkpoint.
 
     Example:
         >>> import tempfile
@@ -48,23 +48,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(
             f"the weights file {str(path)!r} does not exist; train the network first, or correct it"
         )
-    verified = check_sum(path)
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            state: Any = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"the weights file {str(path)!r} is damaged or cut short ({error})") from error
-    else:
-        if not verified:
-            check_file(path)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged pickle makes of itself
-            raise ValueError(f"{str(path)!r} holds no weights that can be read safely: {error}") from error
-        state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
+    state = _read_state(path)
     network = getattr(network, "_orig_mod", network)  # torch.compile puts its own prefix before every name
     shapes = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)}
     wanted = {k: tuple(v.shape) for k, v in network.state_dict().items()}
@@ -72,14 +56,15 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
     prefixes = {key.removesuffix(first) for key in shapes if f".{key}".endswith(f".{first}")}
     misfits = {p: [k for k, shape in wanted.items() if shapes.get(p + k) != shape] for p in prefixes}
     fitting = sorted(p for p, misfit in misfits.items() if not misfit)
-    for prefix in ("student.", "", *fitting):
-        if prefix in fitting and (prefix in ("student.", "") or len(fitting) == 1):
-            for name, _ in network.named_parameters():
-                weight = state[prefix + name]
-                if weight.dtype in _CHECKED and not weight.isfinite().all():
-                    raise ValueError(f"{str(path)!r} holds NaN or infinity in {prefix + name!r}; use an earlier one")
-            network.load_state_dict({k: state[prefix + k] for k in wanted})
-            return
+    preferred = [p for p in ("student.", "") if p in fitting]
+    if preferred or len(fitting) == 1:
+        prefix = (preferred or fitting)[0]
+        for name, _ in network.named_parameters():
+            weight = state[prefix + name]
+            if weight.dtype in _CHECKED and not weight.isfinite().all():
+                raise ValueError(f"{str(path)!r} holds NaN or infinity in {prefix + name!r}; use an earlier one")
+        network.load_state_dict({k: state[prefix + k] for k in wanted})
+        return
     if fitting:
         raise ValueError(
             f"{str(path)!r} holds weights of this {type(network).__name__} under several prefixes, {fitting}; "
@@ -97,3 +82,20 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
     raise ValueError(
         f"{message}it needs {len(wanted)} tensors such as {first!r}, the file has {sorted(shapes)[:3] or 'none'}"
     )
+
+
+def _read_state(path: Path) -> Mapping[str, Any]:
+    """State dict of an intact file."""
+    verified = check_sum(path)
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"the weights file {str(path)!r} is damaged or cut short ({error})") from error
+    if not verified:
+        check_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises errors of many types
+        raise ValueError(f"{str(path)!r} holds no weights that can be read safely: {error}") from error
+    return state.get("state_dict", state) if isinstance(state, Mapping) else {}
