@@ -1,8 +1,8 @@
-"""What a cached teacher costs: an epoch with it, with the live teacher, and with no teacher at all.
+"""Time of an epoch with a cached teacher, with the live teacher, and without a teacher.
 
-Run ``python benchmarks/cached_teacher.py``. ResNet-18 learns from ResNet-50 on
-random images; the epochs are timed in turns, and ratios are those of the medians. *No teacher* is the student with its
-task loss alone, so the relational loss is part of the difference: *read* is the time of the cached rows by themselves.
+Run ``python benchmarks/cached_teacher.py``. ResNet-18 learns from ResNet-50 on random images; the epochs are timed in
+turns, and ratios are those of the medians. *No teacher* is the student with its task loss alone, so the relational loss
+is part of the difference; the time to read the cached rows is given separately.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batches", type=int, default=6)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--side", type=int, default=48)
+    parser.add_argument("--size", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -71,7 +71,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(0)
     rows = args.batches * args.batch
-    data = TensorDataset(torch.randn(rows, 3, args.side, args.side), torch.randint(10, (rows,)))
+    data = TensorDataset(torch.randn(rows, 3, args.size, args.size), torch.randint(10, (rows,)))
     loader = DataLoader(data, batch_size=args.batch, shuffle=True)
     big = torchvision.models.resnet50(num_classes=10)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,7 +101,7 @@ def main() -> None:
     median = {name: statistics.median(values) / (args.batches - 1) for name, values in seconds.items()}
     report = Report("An epoch with a cached teacher", __doc__, device.type, seed=0)
     report.say(
-        f"{args.side} x {args.side} pixels, batches of {args.batch}, {args.batches - 1} timed steps an epoch, "
+        f"{args.size} x {args.size} pixels, batches of {args.batch}, {args.batches - 1} timed steps an epoch, "
         f"{args.repeats} epochs each."
     )
     rows_of = []

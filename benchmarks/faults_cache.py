@@ -1,9 +1,8 @@
-"""Kills and damage while a teacher is cached: the cache's part of ``docs/faults.md``.
+"""Kills and damage of a teacher cache, the last section of ``docs/faults.md``.
 
-Run ``python benchmarks/faults_cache.py``; it puts the section *The cache of a teacher* at the end of that page. A kill
-is SIGTERM or SIGKILL, by turns, to the real command while it writes (four of six) or at any moment; then the command is
-given again, and every file is compared, bit for bit, with those of an unbroken run. A process that has not ended after
-ten minutes counts as hanging.
+Run ``python benchmarks/faults_cache.py``; it writes that section. SIGTERM and SIGKILL, by turns, are sent to the real
+command while it writes (four of six) or at any moment; then the command is run again, and every file is compared, bit
+for bit, with those of an uninterrupted run. A process that has not ended after ten minutes counts as hanging.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import argparse
 import datetime
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -24,9 +24,10 @@ from lightning_rkd.cli.main import main as command
 from lightning_rkd.distillation.teachers import CachedTeacher, CacheError
 from lightning_rkd.distillation.teachers.cache_format import MANIFEST, shard_name
 from lightning_rkd.models import ConvNet
+from lightning_rkd.utils.types import Batch
 
 PAGE = Path(__file__).parents[1] / "docs" / "faults.md"
-TITLE = "## The cache of a teacher"
+TITLE = "## Teacher cache"
 LIMIT = 600.0
 CACHE = [
     "cache", "--config", "glyphs_rkd", "--shard_rows", "8", "--batch_size", "4", "--data.max_classes=20",
@@ -35,7 +36,7 @@ CACHE = [
 
 
 def forked(folder: str) -> int:
-    """The command in a process of its own, which has imported everything."""
+    """Run the command in a fork of this process, which has imported everything."""
     if pid := os.fork():
         return pid
     code = 1
@@ -50,7 +51,7 @@ def forked(folder: str) -> int:
 
 
 def end_of(pid: int) -> int | None:
-    """Exit code, negative for a signal; ``None`` for a process that hung and was killed."""
+    """Exit code, negative for a signal; ``None`` after a timeout."""
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -118,17 +119,13 @@ def damage(count: int, rng: random.Random) -> list[str]:
 
 
 def rows_of(rows: torch.Tensor) -> torch.Tensor:
-    from lightning_rkd.utils.types import Batch
-
-    shown = CachedTeacher("whole").lessons(Batch(None, indices=rows))[0].shown[""].embedding
-    assert shown is not None
-    return shown
+    features = CachedTeacher("whole").lessons(Batch(None, indices=rows))[0].shown[""].embedding
+    assert features is not None
+    return features
 
 
 def full_disk(rng: random.Random) -> list[str]:
-    """The command under a limit on the size of a file, which it meets as it meets a full disk."""
-    import resource
-
+    """Run the command under a limit on the size of a file, which raises the error of a full disk."""
     if not (pid := os.fork()):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
@@ -162,7 +159,7 @@ def main() -> None:
         "",
         f"`python benchmarks/faults_cache.py --seed {args.seed}`, {datetime.date.today()}, "
         f"{(time.monotonic() - begun) / 60:.0f} minutes. `lightning-rkd cache` is killed while it writes or at any "
-        "moment, and given again; *kept* are the files that were whole by then.",
+        "moment, and run again; *kept* are the files that were complete by then.",
         "",
         "| kill | signal | exit | kept | outcome |",
         "| --- | --- | --- | --- | --- |",
@@ -174,7 +171,7 @@ def main() -> None:
         "| --- | --- | --- | --- |",
         *damaged,
         "",
-        "| disk full while writing | exit | outcome, once there is room |",
+        "| disk full while writing | exit | outcome of the next run |",
         "| --- | --- | --- |",
         *full,
     ]

@@ -177,8 +177,8 @@ class _RootRows:
         once, twice = (tree_leaves(self.batch(self.first, 0)) for _ in range(2))
         if not all(torch.equal(a, b) for a, b in zip(once, twice, strict=True) if torch.is_tensor(a)):
             raise CacheError(
-                f"the data set {type(find_root(loader.dataset)).__name__} returns different first rows each time, so the "
-                "teacher's outputs cannot be cached: use a deterministic transform, and augment for training afterwards"
+                f"the data set {type(find_root(loader.dataset)).__name__} returns different first rows each time and "
+                "cannot be cached: use a deterministic transform, and augment for training afterwards"
             )
 
     def batch(self, rows: range, view: int) -> Any:
