@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lightning_rkd.data.transforms.crop import CentreCrop as CentreCrop
     from lightning_rkd.data.transforms.crop import Crop as Crop
     from lightning_rkd.data.transforms.mixup import MixUp as MixUp
-    from lightning_rkd.data.transforms.rotations import Rotations as Rotations
     from lightning_rkd.data.transforms.views import AugmentedViews as AugmentedViews
+    from lightning_rkd.data.transforms.views import Rotations as Rotations
 
 __getattr__, __dir__, __all__ = lazy_attributes(__name__)

@@ -13,9 +13,9 @@ from lightning_rkd.data.samplers.pk import PKBatchSampler
 class ResumableLoader(DataLoader[Any]):
     """A loader over a :class:`~lightning_rkd.data.PKBatchSampler` whose position is saved and restored.
 
-    Two things are added. Lightning finds ``state_dict`` and ``load_state_dict`` and keeps epoch and position in its
-    checkpoints. And workers start with the first batch that is asked for, not with ``iter()``: a resuming Lightning
-    calls ``iter()`` *before* ``set_epoch``, and workers that fetch ahead would then fetch another epoch's batches.
+    Lightning keeps its ``state_dict``, epoch and position, in checkpoints. Workers start with the first batch, not with
+    ``iter()``: a resuming Lightning calls ``iter()`` *before* ``set_epoch``, and workers would fetch batches of another
+    epoch.
 
     Example:
         >>> import torch
@@ -32,7 +32,7 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self.batch_sampler
-        if not isinstance(sampler, PKBatchSampler):  # Lightning put its own there, for overfit_batches
+        if not isinstance(sampler, PKBatchSampler):  # Lightning replaces it for overfit_batches
             yield from super().__iter__()
             return
         epoch, delivered = sampler.epoch, sampler.first_batch
@@ -42,7 +42,7 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and the number of batches delivered in it, whatever workers have fetched ahead."""
+        """Epoch and number of batches delivered in it, without those that workers have fetched ahead."""
         sampler = self.batch_sampler
         if not isinstance(sampler, PKBatchSampler):
             return {}
@@ -51,7 +51,7 @@ class ResumableLoader(DataLoader[Any]):
         return {"epoch": epoch, "first_batch": first}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration begin where the state was taken."""
+        """Set the position at which the next iteration begins."""
         if isinstance(self.batch_sampler, PKBatchSampler) and state:
             self.batch_sampler.load_state_dict(state)
             self._at = None

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_rkd.data.transforms.rotations import Rotations
+from lightning_rkd.data.transforms.views import Rotations
 from lightning_rkd.losses import PCKD
 from lightning_rkd.losses.pckd import category_contrast, preview_weights
 from lightning_rkd.utils.types import Batch, Outputs

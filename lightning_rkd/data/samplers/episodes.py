@@ -23,19 +23,19 @@ def episode_sampler(
 
     An episode is a P-by-K batch of P = ``ways`` classes and K = ``shots + queries`` samples of each: the first
     ``shots`` of a class make its prototype, the others are classified. So a data module draws episodes with
-    ``classes_per_batch=ways``, ``samples_per_class=shots + queries`` and ``batches_per_epoch=episodes``, and
-    everything that :class:`~lightning_rkd.data.PKBatchSampler` promises about order, resuming and many devices holds:
-    W devices of ``ways`` classes train on episodes of W ``ways`` classes.
+    ``classes_per_batch=ways``, ``samples_per_class=shots + queries`` and ``batches_per_epoch=episodes``. Order,
+    resuming and many devices are those of :class:`~lightning_rkd.data.PKBatchSampler`: W devices of ``ways`` classes
+    train on episodes of W ``ways`` classes.
 
-    A class with fewer samples than ``shots + queries`` is refused here: a sample that came twice could be query and
-    support at once.
+    A class with fewer samples than ``shots + queries`` is refused, as a repeated sample could be query and support at
+    once.
 
     Args:
         labels: Class of every sample, N integers.
         ways: Classes of an episode, on each device.
         shots: Samples of a class that make its prototype.
         queries: Samples of a class that are classified.
-        episodes: Episodes of an epoch; by default as many as show about N samples.
+        episodes: Episodes per epoch; by default they hold about N samples.
         seed: Not negative; the same on all ranks.
 
     Raises:

@@ -1,4 +1,4 @@
-"""P-by-K batches: few classes, several samples of each, the same on one device as on many."""
+"""P-by-K batches: P classes, K samples of each, the same on one device as on many."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_rkd.utils.distributed import rank_and_size
 
 
 class Draw(int):
-    """An index that remembers the epoch it was drawn in, so that a data set can augment by (epoch, index) alone.
+    """An index with the epoch it was drawn in, so that a data set can augment by (epoch, index) alone.
 
     Example:
         >>> draw = Draw(7, epoch=3)
@@ -24,7 +24,7 @@ class Draw(int):
     epoch: int
 
     def __new__(cls, index: int, epoch: int = 0) -> Draw:
-        """Pickles as an integer does, with the epoch."""
+        """Create the index."""
         draw = super().__new__(cls, index)
         draw.epoch = epoch
         return draw
@@ -37,10 +37,10 @@ class PKBatchSampler(Sampler[list[int]]):
     a class once before any comes again, and no class twice in a batch. A class with fewer than K samples repeats
     them, as evenly as possible.
 
-    The order depends on ``(seed, epoch)`` alone. It is one plan for all devices: with W devices step t takes the next
-    :math:`W P` classes of one shared permutation, and each rank takes its own P of them, so W devices with P classes
-    each see exactly what one device with :math:`W P` classes sees, in equally many steps. Lightning must be told not
-    to put its own sampler in between: ``Trainer(use_distributed_sampler=False)``.
+    The order depends on ``(seed, epoch)`` alone. With W devices step t takes the next :math:`W P` classes of one
+    shared permutation, of which each rank takes P: the batches of W devices together are those of one device with
+    :math:`W P` classes, in equally many steps. Lightning must not insert its own sampler:
+    ``Trainer(use_distributed_sampler=False)``.
 
     Args:
         labels: Class of every sample, N integers.

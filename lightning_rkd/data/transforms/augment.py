@@ -1,4 +1,4 @@
-"""Random changes of images that are a pure function of a key: same key, same change, in any batch and any process."""
+"""Random augmentation of images as a pure function of a key: the same in any batch and any process."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _STEP = 0x9E3779B97F4A7C15
 
 
 def keyed_uniform(count: int, *key: int | npt.ArrayLike) -> Tensor:
-    """Uniform numbers in [0, 1) that depend on a key alone: a counter-based generator, SplitMix64.
+    """Uniform numbers in [0, 1) that depend on a key alone, by the counter-based generator SplitMix64.
 
-    No state is kept, so neither the order of calls, nor worker processes, nor the other rows of a batch matter.
+    There is no state, so the order of calls, worker processes and the other rows of a batch do not matter.
 
     Args:
         count: Numbers per row.
@@ -53,10 +53,10 @@ class Augment:
     """Random affine change, horizontal flip and noise, drawn independently for every image.
 
     Attributes:
-        rotation: Largest angle to either side, in degrees.
+        rotation: Largest angle in either direction, in degrees.
         scale: Largest relative change of size: 0.1 draws factors between 1/1.1 and 1.1.
-        shear: Largest horizontal shear to either side, as a slope.
-        shift: Largest move to either side, as a part of the image's side.
+        shear: Largest horizontal shear in either direction, as a slope.
+        shift: Largest translation in either direction, as a part of height and width.
         flip: Whether half of the images are mirrored left to right.
         contrast: Largest relative change of contrast, and largest change of brightness as a part of the full range.
         noise: Standard deviation of Gaussian noise, as a part of the full range.
@@ -83,14 +83,14 @@ class Augment:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def __call__(self, images: Tensor, *key: int | npt.ArrayLike) -> Tensor:
-        """Change every image by what its key draws.
+        """Augment every image with the draws of its key.
 
         Args:
             images: (N, C, H, W), floating point, full range 0 to 1.
             key: As in :func:`keyed_uniform`, one row per image.
 
         Returns:
-            (N, C, H, W), within 0 to 1. What moves in from outside repeats the edge.
+            (N, C, H, W), within 0 to 1. Pixels from outside the image repeat its edge.
         """
         draws = keyed_uniform(8, *key).to(images.dtype)
         spread = 2 * draws - 1

@@ -1,4 +1,4 @@
-"""Cropping: at random places for training, in the middle otherwise."""
+"""Crops: random for training, central for evaluation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lightning_rkd.data.transforms.augment import keyed_uniform
 class Crop:
     """A square at a random place and a random horizontal flip, drawn independently for every image.
 
-    With ``padding`` the image is made larger first: ``Crop(32, padding=4, flip=True)`` is how CIFAR's classifiers are
-    trained, ``Crop(224, flip=True)`` on images of 256 x 256 how metric learning's networks are.
+    ``Crop(32, padding=4, flip=True)`` is usual for classifiers on CIFAR, ``Crop(224, flip=True)`` on images of
+    256 x 256 for metric learning.
 
     Attributes:
-        size: Side of the square.
-        padding: Pixels added on each side beforehand.
-        fill: What they hold: ``"zero"`` is black, ``"reflect"`` mirrors the image.
+        size: Height and width of the square.
+        padding: Pixels added on each edge beforehand.
+        fill: Padding mode: ``"zero"`` is black, ``"reflect"`` mirrors the image.
         flip: Whether half of the images are mirrored left to right.
 
     Reference:
@@ -49,7 +49,7 @@ class Crop:
             raise ValueError(f"fill must be 'zero' or 'reflect', got {self.fill!r}")
 
     def __call__(self, images: Tensor, *key: int | npt.ArrayLike) -> Tensor:
-        """Crop every image where its key draws.
+        """Crop every image at the place that its key draws.
 
         Args:
             images: (N, C, H, W), floating point.
@@ -70,8 +70,8 @@ class Crop:
                 f"padding={self.padding}: take a smaller size, or pad"
             )
         draws = keyed_uniform(3, *key)
-        room = torch.tensor([height - self.size + 1, width - self.size + 1])
-        corners = (draws[:, :2] * room).long().minimum(room - 1).tolist()
+        places = torch.tensor([height - self.size + 1, width - self.size + 1])
+        corners = (draws[:, :2] * places).long().minimum(places - 1).tolist()
         parts = [x[:, t : t + self.size, s : s + self.size] for x, (t, s) in zip(images, corners, strict=True)]
         if self.flip:
             mirrored = (draws[:, 2] < 0.5).tolist()
@@ -81,10 +81,10 @@ class Crop:
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """The square in the middle, where torchvision has it; images that are no larger stay as they are.
+    """The square in the middle, as torchvision's ``center_crop``; smaller images are unchanged.
 
     Attributes:
-        size: Side of the square.
+        size: Height and width of the square.
 
     Example:
         >>> CentreCrop(2)(torch.arange(16).view(1, 1, 4, 4)).flatten().tolist()
@@ -99,5 +99,5 @@ class CentreCrop:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, size, size)."""
-        top, left = (max(0, round((side - self.size) / 2)) for side in images.shape[-2:])
+        top, left = (max(0, round((length - self.size) / 2)) for length in images.shape[-2:])
         return images[..., top : top + self.size, left : left + self.size]

@@ -1,39 +1,36 @@
-"""Mixup (Zhang, Cisse, Dauphin and Lopez-Paz 2018): virtual samples between two real ones."""
+"""Mixup: samples that are convex combinations of two others."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_rkd.data.transforms.nested import on_tensors, tensors
+from lightning_rkd.data.transforms.base import SteppedTransform, iterate_tensors, map_tensors
 from lightning_rkd.utils.distributed import rank_and_size
 from lightning_rkd.utils.types import Batch, Mix
 
 
-class MixUp(nn.Module):
-    r"""Mixes every row of a training batch with another one.
+class MixUp(SteppedTransform):
+    r"""Mixes every row of a training batch with another one, as ``batch_transform``.
 
     .. math:: \tilde{x}_i = \lambda x_i + (1 - \lambda) x_{\pi(i)}, \qquad \lambda \sim \mathrm{Beta}(\alpha, \alpha)
 
-    with a random permutation :math:`\pi`, in which a row may meet itself. Meant as the ``batch_transform`` of
-    ``DistillationModule``: student and teacher then see the same mixed rows, and ``batch.mix`` tells losses that ask
-    for ``mix`` what was done. In evaluation mode a batch comes back as it is.
+    with a random permutation :math:`\pi`, which may map a row to itself. Student and teacher get the same mixed rows,
+    and ``batch.mix`` describes the mixture for losses that take ``mix``. In evaluation mode batches are unchanged.
 
-    The draws depend on (seed, rank, step) alone. Steps are counted in a buffer, which checkpoints save, so that a
-    resumed run mixes as the uninterrupted one would have.
+    The draws depend on (seed, rank, step) alone, also in a resumed run.
 
-    Labels: class numbers (N,) stay those of the rows themselves, unless ``num_classes`` is given; soft labels (N, K)
+    Labels: class numbers (N,) are unchanged, unless ``num_classes`` is given; soft labels (N, K)
     are mixed like the inputs.
 
     Args:
         alpha: :math:`\alpha`; below 1 most rows stay nearly pure, 1 draws :math:`\lambda` uniformly.
         num_classes: K; turns class numbers into soft labels (N, K) for ``torch.nn.CrossEntropyLoss``.
-        per_row: Whether each row has its own :math:`\lambda`, instead of one for the batch as in the paper.
-        clean_teacher: Whether the teacher sees the rows unmixed.
+        per_row: Whether each row has its own :math:`\lambda`, where the paper has one for the batch.
+        clean_teacher: Whether the teacher gets the rows unmixed.
         seed: Not negative; the same on all ranks.
 
     Raises:
@@ -53,8 +50,6 @@ class MixUp(nn.Module):
                 [0.2975, 0.7025]]))
     """
 
-    steps: Tensor
-
     def __init__(
         self,
         alpha: float = 1.0,
@@ -72,44 +67,38 @@ class MixUp(nn.Module):
             raise ValueError(f"MixUp: seed must not be negative, got {seed}")
         self.alpha, self.num_classes, self.per_row = alpha, num_classes, per_row
         self.clean_teacher, self.seed = clean_teacher, seed
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._step: int | None = 0  # the buffer's value: reading it from a GPU would wait for the step before
 
     def forward(self, batch: Batch) -> Batch:
-        """The mixed batch; the given one is left alone."""
+        """Return the mixed batch; the given one is not modified."""
         if not self.training:
             return batch
         if batch.mix is not None:
             raise ValueError("MixUp: the batch is mixed already; use one MixUp")
-        like = next((x for x in tensors(batch.inputs) if x.is_floating_point() and x.ndim > 0), None)
+        like = next((x for x in iterate_tensors(batch.inputs) if x.is_floating_point() and x.ndim > 0), None)
         if like is None:
-            kinds = ", ".join(str(x.dtype) for x in tensors(batch.inputs)) or type(batch.inputs).__name__
+            kinds = ", ".join(str(x.dtype) for x in iterate_tensors(batch.inputs)) or type(batch.inputs).__name__
             raise TypeError(f"MixUp: the inputs hold no floating-point tensor to mix, but {kinds}")
         mix = self._draw(len(like), like)
-        inputs, shown = batch.inputs, batch.teacher_inputs
-        mixed = on_tensors(inputs, lambda x, name: _mixed(x, mix, name))
+        inputs, teacher_inputs = batch.inputs, batch.teacher_inputs
+        mixed = map_tensors(inputs, lambda x, name: _mix(x, mix, name))
         if self.clean_teacher:
-            shown = inputs if shown is None else shown
-        elif shown is not None:
-            shown = on_tensors(shown, lambda x, name: _mixed(x, mix, name), "teacher_inputs")
+            teacher_inputs = inputs if teacher_inputs is None else teacher_inputs
+        elif teacher_inputs is not None:
+            teacher_inputs = map_tensors(teacher_inputs, lambda x, name: _mix(x, mix, name), "teacher_inputs")
         if batch.labels is not None:
             mix.labels = batch.labels[mix.partners]
-        return replace(batch, inputs=mixed, teacher_inputs=shown, labels=self._labels(batch.labels, mix), mix=mix)
+        labels = self._mix_labels(batch.labels, mix)
+        return replace(batch, inputs=mixed, teacher_inputs=teacher_inputs, labels=labels, mix=mix)
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
-        return (
-            f"alpha={self.alpha}, num_classes={self.num_classes}, per_row={self.per_row}, "
-            f"clean_teacher={self.clean_teacher}, seed={self.seed}"
-        )
+        names = ("alpha", "num_classes", "per_row", "clean_teacher", "seed")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def _draw(self, n: int, like: Tensor) -> Mix:
-        step = int(self.steps) if self._step is None else self._step
-        rng = np.random.default_rng([self.seed, rank_and_size()[0], step])
+        rng = np.random.default_rng([self.seed, rank_and_size()[0], self.count_step()])
         ratio = np.broadcast_to(rng.beta(self.alpha, self.alpha, n if self.per_row else 1), (n,))
         partners = rng.permutation(n)
-        self.steps += 1
-        self._step = step + 1
         dtype = torch.promote_types(like.dtype, torch.float32)
         return Mix(
             torch.from_numpy(partners).to(like.device),
@@ -117,7 +106,7 @@ class MixUp(nn.Module):
             teacher_mixed=not self.clean_teacher,
         )
 
-    def _labels(self, labels: Tensor | None, mix: Mix) -> Tensor | None:
+    def _mix_labels(self, labels: Tensor | None, mix: Mix) -> Tensor | None:
         k = self.num_classes
         if labels is None:
             if k is not None:
@@ -126,24 +115,18 @@ class MixUp(nn.Module):
         if labels.is_floating_point():
             if k is not None and labels.shape[1:] != (k,):
                 raise ValueError(f"MixUp: soft labels must be (N, {k}) for num_classes={k}, got {tuple(labels.shape)}")
-            return _mixed(labels, mix, "labels")
+            return _mix(labels, mix, "labels")
         if k is None:
             return labels
         if labels.ndim != 1:
             raise ValueError(f"MixUp: labels must be (N,) class numbers, got {labels.dtype} of {tuple(labels.shape)}")
         if labels.device.type == "cpu" and not 0 <= (low := int(labels.min())) <= (high := int(labels.max())) < k:
             raise ValueError(f"MixUp: labels go from {low} to {high}, but num_classes={k}")
-        own = torch.zeros(len(labels), k, dtype=mix.ratio.dtype, device=labels.device).scatter_(
-            1, labels[:, None].long(), 1
-        )
-        return _mixed(own, mix, "labels")
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._step = None
+        one_hot = torch.zeros(len(labels), k, dtype=mix.ratio.dtype, device=labels.device)
+        return _mix(one_hot.scatter_(1, labels[:, None].long(), 1), mix, "labels")
 
 
-def _mixed(x: Tensor, mix: Mix, name: str) -> Tensor:
+def _mix(x: Tensor, mix: Mix, name: str) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(
             f"MixUp: {name} is {x.dtype}, and only floating-point tensors can be mixed; turn images into floats in the "

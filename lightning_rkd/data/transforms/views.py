@@ -1,51 +1,85 @@
-"""Every image twice, as it is and strongly changed, for methods that relate the views of a sample."""
+"""Several views of every image, for methods that relate the views of a sample."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_rkd.data.transforms.augment import Augment
-from lightning_rkd.data.transforms.nested import on_tensors, tensors
+from lightning_rkd.data.transforms.base import SteppedTransform, iterate_tensors, map_tensors
 from lightning_rkd.utils.distributed import rank_and_size
 from lightning_rkd.utils.types import Batch
 
 STRONG = Augment(rotation=30.0, scale=0.25, shear=0.3, shift=0.125, contrast=0.4)
-"""A change that can hardly be overlooked, within what RandAugment does at most; nothing is mirrored."""
+"""A strong augmentation within the ranges of RandAugment, without mirroring."""
 
 
-class AugmentedViews(nn.Module):
-    """Shows each image of a training batch a second time, strongly changed.
+class Rotations(nn.Module):
+    """Adds every image of a training batch rotated by 90, 180 and 270 degrees, as ``batch_transform``.
 
-    Meant as the ``batch_transform`` of ``DistillationModule``. N images become 2 N rows: first all as they are, then
-    all changed, in the same order. ``batch.view`` is 0 for the first and 1 for the second, labels and indices are
-    repeated. In evaluation mode a batch comes back as it is.
+    N images become 4 N rows: first all upright, then all rotated counter-clockwise once, twice and three times.
+    ``batch.view`` counts the quarter turns, labels and indices are repeated, and the task loss gets the first N rows
+    only. In evaluation mode batches are unchanged. Four times the rows need four times the memory and time.
 
-    The changes depend on (seed, rank, step, row) alone. Steps are counted in a buffer, which checkpoints save, so that
-    a resumed run changes images as the uninterrupted one would have. They are made on the CPU in float32, wherever the
-    batch is: on a GPU that costs the way there and back.
+    Shapes: inputs (N, C, H, H) -> (4 N, C, H, H), alike in mappings and sequences of inputs.
 
-    Twice the rows need twice the memory and time.
+    Raises:
+        TypeError: Inputs without images.
+        ValueError: Images that are not square, or a batch that is mixed or has several views already.
 
-    Shapes: inputs (N, C, H, W) -> (2 N, C, H, W), alike in mappings and sequences of inputs, whose images all
-    undergo the same changes, as ``teacher_inputs`` do.
+    Reference:
+        Gidaris, Singh and Komodakis 2018, Unsupervised Representation Learning by Predicting Image Rotations,
+        arXiv:1803.07728, for the rotations; Ding et al. 2024, arXiv:2410.14143, for their use in distillation.
+
+    Example:
+        >>> batch = Rotations()(Batch(torch.tensor([[[[1, 2], [3, 4]]]]), labels=torch.tensor([7])))
+        >>> batch.inputs.flatten(1).tolist()
+        [[1, 2, 3, 4], [2, 4, 1, 3], [4, 3, 2, 1], [3, 1, 4, 2]]
+        >>> batch.labels.tolist(), batch.view.tolist(), batch.task_rows.tolist()
+        ([7, 7, 7, 7], [0, 1, 2, 3], [0])
+    """
+
+    def forward(self, batch: Batch) -> Batch:
+        """Return the batch in four rotations; the given one is not modified."""
+        return _make_views(self, batch, 4, _rotate) if self.training else batch
+
+
+def _rotate(x: Tensor, name: str) -> Tensor:
+    if x.ndim != 4 or x.shape[2] != x.shape[3]:
+        raise ValueError(
+            f"Rotations: {name} must be square images (N, C, H, H), got {tuple(x.shape)}; crop or resize them"
+        )
+    return torch.cat([x.rot90(quarters, (2, 3)) for quarters in range(4)])
+
+
+class AugmentedViews(SteppedTransform):
+    """Adds a strongly augmented view of every image of a training batch, as ``batch_transform``.
+
+    N images become 2 N rows: first all unchanged, then all augmented, in the same order. ``batch.view`` is 0 for the
+    first and 1 for the second, labels and indices are repeated. In evaluation mode batches are unchanged. Twice the
+    rows need twice the memory and time.
+
+    The augmentation depends on (seed, rank, step, row) alone, and is computed on the CPU in float32, to which a batch
+    on a GPU is copied and back.
+
+    Shapes: inputs (N, C, H, W) -> (2 N, C, H, W); images in mappings and sequences of inputs, and in
+    ``teacher_inputs``, are augmented alike.
 
     Args:
-        augment: The change; ``None`` takes :data:`STRONG`.
-        mean: Per channel, what the images were normalised with, as a part of the full range.
-        std: The same.
-        task_on_both: Whether the task loss sees both views, instead of the images as they are only.
+        augment: The augmentation; ``None`` takes :data:`STRONG`.
+        mean: Mean per channel that the images were normalised with, as a part of the full range.
+        std: Standard deviation per channel that they were normalised with.
+        task_on_both: Whether the task loss gets both views, instead of the unchanged images only.
         seed: The same on all ranks.
 
     Raises:
         TypeError: Inputs without images, or images that are not floating point.
-        ValueError: Images that are not within the full range once ``mean`` and ``std`` are undone (looked at in the
-            first batch), a ``std`` that is not positive, or a batch that is mixed or has several views already.
+        ValueError: Images outside the full range once ``mean`` and ``std`` are undone (checked in the first batch), a
+            ``std`` that is not positive, or a batch that is mixed or has several views already.
 
     Reference:
         Cubuk, Zoph, Shlens and Le 2020, RandAugment: Practical Automated Data Augmentation with a Reduced Search
@@ -56,8 +90,6 @@ class AugmentedViews(nn.Module):
         >>> batch.inputs.shape, batch.labels.tolist(), batch.view.tolist(), batch.task_rows.tolist()
         (torch.Size([4, 1, 4, 4]), [7, 8, 7, 8], [0, 0, 1, 1], [0, 1])
     """
-
-    steps: Tensor
 
     def __init__(
         self,
@@ -74,69 +106,62 @@ class AugmentedViews(nn.Module):
         self.augment = STRONG if augment is None else augment
         self.mean, self.std = tuple(mean), tuple(std)
         self.task_on_both, self.seed = task_on_both, seed
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._step: int | None = 0  # the buffer's value: reading it from a GPU would wait for the step before
-        self._seen = False
+        self._checked = False
 
     def forward(self, batch: Batch) -> Batch:
-        """The batch in two views; the given one is left alone."""
+        """Return the batch in two views; the given one is not modified."""
         if not self.training:
             return batch
-        if batch.mix is not None:
-            raise ValueError("AugmentedViews: the batch is mixed already; make views before you mix")
-        if batch.view is not None:
-            raise ValueError("AugmentedViews: the batch has several views already; use one transform that makes views")
-        first = next(tensors(batch.inputs), None)
-        if first is None:
-            raise TypeError(
-                f"AugmentedViews: the inputs hold no images (N, C, H, W), but {type(batch.inputs).__name__}"
-            )
-        step = int(self.steps) if self._step is None else self._step
-        n, shown, device = len(first), batch.teacher_inputs, first.device
-        inputs = on_tensors(batch.inputs, lambda x, name: self._both(x, step, name))
-        if shown is not None:
-            shown = on_tensors(shown, lambda x, name: self._both(x, step, name), "teacher_inputs")
-        self.steps += 1
-        self._step, self._seen = step + 1, True
-        return replace(
-            batch,
-            inputs=inputs,
-            teacher_inputs=shown,
-            labels=_repeated(batch.labels),
-            indices=_repeated(batch.indices),
-            is_query=_repeated(batch.is_query),
-            view=torch.arange(2, device=device).repeat_interleave(n),
-            task_rows=None if self.task_on_both else torch.arange(n, device=device),
-        )
+        step = self.count_step()
+        views = _make_views(self, batch, 2, lambda x, name: self._add_view(x, name, step))
+        self._checked = True
+        return replace(views, task_rows=None) if self.task_on_both else views
 
     def extra_repr(self) -> str:
         """The settings, for ``print``."""
-        return (
-            f"augment={self.augment}, mean={self.mean}, std={self.std}, task_on_both={self.task_on_both}, "
-            f"seed={self.seed}"
-        )
+        names = ("augment", "mean", "std", "task_on_both", "seed")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
-    def _both(self, x: Tensor, step: int, name: str) -> Tensor:
+    def _add_view(self, x: Tensor, name: str, step: int) -> Tensor:
         if x.ndim != 4 or not x.is_floating_point():
             raise TypeError(
                 f"AugmentedViews: {name} must be floating-point images (N, C, H, W), got {x.dtype} of {tuple(x.shape)}"
             )
         mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std))
         pixels = x.detach().to("cpu", torch.float32) * std + mean
-        if not self._seen:
+        if not self._checked:
             low, high = float(pixels.min()), float(pixels.max())
             if low < -0.01 or high > 1.01:
                 raise ValueError(
                     f"AugmentedViews: with mean {self.mean} and std {self.std} undone, {name} goes from {low:.3g} to "
                     f"{high:.3g} instead of 0 to 1; pass the mean and std that your data set normalises with"
                 )
-        changed = self.augment(pixels, self.seed, rank_and_size()[0], step, np.arange(len(x)))
-        return torch.cat([x, ((changed - mean) / std).to(x)])
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._step = None
+        augmented = self.augment(pixels, self.seed, rank_and_size()[0], step, np.arange(len(x)))
+        return torch.cat([x, ((augmented - mean) / std).to(x)])
 
 
-def _repeated(rows: Tensor | None) -> Tensor | None:
-    return None if rows is None else torch.cat([rows] * 2)
+def _make_views(transform: nn.Module, batch: Batch, views: int, function: Callable[[Tensor, str], Tensor]) -> Batch:
+    """Apply a function from N to ``views`` N images to the inputs, and repeat what belongs to them."""
+    kind = type(transform).__name__
+    if batch.mix is not None:
+        raise ValueError(f"{kind}: the batch is mixed already; make views before you mix")
+    if batch.view is not None:
+        raise ValueError(f"{kind}: the batch has several views already; use one transform that makes views")
+    first = next(iterate_tensors(batch.inputs), None)
+    if first is None:
+        raise TypeError(f"{kind}: the inputs hold no images (N, C, H, W), but {type(batch.inputs).__name__}")
+    n, teacher_inputs = len(first), batch.teacher_inputs
+
+    def repeat(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else torch.cat([rows] * views)
+
+    return replace(
+        batch,
+        inputs=map_tensors(batch.inputs, function),
+        teacher_inputs=None if teacher_inputs is None else map_tensors(teacher_inputs, function, "teacher_inputs"),
+        labels=repeat(batch.labels),
+        indices=repeat(batch.indices),
+        is_query=repeat(batch.is_query),
+        view=torch.arange(views, device=first.device).repeat_interleave(n),
+        task_rows=torch.arange(n, device=first.device),
+    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rkd.data.transforms.mixup import MixUp
-from lightning_rkd.data.transforms.rotations import Rotations
+from lightning_rkd.data.transforms.views import Rotations
 from lightning_rkd.distillation.features import CaptureError
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.losses.stkd import STKD

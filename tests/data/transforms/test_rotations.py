@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_rkd.data.transforms.mixup import MixUp
-from lightning_rkd.data.transforms.rotations import Rotations
+from lightning_rkd.data.transforms.views import Rotations
 from lightning_rkd.utils.types import Batch
 
 
@@ -77,7 +77,7 @@ def test_what_is_no_square_image_is_refused(shape):
 def test_other_misuse_is_refused_with_the_cure():
     with pytest.raises(TypeError, match="Rotations: the inputs hold no images"):
         Rotations()(Batch("text"))
-    with pytest.raises(ValueError, match="rotate before you mix"):
+    with pytest.raises(ValueError, match="make views before you mix"):
         Rotations()(MixUp()(batch()))
     with pytest.raises(ValueError, match="several views already"):
         Rotations()(Rotations()(batch()))
