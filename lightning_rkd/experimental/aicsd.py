@@ -39,25 +39,7 @@ def inter_class_divergences(logits: Tensor) -> Tensor:
 
 
 def inter_class_similarity(student: Tensor, teacher: Tensor) -> Tensor:
-    """Inter-class similarity distillation as a function; :class:`AICSD` says what it computes.
-
-    Shapes: (N, K, H, W) on both sides -> scalar.
-
-    Args:
-        student: Dense logits of the student.
-        teacher: Dense logits of the teacher; a constant.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: Logits that are not dense, or of different shape.
-
-    Example:
-        >>> student, teacher = torch.tensor([[[[2.0, 0.0]], [[0.0, 2.0]]]]), torch.zeros(1, 2, 1, 2)
-        >>> inter_class_similarity(student, teacher)
-        tensor(0.5000)
-    """
+    """Inter-class similarity distillation as a function; see :class:`AICSD`."""
     check_logits(student, teacher, "AICSD", dims=(4,))
     s, t = (unit_rows(inter_class_divergences(z).flatten(0, 1)) for z in (student, teacher.detach()))
     return (s - t).square().mean()

@@ -14,30 +14,7 @@ Form = Literal["matrix", "sample"]
 
 
 def tanimoto(student: Tensor, teacher: Tensor, *, form: Form = "matrix") -> Tensor:
-    r"""The loss as a function; :class:`Tanimoto` says what it computes.
-
-    Shapes: (N, D_s), (N, D_t) -> scalar, in the dtype of the student.
-
-    Args:
-        student: Embeddings of the student.
-        teacher: Embeddings of the teacher for the same samples; a constant.
-        form: ``"matrix"`` or ``"sample"``.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: Different widths in the form ``"sample"``.
-
-    Reference:
-        Shu 2022, Two Distillation Perspectives Based on Tanimoto Coefficient, ICIP.
-
-    Example:
-        >>> import torch
-        >>> student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.0]])
-        >>> tanimoto(student, teacher), tanimoto(student, teacher, form="sample")
-        (tensor(0.2222), tensor(0.5000))
-    """
+    """The loss as a function; see :class:`Tanimoto`."""
     teacher = teacher.detach()
     if form == "matrix":
         return (tanimoto_coefficients(student) - tanimoto_coefficients(teacher)).square().mean()

@@ -42,26 +42,7 @@ def _strength(features: Tensor, power: float) -> Tensor:
 
 
 def attention_transfer(student: Sequence[Tensor], teacher: Sequence[Tensor], *, power: float = 2.0) -> Tensor:
-    """Attention transfer as a function; :class:`AttentionTransfer` says what it computes.
-
-    Shapes: lists of (N, C, H, W) or (N, T, C), as many on both sides -> scalar.
-
-    Args:
-        student: Maps of the student.
-        teacher: Maps of the teacher; constants.
-        power: p.
-
-    Returns:
-        The sum of the losses of all pairs.
-
-    Raises:
-        ValueError: Lists of different length, maps paired with tokens, or different numbers of tokens.
-
-    Example:
-        >>> student, teacher = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 5.0]]]])
-        >>> attention_transfer([student], [teacher])
-        tensor(1.)
-    """
+    """Attention transfer as a function; see :class:`AttentionTransfer`."""
     if len(student) != len(teacher):
         raise ValueError(f"AttentionTransfer: {len(student)} maps of the student, but {len(teacher)} of the teacher")
     losses = []
@@ -105,8 +86,6 @@ class AttentionTransfer(RelationalLoss):
     Reference:
         Zagoruyko and Komodakis 2017, Paying More Attention to Attention: Improving the Performance of Convolutional
         Neural Networks via Attention Transfer, arXiv:1612.03928.
-        Certainty: read in code, szagoruyko/attention-transfer, utils.py; HobbitLong/RepDistiller,
-        distiller_zoo/AT.py.
 
     Example:
         >>> student, teacher = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 5.0]]]])

@@ -16,77 +16,19 @@ Form = Literal["kernel", "norm", "rows"]
 
 
 def correlation_congruence(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
-    r"""The paper's kernel form as a function; :class:`CorrelationCongruence` says what it computes.
-
-    Shapes: (N, D_s), (N, D_t) -> scalar, in the dtype of the student.
-
-    Args:
-        student: Embeddings of the student.
-        teacher: Embeddings of the teacher for the same samples; a constant.
-        gamma: Of the Gaussian kernel.
-        order: Of its Taylor expansion.
-
-    Returns:
-        The loss.
-
-    Reference:
-        Peng et al. 2019, Correlation Congruence for Knowledge Distillation, arXiv:1904.01802.
-
-    Example:
-        >>> correlation_congruence(torch.eye(2), torch.ones(2, 3))
-        tensor(0.1266)
-    """
+    """The paper's kernel form as a function; see :class:`CorrelationCongruence`."""
     s, t = (gaussian_taylor(x @ x.T, gamma, order) for x in (unit_rows(student), unit_rows(teacher.detach())))
     return (s - t).square().mean()
 
 
 def correlation_congruence_norm(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
-    r"""torchdistill's form as a function; :class:`CorrelationCongruence` says what it computes.
-
-    Shapes: (N, D_s), (N, D_t) -> scalar, in the dtype of the student.
-
-    Args:
-        student: Embeddings of the student, used as given.
-        teacher: Embeddings of the teacher for the same samples; a constant.
-        gamma: Of the Gaussian kernel.
-        order: Of its Taylor expansion.
-
-    Returns:
-        The loss.
-
-    Reference:
-        Peng et al. 2019, Correlation Congruence for Knowledge Distillation, arXiv:1904.01802.
-
-    Example:
-        >>> correlation_congruence_norm(torch.eye(2), torch.ones(2, 3))
-        tensor(1.0679)
-    """
+    """torchdistill's form as a function; see :class:`CorrelationCongruence`."""
     s, t = (gaussian_taylor(x @ x.T, gamma, order) for x in (student, teacher.detach()))
     return row_norms((s - t).reshape(1, -1)).squeeze(0) / len(student) ** 2
 
 
 def correlation_congruence_rows(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""RepDistiller's form as a function; :class:`CorrelationCongruence` says what it computes.
-
-    Shapes: (N, D), (N, D) -> scalar, in the dtype of the student.
-
-    Args:
-        student: Embeddings of the student.
-        teacher: Embeddings of the teacher for the same samples, equally wide; a constant.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: Different widths.
-
-    Reference:
-        Peng et al. 2019, Correlation Congruence for Knowledge Distillation, arXiv:1904.01802.
-
-    Example:
-        >>> correlation_congruence_rows(torch.eye(3), torch.ones(3, 3))
-        tensor(1.)
-    """
+    """RepDistiller's form as a function; see :class:`CorrelationCongruence`."""
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"CorrelationCongruence: form='rows' compares embeddings of equal width, got {student.shape[1]} of the "
@@ -158,9 +100,6 @@ class CorrelationCongruence(RelationalLoss):
     Reference:
         Peng, Jin, Liu, Li, Wu, Liu, Zhou and Zhang 2019, Correlation Congruence for Knowledge Distillation,
         arXiv:1904.01802.
-        Certainty: read in code, JDAI-CV/FaceX-Zoo, addition_module/face_lightning/KDF/loss/cc.py;
-        yoshitomo-matsubara/torchdistill, losses/mid_level.py (norm); HobbitLong/RepDistiller,
-        distiller_zoo/CC.py (rows).
 
     Example:
         >>> student, teacher = torch.eye(2), torch.ones(2, 2)

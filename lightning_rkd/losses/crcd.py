@@ -113,8 +113,6 @@ class CRCD(RelationalLoss):
     Reference:
         Zhu, Tang, Chen, Yu, Liu, Yang, Rong and Wang 2021, Complementary Relation Contrastive Distillation,
         arXiv:2103.16367.
-        Certainty: read in code, Lechatelia/CRCD, crcd/criterion.py and crcd/memory.py; the feature relation
-        only.
 
     Example:
         >>> loss = CRCD(num_samples=50)

@@ -69,7 +69,6 @@ class CRD(RelationalLoss):
 
     Reference:
         Tian, Krishnan and Isola 2019, Contrastive Representation Distillation, arXiv:1910.10699.
-        Certainty: read in code, HobbitLong/RepDistiller, crd/criterion.py and crd/memory.py.
 
     Example:
         >>> loss = CRD(num_samples=50)

@@ -14,23 +14,7 @@ _SOURCE = "a public implementation on top of multi-level logit distillation: lli
 
 
 def class_similarity(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 4.0) -> Tensor:
-    """One minus the mean cosine of the classes; :class:`ClassSimilarityKD` says what it computes.
-
-    Shapes: (N, K) on both sides -> scalar.
-
-    Args:
-        student: Logits of the student.
-        teacher: Logits of the teacher; a constant.
-        temperature: T, or one per sample, (N, 1).
-
-    Returns:
-        The mean over classes, between 0 and 1, before the factor :math:`\\alpha T^2`.
-
-    Example:
-        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
-        >>> class_similarity(logits.flip(0), logits, temperature=1.0)
-        tensor(0.7342)
-    """
+    """One minus the mean cosine of the classes; see :class:`ClassSimilarityKD`."""
     s, t = (_directions(z / temperature) for z in (student, teacher.detach()))
     return 1 - (s * t).sum(1).mean()
 
@@ -88,9 +72,6 @@ class ClassSimilarityKD(RelationalLoss):
     length does not count, so the student need not be as sure of a class as its teacher. The loss does not change when
     a constant is added to all logits of a sample.
 
-    Certainty: read in code; the body of the paper was not at hand. The code takes the absolute value of the
-    cosine, which is idle, since probabilities are not negative, and adds 1e-8 to its denominator, which makes classes
-    that hardly occur look unlike; here nothing is added.
 
     The paper's method is this loss plus :class:`CosineTemperatureKD`, on weakly and on strongly augmented images. The
     code adds two terms of multi-level logit distillation (Gram matrices over classes and over samples), which are not
@@ -150,9 +131,6 @@ class CosineTemperatureKD(RelationalLoss):
     of the temperatures. No gradient passes through the temperatures. The loss does not change when a constant is
     added to all logits of a sample.
 
-    Certainty: read in code; that and the departures are as for :class:`ClassSimilarityKD`. Where all cosines are equal,
-    as with one row, the code divides 0 by 0; here all temperatures are the low one. The code takes the temperatures of
-    strongly augmented images from the weakly augmented ones; this loss takes them from the logits that it is given.
 
     Shapes: (N, K) on both sides -> scalar. One row gives 0.
 

@@ -15,29 +15,7 @@ _LONGEST = 7  # lists have 5,040 orders, each of which is scored
 def hard_dark_rank(
     student: Tensor, teacher: Tensor, *, alpha: float = 3.0, beta: float = 3.0, length: int = 4
 ) -> Tensor:
-    r"""The hard transfer as a function; :class:`HardDarkRank` says what it computes.
-
-    Shapes: (N, D_s), (N, D_t) -> scalar, float32, or float64 where the student is.
-
-    Args:
-        student: Embeddings of the student.
-        teacher: Embeddings of the teacher for the same samples; a constant.
-        alpha: Factor of the scores.
-        beta: Power of the distances in the scores.
-        length: How many nearest samples are ranked.
-
-    Returns:
-        The loss.
-
-    Reference:
-        Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer,
-        arXiv:1707.01220.
-
-    Example:
-        >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [1.5]])
-        >>> hard_dark_rank(student, teacher)
-        tensor(7.)
-    """
+    """The hard transfer as a function; see :class:`HardDarkRank`."""
     scores, _ = _scores(student, teacher, alpha, beta, length)
     return -log_probability_of_order(scores).mean().to(torch.promote_types(student.dtype, torch.float32))
 
@@ -45,29 +23,7 @@ def hard_dark_rank(
 def soft_dark_rank(
     student: Tensor, teacher: Tensor, *, alpha: float = 3.0, beta: float = 3.0, length: int = 4
 ) -> Tensor:
-    r"""The soft transfer as a function; :class:`SoftDarkRank` says what it computes.
-
-    Shapes: (N, D_s), (N, D_t) -> scalar, float32, or float64 where the student is.
-
-    Args:
-        student: Embeddings of the student.
-        teacher: Embeddings of the teacher for the same samples; a constant.
-        alpha: Factor of the scores.
-        beta: Power of the distances in the scores.
-        length: How many nearest samples are ranked.
-
-    Returns:
-        The loss.
-
-    Reference:
-        Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer,
-        arXiv:1707.01220.
-
-    Example:
-        >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [1.5]])
-        >>> soft_dark_rank(student, teacher)
-        tensor(6.4644)
-    """
+    """The soft transfer as a function; see :class:`SoftDarkRank`."""
     both = _scores(student, teacher, alpha, beta, length)
     orders = permutations(both[0].shape[1], student.device)
     log_q, log_p = (log_probability_of_order(scores[:, orders]) for scores in both)  # (N, length!)
@@ -105,7 +61,6 @@ class HardDarkRank(RelationalLoss):
     Reference:
         Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer,
         arXiv:1707.01220.
-        Certainty: read in code, lenscloth/RKD, metric/loss.py.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [1.5]])
@@ -163,7 +118,6 @@ class SoftDarkRank(RelationalLoss):
     Reference:
         Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer,
         arXiv:1707.01220.
-        Certainty: read in code, TuSimple/DarkRank, PYOP/listnet_loss.py.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [1.5]])

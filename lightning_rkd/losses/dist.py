@@ -19,29 +19,7 @@ def dist(
     intra_weight: float = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """DIST as a function; :class:`DIST` says what it computes.
-
-    Shapes: (N, K) or (N, K, H, W) on both sides -> scalar.
-
-    Args:
-        student: Logits of the student.
-        teacher: Logits of the teacher; a constant.
-        inter_weight: Of the inter-class relation, over rows.
-        intra_weight: Of the intra-class relation, over columns.
-        temperature: Of both softmaxes.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: Logits of different shape, or a temperature that is not positive.
-
-    Example:
-        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0]])
-        >>> teacher = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 2.0]])
-        >>> dist(student, teacher)
-        tensor(1.3117)
-    """
+    """DIST as a function; see :class:`DIST`."""
     check_logits(student, teacher, "DIST")
     check_positive("DIST", temperature=temperature)
     s, t = ((pixels_as_rows(z) / temperature).softmax(1) for z in (student, teacher.detach()))
@@ -91,8 +69,6 @@ class DIST(RelationalLoss):
 
     Reference:
         Huang, You, Wang, Qian and Xu 2022, Knowledge Distillation from A Stronger Teacher, arXiv:2205.10536.
-        Certainty: read in code, hunto/image_classification_sota, lib/models/losses/dist_kd.py; hunto/DIST_KD,
-        segmentation/losses.
 
     Example:
         >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0]])

@@ -14,26 +14,7 @@ Distance = Literal["l2", "cosine"]
 
 
 def embedding_distance(student: Tensor, teacher: Tensor, *, distance: Distance = "l2") -> Tensor:
-    """Embedding matching without a projection as a function; :class:`EmbedDistill` says what it computes.
-
-    Shapes: (N, D) on both sides -> scalar.
-
-    Args:
-        student: Embeddings of the student, as wide as the teacher's.
-        teacher: Embeddings of the teacher; a constant.
-        distance: ``"l2"`` or ``"cosine"``.
-
-    Returns:
-        The mean distance.
-
-    Raises:
-        ValueError: An unknown distance, or sides of different shape.
-
-    Example:
-        >>> student, teacher = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [2.0, 0.0]])
-        >>> embedding_distance(student, teacher), embedding_distance(student, teacher, distance="cosine")
-        (tensor(3.), tensor(0.5000))
-    """
+    """Embedding matching without a projection as a function; see :class:`EmbedDistill`."""
     _check_distance(distance)
     if student.shape != teacher.shape:
         raise ValueError(
@@ -79,8 +60,6 @@ class EmbedDistill(RelationalLoss):
     Reference:
         Kim, Rawat, Zaheer, Jayasumana, Sadhanala, Jitkrittum, Menon, Fergus and Kumar 2023, EmbedDistill: A Geometric
         Knowledge Distillation for Information Retrieval, arXiv:2301.12005.
-        Certainty: read in code, sentence-transformers, EmbedDistillLoss, which cites the paper's equations 7
-        and 8.
 
     Example:
         >>> student, teacher = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [2.0, 0.0]])

@@ -39,8 +39,6 @@ class FitNetHint(RelationalLoss):
 
     Reference:
         Romero, Ballas, Kahou, Chassang, Gatta and Bengio 2015, FitNets: Hints for Thin Deep Nets, arXiv:1412.6550.
-        Certainty: read in code, adri-romsor/FitNets, costs/HintCost.py; HobbitLong/RepDistiller,
-        distiller_zoo/FitNet.py.
 
     Example:
         >>> hint = FitNetHint((2,), (3,))

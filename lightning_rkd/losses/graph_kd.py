@@ -16,31 +16,7 @@ from lightning_rkd.losses.base import Reference, RelationalLoss
 def graph_kd(
     student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, neighbours: int | None = None, power: int = 1
 ) -> Tensor:
-    r"""The loss of one pair of layers as a function; :class:`GraphKD` says what it computes.
-
-    Shapes: (N, D_s), (N, D_t) -> scalar, in the dtype of the student.
-
-    Args:
-        student: Activations of the student, flattened.
-        teacher: The same of the teacher for the same samples; a constant.
-        mask: What the edges of both graphs are multiplied with, (N, N).
-        neighbours: k, of each sample, itself not counted, by which the teacher's graph, and so the student's, is
-            thinned out; ``None`` keeps all edges.
-        power: Of the adjacency matrices that are compared.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: A batch of ``neighbours`` samples or fewer.
-
-    Reference:
-        Lassance et al. 2020, Deep Geometric Knowledge Distillation with Graphs, arXiv:1911.03080.
-
-    Example:
-        >>> graph_kd(torch.ones(3, 2), torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]]))
-        tensor(0.0228)
-    """
+    """The loss of one pair of layers as a function; see :class:`GraphKD`."""
     s, t = (normalised_adjacency(cosine_similarities(x).fill_diagonal_(0).relu()) for x in (student, teacher.detach()))
     if mask is not None:
         s, t = s * mask, t * mask
@@ -88,7 +64,6 @@ class GraphKD(RelationalLoss):
     Reference:
         Lassance, Bontonou, Hacene, Gripon, Tang and Ortega 2020, Deep Geometric Knowledge Distillation with Graphs,
         arXiv:1911.03080.
-        Certainty: read in code, cadurosar/graph_kd, utils.py.
 
     Example:
         >>> student, teacher = torch.ones(3, 2), torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])

@@ -106,7 +106,6 @@ class HolisticKD(RelationalLoss):
     Reference:
         Zhou, Wang, Chen, Chen, Wang, Wang and Bu 2021, Distilling Holistic Knowledge with Graph Neural Networks,
         arXiv:2108.05507.
-        Certainty: read in code, wyc-ruiker/HKD, distiller_zoo/GNN.py.
 
     Example:
         >>> loss = HolisticKD(num_samples=50)

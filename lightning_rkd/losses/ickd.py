@@ -13,28 +13,7 @@ from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
 def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""ICKD for one pair of maps with equally many channels; :class:`ICKD` says what it computes.
-
-    Shapes: (N, C, P_s), (N, C, P_t) -> scalar.
-
-    Args:
-        student: Channels of the student's map over its positions, after the learnt map.
-        teacher: Channels of the teacher's map; a constant.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: Different numbers of channels.
-
-    Reference:
-        Liu, Huang, Lin, Xie, Wang, Chang and Liang 2021, Exploring Inter-Channel Correlation for Diversity-preserved
-        Knowledge Distillation, arXiv:2202.03680.
-
-    Example:
-        >>> inter_channel_correlation(torch.eye(2)[None], torch.ones(1, 2, 1))
-        tensor(0.5858)
-    """
+    """ICKD for one pair of maps with equally many channels; see :class:`ICKD`."""
     if student.shape[:2] != teacher.shape[:2]:
         raise ValueError(
             f"ICKD compares equally many channels of the same samples, got {tuple(student.shape)} "
@@ -87,7 +66,6 @@ class ICKD(RelationalLoss):
     Reference:
         Liu, Huang, Lin, Xie, Wang, Chang and Liang 2021, Exploring Inter-Channel Correlation for Diversity-preserved
         Knowledge Distillation, arXiv:2202.03680.
-        Certainty: read in code, ADLab-AutoDrive/ICKD, Cifar100/distiller_zoo/ICKD.py.
 
     Example:
         >>> loss = ICKD(student_dim=[1], teacher_dim=[2])

@@ -87,8 +87,6 @@ class IRG(RelationalLoss):
 
     Reference:
         Liu, Cao, Li, Yuan, Hu, Li and Duan 2019, Knowledge Distillation via Instance Relationship Graph, CVPR.
-        Certainty: read in code, yufanLIU/IRG, batch_euclidean_map_layer.cpp, batch_euclidean_vector_layer.cpp
-        and the prototxt files.
 
     Example:
         >>> loss = IRG(vertex_weight=0, edge_weight=1, transform_weight=1)

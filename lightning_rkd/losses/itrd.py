@@ -114,7 +114,6 @@ class ITRD(RelationalLoss):
     Reference:
         Miles, Lopez-Rodriguez and Mikolajczyk 2022, Information Theoretic Representation Distillation,
         arXiv:2112.00459.
-        Certainty: read in code, roymiles/ITRD, distiller_zoo/IT.py, helper/loops.py and train_student.py.
 
     Example:
         >>> loss = ITRD(student_dim=4, teacher_dim=8)

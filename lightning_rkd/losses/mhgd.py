@@ -25,23 +25,7 @@ _CANDIDATES = 4  # singular vectors of the student, of which one is compared
 def graph_divergence(
     student: Tensor, teacher: Tensor, *, reduction: Literal["official", "mean"] = "official"
 ) -> Tensor:
-    r"""The divergence of two attention graphs; :class:`MHGD` says what it computes.
-
-    Shapes: logits (heads, N, N) twice -> scalar.
-
-    Args:
-        student: Logits of the student's graphs.
-        teacher: Logits of the teacher's.
-        reduction: ``"official"`` sums over everything; ``"mean"`` takes the mean over heads and rows.
-
-    Returns:
-        The divergence, student from teacher.
-
-    Example:
-        >>> student, teacher = torch.tensor([[[2.0, 0.0], [0.0, 0.0]]]), torch.zeros(1, 2, 2)
-        >>> graph_divergence(student, teacher), graph_divergence(student, teacher, reduction="mean")
-        (tensor(0.1039), tensor(0.0520))
-    """
+    """The divergence of two attention graphs; see :class:`MHGD`."""
     s, t = (torch.log_softmax(logits.tanh(), -1) for logits in (student, teacher))
     divergence = s.exp() * (s - t)
     return divergence.sum() if reduction == "official" else divergence.sum(-1).mean()
@@ -88,7 +72,6 @@ class MHGD(RelationalLoss):
 
     Reference:
         Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.
-        Certainty: read in code, sseung0703/KD_methods_with_TF, nets/Relation.py and nets/SVP.py.
 
     Example:
         >>> from lightning_rkd.losses.parts.attention_graph import AttentionGraph

@@ -15,29 +15,7 @@ Kernel = Literal["polynomial", "linear", "gaussian"]
 
 
 def neuron_selectivity(student: Tensor, teacher: Tensor, *, kernel: Kernel = "polynomial") -> Tensor:
-    r"""NST for one pair of maps; :class:`NST` says what it computes.
-
-    Shapes: (N, C_s, H_s, W_s), (N, C_t, H_t, W_t) -> scalar; or tokens (N, T, C_s), (N, T, C_t).
-
-    Args:
-        student: Map of the student.
-        teacher: Map of the teacher for the same samples; a constant.
-        kernel: ``"polynomial"``, ``"linear"`` or ``"gaussian"``.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: Unknown kernel, tokens of different number, or something that is no map.
-
-    Reference:
-        Huang and Wang 2017, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, arXiv:1707.01219.
-
-    Example:
-        >>> student, teacher = torch.eye(2).view(1, 2, 1, 2), torch.ones(1, 1, 1, 2)
-        >>> neuron_selectivity(student, teacher), neuron_selectivity(student, teacher, kernel="linear")
-        (tensor(0.5000), tensor(0.0858))
-    """
+    """NST for one pair of maps; see :class:`NST`."""
     _check(kernel)
     s, t = _common_size(student, teacher.detach())
     s, t = unit_channels(flatten_channels(s, who="NST")), unit_channels(flatten_channels(t, who="NST"))
@@ -123,8 +101,6 @@ class NST(RelationalLoss):
     Reference:
         Huang and Wang 2017, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, arXiv:1707.01219.
         Their weight is 50 for the polynomial kernel.
-        Certainty: read in code, HobbitLong/RepDistiller, distiller_zoo/NST.py;
-        TuSimple/neuron-selectivity-transfer, symbol/transfer.py; the Gaussian kernel's bandwidth from memory.
 
     Example:
         >>> student, teacher = torch.eye(2).view(1, 2, 1, 2), torch.ones(1, 1, 1, 2)

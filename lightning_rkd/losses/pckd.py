@@ -57,20 +57,7 @@ def preview_weights(
 
 
 def category_contrast(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 4.0) -> Tensor:
-    r"""Supervised contrast between rows in the space of classes; :class:`PCKD` says what it computes.
-
-    Shapes: (N, K), (N, K), (N,) -> (N,), for each row the sum of its two terms.
-
-    Args:
-        student: Products with the student's category centres.
-        teacher: Products with the teacher's category centres; no constant.
-        labels: Classes.
-        temperature: T.
-
-    Example:
-        >>> category_contrast(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), temperature=1.0)
-        tensor([15.7556, 15.7556])
-    """
+    """Supervised contrast between rows in the space of classes; see :class:`PCKD`."""
     u = torch.cat([student, teacher])
     similarity = u @ u.T / temperature
     itself = torch.eye(len(u), dtype=torch.bool, device=u.device)
@@ -136,8 +123,6 @@ class PCKD(RelationalLoss):
     Reference:
         Ding, Wu, Dong, Li, Qin, Gan and Nie 2024, Preview-based Category Contrastive Learning for Knowledge
         Distillation, arXiv:2410.14143.
-        Certainty: read in code, MuHeDing/PCKD, helper/losses.py and helper/loops.py; the MLP in ifding/DLKD,
-        models/mlp_head.py.
 
     Example:
         >>> _ = torch.manual_seed(0)

@@ -14,28 +14,7 @@ _EPS = 1e-7  # of the authors' code, in the norms and in the logarithm
 
 
 def pkt(student: Tensor, teacher: Tensor, *, reduction: Reduction = "official") -> Tensor:
-    r"""PKT as a function; :class:`PKT` says what it computes.
-
-    Shapes: (N, D_s), (N, D_t) -> scalar, in the dtype of the student.
-
-    Args:
-        student: Embeddings of the student.
-        teacher: Embeddings of the teacher for the same samples; a constant.
-        reduction: ``"official"`` or ``"distinct"``.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: Unknown reduction.
-
-    Reference:
-        Passalis and Tefas 2018, Learning Deep Representations with Probabilistic Knowledge Transfer, arXiv:1803.10837.
-
-    Example:
-        >>> pkt(torch.eye(3), torch.tensor([[1.0], [1.0], [-1.0]]))
-        tensor(0.1540)
-    """
+    """PKT as a function; see :class:`PKT`."""
     check_reduction(reduction)
     q, p = (_probabilities(x, reduction) for x in (student, teacher.detach()))
     n = len(student)
@@ -68,7 +47,6 @@ class PKT(RelationalLoss):
 
     Reference:
         Passalis and Tefas 2018, Learning Deep Representations with Probabilistic Knowledge Transfer, arXiv:1803.10837.
-        Certainty: read in code, passalis/probabilistic_kt, nn/pkt.py.
 
     Example:
         >>> student, teacher = torch.eye(3), torch.tensor([[1.0], [1.0], [-1.0]])

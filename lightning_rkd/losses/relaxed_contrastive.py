@@ -11,28 +11,7 @@ from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
 def relaxed_contrastive(student: Tensor, teacher: Tensor, *, sigma: float = 1.0, delta: float = 1.0) -> Tensor:
-    r"""The loss as a function; :class:`RelaxedContrastive` says what it computes.
-
-    Shapes: (N, D_s), (N, D_t) -> scalar, float32, or float64 where the student is.
-
-    Args:
-        student: Embeddings of the student.
-        teacher: Embeddings of the teacher for the same samples; a constant.
-        sigma: Bandwidth of the teacher's similarity.
-        delta: Margin, in mean distances.
-
-    Returns:
-        The loss.
-
-    Reference:
-        Kim, Kim, Cho and Kwak 2021, Embedding Transfer with Label Relaxation for Improved Metric Learning,
-        arXiv:2103.14908.
-
-    Example:
-        >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[1.0], [1.0], [-1.0]])
-        >>> relaxed_contrastive(student, teacher)
-        tensor(0.6047)
-    """
+    """The loss as a function; see :class:`RelaxedContrastive`."""
     d = pairwise_distances(student)
     mean = d.mean(1, keepdim=True)
     d = d / torch.where(mean > 0, mean, 1)
@@ -68,7 +47,6 @@ class RelaxedContrastive(RelationalLoss):
     Reference:
         Kim, Kim, Cho and Kwak 2021, Embedding Transfer with Label Relaxation for Improved Metric Learning,
         arXiv:2103.14908. There it is the only loss, with several augmented views of each image in a batch.
-        Certainty: read in code, tjddus9597/LabelRelaxation-CVPR21, code/Relaxed_losses.py.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[1.0], [1.0], [-1.0]])

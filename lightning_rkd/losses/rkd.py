@@ -12,29 +12,7 @@ from lightning_rkd.utils.distributed import Shard
 
 
 def rkd_distance(student: Tensor, teacher: Tensor, *, reduction: Reduction = "official") -> Tensor:
-    r"""RKD-D as a function; :class:`RKDDistance` says what it computes.
-
-    Shapes: (N, D_s), (N, D_t) -> scalar, float32, or float64 where an embedding is.
-
-    Args:
-        student: Embeddings of the student.
-        teacher: Embeddings of the teacher for the same samples; a constant.
-        reduction: ``"official"`` or ``"distinct"``.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: Unknown reduction, or batches of different sizes.
-
-    Reference:
-        Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
-
-    Example:
-        >>> student, teacher = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[0.0], [1.0], [3.0]])
-        >>> rkd_distance(student, teacher), rkd_distance(student, teacher, reduction="distinct")
-        (tensor(0.0139), tensor(0.0208))
-    """
+    """RKD-D as a function; see :class:`RKDDistance`."""
     return _distance_loss(squared_distances(student), squared_distances(teacher.detach()), reduction).to(
         _precision(student, teacher)
     )
@@ -48,32 +26,7 @@ def rkd_angle(
     sampled_anchors: int | None = None,
     shard: Shard | None = None,
 ) -> Tensor:
-    r"""RKD-A as a function; :class:`RKDAngle` says what it computes.
-
-    Shapes: (N, D_s), (N, D_t) -> scalar, float32, or float64 where an embedding is.
-
-    Args:
-        student: Embeddings of the student.
-        teacher: Embeddings of the teacher for the same samples; a constant.
-        reduction: ``"official"`` or ``"distinct"``.
-        sampled_anchors: Work on the angles at this many vertices only, see :class:`RKDAngle`.
-        shard: Split the vertices of the angles over ranks that all hold the same batch.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: Unknown reduction, or batches of different sizes.
-
-    Reference:
-        Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
-
-    Example:
-        >>> student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # 90, 45 and 45 degrees
-        >>> teacher = torch.eye(3)  # 60, 60 and 60
-        >>> rkd_angle(student, teacher, reduction="distinct")
-        tensor(0.0560)
-    """
+    """RKD-A as a function; see :class:`RKDAngle`."""
     return angle_loss(
         squared_distances(student),
         squared_distances(teacher),
@@ -112,7 +65,6 @@ class RKDDistance(RelationalLoss):
     Reference:
         Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068. Their weight is 1 in metric
         learning and 25 in classification.
-        Certainty: read in code, lenscloth/RKD, metric/loss.py.
 
     Example:
         >>> loss = RKDDistance()
@@ -171,7 +123,6 @@ class RKDAngle(RelationalLoss):
     Reference:
         Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068. Their weight is 2 in metric
         learning and 50 in classification.
-        Certainty: read in code, lenscloth/RKD, metric/loss.py.
 
     Example:
         >>> loss = RKDAngle(reduction="distinct")
@@ -220,7 +171,6 @@ class RKD(RelationalLoss):
 
     Reference:
         Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
-        Certainty: read in code, lenscloth/RKD, metric/loss.py.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.eye(3)

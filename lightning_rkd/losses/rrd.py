@@ -14,28 +14,7 @@ from lightning_rkd.losses.parts.projector import Projector
 def relational_cross_entropy(
     student: Tensor, teacher: Tensor, memory: Tensor, *, student_temperature: float, teacher_temperature: float
 ) -> Tensor:
-    r"""RRD for given projections and memory; :class:`RRD` says what it computes.
-
-    Shapes: (N, d), (N, d), (M, d) -> scalar.
-
-    Args:
-        student: Projected embeddings of the student, rows of length 1.
-        teacher: The same of the teacher; a constant.
-        memory: Rows that the similarities are taken to.
-        student_temperature: Of the student's softmax.
-        teacher_temperature: Of the teacher's softmax.
-
-    Returns:
-        The loss.
-
-    Reference:
-        Giakoumoglou and Stathaki 2024, Relational Representation Distillation, arXiv:2407.12073.
-
-    Example:
-        >>> memory = torch.eye(2)
-        >>> relational_cross_entropy(memory, memory, memory, student_temperature=1.0, teacher_temperature=0.02)
-        tensor(0.3133)
-    """
+    """RRD for given projections and memory; see :class:`RRD`."""
     target = (teacher.detach() @ memory.T / teacher_temperature).softmax(1)
     return -(target * F.log_softmax(student @ memory.T / student_temperature, dim=1)).sum(1).mean()
 
@@ -78,7 +57,6 @@ class RRD(RelationalLoss):
 
     Reference:
         Giakoumoglou and Stathaki 2024, Relational Representation Distillation, arXiv:2407.12073.
-        Certainty: read in code, giakoumoglou/rrd, cifar/distillers/RRD.py and cifar/train_student.py.
 
     Example:
         >>> loss = RRD(student_dim=4, teacher_dim=8, queue_size=16)

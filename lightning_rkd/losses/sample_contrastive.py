@@ -12,26 +12,7 @@ from lightning_rkd.losses.parts.checks import check_logits, check_positive
 
 
 def sample_contrastive(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Sample-wise contrastive distillation as a function; :class:`SampleContrastiveKD` says what it computes.
-
-    Shapes: (N, K) on both sides -> scalar.
-
-    Args:
-        student: Logits of the student.
-        teacher: Logits of the teacher; a constant.
-        temperature: Of the contrast.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: Logits that are dense or of different shape, or a temperature that is not positive.
-
-    Example:
-        >>> logits = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        >>> sample_contrastive(logits, logits), sample_contrastive(logits.flip(0), logits)
-        (tensor(0.3133), tensor(1.3133))
-    """
+    """Sample-wise contrastive distillation as a function; see :class:`SampleContrastiveKD`."""
     check_logits(student, teacher, "SampleContrastiveKD", dims=(2,))
     check_positive("SampleContrastiveKD", temperature=temperature)
     similarity = unit_rows(teacher.detach()) @ unit_rows(student).T
@@ -62,7 +43,6 @@ class SampleContrastiveKD(RelationalLoss):
     Reference:
         Zhu, Zhou, Zhu, Wang and Hu 2024, CKD: Contrastive Knowledge Distillation from A Sample-wise Perspective,
         arXiv:2404.14109. Their weight is 100 on CIFAR-100 and 10 on ImageNet.
-        Certainty: read in code, ZhouXinzzzzz/CKD, mdistiller/distillers/CKD.py.
 
     Example:
         >>> logits = torch.tensor([[1.0, 0.0], [0.0, 2.0]])

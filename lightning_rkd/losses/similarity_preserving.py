@@ -14,24 +14,7 @@ from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""The loss of one pair of layers as a function; :class:`SimilarityPreserving` says what it computes.
-
-    Shapes: (N, ...), (N, ...) -> scalar, in the dtype of the student.
-
-    Args:
-        student: Embeddings or maps of the student.
-        teacher: The same of the teacher for the same samples; a constant.
-
-    Returns:
-        The loss.
-
-    Reference:
-        Tung and Mori 2019, Similarity-Preserving Knowledge Distillation, arXiv:1907.09682.
-
-    Example:
-        >>> similarity_preserving(torch.eye(2), torch.ones(2, 1))
-        tensor(0.2929)
-    """
+    """The loss of one pair of layers as a function; see :class:`SimilarityPreserving`."""
     s, t = (unit_rows(_gram(x.flatten(1))) for x in (student, teacher.detach()))
     return (s - t).square().mean()
 
@@ -69,7 +52,6 @@ class SimilarityPreserving(RelationalLoss):
 
     Reference:
         Tung and Mori 2019, Similarity-Preserving Knowledge Distillation, arXiv:1907.09682.
-        Certainty: read in code, HobbitLong/RepDistiller, distiller_zoo/SP.py.
 
     Example:
         >>> student, teacher = torch.eye(2), torch.ones(2, 1)

@@ -10,26 +10,7 @@ from lightning_rkd.losses.parts.checks import check_logits, check_positive, pixe
 
 
 def soft_target(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
-    """Hinton's loss as a function; :class:`SoftTarget` says what it computes.
-
-    Shapes: (N, K) or (N, K, H, W) on both sides -> scalar.
-
-    Args:
-        student: Logits of the student.
-        teacher: Logits of the teacher; a constant.
-        temperature: T.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: Logits of different shape, or a temperature that is not positive.
-
-    Example:
-        >>> import torch
-        >>> soft_target(torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]]))
-        tensor(1.7751)
-    """
+    """Hinton's loss as a function; see :class:`SoftTarget`."""
     check_logits(student, teacher, "SoftTarget")
     check_positive("SoftTarget", temperature=temperature)
     s, t = (F.log_softmax(pixels_as_rows(z) / temperature, dim=1) for z in (student, teacher.detach()))
@@ -59,7 +40,6 @@ class SoftTarget(RelationalLoss):
 
     Reference:
         Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
-        Certainty: read in code, HobbitLong/RepDistiller, distiller_zoo/KD.py.
 
     Example:
         >>> import torch

@@ -11,24 +11,7 @@ from lightning_rkd.losses.parts.checks import check_positive
 
 
 def log_sum(student: Tensor, teacher: Tensor, *, power: float = 4.0, eps: float = 1e-5) -> Tensor:
-    """SRD after the projector as a function; :class:`SRD` says what it computes.
-
-    Shapes: (N, D) on both sides -> scalar.
-
-    Args:
-        student: Projected embeddings of the student.
-        teacher: Embeddings of the teacher; a constant.
-        power: Of the differences.
-        eps: Keeps the logarithm finite where the two agree.
-
-    Returns:
-        The loss; 0 for one row, which has no statistics.
-
-    Example:
-        >>> student, teacher = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([[0.0], [1.0], [2.0]])
-        >>> log_sum(student, teacher)
-        tensor(-2.9072)
-    """
+    """SRD after the projector as a function; see :class:`SRD`."""
     if len(student) == 1:
         return student.sum() * 0
     differences = _standardised(student) - _standardised(teacher.detach())
@@ -72,7 +55,6 @@ class SRD(RelationalLoss):
     Reference:
         Miles and Mikolajczyk 2024, Understanding the Role of the Projector in Knowledge Distillation,
         arXiv:2303.11098.
-        Certainty: read in code, roymiles/Simple-Recipe-Distillation, imagenet/torchdistill/losses/single.py.
 
     Example:
         >>> loss = SRD(student_dim=2, teacher_dim=3)

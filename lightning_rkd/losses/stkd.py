@@ -26,34 +26,7 @@ def similarity_transfer(
     share: float = 0.9,
     temperature: float = 4.0,
 ) -> Tensor:
-    """STKD as a function; :class:`STKD` says what it computes.
-
-    Shapes: (N, K), (N, K) -> scalar.
-
-    Args:
-        student: Logits of the student for the mixed samples.
-        teacher: Logits of the teacher for the mixed samples; for the samples themselves where ``form="blended"``.
-        mix: With whom each sample was mixed.
-        labels: Classes of the samples (N,), or mixed soft labels (N, K).
-        form: What the student imitates.
-        share: Of imitation; the rest is cross-entropy.
-        temperature: T.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: As :class:`STKD`.
-
-    Reference:
-        Zhao, Gong, Sun, Dong and Yu 2021, Similarity Transfer for Knowledge Distillation, arXiv:2103.10047.
-
-    Example:
-        >>> mix = Mix(torch.tensor([1, 0]), torch.tensor([0.75, 0.75]), labels=torch.tensor([1, 0]))
-        >>> student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[4.0, 0.0], [0.0, 2.0]])
-        >>> similarity_transfer(student, teacher, mix, torch.tensor([0, 1]))
-        tensor(0.5492)
-    """
+    """STKD as a function; see :class:`STKD`."""
     check_logits(student, teacher, "STKD", dims=(2,))
     if len(mix.ratio) != len(student):
         raise ValueError(f"STKD: {len(mix.ratio)} rows were mixed, but the student shows {len(student)}")

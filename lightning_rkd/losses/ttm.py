@@ -12,28 +12,7 @@ from lightning_rkd.losses.parts.checks import check_logits, check_positive, pixe
 def transformed_teacher_matching(
     student: Tensor, teacher: Tensor, *, exponent: float = 0.1, weighted: bool = False
 ) -> Tensor:
-    """TTM and WTTM as a function; :class:`TTM` and :class:`WTTM` say what it computes.
-
-    Shapes: (N, K) or (N, K, H, W) on both sides -> scalar.
-
-    Args:
-        student: Logits of the student.
-        teacher: Logits of the teacher; a constant.
-        exponent: Of the power transform, the reciprocal of the teacher's temperature.
-        weighted: Weigh each sample by the power sum of the teacher's probabilities.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: Logits of different shape, or an exponent that is not positive.
-
-    Example:
-        >>> import torch
-        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]])
-        >>> transformed_teacher_matching(student, teacher, exponent=0.5)
-        tensor(0.3278)
-    """
+    """TTM and WTTM as a function; see :class:`TTM` and :class:`WTTM`."""
     who = "WTTM" if weighted else "TTM"
     check_logits(student, teacher, who)
     check_positive(who, exponent=exponent)
@@ -68,7 +47,6 @@ class TTM(RelationalLoss):
 
     Reference:
         Zheng and Yang 2024, Knowledge Distillation Based on Transformed Teacher Matching, arXiv:2402.11148.
-        Certainty: read in the paper, its equation 2 and algorithm 1; zkxufo/TTM, distiller_zoo/ttm.py.
 
     Example:
         >>> import torch
@@ -118,7 +96,6 @@ class WTTM(RelationalLoss):
 
     Reference:
         Zheng and Yang 2024, Knowledge Distillation Based on Transformed Teacher Matching, arXiv:2402.11148.
-        Certainty: read in the paper, its section 4 and algorithm 1; zkxufo/TTM, distiller_zoo/wttm.py.
 
     Example:
         >>> import torch

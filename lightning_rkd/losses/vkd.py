@@ -51,7 +51,6 @@ class VkD(RelationalLoss):
     Reference:
         Miles, Elezi and Deng 2024, VkD: Improving Knowledge Distillation using Orthogonal Projections,
         arXiv:2403.06213. Their weight is 1.
-        Certainty: read in code, roymiles/VkD, engine.py and train.py.
 
     Example:
         >>> loss = VkD(student_dim=1, teacher_dim=2)
