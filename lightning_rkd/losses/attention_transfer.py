@@ -1,4 +1,4 @@
-"""Attention transfer (Zagoruyko and Komodakis 2017): where the teacher looks, the student should."""
+"""Attention transfer (Zagoruyko and Komodakis 2017): the student attends to the places that the teacher attends to."""
 
 from __future__ import annotations
 
@@ -6,26 +6,20 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_rkd.functional.scales import power_of_two, squares_in_range
 from lightning_rkd.functional.similarities import unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_at_least
+from lightning_rkd.losses.parts.maps import match_sizes
 
 
 def attention_map(features: Tensor, *, power: float = 2.0) -> Tensor:
-    r"""How strongly each place of a feature map responds, as a vector of length 1 per sample.
+    r"""Attention of a feature map: the strength of the response at each place, with unit norm per sample.
 
     .. math:: Q_n = \mathrm{vec} \sum_c |A_{nc}|^p, \qquad \hat Q_n = Q_n / \lVert Q_n \rVert_2
 
-    Shapes: (N, C, H, W) -> (N, H W); tokens (N, T, C) -> (N, T).
-
-    Args:
-        features: A map, or tokens.
-        power: p.
-
-    Returns:
-        Tensor of the same dtype; zeros where a map is zero.
+    Shapes: (N, C, H, W) -> (N, H W); tokens (N, T, C) -> (N, T). Zeros where a map is zero.
 
     Example:
         >>> attention_map(torch.tensor([[[[1.0, 0.0]], [[1.0, 2.0]]]]))
@@ -47,38 +41,30 @@ def attention_transfer(student: Sequence[Tensor], teacher: Sequence[Tensor], *, 
         raise ValueError(f"AttentionTransfer: {len(student)} maps of the student, but {len(teacher)} of the teacher")
     losses = []
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
-        if s.ndim not in (3, 4) or s.ndim != t.ndim or (s.ndim == 3 and s.shape[1] != t.shape[1]):
-            raise ValueError(
-                f"AttentionTransfer: maps[{i}] must be (N, C, H, W) on both sides, or (N, T, C) with the same T, got "
-                f"{tuple(s.shape)} and {tuple(t.shape)}; tap layers that show the same places"
-            )
-        if s.ndim == 4:
-            size = min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3])
-            s, t = (x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (s, t))
-        difference = attention_map(s, power=power) - attention_map(t.detach(), power=power)
-        losses.append(difference.square().mean())
+        s, t = match_sizes(s, t.detach(), f"AttentionTransfer, map {i}")
+        losses.append((attention_map(s, power=power) - attention_map(t, power=power)).square().mean())
     return torch.stack(losses).sum()
 
 
 class AttentionTransfer(RelationalLoss):
-    r"""Where in an image the student's features are strong should be where the teacher's are.
+    r"""Matches the places of an image at which the features of student and teacher are strong.
 
     .. math::
         L = \sum_l \frac{1}{N P_l} \sum_n \big\lVert \hat Q^s_{ln} - \hat Q^t_{ln} \big\rVert_2^2, \qquad
         Q_n = \mathrm{vec} \sum_c |A_{nc}|^p, \quad \hat Q = Q / \lVert Q \rVert_2
 
     :math:`P_l` is the number of places of map l. Channels are summed out, so their numbers may differ. The loss does
-    not change when the map of a sample is multiplied by a positive number, on either side.
+    not change when the map of a sample is multiplied by a positive number, in either network.
 
     Departures: the paper writes the norm of the difference; the authors' code, which this follows and on which
     published weights rest, the mean of its squares. Maps of different spatial size are brought to the smaller one by
     adaptive average pooling, as RepDistiller does; the authors' code has none. Tokens are an extension. A map of zeros
     has no attention and passes no gradient.
 
-    Shapes: lists of maps (N, C, H, W) or tokens (N, T, C), as many on both sides -> scalar.
+    Shapes: lists of as many maps (N, C, H, W) or tokens (N, T, C) from both networks -> scalar.
 
     Args:
-        power: p.
+        power: p, at least 1.
 
     Raises:
         ValueError: A power below 1; lists of different length; maps paired with tokens; different numbers of tokens.
@@ -107,8 +93,7 @@ class AttentionTransfer(RelationalLoss):
 
     def __init__(self, power: float = 2.0) -> None:
         super().__init__()
-        if not power >= 1:
-            raise ValueError(f"AttentionTransfer: power must be at least 1, got {power}")
+        check_at_least("AttentionTransfer", 1, power=power)
         self.power = power
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

@@ -150,8 +150,9 @@ class RelationalLoss(LazyModule):
 
     def extra_repr(self) -> str:
         """Settings for ``print``: the arguments of ``__init__`` that are kept under their own names."""
-        settings = {name: vars(self)[name] for name in inspect.signature(type(self)).parameters if name in vars(self)}
-        return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        classes = (cls for cls in type(self).__mro__ if issubclass(cls, RelationalLoss))
+        names = dict.fromkeys(name for cls in classes for name in inspect.signature(cls).parameters)
+        return ", ".join(f"{name}={vars(self)[name]!r}" for name in names if name in vars(self))
 
     def at(self, tap: str) -> Term:
         """This loss, read at the tap of that name: ``RKD().at("layer3")``."""

@@ -1,4 +1,4 @@
-"""Correlation congruence (Peng et al. 2019): the batch's kernel matrix, kept; and two losses that go by its name."""
+"""Correlation congruence (Peng et al. 2019): the kernel matrix of the batch; and two losses known by its name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_rkd.functional.similarities import row_norms, unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_at_least, check_choice, check_positive
 
 Form = Literal["kernel", "norm", "rows"]
 """``"kernel"`` is the paper's, ``"norm"`` torchdistill's, ``"rows"`` RepDistiller's."""
@@ -45,15 +46,7 @@ def gaussian_taylor(inner: Tensor, gamma: float, order: int) -> Tensor:
     .. math:: e^{-\gamma \lVert a - b \rVert^2} = e^{-2 \gamma} e^{2 \gamma \langle a, b \rangle} \approx
         e^{-2 \gamma} \sum_{p=0}^P \frac{(2 \gamma)^p}{p!} \langle a, b \rangle^p
 
-    Shapes: any -> the same.
-
-    Args:
-        inner: Inner products.
-        gamma: Of the kernel.
-        order: The last power P.
-
-    Returns:
-        Tensor of the same shape and dtype.
+    Shapes: any -> the same. ``order`` is the last power P.
 
     Example:
         >>> gaussian_taylor(torch.tensor([1.0, 0.0]), gamma=0.4, order=2)
@@ -67,25 +60,25 @@ def gaussian_taylor(inner: Tensor, gamma: float, order: int) -> Tensor:
 
 
 class CorrelationCongruence(RelationalLoss):
-    r"""The similarities between samples, measured by a Gaussian kernel, should be the teacher's.
+    r"""Matches the teacher's similarities between samples, measured by a Gaussian kernel.
 
     .. math::
         L = \frac{1}{N^2} \sum_{i,j} \big(k(\hat s_i, \hat s_j) - k(\hat t_i, \hat t_j)\big)^2, \qquad
         k(a, b) = e^{-2 \gamma} \sum_{p=0}^P \frac{(2 \gamma)^p}{p!} \langle a, b \rangle^p
 
     with unit rows, for which :math:`k` is the Taylor expansion of :math:`e^{-\gamma \lVert a - b \rVert^2}`. The loss
-    does not change when either side is rotated, or any row scaled.
+    does not change when either embedding is rotated, or any row scaled.
 
-    Under the same name and often in tables beside it go two different losses:
+    Two different losses are known by the same name, and often stand in tables beside it:
 
     .. math::
         L_\text{norm} = \frac{1}{N^2} \Big( \sum_{i,j} \big(k(s_i, s_j) - k(t_i, t_j)\big)^2 \Big)^{1/2}, \qquad
         L_\text{rows} = \frac{1}{N-1} \sum_{i=1}^{N-1} \sum_d |s_{id} - t_{id}| \, |s_{i+1,d} - t_{i+1,d}|
 
-    ``"norm"`` is torchdistill's: rows as they are, the root of the sum instead of the sum. ``"rows"`` is
+    ``"norm"`` is torchdistill's: rows as given, the root of the sum instead of the sum. ``"rows"`` is
     RepDistiller's, by whose account the author sent it: products of neighbouring rows, so that the order of the batch
     matters. Both read embeddings behind a linear layer of width 128 on either network, trained with the student; here
-    they read what they are given. The paper adds a loss on logits, which is a term of its own here.
+    they are losses on the embeddings alone. The paper adds a loss on logits, which is a term of its own here.
 
     Shapes: (N, D_s), (N, D_t) -> scalar; widths must be equal in the form ``"rows"``. A batch of one row gives 0.
 
@@ -121,12 +114,9 @@ class CorrelationCongruence(RelationalLoss):
 
     def __init__(self, form: Form = "kernel", gamma: float = 0.4, order: int = 2) -> None:
         super().__init__()
-        if form not in ("kernel", "norm", "rows"):
-            raise ValueError(f"CorrelationCongruence: form must be 'kernel', 'norm' or 'rows', got {form!r}")
-        if not gamma > 0:
-            raise ValueError(f"CorrelationCongruence: gamma must be positive, got {gamma}")
-        if order < 1:
-            raise ValueError(f"CorrelationCongruence: order is that of a Taylor expansion, at least 1, got {order}")
+        check_choice("CorrelationCongruence", Form, form=form)
+        check_positive("CorrelationCongruence", gamma=gamma)
+        check_at_least("CorrelationCongruence", 1, order=order)
         self.form, self.gamma, self.order = form, gamma, order
         if form != "kernel":
             self.invariances = frozenset({"rotation"} if form == "norm" else ())

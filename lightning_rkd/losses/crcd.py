@@ -1,4 +1,4 @@
-"""Complementary relation contrastive distillation (Zhu et al. 2021): how a row lies to anchors, told from noise."""
+"""Complementary relation contrastive distillation (Zhu et al. 2021): relations to anchors, contrasted with noise."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.losses.base import Reference, RelationalLoss
+from lightning_rkd.losses.base import Reference
 from lightning_rkd.losses.parts.memory import MemoryBank, generator
-from lightning_rkd.losses.parts.nce import nce
-from lightning_rkd.losses.parts.projector import Projector
+from lightning_rkd.losses.parts.memory_contrast import MemoryContrast
 
 _SHIFT = 1e-6
 
@@ -25,16 +24,11 @@ def relation_similarities(features: Tensor, memory: Tensor, anchors: Tensor, sam
         r(x, a) = \frac{x - a + 10^{-6}}{\lVert x - a + 10^{-6} \rVert_2}
 
     The relations of the memory rows, N x A x K x D numbers, are never formed: with :math:`r = r(v_i, a)`, the numerator
-    is :math:`\langle r, m \rangle - \langle r, a - 10^{-6} \rangle`, in float64 where the device has it. Of a memory
-    row that is the anchor itself only the 1e-6 would be left, so the caller marks those.
+    is :math:`\langle r, m \rangle - \langle r, a - 10^{-6} \rangle`, in float64 where the device has it. For a
+    memory row that is the anchor itself only the 1e-6 would be left, so these are marked.
 
-    Shapes: features (N, D), memory (N, K, D), anchors (A, D), same (N, A, K) -> (N, A, K).
-
-    Args:
-        features: v, through which the gradient flows.
-        memory: m, constants.
-        anchors: a, constants.
-        same: Whether the memory row is the anchor.
+    Shapes: features v (N, D), memory m (N, K, D), anchors a (A, D), same (N, A, K), true where the memory row is the
+    anchor -> (N, A, K). Gradients pass through the features alone.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -65,8 +59,8 @@ def log_mean_exp(dim: int, temperature: float) -> float:
     return float(torch.logsumexp(cosines / temperature, 0)) - math.log(len(cosines))
 
 
-class CRCD(RelationalLoss):
-    r"""Contrastive distillation of relations: how a student's row lies to an anchor must tell whose row it is.
+class CRCD(MemoryContrast):
+    r"""Contrasts the direction from an anchor to the student's row with that to the teacher's row, and to K others.
 
     Rows are projected onto the unit sphere by a trained linear layer per network, and kept in a memory per network.
     With :math:`r(x, a)` the unit vector from an anchor to a row (:func:`relation_similarities`), the relation of the
@@ -80,7 +74,7 @@ class CRCD(RelationalLoss):
 
     where m is the teacher's memory and the anchors a are its N rows of the batch's samples. :math:`L_t` is the same
     with the networks exchanged, and trains the teacher's projection; :math:`L = L_s + L_t`. After each training step
-    the rows of the batch move in both memories (:class:`~lightning_rkd.losses.parts.memory.MemoryBank`).
+    the rows of the batch are updated in both memories (:class:`~lightning_rkd.losses.parts.memory.MemoryBank`).
 
     This is the paper's feature relation. Its second one, between gradients of the features, is left out: the published
     code leaves open how it is weighted and combined, and the one script that adds it does not run.
@@ -97,10 +91,9 @@ class CRCD(RelationalLoss):
     Shapes: (N, D_s), (N, D_t), indices (N,), labels (N,) or (N, classes) -> scalar.
 
     Args:
-        student_dim: D_s; taken from the first batch where it is not given.
-        teacher_dim: D_t; likewise.
-        num_samples: M, the size of the training set that ``indices`` count; :class:`~lightning_rkd.DistillationModule`
-            knows it.
+        student_dim: D_s; inferred if left out.
+        teacher_dim: D_t; inferred if left out.
+        num_samples: M, the size of the training set that ``indices`` count; inferred by the Lightning classes.
         dim: Width of the projections.
         negatives: K.
         temperature: :math:`\tau`.
@@ -128,10 +121,6 @@ class CRCD(RelationalLoss):
         weight=1.0,
         weight_note="CIFAR-100, the authors' script; 0 in the last 10 of 250 epochs",
     )
-    student_projector: Projector
-    teacher_projector: Projector
-    student_memory: MemoryBank
-    teacher_memory: MemoryBank
 
     def __init__(
         self,
@@ -145,38 +134,13 @@ class CRCD(RelationalLoss):
         momentum: float = 0.5,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if dim < 2 or negatives < 1 or temperature <= 0 or not 0 <= momentum <= 1:
-            raise ValueError(
-                "CRCD takes dim >= 2, negatives >= 1, temperature > 0 and a momentum from 0 to 1, "
-                f"got dim={dim}, negatives={negatives}, temperature={temperature}, momentum={momentum}"
-            )
-        self.dim, self.negatives, self.temperature, self.momentum, self.seed = (
-            dim, negatives, temperature, momentum, seed,
-        )  # fmt: skip
-        self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim, num_samples=num_samples)
+        super().__init__(student_dim, teacher_dim, num_samples, dim, negatives, temperature, momentum, seed)
 
-    def build(self, student_dim: int, teacher_dim: int, num_samples: int) -> None:
-        """Make projectors and memories."""
-        self.student_projector = Projector(student_dim, self.dim)
-        self.teacher_projector = Projector(teacher_dim, self.dim)
-        self.student_memory = MemoryBank(num_samples, self.dim, seed=self.seed, name="CRCD")
-        self.teacher_memory = MemoryBank(num_samples, self.dim, seed=self.seed + 1, name="CRCD")
-        self._log_normaliser = math.log(num_samples) + log_mean_exp(self.dim, self.temperature)
+    def log_mean(self) -> float:
+        """The mean over triples of random points."""
+        return log_mean_exp(self.dim, self.temperature)
 
-    def forward(self, student: Tensor, teacher: Tensor, *, indices: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The loss as a scalar; in training, the memories move on."""
-        indices = self.student_memory.locate(indices)
-        s, t = self.student_projector(student), self.teacher_projector(teacher)
-        which = torch.cat([indices[:, None], self.student_memory.draw(indices, self.negatives, labels)], dim=1)
-        loss = self._against(self.teacher_memory, s, indices, which)
-        loss = loss + self._against(self.student_memory, t, indices, which)
-        if self.training:
-            self.student_memory.update(indices, s, self.momentum, labels)
-            self.teacher_memory.update(indices, t, self.momentum)
-        return loss
-
-    def _against(self, memory: MemoryBank, features: Tensor, indices: Tensor, which: Tensor) -> Tensor:
+    def similarities(self, memory: MemoryBank, features: Tensor, indices: Tensor, which: Tensor) -> Tensor:
+        """Similarities of relations to every anchor, one row for each row and anchor."""
         same = which[:, None] == indices[:, None]
-        cosines = relation_similarities(features, memory.rows[which], memory.rows[indices], same)
-        return nce(cosines.flatten(0, 1) / self.temperature, self._log_normaliser, len(memory))
+        return relation_similarities(features, memory.rows[which], memory.rows[indices], same).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""CSKD (Ham, Kim, Lee, Lee and Kim 2023): what a batch says of a class, compared by its cosine."""
+"""CSKD (Ham, Kim, Lee, Lee and Kim 2023): cosine similarity of the probabilities of each class over the batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from lightning_rkd.functional.similarities import unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_logits, check_positive
 
-_SOURCE = "a public implementation on top of multi-level logit distillation: llieeai/lud, mdistiller/distillers/CSKD.py"
+_REFERENCE = Reference(
+    "ham2023cosine",
+    "read in code",
+    source="a public implementation on top of multi-level logit distillation: llieeai/lud, "
+    "mdistiller/distillers/CSKD.py",
+    weight=1.0,
+    weight_note="that code's default",
+)
 
 
 def class_similarity(student: Tensor, teacher: Tensor, *, temperature: float | Tensor = 4.0) -> Tensor:
@@ -24,7 +31,7 @@ def _cosines(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _directions(logits: Tensor) -> Tensor:
-    """Unit vectors of the classes' probabilities, (K, N): right also for a class whose probabilities underflow."""
+    """Unit vectors of the classes' probabilities, (K, N), also for a class whose probabilities underflow."""
     p = logits.softmax(1)
     if far_above_rounding(p.amax(0)):
         return unit_rows(p.T)
@@ -33,20 +40,10 @@ def _directions(logits: Tensor) -> Tensor:
 
 
 def cosine_temperatures(student: Tensor, teacher: Tensor, *, low: float = 2.0, high: float = 6.0) -> Tensor:
-    """A temperature for each sample: the more alike the two networks' answers, the colder; a constant.
+    """Temperature of each sample, lower the more the two networks agree; see :class:`CosineTemperatureKD`.
 
-    :class:`CosineTemperatureKD` says how it is found.
-
-    Shapes: (N, K) on both sides -> (N, 1).
-
-    Args:
-        student: Logits of the student.
-        teacher: Logits of the teacher.
-        low: For the sample on which the networks agree most.
-        high: For the one on which they agree least.
-
-    Returns:
-        The temperatures, without a graph. All are ``low`` where the networks agree equally on all samples.
+    Shapes: logits (N, K), (N, K) -> (N, 1), without a graph. All are ``low`` where the networks agree equally on all
+    samples.
 
     Example:
         >>> student, teacher = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[2.0, 0.0], [2.0, 0.0]])
@@ -63,22 +60,25 @@ def cosine_temperatures(student: Tensor, teacher: Tensor, *, low: float = 2.0, h
 
 
 class ClassSimilarityKD(RelationalLoss):
-    r"""The probabilities that a batch gives to a class should point where the teacher's point.
+    r"""Aligns the vector of a class's probabilities over the batch with the teacher's.
 
     .. math::
         L = \alpha T^2 \Big(1 - \frac{1}{K} \sum_k \cos(p^s_{\cdot k}, p^t_{\cdot k})\Big), \qquad p = \sigma(z / T)
 
     :math:`\sigma` is the softmax over classes; the cosine is that of columns, vectors with one entry per sample. Their
-    length does not count, so the student need not be as sure of a class as its teacher. The loss does not change when
-    a constant is added to all logits of a sample.
+    norms do not count, so the student need not be as confident as its teacher. The loss does not change when a constant
+    is added to all logits of a sample.
 
+    Departures: the code, from which this is taken without the body of the paper, takes the absolute value of the
+    cosine, without effect since probabilities are not negative, and adds 1e-8 to its denominator, which lowers the
+    similarity of rare classes; here nothing is added.
 
     The paper's method is this loss plus :class:`CosineTemperatureKD`, on weakly and on strongly augmented images. The
     code adds two terms of multi-level logit distillation (Gram matrices over classes and over samples), which are not
     part of this loss, and halves what the weakly augmented images give (it multiplies by the share of rows on which the
     teacher is less sure than the median).
 
-    Shapes: (N, K) on both sides -> scalar. One row gives 0.
+    Shapes: (N, K), (N, K) -> scalar. One row gives 0.
 
     Args:
         temperature: T.
@@ -99,13 +99,7 @@ class ClassSimilarityKD(RelationalLoss):
 
     reads = "logits"
     invariances = frozenset({"row shift"})
-    reference = Reference(
-        "ham2023cosine",
-        "read in code",
-        source=_SOURCE,
-        weight=1.0,
-        weight_note="that code's default",
-    )
+    reference = _REFERENCE
 
     def __init__(self, temperature: float = 4.0, scale: float = 2.0) -> None:
         super().__init__()
@@ -120,7 +114,7 @@ class ClassSimilarityKD(RelationalLoss):
 
 
 class CosineTemperatureKD(RelationalLoss):
-    r"""Class similarity with a temperature of its own for each sample, low where student and teacher agree (CSWT).
+    r"""Class similarity with a temperature per sample, low where student and teacher agree (CSWT).
 
     .. math::
         L = \alpha \bar T^2 \Big(1 - \frac{1}{K} \sum_k \cos(p^s_{\cdot k}, p^t_{\cdot k})\Big), \qquad
@@ -131,8 +125,11 @@ class CosineTemperatureKD(RelationalLoss):
     of the temperatures. No gradient passes through the temperatures. The loss does not change when a constant is
     added to all logits of a sample.
 
+    Departures, beside those of :class:`ClassSimilarityKD`: where all cosines are equal, as with one row, the code
+    divides 0 by 0; here all temperatures are the low one. The code takes the temperatures of strongly augmented images
+    from the weakly augmented ones; this loss takes them from the logits that it is given.
 
-    Shapes: (N, K) on both sides -> scalar. One row gives 0.
+    Shapes: (N, K), (N, K) -> scalar. One row gives 0.
 
     Args:
         low: :math:`T_{lo}`.
@@ -155,13 +152,7 @@ class CosineTemperatureKD(RelationalLoss):
 
     reads = "logits"
     invariances = frozenset({"row shift"})
-    reference = Reference(
-        "ham2023cosine",
-        "read in code",
-        source=_SOURCE,
-        weight=1.0,
-        weight_note="that code's default",
-    )
+    reference = _REFERENCE
 
     def __init__(self, low: float = 2.0, high: float = 6.0, scale: float = 2.0) -> None:
         super().__init__()

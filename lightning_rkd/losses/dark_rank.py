@@ -1,4 +1,4 @@
-"""DarkRank (Chen, Wang and Zhang 2018): the order in which other samples lie around each one."""
+"""DarkRank (Chen, Wang and Zhang 2018): the ranking of each sample's nearest neighbours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_rkd.functional.distances import pairwise_distances
 from lightning_rkd.functional.ranks import log_probability_of_order, nearest_samples, permutations
 from lightning_rkd.losses.base import Reference, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_at_least, check_positive
 
 _LONGEST = 7  # lists have 5,040 orders, each of which is scored
 
@@ -32,16 +33,16 @@ def soft_dark_rank(
 
 
 class HardDarkRank(RelationalLoss):
-    r"""The student should rank each sample's nearest neighbours in the teacher's order.
+    r"""Likelihood of the teacher's ranking of each sample's nearest neighbours (hard transfer).
 
     .. math::
         L = -\frac{1}{N} \sum_i \sum_{l=1}^{L} \Big( S_{i \pi_i(l)} - \log \sum_{m \ge l} e^{S_{i \pi_i(m)}} \Big),
         \qquad S_{ij} = -\alpha \lVert s_i - s_j \rVert^\beta
 
     where :math:`\pi_i` lists the L nearest samples of sample i to the teacher, nearest first: the negative
-    log-likelihood of the teacher's ranking. The loss does not change when either side is moved or rotated. Scores grow
-    with the third power of distances, so embeddings are meant to have unit length on both sides: with a student that
-    is not normalised published results are much worse.
+    log-likelihood of the teacher's ranking. The loss does not change when either embedding is moved or rotated. Scores
+    grow with the third power of distances, so the embeddings of both networks should have unit norm: with a student
+    that is not normalised published results are much worse.
 
     Departures from the code of Park et al. (Relational Knowledge Distillation), which published weights come from: a
     sample is never in its own list, where theirs drops whichever of several duplicates comes first; distances are exact
@@ -81,7 +82,8 @@ class HardDarkRank(RelationalLoss):
 
     def __init__(self, alpha: float = 3.0, beta: float = 3.0, length: int = 4) -> None:
         super().__init__()
-        _check("HardDarkRank", alpha, beta, length)
+        check_positive("HardDarkRank", alpha=alpha)
+        check_at_least("HardDarkRank", 1, beta=beta, length=length)  # beta: or duplicates have infinite gradients
         self.alpha, self.beta, self.length = alpha, beta, length
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -90,14 +92,14 @@ class HardDarkRank(RelationalLoss):
 
 
 class SoftDarkRank(RelationalLoss):
-    r"""All orders of each sample's nearest neighbours should be as likely to the student as to the teacher.
+    r"""Divergence between the probabilities of all rankings of each sample's nearest neighbours (soft transfer).
 
     .. math::
         L = \frac{1}{N} \sum_i \sum_{\pi} P_t(\pi \mid i) \log \frac{P_t(\pi \mid i)}{P_s(\pi \mid i)}, \qquad
         \log P(\pi \mid i) = \sum_{l=1}^{L} \Big( S_{i \pi(l)} - \log \sum_{m \ge l} e^{S_{i \pi(m)}} \Big)
 
     over all L! orders of the L nearest samples of sample i to the teacher, with the scores :math:`S` of
-    :class:`HardDarkRank`, whose notes on lengths hold here too.
+    :class:`HardDarkRank`, whose notes on norms hold here too.
 
     Departures from the authors' code: theirs leaves the teacher's entropy, a constant, in the loss, takes only the
     first half of the batch as queries, which its sampler fills with pairs of a class, and its hand-written gradient
@@ -136,7 +138,8 @@ class SoftDarkRank(RelationalLoss):
 
     def __init__(self, alpha: float = 3.0, beta: float = 3.0, length: int = 4) -> None:
         super().__init__()
-        _check("SoftDarkRank", alpha, beta, length)
+        check_positive("SoftDarkRank", alpha=alpha)
+        check_at_least("SoftDarkRank", 1, beta=beta, length=length)
         if length > _LONGEST:
             raise ValueError(
                 f"SoftDarkRank: length must be at most {_LONGEST}, since all orders are scored, got {length}; "
@@ -150,16 +153,7 @@ class SoftDarkRank(RelationalLoss):
 
 
 def _scores(student: Tensor, teacher: Tensor, alpha: float, beta: float, length: int) -> tuple[Tensor, Tensor]:
-    """Scores in student and teacher of each sample's nearest to the teacher, nearest first; (N, L) each."""
+    """Scores of each sample's nearest neighbours in the teacher, nearest first, in student and teacher; (N, L) each."""
     s, t = pairwise_distances(student), pairwise_distances(teacher.detach())
     near = nearest_samples(t, length)
     return -alpha * s.gather(1, near).pow(beta), -alpha * t.gather(1, near).pow(beta)
-
-
-def _check(name: str, alpha: float, beta: float, length: int) -> None:
-    if not alpha > 0:
-        raise ValueError(f"{name}: alpha must be positive, got {alpha}")
-    if not beta >= 1:
-        raise ValueError(f"{name}: beta must be at least 1 (below, duplicates have infinite gradients), got {beta}")
-    if length < 1:
-        raise ValueError(f"{name}: length is the number of samples ranked, at least 1, got {length}")

@@ -1,4 +1,4 @@
-"""DIST (Huang, You, Wang, Qian and Xu 2022): class probabilities that correlate, in place of ones that agree."""
+"""DIST (Huang, You, Wang, Qian and Xu 2022): correlation of class probabilities instead of equality."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def dist(
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
-    """Correlation of each row of ``a`` with the row of the same number in ``b``; 0 where one is constant."""
+    """Correlation of each row of ``a`` with that of ``b``; 0 where one is constant."""
     constant = torch.zeros((), dtype=torch.bool, device=a.device)
     centred, norms = [], []
     for x in (a, b):
@@ -37,12 +37,12 @@ def _pearson(a: Tensor, b: Tensor) -> Tensor:
         constant = constant | (norm <= 4 * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(x.detach(), dim=1))
         centred.append(c)
         norms.append(norm)
-    # What rounding leaves of a constant row would be blown up 1e8 times: there the covariance stands alone.
+    # Rounding errors of a constant row would be magnified 1e8 times: its covariance is not divided.
     return (centred[0] * centred[1]).sum(1) / torch.where(constant, 1, norms[0] * norms[1] + _EPS)
 
 
 class DIST(RelationalLoss):
-    r"""The student's class probabilities should correlate with the teacher's, over classes and over samples.
+    r"""Correlates the student's class probabilities with the teacher's, over classes and over samples.
 
     .. math::
         L = \tau^2 \left[ \beta \Big(1 - \frac{1}{N} \sum_i \rho(p^s_{i\cdot}, p^t_{i\cdot})\Big) +
@@ -50,14 +50,15 @@ class DIST(RelationalLoss):
         p = \sigma(z / \tau)
 
     :math:`\rho` is Pearson's correlation, :math:`\sigma` the softmax over classes. Rows relate the classes of a sample
-    (the paper's inter-class relation), columns the samples of a class (intra-class). Correlation forgives a strong
-    teacher its larger scale. The loss does not change when a constant is added to all logits of a sample.
+    (the paper's inter-class relation), columns the samples of a class (intra-class). Correlation does
+    not penalise the larger scale of a strong teacher. The loss does not change when a constant is added to all logits of
+    a sample.
 
     Departures: a constant row or column (a uniform prediction, a batch of one sample) correlates with nothing: its
     term is 1, to rounding, and its gradient that of the covariance, where the authors' code divides by 1e-8. Elsewhere
     the two agree to rounding, 1e-8 in the denominator included.
 
-    Shapes: (N, K), or (N, K, H, W) with every pixel a sample, on both sides -> scalar.
+    Shapes: (N, K), or (N, K, H, W) with every pixel a sample, of both networks -> scalar.
 
     Args:
         inter_weight: :math:`\beta`, of the rows.
@@ -95,10 +96,5 @@ class DIST(RelationalLoss):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
-        return dist(
-            student,
-            teacher,
-            inter_weight=self.inter_weight,
-            intra_weight=self.intra_weight,
-            temperature=self.temperature,
-        )
+        inter, intra = self.inter_weight, self.intra_weight
+        return dist(student, teacher, inter_weight=inter, intra_weight=intra, temperature=self.temperature)

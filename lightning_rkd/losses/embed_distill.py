@@ -1,4 +1,4 @@
-"""EmbedDistill (Kim et al. 2023): the student's embedding should be its teacher's."""
+"""EmbedDistill (Kim et al. 2023): distances between the student's embeddings and the teacher's."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from lightning_rkd.functional.similarities import row_norms, unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_choice
 
 Distance = Literal["l2", "cosine"]
 
 
 def embedding_distance(student: Tensor, teacher: Tensor, *, distance: Distance = "l2") -> Tensor:
     """Embedding matching without a projection as a function; see :class:`EmbedDistill`."""
-    _check_distance(distance)
+    check_choice("EmbedDistill", Distance, distance=distance)
     if student.shape != teacher.shape:
         raise ValueError(
             f"EmbedDistill: the embeddings must have the same shape, got {tuple(student.shape)} from the student and "
@@ -27,32 +28,28 @@ def embedding_distance(student: Tensor, teacher: Tensor, *, distance: Distance =
     return row_norms(student - teacher).mean()
 
 
-def _check_distance(distance: str) -> None:
-    if distance not in ("l2", "cosine"):
-        raise ValueError(f"EmbedDistill: distance must be 'l2' or 'cosine', got {distance!r}")
-
-
 class EmbedDistill(RelationalLoss):
     r"""Embedding matching: the mean distance between the student's embeddings, projected, and the teacher's.
 
     .. math:: L = \frac{1}{N} \sum_i \lVert P s_i - t_i \rVert_2
 
-    The distance is not squared, so a few samples that a small student cannot match do not rule the gradient; a sample
-    that matches exactly passes none. P is linear, trained with the student, and left out where the widths are equal.
+    The distance is not squared, so that a few samples that a small student cannot match do not dominate the gradient;
+    a sample that matches exactly passes none. P is linear, trained with the student, and left out where the widths are
+    equal.
 
     This is the embedding-matching part of the method, for one tower; for queries and documents it is used on both.
     Score distillation, generated queries and the inherited document tower of the paper are not part of this loss.
 
     Departures: ``distance="cosine"``, one minus the cosine, is not the paper's; the sentence-transformers library
-    takes it by default. There a row of zeros has distance 1 and passes no gradient.
+    takes it by default. A row of zeros then has distance 1 and passes no gradient.
 
     Shapes: (N, D_s), (N, D_t) -> scalar.
 
     Args:
-        student_dim: D_s; taken from the first batch if left out.
-        teacher_dim: D_t; taken from the first batch if left out.
+        student_dim: D_s; inferred if left out.
+        teacher_dim: D_t; inferred if left out.
         distance: ``"l2"`` as in the paper, or ``"cosine"``.
-        projection: Whether there is a P; ``None``: where the widths differ.
+        projection: Whether to use P; with ``None``, where the widths differ.
 
     Raises:
         ValueError: An unknown distance; different widths and no projection; widths other than the loss was made for.
@@ -85,12 +82,12 @@ class EmbedDistill(RelationalLoss):
         projection: bool | None = None,
     ) -> None:
         super().__init__()
-        _check_distance(distance)
+        check_choice("EmbedDistill", Distance, distance=distance)
         self.distance, self.projection = distance, projection
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
-        """Make the projection, where there is one."""
+        """Make the projection, if one is used."""
         if self.projection is False and student_dim != teacher_dim:
             raise ValueError(
                 f"EmbedDistill: the student's embeddings are {student_dim} wide, the teacher's {teacher_dim}; "

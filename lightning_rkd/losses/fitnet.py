@@ -1,4 +1,4 @@
-"""FitNets (Romero et al. 2015): hints, the teacher's feature maps that the student learns to predict."""
+"""FitNets (Romero et al. 2015): hints, feature maps of the teacher that the student learns to predict."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
 class FitNetHint(RelationalLoss):
-    r"""From the student's feature map a linear regressor should be able to predict the teacher's.
+    r"""Predicts the teacher's feature maps from the student's by linear regressors.
 
     .. math::
         L = \sum_l \frac{1}{N C_l H_l W_l} \sum_{n,c,h,w} \big(r_l(S_l)_{nchw} - T_{lnchw}\big)^2
@@ -27,11 +27,11 @@ class FitNetHint(RelationalLoss):
     which weight and result are quoted, has batch normalisation before the ReLU, and other kernels where sizes differ.
     The paper trains on hints alone first; here the loss is one term among others.
 
-    Shapes: lists of maps (N, C, H, W) or tokens (N, T, C), as many on both sides and equal but for C -> scalar.
+    Shapes: lists of as many maps (N, C, H, W) or tokens (N, T, C), equal in both networks but for C -> scalar.
 
     Args:
-        student_dim: The channels of each of the student's maps; taken from the first batch if left out.
-        teacher_dim: The same of the teacher.
+        student_dim: Channels of each of the student's maps; inferred if left out.
+        teacher_dim: Channels of each of the teacher's maps; inferred if left out.
         relu: Whether the regressors end in a ReLU.
 
     Raises:

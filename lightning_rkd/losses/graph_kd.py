@@ -1,4 +1,4 @@
-"""Graph knowledge distillation (Lassance et al. 2020): the normalised similarity graph of the batch, kept."""
+"""Graph knowledge distillation (Lassance et al. 2020): the normalised similarity graph of the batch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from torch import Tensor
 from lightning_rkd.functional.graphs import knn_graph, normalised_adjacency, same_class
 from lightning_rkd.functional.similarities import cosine_similarities, flatten_layers
 from lightning_rkd.losses.base import Reference, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_at_least, check_choice
+
+Edges = Literal["all", "within", "between"]
+Reads = Literal["embedding", "feature_maps"]
+Layers = Tensor | Sequence[Tensor]
 
 
 def graph_kd(
@@ -29,7 +34,7 @@ def graph_kd(
 
 
 class GraphKD(RelationalLoss):
-    r"""The graph that a layer's similarities span over the batch should be the teacher's.
+    r"""Matches the graphs of similarities that a layer of each network spans over the batch.
 
     .. math::
         L = \frac{1}{|\text{layers}|} \sum_l \big\lVert \tilde A_t^p - \tilde A_s^p \big\rVert_F^2, \qquad
@@ -39,7 +44,7 @@ class GraphKD(RelationalLoss):
     with the flattened activations x of a layer. Both graphs may then be thinned out: to edges within or between
     classes, and to the edges that join a sample to one of its k strongest neighbours in the teacher's graph, in either
     direction. The loss is a sum over edges, so it grows with the batch, slowly: rows of :math:`\tilde A` shrink as they
-    get longer. It does not change when either side is rotated, or any row scaled.
+    get longer. It does not change when either embedding is rotated, or any row scaled.
 
     Departures from the authors' code: it reads maps behind a ReLU, whose cosines are never negative; here negative
     cosines count as 0, where a negative degree would make theirs NaN. A sample that is similar to no other is
@@ -49,9 +54,8 @@ class GraphKD(RelationalLoss):
     one row gives 0.
 
     Args:
-        neighbours: k, the nearest of each sample, by which the teacher's graph is thinned out. The sample itself is not
-            counted here (:class:`~lightning_rkd.losses.HolisticKD` counts it). ``None`` keeps all edges, as in the
-            authors' main setting.
+        neighbours: k, not counting the sample itself (:class:`~lightning_rkd.losses.HolisticKD` counts it). ``None``
+            keeps all edges, as in the authors' main setting.
         power: p, at least 1; 1 in the authors' main setting.
         edges: ``"all"``, or those ``"within"`` or ``"between"`` classes, for which the loss needs ``labels``, (N,) or
             soft (N, K).
@@ -86,27 +90,16 @@ class GraphKD(RelationalLoss):
         self,
         neighbours: int | None = None,
         power: int = 1,
-        edges: Literal["all", "within", "between"] = "all",
-        reads: Literal["embedding", "feature_maps"] = "embedding",
+        edges: Edges = "all",
+        reads: Reads = "embedding",
     ) -> None:
         super().__init__()
-        if neighbours is not None and neighbours < 1:
-            raise ValueError(f"GraphKD: neighbours must be at least 1, or None for all edges, got {neighbours}")
-        if power < 1:
-            raise ValueError(f"GraphKD: power must be at least 1, got {power}")
-        if edges not in ("all", "within", "between"):
-            raise ValueError(f"GraphKD: edges must be 'all', 'within' or 'between', got {edges!r}")
-        if reads not in ("embedding", "feature_maps"):
-            raise ValueError(f"GraphKD: reads must be 'embedding' or 'feature_maps', got {reads!r}")
+        check_at_least("GraphKD", 1, power=power, **({} if neighbours is None else {"neighbours": neighbours}))
+        check_choice("GraphKD", Edges, edges=edges)
+        check_choice("GraphKD", Reads, reads=reads)
         self.neighbours, self.power, self.edges, self.reads = neighbours, power, edges, reads
 
-    def forward(
-        self,
-        student: Tensor | Sequence[Tensor],
-        teacher: Tensor | Sequence[Tensor],
-        *,
-        labels: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, student: Layers, teacher: Layers, *, labels: Tensor | None = None) -> Tensor:
         """The loss as a scalar; ``labels`` are needed where edges depend on classes."""
         layers = list(zip(flatten_layers(student), flatten_layers(teacher), strict=True))
         mask = self._mask(labels, layers[0][0].dtype)

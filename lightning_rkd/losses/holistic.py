@@ -1,4 +1,4 @@
-"""Holistic knowledge distillation (Zhou et al. 2021): rows, and rows smoothed over a graph, against a memory."""
+"""Holistic knowledge distillation (Zhou et al. 2021): embeddings, and their averages over a graph, with a memory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from torch.nn import functional as F
 from lightning_rkd.functional.graphs import knn_graph
 from lightning_rkd.functional.similarities import unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_at_least, check_choice, check_positive, check_share
 from lightning_rkd.losses.parts.memory import MemoryBank
 from lightning_rkd.losses.parts.projector import Projector
 from lightning_rkd.utils.types import Outputs
 
+Source = Literal["own", "other"]
+
 
 def prediction_graph(logits: Tensor, k: int) -> Tensor:
-    r"""Whom each sample averages over: the k samples, itself included, with the predictions nearest by cosine.
+    r"""Graph of each sample's k nearest neighbours, itself included, by the cosine of the predictions.
 
-    Entry (i, j) is 1/k where j is such a neighbour of i, else 0. This is
+    Entry (i, j) is 1/k where j is a neighbour of i, else 0. This is
     :math:`D^{-1/2} A D^{-1/2}` of the graph with an edge from each neighbour, in which every sample has in-degree k.
 
     Shapes: (N, classes) -> (N, N). No gradient passes.
@@ -70,26 +73,24 @@ class HolisticKD(RelationalLoss):
              {e^{\langle v_i, p_i \rangle / \tau} + \sum_{j \in \mathrm{neg}(i)} e^{\langle v_i, m_j \rangle / \tau}}
 
     where :math:`\bar t_i` is :math:`\frac34 m^t_i + \frac14 \tilde t_i`, normalised, a constant, and :math:`\bar s_i`
-    alike. Negatives are K samples of other classes. After each training step the rows s and t of the batch move in the
-    memories (:class:`~lightning_rkd.losses.parts.memory.MemoryBank`).
+    alike. Negatives are K samples of other classes. After each training step the rows s and t of the batch are updated
+    in the memories (:class:`~lightning_rkd.losses.parts.memory.MemoryBank`).
 
-    As in the authors' code, a row is told from negatives of its *own* network's memory, though its partner is the other
+    As in the authors' code, the negatives of a row are of its *own* network's memory, though its partner is the other
     network's; ``negatives_from="other"`` takes both from the same memory, which is the usual InfoNCE. The constants
-    :math:`\bar s` cut the graph, so the gradient is not quite that of the value.
+    :math:`\bar s` cut the graph, so the gradient is not exactly that of the value.
 
     Departures from the authors' code: a batch smaller than ``neighbours`` is refused, where theirs leaves out the graph
     and does not update the memories. Negatives are drawn with replacement, theirs only where K exceeds their number. A
-    sample whose class no batch has told yet counts as another class: its row is still a random point. Similarities
-    come from products with the whole memory, N x M numbers, where they gather N x K x dim.
+    sample counts as of another class until a batch has held it: its row is still a random point. Similarities come from products with the whole memory, N x M numbers, where they gather N x K x dim.
 
-    Shapes: both sides show embedding (N, D) and logits (N, classes); indices (N,), labels (N,) or (N, classes)
-    -> scalar.
+    Shapes: ``Outputs`` with embedding (N, D) and logits (N, classes) of both networks; indices (N,), labels (N,) or
+    (N, classes) -> scalar.
 
     Args:
-        student_dim: Width of the student's embedding; taken from the first batch where it is not given.
-        teacher_dim: Likewise the teacher's.
-        num_samples: M, the size of the training set that ``indices`` count; :class:`~lightning_rkd.DistillationModule`
-            knows it.
+        student_dim: Width of the student's embedding; inferred if left out.
+        teacher_dim: Width of the teacher's embedding; inferred if left out.
+        num_samples: M, the size of the training set that ``indices`` count; inferred by the Lightning classes.
         dim: Width of the projections.
         neighbours: Of a sample in the graph, itself included.
         negatives: K.
@@ -144,21 +145,14 @@ class HolisticKD(RelationalLoss):
         temperature: float = 0.07,
         momentum: float = 0.9,
         smoothing: float = 0.75,
-        negatives_from: Literal["own", "other"] = "own",
+        negatives_from: Source = "own",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if dim < 1 or neighbours < 1 or negatives < 1 or temperature <= 0:
-            raise ValueError(
-                "HolisticKD takes dim, neighbours and negatives of at least 1 and a temperature above 0, "
-                f"got dim={dim}, neighbours={neighbours}, negatives={negatives}, temperature={temperature}"
-            )
-        if not (0 <= momentum <= 1 and 0 <= smoothing <= 1):
-            raise ValueError(
-                f"HolisticKD takes momentum and smoothing from 0 to 1, got momentum={momentum}, smoothing={smoothing}"
-            )
-        if negatives_from not in ("own", "other"):
-            raise ValueError(f"HolisticKD takes negatives_from='own' or 'other', got {negatives_from!r}")
+        check_at_least("HolisticKD", 1, dim=dim, neighbours=neighbours, negatives=negatives)
+        check_positive("HolisticKD", temperature=temperature)
+        check_share("HolisticKD", momentum=momentum, smoothing=smoothing)
+        check_choice("HolisticKD", Source, negatives_from=negatives_from)
         self.dim, self.neighbours, self.negatives, self.temperature = dim, neighbours, negatives, temperature
         self.momentum, self.smoothing, self.negatives_from, self.seed = momentum, smoothing, negatives_from, seed
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim, num_samples=num_samples)
@@ -172,21 +166,9 @@ class HolisticKD(RelationalLoss):
         self.teacher_memory = MemoryBank(num_samples, self.dim, seed=self.seed + 1, name="HolisticKD")
 
     def forward(self, student: Outputs, teacher: Outputs, *, indices: Tensor, labels: Tensor) -> Tensor:
-        """The loss as a scalar; in training, the memories move on."""
-        rows = []
-        for side, name in ((student, "student"), (teacher, "teacher")):
-            assert side.embedding is not None
-            assert side.logits is not None
-            if side.logits.ndim != 2:
-                raise ValueError(
-                    f"HolisticKD: the {name}'s logits must be (N, classes), got {tuple(side.logits.shape)}; "
-                    "tap the classifier of whole images"
-                )
-            projector: Projector = getattr(self, f"{name}_projector")
-            conv: GraphConv = getattr(self, f"{name}_conv")
-            x = projector(side.embedding)
-            rows += [x, conv(x, prediction_graph(side.logits, self.neighbours))]
-        s, s_smooth, t, t_smooth = rows
+        """The loss as a scalar; in training the memories are updated."""
+        s, s_smooth = self._rows(student, "student")
+        t, t_smooth = self._rows(teacher, "teacher")
         s_memory, t_memory = self.student_memory, self.teacher_memory
         indices = s_memory.locate(indices)
         which = s_memory.draw(indices, self.negatives, labels)
@@ -201,6 +183,17 @@ class HolisticKD(RelationalLoss):
             s_memory.update(indices, s, self.momentum, labels)
             t_memory.update(indices, t, self.momentum)
         return loss
+
+    def _rows(self, outputs: Outputs, name: str) -> tuple[Tensor, Tensor]:
+        assert outputs.embedding is not None
+        assert outputs.logits is not None
+        if outputs.logits.ndim != 2:
+            raise ValueError(
+                f"HolisticKD: the {name}'s logits must be (N, classes), got {tuple(outputs.logits.shape)}; read the "
+                "classifier of whole images"
+            )
+        x = getattr(self, f"{name}_projector")(outputs.embedding)
+        return x, getattr(self, f"{name}_conv")(x, prediction_graph(outputs.logits, self.neighbours))
 
     def _partner(self, memory: MemoryBank, indices: Tensor, smooth: Tensor) -> Tensor:
         mixed = self.smoothing * memory.rows[indices] + (1 - self.smoothing) * smooth.detach()

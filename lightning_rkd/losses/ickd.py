@@ -1,4 +1,4 @@
-"""Inter-channel correlation (Liu, Huang, Lin, Xie, Wang, Chang and Liang 2021): which channels of a map are alike."""
+"""Inter-channel correlation (Liu, Huang, Lin, Xie, Wang, Chang and Liang 2021): similarities of a map's channels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.functional.channels import flatten_channels, unit_channels
-from lightning_rkd.functional.scales import limit_magnitude, power_of_two, squares_in_range
+from lightning_rkd.functional.scales import limit_magnitude
 from lightning_rkd.losses.base import Reference, RelationalLoss
+from lightning_rkd.losses.parts.maps import gram_matrices
 
 
 def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
@@ -19,36 +20,27 @@ def inter_channel_correlation(student: Tensor, teacher: Tensor) -> Tensor:
             f"ICKD compares equally many channels of the same samples, got {tuple(student.shape)} "
             f"and {tuple(teacher.shape)}; bring the student to the teacher's channels first"
         )
-    s, t = (unit_channels(_gram(x)) for x in (student, teacher.detach()))
+    s, t = (unit_channels(gram_matrices(x)) for x in (student, teacher.detach()))
     return (s - t).square().sum() / (s.shape[0] * s.shape[1])
 
 
-def _gram(x: Tensor) -> Tensor:
-    """Inner products of each sample's channels, up to a factor of its own that keeps them in range."""
-    gram = x @ x.transpose(1, 2)
-    if squares_in_range(torch.diagonal(gram, dim1=1, dim2=2), x):
-        return gram
-    x = x / power_of_two(x, (1, 2))
-    return x @ x.transpose(1, 2)
-
-
 class ICKD(RelationalLoss):
-    r"""Compares, sample by sample, how alike the channels of a map are to one another.
+    r"""Compares the similarities between the channels of a map, sample by sample.
 
     .. math::
         L = \sum_{\text{maps}} \frac{1}{N C} \sum_n \big\lVert \hat G(\phi(S_n)) - \hat G(T_n) \big\rVert_F^2,
         \qquad \hat G(X)_{i} = \frac{(X X^\top)_i}{\lVert (X X^\top)_i \rVert_2}
 
-    with a map as C channels times H W positions, so that :math:`\hat G` is C x C with rows of length 1. The learnt
+    with a map as C channels times H W positions, so that :math:`\hat G` is C x C with unit rows. The learnt
     :math:`\phi`, a 1 x 1 convolution without bias and a batch normalisation, gives the student the teacher's C
     channels. As Gram matrices are compared, the two maps may differ in height and width. The loss hardly
-    changes when a side is scaled: the 1e-5 in the denominator of the batch normalisation is all that sees it.
+    changes when an input is scaled: only the 1e-5 in the denominator of the batch normalisation is not.
 
     This is the loss of the authors' CIFAR code. Their ImageNet code, and torchdistill after it, divides by N once more
     and uses a 3 x 3 convolution: its weight of 500 at 256 images corresponds to a weight of 500 / 256 here.
 
     Departures: batch normalisation always takes the statistics of the batch, which is what the authors' code does in
-    training, and keeps no running ones, which nothing would read. As it relates samples to one another, the maps of
+    training, and keeps no running ones, which would be unused. As it relates samples to one another, the maps of
     all ranks are gathered. A channel that is zero everywhere passes no gradient through the normalisation of its row,
     where theirs divides by 1e-12. Their second learnt map, for the teacher, is never used and is left out. The
     paper's variant for dense prediction, which correlates the channels of grid cells, is not here.
@@ -56,8 +48,8 @@ class ICKD(RelationalLoss):
     Shapes: lists of maps (N, C_s, H, W), (N, C_t, H', W'), or of tokens (N, T, C_s), (N, T', C_t) -> scalar.
 
     Args:
-        student_dim: Channels of each of the student's maps; ``None`` waits for the first call.
-        teacher_dim: Channels of each of the teacher's maps.
+        student_dim: Channels of each of the student's maps; inferred if left out.
+        teacher_dim: Channels of each of the teacher's maps; inferred if left out.
 
     Raises:
         ValueError: Maps that do not fit; vectors, which have no positions; or a batch of a single position, which
@@ -71,7 +63,7 @@ class ICKD(RelationalLoss):
         >>> loss = ICKD(student_dim=[1], teacher_dim=[2])
         >>> loss([torch.tensor([[[[1.0, 2.0]]]])], [torch.eye(2).view(1, 2, 1, 2)]).shape
         torch.Size([])
-        >>> inter_channel_correlation(torch.eye(2)[None], torch.ones(1, 2, 1))  # the two channels differ, or agree
+        >>> inter_channel_correlation(torch.eye(2)[None], torch.ones(1, 2, 1))  # two channels that differ, or agree
         tensor(0.5858)
     """
 
@@ -108,8 +100,8 @@ class ICKD(RelationalLoss):
         for embed, s, t in zip(self.embed, student, teacher, strict=True):
             if s.ndim not in (3, 4) or t.ndim not in (3, 4):  # a vector's channels have no positions to correlate over
                 raise ValueError(
-                    "ICKD: student and teacher must show maps (N, C, H, W) or tokens (N, T, C), "
-                    f"got {tuple(s.shape)} and {tuple(t.shape)}; tap layers before pooling"
+                    "ICKD: student and teacher must give maps (N, C, H, W) or tokens (N, T, C), "
+                    f"got {tuple(s.shape)} and {tuple(t.shape)}; read layers before pooling"
                 )
             channels = flatten_channels(s, who="ICKD")
             if channels.shape[0] * channels.shape[2] == 1:
@@ -117,7 +109,7 @@ class ICKD(RelationalLoss):
                     f"ICKD: batch normalisation needs more than one position, got a map {tuple(s.shape)}; use a "
                     "larger batch (drop_last=True) or a layer before pooling"
                 )
-            # what all positions share is standardised away behind the convolution, and would cost digits inside it
+            # the batch normalisation removes what all positions share, which would cost digits in the convolution
             channels = limit_magnitude(channels - channels[:1, :, :1].detach(), (0, 1, 2))
             terms.append(inter_channel_correlation(embed(channels), flatten_channels(t, who="ICKD")))
         return torch.stack(terms).sum()

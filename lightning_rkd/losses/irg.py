@@ -1,4 +1,4 @@
-"""Instance relationship graphs (Liu, Cao, Li, Yuan, Hu, Li and Duan 2019): vertices, edges, moves between layers."""
+"""Instance relationship graphs (Liu, Cao, Li, Yuan, Hu, Li and Duan 2019): vertices, edges and transformations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def edges(x: Tensor) -> Tensor:
 
 
 def transformation(before: Tensor, after: Tensor) -> Tensor:
-    r"""How far a stage of a network moves each sample of a batch, in units of the farthest.
+    r"""Squared distances by which a stage moves each sample, in units of the largest.
 
     .. math:: \Lambda_i = \lVert y_i - x_i \rVert^2 / \max_a \lVert y_a - x_a \rVert^2
 
@@ -59,11 +59,11 @@ class IRG(RelationalLoss):
     - Vertices: logits z, the only layer where the paper compares features themselves.
     - Edges A: squared distances between samples in one layer, in units of the largest. The layers E of the student are
       all compared with the teacher's last one, L.
-    - Transformations :math:`\Lambda`: how far a stage moves each sample, in units of the farthest, between a layer k
-      and a later one l. The paper also defines a transformation of edges, and leaves it out as redundant.
+    - Transformations :math:`\Lambda`: squared distances by which each sample moves between a layer k and a later one
+      l, in units of the largest. The paper also defines a transformation of edges, and leaves it out as redundant.
 
-    Maps are averaged over their positions first, as in the authors' network files, so height and width are free and
-    student and teacher may differ in channels. But both ends of a transformation must have the same channels: the
+    Maps are averaged over their positions first, as in the authors' network files, so heights, widths and channels of
+    student and teacher may differ. But both ends of a transformation must have the same channels: the
     authors take the first and the last block of every stage.
 
     The factors 1/2N and 1/2 and the units of the largest are those of the authors' Caffe layers; the paper writes
@@ -71,18 +71,18 @@ class IRG(RelationalLoss):
     constant, and lets an edge pull only the first of its two samples, which halves the gradient; here the gradient is
     that of the equation. Duplicates have distance 0 and pass no gradient.
 
-    Shapes: logits (N, K) of both; lists of maps (N, C, H, W) or of tokens (N, T, C) -> scalar.
+    Shapes: ``Outputs`` with logits (N, K) and lists of maps (N, C, H, W) or tokens (N, T, C) -> scalar.
 
     Args:
         vertex_weight: :math:`\lambda_1`. With 0 no logits are read. Its size is ours: the authors' files have no term
             for vertices.
         edge_weight: :math:`\lambda_2`, as in the authors' files.
         transform_weight: :math:`\lambda_3`, as in the authors' files.
-        edge_layers: E, numbers of the student's maps whose edges are compared; negative ones count from the end.
-        transform_layers: Pairs of maps, counted alike in both networks. ``None`` takes every map and its next.
+        edge_layers: E, positions of the student's maps whose edges are compared; negative ones count from the end.
+        transform_layers: Pairs of positions, for both networks. ``None`` takes every map and the next one.
 
     Raises:
-        ValueError: A map that is not there, a transformation between different numbers of channels, or logits of
+        ValueError: A position without a map, a transformation between different numbers of channels, or logits of
             different numbers of classes.
 
     Reference:
@@ -135,7 +135,7 @@ class IRG(RelationalLoss):
             total = total + self.vertex_weight * _vertices(student.logits, teacher.logits)
         last = edges(t[-1])
         for layer in self.edge_layers:
-            gap = edges(s[_place(layer, s)]) - last
+            gap = edges(_select_map(s, layer)) - last
             total = total + self.edge_weight * gap.square().sum() / (2 * len(last))
         consecutive = tuple((k, k + 1) for k in range(len(s) - 1))
         for pair in consecutive if self.transform_layers is None else self.transform_layers:
@@ -153,18 +153,18 @@ def _vertices(s: Tensor, t: Tensor) -> Tensor:
     return (s - t).square().sum() / (2 * len(s))
 
 
-def _place(number: int, maps: list[Tensor]) -> int:
-    if not -len(maps) <= number < len(maps):
-        raise ValueError(f"IRG: there is no map {number}, the networks show {len(maps)}")
-    return number
+def _select_map(maps: list[Tensor], position: int) -> Tensor:
+    if not -len(maps) <= position < len(maps):
+        raise ValueError(f"IRG: there is no map {position} among the {len(maps)} that are read")
+    return maps[position]
 
 
 def _moved(maps: list[Tensor], k: int, m: int, *, who: str) -> Tensor:
-    before, after = maps[_place(k, maps)], maps[_place(m, maps)]
+    before, after = _select_map(maps, k), _select_map(maps, m)
     if before.shape != after.shape:
         raise ValueError(
             f"IRG: a transformation runs between maps with the same channels, but the {who}'s maps {k} and {m} have "
-            f"{before.shape[1]} and {after.shape[1]}; tap the first and the last block of each stage and pass "
+            f"{before.shape[1]} and {after.shape[1]}; read the first and the last block of each stage and pass "
             "transform_layers=[(0, 1), (2, 3), ...]"
         )
     return transformation(before, after)

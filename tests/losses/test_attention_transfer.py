@@ -64,7 +64,7 @@ def test_maps_of_zeros_have_no_attention_and_pass_no_gradient():
     ("student", "teacher"), [((2, 9, 3), (2, 16, 3)), ((2, 3, 4, 4), (2, 16, 3)), ((2, 3), (2, 3))]
 )
 def test_maps_that_do_not_show_the_same_places_are_refused(student, teacher):
-    with pytest.raises(ValueError, match=r"AttentionTransfer: maps\[0\] must be .*tap layers"):
+    with pytest.raises(ValueError, match=r"AttentionTransfer, map 0: the layers must give .*read layers"):
         AttentionTransfer()([torch.randn(student)], [torch.randn(teacher)])
 
 

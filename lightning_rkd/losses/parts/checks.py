@@ -1,8 +1,10 @@
-"""What losses on logits ask of their inputs, in the words of the one that asks."""
+"""Checks of settings and inputs that several losses share; every message begins with the name of the loss."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -10,63 +12,86 @@ _SHAPES = {2: "(N, K)", 4: "(N, K, H, W)"}
 _CURES = {2: "pool them over the pixels first", 4: "read the logits before they are pooled"}
 
 
-def check_logits(student: Tensor, teacher: Tensor, who: str, *, dims: tuple[int, ...] = (2, 4)) -> None:
-    """Refuse logits that cannot be compared class by class.
+def check_positive(name: str, **values: float) -> None:
+    """Raise ``ValueError`` for settings that are not positive, finite numbers.
+
+    Example:
+        >>> check_positive("SoftTarget", temperature=4)
+    """
+    for setting, value in values.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}: {setting} must be a positive number, got {value}")
+
+
+def check_at_least(name: str, least: float, **values: float) -> None:
+    """Raise ``ValueError`` for settings below ``least``.
+
+    Example:
+        >>> check_at_least("GraphKD", 1, power=2)
+    """
+    for setting, value in values.items():
+        if not value >= least:
+            raise ValueError(f"{name}: {setting} must be at least {least}, got {value}")
+
+
+def check_share(name: str, **values: float) -> None:
+    """Raise ``ValueError`` for settings outside [0, 1].
+
+    Example:
+        >>> check_share("STKD", share=0.9)
+    """
+    for setting, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: {setting} must be between 0 and 1, got {value}")
+
+
+def check_choice(name: str, choices: Any, **values: str) -> None:
+    """Raise ``ValueError`` for settings that are not among the values of a ``Literal``.
+
+    Example:
+        >>> from typing import Literal
+        >>> check_choice("NST", Literal["linear", "gaussian"], kernel="linear")
+    """
+    for setting, value in values.items():
+        if value not in get_args(choices):
+            *names, last = map(repr, get_args(choices))
+            raise ValueError(f"{name}: {setting} must be {', '.join(names)} or {last}, got {value!r}")
+
+
+def check_logits(student: Tensor, teacher: Tensor, name: str, *, dims: Sequence[int] = (2, 4)) -> None:
+    """Raise ``ValueError`` for logits that cannot be compared class by class.
 
     Args:
         student: Logits of the student.
         teacher: Logits of the teacher.
-        who: The loss that asks; begins every message.
-        dims: How many dimensions the loss takes: 2 for (N, K), 4 for dense (N, K, H, W).
-
-    Raises:
-        ValueError: Another number of dimensions, or sides that differ in classes, samples or spatial size.
+        name: The loss.
+        dims: The numbers of dimensions that the loss takes: 2 for (N, K), 4 for dense (N, K, H, W).
 
     Example:
         >>> import torch
         >>> check_logits(torch.ones(2, 10), torch.ones(2, 10), "SoftTarget")
     """
-    for side, z in (("student", student), ("teacher", teacher)):
+    for who, z in (("student", student), ("teacher", teacher)):
         if z.ndim not in dims:
             cure = f"; {_CURES[dims[0]]}" if len(dims) == 1 else ""
-            raise ValueError(
-                f"{who}: the {side}'s logits must be {' or '.join(_SHAPES[d] for d in dims)}, "
-                f"got {tuple(z.shape)}{cure}"
-            )
+            expected = " or ".join(_SHAPES[d] for d in dims)
+            raise ValueError(f"{name}: the {who}'s logits must be {expected}, got {tuple(z.shape)}{cure}")
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
-            f"{who}: the student has {student.shape[1]} classes, the teacher {teacher.shape[1]}, but their logits are "
+            f"{name}: the student has {student.shape[1]} classes, the teacher {teacher.shape[1]}, but their logits are "
             "compared class by class; select the columns of the classes that both know, or distil embeddings instead "
             "(RKD does not need classes)"
         )
     if student.shape != teacher.shape:
-        cure = (
-            "; resize one of them first" if student.ndim == teacher.ndim == 4 and len(student) == len(teacher) else ""
-        )
+        resize = student.ndim == teacher.ndim == 4 and len(student) == len(teacher)
         raise ValueError(
-            f"{who}: the logits must have the same shape, got {tuple(student.shape)} from the student and "
-            f"{tuple(teacher.shape)} from the teacher{cure}"
+            f"{name}: the logits must have the same shape, got {tuple(student.shape)} from the student and "
+            f"{tuple(teacher.shape)} from the teacher{'; resize one of them first' if resize else ''}"
         )
 
 
-def pixels_as_rows(logits: Tensor) -> Tensor:
-    """Dense logits with one row per pixel; ordinary ones as they are.
-
-    Shapes: (N, K) -> (N, K); (N, K, H, W) -> (N H W, K).
-
-    Example:
-        >>> import torch
-        >>> pixels_as_rows(torch.ones(2, 5, 3, 3)).shape
-        torch.Size([18, 5])
-    """
-    return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
-
-
-def check_classes(labels: Tensor, classes: int, who: str) -> None:
-    """Refuse class numbers that the logits do not have; on a CPU, since other devices would be waited for.
-
-    Raises:
-        ValueError: Naming the smallest and the largest label.
+def check_classes(labels: Tensor, classes: int, name: str) -> None:
+    """Raise ``ValueError`` for labels outside the classes of the logits; on a CPU only, as others would be waited for.
 
     Example:
         >>> import torch
@@ -77,20 +102,19 @@ def check_classes(labels: Tensor, classes: int, who: str) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise ValueError(
-            f"{who}: labels go from {low} to {high}, but the logits have {classes} classes; number the classes from 0, "
-            "and give the networks an output for each"
+            f"{name}: labels go from {low} to {high}, but the logits have {classes} classes; number the classes from "
+            "0, and give the networks an output for each"
         )
 
 
-def check_positive(who: str, **values: float) -> None:
-    """Refuse a setting that is not a positive, finite number.
+def pixels_as_rows(logits: Tensor) -> Tensor:
+    """Dense logits with one row per pixel; other logits unchanged.
 
-    Raises:
-        ValueError: Naming loss and setting.
+    Shapes: (N, K) -> (N, K); (N, K, H, W) -> (N H W, K).
 
     Example:
-        >>> check_positive("SoftTarget", temperature=4)
+        >>> import torch
+        >>> pixels_as_rows(torch.ones(2, 5, 3, 3)).shape
+        torch.Size([18, 5])
     """
-    for name, value in values.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{who}: {name} must be a positive number, got {value}")
+    return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
