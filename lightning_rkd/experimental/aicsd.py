@@ -1,4 +1,4 @@
-"""AICSD (Mansourian, Ahmadi and Kasaei 2023): how alike the classes of a segmentation are, and a weight that rises."""
+"""AICSD (Mansourian, Ahmadi and Kasaei 2023): similarities of the classes of a segmentation; an adaptive weight."""
 
 from __future__ import annotations
 
@@ -14,17 +14,11 @@ from lightning_rkd.losses.parts.checks import check_logits
 
 
 def inter_class_divergences(logits: Tensor) -> Tensor:
-    r"""Kullback-Leibler divergences between the places where the classes of an image are seen.
+    r"""Kullback-Leibler divergences between the spatial distributions of an image's classes.
 
     .. math:: D_{kl} = \mathrm{KL}(q_k \,\Vert\, q_l), \qquad q_k = \sigma(z_k) \text{ over all pixels}
 
     Shapes: (N, K, H, W) -> (N, K, K), with zeros on the diagonal.
-
-    Args:
-        logits: Dense logits.
-
-    Returns:
-        One matrix per image.
 
     Example:
         >>> inter_class_divergences(torch.tensor([[[[2.0, 0.0]], [[0.0, 2.0]]]]))[0]
@@ -32,7 +26,7 @@ def inter_class_divergences(logits: Tensor) -> Tensor:
                 [1.5232, 0.0000]])
     """
     log_q = F.log_softmax(logits.flatten(2), dim=2)
-    # Relative to the mean class: the divergences of classes that are much alike would cancel away.
+    # relative to the mean class: divergences of similar classes would be lost to cancellation
     relative = log_q - log_q.mean(1, keepdim=True)
     cross = log_q.exp() @ relative.mT
     return torch.diagonal(cross, dim1=1, dim2=2)[:, :, None] - cross
@@ -46,30 +40,30 @@ def inter_class_similarity(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class AICSD(RelationalLoss):
-    r"""Which classes a student sees in similar places of an image should be those that its teacher does.
+    r"""Compares the divergences between the spatial distributions of the classes of an image.
 
     .. math::
         L = \frac{1}{N K^2} \sum_{n,k,l} \big(\hat D^s_{nkl} - \hat D^t_{nkl}\big)^2, \qquad
         D_{nkl} = \mathrm{KL}(q_{nk} \,\Vert\, q_{nl}), \quad q_{nk} = \sigma(z_{nk})
 
-    The softmax runs over all pixels of class k's logits in image n; :math:`\hat D` has rows of length 1. The
+    The softmax runs over all pixels of class k's logits in image n; :math:`\hat D` has unit rows. The
     loss does not change when a constant is added to all logits of an image.
 
-    The paper's "adaptive" is a weighting of three losses that changes with the epoch; :class:`AdaptiveWeight` is
-    that weight: of the task loss and this one while it rises, of pixel-wise distillation
-    (:class:`~lightning_rkd.losses.SoftTarget` on dense logits) while it falls.
+    The paper's adaptive weighting of three losses changes with the epoch: :class:`AdaptiveWeight` rises for the task
+    loss and this one, and falls for pixel-wise distillation (:class:`~lightning_rkd.losses.SoftTarget` on dense
+    logits).
 
-    Certainty: a reconstruction from the authors' description (softmax over flattened maps, divergences between all
-    pairs of classes, mean squared error of the matrices); the body of the paper was not at hand. The rows of length 1
+    A reconstruction from the authors' description (softmax over flattened maps, divergences between all
+    pairs of classes, mean squared error of the matrices); the body of the paper was not at hand. The unit rows
     come from the published code, which otherwise does something else: it applies the softmax over the height only,
-    hands probabilities to a function that expects their logarithms, takes the divergence of a pair for that of its
+    passes probabilities to a function that expects their logarithms, takes the divergence of a pair for that of its
     mirror image, counts 21 classes whatever the data, and averages divergences over the batch before it compares them.
     So no published weight belongs to the scale of this loss.
 
     Logits that vary by less than 0.01 over an image have divergences too small for float32: what is compared then is
     mostly rounding (pass float64).
 
-    Shapes: (N, K, H, W) on both sides, of one spatial size (the paper brings both to that of the image) -> scalar.
+    Shapes: (N, K, H, W) of both networks, of one spatial size (the paper brings both to that of the image) -> scalar.
     One class gives 0.
 
     Raises:
@@ -108,20 +102,16 @@ class AdaptiveWeight:
 
     .. math:: a = \min(1, \text{epoch} / \text{epochs}), \qquad L = a\,(L_{task} + L_{AICSD}) + (1 - a)\, L_{pixel}
 
-    A function of the epoch, so it may stand wherever a weight may. As in the authors' code, the first epoch has
-    a = 0 and trains on the teacher's pixels alone.
+    A function of the epoch, for every place that takes a weight. As in the authors' code, the first epoch has a = 0 and
+    trains on the teacher's pixels alone.
 
     Args:
-        epochs: When the weight is reached; 120 in the paper.
-        weight: The weight it rises to, or falls from.
-        falling: Whether this is the weight of the pixel-wise loss, :math:`1 - a`.
+        epochs: The epoch in which the full weight is reached; 120 in the paper.
+        weight: The full weight.
+        falling: Use :math:`1 - a`, the weight of the pixel-wise loss.
 
     Raises:
-        ValueError: No epochs.
-
-    Reference:
-        Mansourian, Ahmadi and Kasaei 2023, AICSD: Adaptive Inter-Class Similarity Distillation for Semantic
-        Segmentation, arXiv:2308.04243.
+        ValueError: ``epochs`` below 1.
 
     Example:
         >>> AdaptiveWeight(120)(30), AdaptiveWeight(120, weight=10, falling=True)(30)

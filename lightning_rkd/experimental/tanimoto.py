@@ -1,4 +1,4 @@
-"""Distillation by Tanimoto coefficients (Shu 2022): similarities that see angles and lengths."""
+"""Distillation by Tanimoto coefficients (Shu 2022): similarities that depend on angles and norms."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_rkd.functional.similarities import tanimoto_coefficients, tanimoto_of_pairs
 from lightning_rkd.losses.base import Reference, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_choice
 
 Form = Literal["matrix", "sample"]
 """``"matrix"`` relates the samples of a batch; ``"sample"`` relates each sample's two embeddings."""
@@ -27,7 +28,7 @@ def tanimoto(student: Tensor, teacher: Tensor, *, form: Form = "matrix") -> Tens
 
 
 class Tanimoto(RelationalLoss):
-    r"""Samples should be as similar, in angle and length, as they are to the teacher; or each to its teacher's.
+    r"""Compares similarities by angle and norm, of the samples of a batch, or of each sample with its teacher.
 
     .. math::
         L_\text{matrix} = \frac{1}{N^2} \sum_{i,j} \big(T(s_i, s_j) - T(t_i, t_j)\big)^2, \qquad
@@ -38,7 +39,7 @@ class Tanimoto(RelationalLoss):
     taken within the batch, but not the distance between the two matrices: the mean square is ours, and no parity with
     the paper's numbers is claimed. Between two zero rows :math:`T = 1`.
 
-    The matrix form does not change when either side is rotated or scaled.
+    The matrix form does not change when either embedding is rotated or scaled.
 
     Shapes: (N, D_s), (N, D_t) -> scalar; widths must be equal in the form ``"sample"``. In the form ``"matrix"`` a
     batch of one row gives 0.
@@ -70,8 +71,7 @@ class Tanimoto(RelationalLoss):
 
     def __init__(self, form: Form = "matrix") -> None:
         super().__init__()
-        if form not in ("matrix", "sample"):
-            raise ValueError(f"Tanimoto: form must be 'matrix' or 'sample', got {form!r}")
+        check_choice("Tanimoto", Form, form=form)
         self.form = form
         if form == "sample":
             self.gather, self.invariances = False, frozenset()

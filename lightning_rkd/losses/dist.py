@@ -51,8 +51,8 @@ class DIST(RelationalLoss):
 
     :math:`\rho` is Pearson's correlation, :math:`\sigma` the softmax over classes. Rows relate the classes of a sample
     (the paper's inter-class relation), columns the samples of a class (intra-class). Correlation does
-    not penalise the larger scale of a strong teacher. The loss does not change when a constant is added to all logits of
-    a sample.
+    not penalise the larger scale of a strong teacher. The loss does not change when a constant is added to all logits
+    of a sample.
 
     Departures: a constant row or column (a uniform prediction, a batch of one sample) correlates with nothing: its
     term is 1, to rounding, and its gradient that of the covariance, where the authors' code divides by 1e-8. Elsewhere

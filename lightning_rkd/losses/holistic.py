@@ -82,7 +82,8 @@ class HolisticKD(RelationalLoss):
 
     Departures from the authors' code: a batch smaller than ``neighbours`` is refused, where theirs leaves out the graph
     and does not update the memories. Negatives are drawn with replacement, theirs only where K exceeds their number. A
-    sample counts as of another class until a batch has held it: its row is still a random point. Similarities come from products with the whole memory, N x M numbers, where they gather N x K x dim.
+    sample counts as of another class until a batch has held it: its row is still a random point. Similarities come from
+    products with the whole memory, N x M numbers, where they gather N x K x dim.
 
     Shapes: ``Outputs`` with embedding (N, D) and logits (N, classes) of both networks; indices (N,), labels (N,) or
     (N, classes) -> scalar.

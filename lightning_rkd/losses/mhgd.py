@@ -12,19 +12,14 @@ from torch import Tensor, nn
 from lightning_rkd.functional.channels import flatten_positions
 from lightning_rkd.functional.singular import align_vectors, right_singular_vectors
 from lightning_rkd.losses.base import Reference, RelationalLoss
-from lightning_rkd.losses.parts.attention_graph import (
-    attention_between,
-    attention_sizes,
-    frozen_attention,
-    trained_attention,
-)
+from lightning_rkd.losses.parts import attention_graph as stage1
+from lightning_rkd.losses.parts.checks import check_choice
 
+Reduction = Literal["official", "mean"]
 _CANDIDATES = 4  # singular vectors of the student, of which one is compared
 
 
-def graph_divergence(
-    student: Tensor, teacher: Tensor, *, reduction: Literal["official", "mean"] = "official"
-) -> Tensor:
+def graph_divergence(student: Tensor, teacher: Tensor, *, reduction: Reduction = "official") -> Tensor:
     """The divergence of two attention graphs; see :class:`MHGD`."""
     s, t = (torch.log_softmax(logits.tanh(), -1) for logits in (student, teacher))
     divergence = s.exp() * (s - t)
@@ -32,7 +27,7 @@ def graph_divergence(
 
 
 class MHGD(RelationalLoss):
-    r"""MHGD: the attention graph that links one stage's view of the batch to the next shall be the teacher's.
+    r"""Divergence between the attention graphs that link consecutive stages in student and teacher.
 
     .. math::
         L = \sum_{\text{pairs}} \sum_{h, i} \mathrm{KL}\big(\sigma(\tanh A^S_{h,i}) \,\Vert\,
@@ -42,10 +37,8 @@ class MHGD(RelationalLoss):
     first right singular vector of its map (positions x channels), of the student that of its first four which is
     nearest to the teacher's, turned the same way. The attention heads :math:`W_s, W_r, \mathrm{BN}` are learnt on the
     teacher beforehand, by :class:`~lightning_rkd.modules.AttentionGraphEstimator`, and serve both networks; here they
-    are frozen, their batch norms with running statistics folded into them. They are saved with the student, so a
-    student's checkpoint needs no estimator.
-
-    In a ``DistillationModule`` this is a loss like others, with a fixed weight.
+    are frozen, their batch norms with running statistics folded into them. They are saved with the student, so that
+    its checkpoint needs no estimator. In a ``DistillationModule`` the weight is fixed;
     :class:`~lightning_rkd.modules.MHGDModule` clips its gradient as the authors do.
 
     Paper and code: hyperbolic tangent, the direction of the divergence and the sum over everything are those of the
@@ -55,13 +48,13 @@ class MHGD(RelationalLoss):
     times as many positions as channels; where student and teacher differ in channels, which the paper does not
     consider, a 1 x 1 convolution without bias (ours), trained with the student, brings the student's to the teacher's.
 
-    Shapes: maps (N, C_l, H_l, W_l), tokens (N, T_l, C_l) or (N, C_l) of at least two stages, the same number on both
-    sides; heights and widths may differ -> scalar. A batch of one row gives 0.
+    Shapes: maps (N, C_l, H_l, W_l), tokens (N, T_l, C_l) or (N, C_l) of at least two stages, as many in both networks;
+    heights and widths may differ -> scalar. A batch of one row gives 0.
 
     Args:
-        estimator: What stage 1 left: its checkpoint, read when training begins, or the network itself.
-        student_dim: Channels of the student's maps; filled in where not given.
-        teacher_dim: Channels of the teacher's maps; filled in where not given.
+        estimator: The result of stage 1: its checkpoint, read when training begins, or the network itself.
+        student_dim: Channels of the student's maps; inferred if left out.
+        teacher_dim: Channels of the teacher's maps; inferred if left out.
         heads: Graphs per pair of stages, as in stage 1.
         reduction: ``"official"`` sums over pairs, heads and entries, so grows with the batch; ``"mean"`` takes the mean
             over pairs, heads and rows.
@@ -102,29 +95,28 @@ class MHGD(RelationalLoss):
         teacher_dim: Sequence[int] | None = None,
         *,
         heads: int = 8,
-        reduction: Literal["official", "mean"] = "official",
+        reduction: Reduction = "official",
     ) -> None:
         super().__init__()
-        if reduction not in ("official", "mean"):
-            raise ValueError(f"MHGD: reduction must be 'official' or 'mean', got {reduction!r}")
-        self._estimator = (estimator,)  # in a tuple: a network among it is no part of this loss
+        check_choice("MHGD", Reduction, reduction=reduction)
+        self._estimator = (estimator,)  # in a tuple, so that a network is not registered as a part of this loss
         self._state: dict[str, Tensor] | None = None
         self._known = False
         self.heads, self.reduction = heads, reduction
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def prepare(self) -> None:
-        """Read what stage 1 left, unless a checkpoint of this loss has been loaded."""
+        """Read the result of stage 1, unless a checkpoint of this loss has been loaded."""
         (estimator,) = self._estimator
         if self._known:
             return
         if estimator is None:
             raise ValueError(
                 "MHGD needs the attention graph of its teacher: train it first (stage 1: lightning-rkd fit --config "
-                "cifar100_mhgd_estimator, or AttentionGraphEstimator in a Trainer of your own) and pass the checkpoint "
-                "that this leaves, MHGD(estimator='runs/cifar100_mhgd_estimator/last.ckpt')"
+                "cifar100_mhgd_estimator, or AttentionGraphEstimator in your own Trainer) and pass its checkpoint, "
+                "MHGD(estimator='runs/cifar100_mhgd_estimator/last.ckpt')"
             )
-        self._state = trained_attention(estimator)
+        self._state = stage1.load_attention(estimator)
         if self._built:
             self._fill()
 
@@ -132,11 +124,11 @@ class MHGD(RelationalLoss):
         """Make the frozen heads and the adapters."""
         if len(student_dim) != len(teacher_dim) or len(student_dim) < 2:
             raise ValueError(
-                "MHGD relates consecutive stages, so it reads the maps of at least two, the same number on both sides; "
+                "MHGD relates consecutive stages, so it reads the maps of at least two, as many in both networks; "
                 f"got maps of {student_dim} channels from the student and {teacher_dim} from the teacher: name lists "
                 "of layers, student_layer=[...] and teacher_layer=[...]"
             )
-        self.attention = attention_between(teacher_dim, self.heads, frozen=True)
+        self.attention = stage1.attention_between(teacher_dim, self.heads, frozen=True)
         self.adapters = nn.ModuleList(
             nn.Identity() if s == t else nn.Linear(s, t, bias=False, dtype=torch.float32)
             for s, t in zip(student_dim, teacher_dim, strict=True)
@@ -159,15 +151,15 @@ class MHGD(RelationalLoss):
 
     def _fill(self) -> None:
         assert self._state is not None
-        channels, heads = attention_sizes(self._state)
+        channels, heads = stage1.attention_sizes(self._state)
         wanted = self._sizes["teacher_dim"]
         if (channels, heads) != (wanted, self.heads):
             raise ValueError(
                 f"MHGD: the estimator was trained on maps of {channels} channels with {heads} heads, but the teacher "
-                f"shows maps of {wanted} channels, and heads={self.heads}; name the same teacher layers as in stage 1, "
+                f"gives maps of {wanted} channels, and heads={self.heads}; name the same teacher layers as in stage 1, "
                 "and as many heads"
             )
-        self.attention.load_state_dict(frozen_attention(self._state))
+        self.attention.load_state_dict(stage1.freeze_attention(self._state))
         self._state, self._known = None, True
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Neuron selectivity transfer (Huang and Wang 2017): where the channels of a map are active, as a distribution."""
+"""Neuron selectivity transfer (Huang and Wang 2017): distributions of the channels' activity over positions."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_rkd.functional.channels import flatten_channels, unit_channels
 from lightning_rkd.losses.base import Reference, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_choice
+from lightning_rkd.losses.parts.maps import match_sizes
 
 Kernel = Literal["polynomial", "linear", "gaussian"]
 
 
 def neuron_selectivity(student: Tensor, teacher: Tensor, *, kernel: Kernel = "polynomial") -> Tensor:
     """NST for one pair of maps; see :class:`NST`."""
-    _check(kernel)
-    s, t = _common_size(student, teacher.detach())
+    check_choice("NST", Kernel, kernel=kernel)
+    s, t = match_sizes(student, teacher.detach(), "NST")
     s, t = unit_channels(flatten_channels(s, who="NST")), unit_channels(flatten_channels(t, who="NST"))
     if kernel == "linear":
         return (s.mean(1) - t.mean(1)).square().sum(1).mean()
@@ -45,27 +46,8 @@ def _gaussian(s: Tensor, t: Tensor) -> Tensor:
     return k[:, :c, :c].mean() + k[:, c:, c:].mean() - 2 * k[:, :c, c:].mean()
 
 
-def _common_size(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    if s.ndim == t.ndim == 4:
-        if s.shape[2:] == t.shape[2:]:
-            return s, t
-        size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
-        return F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size)
-    if s.ndim != 3 or t.ndim != 3 or s.shape[1] != t.shape[1]:  # a vector has no positions to be selective about
-        raise ValueError(
-            "NST: student and teacher must show maps (N, C, H, W), or equally many tokens (N, T, C), "
-            f"got {tuple(s.shape)} and {tuple(t.shape)}; drop class tokens, or tap layers before pooling"
-        )
-    return s, t
-
-
-def _check(kernel: str) -> None:
-    if kernel not in ("polynomial", "linear", "gaussian"):
-        raise ValueError(f"NST: kernel must be 'polynomial', 'linear' or 'gaussian', got {kernel!r}")
-
-
 class NST(RelationalLoss):
-    r"""Matches, sample by sample, the distribution of the student's channels over positions to the teacher's.
+    r"""Matches the distribution of the channels' activity over positions, sample by sample.
 
     .. math::
         L = \sum_{\text{maps}} \frac{1}{N} \sum_n \Big[
@@ -82,7 +64,7 @@ class NST(RelationalLoss):
       :math:`\sigma^2` is the mean squared distance of the pairs. Here the pairs are all those of a sample's
       :math:`C_s + C_t` channels, and no gradient passes through :math:`\sigma`.
 
-    The loss does not change when all maps of one side are scaled, nor when each sample's are.
+    The loss does not change when the maps of either network, or of any sample, are scaled.
 
     Departures: zero channels, common behind a ReLU, pass no gradient, where published code divides by 1e-12. The
     constant teacher-teacher term is kept, as in RepDistiller, so that a match gives 0; the authors' MXNet code drops
@@ -100,7 +82,6 @@ class NST(RelationalLoss):
 
     Reference:
         Huang and Wang 2017, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, arXiv:1707.01219.
-        Their weight is 50 for the polynomial kernel.
 
     Example:
         >>> student, teacher = torch.eye(2).view(1, 2, 1, 2), torch.ones(1, 1, 1, 2)
@@ -123,7 +104,7 @@ class NST(RelationalLoss):
 
     def __init__(self, kernel: Kernel = "polynomial") -> None:
         super().__init__()
-        _check(kernel)
+        check_choice("NST", Kernel, kernel=kernel)
         self.kernel: Kernel = kernel
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:

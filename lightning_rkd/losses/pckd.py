@@ -1,4 +1,4 @@
-"""PCKD (Ding et al. 2024): contrast with category centres, in which hard samples are only previewed."""
+"""PCKD (Ding et al. 2024): contrast with category centres, in which hard samples have little weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lightning_rkd.functional.columns import centre_columns
 from lightning_rkd.functional.scales import limit_magnitude
 from lightning_rkd.losses.base import Reference, RelationalLoss
-from lightning_rkd.losses.parts.checks import check_classes, check_logits
+from lightning_rkd.losses.parts.checks import check_classes, check_logits, check_positive
 from lightning_rkd.losses.parts.projector import Projector
 from lightning_rkd.utils.types import Outputs
 
@@ -19,16 +19,16 @@ _BASE_TEMPERATURE = 0.07
 def preview_weights(
     logits: Tensor, labels: Tensor, view: Tensor | None = None, *, epoch: int = 0, growth: float = 1.005
 ) -> Tensor:
-    r"""How much each row may teach; :class:`PCKD` says how. A constant.
+    r"""Weights of the rows, lower for hard samples; constants. See :class:`PCKD`.
 
     Shapes: (N, K), (N,), (N,) -> (N,), between 0 and 1.
 
     Args:
         logits: Logits of the student.
         labels: Classes.
-        view: Which view of its sample a row is; rows of views other than 0 take the weight of their sample's view 0.
-        epoch: The first is 0.
-        growth: By what factor the threshold of hardness grows per epoch.
+        view: The view of its sample that a row is; rows of other views take the weight of their sample's view 0.
+        epoch: The epoch, from 0.
+        growth: Factor by which the threshold of hardness grows per epoch.
 
     Raises:
         ValueError: A row of another view without its sample's view 0 (on a CPU).
@@ -57,7 +57,11 @@ def preview_weights(
 
 
 def category_contrast(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 4.0) -> Tensor:
-    """Supervised contrast between rows in the space of classes; see :class:`PCKD`."""
+    """Supervised contrast between rows in the space of classes; see :class:`PCKD`.
+
+    Shapes: products with the category centres of student and teacher (N, K), (N, K), labels (N,) -> (N,), for each row
+    the sum of its two terms.
+    """
     u = torch.cat([student, teacher])
     similarity = u @ u.T / temperature
     itself = torch.eye(len(u), dtype=torch.bool, device=u.device)
@@ -68,7 +72,7 @@ def category_contrast(student: Tensor, teacher: Tensor, labels: Tensor, *, tempe
 
 
 class PCKD(RelationalLoss):
-    r"""Preview-based category contrast: relates samples to the classifiers' category centres, easy samples first.
+    r"""Preview-based category contrast: relates samples to the category centres of both classifiers, easy ones first.
 
     .. math::
         L = \frac{\beta}{M} \sum_i w_i (\ell_i + \ell_{M + i}) + \alpha L_{corr} + f L_{align}
@@ -91,23 +95,22 @@ class PCKD(RelationalLoss):
     :math:`16 D_T`, batch-normalised.
 
     *Preview.* :math:`a_i` is the student's cross-entropy of sample i over its mean; :math:`w_i = 1` where
-    :math:`a_i \le g^e` in the e-th epoch, else :math:`\exp(-a_i^2)`, so that hard samples are only previewed. Rows of
+    :math:`a_i \le g^e` in the e-th epoch, else :math:`\exp(-a_i^2)`, so that hard samples have little weight. Rows of
     other views take the weight of their sample.
 
-    The cross-entropy of the paper's total is the task loss. Its views are rotations:
+    The cross-entropy in the paper's total is the task loss. Its views are rotations:
     ``DistillationModule(batch_transform=Rotations(), task_reads="logits")``. Without views all rows count as view 0.
 
     Departures from the authors' code: weights are constants in both places, where theirs pass a gradient through the KL
     term (their :math:`\delta` is 0); the exact logarithm, where theirs adds 1e-7 inside; one MLP pass normalises over
     the rows of all ranks. The paper's text was not read.
 
-    Shapes: ``Outputs`` with embedding (M, D_S) or (M, D_T), logits (M, K) and classifier (K, D), tapped at the Linear
-    layer that makes the logits -> scalar. The order of the rows matters in that the k-th row of every view must belong
-    to the same sample.
+    Shapes: ``Outputs`` with embedding (M, D_S) or (M, D_T), logits (M, K) and classifier (K, D), read at the Linear
+    layer that computes the logits -> scalar. The k-th row of every view must belong to the same sample.
 
     Args:
-        student_dim: D_S; ``None`` is read off the student.
-        teacher_dim: D_T; ``None`` is read off the teacher.
+        student_dim: D_S; inferred if left out.
+        teacher_dim: D_T; inferred if left out.
         contrast_weight: :math:`\beta`.
         correlation_weight: :math:`\alpha`.
         align_weight: f.
@@ -117,8 +120,8 @@ class PCKD(RelationalLoss):
         growth: g.
 
     Raises:
-        ValueError: Labels that are not (N,) or no classes of the networks, networks of different classes, dense logits,
-            or views that do not hold the same samples.
+        ValueError: Labels that are not (N,) or outside the classes of the networks, networks of different classes,
+            dense logits, or views that do not hold the same samples.
 
     Reference:
         Ding, Wu, Dong, Li, Qin, Gan and Nie 2024, Preview-based Category Contrastive Learning for Knowledge
@@ -126,10 +129,10 @@ class PCKD(RelationalLoss):
 
     Example:
         >>> _ = torch.manual_seed(0)
-        >>> def shown(width):
+        >>> def outputs(width):
         ...     head = torch.randn(3, width), torch.zeros(3)
         ...     return Outputs(torch.randn(4, width), torch.randn(4, 3), classifier=head)
-        >>> PCKD()(shown(2), shown(5), labels=torch.tensor([0, 1, 2, 0]), epoch=0).detach()
+        >>> PCKD()(outputs(2), outputs(5), labels=torch.tensor([0, 1, 2, 0]), epoch=0).detach()
         tensor(52.2091)
     """
 
@@ -162,16 +165,14 @@ class PCKD(RelationalLoss):
         growth: float = 1.005,
     ) -> None:
         super().__init__()
-        for name, value in (("temperature", temperature), ("kl_temperature", kl_temperature), ("growth", growth)):
-            if not value > 0:
-                raise ValueError(f"PCKD: {name} must be positive, got {value}")
+        check_positive("PCKD", temperature=temperature, kl_temperature=kl_temperature, growth=growth)
         self.contrast_weight, self.correlation_weight = contrast_weight, correlation_weight
         self.align_weight, self.kl_weight = align_weight, kl_weight
         self.temperature, self.kl_temperature, self.growth = temperature, kl_temperature, growth
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
-        """The two linear maps and the MLP."""
+        """Make the two linear maps and the MLP."""
         self.to_student = Projector(student_dim, student_dim)
         self.to_teacher = Projector(student_dim, teacher_dim)
         hidden = 16 * teacher_dim
@@ -186,8 +187,8 @@ class PCKD(RelationalLoss):
         self, student: Outputs, teacher: Outputs, *, labels: Tensor, epoch: int, view: Tensor | None = None
     ) -> Tensor:
         """The loss as a scalar."""
-        s, s_logits, s_centres, s_bias = _shown(student)
-        t, t_logits, t_centres, t_bias = _shown(teacher)
+        s, s_logits, s_centres, s_bias = _unpack(student)
+        t, t_logits, t_centres, t_bias = _unpack(teacher)
         if labels.ndim != 1:
             raise ValueError(
                 f"PCKD: labels must be (N,) class numbers, got {labels.dtype} of {tuple(labels.shape)}; it does not go "
@@ -197,15 +198,15 @@ class PCKD(RelationalLoss):
         check_classes(labels, s_logits.shape[1], "PCKD")
         if not len(s_centres) == len(t_centres) == s_logits.shape[1]:
             raise ValueError(
-                f"PCKD: student and teacher must tell the same classes apart, got {len(s_centres)} and {len(t_centres)}"
-                f" rows in the classifiers and {s_logits.shape[1]} logits; tap the Linear layer that makes the logits"
+                f"PCKD: student and teacher must have the same classes, got {len(s_centres)} and {len(t_centres)} rows "
+                f"in the classifiers and {s_logits.shape[1]} logits; read the Linear layer that computes the logits"
             )
         weights = preview_weights(s_logits, labels, view, epoch=epoch, growth=self.growth)
         contrast = category_contrast(
             self.to_student(s) @ s_centres.T, self.to_teacher(s) @ t_centres.T, labels, temperature=self.temperature
         )
-        rows = s if len(s) > 1 else s.expand(2, -1)  # torch normalises no single row; twice the same has its statistics
-        # what all rows share is standardised away behind the first layer, and would cost digits inside it
+        rows = s if len(s) > 1 else s.expand(2, -1)  # batch normalisation refuses a single row; two have its statistics
+        # the batch normalisation removes what all rows share, which would cost digits in the first layer
         rows = limit_magnitude(centre_columns(rows).to(s.dtype), (0, 1))
         align = 2 - 2 * F.cosine_similarity(self.align(rows)[: len(s)], limit_magnitude(t, 1)).mean()
         loss = self.contrast_weight * (weights * contrast).mean() + self.align_weight * align
@@ -223,5 +224,5 @@ class PCKD(RelationalLoss):
         return loss
 
 
-def _shown(side: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return side.embedding, side.logits, *side.classifier  # type: ignore[misc] # the base class has looked
+def _unpack(outputs: Outputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return outputs.embedding, outputs.logits, *outputs.classifier  # type: ignore[misc] # the base class has checked them

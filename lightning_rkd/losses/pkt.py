@@ -1,4 +1,4 @@
-"""Probabilistic Knowledge Transfer (Passalis and Tefas 2018): the batch's neighbourhood probabilities, kept."""
+"""Probabilistic Knowledge Transfer (Passalis and Tefas 2018): probabilities of the neighbours within a batch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def pkt(student: Tensor, teacher: Tensor, *, reduction: Reduction = "official") 
 
 
 class PKT(RelationalLoss):
-    r"""The probability with which a sample picks each other as its neighbour should be the teacher's.
+    r"""Divergence between the probabilities with which a sample picks each other one as its neighbour.
 
     .. math::
         L = \frac{1}{N^2} \sum_{i,j} p_{ij} \log \frac{p_{ij} + \varepsilon}{q_{ij} + \varepsilon}, \qquad
         p_{ij} = \frac{k(t_i, t_j)}{\sum_m k(t_i, t_m)}, \quad k(a, b) = \frac{\cos(a, b) + 1}{2}
 
-    with :math:`q` of the student, :math:`\varepsilon = 10^{-7}`. The loss does not change when either side is rotated;
-    lengths matter only through the same :math:`\varepsilon`, which is added to norms.
+    with :math:`q` of the student, :math:`\varepsilon = 10^{-7}`. The loss does not change when either embedding is
+    rotated; norms matter only through the same :math:`\varepsilon`, which is added to them.
 
     Departures: the paper leaves pairs of a sample with itself out and takes the sum over all others; the authors' code
     keeps them and takes the mean over all N^2, on which published weights rest. Both are here. A zero row has cosine 0
@@ -86,5 +86,5 @@ def _probabilities(x: Tensor, reduction: Reduction) -> Tensor:
         kernel = kernel * (1 - torch.eye(len(x), dtype=kernel.dtype, device=x.device))
     total = kernel.sum(1, keepdim=True)
     rounding = 4 * len(x) * torch.finfo(kernel.dtype).eps
-    nonzero = total > rounding  # without, a sample is opposite to all others, or alone
+    nonzero = total > rounding  # else the sample is opposite to all others, or alone
     return kernel / torch.where(nonzero, total, 1)

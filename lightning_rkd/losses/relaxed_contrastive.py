@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_rkd.functional.distances import pairwise_distances, squared_distances
 from lightning_rkd.functional.similarities import unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_positive
 
 
 def relaxed_contrastive(student: Tensor, teacher: Tensor, *, sigma: float = 1.0, delta: float = 1.0) -> Tensor:
@@ -17,12 +18,12 @@ def relaxed_contrastive(student: Tensor, teacher: Tensor, *, sigma: float = 1.0,
     d = d / torch.where(mean > 0, mean, 1)
     alike = torch.exp(-squared_distances(unit_rows(teacher.detach())) / sigma)
     pull, push = alike * d.square(), (1 - alike) * (delta - d).relu().square()
-    # on the diagonal alike is 1 and d is 0
+    # on the diagonal, which the sum leaves out, alike is 1 and d is 0
     return ((pull + push).sum() / len(student)).to(torch.promote_types(student.dtype, torch.float32))
 
 
 class RelaxedContrastive(RelationalLoss):
-    r"""Pulls pairs of samples together as much as the teacher finds them alike, and pushes them apart else.
+    r"""Pulls pairs of samples together by their similarity in the teacher, and pushes them apart otherwise.
 
     .. math::
         L = \frac{1}{N} \sum_{i \ne j} w_{ij} d_{ij}^2 + (1 - w_{ij}) \max(0, \delta - d_{ij})^2, \qquad
@@ -30,7 +31,7 @@ class RelaxedContrastive(RelationalLoss):
         w_{ij} = e^{-\lVert \hat t_i - \hat t_j \rVert^2 / \sigma}
 
     The teacher's rows are normalised, the student's are not. The mean distance of a sample runs over all N samples,
-    itself included, and is part of the graph. The loss does not change when either side is rotated or scaled.
+    itself included, and is part of the graph. The loss does not change when either embedding is rotated or scaled.
 
     Departures: distances are exact (float64, centred) where the authors' are clamped at 1e-6; duplicates have distance
     0, count as all pairs do, and pass no gradient.
@@ -66,9 +67,7 @@ class RelaxedContrastive(RelationalLoss):
 
     def __init__(self, sigma: float = 1.0, delta: float = 1.0) -> None:
         super().__init__()
-        for name, value in (("sigma", sigma), ("delta", delta)):
-            if not value > 0:
-                raise ValueError(f"RelaxedContrastive: {name} must be positive, got {value}")
+        check_positive("RelaxedContrastive", sigma=sigma, delta=delta)
         self.sigma, self.delta = sigma, delta
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def rkd_angle(
 
 
 class RKDDistance(RelationalLoss):
-    r"""RKD-D: the student's pairwise distances, in units of their mean, should equal the teacher's.
+    r"""RKD-D: compares pairwise distances within the batch, in units of their mean.
 
     .. math::
         L = \frac{1}{N^2} \sum_{i,j} h\!\left(\frac{\lVert s_i - s_j \rVert}{\mu_s} -
@@ -46,7 +46,7 @@ class RKDDistance(RelationalLoss):
         h(e) = \begin{cases} e^2 / 2 & |e| \le 1 \\ |e| - 1/2 & \text{else} \end{cases}
 
     :math:`\mu` is the mean of a network's strictly positive distances; the student's is part of the graph. The loss
-    does not change when either side is moved, rotated or scaled.
+    does not change when either embedding is moved, rotated or scaled.
 
     Departures from the authors' code: distances are exact (float64, centred) where theirs are clamped at 1e-6, and
     duplicates have distance 0 and pass no gradient. Theirs turns NaN there in float16, and far from the origin its
@@ -63,8 +63,7 @@ class RKDDistance(RelationalLoss):
         ValueError: Unknown reduction.
 
     Reference:
-        Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068. Their weight is 1 in metric
-        learning and 25 in classification.
+        Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
 
     Example:
         >>> loss = RKDDistance()
@@ -93,13 +92,13 @@ class RKDDistance(RelationalLoss):
 
 
 class RKDAngle(RelationalLoss):
-    r"""RKD-A: the angles that triplets of the batch span should be the same in student and teacher.
+    r"""RKD-A: compares the angles spanned by triplets of the batch.
 
     .. math::
         L = \frac{1}{N^3} \sum_{j,i,k} h\big(\cos \angle s_i s_j s_k - \cos \angle t_i t_j t_k\big), \qquad
         h(e) = \begin{cases} e^2 / 2 & |e| \le 1 \\ |e| - 1/2 & \text{else} \end{cases}
 
-    The loss does not change when either side is moved, rotated or scaled.
+    The loss does not change when either embedding is moved, rotated or scaled.
 
     Departures from the authors' code: theirs builds N x N x D and N x N x N tensors; here the law of cosines gives the
     same angles from N x N distances, with O(N^2) memory, many times faster and equal to rounding
@@ -121,8 +120,7 @@ class RKDAngle(RelationalLoss):
         ValueError: Unknown reduction, or a sample of no vertices.
 
     Reference:
-        Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068. Their weight is 2 in metric
-        learning and 50 in classification.
+        Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
 
     Example:
         >>> loss = RKDAngle(reduction="distinct")
@@ -151,7 +149,7 @@ class RKDAngle(RelationalLoss):
 
 
 class RKD(RelationalLoss):
-    r"""RKD-DA: distances and angles together, from distances that are computed once.
+    r"""RKD-DA: compares distances and angles, from distances that are computed once.
 
     .. math:: L = \lambda_D L_D + \lambda_A L_A
 
@@ -217,7 +215,7 @@ def _distance_loss(squared_student: Tensor, squared_teacher: Tensor, reduction: 
     check_reduction(reduction)
     n = len(squared_student)
     if len(squared_teacher) != n:
-        raise ValueError(f"student and teacher must show the same samples, got {n} and {len(squared_teacher)} rows")
+        raise ValueError(f"student and teacher must hold the same samples, got {n} and {len(squared_teacher)} rows")
     count = n * n if reduction == "official" else max(1, n * (n - 1))
     return distance_loss(squared_student, squared_teacher, count=count)
 

@@ -1,4 +1,4 @@
-"""Relational representation distillation (Giakoumoglou and Stathaki 2024): similarities to what was seen before."""
+"""Relational representation distillation (Giakoumoglou and Stathaki 2024): similarities to previous batches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rkd.losses.base import Reference, RelationalLoss
+from lightning_rkd.losses.parts.checks import check_positive
 from lightning_rkd.losses.parts.memory import Queue
 from lightning_rkd.losses.parts.projector import Projector
 
@@ -14,13 +15,19 @@ from lightning_rkd.losses.parts.projector import Projector
 def relational_cross_entropy(
     student: Tensor, teacher: Tensor, memory: Tensor, *, student_temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """RRD for given projections and memory; see :class:`RRD`."""
+    """RRD for given projections and memory; see :class:`RRD`.
+
+    Example:
+        >>> memory = torch.eye(2)
+        >>> relational_cross_entropy(memory, memory, memory, student_temperature=1.0, teacher_temperature=0.02)
+        tensor(0.3133)
+    """
     target = (teacher.detach() @ memory.T / teacher_temperature).softmax(1)
     return -(target * F.log_softmax(student @ memory.T / student_temperature, dim=1)).sum(1).mean()
 
 
 class RRD(RelationalLoss):
-    r"""The student's similarities to the teacher's last embeddings, as a distribution, should be the teacher's.
+    r"""Cross-entropy between the similarities to the teacher's last embeddings, as distributions.
 
     .. math::
         L = -\frac{1}{N} \sum_i \sum_{m} p^t_{im} \log p^s_{im}, \qquad
@@ -31,11 +38,11 @@ class RRD(RelationalLoss):
     cross entropy of the authors' code: the Kullback-Leibler divergence of the paper plus the teacher's entropy, which
     is constant, so that a match does not give 0. As :math:`\tau_t \to 0` it becomes InfoNCE.
 
-    :math:`g_t` stays at its random start. In the authors' code it is handed to the optimizer too, but no gradient ever
-    reaches it, and here it is marked so. The queue is filled in training only; outside of it the batch takes the place
-    of the oldest rows for the moment.
+    :math:`g_t` keeps its random initialisation: in the authors' code the optimizer has it too, but no gradient reaches
+    it; here it is frozen. The queue is filled in training only; in evaluation the batch temporarily replaces the oldest
+    rows.
 
-    Departures: the rows of the first queue have length 1, where the authors' code normalises columns; after M samples
+    Departures: the rows of the first queue have unit norm, where the authors' code normalises columns; after M samples
     there is no difference. Any batch size up to M will do, where theirs must divide M. The temperatures are the
     defaults of the authors' training scripts, a sharp teacher and a soft student, as the current abstract says; a
     comment in their class and earlier versions of the abstract say the reverse. Their second variant, with one memory
@@ -44,8 +51,8 @@ class RRD(RelationalLoss):
     Shapes: student (N, D_s), teacher (N, D_t) -> scalar.
 
     Args:
-        student_dim: D_s; ``None`` waits for the first call.
-        teacher_dim: D_t.
+        student_dim: D_s; inferred if left out.
+        teacher_dim: D_t; inferred if left out.
         dim: d.
         queue_size: M.
         student_temperature: :math:`\tau_s`.
@@ -62,9 +69,6 @@ class RRD(RelationalLoss):
         >>> loss = RRD(student_dim=4, teacher_dim=8, queue_size=16)
         >>> loss(torch.randn(6, 4), torch.randn(6, 8)).shape, loss.queue.filled
         (torch.Size([]), 6)
-        >>> memory = torch.eye(2)
-        >>> relational_cross_entropy(memory, memory, memory, student_temperature=1.0, teacher_temperature=0.02)
-        tensor(0.3133)
     """
 
     reference = Reference(
@@ -90,21 +94,19 @@ class RRD(RelationalLoss):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("student_temperature", student_temperature), ("teacher_temperature", teacher_temperature)):
-            if value <= 0:
-                raise ValueError(f"RRD: {name} must be positive, got {value}")
+        check_positive("RRD", student_temperature=student_temperature, teacher_temperature=teacher_temperature)
         self.dim, self.queue_size, self.seed = dim, queue_size, seed
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
-        """Make the two linear maps, of which the student's learns, and the queue."""
+        """Make the two linear maps, of which the student's is trained, and the queue."""
         self.student_projector = Projector(student_dim, self.dim)
         self.teacher_projector = Projector(teacher_dim, self.dim).requires_grad_(False)
         self.queue = Queue(self.queue_size, self.dim, seed=self.seed)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar; in training the teacher's rows then stay in the queue."""
+        """The loss as a scalar; in training the teacher's rows are pushed into the queue."""
         if len(teacher) > self.queue_size:
             raise ValueError(
                 f"RRD: a batch of {len(teacher)} rows does not fit into the queue of {self.queue_size}; "
@@ -112,13 +114,9 @@ class RRD(RelationalLoss):
             )
         s, t = self.student_projector(student), self.teacher_projector(teacher)
         oldest = (int(self.queue.pushed) + torch.arange(len(t), device=t.device)) % self.queue_size
-        loss = relational_cross_entropy(
-            s,
-            t,
-            self.queue.contents().index_copy_(0, oldest, t),
-            student_temperature=self.student_temperature,
-            teacher_temperature=self.teacher_temperature,
-        )
+        memory = self.queue.contents().index_copy_(0, oldest, t)
+        taus = {"student_temperature": self.student_temperature, "teacher_temperature": self.teacher_temperature}
+        loss = relational_cross_entropy(s, t, memory, **taus)
         if self.training:
             self.queue.push(t)
         return loss

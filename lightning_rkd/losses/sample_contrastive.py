@@ -1,4 +1,4 @@
-"""CKD (Zhu, Zhou, Zhu, Wang and Hu 2024): among all students' logits, the teacher should recognise its own sample."""
+"""CKD (Zhu, Zhou, Zhu, Wang and Hu 2024): contrasts the logits of the same sample with those of the others."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def sample_contrastive(student: Tensor, teacher: Tensor, *, temperature: float =
 
 
 class SampleContrastiveKD(RelationalLoss):
-    r"""Each teacher's logits should point to the student's of the same sample rather than to those of the others.
+    r"""Contrasts the student's logits of the same sample with those of the other samples, for each row of the teacher.
 
     .. math::
         L = -\frac{1}{N} \sum_i \log \frac{\exp(\cos(z^t_i, z^s_i) / \tau)}{\sum_j \exp(\cos(z^t_i, z^s_j) / \tau)}
 
     The anchors are the teacher's rows. The loss does not change when the logits of a sample are multiplied by a
-    positive number, on either side. It depends on the batch size: its value for a perfect student grows like
+    positive number, in either network. It depends on the batch size: its value for a perfect student grows like
     :math:`\log N`.
 
     Departures: a sample whose logits are all 0 has cosine 0 to everything and passes no gradient, where the authors'
     code divides by 1e-12.
 
-    Shapes: (N, K) on both sides -> scalar. One row gives 0.
+    Shapes: (N, K), (N, K) -> scalar. One row gives 0.
 
     Args:
         temperature: :math:`\tau`; the authors use 1 throughout.
@@ -42,7 +42,7 @@ class SampleContrastiveKD(RelationalLoss):
 
     Reference:
         Zhu, Zhou, Zhu, Wang and Hu 2024, CKD: Contrastive Knowledge Distillation from A Sample-wise Perspective,
-        arXiv:2404.14109. Their weight is 100 on CIFAR-100 and 10 on ImageNet.
+        arXiv:2404.14109.
 
     Example:
         >>> logits = torch.tensor([[1.0, 0.0], [0.0, 2.0]])

@@ -1,4 +1,4 @@
-"""Similarity-preserving distillation (Tung and Mori 2019): which samples of a batch activate a network alike."""
+"""Similarity-preserving distillation (Tung and Mori 2019): similarities of the activations within a batch."""
 
 from __future__ import annotations
 
@@ -8,35 +8,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_rkd.functional.scales import power_of_two, squares_in_range
 from lightning_rkd.functional.similarities import flatten_layers, unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
+from lightning_rkd.losses.parts.maps import gram_matrices
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """The loss of one pair of layers as a function; see :class:`SimilarityPreserving`."""
-    s, t = (unit_rows(_gram(x.flatten(1))) for x in (student, teacher.detach()))
+    s, t = (unit_rows(gram_matrices(x.flatten(1))) for x in (student, teacher.detach()))
     return (s - t).square().mean()
 
 
-def _gram(x: Tensor) -> Tensor:
-    """Inner products of the rows, up to a factor that keeps them in range."""
-    gram = x @ x.T
-    if squares_in_range(gram.diagonal(), x):
-        return gram
-    x = x / power_of_two(x, (0, 1))
-    return x @ x.T
-
-
 class SimilarityPreserving(RelationalLoss):
-    r"""Compares which samples of a batch activate the two networks alike.
+    r"""Compares the similarities between the activations of the samples in a batch.
 
     .. math::
         L = \frac{1}{N^2} \sum_l \big\lVert \tilde G_t^{(l)} - \tilde G_s^{(l)} \big\rVert_F^2, \qquad
         \tilde G_{i:} = G_{i:} / \lVert G_{i:} \rVert_2, \quad G = Q Q^\top
 
     with the flattened activations :math:`Q` of layer l. Several layers add up, as in the paper; the usual setting is
-    one, the last map before pooling. The loss does not change when either side is rotated or scaled.
+    one, the last map before pooling. The loss does not change when either network's are rotated or scaled.
 
     Departures: a sample without any activation has a row of zeros, as in the published code, but passes no gradient,
     where that passes one 1e12 times too large. Reading embeddings instead of maps is ours.

@@ -18,19 +18,19 @@ def soft_target(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -
 
 
 class SoftTarget(RelationalLoss):
-    r"""Knowledge distillation proper: the student's softened class probabilities should be the teacher's.
+    r"""Divergence between the class probabilities of teacher and student, softened by a temperature.
 
     .. math::
         L = \frac{T^2}{N} \sum_i \mathrm{KL}\big(\sigma(z^t_i / T) \,\Vert\, \sigma(z^s_i / T)\big)
 
     :math:`\sigma` is the softmax over classes. The factor :math:`T^2` keeps the gradient's size when T changes. The
-    loss does not change when a constant is added to all logits of a sample, on either side.
+    loss does not change when a constant is added to all logits of a sample, in either network.
 
     Departures: the paper minimises the cross-entropy with the soft targets, which differs by the teacher's entropy, a
     constant; published code takes this divergence. Dense logits are compared pixel by pixel, as distillation for
     segmentation does; the mean then runs over pixels too.
 
-    Shapes: (N, K) or (N, K, H, W) on both sides -> scalar.
+    Shapes: (N, K) or (N, K, H, W) of both networks -> scalar.
 
     Args:
         temperature: T; 4 in published comparisons.

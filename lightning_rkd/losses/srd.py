@@ -1,4 +1,4 @@
-"""SRD (Miles and Mikolajczyk 2024): a projector, a normalisation and a soft maximum are enough."""
+"""SRD (Miles and Mikolajczyk 2024): a projector, a normalisation and a soft maximum."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_rkd.functional.columns import centre_columns
 from lightning_rkd.losses.base import Reference, RelationalLoss
-from lightning_rkd.losses.parts.checks import check_positive
+from lightning_rkd.losses.parts.checks import check_at_least, check_positive
 
 
 def log_sum(student: Tensor, teacher: Tensor, *, power: float = 4.0, eps: float = 1e-5) -> Tensor:
@@ -19,20 +19,21 @@ def log_sum(student: Tensor, teacher: Tensor, *, power: float = 4.0, eps: float 
 
 
 def _standardised(x: Tensor) -> Tensor:
-    """Columns with mean 0 and variance 1: batch normalisation in training mode, without memory."""
+    """Columns with mean 0 and variance 1: batch normalisation in training mode, without running statistics."""
     rows = centre_columns(x)
     return rows * (rows.square().mean(0) + 1e-4).rsqrt()  # 1e-4 as in the authors' ImageNet code
 
 
 class SRD(RelationalLoss):
-    r"""The projected student, every column standardised over the batch, should be the standardised teacher.
+    r"""Matches the projected student to the teacher, every column standardised over the batch.
 
     .. math::
         L = \log\Big(\varepsilon + \sum_{i,d} \big|\,\mathrm{BN}(W s)_{id} - \mathrm{BN}(t)_{id}\,\big|^{\alpha}\Big)
 
     BN is batch normalisation without scale and shift; W is trained with the student. The logarithm of a sum of high
-    powers is a soft maximum, which keeps a student from being torn apart where it lacks capacity. Moving either side
-    changes nothing. The sum runs over samples, so the value grows like :math:`\log N`; the gradient does not.
+    powers is a soft maximum, which concentrates on few entries where the student lacks capacity. The loss does not
+    change when either embedding is moved. The sum runs over samples, so the value grows like :math:`\log N`; the
+    gradient does not.
 
     The authors add Hinton's loss at temperature 1: ``2 * SRD() + SoftTarget(1)``.
 
@@ -44,8 +45,8 @@ class SRD(RelationalLoss):
     Shapes: (N, D_s), (N, D_t) -> scalar. One row gives 0.
 
     Args:
-        student_dim: D_s; taken from the first batch if left out.
-        teacher_dim: D_t; taken from the first batch if left out.
+        student_dim: D_s; inferred if left out.
+        teacher_dim: D_t; inferred if left out.
         power: :math:`\alpha`.
         eps: :math:`\varepsilon`.
 
@@ -83,8 +84,7 @@ class SRD(RelationalLoss):
     ) -> None:
         super().__init__()
         check_positive("SRD", power=power, eps=eps)
-        if power < 1:
-            raise ValueError(f"SRD: below 1 the power's gradient has no bound; got power={power}")
+        check_at_least("SRD", 1, power=power)  # below 1 its gradient has no bound
         self.power, self.eps = power, eps
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
@@ -94,6 +94,6 @@ class SRD(RelationalLoss):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar."""
-        # what all rows share is standardised away behind the projector, and would cost digits inside it
+        # standardising removes what all rows share, which would cost digits in the projector
         student = centre_columns(student).to(student.dtype)
         return log_sum(self.project(student), teacher, power=self.power, eps=self.eps)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rkd.losses.base import Reference, RelationalLoss
-from lightning_rkd.losses.parts.checks import check_classes, check_logits
+from lightning_rkd.losses.parts.checks import check_choice, check_classes, check_logits, check_positive, check_share
 from lightning_rkd.utils.types import Mix
 
 Form = Literal["virtual", "blended", "wrong classes"]
-"""What the student of similarity transfer imitates."""
+"""The target that the student imitates."""
 
 
 def similarity_transfer(
@@ -29,7 +29,7 @@ def similarity_transfer(
     """STKD as a function; see :class:`STKD`."""
     check_logits(student, teacher, "STKD", dims=(2,))
     if len(mix.ratio) != len(student):
-        raise ValueError(f"STKD: {len(mix.ratio)} rows were mixed, but the student shows {len(student)}")
+        raise ValueError(f"STKD: {len(mix.ratio)} rows were mixed, but the student gives {len(student)}")
     if mix.teacher_mixed is (form == "blended"):
         sees = "the samples themselves" if mix.teacher_mixed else "mixed samples"
         raise ValueError(
@@ -71,9 +71,9 @@ class STKD(RelationalLoss):
 
     as a mean over samples, where the target p is
 
-    - ``"virtual"``: :math:`\sigma(t(\tilde{x}) / T)`, what the teacher says of the mixture;
-    - ``"blended"``: :math:`\lambda \sigma(t(x) / T) + (1 - \lambda) \sigma(t(x_\pi) / T)`, the mixture of what it says
-      of the two samples, which it must be shown unmixed, ``MixUp(clean_teacher=True)``;
+    - ``"virtual"``: :math:`\sigma(t(\tilde{x}) / T)`, the teacher's probabilities of the mixture;
+    - ``"blended"``: :math:`\lambda \sigma(t(x) / T) + (1 - \lambda) \sigma(t(x_\pi) / T)`, the mixture of its
+      probabilities of the two samples, which it must see unmixed, ``MixUp(clean_teacher=True)``;
     - ``"wrong classes"``: as ``"virtual"``, with p and :math:`\sigma(s)` restricted to the classes that have no part in
       the mixture's label, and normalised there.
 
@@ -120,12 +120,9 @@ class STKD(RelationalLoss):
 
     def __init__(self, form: Form = "virtual", share: float = 0.9, temperature: float = 4.0) -> None:
         super().__init__()
-        if form not in get_args(Form):
-            raise ValueError(f"STKD: form must be one of {', '.join(map(repr, get_args(Form)))}, got {form!r}")
-        if not 0 <= share <= 1:
-            raise ValueError(f"STKD: share must be between 0 and 1, got {share}")
-        if not temperature > 0:
-            raise ValueError(f"STKD: temperature must be positive, got {temperature}")
+        check_choice("STKD", Form, form=form)
+        check_share("STKD", share=share)
+        check_positive("STKD", temperature=temperature)
         self.form, self.share, self.temperature = form, share, temperature
 
     def forward(self, student: Tensor, teacher: Tensor, *, mix: Mix, labels: Tensor | None = None) -> Tensor:

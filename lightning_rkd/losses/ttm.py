@@ -1,4 +1,4 @@
-"""Transformed teacher matching (Zheng and Yang 2024): a temperature for the teacher, none for the student."""
+"""Transformed teacher matching (Zheng and Yang 2024): a temperature for the teacher alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def transformed_teacher_matching(
 
 
 class TTM(RelationalLoss):
-    r"""The student's probabilities should be the teacher's after a power transform.
+    r"""Divergence between the teacher's probabilities after a power transform and the student's.
 
     .. math::
         L = \frac{1}{N} \sum_i \mathrm{KL}\big(\hat p_i \,\Vert\, \sigma(z^s_i)\big), \qquad
@@ -34,10 +34,10 @@ class TTM(RelationalLoss):
     loses its temperature, which adds a Rényi entropy that keeps it from being overconfident. The loss does not change
     when a constant is added to all logits of a sample.
 
-    Departures: the power is taken of logarithms, so that probabilities that underflow do no harm. Dense logits are
+    Departures: powers are computed from logarithms, in which probabilities do not underflow. Dense logits are
     compared pixel by pixel, which the paper does not consider.
 
-    Shapes: (N, K) or (N, K, H, W) on both sides -> scalar.
+    Shapes: (N, K) or (N, K, H, W) of both networks -> scalar.
 
     Args:
         exponent: :math:`\gamma`; 0.1 to 0.4 on CIFAR-100, with a weight that was tuned for each pair of networks.
@@ -77,16 +77,16 @@ class TTM(RelationalLoss):
 
 
 class WTTM(RelationalLoss):
-    r"""Transformed teacher matching that counts a sample the more, the smoother the teacher's answer.
+    r"""Transformed teacher matching, each sample weighted by the smoothness of the teacher's probabilities.
 
     .. math::
         L = \frac{1}{N} \sum_i U_\gamma(p_i)\, \mathrm{KL}\big(\hat p_i \,\Vert\, \sigma(z^s_i)\big), \qquad
         U_\gamma(p) = \sum_k p_k^\gamma
 
     with :math:`p` and :math:`\hat p` as in :class:`TTM`, whose notes hold here too. The power sum :math:`U_\gamma` is
-    1 for a certain teacher and :math:`K^{1 - \gamma}` for one that knows nothing, so weights are smaller than TTM's.
+    1 for a one-hot and :math:`K^{1 - \gamma}` for a uniform prediction, so loss weights are smaller than TTM's.
 
-    Shapes: (N, K) or (N, K, H, W) on both sides -> scalar.
+    Shapes: (N, K) or (N, K, H, W) of both networks -> scalar.
 
     Args:
         exponent: :math:`\gamma`.

@@ -11,7 +11,7 @@ from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
 def orthonormal(x: Tensor) -> Tensor:
-    r"""The orthonormal factor of a matrix: columns of length 1 at right angles, or rows where it is wide.
+    r"""Orthonormal factor of a matrix: orthonormal columns, or rows where it is wide.
 
     .. math:: X = Q R, \quad R_{ii} > 0
 
@@ -29,13 +29,13 @@ def orthonormal(x: Tensor) -> Tensor:
 
 
 class VkD(RelationalLoss):
-    r"""Projects the student's embedding orthogonally into the teacher's space and compares it there.
+    r"""Compares the student's embedding with the normalised teacher's after an orthogonal projection.
 
     .. math:: L = \frac{1}{N D_t} \sum_{n,d} h\big((P s_n)_d - \mathrm{LN}(t_n)_d\big), \qquad
         P^\top P = I, \quad h(e) = \begin{cases} e^2 / 2 & |e| \le 1 \\ |e| - 1/2 & \text{else} \end{cases}
 
-    An orthogonal P keeps all angles and lengths of the student's batch, so that it must learn the teacher's relations
-    itself and cannot leave them to the projection. LN shifts and scales every row of the teacher to mean 0 and
+    An orthogonal P keeps all angles and norms of the student's batch, so that the student must learn the teacher's
+    relations, and the projection cannot. LN shifts and scales every row of the teacher to mean 0 and
     variance 1, without parameters: the paper's normalisation for classification. Where the teacher is narrower,
     :math:`P P^\top = I` instead.
 
@@ -45,12 +45,12 @@ class VkD(RelationalLoss):
     Shapes: student (N, D_s), teacher (N, D_t) -> scalar.
 
     Args:
-        student_dim: D_s; ``None`` waits for the first call.
-        teacher_dim: D_t.
+        student_dim: D_s; inferred if left out.
+        teacher_dim: D_t; inferred if left out.
 
     Reference:
         Miles, Elezi and Deng 2024, VkD: Improving Knowledge Distillation using Orthogonal Projections,
-        arXiv:2403.06213. Their weight is 1.
+        arXiv:2403.06213.
 
     Example:
         >>> loss = VkD(student_dim=1, teacher_dim=2)

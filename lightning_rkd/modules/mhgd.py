@@ -25,7 +25,7 @@ from lightning_rkd.functional.channels import flatten_positions
 from lightning_rkd.functional.singular import right_singular_vectors
 from lightning_rkd.losses.base import pick, weight_at
 from lightning_rkd.losses.mhgd import MHGD
-from lightning_rkd.losses.parts.attention_graph import AttentionGraph, attention_sizes, trained_attention
+from lightning_rkd.losses.parts.attention_graph import AttentionGraph, attention_sizes, load_attention
 from lightning_rkd.losses.references import BibTeX
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts, sum_over_ranks
@@ -136,7 +136,7 @@ class AttentionGraphEstimator(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the graph that was saved, where its channels are not known yet."""
         if self.graph is None:
-            channels, heads = attention_sizes(trained_attention(checkpoint["state_dict"]))
+            channels, heads = attention_sizes(load_attention(checkpoint["state_dict"]))
             self.graph = AttentionGraph(channels, heads, self.seed)
 
     def on_fit_start(self) -> None:

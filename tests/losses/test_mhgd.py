@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.losses.mhgd import MHGD, graph_divergence
-from lightning_rkd.losses.parts.attention_graph import AttentionGraph, attention_sizes, trained_attention
+from lightning_rkd.losses.parts.attention_graph import AttentionGraph, attention_sizes, load_attention
 from lightning_rkd.losses.parts.memory import generator
 from tests.oracles import mhgd as oracle
 
@@ -301,13 +301,13 @@ def test_noise_depends_on_seed_and_step_alone_and_there_is_none_in_evaluation():
 
 def test_sizes_are_read_off_a_saved_graph_of_any_depth():
     channels = tuple(range(2, 15))
-    assert attention_sizes(trained_attention(AttentionGraph(channels, heads=3))) == (channels, 3)
+    assert attention_sizes(load_attention(AttentionGraph(channels, heads=3))) == (channels, 3)
 
 
 def test_two_graphs_in_one_file_are_refused():
     both = nn.ModuleDict({"a": AttentionGraph((2, 3)), "b": AttentionGraph((2, 3))})
     with pytest.raises(ValueError, match="this ModuleDict holds 2 attention graphs"):
-        trained_attention(both)
+        load_attention(both)
 
 
 @pytest.mark.parametrize(("channels", "heads"), [((4,), 8), ((4, 4), 0)])

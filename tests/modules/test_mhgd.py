@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_rkd.data.indexing import with_indices
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.mhgd import MHGD
-from lightning_rkd.losses.parts.attention_graph import AttentionGraph, frozen_attention, trained_attention
+from lightning_rkd.losses.parts.attention_graph import AttentionGraph, freeze_attention, load_attention
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.modules import AttentionGraphEstimator, MHGDModule
 from lightning_rkd.modules.distillation import DistillationModule
@@ -276,7 +276,7 @@ def test_the_heads_are_saved_unchanged_with_the_student_and_serve_again_without_
     second = torch.load(tmp_path / "2" / "last.ckpt", weights_only=True)
     heads = {k: v for k, v in second["state_dict"].items() if ".attention." in k}
     assert heads
-    expected = frozen_attention(trained_attention(first))
+    expected = freeze_attention(load_attention(first))
     assert all(torch.equal(v, expected[k.removeprefix("loss.attention.")].float()) for k, v in heads.items())
     held = {id(p) for group in ours.trainer.optimizers[0].param_groups for p in group["params"]}
     assert not held & {id(p) for p in loss.attention.parameters()}

@@ -1,4 +1,4 @@
-"""The attention graph of MHGD: heads that relate the samples of a batch, and the network that learns them."""
+"""The attention graph of MHGD: heads that relate the samples of a batch, and the network that trains them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,9 @@ class AttentionHeads(nn.Module):
     Args:
         front: C_F.
         back: C_B.
-        heads: How many graphs.
-        frozen: For heads that have learnt: they need no gradient, and each map and its batch norm are one map with a
-            bias, which is what running statistics make of them. No mode of training changes that.
-
-    Reference:
-        Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.
+        heads: The number of graphs.
+        frozen: For trained heads: each map and its batch norm, with running statistics, are one map with a bias, which
+            needs no gradient and is the same in train and eval mode.
 
     Example:
         >>> AttentionHeads(4, 6, heads=3)(torch.rand(5, 4), torch.rand(5, 6)).shape
@@ -62,19 +59,16 @@ class Estimator(nn.Module):
     .. math:: \hat V_B = \frac{y}{\lVert y \rVert_2}, \quad
         y = W \Vert_h (G_h X) + b, \quad X = \mathrm{ReLU}(\mathrm{BN}(W_0 V_F)), \quad G_h = m_h\,\mathrm{softmax}(A_h)
 
-    In training a sample's graph is dropped (:math:`m_{hi} = 0`) in those heads where noise of a standard normal
-    distribution lies below its mean over the heads, in about half of them. In evaluation all heads count half, which is
-    ours: the published code drops there as well.
+    In training a sample's graph is dropped (:math:`m_{hi} = 0`) in the heads in which standard normal noise lies below
+    its mean over the heads, about half of them. In evaluation all heads count half, which is ours: the published code
+    drops there as well.
 
     Shapes: front (N, C_F), logits (heads, N, N), kept (heads, N, 1) -> (N, C_B), unit rows.
 
     Args:
         front: C_F.
         back: C_B.
-        heads: How many graphs there are.
-
-    Reference:
-        Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.
+        heads: The number of graphs.
     """
 
     def __init__(self, front: int, back: int, heads: int = 8) -> None:
@@ -90,13 +84,13 @@ class Estimator(nn.Module):
 
 
 class AttentionGraph(nn.Module):
-    r"""What stage 1 of MHGD trains: attention heads between consecutive stages, judged by how well they estimate.
+    r"""The network of MHGD's stage 1: attention heads between consecutive stages, trained by their estimates.
 
     Args:
         channels: Channels of the stages, front to back; at least two.
         heads: Graphs per pair of stages.
-        seed: Of the noise that drops heads. It depends on the seed and the number of training steps so far alone, so
-            that ranks agree and a resumed run goes on as the uninterrupted one would.
+        seed: Of the noise that drops heads. The noise depends on the seed and the number of training steps alone, so
+            that ranks agree and a resumed run continues exactly.
 
     Shapes: for every stage (N, C), unit rows -> for every stage but the first (N, C), the estimates.
 
@@ -122,7 +116,7 @@ class AttentionGraph(nn.Module):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def forward(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """The estimates of all stages' vectors but the first's."""
+        """The estimates, for every stage but the first."""
         noise = generator(self.seed, int(self.updates)) if self.training else None
         if self.training:
             self.updates += 1
@@ -148,15 +142,15 @@ def attention_between(channels: Sequence[int], heads: int, *, frozen: bool = Fal
     return nn.ModuleList(AttentionHeads(f, b, heads, frozen=frozen) for f, b in pairwise(channels))
 
 
-def trained_attention(estimator: str | os.PathLike[str] | nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state of the attention heads alone, from a network that holds them, its state, or its checkpoint.
+def load_attention(estimator: str | os.PathLike[str] | nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:
+    """Load the state of the attention heads, from a network that holds them, its state, or its checkpoint.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: The file is damaged, or holds no attention graph, or more than one.
 
     Example:
-        >>> sorted(trained_attention(AttentionGraph((2, 2), heads=1)))[0]
+        >>> sorted(load_attention(AttentionGraph((2, 2), heads=1)))[0]
         '0.receiver.0.weight'
     """
     if isinstance(estimator, nn.Module):
@@ -170,16 +164,16 @@ def trained_attention(estimator: str | os.PathLike[str] | nn.Module | Mapping[st
     if len(prefixes) != 1:
         raise ValueError(
             f"MHGD: {what} holds {len(prefixes) or 'no'} attention graphs, where one is needed: name the checkpoint "
-            "that AttentionGraphEstimator left"
+            "of an AttentionGraphEstimator"
         )
     return {key.removeprefix(prefixes[0]): value for key, value in whole.items() if key.startswith(prefixes[0])}
 
 
 def attention_sizes(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], int]:
-    """Channels of the stages and number of heads, from what :func:`trained_attention` gives.
+    """Channels of the stages and number of heads, from the state of the heads.
 
     Example:
-        >>> attention_sizes(trained_attention(AttentionGraph((4, 6, 8), heads=3)))
+        >>> attention_sizes(load_attention(AttentionGraph((4, 6, 8), heads=3)))
         ((4, 6, 8), 3)
     """
     pairs = sum(key.endswith(".sender.0.weight") for key in state)
@@ -188,8 +182,8 @@ def attention_sizes(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], int]:
     return (front, *(weight.shape[1] for weight in senders)), len(senders[0]) // ((front + back) // 2)
 
 
-def frozen_attention(state: Mapping[str, Tensor], eps: float = 1e-5) -> dict[str, Tensor]:
-    r"""The state of frozen heads, from that of heads that have learnt, as :func:`trained_attention` gives it.
+def freeze_attention(state: Mapping[str, Tensor], eps: float = 1e-5) -> dict[str, Tensor]:
+    r"""Compute the state of frozen heads from that of trained ones.
 
     .. math:: \gamma\, \frac{W x - \mu}{\sqrt{v + \epsilon}} + \beta = W' x + b'
     """
@@ -207,14 +201,14 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         check_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged pickle makes of itself
+    except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"MHGD: {str(path)!r} is damaged or no checkpoint ({error})") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
 
 def _kept(heads: int, n: int, noise: torch.Generator) -> Tensor:
-    """Which heads each sample keeps, (heads, N, 1)."""
+    """Mask of the heads that each sample keeps, (heads, N, 1)."""
     drawn = torch.randn(heads, n, 1, generator=noise, dtype=torch.float32)
     return drawn > drawn.mean(0)
 

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from lightning_rkd.losses.parts.state import StepState
 
-_UNKNOWN = torch.iinfo(torch.int64).min  # the class of a sample that no batch has shown yet
+_UNKNOWN = torch.iinfo(torch.int64).min  # the class of a sample that no batch has held yet
 _BLOCK = 2**25  # similarities computed at a time
 
 
 def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on seed and step alone: the same on every rank, and after a resume.
+    """Random number generator that depends on seed and step alone: the same on every rank, and after a resume.
 
     Example:
         >>> torch.randint(100, (4,), generator=generator(seed=0, step=7)).tolist()
@@ -27,13 +27,13 @@ def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch
 
 
 class MemoryBank(StepState):
-    r"""One l2-normalised row for every sample of the training set, renewed when the sample is seen.
+    r"""One l2-normalised row for every sample of the training set, renewed when a batch holds the sample.
 
     .. math:: m_i \leftarrow \frac{\mu\, m_i + (1 - \mu)\, x_i}{\lVert \mu\, m_i + (1 - \mu)\, x_i \rVert_2}
 
     An index that a batch holds several times, as with several views of a sample, is renewed once, with the mean of its
-    rows. Rows start as points of the sphere, uniformly at random. Everything random comes from ``seed`` and the number
-    of updates, so that all ranks hold the same bank, and a loaded bank goes on as the saved one would have.
+    rows. Rows begin as uniformly random points of the sphere. All randomness comes from ``seed`` and the number of
+    updates, so that all ranks hold the same bank, and a loaded bank continues as the saved one would have.
 
     Args:
         num_samples: M, the size of the training set.
@@ -43,8 +43,8 @@ class MemoryBank(StepState):
 
     Attributes:
         rows: (M, dim), float32 (float64 after ``.double()``).
-        labels: (M,), the class of each sample where a batch has told it.
-        updates: How often the bank was updated; stays in host memory.
+        labels: (M,), the classes of the samples that a batch has held.
+        updates: The number of updates; stays in host memory.
 
     Raises:
         ValueError: Fewer than two samples, or no width.
@@ -111,11 +111,11 @@ class MemoryBank(StepState):
         return indices.clamp(0, len(self) - 1)
 
     def draw(self, indices: Tensor, count: int, labels: Tensor | None = None) -> Tensor:
-        r"""Negatives for every sample of a batch, uniform and with replacement.
+        r"""Draw negatives for every sample of a batch, uniformly and with replacement.
 
         Without labels they come from all other samples, with labels from all samples of other classes. The bank knows
-        the class of a sample once an update has told it; rows of samples that were never seen are still random points,
-        of no class, and serve everybody. The draws depend on seed, number of updates, and the rank of a sample's index
+        the class of a sample after its first update; until then its row is a random point of no class, a negative for
+        every sample. The draws depend on seed, number of updates, and the rank of a sample's index
         among those of the batch, not on the order of the rows.
 
         Shapes: (N,) -> (N, count), int64.
@@ -126,7 +126,7 @@ class MemoryBank(StepState):
             labels: Classes (N,), or soft labels (N, K), of which the largest counts.
 
         Raises:
-            ValueError: Where all samples in memory are of one class (CPU).
+            ValueError: All samples in memory are of one class (CPU only).
         """
         size, device = len(self), self.rows.device
         if labels is None:
@@ -153,7 +153,7 @@ class MemoryBank(StepState):
         return drawn if order is None else order[drawn]
 
     def similarities(self, features: Tensor, which: Tensor) -> Tensor:
-        r"""Inner products of each feature with rows of its own choice, differentiable in the features.
+        r"""Inner products of each feature with its own selection of rows, differentiable in the features.
 
         .. math:: s_{ik} = \langle x_i, m_{w_{ik}} \rangle
 
@@ -170,12 +170,12 @@ class MemoryBank(StepState):
 
     @torch.no_grad()
     def update(self, indices: Tensor, rows: Tensor, momentum: float, labels: Tensor | None = None) -> None:
-        """Renew the rows of a batch's samples, and note their classes; call it in training only, after the loss.
+        """Renew the rows of a batch's samples, and store their classes; call it in training only, after the loss.
 
         Args:
             indices: (N,), as :meth:`locate` gives them; duplicates count as one sample with the mean of their rows.
             rows: (N, dim).
-            momentum: How much of the old row stays.
+            momentum: Share of the old row.
             labels: As in :meth:`draw`.
         """
         same = indices[:, None] == indices
@@ -204,16 +204,16 @@ class MemoryBank(StepState):
 class Queue(StepState):
     """The rows of the last batches: first in, first out.
 
-    Rows start as random points of the sphere, as in momentum contrast; ``filled`` tells how many have been replaced.
+    Rows begin as random points of the sphere, as in momentum contrast.
 
     Args:
-        size: How many rows are kept.
+        size: The number of rows.
         dim: Width of a row.
         seed: Of the first rows.
 
     Attributes:
         rows: (size, dim), in no particular order; float32 (float64 after ``.double()``).
-        pushed: How many rows were ever pushed; stays in host memory.
+        pushed: The number of rows pushed so far; stays in host memory.
 
     Raises:
         ValueError: No size or no width.
@@ -240,16 +240,16 @@ class Queue(StepState):
 
     @property
     def filled(self) -> int:
-        """How many rows come from a batch; the others are the random ones of the beginning."""
+        """The number of rows that come from a batch; the others are still random."""
         return min(int(self.pushed), len(self.rows))
 
     def contents(self) -> Tensor:
-        """A copy of all rows, which a later :meth:`push` leaves alone, also between forward and backward."""
+        """A copy of all rows, which a later :meth:`push` does not change, also between forward and backward."""
         return self.rows.clone()
 
     @torch.no_grad()
     def push(self, rows: Tensor) -> None:
-        """Put rows (N, dim) in place of the oldest; of more rows than fit, the last stay. Call it in training only."""
+        """Replace the oldest rows by rows (N, dim), of which the last ``size`` stay; call it in training only."""
         size, count = len(self.rows), len(rows)
         kept = rows[-size:]
         first = int(self.pushed) + count - len(kept)

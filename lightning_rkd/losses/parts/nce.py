@@ -1,4 +1,4 @@
-"""Noise-contrastive estimation as contrastive distillation uses it: is this row the partner, or noise?"""
+"""Noise-contrastive estimation: classification of rows as partner or noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learnt map that brings two networks of different widths onto one sphere."""
+"""Projection of embeddings of different widths onto one unit sphere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Projector(nn.Module):
 
     .. math:: x \mapsto \frac{W x + b}{\lVert W x + b \rVert_2}
 
-    Shapes: (N, D) -> (N, dim), rows of length 1.
+    Shapes: (N, D) -> (N, dim), unit rows.
 
     Args:
         width: D.

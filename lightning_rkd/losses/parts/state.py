@@ -1,4 +1,4 @@
-"""The mark of modules whose buffers are part of training: memories, queues, running estimates."""
+"""Base of modules with buffers that training updates: memories, queues, running estimates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class StepState(nn.Module):
 
     The engine leaves such buffers out of what DistributedDataParallel broadcasts (every rank updates its own copy from
     the rows of all ranks, so the copies are the same) and refuses optimisers that call the loss several times a step.
-    Everything the module knows is in its buffers, so that a checkpoint resumes exactly.
+    All state is in buffers, so that a checkpoint resumes exactly.
 
     Class attributes:
         on_host: Names of the buffers that stay in host memory wherever the module is moved: counters, which the host
