@@ -190,7 +190,7 @@ class HolisticKD(RelationalLoss):
         assert outputs.logits is not None
         if outputs.logits.ndim != 2:
             raise ValueError(
-                f"HolisticKD: the {name}'s logits must be (N, classes), got {tuple(outputs.logits.shape)}; read the "
+                f"HolisticKD: the {name}'s logits must be (N, classes), got {tuple(outputs.logits.shape)}; tap the "
                 "classifier of whole images"
             )
         x = getattr(self, f"{name}_projector")(outputs.embedding)

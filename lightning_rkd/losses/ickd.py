@@ -101,7 +101,7 @@ class ICKD(RelationalLoss):
             if s.ndim not in (3, 4) or t.ndim not in (3, 4):  # a vector's channels have no positions to correlate over
                 raise ValueError(
                     "ICKD: student and teacher must give maps (N, C, H, W) or tokens (N, T, C), "
-                    f"got {tuple(s.shape)} and {tuple(t.shape)}; read layers before pooling"
+                    f"got {tuple(s.shape)} and {tuple(t.shape)}; tap layers before pooling"
                 )
             channels = flatten_channels(s, who="ICKD")
             if channels.shape[0] * channels.shape[2] == 1:

@@ -164,7 +164,7 @@ def _moved(maps: list[Tensor], k: int, m: int, *, who: str) -> Tensor:
     if before.shape != after.shape:
         raise ValueError(
             f"IRG: a transformation runs between maps with the same channels, but the {who}'s maps {k} and {m} have "
-            f"{before.shape[1]} and {after.shape[1]}; read the first and the last block of each stage and pass "
+            f"{before.shape[1]} and {after.shape[1]}; tap the first and the last block of each stage and pass "
             "transform_layers=[(0, 1), (2, 3), ...]"
         )
     return transformation(before, after)

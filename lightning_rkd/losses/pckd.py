@@ -199,7 +199,7 @@ class PCKD(RelationalLoss):
         if not len(s_centres) == len(t_centres) == s_logits.shape[1]:
             raise ValueError(
                 f"PCKD: student and teacher must have the same classes, got {len(s_centres)} and {len(t_centres)} rows "
-                f"in the classifiers and {s_logits.shape[1]} logits; read the Linear layer that computes the logits"
+                f"in the classifiers and {s_logits.shape[1]} logits; tap the Linear layer that computes the logits"
             )
         weights = preview_weights(s_logits, labels, view, epoch=epoch, growth=self.growth)
         contrast = category_contrast(

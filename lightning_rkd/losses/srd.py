@@ -83,7 +83,7 @@ class SRD(RelationalLoss):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        check_positive("SRD", power=power, eps=eps)
+        check_positive("SRD", eps=eps)
         check_at_least("SRD", 1, power=power)  # below 1 its gradient has no bound
         self.power, self.eps = power, eps
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)

@@ -65,12 +65,3 @@ def test_the_form_sample_is_a_mean_of_per_sample_terms():
 def test_different_widths_are_refused_in_the_form_sample_with_the_cure():
     with pytest.raises(ValueError, match=r"Tanimoto: form='sample' .* got 4 .* and 7 .*form='matrix'"):
         Tanimoto("sample")(torch.randn(3, 4), torch.randn(3, 7))
-
-
-def test_an_unknown_form_is_refused():
-    with pytest.raises(ValueError, match="Tanimoto: form must be 'matrix' or 'sample', got 'pairs'"):
-        Tanimoto("pairs")  # type: ignore[arg-type]
-
-
-def test_settings_show_when_printed():
-    assert str(Tanimoto("sample")) == "Tanimoto(form='sample')"

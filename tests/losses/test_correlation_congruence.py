@@ -80,21 +80,3 @@ def test_degenerate_batches_give_finite_gradients(form, case):
 def test_rows_of_different_widths_are_refused_with_the_cure():
     with pytest.raises(ValueError, match=r"CorrelationCongruence: form='rows' .* got 3 .* and 5 .*form='kernel'"):
         CorrelationCongruence("rows")(torch.randn(4, 3), torch.randn(4, 5))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"form": "gaussian"}, "form must be 'kernel', 'norm' or 'rows', got 'gaussian'"),
-        ({"gamma": 0.0}, "gamma must be positive, got 0.0"),
-        ({"order": 0}, "at least 1, got 0"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings, message):
-    with pytest.raises(ValueError, match=f"CorrelationCongruence: .*{message}"):
-        CorrelationCongruence(**settings)
-
-
-def test_settings_show_when_printed():
-    assert str(CorrelationCongruence()) == "CorrelationCongruence(form='kernel', gamma=0.4, order=2)"
-    assert str(CorrelationCongruence("rows")) == "CorrelationCongruence(form='rows')"

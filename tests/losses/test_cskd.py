@@ -65,26 +65,6 @@ def test_the_same_logits_have_loss_zero(loss):
     assert abs(loss(logits, logits).item()) < 1e-12
 
 
-@pytest.mark.parametrize("loss", [ClassSimilarityKD(), CosineTemperatureKD()], ids=str)
-def test_different_class_counts_and_dense_logits_are_refused(loss):
-    name = type(loss).__name__
-    with pytest.raises(ValueError, match=f"{name}: the student has 5 classes, the teacher 7.*embeddings"):
-        loss(torch.randn(3, 5), torch.randn(3, 7))
-    with pytest.raises(ValueError, match=rf"{name}: .* must be \(N, K\), got \(2, 5, 3, 3\)"):
-        loss(torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3))
-
-
-def test_settings_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match="ClassSimilarityKD: temperature must be a positive number"):
-        ClassSimilarityKD(temperature=0)
-    with pytest.raises(ValueError, match="ClassSimilarityKD: scale must be a positive number"):
-        ClassSimilarityKD(scale=-1)
-    with pytest.raises(ValueError, match="CosineTemperatureKD: low must be a positive number"):
-        CosineTemperatureKD(low=0)
+def test_a_low_temperature_above_the_high_one_is_refused():
     with pytest.raises(ValueError, match="low must not exceed high, got low=6 and high=2"):
         CosineTemperatureKD(6, 2)
-
-
-def test_settings_show_when_printed():
-    assert str(ClassSimilarityKD()) == "ClassSimilarityKD(temperature=4.0, scale=2.0)"
-    assert str(CosineTemperatureKD()) == "CosineTemperatureKD(low=2.0, high=6.0, scale=2.0)"

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -88,26 +86,7 @@ def test_far_embeddings_do_not_overflow(cls):
     assert torch.isfinite(student.grad).all()
 
 
-@EITHER
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"alpha": 0.0}, "alpha must be positive, got 0.0"),
-        ({"beta": 0.5}, "beta must be at least 1 .*got 0.5"),
-        ({"length": 0}, "length .* at least 1, got 0"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(cls, settings: dict[str, Any], message):
-    with pytest.raises(ValueError, match=f"{cls.__name__}: {message}"):
-        cls(**settings)
-
-
 def test_lists_too_long_to_score_all_their_orders_are_refused_with_the_cure():
     assert HardDarkRank(length=20).length == 20
     with pytest.raises(ValueError, match=r"SoftDarkRank: length must be at most 7, .* got 8; HardDarkRank"):
         SoftDarkRank(length=8)
-
-
-def test_settings_show_when_printed():
-    assert str(HardDarkRank()) == "HardDarkRank(alpha=3.0, beta=3.0, length=4)"
-    assert str(SoftDarkRank(12.25, 4.0)) == "SoftDarkRank(alpha=12.25, beta=4.0, length=4)"

@@ -81,12 +81,3 @@ def test_different_widths_without_a_projection_are_refused_with_the_cure():
         EmbedDistill(projection=False)(torch.randn(2, 3), torch.randn(2, 4))
     with pytest.raises(ValueError, match=r"EmbedDistill: .*\(2, 3\).*\(2, 4\).*projection"):
         embedding_distance(torch.randn(2, 3), torch.randn(2, 4))
-
-
-def test_an_unknown_distance_is_refused_with_the_two_that_exist():
-    with pytest.raises(ValueError, match="EmbedDistill: distance must be 'l2' or 'cosine', got 'mse'"):
-        EmbedDistill(distance="mse")
-
-
-def test_settings_show_when_printed():
-    assert "distance='l2', projection=None" in str(EmbedDistill())

@@ -98,7 +98,3 @@ def test_lists_of_different_length_are_refused():
         FitNetHint()([torch.randn(2, 3, 4, 4)] * 2, [torch.randn(2, 4, 4, 4)])
     with pytest.raises(ValueError, match=r"FitNetHint: maps are compared in pairs, got channels \(3, 5\)"):
         FitNetHint((3, 5), (4,))
-
-
-def test_settings_show_when_printed():
-    assert "relu=False" in str(FitNetHint())

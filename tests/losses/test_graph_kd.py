@@ -92,24 +92,3 @@ def test_a_batch_of_no_more_samples_than_neighbours_is_refused_with_the_cure():
         ValueError, match=r"GraphKD: .*neighbours=4.* at least 5 samples, got a batch of 4; lower neighbours"
     ):
         GraphKD(neighbours=4)(torch.rand(4, 2), torch.rand(4, 2))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"neighbours": 0}, "neighbours must be at least 1, or None for all edges, got 0"),
-        ({"power": 0}, "power must be at least 1, got 0"),
-        ({"edges": "intra"}, "edges must be 'all', 'within' or 'between', got 'intra'"),
-        ({"reads": "logits"}, "reads must be 'embedding' or 'feature_maps', got 'logits'"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(settings, message):
-    with pytest.raises(ValueError, match=f"GraphKD: {message}"):
-        GraphKD(**settings)
-
-
-def test_settings_show_when_printed():
-    assert (
-        str(GraphKD(neighbours=5, reads="feature_maps"))
-        == "GraphKD(neighbours=5, power=1, edges='all', reads='feature_maps')"
-    )

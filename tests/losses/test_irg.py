@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused_with_the_cure():
     s, t, _ = networks()
     with pytest.raises(ValueError, match=r"student's maps 1 and 2 have 2 and 4; .* transform_layers=\[\(0, 1\)"):
         IRG()(s, t)
-    with pytest.raises(ValueError, match="IRG: there is no map 7, the networks show 4"):
+    with pytest.raises(ValueError, match="IRG: there is no map 7 among the 4 that are read"):
         IRG(edge_layers=(7,))(s, t)
     with pytest.raises(ValueError, match="IRG: there is no map -5"):
         IRG(transform_layers=[(0, -5)])(s, t)

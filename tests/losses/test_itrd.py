@@ -50,8 +50,3 @@ def test_constant_columns_pass_no_gradient():
     assert x.grad is not None
     assert torch.isfinite(x.grad).all()
     assert x.grad[:, 1].abs().max() == 0
-
-
-def test_an_order_that_is_not_positive_is_refused():
-    with pytest.raises(ValueError, match="ITRD: alpha must be positive, got 0"):
-        ITRD(alpha=0)

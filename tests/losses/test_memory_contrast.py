@@ -194,24 +194,3 @@ def test_indices_and_the_size_of_the_data_set_are_required():
         CRD(num_samples=50)(torch.ones(1, 3), torch.ones(1, 3))
     with pytest.raises(ValueError, match="num_samples"):
         CRD()(torch.ones(1, 3), torch.ones(1, 3), indices=torch.tensor([0]))
-
-
-@both
-@pytest.mark.parametrize(
-    ("setting", "value", "range_"),
-    [
-        ("dim", 1, "at least 2"),
-        ("negatives", 0, "at least 1"),
-        ("temperature", 0.0, "a positive number"),
-        ("momentum", 1.5, "between 0 and 1"),
-        ("momentum", -1, "between 0 and 1"),
-    ],
-)
-def test_settings_out_of_range_are_refused(cls, setting, value, range_):
-    with pytest.raises(ValueError, match=f"{cls.__name__}: {setting} must be {range_}, got {value}"):
-        cls(**{setting: value})
-
-
-def test_settings_are_printed():
-    assert "CRD(\n  dim=128, negatives=16384, temperature=0.07, momentum=0.5, seed=0" in str(CRD(4, 6, 12))
-    assert "CRCD(\n  dim=128, negatives=500, temperature=0.05, momentum=0.5, seed=0" in str(CRCD(4, 6, 12))

@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused_with_the_cure():
         NST("rbf")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"equally many tokens .* drop class tokens"):
         NST()([torch.ones(2, 5, 3)], [torch.ones(2, 4, 3)])
-    with pytest.raises(ValueError, match=r"must show maps .* got \(2, 4, 3\) and \(2, 3, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"must give maps .* got \(2, 4, 3\) and \(2, 3, 2, 2\)"):
         NST()([torch.ones(2, 4, 3)], [torch.ones(2, 3, 2, 2)])
-    with pytest.raises(ValueError, match=r"must show maps .* tap layers before pooling"):
+    with pytest.raises(ValueError, match=r"must give maps .* tap layers before pooling"):
         NST()([torch.ones(2, 4)], [torch.ones(2, 4)])

@@ -172,7 +172,7 @@ def test_labels_that_are_no_class_numbers_are_refused():
 def test_networks_of_other_classes_are_refused():
     teacher = side(4, 3)
     teacher.classifier = (torch.randn(7, 3), torch.randn(7))
-    with pytest.raises(ValueError, match="PCKD: student and teacher must tell the same classes apart, got 4 and 7"):
+    with pytest.raises(ValueError, match="PCKD: student and teacher must have the same classes, got 4 and 7"):
         PCKD()(side(4, 3), teacher, labels=torch.arange(4), epoch=0)
 
 
@@ -190,12 +190,3 @@ def test_logits_and_labels_of_other_classes_and_of_pixels_are_refused():
 def test_views_without_their_sample_are_refused():
     with pytest.raises(ValueError, match="PCKD: row 3 is view 1 of a sample whose view 0 is not in the batch"):
         PCKD()(side(4, 3), side(4, 3), labels=torch.arange(4), view=torch.tensor([0, 1, 2, 1]), epoch=0)
-
-
-def test_settings_out_of_range_are_refused_and_settings_show_when_printed():
-    for name in ("temperature", "kl_temperature", "growth"):
-        with pytest.raises(ValueError, match=f"PCKD: {name} must be positive, got 0"):
-            PCKD(**{name: 0})
-    assert "PCKD(\n  contrast_weight=0.05, correlation_weight=1.0, align_weight=20.0, kl_weight=0.0" in str(
-        PCKD(student_dim=2, teacher_dim=2)
-    )

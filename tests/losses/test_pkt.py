@@ -82,12 +82,3 @@ def test_lengths_do_not_matter_and_directions_do():
     torch.testing.assert_close(PKT()(lengths * student, teacher), PKT()(student, teacher), rtol=1e-6, atol=0)
     assert float(PKT()(2 * teacher, teacher)) < 1e-12
     assert float(PKT()(student, teacher)) > 1e-4
-
-
-def test_an_unknown_reduction_is_refused_with_the_two_that_exist():
-    with pytest.raises(ValueError, match="'official' or 'distinct', got 'mean'"):
-        PKT(reduction="mean")  # type: ignore[arg-type]
-
-
-def test_settings_show_when_printed():
-    assert str(PKT("distinct")) == "PKT(reduction='distinct')"

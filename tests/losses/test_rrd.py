@@ -70,5 +70,5 @@ def test_the_defaults_are_those_of_the_authors_scripts():
 def test_what_does_not_fit_is_refused_with_the_cure():
     with pytest.raises(ValueError, match="RRD: a batch of 6 rows does not fit into the queue of 5; pass a larger"):
         small()(torch.randn(6, 3), torch.randn(6, 4))
-    with pytest.raises(ValueError, match="RRD: teacher_temperature must be positive, got 0"):
+    with pytest.raises(ValueError, match="RRD: teacher_temperature must be a positive number, got 0"):
         RRD(teacher_temperature=0)

@@ -88,16 +88,3 @@ def test_training_the_projector_alone_lowers_the_loss():
         (grad,) = torch.autograd.grad(loss(student, teacher), loss.project.weight)
         loss.project.weight.data -= 0.02 * grad
     assert loss(student, teacher).item() < before - 5
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"eps": 0.0}, "eps must be a positive"), ({"power": -4.0}, "power must"), ({"power": 0.5}, "below 1")],
-)
-def test_settings_that_make_no_sense_are_refused(settings, message):
-    with pytest.raises(ValueError, match=f"SRD: .*{message}" if message != "below 1" else "SRD: below 1"):
-        SRD(**settings)
-
-
-def test_settings_show_when_printed():
-    assert "power=4.0, eps=1e-05" in str(SRD())

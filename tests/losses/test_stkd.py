@@ -158,21 +158,11 @@ def test_labels_and_logits_that_do_not_fit_are_refused():
         STKD()(student[:3], teacher[:3], mix=mix, labels=labels[:3])
 
 
-def test_settings_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="STKD: form must be one of 'virtual', 'blended', 'wrong classes', got 'x'"):
-        STKD("x")
-    with pytest.raises(ValueError, match=r"STKD: share must be between 0 and 1, got 1\.5"):
-        STKD(share=1.5)
-    with pytest.raises(ValueError, match="STKD: temperature must be positive, got 0"):
-        STKD(temperature=0)
-
-
-def test_the_teacher_gets_no_gradient_and_settings_show_when_printed():
+def test_the_teacher_gets_no_gradient():
     student, teacher, mix, labels = example()
     teacher.requires_grad_()
     similarity_transfer(student.requires_grad_(), teacher, mix, labels).backward()
     assert teacher.grad is None
-    assert str(STKD("blended", 0.5, 2)) == "STKD(form='blended', share=0.5, temperature=2)"
 
 
 def test_a_teacher_that_sees_the_wrong_samples_is_refused():

@@ -57,20 +57,3 @@ def test_probabilities_that_underflow_leave_loss_and_gradient_finite(cls, weight
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(student.grad).all()
-
-
-@BOTH
-def test_different_class_counts_are_refused_with_both_counts_and_the_cure(cls, weighted):
-    with pytest.raises(ValueError, match=f"{cls.__name__}: the student has 5 classes, the teacher 7.*embeddings"):
-        cls()(torch.randn(3, 5), torch.randn(3, 7))
-
-
-@BOTH
-def test_an_exponent_that_is_not_positive_is_refused(cls, weighted):
-    with pytest.raises(ValueError, match=f"{cls.__name__}: exponent must be a positive number, got 0"):
-        cls(0)
-
-
-@BOTH
-def test_settings_show_when_printed(cls, weighted):
-    assert str(cls()) == f"{cls.__name__}(exponent=0.1)"

@@ -27,7 +27,7 @@ def match_sizes(student: Tensor, teacher: Tensor, name: str) -> tuple[Tensor, Te
     if student.ndim != 3 or teacher.ndim != 3 or student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"{name}: the layers must give maps (N, C, H, W) in both networks, or equally many tokens (N, T, C), got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}; drop class tokens, or read layers before pooling"
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}; drop class tokens, or tap layers before pooling"
         )
     return both
 
