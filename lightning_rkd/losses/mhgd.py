@@ -138,9 +138,9 @@ class MHGD(RelationalLoss):
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """The loss as a scalar."""
-        of_teacher = [right_singular_vectors(flatten_positions(m)).squeeze(2) for m in teacher]
+        of_teacher = [right_singular_vectors(flatten_positions(m, who="MHGD")).squeeze(2) for m in teacher]
         of_student = [
-            align_vectors(right_singular_vectors(adapt(flatten_positions(m)), _CANDIDATES), target)
+            align_vectors(right_singular_vectors(adapt(flatten_positions(m, who="MHGD")), _CANDIDATES), target)
             for m, adapt, target in zip(student, self.adapters, of_teacher, strict=True)
         ]
         graphs = [

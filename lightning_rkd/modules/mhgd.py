@@ -189,7 +189,7 @@ class AttentionGraphEstimator(pl.LightningModule):
         dtype = next(self.parameters()).dtype
         with torch.autocast(self.device.type, enabled=False):
             maps = [m if m.dtype == torch.float64 else m.float() for m in self._maps(batch)]
-            return [right_singular_vectors(flatten_positions(m)).squeeze(2).to(dtype) for m in maps]
+            return [right_singular_vectors(flatten_positions(m, who="MHGD")).squeeze(2).to(dtype) for m in maps]
 
     def _maps(self, batch: Any) -> list[Tensor]:
         assert self.teacher is not None
@@ -209,7 +209,7 @@ class AttentionGraphEstimator(pl.LightningModule):
                     "AttentionGraphEstimator does not know the channels of the teacher's maps, and the loader is none "
                     "that could be asked for two samples: pass channels=[...]"
                 )
-            return [flatten_positions(m) for m in self._maps(batch)]
+            return [flatten_positions(m, who="MHGD") for m in self._maps(batch)]
 
     def _prepare(self) -> None:
         assert self.teacher is not None
