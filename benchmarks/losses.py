@@ -1,18 +1,18 @@
-"""Every loss on the letters of ``GlyphDataModule``: same student and steps, three seeds, weights chosen in validation.
+"""Every loss on ``GlyphDataModule``: same student and steps, three seeds, weights selected on validation classes.
 
 Run ``python benchmarks/losses.py``; it writes ``docs/losses_on_glyphs.md``. Every training is a line of
-``docs/losses_on_glyphs.csv`` and is not repeated where that line is there: a run that was stopped goes on, and a new
-loss is added to the others (delete the file to begin anew). ``--jobs`` processes with one thread each share the work.
+``docs/losses_on_glyphs.csv`` and is not repeated if it exists: an interrupted run resumes, and a new loss is
+added to the others (delete the file to start again). ``--jobs`` processes with one thread each share the work.
 
 Teacher and student are those of the recipes ``glyphs_classifier_teacher`` and ``glyphs_distill``. For each loss
-    1. the weight that makes its gradient as long as the task's is found in a short run (``balance=1``);
-    2. that weight times 0.3, 1, 3 and 10 is tried with the first seed, then smaller or greater ones for as long as the
-       best is at that end, twice at the most; best is the highest MAP@R on the *validation* letters;
+    1. a short run finds the weight that matches its gradient norm and the task's (``balance=1``);
+    2. that weight times 0.3, 1, 3 and 10 is tried with the first seed, then smaller or greater ones while the best is at
+       that end, at most twice; best is the highest MAP@R on the *validation* classes;
     3. the other seeds are trained with the chosen weight.
-The test letters choose nothing. Lines of the file that belong to other settings or another teacher are not used.
+Test classes select nothing. Lines of the file with other settings or another teacher are not used.
 
-Runs with one seed see the same images in the same order, whatever the loss, so what the teacher shows is kept from the
-first of them (3 GB a seed). Seconds per step are measured without that.
+Runs with one seed have the same batches for every loss, so the teacher outputs of the first run are kept (3 GB per seed).
+Seconds per step are measured without that.
 """
 
 from __future__ import annotations
@@ -58,28 +58,28 @@ ALONE = "no distillation"
 # What a loss is given beyond its defaults: why, and the settings by dotted path in the recipe
 BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "MHGD": (
-        "with a fixed weight instead of clipped gradients; its graph is trained before, in 200 steps of its own",
+        "with a fixed weight instead of clipped gradients; its graph is trained beforehand, for 200 steps",
         {},
     ),
-    "HardDarkRank": ("on rows of any length, though meant for length one", {}),
-    "SoftDarkRank": ("on rows of any length, though meant for length one", {}),
+    "HardDarkRank": ("on unnormalised rows, though meant for unit norm", {}),
+    "SoftDarkRank": ("on unnormalised rows, though meant for unit norm", {}),
     "CRCD": (
-        "100 negatives instead of 500, for a step that takes seconds otherwise",
+        "100 negatives instead of 500, with which a step takes seconds",
         {"model.init_args.loss.init_args.negatives": 100},
     ),
     "IRG": (
-        "no relations between stages, whose widths differ here",
+        "no relations between stages, because their widths differ",
         {"model.init_args.loss.init_args.transform_layers": []},
     ),
     "STKD": (
-        "images mixed with `MixUp`, and the whole loss its transfer term, as the task has a loss of its own",
+        "images mixed with `MixUp`, and the transfer term only, since the task has its own loss",
         {
             "model.init_args.loss.init_args.share": 1.0,
             "model.init_args.batch_transform": {"class_path": "MixUp", "init_args": {"num_classes": 315}},
         },
     ),
     "PCKD": (
-        "with `Rotations`: every step also sees its letters turned three ways, 480 rows",
+        "with `Rotations`: every step also has three rotations of its images, 480 rows",
         {"model.init_args.batch_transform": {"class_path": "Rotations"}},
     ),
 }
@@ -245,7 +245,7 @@ def keep(row: dict[str, Any], teacher: Path) -> dict[str, Any]:
 
 
 def run(loss: str, weight: float | None, seed: int, teacher: Path, folder: Path) -> dict[str, Any]:
-    """Train one student and measure it on validation and test letters."""
+    """Train one student and evaluate it on validation and test classes."""
     row: dict[str, Any] = {"loss": loss, "kind": "train", "weight": weight, "seed": seed}
     callbacks = remembering(loss, seed, folder.parents[1])
     try:
@@ -259,7 +259,7 @@ def run(loss: str, weight: float | None, seed: int, teacher: Path, folder: Path)
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The training with the highest MAP@R on the validation letters."""
+    """The training with the highest MAP@R on the validation classes."""
     return max(rows, key=lambda row: row["val_map_at_r"] or 0.0)
 
 
@@ -325,7 +325,7 @@ def chosen(loss: str, teacher: Path) -> list[dict[str, Any]]:
 
 
 def trained_teacher(out: Path) -> tuple[Path, dict[str, float]]:
-    """The teacher's checkpoint and its scores on the test letters."""
+    """The teacher's checkpoint and its scores on the test classes."""
     folder, config = out / "teacher", recipe("glyphs_classifier_teacher")
     if not (folder / "scores.json").exists():
         module, data, _ = train(with_settings(config, {"trainer.accelerator": "cpu"}), folder, 0)
@@ -358,15 +358,14 @@ def page(rows: dict[str, list[dict[str, Any]]], seconds: dict[str, float], teach
         f"cores, one thread a process, PyTorch {torch.__version__}. The single runs are in "
         "[losses_on_glyphs.csv](losses_on_glyphs.csv).",
         "",
-        f"A student of letters (recipe `glyphs_distill`) is trained for {STEPS} steps of 120 letters with "
-        "cross-entropy and one loss at its default arguments, and embeds letters that nobody trained on. Mean ± "
-        f"standard deviation of the seeds {', '.join(map(str, SEEDS))}. The weight makes the loss's gradient, where it "
-        f"reads the student, {factors} times as long as the task's, or up to {FURTHER[1][-1]:g} or down to "
-        f"{FURTHER[0][-1]:g} where the best is at that end; which of them was chosen with the first seed on validation "
-        "letters, never on test letters (* still at an end: a weight beyond might do better). One small task says "
-        "little about others: the table shows that every loss trains, and what it costs (the median of 30 steps with "
-        "the teacher running; whatever else the machine did is in it). "
-        f"The teacher itself: recall_at_1 {teacher['recall_at_1']:.3f}, map_at_r {teacher['map_at_r']:.3f}.",
+        f"A student (recipe `glyphs_distill`) is trained for {STEPS} steps of 120 glyphs with cross-entropy and one loss at "
+        "its default arguments, and evaluated on unseen classes. Mean ± standard deviation of the seeds "
+        f"{', '.join(map(str, SEEDS))}. The weight gives the loss, where it reads the student, a gradient norm of {factors} "
+        f"times the task's, or up to {FURTHER[1][-1]:g} or down to {FURTHER[0][-1]:g} if the best is at that end; it is "
+        "selected with the first seed on validation classes, never on test classes (* still at an end: a weight beyond "
+        "might do better). One small task says little about others: the table shows that every loss trains, and what it "
+        "costs (the median of 30 steps including the teacher, with whatever other load the machine had). "
+        f"Teacher: recall_at_1 {teacher['recall_at_1']:.3f}, map_at_r {teacher['map_at_r']:.3f}.",
         "",
         "| loss | recall_at_1 | map_at_r | weight | ms per step |",
         "|---|---:|---:|---:|---:|",
