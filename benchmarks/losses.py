@@ -6,12 +6,12 @@ added to the others (delete the file to start again). ``--jobs`` processes with 
 
 Teacher and student are those of the recipes ``glyphs_classifier_teacher`` and ``glyphs_distill``. For each loss
     1. a short run finds the weight that matches its gradient norm and the task's (``balance=1``);
-    2. that weight times 0.3, 1, 3 and 10 is tried with the first seed, then smaller or greater ones while the best is at
-       that end, at most twice; best is the highest MAP@R on the *validation* classes;
+    2. that weight times 0.3, 1, 3 and 10 is tried with the first seed, then smaller or greater ones while the best is
+       at that end, at most twice; best is the highest MAP@R on the *validation* classes;
     3. the other seeds are trained with the chosen weight.
 Test classes select nothing. Lines of the file with other settings or another teacher are not used.
 
-Runs with one seed have the same batches for every loss, so the teacher outputs of the first run are kept (3 GB per seed).
+Runs with one seed have the same batches for every loss, so the teacher outputs of the first run are kept (3 GB each).
 Seconds per step are measured without that.
 """
 
@@ -358,13 +358,14 @@ def page(rows: dict[str, list[dict[str, Any]]], seconds: dict[str, float], teach
         f"cores, one thread a process, PyTorch {torch.__version__}. The single runs are in "
         "[losses_on_glyphs.csv](losses_on_glyphs.csv).",
         "",
-        f"A student (recipe `glyphs_distill`) is trained for {STEPS} steps of 120 glyphs with cross-entropy and one loss at "
-        "its default arguments, and evaluated on unseen classes. Mean ± standard deviation of the seeds "
-        f"{', '.join(map(str, SEEDS))}. The weight gives the loss, where it reads the student, a gradient norm of {factors} "
-        f"times the task's, or up to {FURTHER[1][-1]:g} or down to {FURTHER[0][-1]:g} if the best is at that end; it is "
-        "selected with the first seed on validation classes, never on test classes (* still at an end: a weight beyond "
-        "might do better). One small task says little about others: the table shows that every loss trains, and what it "
-        "costs (the median of 30 steps including the teacher, with whatever other load the machine had). "
+        f"A student (recipe `glyphs_distill`) is trained for {STEPS} steps of 120 glyphs with cross-entropy and one loss "
+        "at its default arguments, and evaluated on unseen classes. Mean ± standard deviation of the seeds "
+        f"{', '.join(map(str, SEEDS))}. The weight gives the loss, where it reads the student, a gradient norm of "
+        f"{factors} times the task's, or up to {FURTHER[1][-1]:g} or down to {FURTHER[0][-1]:g} if the best is at that "
+        "end; it is selected with the first seed on validation classes, never on test classes (* still at an end: a "
+        "weight beyond might do better). One small task says little about others: the table shows that every loss "
+        "trains, and what it costs (the median of 30 steps including the teacher, with whatever other load the machine "
+        "had). "
         f"Teacher: recall_at_1 {teacher['recall_at_1']:.3f}, map_at_r {teacher['map_at_r']:.3f}.",
         "",
         "| loss | recall_at_1 | map_at_r | weight | ms per step |",
