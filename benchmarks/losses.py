@@ -358,8 +358,8 @@ def page(rows: dict[str, list[dict[str, Any]]], seconds: dict[str, float], teach
         f"cores, one thread a process, PyTorch {torch.__version__}. The single runs are in "
         "[losses_on_glyphs.csv](losses_on_glyphs.csv).",
         "",
-        f"A student (recipe `glyphs_distill`) is trained for {STEPS} steps of 120 glyphs with cross-entropy and one loss "
-        "at its default arguments, and evaluated on unseen classes. Mean ± standard deviation of the seeds "
+        f"A student (recipe `glyphs_distill`) is trained for {STEPS} steps of 120 glyphs with cross-entropy and one "
+        "loss at its default arguments, and evaluated on unseen classes. Mean ± standard deviation of the seeds "
         f"{', '.join(map(str, SEEDS))}. The weight gives the loss, where it reads the student, a gradient norm of "
         f"{factors} times the task's, or up to {FURTHER[1][-1]:g} or down to {FURTHER[0][-1]:g} if the best is at that "
         "end; it is selected with the first seed on validation classes, never on test classes (* still at an end: a "
