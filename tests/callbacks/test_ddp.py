@@ -112,9 +112,7 @@ def from_cache(rank: int, face: str, folder: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("face", ["callback", "module"])
-def test_two_devices_learn_from_a_cache_what_one_learns_from_the_live_teacher(
-    ranks: Ranks, face: str, tmp_path: Path
-) -> None:
+def test_two_devices_learn_from_a_cache_as_one_from_the_live_teacher(ranks: Ranks, face: str, tmp_path: Path) -> None:
     first, second = ranks.run(from_cache, face, str(tmp_path / "cache"))
     assert largest(first, second) == 0
     again, _ = ranks.run(from_cache, face, str(tmp_path / "cache"))

@@ -263,7 +263,7 @@ def test_views_are_numbered_and_labels_and_indices_repeated() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(8, 4), (4, 4)])
-def test_calls_that_are_no_views_of_the_batch_are_refused_where_rows_have_names(sizes: tuple[int, int]) -> None:
+def test_calls_that_are_no_views_are_refused_where_rows_have_indices(sizes: tuple[int, int]) -> None:
     class Parts(toys.Student):
         def loss(self, x: Tensor, y: Tensor) -> Tensor:
             return sum(self.head(self.backbone(x[-size:])).sum() for size in sizes)  # type: ignore[return-value]

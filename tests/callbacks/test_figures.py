@@ -109,7 +109,7 @@ class Kept(Pictures):
         return {}
 
 
-def test_what_is_drawn_is_what_the_networks_make_of_the_first_validation_samples(tmp_path: Path) -> None:
+def test_the_drawn_embeddings_are_those_of_the_first_validation_samples(tmp_path: Path) -> None:
     own, kept = module(), Kept(samples=10)
     fit(own, kept, logger=CSVLogger(tmp_path))
     inputs, labels, embeddings, epoch = kept.given

@@ -30,7 +30,7 @@ def attached(loss: RelationalLoss | dict[str, RelationalLoss], **settings: Any) 
     return RelationalDistillation(toys.teacher(), loss, student_layer="backbone", **settings)
 
 
-def test_parameters_that_no_optimizer_holds_join_the_first_group_and_schedulers_live_on(
+def test_parameters_in_no_optimizer_join_the_first_group(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Chosen(toys.Student):
@@ -69,7 +69,7 @@ class Split(toys.Manual):
 
 
 @pytest.mark.parametrize("layer", ["backbone", "backbone.last", "backbone.act", "backbone.drop"])
-def test_of_several_optimizers_the_one_that_trains_the_tapped_layer_takes_them(layer: str) -> None:
+def test_the_optimizer_that_trains_the_tapped_layer_takes_the_parameters(layer: str) -> None:
     sizes = (5, 7) if layer in ("backbone", "backbone.last") else (8, 7)
     loss = toys.Projected(*sizes)
     ours = RelationalDistillation(toys.teacher(), loss, student_layer=Tap(layer, at="output"))
@@ -81,7 +81,7 @@ def test_of_several_optimizers_the_one_that_trains_the_tapped_layer_takes_them(l
 BOTH = {"low": "backbone", "high": Tap("head", at="output")}
 
 
-def test_where_several_optimizers_train_what_is_tapped_they_must_be_given_by_hand() -> None:
+def test_parameters_that_several_optimizers_could_take_are_refused() -> None:
     def loss() -> Any:
         return toys.Projected(5, 7).at("low") + RKD().at("high")
 
@@ -93,7 +93,7 @@ def test_where_several_optimizers_train_what_is_tapped_they_must_be_given_by_han
     toys.fit(Split(own=1), RelationalDistillation(toys.teacher(), given, **ours))
 
 
-def test_where_no_optimizer_trains_what_is_tapped_they_must_be_given_by_hand() -> None:
+def test_parameters_that_no_optimizer_could_take_are_refused() -> None:
     class Parts(Split):
         def __init__(self) -> None:
             super().__init__()
@@ -168,7 +168,7 @@ class Stream(IterableDataset[Any]):
         return iter(toys.loader().dataset)
 
 
-def test_a_loader_without_a_size_leaves_the_number_of_samples_open_in_the_error() -> None:
+def test_without_a_loader_size_the_error_leaves_num_samples_open() -> None:
     with pytest.raises(ValueError, match=r"pass Projected\(student_dim=5, teacher_dim=7\)"):
         toys.fit(toys.Student(), attached(toys.Projected()), batches=DataLoader(Stream(), 8))
     keyed = [{"x": x, "y": y, "i": torch.arange(8)} for x, y in toys.loader()]
@@ -218,7 +218,7 @@ def averaged_in_two_halves(make: Any, path: Path) -> tuple[float, float]:
     return toys.gap(whole, module), toys.gap(whole_loss, loss)
 
 
-def test_averages_of_the_module_resume_and_those_of_the_loss_are_said_to_begin_anew(tmp_path: Path) -> None:
+def test_weight_averages_resume_but_those_of_the_loss_restart_loudly(tmp_path: Path) -> None:
     def make() -> Any:
         loss = toys.Projected(5, 7)
         return toys.Student(), loss, [attached(loss), EMAWeightAveraging(decay=0.9)]
@@ -254,7 +254,7 @@ class Adjustable(toys.Student):
     lr = 0.1
 
 
-def test_a_learning_rate_finder_finds_the_teacher_and_parameters_join_afterwards(tmp_path: Path) -> None:
+def test_parameters_of_losses_join_the_optimizer_after_a_rate_finder(tmp_path: Path) -> None:
     loss, finder = toys.Projected(5, 7), LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
     toys.fit(Adjustable(), finder, attached(loss), precision="bf16-true", default_root_dir=tmp_path)
     assert toys.gap(loss, toys.Projected(5, 7)) > 1e-3

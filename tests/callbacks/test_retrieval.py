@@ -155,7 +155,7 @@ def test_what_cannot_work_fails_with_the_cure(kind: Any, callback: Any, error: A
 # The order of a sampler
 
 
-def test_rows_are_known_of_samplers_that_repeat_themselves_and_of_no_others() -> None:
+def test_rows_are_known_only_of_samplers_with_a_fixed_order() -> None:
     data = Subset(toys.Rows(20), [5, 6, 7, 8, 9])
     assert _read_order(DataLoader(data, batch_size=2)) == [5, 6, 7, 8, 9]
     sampler = DistributedSampler(data, num_replicas=2, rank=1, shuffle=False)

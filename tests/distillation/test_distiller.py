@@ -89,7 +89,7 @@ def test_labels_that_a_loss_asks_for_must_be_a_tensor() -> None:
         step(Distiller(nets.teacher(), nets.Asking()), batch=Batch(X, labels=["a"] * 8))  # type: ignore[arg-type]
 
 
-def test_without_a_loss_there_are_no_terms_and_without_a_teacher_calls_may_repeat() -> None:
+def test_without_a_loss_there_are_no_terms_and_calls_may_repeat() -> None:
     distiller, student = Distiller(None, None), nets.Backbone()
     distiller.attach(student, teach=False)
     distiller.begin()

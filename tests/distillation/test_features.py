@@ -37,7 +37,7 @@ def by_steps(net: nets.Backbone, x: Tensor) -> dict[str, Tensor]:
     return {"first": first, "act": hidden, "last": net.last(hidden)}
 
 
-def test_the_layers_own_output_is_read_although_the_next_layer_writes_over_it() -> None:
+def test_a_layers_output_is_read_although_the_next_layer_overwrites_it() -> None:
     net = nets.Backbone()
     shown = read(net, Tap("first", at="output"), X)
     assert torch.equal(shown.embedding, by_steps(net, X)["first"])

@@ -68,7 +68,7 @@ def kept(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "teach"), [(DistillationModule, True), (DistillationModule, False), (MHGDModule, True)]
 )
-def test_a_task_loss_that_is_nan_ends_training_and_it_resumes_from_the_epoch_before(
+def test_a_nan_task_loss_ends_training_and_it_resumes_from_the_last_epoch(
     kind: type[DistillationModule], teach: bool, tmp_path: Path
 ) -> None:
     with pytest.raises(NonFiniteError, match="step 7: train/task is NaN or infinite: look at the batch"):
@@ -82,9 +82,7 @@ def test_a_task_loss_that_is_nan_ends_training_and_it_resumes_from_the_epoch_bef
 
 
 @pytest.mark.parametrize("face", ["module", "callback"])
-def test_weights_that_a_nan_gradient_has_spoilt_in_the_last_step_of_an_epoch_are_not_saved(
-    face: str, tmp_path: Path
-) -> None:
+def test_weights_spoilt_by_a_nan_gradient_in_the_last_step_are_not_saved(face: str, tmp_path: Path) -> None:
     """Every loss is finite, and the next step, which would notice, comes after the checkpoint."""
     message = "step 10: the weights '.*' hold NaN or infinity, so no checkpoint is written and the last one stays"
     student: pl.LightningModule = module(sound=9, gradient=True)

@@ -55,7 +55,7 @@ def test_the_memory_of_a_scheme_is_kept_from_ddp_too() -> None:
     assert module._ddp_params_and_buffers_to_ignore == ["relations.memory.steps", "relations.memory.sums"]
 
 
-def test_averages_that_copied_a_module_before_its_losses_knew_their_sizes_are_refused() -> None:
+def test_weight_averages_that_came_before_the_sizes_of_losses_are_refused() -> None:
     def module(loss: RelationalLoss) -> DistillationModule:
         return DistillationModule(toys.Backbone(norm=True), toys.teacher(), loss, optimizer=toys.sgd)
 

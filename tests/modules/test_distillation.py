@@ -502,7 +502,7 @@ def test_every_form_of_layer_comes_through_a_configuration(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_a_configured_run_rebuilds_everything_but_the_teacher(
+def test_a_checkpoint_of_a_configured_run_rebuilds_all_but_the_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loss = "{a: RKDDistance, b: {class_path: RKD, init_args: {angle_weight: 3}}}"

@@ -106,13 +106,13 @@ def test_networks_are_asked_for_sizes_with_what_the_batch_transform_makes() -> N
     assert loss.state_dict()["sizes"].tolist() == [0, 5, 0, 7]
 
 
-def test_networks_that_fail_when_asked_for_sizes_are_reported_with_the_cure() -> None:
+def test_networks_that_fail_to_give_sizes_are_reported_with_the_cure() -> None:
     wide = DataLoader(TensorDataset(torch.ones(40, 3), torch.zeros(40)), 8)
     with pytest.raises(ValueError, match=r"failed \(.*mat1 .*set example_input_array, or pass Projected\(student_dim"):
         toys.fit(module(toys.Projected()), batches=wide)
 
 
-def test_looking_for_sizes_leaves_the_random_numbers_of_augmentations_alone() -> None:
+def test_inferring_sizes_leaves_the_random_numbers_of_augmentations_alone() -> None:
     class Noisy(TensorDataset):
         def __getitem__(self, index: int) -> Any:
             x, y = super().__getitem__(index)
@@ -138,7 +138,7 @@ def test_a_frozen_norm_stays_frozen_when_sizes_are_looked_for() -> None:
     assert int(student.norm.num_batches_tracked) == 0
 
 
-def test_a_learning_rate_finder_finds_the_teacher_in_the_precision_of_the_student(tmp_path: Path) -> None:
+def test_during_a_rate_finder_the_teacher_has_the_students_precision(tmp_path: Path) -> None:
     ours = module(toys.Projected())
     ours.lr = 0.1
     finder = LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
@@ -288,7 +288,7 @@ def test_balance_without_a_task_is_refused() -> None:
         module(RKD(), balance=1.0)
 
 
-def test_balance_finds_gradients_that_half_precision_would_lose_without_its_scaler() -> None:
+def test_balance_sees_gradients_that_half_precision_needs_its_scaler_for() -> None:
     def found(**settings: Any) -> float:
         small = {"weight": 1e-9, "task_weight": 1e-9, "task_loss": nn.CrossEntropyLoss(), "balance": 1.0}
         torch.manual_seed(0)
