@@ -96,7 +96,7 @@ def main() -> None:
         reads = []
         for _ in range(50):
             begun = time.perf_counter()
-            cached.lessons(Batch(None, indices=drawn))
+            cached.outputs(Batch(None, indices=drawn))
             reads.append(time.perf_counter() - begun)
     median = {name: statistics.median(values) / (args.batches - 1) for name, values in seconds.items()}
     report = Report("An epoch with a cached teacher", __doc__, device.type, seed=0)

@@ -119,7 +119,7 @@ def damage(count: int, rng: random.Random) -> list[str]:
 
 
 def rows_of(rows: torch.Tensor) -> torch.Tensor:
-    features = CachedTeacher("whole").lessons(Batch(None, indices=rows))[0].shown[""].embedding
+    features = CachedTeacher("whole").outputs(Batch(None, indices=rows))[0].features[""].embedding
     assert features is not None
     return features
 

@@ -40,8 +40,8 @@ import lightning_rkd.losses
 from lightning_rkd.cli import recipes
 from lightning_rkd.cli.experiments.runs import embed, train
 from lightning_rkd.cli.experiments.settings import with_settings
-from lightning_rkd.distillation.teachers import Lesson, Teacher
-from lightning_rkd.losses import LossSum, RelationalLoss, Term
+from lightning_rkd.distillation.teachers import Teacher, TeacherOutput
+from lightning_rkd.losses import LossSum, RelationalLoss
 from lightning_rkd.losses.base import NonFiniteError
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.utils.types import Batch, Outputs
@@ -90,7 +90,7 @@ def names() -> list[str]:
     """The losses of the gallery that can be trained here."""
     found = {name: getattr(lightning_rkd.losses, name) for name in lightning_rkd.losses.__all__}
     classes = {n: c for n, c in found.items() if isinstance(c, type) and issubclass(c, RelationalLoss)}
-    return sorted(n for n, c in classes.items() if c not in (RelationalLoss, Term, LossSum) and n not in LEFT_OUT)
+    return sorted(n for n, c in classes.items() if c not in (RelationalLoss, LossSum) and n not in LEFT_OUT)
 
 
 def beyond(loss: str) -> dict[str, Any]:
@@ -141,14 +141,14 @@ class Kept:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.teacher, name)
 
-    def lessons(self, batch: Batch, calls: Any = None) -> list[Lesson]:
+    def outputs(self, batch: Batch, calls: Any = None) -> list[TeacherOutput]:
         key = hashlib.sha1(batch.inputs.numpy().tobytes()).hexdigest()
         if key not in self.known:
             shown = self.teacher(batch, calls)
             self.known[key] = shown["embedding"].embedding, shown["logits"].logits, shown["feature_maps"].feature_maps
             self.new = True
         everything = Outputs(*self.known[key], self._classifier())
-        return [Lesson(dict.fromkeys(("embedding", "logits", "feature_maps", "classifier"), everything))]
+        return [TeacherOutput(dict.fromkeys(("embedding", "logits", "feature_maps", "classifier"), everything))]
 
     def _classifier(self) -> tuple[Any, Any]:
         layer = self.teacher.network.classifier

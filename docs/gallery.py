@@ -13,7 +13,7 @@ from typing import Any
 import lightning_rkd.experimental
 import lightning_rkd.losses
 import lightning_rkd.modules
-from lightning_rkd.losses import LossSum, Reference, RelationalLoss, Term
+from lightning_rkd.losses import Reference, RelationalLoss
 
 PAGE = Path(__file__).parent / "losses.md"
 
@@ -47,8 +47,11 @@ def losses() -> dict[str, type[Any]]:
     """The exported losses, in alphabetical order whatever the case."""
     packages = (lightning_rkd.losses, lightning_rkd.experimental)
     found = {name: getattr(package, name) for package in packages for name in package.__all__}
-    base = (RelationalLoss, Term, LossSum)
-    kept = {n: c for n, c in found.items() if inspect.isclass(c) and issubclass(c, RelationalLoss) and c not in base}
+    kept = {
+        n: c
+        for n, c in found.items()
+        if inspect.isclass(c) and issubclass(c, RelationalLoss) and c is not RelationalLoss
+    }
     return dict(sorted(kept.items(), key=lambda item: item[0].lower()))
 
 

@@ -1,9 +1,9 @@
-"""Puts a loss with tensors of its own into a module that somebody else wrote, and takes it out again."""
+"""Attaches losses with parameters or buffers to a LightningModule for the time of a fit."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -11,44 +11,45 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_rkd.distillation.features import Hook
+from lightning_rkd.losses.weighting import Term
 
 
 class AttachedLosses(nn.ModuleDict):
-    """Losses inside a foreign module: trained, moved and synchronised with it, but absent from its ``state_dict``."""
+    """Losses inside a user's module: trained, moved and synchronised with it, but absent from its ``state_dict``."""
 
     def __init__(self, losses: dict[str, nn.Module]) -> None:
         super().__init__(losses)
-        self._host: list[nn.Module] = []
-        self.register_load_state_dict_post_hook(_not_missing)  # type: ignore[no-untyped-call]
+        self._module: list[nn.Module] = []
+        self.register_load_state_dict_post_hook(_ignore_missing_keys)  # type: ignore[no-untyped-call]
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Nothing is added to the host's; the callback saves the losses."""
+        """An empty one: the callback saves the losses."""
         return {} if destination is None else destination
 
-    def move_in(self, host: nn.Module) -> Callable[[], None]:
-        """Become a submodule of the host, under a name that it does not use; returns the function that undoes it."""
+    def attach(self, module: nn.Module) -> Callable[[], None]:
+        """Become a submodule of a module, under a free name; returns the function that undoes it."""
         for tensor in itertools.chain(self.parameters(), self.buffers()):
             # spawned ranks share it, and each would write to it
             if tensor.device.type == "cpu" and tensor.is_shared():  # type: ignore[no-untyped-call]
                 tensor.data = tensor.data.clone()
         number = 0
-        while hasattr(host, name := f"_distillation_losses_{number}"):
+        while hasattr(module, name := f"_distillation_losses_{number}"):
             number += 1
         self._address = name
-        self._host = [host]  # in a list: it is no part of its guest
-        host.add_module(name, self)
+        self._module = [module]  # in a list: it is no submodule of its own losses
+        module.add_module(name, self)
 
         def undo() -> None:
-            host._modules.pop(name, None)
-            self._host = []
+            module._modules.pop(name, None)
+            self._module = []
 
         return undo
 
 
-def _not_missing(guest: nn.Module, incompatible: Any) -> None:
-    """The host's checkpoint does not hold the guest, and need not; but nor does anything hold averages of it."""
-    assert isinstance(guest, AttachedLosses)
-    inside = f"{guest._address}."
+def _ignore_missing_keys(losses: nn.Module, incompatible: Any) -> None:
+    """The module's checkpoint does not hold the losses, and need not; but nothing holds averages of them."""
+    assert isinstance(losses, AttachedLosses)
+    inside = f"{losses._address}."
     absent = [key for key in incompatible.missing_keys if inside in key]
     for key in absent:
         incompatible.missing_keys.remove(key)
@@ -59,7 +60,7 @@ def _not_missing(guest: nn.Module, incompatible: Any) -> None:
         )
 
 
-def join_optimizer(guest: AttachedLosses, optimizers: list[Optimizer]) -> None:
+def join_optimizer(losses: AttachedLosses, optimizers: list[Optimizer]) -> None:
     """Let the parameters that no optimizer holds join one.
 
     A single optimizer takes them into its first group; of several, the one that trains the tapped layers does, into the
@@ -70,12 +71,12 @@ def join_optimizer(guest: AttachedLosses, optimizers: list[Optimizer]) -> None:
         ValueError: There is no optimizer, or it is not clear which one trains what is tapped.
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    own = [(name, p) for name, p in guest.named_parameters() if p.requires_grad and id(p) not in held]
+    own = [(name, p) for name, p in losses.named_parameters() if p.requires_grad and id(p) not in held]
     if not own:
         return
     if not optimizers:
         raise ValueError(f"the losses have parameters, {own[0][0]} for one, but the module configures no optimizer")
-    optimizer, number = (optimizers[0], 0) if len(optimizers) == 1 else _trains_the_taps(guest, optimizers)
+    optimizer, number = (optimizers[0], 0) if len(optimizers) == 1 else _trains_the_taps(losses, optimizers)
     optimizer.param_groups[number]["params"].extend(p for _, p in own)
     which = "first parameter group" if number == 0 else f"parameter group {number}"
     rank_zero_info(
@@ -84,17 +85,17 @@ def join_optimizer(guest: AttachedLosses, optimizers: list[Optimizer]) -> None:
     )
 
 
-def _trains_the_taps(guest: AttachedLosses, optimizers: list[Optimizer]) -> tuple[Optimizer, int]:
+def _trains_the_taps(losses: AttachedLosses, optimizers: list[Optimizer]) -> tuple[Optimizer, int]:
     """The optimizer, and the number of its group, that holds the tapped layers' parameters.
 
     Where layers have none to train, what they lie in counts, short of the whole module.
     """
-    (host,) = guest._host
-    hooks = {n: (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) for n, m in host.named_modules()}
+    (module,) = losses._module
+    hooks = {n: (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) for n, m in module.named_modules()}
     tapped = places = {n for n, on in hooks.items() if any(isinstance(hook, Hook) and hook.function for hook in on)}
     sizes: list[list[int]] = []
     while places and not any(map(any, sizes)):
-        near = {id(p): p.numel() for place in places for p in host.get_submodule(place).parameters()}
+        near = {id(p): p.numel() for place in places for p in module.get_submodule(place).parameters()}
         sizes = [[sum(near.get(id(p), 0) for p in g["params"]) for g in o.param_groups] for o in optimizers]
         places = {place.rpartition(".")[0] for place in places} - {""}
     training = [number for number, groups in enumerate(sizes) if any(groups)]
@@ -102,12 +103,16 @@ def _trains_the_taps(guest: AttachedLosses, optimizers: list[Optimizer]) -> tupl
         raise ValueError(
             f"the losses have parameters, and {len(training) or 'none'} of the module's {len(optimizers)} optimizers "
             f"train the tapped layers {sorted(tapped)}: let configure_optimizers give the parameters whose names begin "
-            f"with {guest._address!r} to the one that steps on the distilled loss"
+            f"with {losses._address!r} to the one that steps on the distilled loss"
         )
     groups = sizes[training[0]]
     return optimizers[training[0]], groups.index(max(groups))
 
 
-def losses_with_tensors(losses: dict[str, Any]) -> dict[str, nn.Module]:
-    """Those of the terms whose losses have, or will have, parameters or buffers."""
-    return {n: t.loss for n, t in losses.items() if t.missing_sizes or [*t.loss.parameters(), *t.loss.buffers()]}
+def losses_with_tensors(terms: Mapping[str, Term]) -> dict[str, nn.Module]:
+    """The losses that have, or will have, parameters or buffers."""
+    return {
+        name: term.loss
+        for name, term in terms.items()
+        if term.loss.missing_sizes or [*term.loss.parameters(), *term.loss.buffers()]
+    }

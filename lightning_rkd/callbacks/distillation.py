@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,25 +16,26 @@ from torch import Tensor, nn
 
 from lightning_rkd.callbacks.attached_losses import AttachedLosses, join_optimizer, losses_with_tensors
 from lightning_rkd.callbacks.method_patch import MethodPatch, unwrap_batches
-from lightning_rkd.data.indexing import to_batch
+from lightning_rkd.data.indexing import IndexedBatch, to_batch
 from lightning_rkd.data.loaders import count_samples
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.features import CaptureError, Layer, LayerNotFoundError, find_layer
 from lightning_rkd.distillation.finite_checks import refuse_broken_weights
 from lightning_rkd.distillation.lightning import (
-    keep_from_ddp,
+    exclude_from_ddp_broadcast,
     number_training_batches,
     refuse_averages,
     refuse_lbfgs,
     refuse_unsynchronised,
 )
 from lightning_rkd.distillation.teachers import BaseTeacher
-from lightning_rkd.losses.base import RelationalLoss, Weight, weight_at
+from lightning_rkd.losses.base import RelationalLoss
+from lightning_rkd.losses.weighting import LossSum, Weight, evaluate_weight
 from lightning_rkd.utils.distributed import data_parallel_group
 from lightning_rkd.utils.types import Batch, Key, unpack
 
 _numbers = itertools.count()
-_DETACHED = {"_module": None, "_guest": None, "_prepared": False, "_batch": None, "_backwards": None}
+_DETACHED = {"_module": None, "_attached": None, "_prepared": False, "_batch": None, "_backwards": None}
 
 
 class RelationalDistillation(pl.Callback):
@@ -43,14 +45,14 @@ class RelationalDistillation(pl.Callback):
 
     .. math:: L = w_{task} L_{task} + w \sum_k w_k L_k(s, t)
 
-    with s what ``student_layer`` showed in this step and t what the teacher shows for the same inputs. The gradient is
-    that of the same sum written by hand into ``training_step``; accumulation, clipping, precision and strategies act
+    with s the features of ``student_layer`` in this step and t those of the teacher for the same inputs. Training is
+    numerically identical to adding the loss in ``training_step``; accumulation, clipping, precision and strategies act
     on it as on any loss. Terms are logged as ``distill/<name>``.
 
-    A loss with tensors of its own (projectors, banks) is part of the module while it trains, so that devices,
-    precision, DDP and ``self.parameters()`` see it; parameters that no optimizer holds then join the first one's first
-    group. It is saved as the callback's state and never in the module's ``state_dict``. It must be told its sizes. Two
-    callbacks whose losses have the same names at the same layer must name them apart, ``loss={"a": ...}``.
+    A loss with parameters or buffers (projectors, memory banks) is part of the module while it trains, so that devices,
+    precision, DDP and ``self.parameters()`` include it; parameters that no optimizer holds join the first one's first
+    group. It is saved as the callback's state and never in the module's ``state_dict``. Its sizes must be given. Two
+    callbacks whose losses have the same names at the same layer need names of their own, ``loss={"a": ...}``.
 
     Args:
         teacher: The teacher: a network, a :class:`~lightning_rkd.Teacher`, a
@@ -62,7 +64,7 @@ class RelationalDistillation(pl.Callback):
             :class:`~lightning_rkd.distillation.features.Tap`, a list of paths (feature maps), or a dict of named taps.
         teacher_layer: The same for the teacher; ``None`` reads the teacher's output.
         input_layer: A student layer whose inputs feed the teacher, call by call: for augmentation inside the step,
-            several views, or steps that never see a batch. ``None`` feeds the teacher the batch's inputs.
+            several views, or steps that never get a batch. ``None`` feeds the teacher the batch's inputs.
         inputs: Key of the inputs in the batch; needed where the batch is a mapping, default the first entry.
         labels: Key of the labels; default the second entry of a sequence.
         indices: Key of the sample indices; default those of :func:`~lightning_rkd.data.indexing.with_indices`.
@@ -70,17 +72,17 @@ class RelationalDistillation(pl.Callback):
         task_weight: Weight of the module's own loss, likewise.
         gather: Whether relations span the batches of all ranks (k devices then equal one big batch).
         manual_backward_index: With manual optimisation and several ``manual_backward`` calls in a step: the number of
-            the call (from 0) that receives the terms. They are made of what the layer showed since the call before it,
-            or, where it has not run since, earlier in the step.
+            the call (from 0) that receives the terms. They are computed from the features since the call before it,
+            or, where the layer has not run since, from those earlier in the step.
 
     Raises:
         ValueError: At fit: a layer that does not exist, or a student layer that is the module itself. In the first
             step: a loss that does not know its sizes; the message states them.
         CaptureError: In a step: the layer was not called, gave no gradient, or was called several times without
             ``input_layer``.
-        NonFiniteError: NaN or infinity in what either side shows, with side, row and step; or in the module's weights
-            when a checkpoint is about to be written. What the module's own loss is remains its affair: if that is NaN,
-            it shows in one of these ways.
+        NonFiniteError: NaN or infinity in the features of student or teacher, with network, row and step; or in the
+            module's weights when a checkpoint is about to be written. The module's own loss is not checked: if it is
+            NaN, that appears in one of these ways.
 
     Reference:
         Park, Kim, Lu, Cho. Relational Knowledge Distillation. CVPR 2019. arXiv:1904.05068.
@@ -96,7 +98,7 @@ class RelationalDistillation(pl.Callback):
     def __init__(
         self,
         teacher: BaseTeacher | nn.Module,
-        loss: RelationalLoss | dict[str, RelationalLoss],
+        loss: RelationalLoss | LossSum | dict[str, RelationalLoss | LossSum],
         *,
         student_layer: Layer,
         teacher_layer: Layer | None = None,
@@ -124,18 +126,18 @@ class RelationalDistillation(pl.Callback):
         self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
         self._number = next(_numbers)
         self._module: pl.LightningModule | None = None
-        self._guest: AttachedLosses | None = None
+        self._attached: AttachedLosses | None = None
         self._prepared = False
         self._undo: list[Callable[[], None]] = []
         self._batch: Any = None
         self._backwards: int | None = None  # None outside a step
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take over: they are attached to nothing."""
+        """State of copies and pickles, which are attached to nothing."""
         return self.__dict__ | _DETACHED | {"_undo": []}
 
     def unpack(self, batch: Any) -> Batch:
-        """Build the :class:`~lightning_rkd.utils.types.Batch` of a step; override it for batches of another make."""
+        """Build the :class:`~lightning_rkd.utils.types.Batch` of a step; override it for batches of other types."""
         return unpack(batch, **self._keys)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -167,17 +169,17 @@ class RelationalDistillation(pl.Callback):
             callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
             earlier = itertools.takewhile(lambda callback: callback is not self, callbacks)
             refuse_averages(earlier, f"name the {type(self).__name__} callback before it")
-            self._guest = AttachedLosses(own)
-            self._undo += [self._guest.move_in(pl_module), keep_from_ddp(pl_module)]
+            self._attached = AttachedLosses(own)
+            self._undo += [self._attached.attach(pl_module), exclude_from_ddp_broadcast(pl_module)]
 
     @property
     def needs_indices(self) -> bool:
-        """Whether a loss asks for the indices of the samples; our data modules look here."""
+        """Whether a loss or the teacher needs the indices of the samples; read by our data modules."""
         return self.distiller.needs_indices
 
-    @property
+    @cached_property
     def state_key(self) -> str:
-        """Tells the callbacks in a checkpoint apart, by their losses and where these read."""
+        """Tells the callbacks in a checkpoint apart, by their losses and layers."""
         if not losses_with_tensors(self.distiller.losses):
             return f"{type(self).__qualname__}#{self._number}"
         taps = (tap.layer for taps in self.distiller.student.taps.values() for tap in taps)
@@ -188,13 +190,13 @@ class RelationalDistillation(pl.Callback):
         return f"{type(self).__qualname__}({', '.join(self.distiller.losses)} at {places})"
 
     def state_dict(self) -> dict[str, Any]:
-        """The tensors that losses made for themselves."""
+        """Parameters and buffers of the losses."""
         own = losses_with_tensors(self.distiller.losses)
         state = {f"{name}.{key}": x for name, loss in own.items() for key, x in loss.state_dict().items()}
         return {"losses": state} if state else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Give them back."""
+        """Load them."""
         for name, loss in losses_with_tensors(self.distiller.losses).items():
             start = f"{name}."
             loss.load_state_dict(
@@ -202,35 +204,35 @@ class RelationalDistillation(pl.Callback):
             )
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
-        """Refuse weights that hold NaN: the checkpoint would replace a sound one."""
+        """Refuse weights that hold NaN: the checkpoint would replace a good one."""
         refuse_broken_weights(pl_module, trainer.global_step)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Move the teacher to where the student is, and let the optimizer have the parameters of losses."""
-        refuse_lbfgs(trainer.optimizers, self.distiller.banks)
+        """Move the teacher to the student's device, and add the parameters of losses to the optimizer."""
+        refuse_lbfgs(trainer.optimizers, self.distiller.stateful_losses)
         refuse_unsynchronised(self.distiller.losses, trainer.strategy, self.distiller.gather)
-        if self._guest is not None:
-            join_optimizer(self._guest, trainer.optimizers)
+        if self._attached is not None:
+            join_optimizer(self._attached, trainer.optimizers)
         self._prepare(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the training samples, should a loss have to be told their number."""
+        """Count the training samples, for the message about a loss that does not know their number."""
         if (samples := count_samples(trainer.train_dataloader)) is not None:
             self.distiller.known_sizes = {"num_samples": samples}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report what the last steps left to report."""
+        """Report what the checks of the last steps have found."""
         self.distiller.finish()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the module and the teacher as they were."""
+        """Restore the module and the teacher."""
         self._detach()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the module and the teacher as they were; Lightning calls no ``teardown`` here."""
+        """Restore the module and the teacher; Lightning calls no ``teardown`` here."""
         self._detach()
         if "pickle" in str(exception):
-            self._name_what_cannot_be_sent(exception)
+            self._note_unpicklable(exception)
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.distiller.prepare(
@@ -238,7 +240,7 @@ class RelationalDistillation(pl.Callback):
         )
         if self.distiller.teacher_needs_indices:
             with isolate_rng(include_cuda=False):
-                self.distiller.meet(trainer.fit_loop._data_source.dataloader(), self.unpack)
+                self.distiller.prepare_data(trainer.fit_loop._data_source.dataloader(), self.unpack)
         self._prepared = True
 
     def _refuse_names_of_others(self, trainer: pl.Trainer) -> None:
@@ -257,8 +259,8 @@ class RelationalDistillation(pl.Callback):
         vars(self).update(self.__getstate__())
         self.distiller.detach()
 
-    def _name_what_cannot_be_sent(self, exception: BaseException) -> None:
-        """Spawned processes get everything by pickle, which knows no lambdas."""
+    def _note_unpicklable(self, exception: BaseException) -> None:
+        """Name the arguments that cannot be pickled for spawned processes."""
         given = {
             "student_layer": self.distiller.student.taps,
             "teacher_layer": self.distiller.teacher_layer,
@@ -283,7 +285,7 @@ class RelationalDistillation(pl.Callback):
         if not self._prepared:  # Lightning's learning rate finder trains before on_fit_start, without callbacks
             self._prepare(self._module.trainer, self._module)
         self._batch, self._backwards = (args[0] if args else None), 0
-        self.distiller.begin()
+        self.distiller.start()
         try:
             result = call(*args, **kwargs)
             if self._module.automatic_optimization:
@@ -300,7 +302,7 @@ class RelationalDistillation(pl.Callback):
                 )
             return result
         finally:
-            self.distiller.cancel()
+            self.distiller.discard()
             self._batch, self._backwards = None, None
 
     def _around_backward(self, call: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -318,7 +320,7 @@ class RelationalDistillation(pl.Callback):
         with self.distiller.paused():
             result = call(loss, *args, **kwargs)
         if number < chosen:
-            self.distiller.begin_again()
+            self.distiller.restart()
         return result
 
     def _with_terms(self, result: Any) -> Any:
@@ -336,21 +338,21 @@ class RelationalDistillation(pl.Callback):
         module = self._module
         assert module is not None
         epoch = module.current_epoch
-        terms = self.distiller.terms(self.distiller.shown(self._unpacked()), epoch=epoch, step=module.global_step)
+        features = self.distiller.collect(self._unpack_batch())
+        terms = self.distiller.compute_terms(features, epoch=epoch, step=module.global_step)
         # the values are those of the global batch, alike on all ranks: nothing to synchronise. Nor is anything averaged
         # over batches, so their size does not matter; but a step that draws its own batches must name one
         values = {f"distill/{name}": value.detach() for name, value in terms.items()}
         module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
-        weight = weight_at(self.task_weight, epoch)
-        total = task if weight == 1 else weight * task
+        total = task if self.task_weight == 1 else evaluate_weight(self.task_weight, epoch) * task
         for value in terms.values():
             total = total + value
         return total
 
-    def _unpacked(self) -> Batch | None:
+    def _unpack_batch(self) -> Batch | None:
         given = self._batch
         if given is None or hasattr(given, "__next__"):  # no batch, or Lightning's dataloader_iter
             return None
         if self.distiller.inputs is not None and not self.distiller.needs_rows:
-            return None  # the layer's inputs are all there is to know
-        return to_batch(given, self.unpack)
+            return None  # the layer's inputs are enough
+        return to_batch(given, self.unpack) if isinstance(given, IndexedBatch) else self.unpack(given)

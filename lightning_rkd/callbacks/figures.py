@@ -126,19 +126,19 @@ class Pictures(pl.Callback):
         parts: list[tuple[Any, Tensor, dict[str, Tensor]]] = []
         for batch in self._batches:
             given = to_batch(move_data_to_device(batch, module.device), face.unpack)
-            face.distiller.begin()
+            face.distiller.start()
             try:
                 # networks that are random in evaluation too would shift what training draws
                 on = [module.device] if module.device.type == "cuda" else []
                 with torch.random.fork_rng(on), trainer.precision_plugin.forward_context():
                     _ = module(**given.inputs) if isinstance(given.inputs, Mapping) else module(given.inputs)
-                    shown = face.distiller.shown(given, teach=not face.distiller.teacher_needs_indices)
+                    features = face.distiller.collect(given, teach=not face.distiller.teacher_needs_indices)
             except BaseException:
-                face.distiller.cancel()
+                face.distiller.discard()
                 raise
-            taught = shown.teacher_embedding
+            taught = features.teacher_embedding
             seen = {} if taught is None else {"teacher": taught.embedding}
-            seen["student"] = shown.embedding.embedding
+            seen["student"] = features.embedding.embedding
             assert given.labels is not None
             parts.append((given.inputs, given.labels, {name: x.float().cpu() for name, x in seen.items()}))
         if (count := sum(len(labels) for _, labels, _ in parts)) < 3:

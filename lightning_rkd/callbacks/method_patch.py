@@ -1,4 +1,4 @@
-"""Wraps a method of one module instance, for any number of callbacks, and takes the wrapping off without a trace."""
+"""Wrapping a method of one module instance, for any number of callbacks, and removing the wrappers without a trace."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Around = Callable[..., Any]
 class MethodPatch:
     """Stands in for ``module.<method>``; shared by all callbacks, so the order of removal does not matter.
 
-    An :class:`~lightning_rkd.data.indexing.IndexedBatch` is to_batch before the module's own code sees it. Copies and
-    pickles of the module get the plain method back.
+    An :class:`~lightning_rkd.data.indexing.IndexedBatch` is unwrapped before the module's own code sees it. Copies and
+    pickles of the module have the plain method.
     """
 
     def __init__(self, module: nn.Module, method: str) -> None:

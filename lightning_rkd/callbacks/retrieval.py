@@ -17,14 +17,14 @@ from lightning_rkd.utils.types import Batch, Key, unpack
 
 
 class RetrievalEvaluation(pl.Callback):
-    """Feeds metrics with what a layer shows in validation and test, and logs ``val/<metric>`` and ``test/<metric>``.
+    """Evaluates the embedding of a layer in validation and test, and logs ``val/<metric>`` and ``test/<metric>``.
 
     Over several ranks the rows that a distributed sampler repeats to pad its last batch are counted once: the sample
     indices come from :func:`~lightning_rkd.data.indexing.with_indices`, from the batch (``indices=``), or else from the
     loader's sampler where its order is known.
 
     Args:
-        layer: Where to read the module, any form of ``Layer`` that shows one embedding.
+        layer: Where to read the module, any form of ``Layer`` that gives one embedding.
         metric: A metric, or metrics by name; ``None`` is ``EmbeddingRetrieval()``.
         inputs: Key of the inputs in the batch; only needed where the batch is a mapping.
         labels: Key of the labels; default the second entry of a sequence.
@@ -58,15 +58,15 @@ class RetrievalEvaluation(pl.Callback):
         self._evaluation: Evaluation | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take over: they are attached to nothing."""
+        """State of copies and pickles, which are attached to nothing."""
         return self.__dict__ | {"_undo": [], "_evaluation": None}
 
     def unpack(self, batch: Any) -> Batch:
-        """Build the :class:`~lightning_rkd.utils.types.Batch` of a step; override it for batches of another make."""
+        """Build the :class:`~lightning_rkd.utils.types.Batch` of a step; override it for batches of other types."""
         return unpack(batch, **self._keys)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Hook the layer, and open indexed batches before the module's steps see them."""
+        """Hook the layer, and unwrap indexed batches before the module's steps see them."""
         self._detach()
         if stage == "predict":
             return
@@ -74,15 +74,15 @@ class RetrievalEvaluation(pl.Callback):
         self._undo = unwrap_batches(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the module as it was."""
+        """Restore the module."""
         self._detach()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the module as it was; Lightning calls no ``teardown`` here."""
+        """Restore the module; Lightning calls no ``teardown`` here."""
         self._detach()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Empty the metrics; the sanity check leaves nothing behind."""
+        """Empty the metrics."""
         self._begin(trainer, pl_module, trainer.val_dataloaders)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -110,7 +110,7 @@ class RetrievalEvaluation(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Update the metrics with what the layer showed."""
+        """Update the metrics with the layer's embedding."""
         self._update(batch, dataloader_idx)
 
     def on_test_batch_end(
@@ -122,7 +122,7 @@ class RetrievalEvaluation(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Update the metrics with what the layer showed."""
+        """Update the metrics with the layer's embedding."""
         self._update(batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,9 +1,10 @@
-"""Reads embedding, logits, maps and classifier out of any network, without touching its code."""
+"""Reads embeddings, logits, feature maps and classifier weights out of any network, without changing its code."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Union
 
 import torch
@@ -61,7 +62,7 @@ class LayerNotFoundError(ValueError):
 
 
 class CaptureError(RuntimeError):
-    """The tapped layer did not show in this step what the loss needs."""
+    """The tapped layer did not give in this step what the loss needs."""
 
 
 def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -92,42 +93,90 @@ def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]
     )
 
 
-class FeatureReader:
-    """Records what one network shows at its taps while it is switched on.
+class _Recorder:
+    """Records calls of layers while it is switched on.
 
-    ``attach`` hooks the network, ``start`` switches on, ``take`` returns what was seen since and switches off. A tensor
-    that was written to after the layer (an in-place operation) is returned as the layer gave it.
+    ``attach`` hooks the layers, ``start`` switches on, ``restart`` begins anew in the middle of a step, and ``stop``
+    switches off. Copies and pickles have hooked nothing.
+    """
+
+    def __init__(self) -> None:
+        self.on = False
+        self._handles: list[RemovableHandle] = []
+        self._calls: list[list[Any]] = []
+        self._earlier: list[list[Any]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handles": [], "_calls": [], "_earlier": [], "on": False}
+
+    def detach(self) -> None:
+        """Remove the hooks; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.stop()
+
+    def start(self) -> None:
+        """Forget what was recorded and record from now on."""
+        self._calls, self._earlier, self.on = [[] for _ in self._handles], [], True
+
+    def restart(self) -> None:
+        """Record from now on; earlier calls count only if no layer runs again."""
+        if self.on and any(self._calls):
+            earlier = self._calls
+            self.start()
+            self._earlier = earlier
+
+    def stop(self) -> None:
+        """Record no more and forget what was recorded."""
+        self._calls, self._earlier, self.on = [], [], False
+
+    def _collect_calls(self) -> list[list[Any]]:
+        calls = self._calls if any(self._calls) or not self._earlier else self._earlier
+        self._calls, self._earlier, self.on = [], [], False
+        return calls
+
+
+class FeatureReader(_Recorder):
+    """Records the outputs of a network at its taps.
+
+    A tensor that was written to behind the layer (an in-place operation) is returned as the layer gave it.
 
     Args:
         layer: Any form of :data:`Layer`; ``None`` is the network's own output.
-        side: ``"student"`` or ``"teacher"``, for messages.
+        network: ``"student"`` or ``"teacher"``, for messages.
 
     Attributes:
-        rows: How many rows the first layer showed in each call, as last taken.
+        taps: The taps by name; the name is ``""`` where none was given.
+        rows: Number of rows of the first layer in each call, as last collected.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> reader = FeatureReader("1", "student")
+        >>> reader.attach(net)
+        >>> reader.start()
+        >>> output = net(torch.ones(2, 4))
+        >>> outputs, calls = reader.collect()
+        >>> torch.equal(outputs[""].embedding, output), calls
+        (True, 1)
     """
 
-    def __init__(self, layer: Layer | None, side: str) -> None:
-        self.side = side
+    def __init__(self, layer: Layer | None, network: str) -> None:
+        super().__init__()
+        self.network = network
         self.taps: dict[str, list[Tap]] = {}
+        self.rows: list[int] = []
         self._lists: set[str] = set()
         entries = layer if isinstance(layer, Mapping) else {"": layer}
         if not entries:
-            raise ValueError(f"{side}_layer is an empty dict; name at least one tap")
+            raise ValueError(f"{network}_layer is an empty dict; name at least one tap")
         for name, entry in entries.items():
             if isinstance(entry, Sequence) and not isinstance(entry, str):
                 self._lists.add(name)
                 self.taps[name] = [_as_tap(e) for e in entry]
             else:
                 self.taps[name] = [_as_tap(entry)]
-        self.rows: list[int] = []
-        self._handles: list[RemovableHandle] = []
-        self._seen: dict[str, list[list[_Kept]]] = {}
-        self._before: dict[str, list[list[_Kept]]] = {}
-        self.on = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take over: they have hooked nothing."""
-        return self.__dict__ | {"_handles": [], "_seen": {}, "_before": {}, "on": False}
+        self._all = [tap for taps in self.taps.values() for tap in taps]
 
     def attach(self, network: nn.Module) -> None:
         """Hook the layers, after checking that they all exist.
@@ -139,79 +188,79 @@ class FeatureReader:
         self.detach()
         if isinstance(network, torch.jit.ScriptModule):
             raise CaptureError(
-                f"the {self.side} is TorchScript, whose layers PyTorch lets nobody read: wrap it in an nn.Module whose "
+                f"the {self.network} is TorchScript, whose layers cannot be hooked: wrap it in an nn.Module whose "
                 "forward calls it"
             )
-        found = {name: [(find_layer(network, tap.layer), tap) for tap in taps] for name, taps in self.taps.items()}
-        for name, layers in found.items():
-            for position, (module, tap) in enumerate(layers):
-                hook = Hook(lambda *call, n=name, p=position, t=tap: self._record(n, p, t, *call))
-                if tap.at == "input":  # before the layer runs: it may write over its input
-                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-                else:
-                    self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-
-    def detach(self) -> None:
-        """Take the hooks off; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self.stop()
-
-    def start(self) -> None:
-        """Forget what was seen and record from now on."""
-        self._seen, self._before = {name: [[] for _ in taps] for name, taps in self.taps.items()}, {}
-        self.on = True
-
-    def start_again(self) -> None:
-        """Record from now on; what was seen before is taken only if no layer runs again."""
-        if self.on and _any_call(self._seen):
-            before = self._seen
-            self.start()
-            self._before = before
-
-    def stop(self) -> None:
-        """Record no more and forget what was seen."""
-        self.on, self._seen, self._before = False, {}, {}
+        for number, module in enumerate([find_layer(network, tap.layer) for tap in self._all]):
+            hook = Hook(partial(self._record, number))
+            if self._all[number].at == "input":  # before the layer runs: it may write over its input
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def collect(self) -> tuple[dict[str, Outputs], int]:
-        """What was seen since ``start``, per tap, calls concatenated; and how many calls there were.
+        """Outputs since ``start`` by tap, calls concatenated, and the number of calls; switches off.
 
         Raises:
             CaptureError: A tapped layer never ran, or the layers ran unequally often.
         """
-        seen = self._seen if _any_call(self._seen) or not self._before else self._before
-        self.stop()
-        calls = {
-            f"{tap.layer!r}": len(one)
-            for name, layers in seen.items()
-            for tap, one in zip(self.taps[name], layers, strict=True)
-        }
+        recorded = self._collect_calls()
+        count = len(recorded[0]) if recorded else 0
+        if not count or any(len(calls) != count for calls in recorded):
+            self._refuse(recorded)
+        self.rows = [record.rows for record in recorded[0] if record.rows is not None]
+        joined = [_join_calls(calls) for calls in recorded]
+        outputs, start = {}, 0
+        for name, taps in self.taps.items():
+            own = joined[start : start + len(taps)]
+            start += len(taps)
+            if name in self._lists:
+                outputs[name] = Outputs(feature_maps=[x for one in own for x in one.feature_maps or []])
+            else:
+                outputs[name] = own[0]
+        return outputs, count
+
+    def _refuse(self, recorded: list[list[Any]]) -> None:
+        calls = {f"{tap.layer!r}": len(one) for tap, one in zip(self._all, recorded, strict=True)}
         for layer, count in calls.items():
             if count == 0:
                 raise CaptureError(
-                    f"the {self.side} layer {layer} was never called in this step. Name a layer that runs through "
+                    f"the {self.network} layer {layer} was never called in this step. Name a layer that runs through "
                     "its __call__ (not .forward); under torch.compile attach before the first compiled call, or call "
                     "torch._dynamo.reset()"
                 )
-        if len(set(calls.values())) > 1:
-            raise CaptureError(f"the {self.side} layers ran unequally often in one step: {calls}")
-        first = next(iter(seen.values()))[0]
-        self.rows = [len(tensors[0]) for kept in first if (tensors := kept.shown().tensors())]
-        outputs = {}
-        for name, layers in seen.items():
-            if name in self._lists:
-                shown = [_joined([kept.shown() for kept in one]) for one in layers]
-                outputs[name] = Outputs(feature_maps=[m for o in shown for m in o.feature_maps or []])
-            else:
-                outputs[name] = _joined([kept.shown() for kept in layers[0]])
-        return outputs, next(iter(calls.values()))
+        raise CaptureError(f"the {self.network} layers ran unequally often in one step: {calls}")
 
-    def _record(
-        self, name: str, position: int, tap: Tap, module: nn.Module, args: Any, kwargs: Any, output: Any = None
-    ) -> None:
+    def _record(self, number: int, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         if self.on:
-            self._seen[name][position].append(_Kept(_show(tap, module, args, kwargs, output)))
+            self._calls[number].append(_Record(_read_call(self._all[number], module, args, kwargs, output)))
+
+
+class InputReader(_Recorder):
+    """Records the inputs of every call of one layer, which takes one tensor or keywords only."""
+
+    def __init__(self, layer: str | Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def attach(self, network: nn.Module) -> None:
+        """Hook the layer."""
+        self.detach()
+        module = find_layer(network, self.layer)
+        self._handles = [module.register_forward_pre_hook(Hook(self._record), with_kwargs=True)]
+
+    def collect(self) -> list[Any]:
+        """The inputs of every call since ``start``; switches off."""
+        return self._collect_calls()[0]
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.on:
+            if len(args) + bool(kwargs) != 1:
+                raise CaptureError(
+                    f"input_layer {self.layer!r} is called with {len(args)} positional and {len(kwargs)} keyword "
+                    "inputs; the teacher can be fed from a layer that takes one tensor, or keywords only"
+                )
+            self._calls[0].append(_copied(args[0] if args else kwargs))
 
 
 class Hook:
@@ -232,64 +281,8 @@ class Hook:
         return Hook, ()
 
 
-class InputReader:
-    """Records the positional and keyword inputs of every call of one layer while it is switched on."""
-
-    def __init__(self, layer: str | Callable[[nn.Module], nn.Module]) -> None:
-        self.layer = layer
-        self._handle: RemovableHandle | None = None
-        self._seen: list[Any] = []
-        self._before: list[Any] = []
-        self.on = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take over: they have hooked nothing."""
-        return self.__dict__ | {"_handle": None, "_seen": [], "_before": [], "on": False}
-
-    def attach(self, network: nn.Module) -> None:
-        """Hook the layer."""
-        self.detach()
-        module = find_layer(network, self.layer)
-        self._handle = module.register_forward_pre_hook(Hook(self._record), with_kwargs=True)
-
-    def detach(self) -> None:
-        """Take the hook off; safe to call twice."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = None
-        self.stop()
-
-    def start(self) -> None:
-        """Forget what was seen and record from now on."""
-        self._seen, self._before, self.on = [], [], True
-
-    def start_again(self) -> None:
-        """Record from now on; what was seen before is taken only if the layer does not run again."""
-        if self.on and self._seen:
-            self._seen, self._before = [], self._seen
-
-    def stop(self) -> None:
-        """Record no more and forget what was seen."""
-        self._seen, self._before, self.on = [], [], False
-
-    def collect(self) -> list[Any]:
-        """The inputs of every call since ``start``."""
-        seen = self._seen or self._before
-        self.stop()
-        return seen
-
-    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.on:
-            if len(args) + bool(kwargs) != 1:
-                raise CaptureError(
-                    f"input_layer {self.layer!r} is called with {len(args)} positional and {len(kwargs)} keyword "
-                    "inputs; the teacher can be fed from a layer that takes one tensor, or keywords only"
-                )
-            self._seen.append(_copied(args[0] if args else kwargs))
-
-
 def read(network: nn.Module, layer: Layer | None, *args: Any, **kwargs: Any) -> Outputs:
-    """Call a network once and return what it showed at one layer.
+    """Call a network once and return its outputs at one layer.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -318,7 +311,8 @@ def _as_tap(entry: Any) -> Tap:
     raise TypeError(f"a layer is a dotted path, a function, a Tap, a list or a dict of them, got {entry!r}")
 
 
-def _show(tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Outputs:
+def _read_call(tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Outputs:
+    """The outputs of one call of a tapped layer."""
     given: Any = args[0] if args else next(iter(kwargs.values()), None)
     if tap.at is None and tap.read is None and isinstance(module, nn.Linear):
         return Outputs(given, output, [given], (module.weight, module.bias))
@@ -336,55 +330,49 @@ def _show(tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return Outputs(embedding=flat, logits=flat, feature_maps=[value])
 
 
-class _Kept:
-    """What a layer showed, safe from in-place operations behind it.
+class _Record:
+    """Outputs of one call, safe from in-place operations behind the layer.
 
     The tensors themselves are preferred to their copies: gradients then add up in the order in which they would had the
     loss been written into the step, to the last bit.
     """
 
-    def __init__(self, shown: Outputs) -> None:
-        self.original, self.writes = shown, _writes(shown)
-        copies = {id(t): t.clone() for t in {id(t): t for t in shown.tensors()}.values()}
-        self.copy = Outputs(
-            embedding=None if shown.embedding is None else copies[id(shown.embedding)],
-            logits=None if shown.logits is None else copies[id(shown.logits)],
-            feature_maps=None if shown.feature_maps is None else [copies[id(m)] for m in shown.feature_maps],
-            classifier=shown.classifier,
-        )
+    def __init__(self, outputs: Outputs) -> None:
+        self._original = outputs
+        self.rows: int | None = None
+        self._tensors: dict[int, tuple[Tensor, Tensor, int]] = {}
+        counted = not torch.compiler.is_compiling()
+        for x in outputs.tensors():
+            self.rows = len(x) if self.rows is None else self.rows
+            if id(x) not in self._tensors:
+                counted = counted and not x.is_inference()
+                self._tensors[id(x)] = x, x.clone(), x._version if counted else -1
+        self._counted = counted  # writes are not counted in inference mode and under compilation
 
-    def shown(self) -> Outputs:
-        return self.original if self.writes is not None and self.writes == _writes(self.original) else self.copy
-
-
-def _any_call(seen: Mapping[str, list[list[_Kept]]]) -> bool:
-    return any(one for layers in seen.values() for one in layers)
-
-
-def _writes(shown: Outputs) -> list[int] | None:
-    """How often each tensor has been written to; ``None`` where that is not counted."""
-    tensors = shown.tensors()
-    if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
-        return None
-    return [t._version for t in tensors]
+    def outputs(self) -> Outputs:
+        unchanged = self._counted
+        for x, _, version in self._tensors.values():
+            unchanged = unchanged and x._version == version
+        return self._original if unchanged else self._original.map(lambda x: self._tensors[id(x)][1])
 
 
-def _joined(shown: list[Outputs]) -> Outputs:
+def _join_calls(records: list[_Record]) -> Outputs:
     """Several calls as one: rows concatenated, call by call."""
-    if len(shown) == 1:
-        return shown[0]
+    if len(records) == 1:
+        return records[0].outputs()
+    calls = [record.outputs() for record in records]
 
     def cat(parts: list[Tensor | None]) -> Tensor | None:
         tensors = [p for p in parts if p is not None]
         same = len(tensors) == len(parts) and len({p.shape[1:] for p in tensors}) == 1
         return torch.cat(tensors) if same else None  # maps of different crops cannot be one tensor
 
-    maps = [cat(list(level)) for level in zip(*(o.feature_maps or [] for o in shown), strict=True)]
+    maps = [cat(list(level)) for level in zip(*(one.feature_maps or [] for one in calls), strict=True)]
     return Outputs(
-        embedding=cat([o.embedding for o in shown]),
-        logits=cat([o.logits for o in shown]),
+        embedding=cat([one.embedding for one in calls]),
+        logits=cat([one.logits for one in calls]),
         feature_maps=[m for m in maps if m is not None] if maps and all(m is not None for m in maps) else None,
-        classifier=shown[-1].classifier,
+        classifier=calls[-1].classifier,
     )
 
 

@@ -1,4 +1,4 @@
-"""Finds NaN and infinity in outputs, losses and weights, and collapse, without stopping the step."""
+"""Detection of NaN, infinity and collapse without waiting for the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.losses.base import NonFiniteError, Term, at_tap
+from lightning_rkd.losses.base import NonFiniteError
+from lightning_rkd.utils.types import Outputs
 
 
 class CollapseWarning(UserWarning):
@@ -20,35 +21,66 @@ class CollapseWarning(UserWarning):
 class FiniteChecks:
     """Finds NaN, infinity and collapse without stopping the step.
 
-    On a CPU the loss itself has already refused non-finite values. On other devices a few flags travel to the host
-    while the step goes on, and are looked at when the next one begins.
+    On a CPU the loss itself refuses values that are not finite. On other devices a few flags travel to the host while
+    the step goes on, and are read when the next one begins.
+
+    Attributes:
+        collapse_reported: Whether a collapse has been reported, which is done once.
+        waiting: Flags that are under way.
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Tensor, Any, Callable[[list[float]], None]]] = []
-        self._reported = False
+        self.collapse_reported = False
+        self.waiting: list[tuple[Tensor, Any, Callable[[list[float]], None]]] = []
 
     def __reduce__(self) -> tuple[type[FiniteChecks], tuple[()]]:
         return FiniteChecks, ()  # copies start anew: events on a GPU cannot be copied
 
-    def look(self, term: Term, sides: tuple[Any, Any], name: str, step: int, value: Tensor | None = None) -> None:
-        """Note the state of what a term has just read, and whether its value has overflowed."""
-        read = [[t.detach() for t in at_tap(s, term.tap, term.reads, who=name).tensors(term.reads)] for s in sides]
+    def check_features(self, bound: Any, inputs: tuple[Any, Any], value: Tensor, name: str, step: int) -> None:
+        """Check the inputs of a loss (a ``BoundLoss``) and its value."""
+        loss = bound.loss
+        read = [[t.detach() for t in _list_tensors(x, loss.reads)] for x in inputs]
         if not all(read):
             return
         student = read[0][0]
-        bad = [_first_bad(tensors) for tensors in read]
+        bad = [_first_bad_row(tensors) for tensors in read]
         equal = torch.zeros((), device=student.device)
-        if term.reads == "embedding" and term.gather and len(student) > 1:
+        if loss.reads == "embedding" and loss.gather and len(student) > 1:
             equal = (student[1:] == student[:1]).all()
-        overflow = torch.zeros_like(equal) if value is None else ~value.detach().isfinite().all()
+        overflow = ~value.detach().isfinite().all()
         flags = torch.stack([*bad, overflow.to(bad[0].dtype), equal.to(bad[0].dtype)])
-        self._send(flags, partial(self._report_outputs, name, step))
+        self._send(flags, partial(self._report_features, name, step))
 
-    def look_at_losses(self, losses: Mapping[str, Tensor], step: int) -> None:
-        """Note whether the parts of a step's loss, scalars by name, are finite."""
+    def check_losses(self, losses: Mapping[str, Tensor], step: int) -> None:
+        """Check the parts of a step's loss, scalars by name."""
         bad = torch.stack([~value.detach().isfinite() for value in losses.values()])
         self._send(bad, partial(_report_losses, list(losses), step))
+
+    def report(self, *, wait: bool = False) -> None:
+        """Report the flags that have arrived, or, to ``wait``, all that are under way.
+
+        Raises:
+            NonFiniteError: With network, row and step.
+        """
+        waiting, self.waiting = self.waiting, []
+        for flags, event, report in waiting:
+            if event is not None and wait:
+                event.synchronize()
+            elif event is not None and not event.query():
+                self.waiting.append((flags, event, report))
+                continue
+            report(flags.tolist())
+
+    def report_collapse(self, name: str, step: int) -> None:
+        """Warn, once, that all rows of the student's embedding are equal."""
+        if not self.collapse_reported:
+            self.collapse_reported = True
+            warnings.warn(
+                f"step {step}: the student has collapsed: all rows of the embedding that {name} reads are equal, "
+                "where relational losses have no gradient. Lower the learning rate, or add a task loss",
+                CollapseWarning,
+                stacklevel=2,
+            )
 
     def _send(self, flags: Tensor, report: Callable[[list[float]], None]) -> None:
         event = None
@@ -57,57 +89,45 @@ class FiniteChecks:
             flags = host.copy_(flags, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
-        self._waiting.append((flags, event, report))
+        self.waiting.append((flags, event, report))
         if event is None:
-            self.check()
+            self.report()
 
-    def check(self, *, wait: bool = False) -> None:
-        """Report what has arrived, or, to ``wait``, all that is under way.
-
-        Raises:
-            NonFiniteError: With side, row and step.
-        """
-        waiting, self._waiting = self._waiting, []
-        for flags, event, report in waiting:
-            if event is not None and wait:
-                event.synchronize()
-            elif event is not None and not event.query():
-                self._waiting.append((flags, event, report))
-                continue
-            report(flags.tolist())
-
-    def _report_outputs(self, name: str, step: int, flags: list[float]) -> None:
+    def _report_features(self, name: str, step: int, flags: list[float]) -> None:
         *bad, overflow, equal = flags
-        for side, row in zip(("student", "teacher"), bad, strict=True):
+        for network, row in zip(("student", "teacher"), bad, strict=True):
             if row >= 0:
                 raise NonFiniteError(
-                    f"step {step}: {name}: the {side}'s output holds NaN or infinity, first in row {row}"
+                    f"step {step}: {name}: the {network}'s output holds NaN or infinity, first in row {row}"
                 )
         if overflow:
             raise NonFiniteError(
-                f"step {step}: {name}: overflow: both sides are finite, but the loss is not. Scale down or normalise "
-                "what the networks show, and look for NaN in the loss's own parameters"
+                f"step {step}: {name}: overflow: the inputs are finite, but the loss is not. Scale down or normalise "
+                "the features, and look for NaN in the loss's own parameters"
             )
-        if equal and not self._reported:
-            self._reported = True
-            warnings.warn(
-                f"step {step}: the student has collapsed: all rows of the embedding that {name} reads are equal, "
-                "where relational losses have no gradient. Lower the learning rate, or add a task loss",
-                CollapseWarning,
-                stacklevel=2,
-            )
+        if equal:
+            self.report_collapse(name, step)
+
+
+def _list_tensors(inputs: Any, reads: str | tuple[str, ...]) -> list[Tensor]:
+    """The tensors with a row per sample among the inputs of a loss."""
+    if reads == "classifier":
+        return []
+    if isinstance(inputs, Outputs):
+        return inputs.tensors(reads)
+    return [inputs] if isinstance(inputs, Tensor) else list(inputs)
 
 
 def _report_losses(names: list[str], step: int, flags: list[float]) -> None:
     if bad := [name for name, flag in zip(names, flags, strict=True) if flag]:
         raise NonFiniteError(
-            f"step {step}: {' and '.join(bad)} is NaN or infinite: look at the batch (NaN inputs or labels?), or lower "
+            f"step {step}: {' and '.join(bad)} is NaN or infinite: check the batch (NaN inputs or labels?), or lower "
             "the learning rate; the last checkpoint is from before"
         )
 
 
 def refuse_broken_weights(module: nn.Module, step: int) -> None:
-    """Keep weights with NaN out of checkpoints: they would replace the last sound one.
+    """Keep weights with NaN out of checkpoints: they would replace the last good one.
 
     A gradient can be NaN where every loss is finite, and the next step, which would notice, comes after the checkpoint.
 
@@ -122,7 +142,7 @@ def refuse_broken_weights(module: nn.Module, step: int) -> None:
             )
 
 
-def _first_bad(tensors: list[Tensor]) -> Tensor:
+def _first_bad_row(tensors: list[Tensor]) -> Tensor:
     """The number of the first row with NaN or infinity, or -1, as a tensor on the device."""
     bad = torch.stack([(~t.isfinite()).flatten(1).any(1) for t in tensors]).any(0)
     return torch.where(bad.any(), bad.int().argmax(), -1)

@@ -1,4 +1,4 @@
-"""Weights from gradients: how strongly a term pulls at the student, against the task."""
+"""Loss weights from gradient norms: each term is compared with the task loss at the features it reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_rkd.losses.base import Term, at_tap
+from lightning_rkd.distillation.distiller import BoundLoss
 from lightning_rkd.utils.distributed import Group, sum_over_ranks
 from lightning_rkd.utils.types import Outputs
 
@@ -16,7 +16,7 @@ def balance_weights(
     terms: Mapping[str, Tensor],
     task: Tensor,
     student: Mapping[str, Outputs],
-    losses: Mapping[str, Term],
+    losses: Mapping[str, BoundLoss],
     group: Group = None,
     scale: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
@@ -25,17 +25,17 @@ def balance_weights(
     .. math:: b_k = \left\lVert \frac{\partial L_{task}}{\partial s_k} \right\rVert \Big/
         \left\lVert \frac{\partial L_k}{\partial s_k} \right\rVert
 
-    with :math:`s_k` what term k reads of the student, on all ranks. Both graphs are kept; the factors carry none. A
-    term without a gradient gets 0.
+    with :math:`s_k` the student features that term k reads, on all ranks. Both graphs are kept; the factors carry none.
+    A term without a gradient gets 0.
 
     Args:
         terms: The terms' values by name.
         task: The task loss, from the same forward pass.
-        student: What the student showed, per tap.
-        losses: The losses behind the terms.
+        student: Outputs of the student by tap.
+        losses: The losses of the terms.
         group: Process group over whose rows the norms extend.
-        scale: What a gradient scaler makes of a loss before its backward pass: in half precision, gradients at maps
-            would vanish without.
+        scale: Scaling of a loss before its backward pass by a gradient scaler: in half precision, gradients at feature
+            maps would underflow without it.
 
     Returns:
         A factor per term, a scalar of the term's dtype; NaN where the term's gradient overflows, which a gradient
@@ -46,19 +46,18 @@ def balance_weights(
 
     Example:
         >>> from lightning_rkd.losses.rkd import RKDDistance
-        >>> from lightning_rkd.losses.base import named_terms
         >>> x = torch.tensor([[0.0], [1.0], [3.0]], requires_grad=True)
-        >>> losses = named_terms(RKDDistance())
-        >>> value = losses["rkd_distance"](x, torch.tensor([[0.0], [1.0], [1.0]]))
+        >>> from lightning_rkd.losses.weighting import Term
+        >>> loss = RKDDistance()
+        >>> value = loss(x, torch.tensor([[0.0], [1.0], [1.0]]))
+        >>> losses = {"rkd_distance": BoundLoss.bind("rkd_distance", Term(loss), [""], [""])}
         >>> both = {"rkd_distance": 10 * value}, 2 * value
         >>> balance_weights(*both, {"": Outputs(embedding=x)}, losses)["rkd_distance"]
         tensor(0.2000)
     """
     factors = {}
     for name, value in terms.items():
-        term = losses[name]
-        read = at_tap(student, term.tap, term.reads, who=name).tensors(term.reads)
-        at = [x for x in read if x.requires_grad]
+        at = [x for x in losses[name].student_tensors(student) if x.requires_grad]
         of_task, of_term = (_gradient_norm(loss if scale is None else scale(loss), at, group) for loss in (task, value))
         if of_task is None or of_term is None:
             raise ValueError(

@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_rkd.data.loaders import number_batches
 from lightning_rkd.distillation.finite_checks import refuse_broken_weights
-from lightning_rkd.losses.base import Term
 from lightning_rkd.losses.parts.state import StepState
+from lightning_rkd.losses.weighting import Term
 from lightning_rkd.utils.distributed import has_mesh
 
 try:  # only tells whether LightningCLI builds a module; private in Lightning
@@ -24,10 +24,10 @@ except ImportError:  # pragma: no cover
     _given_hyperparameters = None  # type: ignore[assignment]
 
 
-def keep_from_ddp(module: nn.Module) -> Callable[[], None]:
-    """Tell DDP not to broadcast what losses inside a module remember from step to step: all ranks hold the same.
+def exclude_from_ddp_broadcast(module: nn.Module) -> Callable[[], None]:
+    """Exclude the buffers of stateful losses from DDP's broadcast: all ranks compute the same ones.
 
-    Returns the function that takes the notice off again.
+    Returns the function that undoes it.
 
     Example:
         >>> class Steps(StepState):
@@ -35,7 +35,7 @@ def keep_from_ddp(module: nn.Module) -> Callable[[], None]:
         ...         super().__init__()
         ...         self.register_buffer("count", torch.zeros(1))
         >>> host = nn.Sequential(nn.BatchNorm1d(2), Steps())
-        >>> undo = keep_from_ddp(host)
+        >>> undo = exclude_from_ddp_broadcast(host)
         >>> host._ddp_params_and_buffers_to_ignore
         ['1.count']
     """
@@ -55,22 +55,23 @@ def keep_from_ddp(module: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def refuse_lbfgs(optimizers: Iterable[torch.optim.Optimizer], banks: Sequence[str]) -> None:
-    """An optimizer that evaluates a step several times would change a memory as often.
+def refuse_lbfgs(optimizers: Iterable[torch.optim.Optimizer], stateful_losses: Sequence[str]) -> None:
+    """Refuse LBFGS with stateful losses: it evaluates a step several times, and each would change their memory.
 
     Raises:
         ValueError: There are both.
     """
-    if banks and any(isinstance(o, torch.optim.LBFGS) for o in optimizers):
+    if stateful_losses and any(isinstance(o, torch.optim.LBFGS) for o in optimizers):
         raise ValueError(
-            f"the losses {list(banks)} remember every evaluation of a step, and LBFGS evaluates each several times: "
-            "use another optimizer"
+            f"the losses {list(stateful_losses)} remember every evaluation of a step, and LBFGS evaluates each several "
+            "times: use another optimizer"
         )
 
 
 def refuse_averages(callbacks: Iterable[Any], cure: str) -> None:
-    """Weights are averaged tensor by tensor, in order: what joins the module after it was copied is left out, or shifts
-    the others.
+    """Refuse averaged weights that were copied before the losses' tensors joined the module.
+
+    Weights are averaged tensor by tensor, in order: tensors that join later are left out, or shift the others.
 
     Raises:
         ValueError: One of the callbacks has copied the module for its averages already.
@@ -83,21 +84,21 @@ def refuse_averages(callbacks: Iterable[Any], cure: str) -> None:
 
 
 def _is_copy(value: Any) -> bool:
-    """Lightning notes in its module which hook is running: a copy made in a hook keeps the note, but not the trainer.
+    """Whether it is a copy of the module that trains.
 
-    So the module that trains is told from its copies, and these from a network that a callback was given.
+    Lightning notes in its module which hook is running; a copy made in a hook keeps the note, but not the trainer.
     """
     if not isinstance(value, nn.Module):
         return False
-    notes = vars(value)
-    return notes.get("_current_fx_name") is not None and notes.get("_trainer") is None
+    attributes = vars(value)
+    return attributes.get("_current_fx_name") is not None and attributes.get("_trainer") is None
 
 
 def refuse_unsynchronised(losses: Mapping[str, Term], strategy: Any, gather: bool) -> None:
-    """Fully sharded training (FSDP2) synchronises the modules that were sharded one by one, and nothing else.
+    """Refuse losses whose parameters would differ between ranks under fully sharded training (FSDP2).
 
-    Parameters that are not sharded stay alike on all ranks only where their gradient is the same on all ranks, that of
-    a loss that sees the rows of all.
+    FSDP2 synchronises the modules that were sharded, and nothing else. Other parameters stay alike on all ranks only
+    where their gradient is the same on all, that of a loss that gets the rows of all ranks.
 
     Raises:
         ValueError: Ranks would train different parameters, or parts of parameters.
@@ -108,7 +109,7 @@ def refuse_unsynchronised(losses: Mapping[str, Term], strategy: Any, gather: boo
 
     for name, term in losses.items():
         own = [p for p in term.loss.parameters() if p.requires_grad]
-        alike = gather and term.gather and not any(hasattr(p, "full_tensor") for p in own)
+        alike = gather and term.loss.gather and not any(hasattr(p, "full_tensor") for p in own)
         if own and not alike and not isinstance(term.loss, FSDPModule):
             raise ValueError(
                 f"{name}: under {type(strategy).__name__} every rank would train its own parameters of "
@@ -117,10 +118,10 @@ def refuse_unsynchronised(losses: Mapping[str, Term], strategy: Any, gather: boo
             )
 
 
-class _HandBack(pl.Callback):
-    """Lightning calls no ``teardown`` after an exception, and tells only callbacks about it.
+class _RestoreAfterException(pl.Callback):
+    """Restores a module's teacher after an exception, when Lightning calls callbacks only and no ``teardown``.
 
-    What a checkpoint must not hold is looked at here too: subclasses override ``on_save_checkpoint`` of a module.
+    It also keeps NaN out of checkpoints: subclasses of a module override its ``on_save_checkpoint``.
     """
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
@@ -128,20 +129,20 @@ class _HandBack(pl.Callback):
         refuse_broken_weights(pl_module, trainer.global_step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Hand the teacher back as it was."""
-        if hand_back := getattr(pl_module, "hand_back", None):
-            hand_back()
+        """Restore the teacher."""
+        if restore := getattr(pl_module, "restore", None):
+            restore()
 
 
-def hand_back_after_exceptions(trainer: pl.Trainer) -> None:
-    """Let the trainer call its module's ``hand_back`` after an exception."""
+def restore_after_exceptions(trainer: pl.Trainer) -> None:
+    """Let the trainer call its module's ``restore`` after an exception."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
-    if not any(isinstance(callback, _HandBack) for callback in callbacks):
-        callbacks.insert(0, _HandBack())
+    if not any(isinstance(callback, _RestoreAfterException) for callback in callbacks):
+        callbacks.insert(0, _RestoreAfterException())
 
 
 def number_training_batches(trainer: pl.Trainer) -> Callable[[], None]:
-    """Let the training loaders say which rows of the root data set their batches hold, wherever they come from.
+    """Let the training loaders yield batches with the indices of their samples in the root data set.
 
     Returns the function that undoes it.
     """
@@ -161,8 +162,8 @@ def save_plain_hyperparameters(module: pl.LightningModule, frame: FrameType | No
     Under LightningCLI the hyper-parameters are the configuration: plain values, from which it rebuilds all parts.
 
     Args:
-        module: What is being made.
-        frame: Of its ``__init__``.
+        module: The module.
+        frame: Frame of its ``__init__``.
     """
     given: dict[str, Any] = {}
     if frame is not None and (_given_hyperparameters is None or _given_hyperparameters.get() is None):

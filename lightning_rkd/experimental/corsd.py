@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from lightning_rkd.distillation.features import Tap
 from lightning_rkd.distillation.lightning import refuse_lbfgs
-from lightning_rkd.distillation.step import Shown
+from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.parts.memory import generator
 from lightning_rkd.losses.parts.state import StepState
@@ -339,15 +339,15 @@ class CORSD(DistillationModule):
         super().on_fit_start()
         refuse_lbfgs(self.trainer.optimizers, ["CORSD"])
 
-    def task(self, shown: Shown, output: Any) -> Tensor:
+    def task(self, features: StepFeatures, output: Any) -> Tensor:
         """All parts of the equation."""
-        logits = shown.student["embedding"].logits
+        logits = features.student["embedding"].logits
         assert logits is not None
-        hard, labels = super().task(shown, logits), shown.batch.labels
+        hard, labels = super().task(features, logits), features.batch.labels
         assert labels is not None
         if labels.ndim != 1:
             raise ValueError(f"CORSD needs one class per sample, (N,), got labels {tuple(labels.shape)}")
-        here = Outputs(feature_maps=shown.student["feature_maps"].feature_maps, logits=logits)
+        here = Outputs(feature_maps=features.student["feature_maps"].feature_maps, logits=logits)
         group, ranks = self.distiller.group, rank_and_size(self.distiller.group)[1]
         counts = row_counts(len(labels), logits.device, group)
         parts = ranks * len(labels) / sum(counts) * self.relations(here, here, labels=labels)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from lightning_rkd.distillation.features import Tap, find_layer
-from lightning_rkd.distillation.step import Shown
+from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.losses.parts.checks import check_positive
 from lightning_rkd.losses.references import BibTeX, Reference
 from lightning_rkd.losses.soft_target import soft_target
@@ -204,11 +204,11 @@ class OnlineBranches(DistillationModule):
         for branch in range(len(branches)):
             self._classifier(branch)
 
-    def task(self, shown: Shown, output: Any) -> Tensor:
+    def task(self, features: StepFeatures, output: Any) -> Tensor:
         """All three parts of the equation."""
-        logits = shown.student["branches"].feature_maps
+        logits = features.student["branches"].feature_maps
         assert logits is not None
-        hard, soft = super().task(shown, torch.stack(logits, dim=2))
+        hard, soft = super().task(features, torch.stack(logits, dim=2))
         weights = [self._classifier(number).weight for number in range(len(self.student.branches))]
         with torch.autocast(output.device.type, enabled=False):
             diverse = self.diversity * classifier_overlap([w.to(hard.dtype) for w in weights])

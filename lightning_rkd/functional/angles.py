@@ -20,7 +20,7 @@ from torch._compile import _disable_dynamo
 
 from lightning_rkd.functional import angle_tiles
 from lightning_rkd.functional._kernels import give_up, native
-from lightning_rkd.functional.derivatives import refuse_second_derivative
+from lightning_rkd.functional.derivatives import second_derivative_error
 from lightning_rkd.utils.distributed import Shard
 
 Reduction = Literal["official", "distinct"]
@@ -168,7 +168,7 @@ def _shuffled(start: int, stop: int, n: int, device: torch.device) -> Tensor:
 def _sum_triplets(student: Tensor, teacher: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
     device = student.device.type
     name = _KERNELS.get(device, "")
-    kernel = native(name) if name else None
+    kernel = native(name)
     if kernel is not None:
         try:
             total, grad = kernel.loss_and_gradient(student, teacher, *args, **settings)
@@ -200,15 +200,12 @@ class _AngleLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("angle_loss")
+        if torch.is_grad_enabled():
+            raise second_derivative_error("angle_loss")
         (grad,) = ctx.saved_tensors
-        return _multiply(grad, grads[0]), None, None, None, None, None
-
-
-def _multiply(x: Tensor, scalar: Tensor) -> Tensor:
-    if x.device.type == "cpu":  # on one thread: PyTorch's threads would hold the cores afterwards
-        return torch.from_numpy(x.numpy() * scalar.numpy())
-    return x * scalar
+        if grad.device.type == "cpu":  # on one thread: PyTorch's threads would hold the cores afterwards
+            return torch.from_numpy(grad.numpy() * grads[0].numpy()), None, None, None, None, None
+        return grad * grads[0], None, None, None, None, None
 
 
 def _call(*args: Any) -> Tensor:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import torch
 
+def second_derivative_error(name: str) -> RuntimeError:
+    """Error for a backward pass that runs with ``create_graph=True`` where no second derivative exists.
 
-def refuse_second_derivative(name: str) -> None:
-    """Raise where the backward pass of a first-order function runs with ``create_graph=True``.
+    A backward pass raises it ``if torch.is_grad_enabled()``.
 
     Args:
         name: Function named in the message.
 
     Example:
-        >>> with torch.no_grad():
-        ...     refuse_second_derivative("angle_loss")
+        >>> str(second_derivative_error("angle_loss"))[:42]
+        'angle_loss has a first derivative only: it'
     """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name} has a first derivative only: its backward pass ran with create_graph=True, and the second "
-            "derivative would be left out silently"
-        )
+    return RuntimeError(
+        f"{name} has a first derivative only: its backward pass ran with create_graph=True, and the second "
+        "derivative would be left out silently"
+    )

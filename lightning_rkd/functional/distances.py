@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.functional._kernels import give_up, native
-from lightning_rkd.functional.derivatives import refuse_second_derivative
+from lightning_rkd.functional.derivatives import second_derivative_error
 
 DUPLICATE = 1e-13
 """Two rows with squared distance up to this part of the sum of their squared norms (centred) count as duplicates."""
@@ -120,7 +120,7 @@ class _SquaredDistances(torch.autograd.Function):
         if x.device.type == "mps":
             ctx.save_for_backward(x)
             return _by_differences(x)
-        kernel = _kernel(x)
+        kernel = None if torch.compiler.is_compiling() else native(_KERNELS.get(x.device.type, ""))
         rows = kernel.centred(x) if kernel else _centred(x, torch.float64)
         ctx.save_for_backward(rows if ctx.needs_input_grad[0] else None)
         if kernel:
@@ -134,9 +134,11 @@ class _SquaredDistances(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        refuse_second_derivative("squared_distances")
+        if torch.is_grad_enabled():
+            raise second_derivative_error("squared_distances")
         (x,) = ctx.saved_tensors
-        if x.dtype == torch.float64 and (kernel := _kernel(x)):
+        kernel = None if torch.compiler.is_compiling() else native(_KERNELS.get(x.device.type, ""))
+        if x.dtype == torch.float64 and kernel:
             return kernel.pulled(grads[0], x).to(ctx.dtype)  # type: ignore[no-any-return]
         with torch.autocast(x.device.type, enabled=False):
             pull = grads[0] + grads[0].T
@@ -145,11 +147,6 @@ class _SquaredDistances(torch.autograd.Function):
 
 
 _KERNELS = {"cpu": "distance_cpu", "cuda": "distance_cuda"}
-
-
-def _kernel(x: Tensor) -> Any:
-    name = _KERNELS.get(x.device.type)
-    return native(name) if name and not torch.compiler.is_compiling() else None
 
 
 def _centred(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -176,7 +173,9 @@ class _DistanceLoss(torch.autograd.Function):
     def forward(ctx: Any, squared_student: Tensor, squared_teacher: Tensor, count: int) -> Tensor:
         ctx.count = count
         own, given = squared_student.sqrt(), squared_teacher.sqrt()
-        (positive, total, per_mean), (_, _, others) = _unit(own), _unit(given)
+        positive, tiny = own > 0, torch.finfo(own.dtype).tiny
+        total = own.sum().clamp_min(tiny)
+        per_mean, others = positive.sum() / total, (given > 0).sum() / given.sum().clamp_min(tiny)
         e = own * per_mean - given * others
         g = e.clamp(-1, 1)
         loss = (e.sub_(g, alpha=0.5).mul_(g)).sum() / count
@@ -188,13 +187,7 @@ class _DistanceLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("distance_loss")
+        if torch.is_grad_enabled():
+            raise second_derivative_error("distance_loss")
         (pull,) = ctx.saved_tensors
         return pull * (grads[0] * (0.5 / ctx.count)), None, None
-
-
-def _unit(d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where distances are positive, their sum (not 0), and one over their mean; 0 where there is none."""
-    positive = d > 0
-    total = d.sum().clamp_min(torch.finfo(d.dtype).tiny)
-    return positive, total, positive.sum() / total

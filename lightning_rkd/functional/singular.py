@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.functional.derivatives import refuse_second_derivative
+from lightning_rkd.functional.derivatives import second_derivative_error
 from lightning_rkd.functional.scales import smallest_norm
 
 
@@ -96,7 +96,8 @@ class _RightSingularVectors(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        refuse_second_derivative("right_singular_vectors")
+        if torch.is_grad_enabled():
+            raise second_derivative_error("right_singular_vectors")
         unit, scale, squared, scaled, vectors, rounding = ctx.saved_tensors
         k = vectors.shape[2]
         with torch.autocast(unit.device.type, enabled=False):

@@ -1,7 +1,7 @@
 """The losses, one paper a file. Importing them costs no more than PyTorch."""
 
 from lightning_rkd.losses.attention_transfer import AttentionTransfer
-from lightning_rkd.losses.base import LossSum, NonFiniteError, Reference, RelationalLoss, Term
+from lightning_rkd.losses.base import NonFiniteError, Reference, RelationalLoss
 from lightning_rkd.losses.correlation_congruence import CorrelationCongruence
 from lightning_rkd.losses.crcd import CRCD
 from lightning_rkd.losses.crd import CRD
@@ -29,6 +29,7 @@ from lightning_rkd.losses.srd import SRD
 from lightning_rkd.losses.stkd import STKD
 from lightning_rkd.losses.ttm import TTM, WTTM
 from lightning_rkd.losses.vkd import VkD
+from lightning_rkd.losses.weighting import LossSum
 
 __all__ = [
     "CRCD",
@@ -67,6 +68,5 @@ __all__ = [
     "SimilarityPreserving",
     "SoftDarkRank",
     "SoftTarget",
-    "Term",
     "VkD",
 ]

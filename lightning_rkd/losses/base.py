@@ -1,38 +1,20 @@
-"""The contract every loss keeps, and the arithmetic of losses: ``25 * RKDDistance() + 50 * RKDAngle()``."""
+"""The contract that every loss keeps."""
 
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.losses.context import checked_context
-from lightning_rkd.losses.lazy import LazyModule, Size
-from lightning_rkd.losses.references import BibTeX, Reference
-from lightning_rkd.losses.sides import (
-    FIELDS,
-    NonFiniteError,
-    Side,
-    at_tap,
-    cast,
-    check_finite,
-    check_value,
-    pairs,
-    pick,
-)
-
-__all__ = [
-    "LossSum", "NonFiniteError", "Reference", "RelationalLoss", "Side", "Size", "Term", "Weight", "at_tap",
-    "check_finite", "named_terms", "pick", "weight_at",
-]  # fmt: skip
-
-Weight = float | Callable[[int], float]
-"""A number, or a function of the epoch."""
+from lightning_rkd.losses.inputs import FIELDS, Features, check_context, pair_tensors, select_fields
+from lightning_rkd.losses.lazy import LazyModule
+from lightning_rkd.losses.references import BibTeX
+from lightning_rkd.losses.references import Reference as Reference
+from lightning_rkd.losses.weighting import Weighable
+from lightning_rkd.utils.types import Outputs
 
 CONTEXT = frozenset({"labels", "indices", "view", "epoch", "mix", "shard"})
 """What a loss may ask for, as keyword-only parameters of its ``forward``."""
@@ -41,17 +23,11 @@ INVARIANCES = frozenset({"translation", "rotation", "scale", "row scale", "row s
 """What may leave a loss unchanged, done to either side alone."""
 
 
-def weight_at(weight: Weight, epoch: int) -> float:
-    """The value of a weight in an epoch.
-
-    Example:
-        >>> weight_at(2, epoch=0), weight_at(lambda epoch: 0.5 * epoch, epoch=3)
-        (2.0, 1.5)
-    """
-    return float(weight(epoch)) if callable(weight) else float(weight)
+class NonFiniteError(ValueError):
+    """Embeddings, logits or feature maps that hold NaN or infinity, or a loss of finite ones that overflows."""
 
 
-class RelationalLoss(LazyModule):
+class RelationalLoss(Weighable, LazyModule):
     r"""Base of all losses: compares what a student and a teacher show for the same N samples.
 
     A subclass writes ``forward(self, student, teacher)`` as plain maths and may ask for more through keyword-only
@@ -121,31 +97,42 @@ class RelationalLoss(LazyModule):
 
     forward: Callable[..., Tensor]
 
-    def __call__(self, student: Side, teacher: Side, **context: Any) -> Tensor:
-        """The loss as a scalar, after checking and casting both sides."""
-        name = self.display_name
-        unknown = set(context) - self.needs
-        if unknown:
+    def __call__(self, student: Features, teacher: Features, **context: Any) -> Tensor:
+        """Check and cast the inputs, and compute the loss as a scalar."""
+        name, reads = self.display_name, self.reads
+        if unknown := context.keys() - self.needs:
             raise TypeError(f"{name} does not use {sorted(unknown)}; it takes {sorted(self.needs) or 'no context'}")
-        missing = {n for n in self.required if context.get(n) is None}
-        if missing:
-            raise ValueError(f"{name} needs {sorted(missing)}: pass {', '.join(f'{n}=...' for n in sorted(missing))}")
-        s, t = pick(student, self.reads, who=f"{name}, student"), pick(teacher, self.reads, who=f"{name}, teacher")
-        tensors = pairs(s, t, self.reads, name)
-        rows, device = len(tensors[0][1]), tensors[0][1].device
-        context = checked_context(context, rows, tensors[0][0], device, name)
+        if missing := [n for n in sorted(self.required) if context.get(n) is None]:
+            raise ValueError(f"{name} needs {missing}: pass {', '.join(f'{n}=...' for n in missing)}")
+        s: Any = student
+        t: Any = teacher
+        if isinstance(s, Tensor) and isinstance(t, Tensor) and reads in ("embedding", "logits"):
+            pairs = [(str(reads), s, t)]
+        else:
+            s, t = select_fields(s, reads, who=f"{name}, student"), select_fields(t, reads, who=f"{name}, teacher")
+            pairs = pair_tensors(s, t, reads, name)
+        _check_pairs(pairs, name)
+        field, first, _ = pairs[0]
+        device, on_cpu = first.device, first.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu:
+            _check_finite(pairs, (s, t), name)
+        if not context.keys() <= _UNCHECKED:
+            context = check_context(context, len(first), field, device, name)
         # float32 at least; two different precisions meet at the higher one, unless the loss has tensors of its own
         dtype = torch.float32
-        for _, a, b in tensors:
+        for _, a, b in pairs:
             dtype = torch.promote_types(dtype, torch.promote_types(a.dtype, b.dtype))
         if not self.ready:
             self.materialize(s, t, like=torch.empty(0, dtype=dtype, device=device))
-        self.check_sizes(s, t)
-        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), dtype)
+        if self.needed_sizes:
+            self.check_sizes(s, t)
+            dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), dtype)
         with torch.autocast(device_type=device.type, enabled=False):
-            value: Tensor = super().__call__(cast(s, dtype), cast(t, dtype, detach=True), **context)
-        if device.type == "cpu" and not torch.compiler.is_compiling():
-            check_value(value, tensors, self)
+            value: Tensor = super().__call__(_cast(s, dtype), _cast(t, dtype, detach=True), **context)
+        if on_cpu:
+            widest = torch.float64 if any(a.dtype == torch.float64 for _, a, _ in pairs) else torch.float32
+            if not value.detach().abs().le(torch.finfo(widest).max).all():
+                raise _overflow_error(value, pairs, self)
         return value
 
     def extra_repr(self) -> str:
@@ -154,196 +141,92 @@ class RelationalLoss(LazyModule):
         names = dict.fromkeys(name for cls in classes for name in inspect.signature(cls).parameters)
         return ", ".join(f"{name}={vars(self)[name]!r}" for name in names if name in vars(self))
 
-    def at(self, tap: str) -> Term:
-        """This loss, read at the tap of that name: ``RKD().at("layer3")``."""
-        return Term(self, tap=tap)
 
-    def __mul__(self, weight: Weight) -> Term:
-        return Term(self, weight)
-
-    __rmul__ = __mul__
-
-    def __add__(self, other: RelationalLoss) -> LossSum:
-        return LossSum([*_as_terms(self), *_as_terms(other)])
-
-    def __radd__(self, other: Literal[0]) -> RelationalLoss:  # sum([...]) starts at 0
-        return self if isinstance(other, int) and other == 0 else NotImplemented
+_UNCHECKED = {"epoch", "shard"}
+_PRECISIONS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
-class Term(RelationalLoss):
-    """A loss with a weight and, where a network is read in several places, the tap it reads.
-
-    Args:
-        loss: What is weighted.
-        weight: A number or a function of the epoch.
-        tap: Name of a tap; ``None`` reads the only tap, or the tap named like the field the loss reads.
-
-    Example:
-        >>> class Zero(RelationalLoss):
-        ...     def forward(self, student, teacher):
-        ...         return student.sum() * 0 + 1
-        >>> (25 * Zero())(torch.zeros(2, 3), torch.zeros(2, 3))
-        tensor(25.)
-    """
-
-    def __init__(self, loss: RelationalLoss, weight: Weight = 1.0, tap: str | None = None) -> None:
-        super().__init__()
-        if not isinstance(loss, RelationalLoss) or isinstance(loss, LossSum):
-            raise TypeError(f"a Term weighs one RelationalLoss, got {type(loss).__name__}")
-        if not (callable(weight) or isinstance(weight, int | float)):
-            raise TypeError(f"a weight is a number or a function of the epoch, got {type(weight).__name__}")
-        if isinstance(loss, Term):
-            weight, tap = _product(loss.weight, weight), tap if tap is not None else loss.tap
-            loss = loss.loss
-        self.loss: RelationalLoss = loss
-        self.weight: Weight = weight
-        self.tap: str | None = tap
-        self.reads, self.gather, self.needs = loss.reads, loss.gather, loss.needs
-        self.ready = True
-
-    def weight_at(self, epoch: int = 0) -> float:
-        """The weight in that epoch."""
-        return weight_at(self.weight, epoch)
-
-    def __call__(self, student: Side, teacher: Side, *, epoch: int = 0, **context: Any) -> Tensor:
-        """The weighted loss."""
-        return self.weight_at(epoch) * self.raw(student, teacher, epoch=epoch, **context)
-
-    def raw(self, student: Side, teacher: Side, **context: Any) -> Tensor:
-        """The loss before weighting, given only the part of the context it asked for."""
-        who = type(self.loss).__name__
-        return self.loss(
-            at_tap(student, self.tap, self.reads, who=f"{who}, student"),
-            at_tap(teacher, self.tap, self.reads, who=f"{who}, teacher"),
-            **{k: v for k, v in context.items() if k in self.needs},
-        )
-
-    @property
-    def missing_sizes(self) -> tuple[str, ...]:
-        """The sizes that the loss must still be told."""
-        return self.loss.missing_sizes
-
-    def materialize(
-        self, student: Any = None, teacher: Any = None, *, num_samples: int | None = None, like: Tensor | None = None
-    ) -> None:
-        """Make the loss ready for what it will read at its tap."""
-        who = type(self.loss).__name__
-        sides = (
-            None if side is None else pick(at_tap(side, self.tap, self.reads, who=who), self.reads, who=who)
-            for side in (student, teacher)
-        )
-        self.loss.materialize(*sides, num_samples=num_samples, like=like)
-
-    def extra_repr(self) -> str:
-        """Weight and tap, for ``print``."""
-        return f"weight={self.weight}" + (f", tap={self.tap!r}" if self.tap is not None else "")
+def _check_pairs(pairs: list[tuple[str, Any, Any]], name: str) -> None:
+    """Refuse what is no floating-point tensor of a row per sample, or does not fit the other network's."""
+    first = pairs[0][1]
+    for field, student, teacher in pairs:
+        for network, x in (("student", student), ("teacher", teacher)):
+            what = f"{name}: the {network}'s {field}"
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{what} must be a tensor, got {type(x).__name__}")
+            if not x.is_floating_point():
+                raise TypeError(f"{what} must be floating point, got {x.dtype}; call .float() on it")
+            if x.dtype not in _PRECISIONS:
+                raise TypeError(f"{what} is {x.dtype}, in which nothing can be computed; call .float()")
+            if x.layout != torch.strided:
+                raise TypeError(f"{what} must be dense, got {x.layout}; call .to_dense() on it")
+            if x.is_meta:
+                raise ValueError(f"{what} is on the meta device, where tensors hold no numbers")
+            if field == "embedding" and x.ndim != 2:
+                raise ValueError(
+                    f"{what} must be (N, D), got {tuple(x.shape)}; pool it with Tap(layer, read=global_pool) or "
+                    "mean_pool, cls_token"
+                )
+            if x.ndim < 2:
+                raise ValueError(f"{what} must begin with (N, ...), got {tuple(x.shape)}")
+            if x.numel() == 0:
+                raise ValueError(f"{what} is empty, shape {tuple(x.shape)}")
+            if x.device != first.device:
+                both = " and ".join(sorted({str(first.device), str(x.device)}))
+                raise ValueError(
+                    f"{name}: student and teacher must be on one device, got {both}; call .to({str(first.device)!r}) "
+                    "on the network or on its output"
+                )
+        if len(student) != len(teacher):
+            shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+            raise ValueError(f"{name}: student and teacher must give features of the same N samples, got {shapes}")
+        if len(student) != len(first):
+            raise ValueError(
+                f"{name}: all features of a network must be of the same N samples, got {len(first)} rows of "
+                f"{pairs[0][0]} and {len(student)} of {field}"
+            )
 
 
-class LossSum(RelationalLoss):
-    """A weighted sum of losses; its keys are the names under which the terms are logged.
-
-    Args:
-        terms: A mapping from log name to loss, or a list of losses, named after their classes (``RKDDistance`` is
-            logged as ``rkd_distance``).
-
-    Example:
-        >>> class Gap(RelationalLoss):
-        ...     def forward(self, student, teacher):
-        ...         return (student.mean() - teacher.mean()).abs()
-        >>> total = 2 * Gap() + 3 * Gap()
-        >>> list(total.terms), total(torch.zeros(2, 3), torch.ones(2, 3))
-        (['gap', 'gap_2'], tensor(5.))
-    """
-
-    def __init__(self, terms: Mapping[str, RelationalLoss] | Sequence[RelationalLoss]) -> None:
-        super().__init__()
-        if isinstance(terms, Mapping):
-            named = {name: loss if isinstance(loss, Term) else Term(loss) for name, loss in terms.items()}
-        else:
-            named = _named([loss if isinstance(loss, Term) else Term(loss) for loss in terms])
-        if not named:
-            raise ValueError("a sum of losses needs at least one loss")
-        try:
-            self.terms = nn.ModuleDict(named)
-        except KeyError as error:  # a dot, or the name of a method of every module
-            raise ValueError(f"a loss cannot have that name, {error.args[0]}; choose another") from None
-        self.needs = frozenset().union(*(term.needs for term in named.values()))
-
-    def __call__(self, student: Side, teacher: Side, **context: Any) -> Tensor:
-        """The sum of the weighted losses; each receives the part of the context it asked for."""
-        unknown = set(context) - self.needs - {"epoch"}
-        if unknown:
-            raise TypeError(f"no loss of this sum uses {sorted(unknown)}; together they take {sorted(self.needs)}")
-        parts = [term(student, teacher, **context) for term in self.terms.values()]
-        return torch.stack(parts).sum()
-
-    @property
-    def missing_sizes(self) -> tuple[str, ...]:
-        """The sizes that losses of the sum must still be told."""
-        return tuple(sorted({size for term in named_terms(self).values() for size in term.missing_sizes}))
-
-    def materialize(
-        self, student: Any = None, teacher: Any = None, *, num_samples: int | None = None, like: Tensor | None = None
-    ) -> None:
-        """Make every loss ready for what it will read."""
-        for term in named_terms(self).values():
-            term.materialize(student, teacher, num_samples=num_samples, like=like)
-
-    def __mul__(self, weight: Weight) -> LossSum:  # type: ignore[override] # a weighted sum stays a sum
-        return LossSum({name: Term(term, weight) for name, term in named_terms(self).items()})
-
-    __rmul__ = __mul__  # type: ignore[assignment] # as above
-
-    def at(self, tap: str) -> LossSum:  # type: ignore[override] # as above
-        """Every loss of the sum, read at the tap of that name."""
-        return LossSum({name: Term(term, tap=tap) for name, term in named_terms(self).items()})
+def _check_finite(pairs: list[tuple[str, Tensor, Tensor]], both: tuple[Any, Any], name: str) -> None:
+    """Refuse NaN and infinity; on a CPU only, since other devices would be waited for."""
+    for _, student, teacher in pairs:
+        for network, x in (("student", student), ("teacher", teacher)):
+            finite = torch.isfinite(x.detach())
+            if not finite.all():
+                row = int((~finite.flatten(1).all(1)).nonzero()[0])
+                raise NonFiniteError(
+                    f"{name}: the {network}'s output holds NaN or infinity, first in row {row} of {len(x)}"
+                )
+    for network, outputs in zip(("student", "teacher"), both, strict=True):
+        classifier = outputs.classifier if isinstance(outputs, Outputs) else None
+        if not all(x.isfinite().all() for x in classifier or () if x is not None):
+            raise NonFiniteError(f"{name}: the {network}'s classifier holds NaN or infinity")
 
 
-def named_terms(loss: RelationalLoss | Mapping[str, RelationalLoss]) -> dict[str, Term]:
-    """Any loss, sum or dict of losses as terms under their log names.
-
-    Example:
-        >>> class Gap(RelationalLoss):
-        ...     def forward(self, student, teacher): ...
-        >>> {name: term.weight for name, term in named_terms(25 * Gap()).items()}
-        {'gap': 25}
-    """
-    if isinstance(loss, Mapping):
-        loss = LossSum(loss)
-    if isinstance(loss, LossSum):
-        return dict(loss.terms.items())  # type: ignore[arg-type]
-    if isinstance(loss, RelationalLoss):
-        return _named(_as_terms(loss))
-    raise TypeError(f"loss must be a RelationalLoss or a dict of them, got {type(loss).__name__}")
-
-
-def _as_terms(loss: RelationalLoss) -> list[Term]:
-    if isinstance(loss, LossSum):
-        return list(named_terms(loss).values())
-    return [loss if isinstance(loss, Term) else Term(loss)]
+def _overflow_error(value: Tensor, pairs: list[tuple[str, Tensor, Tensor]], loss: nn.Module) -> NonFiniteError:
+    """The error for a loss that is not finite although its inputs are."""
+    name = type(loss).__name__
+    for own, x in (*loss.named_parameters(), *loss.named_buffers()):
+        if not torch.isfinite(x).all():
+            return NonFiniteError(
+                f"{name}: its own {own} holds NaN or infinity: an earlier step has broken it; lower the learning rate, "
+                "or clip gradients"
+            )
+    largest = ", ".join(f"{field} {a.abs().max():.1e} and {b.abs().max():.1e}" for field, a, b in pairs)
+    return NonFiniteError(
+        f"{name}: overflow: the inputs are finite, but the loss is {value.detach().flatten()[0]:.1e}, which "
+        f"{value.dtype} cannot hold. The largest magnitudes of student and teacher are: {largest}. Scale down or "
+        "normalise what is large, or pass float64"
+    )
 
 
-def _named(terms: Sequence[Term]) -> dict[str, Term]:
-    named: dict[str, Term] = {}
-    for term in terms:
-        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(term.loss).__name__).lower()
-        if term.tap is not None:
-            name += "_" + term.tap.replace(".", "_")
-        count = 1 + sum(1 for taken in named if re.fullmatch(rf"{re.escape(name)}(_\d+)?", taken))
-        named[name if count == 1 else f"{name}_{count}"] = term
-    return named
-
-
-@dataclass(frozen=True)
-class _Product:
-    """Product of two weights of which one depends on the epoch; a class, so that it pickles."""
-
-    a: Weight
-    b: Weight
-
-    def __call__(self, epoch: int) -> float:
-        return weight_at(self.a, epoch) * weight_at(self.b, epoch)
-
-
-def _product(a: Weight, b: Weight) -> Weight:
-    return _Product(a, b) if callable(a) or callable(b) else float(a) * float(b)
+def _cast(value: Any, dtype: torch.dtype, detach: bool = False) -> Any:
+    """Inputs in another precision and, to ``detach``, without gradient."""
+    if isinstance(value, Tensor):
+        if not torch.compiler.is_compiling() and value.is_inference() and not torch.is_inference_mode_enabled():
+            value = value.clone()  # inference tensors cannot be saved for backward
+        return (value.detach() if detach else value).to(dtype)
+    if isinstance(value, Outputs):
+        fields = {f: _cast(v, dtype, detach) for f in FIELDS if (v := getattr(value, f)) is not None}
+        return Outputs(**fields)
+    return None if value is None else type(value)(_cast(v, dtype, detach) for v in value)

@@ -21,24 +21,24 @@ from lightning_rkd.distillation.evaluation import Evaluation
 from lightning_rkd.distillation.features import CaptureError, Layer
 from lightning_rkd.distillation.gradient_balance import balance_weights
 from lightning_rkd.distillation.lightning import (
-    hand_back_after_exceptions,
-    keep_from_ddp,
+    exclude_from_ddp_broadcast,
     number_training_batches,
     refuse_averages,
     refuse_lbfgs,
     refuse_unsynchronised,
+    restore_after_exceptions,
     save_plain_hyperparameters,
 )
-from lightning_rkd.distillation.step import Shown
+from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.distillation.teachers import BaseTeacher
-from lightning_rkd.losses.base import LossSum, RelationalLoss, Weight, weight_at
+from lightning_rkd.losses.base import RelationalLoss
+from lightning_rkd.losses.weighting import LossSum, Weight, evaluate_weight
 from lightning_rkd.metrics.inputs import update_parameters
 from lightning_rkd.utils.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts
 from lightning_rkd.utils.types import Batch, Key, Outputs, unpack
 
 
-def _nothing() -> None:
-    """What is to be undone before anything was done."""
+def _do_nothing() -> None: ...
 
 
 class DistillationModule(pl.LightningModule):
@@ -47,7 +47,7 @@ class DistillationModule(pl.LightningModule):
     .. math:: L = w_{task} L_{task} + w \sum_k w_k L_k(s, t).
 
     Without teacher and loss it trains the task loss alone, so the same class trains teachers and baselines. Override
-    :meth:`unpack` for batches of another make; everything else of a LightningModule may be overridden as usual.
+    :meth:`unpack` for batches of other types; everything else of a LightningModule may be overridden as usual.
 
     Logged: ``train/loss``, ``train/task``, ``distill/<term>`` per step, and per evaluation epoch ``val/<metric>`` and
     ``test/<metric>``.
@@ -108,7 +108,7 @@ class DistillationModule(pl.LightningModule):
         self,
         student: nn.Module,
         teacher: BaseTeacher | nn.Module | None = None,
-        loss: RelationalLoss | dict[str, RelationalLoss] | None = None,
+        loss: RelationalLoss | LossSum | dict[str, RelationalLoss | LossSum] | None = None,
         *,
         task_loss: nn.Module | None = None,
         task_reads: Literal["embedding", "logits"] = "embedding",
@@ -153,14 +153,14 @@ class DistillationModule(pl.LightningModule):
             gather=gather,
         )
         self._evaluation: Evaluation
-        self._undo_numbers: Callable[[], None] = _nothing
+        self._undo_numbers: Callable[[], None] = _do_nothing
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the student returns."""
         return self.student(*args, **kwargs)
 
     def unpack(self, batch: Any) -> Batch:
-        """Build the :class:`~lightning_rkd.utils.types.Batch` of a step; override it for batches of another make."""
+        """Build the :class:`~lightning_rkd.utils.types.Batch` of a step; override it for batches of other types."""
         return unpack(batch, **self._keys)
 
     def configure_optimizers(self) -> Any:
@@ -176,7 +176,7 @@ class DistillationModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that there is something to train, and hook the networks."""
-        hand_back_after_exceptions(self.trainer)
+        restore_after_exceptions(self.trainer)
         if stage == "fit":
             if self.loss is None and self.task_loss is None:
                 raise ValueError("nothing to train with: pass task_loss=..., or teacher=... and loss=...")
@@ -193,80 +193,81 @@ class DistillationModule(pl.LightningModule):
                 if self._keys["indices"] is None:
                     self._undo_numbers = number_training_batches(self.trainer)
             self._make_losses_ready()
-            keep_from_ddp(self)
+            exclude_from_ddp_broadcast(self)
 
     @property
     def needs_indices(self) -> bool:
-        """Whether a loss asks for the indices of the samples; our data modules look here."""
+        """Whether a loss or the teacher needs the indices of the samples; read by our data modules."""
         return self.distiller.needs_indices
 
     def teardown(self, stage: str) -> None:
-        """Hand the teacher back as it was."""
-        self.hand_back()
+        """Restore the teacher."""
+        self.restore()
 
-    def hand_back(self) -> None:
-        """Take all hooks off, and leave the teacher as it was."""
+    def restore(self) -> None:
+        """Remove all hooks and restore the teacher."""
         self._undo_numbers()
-        self._undo_numbers = _nothing
+        self._undo_numbers = _do_nothing
         self.distiller.detach()
 
     def on_fit_start(self) -> None:
-        """Move the teacher to where the student is."""
+        """Move the teacher to the student's device."""
         self._prepare()
-        self._meet_training_data()
-        refuse_lbfgs(self.trainer.optimizers, self.distiller.banks)
+        self._prepare_training_data()
+        refuse_lbfgs(self.trainer.optimizers, self.distiller.stateful_losses)
         refuse_unsynchronised(self.distiller.losses, self.trainer.strategy, self.distiller.gather)
 
     def on_train_start(self) -> None:
         """Move the teacher, where Lightning's learning rate finder trains before ``on_fit_start``."""
         self._prepare()
-        self._meet_training_data()
+        self._prepare_training_data()
 
     def on_train_end(self) -> None:
-        """Report what the last steps left to report."""
+        """Report what the checks of the last steps have found."""
         self.distiller.finish()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The weighted sum of task loss and relational terms."""
-        shown, output, terms = self.forward_both(batch)
+        features, output, terms = self.forward_both(batch)
         logged = {f"distill/{name}": value for name, value in terms.items()}
         parts = []
         if self.task_loss is not None:
-            task = self.task(shown, output)
+            task = self.task(features, output)
             logged["train/task"] = task
-            parts.append(weight_at(self.task_weight, self.current_epoch) * task)
-        self.distiller.look_at_losses(logged, self.global_step)
-        if terms and (self.balance is not None or self._looks_at_gradients):
-            logged |= self._weigh(terms, parts[0], shown)
+            parts.append(evaluate_weight(self.task_weight, self.current_epoch) * task)
+        self.distiller.check_losses(logged, self.global_step)
+        if terms and (self.balance is not None or self._logs_gradients_now):
+            logged |= self._balance_terms(terms, parts[0], features)
         loss = torch.stack([*parts, *terms.values()]).sum()
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log_dict({name: value.detach() for name, value in logged.items()})
         return loss
 
     @property
-    def _looks_at_gradients(self) -> bool:
+    def _logs_gradients_now(self) -> bool:
         """Whether this step logs them."""
         logs = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         return self.log_gradients and logs
 
-    def forward_both(self, batch: Any) -> tuple[Shown, Any, dict[str, Tensor]]:
-        """What a training step begins with: what both networks show, what the student returns, and the terms."""
-        given = self._opened(batch)
+    def forward_both(self, batch: Any) -> tuple[StepFeatures, Any, dict[str, Tensor]]:
+        """Run both networks on a batch: their features, the output of the student, and the relational terms."""
+        given = self._to_batch(batch)
         if self.batch_transform is not None:
             given = self.batch_transform(given)
-        self.distiller.begin()
+        self.distiller.start()
         output = self._call(given.inputs)
-        shown = self.distiller.shown(given, teach=self.loss is not None)
-        return shown, output, self.distiller.terms(shown, epoch=self.current_epoch, step=self.global_step)
+        features = self.distiller.collect(given, teach=self.loss is not None)
+        terms = self.distiller.compute_terms(features, epoch=self.current_epoch, step=self.global_step)
+        return features, output, terms
 
-    def _weigh(self, terms: dict[str, Tensor], task: Tensor, shown: Shown) -> dict[str, Tensor]:
-        """Balance the terms where that is asked for; what there is to log of weights and gradients."""
+    def _balance_terms(self, terms: dict[str, Tensor], task: Tensor, features: StepFeatures) -> dict[str, Tensor]:
+        """Balance the terms where ``balance`` is set; returns the weights and gradient norms to log."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         factors = balance_weights(
             terms,
             task,
-            shown.student,
-            self.distiller.losses,
+            features.student,
+            self.distiller.bound,
             self.distiller.group,
             None if scaler is None else scaler.scale,
         )
@@ -283,19 +284,19 @@ class DistillationModule(pl.LightningModule):
                 logged[f"gradient/{name}"] = torch.where(factor > 0, self.balance * abs(weight), factor)
         return logged
 
-    def task(self, shown: Shown, output: Any) -> Tensor:
+    def task(self, features: StepFeatures, output: Any) -> Tensor:
         """The task loss of a step: of the rows of all ranks for an embedding, of the rank's own rows for logits."""
         assert self.task_loss is not None
-        labels = shown.batch.labels
+        labels = features.batch.labels
         if labels is None:
             raise ValueError("the task loss needs labels, but the batch has none: say where they are, labels=...")
-        read = shown.embedding.embedding if self.task_reads == "embedding" else output
+        read = features.embedding.embedding if self.task_reads == "embedding" else output
         if not isinstance(read, Tensor):
-            raise ValueError(f"the student shows no {self.task_reads} for the task loss, but {type(read).__name__}")
-        if self.task_reads == "embedding" and shown.views > 1:
-            labels = torch.cat([labels] * shown.views)
-        if shown.batch.task_rows is not None:
-            read, labels = read[shown.batch.task_rows], labels[shown.batch.task_rows]
+            raise ValueError(f"the student gives no {self.task_reads} for the task loss, but {type(read).__name__}")
+        if self.task_reads == "embedding" and features.views > 1:
+            labels = torch.cat([labels] * features.views)
+        if (rows := features.batch.task_rows) is not None:
+            read, labels = read[rows], labels[rows]
         read = read if read.dtype == torch.float64 else read.float()
         group, ranks = self.distiller.group, rank_and_size(self.distiller.group)[1]
         share = 1.0
@@ -320,13 +321,13 @@ class DistillationModule(pl.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor | None:
         """The embedding of the batch."""
-        given = self._opened(batch)
-        self.distiller.begin()
+        given = self._to_batch(batch)
+        self.distiller.start()
         self._call(given.inputs)
-        return self.distiller.shown(given, teach=False).embedding.embedding
+        return self.distiller.collect(given, teach=False).embedding.embedding
 
     def on_validation_start(self) -> None:
-        """Empty the metrics; the sanity check leaves nothing behind."""
+        """Empty the metrics."""
         self._begin_evaluation(self.trainer.val_dataloaders)
 
     def on_test_start(self) -> None:
@@ -341,7 +342,7 @@ class DistillationModule(pl.LightningModule):
         """Log ``test/<metric>``."""
         self._end_evaluation("test")
 
-    def _opened(self, batch: Any) -> Batch:
+    def _to_batch(self, batch: Any) -> Batch:
         return to_batch(batch, self.unpack)
 
     def _call(self, inputs: Any) -> Any:
@@ -352,10 +353,10 @@ class DistillationModule(pl.LightningModule):
             self.device, self.trainer.precision_plugin.convert_module, data_parallel_group(self.trainer.strategy)
         )
 
-    def _meet_training_data(self) -> None:
+    def _prepare_training_data(self) -> None:
         if self.distiller.teacher_needs_indices:
             with isolate_rng(include_cuda=False):
-                self.distiller.meet(self.trainer.fit_loop._data_source.dataloader(), self.unpack)
+                self.distiller.prepare_data(self.trainer.fit_loop._data_source.dataloader(), self.unpack)
 
     def _refuse_changed_batches(self) -> None:
         if self.batch_transform is not None:
@@ -365,31 +366,31 @@ class DistillationModule(pl.LightningModule):
             )
 
     def _make_losses_ready(self) -> None:
-        """Before optimizers and DDP exist; networks are asked for their widths, where needed, in evaluation mode."""
+        """Before optimizers and DDP exist; missing widths are taken from one pass of the networks in eval mode."""
         missing = self.distiller.missing_sizes
         if not missing:
             self.distiller.materialize()
             return
-        unsized = [term for term in self.distiller.losses.values() if term.missing_sizes]
+        unsized = [term for term in self.distiller.losses.values() if term.loss.missing_sizes]
         with isolate_rng(include_cuda=False):
             loader = self.trainer.fit_loop._data_source.dataloader()
             batch = self._example(loader) if missing - {"num_samples"} else None
             try:
-                shown = None if batch is None else self._shown_once(batch)
+                features = None if batch is None else self._run_once(batch)
             except CaptureError:
                 raise
             except Exception as error:
                 cure = ", ".join(term.loss.suggest_call({}) for term in unsized)
                 raise ValueError(
-                    f"the networks, asked for their widths before training, failed ({error}): set example_input_array, "
+                    f"the networks failed in the pass that finds their widths ({error}): set example_input_array, "
                     f"or pass {cure}"
                 ) from error
-        self.distiller.materialize(shown, count_samples(loader))
+        self.distiller.materialize(features, count_samples(loader))
         cure = ", ".join(term.loss.suggest_call({}) for term in unsized)
-        refuse_averages(self.trainer.callbacks, f"tell the losses their sizes, {cure}")  # type: ignore[attr-defined]
+        refuse_averages(self.trainer.callbacks, f"give the losses their sizes, {cure}")  # type: ignore[attr-defined]
 
     def _example(self, loader: Any) -> Batch | None:
-        """Something to show both networks: the example of an input, else the first samples of the training set."""
+        """A batch for both networks: the example input, else the first samples of the training set."""
         example = self.example_input_array
         if isinstance(example, tuple) and len(example) == 1:
             (example,) = example
@@ -399,19 +400,19 @@ class DistillationModule(pl.LightningModule):
         if batch is None:
             return None
         transform = copy.deepcopy(self.batch_transform)  # it may count its steps
-        return self._opened(batch) if transform is None else transform(self._opened(batch))
+        return self._to_batch(batch) if transform is None else transform(self._to_batch(batch))
 
     @torch.no_grad()
-    def _shown_once(self, batch: Batch) -> Shown:
+    def _run_once(self, batch: Batch) -> StepFeatures:
         assert self.distiller.teacher is not None
         modes = [(module, module.training) for module in self.student.modules()]
         self.student.eval()
         try:
-            self.distiller.begin()
+            self.distiller.start()
             self._call(batch.inputs)
-            return self.distiller.shown(batch)
+            return self.distiller.collect(batch)
         finally:
-            self.distiller.cancel()
+            self.distiller.discard()
             for module, training in modes:
                 module.training = training
 
@@ -422,15 +423,16 @@ class DistillationModule(pl.LightningModule):
         self._prepare()
         self._evaluation = Evaluation(self._metrics(), loaders, self.trainer.world_size, self.device)
         if self.distiller.teacher_needs_indices and self._evaluation.wants("teacher"):
-            self.distiller.meet(loaders, self.unpack, train=False)
+            self.distiller.prepare_data(loaders, self.unpack, train=False)
 
     def _evaluate(self, batch: Any, loader: int) -> None:
-        given = self._opened(batch)
-        self.distiller.begin()
+        given = self._to_batch(batch)
+        self.distiller.start()
         output = self._call(given.inputs)
-        shown = self.distiller.shown(given, teach=self._evaluation.wants("teacher", loader))
-        student = Outputs(embedding=shown.embedding.embedding, logits=output if isinstance(output, Tensor) else None)
-        self._evaluation.update(loader, student, given, shown.teacher_embedding)
+        features = self.distiller.collect(given, teach=self._evaluation.wants("teacher", loader))
+        logits = output if isinstance(output, Tensor) else None
+        student = Outputs(embedding=features.embedding.embedding, logits=logits)
+        self._evaluation.update(loader, student, given, features.teacher_embedding)
 
     def _end_evaluation(self, stage: str) -> None:
         if not self.trainer.sanity_checking:  # a few batches may be too few for a value

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from lightning_rkd.data.indexing import to_batch
 from lightning_rkd.data.loaders import load_first_samples
 from lightning_rkd.distillation.features import Layer
-from lightning_rkd.distillation.lightning import hand_back_after_exceptions, save_plain_hyperparameters
+from lightning_rkd.distillation.lightning import restore_after_exceptions, save_plain_hyperparameters
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.functional.channels import flatten_positions
 from lightning_rkd.functional.singular import right_singular_vectors
-from lightning_rkd.losses.base import pick, weight_at
+from lightning_rkd.losses.inputs import select_fields
 from lightning_rkd.losses.mhgd import MHGD
 from lightning_rkd.losses.parts.attention_graph import AttentionGraph, attention_sizes, load_attention
 from lightning_rkd.losses.references import BibTeX
+from lightning_rkd.losses.weighting import evaluate_weight
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts, sum_over_ranks
 from lightning_rkd.utils.types import Batch, Key, unpack
@@ -119,16 +120,16 @@ class AttentionGraphEstimator(pl.LightningModule):
         """Hook the teacher, whose weights file is read now if it has one, and make the graph."""
         if self.teacher is None:
             raise ValueError("AttentionGraphEstimator learns from a teacher: pass teacher=... and teacher_layer=[...]")
-        hand_back_after_exceptions(self.trainer)
+        restore_after_exceptions(self.trainer)
         self.teacher.attach(self.teacher_layer)
         if self.graph is None:
-            self.graph = AttentionGraph([m.shape[-1] for m in self._shown_once(stage)], self.heads, self.seed)
+            self.graph = AttentionGraph([m.shape[-1] for m in self._run_once(stage)], self.heads, self.seed)
 
     def teardown(self, stage: str) -> None:
         """Hand the teacher back as it was."""
-        self.hand_back()
+        self.restore()
 
-    def hand_back(self) -> None:
+    def restore(self) -> None:
         """Take the hooks off, and leave the teacher as it was."""
         if self.teacher is not None:
             self.teacher.detach()
@@ -193,12 +194,12 @@ class AttentionGraphEstimator(pl.LightningModule):
 
     def _maps(self, batch: Any) -> list[Tensor]:
         assert self.teacher is not None
-        shown = self.teacher(to_batch(batch, self.unpack))
-        maps: list[Tensor] = pick(shown, "feature_maps", who="AttentionGraphEstimator, teacher")
+        outputs = self.teacher(to_batch(batch, self.unpack))
+        maps: list[Tensor] = select_fields(outputs, "feature_maps", who="AttentionGraphEstimator, teacher")
         return maps
 
     @torch.no_grad()
-    def _shown_once(self, stage: str) -> list[Tensor]:
+    def _run_once(self, stage: str) -> list[Tensor]:
         """The teacher's maps of two samples, before it is moved."""
         trainer: Any = self.trainer
         loops = {"fit": trainer.fit_loop, "validate": trainer.validate_loop, "test": trainer.test_loop}
@@ -295,15 +296,15 @@ class MHGDModule(DistillationModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step of the optimizer; returns the sum of task loss and relational terms, for the record."""
-        shown, output, terms = self.forward_both(batch)
-        task = self.task(shown, output)
-        weighted = weight_at(self.task_weight, self.current_epoch) * task
+        features, output, terms = self.forward_both(batch)
+        task = self.task(features, output)
+        weighted = evaluate_weight(self.task_weight, self.current_epoch) * task
         distillation = torch.stack(list(terms.values())).sum()
         loss = (weighted + distillation).detach()
         logged = {"train/task": task.detach(), **{f"distill/{name}": v.detach() for name, v in terms.items()}}
-        self.distiller.look_at_losses(logged, self.global_step)
-        if self._looks_at_gradients:
-            logged |= self._weigh(terms, weighted, shown)
+        self.distiller.check_losses(logged, self.global_step)
+        if self._logs_gradients_now:
+            logged |= self._balance_terms(terms, weighted, features)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict(logged)
         self._step(weighted, distillation)

@@ -1,8 +1,8 @@
-"""The two nouns that travel through the library: what a step was given, and what a network showed."""
+"""Batches and network outputs, the two types that all parts of the library exchange."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class Batch:
 
 @dataclass(slots=True)
 class Outputs:
-    """What a network showed at one tap. A field is ``None`` where the tap cannot give it.
+    """Outputs of a network at one tap. A field is ``None`` where the tap cannot give it.
 
     Attributes:
         embedding: (N, D).
@@ -79,10 +79,58 @@ class Outputs:
             >>> len(Outputs(embedding=torch.ones(2, 3), feature_maps=[torch.ones(2, 3, 4, 4)]).tensors())
             2
         """
-        fields = {reads} if isinstance(reads, str) else set(reads)
-        found = [getattr(self, name) for name in ("embedding", "logits") if name in fields]
-        found += (self.feature_maps or []) if "feature_maps" in fields else []
-        return [x for x in found if x is not None]
+        fields = (reads,) if isinstance(reads, str) else reads
+        found = []
+        if "embedding" in fields and self.embedding is not None:
+            found.append(self.embedding)
+        if "logits" in fields and self.logits is not None:
+            found.append(self.logits)
+        if "feature_maps" in fields and self.feature_maps is not None:
+            found += self.feature_maps
+        return found
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Outputs:
+        """The same outputs with a function applied to every tensor but those of the classifier.
+
+        Example:
+            >>> import torch
+            >>> Outputs(embedding=torch.ones(2, 3)).map(torch.neg).embedding[0]
+            tensor([-1., -1., -1.])
+        """
+        return Outputs(
+            embedding=None if self.embedding is None else function(self.embedding),
+            logits=None if self.logits is None else function(self.logits),
+            feature_maps=None if self.feature_maps is None else [function(x) for x in self.feature_maps],
+            classifier=self.classifier,
+        )
+
+
+def first_tensor(outputs: Mapping[str, Outputs]) -> Tensor:
+    """The first tensor among the outputs of a network.
+
+    Raises:
+        ValueError: There is none.
+
+    Example:
+        >>> import torch
+        >>> first_tensor({"": Outputs(embedding=torch.zeros(2, 3))}).shape
+        torch.Size([2, 3])
+    """
+    for one in outputs.values():
+        for x in one.tensors():
+            return x
+    raise ValueError("the tapped layers give no tensor")
+
+
+def count_rows(outputs: Mapping[str, Outputs]) -> int:
+    """The number of rows among the outputs of a network.
+
+    Example:
+        >>> import torch
+        >>> count_rows({"": Outputs(embedding=torch.zeros(2, 3))})
+        2
+    """
+    return len(first_tensor(outputs))
 
 
 class QuerySample(NamedTuple):

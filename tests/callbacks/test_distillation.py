@@ -173,7 +173,7 @@ def test_validation_is_never_captured() -> None:
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.backbone(batch[0])
             self.backbone(batch[0])
-            seen.append(callback.distiller.student._seen)
+            seen.append(callback.distiller.student._calls)
 
     seen: list[Any] = []
     module, plain, callback = Validates(), toys.Student(), attached(RKD())
@@ -181,7 +181,7 @@ def test_validation_is_never_captured() -> None:
     trainer.fit(module, toys.loader(), toys.loader())
     toys.fit(plain, attached(RKD()))
     assert seen
-    assert all(captured == {} for captured in seen)
+    assert all(captured == [] for captured in seen)
     assert toys.gap(module, plain) == 0.0
 
 
@@ -403,10 +403,10 @@ FAILURES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
             "loss": {"free": RKD().at("one"), "bound": RKD().at("two")},
         },
         CaptureError,
-        "bound: the student layer shows a tensor without gradient",
+        "bound: the student layer gives a tensor without gradient",
     ),
     "input of a Linear": (toys.Student, {"student_layer": "backbone.first"}, CaptureError, "the input is read"),
-    "rows": (Half, {}, CaptureError, r"shows 4 rows in 1 call\(s\), the teacher 8.*input_layer="),
+    "rows": (Half, {}, CaptureError, r"gives 4 rows in 1 call\(s\), the teacher 8.*input_layer="),
     "odd return": (Returns, {}, TypeError, "training_step must return a tensor, a dict.*got list"),
     "labels missing": (
         toys.Student,
@@ -430,7 +430,7 @@ FAILURES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         toys.Student,
         {"loss": RKD().at("layer3"), "student_layer": {"layer2": "backbone"}},
         ValueError,
-        r"read at the tap 'layer3', which no layer is named: the taps are \['layer2'\]",
+        r"read at the tap 'layer3', but the taps are \['layer2'\]",
     ),
 }
 

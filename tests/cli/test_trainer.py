@@ -112,7 +112,7 @@ def test_nan_in_the_middle_of_an_epoch_ends_training_and_it_resumes(
         options = ["--config=taught.yaml"]
     assert cli.main(with_callback("SpoilsTheTeacher" if side == "teacher" else "SpoilsInputs", *options)) == 1
     error = capsys.readouterr().err
-    found = "train/task is NaN or infinite: look at the batch"
+    found = "train/task is NaN or infinite: check the batch"
     if side != "no teacher":
         found = f".*the {side}'s output holds NaN or infinity, first in row 0"  # a norm spreads it
     assert re.search(f"error: step 7: {found}", error), error

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.distillation.distiller import Distiller
+from lightning_rkd.distillation.distiller import BoundLoss, Distiller, combine_needs
 from lightning_rkd.distillation.features import CaptureError, Tap
 from lightning_rkd.distillation.finite_checks import CollapseWarning, FiniteChecks
-from lightning_rkd.distillation.gathered import Gathered
+from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.distillation.teachers import Teacher
-from lightning_rkd.losses.base import NonFiniteError, RelationalLoss, named_terms
+from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
 from lightning_rkd.losses.rkd import RKD, RKDDistance
+from lightning_rkd.losses.weighting import Term
 from lightning_rkd.utils.types import Batch, Outputs
 from tests.harness import nets
 
@@ -34,10 +35,10 @@ def step(
     student = student or nets.Backbone()
     distiller.attach(student)
     distiller.prepare("cpu")
-    distiller.begin()
+    distiller.start()
     for x in calls or (X,):
         student(x)
-    return distiller.terms(distiller.shown(Batch(X, Y) if batch is None else batch), **kwargs)
+    return distiller.compute_terms(distiller.collect(Batch(X, Y) if batch is None else batch), **kwargs)
 
 
 def test_a_term_is_weight_times_weight_times_loss() -> None:
@@ -92,12 +93,12 @@ def test_labels_that_a_loss_asks_for_must_be_a_tensor() -> None:
 def test_without_a_loss_there_are_no_terms_and_calls_may_repeat() -> None:
     distiller, student = Distiller(None, None), nets.Backbone()
     distiller.attach(student, teach=False)
-    distiller.begin()
+    distiller.start()
     student(X)
     student(-X)
-    shown = distiller.shown(Batch(X), teach=False)
+    shown = distiller.collect(Batch(X), teach=False)
     assert shown.embedding.embedding.shape == (16, 5)
-    assert (shown.teacher_embedding, shown.views, distiller.terms(shown)) == (None, 2, {})
+    assert (shown.teacher_embedding, shown.views, distiller.compute_terms(shown)) == (None, 2, {})
 
 
 def test_a_batch_of_one_gives_a_zero_with_a_graph() -> None:
@@ -119,9 +120,10 @@ def test_taps_that_share_a_map_are_gathered_apart() -> None:
 
     x, y, z = (torch.randn(2, c, 1, 1) for c in (1, 2, 3))
     shown = {"a": Outputs(feature_maps=[x, y]), "b": Outputs(feature_maps=[x, z])}
-    gathered = Gathered({}, None, [2], None)
+    needs = combine_needs([BoundLoss.bind("maps", Term(Maps(), tap=tap), ["a", "b"], ["a", "b"]) for tap in "ab"])
+    gathered = StepFeatures(Batch(X), shown).gathered(needs, [2], None)
     for tap, expected in {"a": (x, y), "b": (x, z)}.items():
-        maps = gathered.side(shown, Maps().at(tap), "feature_maps").feature_maps
+        maps = gathered.student[tap].feature_maps
         assert maps is not None
         assert [m.shape for m in maps] == [m.shape for m in expected]
 
@@ -148,18 +150,18 @@ def test_a_teacher_object_may_serve_two_distillers() -> None:
     low, high = (Distiller(teacher, RKD(), teacher_layer=Tap(at, at="output")) for at in ("first", "last"))
     for distiller in (low, high):
         distiller.attach(student)
-        distiller.begin()
+        distiller.start()
     out = student(X)
     network = teacher.network
     for distiller, shown in ((low, network.first(X)), (high, network(X))):  # type: ignore[operator]
-        torch.testing.assert_close(distiller.terms(distiller.shown(Batch(X)))["rkd"], RKD()(out, shown))
+        torch.testing.assert_close(distiller.compute_terms(distiller.collect(Batch(X)))["rkd"], RKD()(out, shown))
 
 
 @pytest.mark.parametrize(
     ("calls", "settings", "batch", "message"),
     [
         ((X, X), {}, Batch(X), "ran 2 times in one step, but the teacher is fed the batch once"),
-        ((X[:4],), {}, Batch(X), r"shows 4 rows in 1 call\(s\), the teacher 8"),
+        ((X[:4],), {}, Batch(X), r"gives 4 rows in 1 call\(s\), the teacher 8"),
         ((X,), {"input_layer": "drop"}, Batch(X), None),
     ],
 )
@@ -175,25 +177,30 @@ def test_calls_and_rows_must_fit(calls: Any, settings: Any, batch: Any, message:
 def test_a_step_without_a_batch_needs_an_input_layer() -> None:
     distiller, student = Distiller(nets.teacher(), RKD()), nets.Backbone()
     distiller.attach(student)
-    distiller.begin()
+    distiller.start()
     student(X)
     with pytest.raises(CaptureError, match="was given no batch: name the layer that feeds the teacher, input_layer="):
-        distiller.shown(None)
+        distiller.collect(None)
 
 
 # What the watch reports (on a GPU a step later; here the flags arrive at once)
 
 
-def looked(reads: Any, student: Outputs, teacher: Outputs) -> None:
-    """Look without the check of the loss itself, as on a GPU."""
+def check(loss: RelationalLoss, student: Outputs, teacher: Outputs, value: float = 1.0, name: str = "loss") -> None:
+    """Check features as on a GPU, where the loss itself does not."""
+    bound = BoundLoss.bind(name, Term(loss), [""], [""])
+    inputs = bound.select_inputs({"": student}, {"": teacher})
+    FiniteChecks().check_features(bound, inputs, torch.tensor(value), name, 4)
+
+
+def check_fields(reads: Any, student: Outputs, teacher: Outputs) -> None:
 
     class Reads(RelationalLoss):
         def forward(self, student: Any, teacher: Any) -> Any: ...
 
     loss = Reads()
     loss.reads = reads
-    (term,) = named_terms(loss).values()
-    FiniteChecks().look(term, (student, teacher), "loss", 4)
+    check(loss, student, teacher)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
@@ -211,31 +218,31 @@ def test_infinity_is_found_in_whatever_a_loss_reads(side: str, reads: Any, field
     bad[3:] = torch.inf
     setattr(sides[side], field, bad)
     with pytest.raises(NonFiniteError, match=f"step 4: loss: the {side}'s output holds NaN or infinity, .* row 3"):
-        looked(reads, sides["student"], sides["teacher"])
+        check_fields(reads, sides["student"], sides["teacher"])
 
 
 def test_maps_are_watched_too_and_a_classifier_alone_is_not() -> None:
     fine, bad = (Outputs(feature_maps=[torch.ones(2, 1, 2, 2) * value]) for value in (1.0, torch.nan))
     with pytest.raises(NonFiniteError, match="the teacher's output"):
-        looked("feature_maps", fine, bad)
-    looked("classifier", Outputs(), Outputs())
+        check_fields("feature_maps", fine, bad)
+    check_fields("classifier", Outputs(), Outputs())
 
 
 def test_collapse_is_a_matter_of_embeddings_with_several_rows() -> None:
     flat, one = Outputs(embedding=torch.ones(4, 2), logits=torch.ones(4, 2)), Outputs(embedding=torch.ones(1, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        looked("logits", flat, flat)
-        looked("embedding", one, one)
+        check_fields("logits", flat, flat)
+        check_fields("embedding", one, one)
     with pytest.warns(CollapseWarning, match="Lower the learning rate, or add a task loss"):
-        looked("embedding", flat, flat)
+        check_fields("embedding", flat, flat)
 
 
 def test_collapse_is_no_matter_of_losses_that_take_samples_one_by_one() -> None:
     loss, flat = nets.Hint(), Outputs(embedding=torch.ones(4, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        FiniteChecks().look(named_terms(loss)["hint"], (flat, flat), "hint", 0)
+        check(loss, flat, flat)
 
 
 class _FlagUnderWay:
@@ -252,11 +259,11 @@ class _FlagUnderWay:
 
 
 def test_a_non_finite_last_step_is_reported_when_the_fit_ends() -> None:
-    watch = FiniteChecks()
-    watch._waiting.append((torch.tensor([2, -1, 0, 0]), _FlagUnderWay(), partial(watch._report_outputs, "rkd", 7)))
-    watch.check()  # still under way: nothing to say, nothing lost
+    checks = FiniteChecks()
+    checks.waiting.append((torch.tensor([2, -1, 0, 0]), _FlagUnderWay(), partial(checks._report_features, "rkd", 7)))
+    checks.report()  # still under way: nothing to report, nothing lost
     with pytest.raises(NonFiniteError, match=r"step 7: rkd: the student's output .* row 2"):
-        watch.check(wait=True)
+        checks.report(wait=True)
 
 
 def test_a_loss_at_a_tap_that_no_layer_is_named_is_refused() -> None:
@@ -269,8 +276,7 @@ def test_a_loss_at_a_tap_that_no_layer_is_named_is_refused() -> None:
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_a_loss_that_overflows_where_no_loss_looks_is_found_with_its_step(value: float) -> None:
-    (term,) = named_terms(nets.Hint()).values()
     fine = Outputs(embedding=torch.randn(4, 2))
-    FiniteChecks().look(term, (fine, fine), "hint", 4, torch.tensor(1.0))
-    with pytest.raises(NonFiniteError, match="step 4: hint: overflow: both sides are finite, but the loss is not"):
-        FiniteChecks().look(term, (fine, fine), "hint", 4, torch.tensor(value))
+    check(nets.Hint(), fine, fine, name="hint")
+    with pytest.raises(NonFiniteError, match="step 4: hint: overflow: the inputs are finite, but the loss is not"):
+        check(nets.Hint(), fine, fine, value, name="hint")

@@ -249,7 +249,7 @@ def test_nothing_is_recorded_while_off_and_nothing_stays_after_detach() -> None:
     reader.attach(net)
     inputs.attach(net)
     net(X)
-    assert (reader._seen, inputs._seen) == ({}, [])
+    assert (reader._calls, inputs._calls) == ([], [])
     reader.attach(net)  # attaching again does not double the hooks
     assert sum("Hook" in left for left in nets.attachments(net)) == 3
     for _ in range(2):
@@ -303,12 +303,12 @@ def test_a_new_start_within_a_step_forgets_only_where_a_layer_runs_again(again: 
         each.start()
     net(X)
     for each in (reader, inputs):
-        each.start_again()
-        each.start_again()
+        each.restart()
+        each.restart()
     if again:
         net(2 * X)
     expected = 2 * X if again else X
-    (seen,), (shown, calls) = inputs.collect(), reader.take()
+    (seen,), (shown, calls) = inputs.collect(), reader.collect()
     assert torch.equal(seen, expected)
     assert calls == 1
     assert torch.equal(shown[""].embedding, by_steps(net, expected)["act"])

@@ -71,7 +71,7 @@ def kept(folder: Path) -> dict[str, Any]:
 def test_a_nan_task_loss_ends_training_and_it_resumes_from_the_last_epoch(
     kind: type[DistillationModule], teach: bool, tmp_path: Path
 ) -> None:
-    with pytest.raises(NonFiniteError, match="step 7: train/task is NaN or infinite: look at the batch"):
+    with pytest.raises(NonFiniteError, match="step 7: train/task is NaN or infinite: check the batch"):
         fit(module(kind, teach, sound=7), tmp_path)
     assert kept(tmp_path)["global_step"] == 5
     fit(module(kind, teach, sound=99), tmp_path / "whole")
@@ -105,7 +105,7 @@ def test_flags_of_losses_that_are_under_way_are_reported_later() -> None:
         def synchronize(self) -> None: ...
 
     watch = FiniteChecks()
-    watch._waiting.append((torch.tensor([False, True]), UnderWay(), partial(_report_losses, ["a", "b"], 3)))
-    watch.check()
+    watch.waiting.append((torch.tensor([False, True]), UnderWay(), partial(_report_losses, ["a", "b"], 3)))
+    watch.report()
     with pytest.raises(NonFiniteError, match="step 3: b is NaN or infinite"):
-        watch.check(wait=True)
+        watch.report(wait=True)

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
-from lightning_rkd.distillation.lightning import keep_from_ddp
+from lightning_rkd.distillation.lightning import exclude_from_ddp_broadcast
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.modules.distillation import DistillationModule
 from tests.callbacks.test_ddp import Sharded, batches, devices, largest
@@ -43,7 +43,7 @@ class WholeSharded(Sharded):
 def test_a_notice_to_ddp_keeps_what_others_had_told_it() -> None:
     host = nn.ModuleDict({"loss": toys.Remembers(7, 40)})
     host._ddp_params_and_buffers_to_ignore = ["a"]  # type: ignore[assignment]
-    undo = keep_from_ddp(host)
+    undo = exclude_from_ddp_broadcast(host)
     assert host._ddp_params_and_buffers_to_ignore == ["a", "loss.mean.value"]  # type: ignore[comparison-overlap]
     undo()
     assert host._ddp_params_and_buffers_to_ignore == ["a"]  # type: ignore[comparison-overlap]
@@ -59,7 +59,7 @@ def test_weight_averages_that_came_before_the_sizes_of_losses_are_refused() -> N
     def module(loss: RelationalLoss) -> DistillationModule:
         return DistillationModule(toys.Backbone(norm=True), toys.teacher(), loss, optimizer=toys.sgd)
 
-    with pytest.raises(ValueError, match=r"WeightAveraging copied .* tell the losses their sizes, Projected\(student_"):
+    with pytest.raises(ValueError, match=r"WeightAveraging copied .* give the losses their sizes, Projected\(student_"):
         toys.fit(module(toys.Projected()), WeightAveraging())
     toys.fit(module(toys.Projected(5, 7)), WeightAveraging())
 

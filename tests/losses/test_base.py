@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.losses import RKD
-from lightning_rkd.losses.base import LossSum, NonFiniteError, RelationalLoss, Term, named_terms, weight_at
+from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
+from lightning_rkd.losses.weighting import LossSum, evaluate_weight, terms_of
 from lightning_rkd.utils.types import Mix, Outputs
-from tests.harness.nets import Projected, Remembers
 
 
 class Gap(RelationalLoss):
@@ -193,7 +193,7 @@ def test_a_loss_picks_its_field_from_outputs_and_from_the_only_tap():
 def test_maps_are_compared_one_by_one_and_cast_one_by_one():
     maps = [torch.zeros(4, 2, 3, 3), torch.zeros(4, 5, 1, 1)]
     assert float(MapGap()(maps, [m.half() + 1 for m in maps])) == 2
-    with pytest.raises(ValueError, match="the student shows 1 maps, the teacher 2"):
+    with pytest.raises(ValueError, match="1 feature maps of the student and 2 of the teacher"):
         MapGap()(maps[:1], maps)
 
 
@@ -206,22 +206,22 @@ def test_unequally_many_maps_are_refused_however_they_come(reads: Any) -> None:
     Reads.reads = reads
     two, three = (Outputs(feature_maps=[torch.ones(2, 1, 3, 3)] * n, logits=torch.ones(2, 3)) for n in (2, 3))
     for sides, message in (
-        ((two, three), "student shows 2 maps, the teacher 3"),
-        ((three, two), "3 maps, the teacher 2"),
+        ((two, three), "2 feature maps of the student and 3 of the teacher"),
+        ((three, two), "3 feature maps of the student and 2 of the teacher"),
     ):
-        with pytest.raises(ValueError, match=f"Reads: the .*{message}; name as many layers of each"):
+        with pytest.raises(ValueError, match=f"Reads: {message}; name as many layers of each"):
             Reads()(*sides)
 
 
 def test_a_map_without_a_list_around_it_is_refused_with_the_cure():
     one = torch.ones(2, 3, 4, 4)
     for student, teacher in ((one, one), ([one], one), (one, [one])):
-        with pytest.raises(TypeError, match=r"MapGap: maps come as a list, also a single one: pass \[map\]"):
+        with pytest.raises(TypeError, match=r"MapGap: feature maps come as a list, also a single one: pass \[map\]"):
             MapGap()(student, teacher)
 
 
 def test_a_field_the_tap_does_not_show_is_named():
-    with pytest.raises(ValueError, match="LogitGap, student: the tapped layer shows no logits"):
+    with pytest.raises(ValueError, match="LogitGap, student: the tapped layer has no logits"):
         LogitGap()(Outputs(embedding=ZEROS), Outputs(logits=ONES))
 
 
@@ -242,16 +242,16 @@ def test_several_taps_without_a_name_are_refused_with_the_names():
 @pytest.mark.parametrize("make", [lambda loss: 25 * loss, lambda loss: loss * 25, lambda loss: 5 * (5 * loss)])
 def test_a_weight_multiplies_the_value(make):
     term = make(Gap())
-    assert isinstance(term, Term)
+    assert isinstance(term, LossSum)
     assert float(term(ZEROS, ONES)) == 25
-    assert float(term.raw(ZEROS, ONES)) == 1
+    assert float(term.terms["gap"].loss(ZEROS, ONES)) == 1
 
 
 def test_a_weight_may_follow_the_epoch_also_inside_a_product():
     term = 3 * (Gap() * doubled)
     assert [float(term(ZEROS, ONES, epoch=e)) for e in (0, 1, 2)] == [0, 6, 12]
-    assert weight_at(doubled, 4) == 8
-    assert pickle.loads(pickle.dumps(term)).weight_at(2) == 12
+    assert evaluate_weight(doubled, 4) == 8
+    assert float(pickle.loads(pickle.dumps(term))(ZEROS, ONES, epoch=2)) == 12
 
 
 @pytest.mark.parametrize("wrong", ["25", None, [1]])
@@ -260,18 +260,12 @@ def test_a_weight_that_is_no_number_is_refused(wrong):
         Gap() * wrong
 
 
-def test_a_term_gives_its_loss_only_the_context_it_asked_for():
-    labels, indices = torch.ones(4, dtype=torch.int64), torch.arange(4)
-    value = (2 * Labelled())(ZEROS, ONES, labels=labels, indices=indices, epoch=1)
-    assert float(value) == 10  # 2 * (4 + 1)
-
-
 def test_at_reads_the_named_tap_and_the_outer_name_wins():
     taps = {"low": Outputs(embedding=ZEROS), "high": Outputs(embedding=ZEROS + 3)}
     teacher = {"low": Outputs(embedding=ONES), "high": Outputs(embedding=ONES)}
     assert float(Gap().at("low")(taps, teacher)) == 1
     assert float((2 * Gap()).at("high")(taps, teacher)) == 4
-    assert (2 * Gap().at("low")).at("high").tap == "high"
+    assert [term.tap for term in (2 * Gap().at("low")).at("high").terms.values()] == ["high"]
     with pytest.raises(ValueError, match=r"there is no tap 'mid'; the taps are \['high', 'low'\]"):
         Gap().at("mid")(taps, teacher)
 
@@ -304,7 +298,7 @@ def test_every_way_to_write_a_sum_has_the_same_value(make: Callable[[], LossSum]
 
 def test_a_dict_names_the_terms():
     assert list(LossSum({"near": Gap(), "far": 2 * Gap()}).terms) == ["near", "far"]
-    assert {name: term.weight for name, term in named_terms({"near": Gap(), "far": 2 * Gap()}).items()} == {
+    assert {name: term.weight for name, term in terms_of({"near": Gap(), "far": 2 * Gap()}).items()} == {
         "near": 1.0,
         "far": 2,
     }
@@ -312,7 +306,6 @@ def test_a_dict_names_the_terms():
 
 def test_a_sum_takes_the_context_of_its_losses_and_refuses_the_rest():
     total = Gap() + Labelled()
-    assert total.needs == {"labels", "epoch"}
     assert float(total(ZEROS, ONES, labels=torch.ones(4, dtype=torch.int64), epoch=2)) == 7
     with pytest.raises(TypeError, match=r"no loss of this sum uses \['indices'\]"):
         total(ZEROS, ONES, indices=torch.zeros(4))
@@ -330,19 +323,13 @@ def test_a_name_that_a_module_cannot_have_is_refused(name: str):
         LossSum({name: Gap()})
 
 
-def test_a_sum_and_a_term_tell_and_make_what_their_losses_miss():
-    total = 2 * Projected() + Gap() + Remembers().at("only")
-    assert total.missing_sizes == ("num_samples", "student_dim", "teacher_dim")
-    assert (2 * Projected()).missing_sizes == ("student_dim", "teacher_dim")
-    total.materialize(ZEROS, ONES, num_samples=9)
-    assert total.missing_sizes == ()
-
-
 def test_what_is_no_loss_is_refused():
-    with pytest.raises(TypeError, match="a Term weighs one RelationalLoss, got Linear"):
-        Term(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="loss must be a RelationalLoss or a dict of them, got Linear"):
+        LossSum(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the loss named 'a' must be one RelationalLoss, weighted or not"):
+        LossSum({"a": Gap() + Gap()})
     with pytest.raises(TypeError, match="loss must be a RelationalLoss or a dict of them, got str"):
-        named_terms("RKD")  # type: ignore[arg-type]
+        terms_of("RKD")  # type: ignore[arg-type]
 
 
 def test_sums_survive_deepcopy_and_pickle_and_register_their_losses():
@@ -354,7 +341,7 @@ def test_sums_survive_deepcopy_and_pickle_and_register_their_losses():
         assert float(twin(ZEROS, ONES, epoch=3)) == float(total(ZEROS, ONES, epoch=3)) == 8
     layered = WithParameter()
     layered.scale = torch.nn.Parameter(torch.ones(()))
-    assert [name for name, _ in (Gap() + layered).named_parameters()] == ["terms.with_parameter.loss.scale"]
+    assert [name for name, _ in (Gap() + layered).named_parameters()] == ["losses.with_parameter.scale"]
 
 
 @pytest.mark.slow

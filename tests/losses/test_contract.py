@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lightning_rkd.losses
 from lightning_rkd import experimental
-from lightning_rkd.losses.base import INVARIANCES, LossSum, RelationalLoss, Term
+from lightning_rkd.losses.base import INVARIANCES, RelationalLoss
 from lightning_rkd.losses.mhgd import MHGD
 from lightning_rkd.losses.parts.attention_graph import AttentionGraph
 from lightning_rkd.losses.parts.state import StepState
@@ -31,7 +31,7 @@ SAMPLES = 50  # in the training set
 def exported() -> list[type[RelationalLoss]]:
     found = [getattr(package, name) for package in (losses, experimental) for name in package.__all__]
     found = [c for c in found if inspect.isclass(c) and issubclass(c, RelationalLoss) and not inspect.isabstract(c)]
-    return [c for c in found if c not in (RelationalLoss, Term, LossSum)]
+    return [c for c in found if c is not RelationalLoss]
 
 
 class Form:

@@ -363,7 +363,7 @@ FAILURES: dict[str, tuple[dict[str, Any], Any, type[Exception], str]] = {
         TASK | {"student": Tuple(), "student_layer": "last", "task_reads": "logits"},
         None,
         ValueError,
-        "the student shows no logits for the task loss, but tuple",
+        "the student gives no logits for the task loss, but tuple",
     ),
     "tuple": (
         {"student": Tuple(), "teacher": toys.teacher(), "loss": RKD()},

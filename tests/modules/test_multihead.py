@@ -22,7 +22,7 @@ CASE = CASES["MultiHeadDistillation"]
 
 
 def terms(module: MultiHeadDistillation, student: Outputs, teacher: Outputs, labels: Tensor) -> tuple[Tensor, Tensor]:
-    final, heads = (module.distiller.losses[name] for name in ("final", "heads"))
+    final, heads = (module.distiller.losses[name].loss for name in ("final", "heads"))
     return final(student, teacher, labels=labels), heads(student, teacher, labels=labels)
 
 

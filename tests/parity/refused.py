@@ -61,7 +61,7 @@ BACKWARDS = "several times: say which call receives the terms, manual_backward_i
 PROJECTED = {"loss": partial(toys.Projected, 5, 7), "message": "name the RelationalDistillation callback before it"}
 UNSIZED = {
     "loss": toys.Projected,
-    "message": "tell the losses their sizes, Projected(student_dim=5, teacher_dim=7)",
+    "message": "give the losses their sizes, Projected(student_dim=5, teacher_dim=7)",
 }
 
 
@@ -82,7 +82,7 @@ REFUSED = [
     *both(
         "a frozen student",
         CaptureError,
-        "the student layer shows a tensor without gradient: it is frozen",
+        "the student layer gives a tensor without gradient: it is frozen",
         user=partial(frozen, toys.Student),
         student=partial(frozen, Net),
     ),

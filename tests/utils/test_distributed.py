@@ -205,11 +205,11 @@ def gradients(rank: int, counts: tuple[int, ...], two_views: bool, gather: bool 
     batch = Batch(*(part(rows, rank, counts) for rows in (ROWS.x, ROWS.y, torch.arange(16))))
     distiller.attach(student)
     distiller.prepare("cpu")
-    distiller.begin()
+    distiller.start()
     student(batch.inputs)
     if two_views:
         student(-batch.inputs)
-    terms = distiller.terms(distiller.shown(batch))
+    terms = distiller.compute_terms(distiller.collect(batch))
     distiller.detach()
     torch.stack(list(terms.values())).sum().backward()
     return {k: v.detach() for k, v in terms.items()}, [p.grad for p in student.parameters()]
@@ -243,9 +243,9 @@ def _alone(rank: int) -> Any:
     student.act.inplace = False
     batch = Batch(*(part(rows, rank, (11, 5)) for rows in (ROWS.x, ROWS.y, torch.arange(16))))
     distiller.attach(student)
-    distiller.begin()
+    distiller.start()
     student(batch.inputs)
-    terms = distiller.terms(distiller.shown(batch))
+    terms = distiller.compute_terms(distiller.collect(batch))
     return {k: v.detach() for k, v in terms.items()}, None
 
 
@@ -277,9 +277,9 @@ def mixed(rank: int, counts: tuple[int, ...], own: int | None = None) -> Tensor:
     torch.manual_seed(0)
     student.load_state_dict(nets.Backbone().state_dict())
     distiller.attach(student)
-    distiller.begin()
+    distiller.start()
     student(ROWS.x[place])
-    return distiller.terms(distiller.shown(Batch(ROWS.x[place], mix=local)))["mixed"].detach()
+    return distiller.compute_terms(distiller.collect(Batch(ROWS.x[place], mix=local)))["mixed"].detach()
 
 
 @pytest.mark.parametrize("counts", [(8, 8), (11, 5)])

@@ -1,7 +1,7 @@
 """Where the teacher's side comes from: a frozen network, what it once showed, or several of them."""
 
 from lightning_rkd.distillation.teachers.base import BaseTeacher as BaseTeacher
-from lightning_rkd.distillation.teachers.base import Lesson as Lesson
+from lightning_rkd.distillation.teachers.base import TeacherOutput as TeacherOutput
 from lightning_rkd.distillation.teachers.cache_format import CacheError as CacheError
 from lightning_rkd.distillation.teachers.cached import CachedTeacher as CachedTeacher
 from lightning_rkd.distillation.teachers.ensemble import EnsembleTeacher as EnsembleTeacher

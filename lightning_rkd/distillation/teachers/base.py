@@ -1,4 +1,4 @@
-"""What the engine asks of whoever teaches, be it one network or several."""
+"""Interface of teachers: one network, a cache of its outputs, or several networks."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ import torch
 from torch import nn
 
 from lightning_rkd.distillation.features import Layer
-from lightning_rkd.losses.base import Term
+from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.utils.distributed import Group
 from lightning_rkd.utils.types import Batch, Outputs
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """What the student is compared with in one step; a step has one lesson, or one from each of several teachers.
+class TeacherOutput:
+    """Outputs of a teacher for one step; a step has one, or one of each of several teachers.
 
     Attributes:
-        shown: What the teacher shows, per tap.
-        share: Factor of the loss; those of a step add up to 1.
-        teacher: Its name, for messages; empty where there is but one.
+        features: Outputs by tap.
+        weight: Factor of the loss; those of a step add up to 1.
+        name: Name of the teacher, for messages; empty where there is only one.
     """
 
-    shown: dict[str, Outputs]
-    share: float = 1.0
-    teacher: str = ""
+    features: dict[str, Outputs]
+    weight: float = 1.0
+    name: str = ""
 
     @property
-    def who(self) -> str:
+    def title(self) -> str:
         """The teacher in messages.
 
         Example:
-            >>> Lesson({}).who, Lesson({}, 0.5, "big").who
+            >>> TeacherOutput({}).title, TeacherOutput({}, 0.5, "big").title
             ('teacher', "teacher 'big'")
         """
-        return f"teacher {self.teacher!r}" if self.teacher else "teacher"
+        return f"teacher {self.name!r}" if self.name else "teacher"
 
 
 class BaseTeacher(ABC):
-    """Whoever teaches: not an ``nn.Module``, so that it is registered nowhere.
+    """Base of all teachers. It is not an ``nn.Module``, so that it is registered nowhere.
 
-    ``attach`` and ``detach`` bracket a fit, ``to`` follows when the student's device is known. Copies, deep ones too,
+    ``attach`` and ``detach`` bracket a fit; ``to`` follows when the student's device is known. Copies, deep ones too,
     share the networks, but not what a fit has attached.
     """
 
@@ -54,22 +54,22 @@ class BaseTeacher(ABC):
 
     @abstractmethod
     def attach(self, layer: Layer | None) -> None:
-        """Get ready to be read at a layer."""
+        """Hook the layer from which features are read."""
 
     @abstractmethod
     def detach(self) -> None:
-        """Leave everything as it was; safe to call twice."""
+        """Restore the networks; safe to call twice."""
 
     @abstractmethod
     def to(self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None) -> bool:
-        """Follow the student to a device, after ``convert`` (a precision plugin's) has cast what is moved.
+        """Move to the student's device, after ``convert`` (a precision plugin's) has cast what is moved.
 
-        Returns whether it was the first call since ``attach``; there is nothing to do in the others.
+        Returns whether it was the first call since ``attach``; the others do nothing.
         """
 
     @abstractmethod
-    def lessons(self, batch: Batch, calls: list[Any] | None = None) -> list[Lesson]:
-        """What to compare the student with, for a batch.
+    def outputs(self, batch: Batch, calls: list[Any] | None = None) -> list[TeacherOutput]:
+        """Compute or read the features of a batch.
 
         Args:
             batch: Its ``teacher_inputs`` are used where given, else its ``inputs``.
@@ -82,39 +82,39 @@ class BaseTeacher(ABC):
 
     @abstractmethod
     def check_same_on_ranks(self, group: Group = None) -> None:
-        """Make sure that all ranks learn from the same teacher.
+        """Make sure that all ranks have the same teacher.
 
         Raises:
             RuntimeError: They do not.
         """
 
     @abstractmethod
-    def check_loss(self, name: str, term: Term) -> None:
-        """Refuse a loss that cannot be computed from what it shows.
+    def check_loss(self, name: str, loss: RelationalLoss) -> None:
+        """Refuse a loss that cannot be computed from this teacher's features.
 
         Raises:
-            ValueError: The loss is such a one.
+            ValueError: It cannot.
         """
 
     @property
     def needs_indices(self) -> bool:
-        """Whether it must be told which rows of the root data set a batch holds; loaders are then made to say so."""
+        """Whether batches must say which rows of the root data set they hold."""
         return False
 
-    def meet(  # noqa: B027 - most have no use for it
+    def prepare_data(  # noqa: B027 - most teachers need nothing
         self, loaders: Any, unpack: Callable[[Any], Batch], group: Group = None, *, train: bool = True
     ) -> None:
-        """Look at the loaders of a run before its first step; every rank calls this.
+        """Check the loaders of a run, or read ahead from them, before its first step; every rank calls this.
 
         Args:
-            loaders: Of the training set, or else (``train=False``) of an evaluation whose batches it will see.
+            loaders: Of the training set, or else (``train=False``) of an evaluation that compares with the teacher.
             unpack: From what they yield to a batch.
             group: Process group.
 
         Raises:
-            ValueError: It cannot teach these data.
+            ValueError: The teacher does not belong to these data.
         """
 
     def taps(self, layer: Layer | None) -> frozenset[str]:
-        """The names under which it is read; a layer without a name has the name ``""``."""
+        """Names of the taps; a layer without a name has the name ``""``."""
         return frozenset(layer) if isinstance(layer, Mapping) else frozenset({""})

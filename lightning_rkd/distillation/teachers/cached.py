@@ -15,10 +15,10 @@ from lightning_rkd.data.loaders import list_loaders
 from lightning_rkd.distillation.features import CaptureError, Layer
 from lightning_rkd.distillation.teachers import cache_writer
 from lightning_rkd.distillation.teachers.arrays import ArrayReader
-from lightning_rkd.distillation.teachers.base import BaseTeacher, Lesson
+from lightning_rkd.distillation.teachers.base import BaseTeacher, TeacherOutput
 from lightning_rkd.distillation.teachers.cache_format import CacheReader
 from lightning_rkd.distillation.teachers.teacher import Teacher
-from lightning_rkd.losses.base import Term
+from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.utils.distributed import Group, gather_objects, run_on_all_ranks
 from lightning_rkd.utils.types import Batch, Outputs
 
@@ -45,7 +45,7 @@ class CachedTeacher(BaseTeacher):
 
     Example:
         >>> teacher = CachedTeacher.from_array(torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]))
-        >>> teacher.lessons(Batch(None, indices=torch.tensor([2, 0])))[0].shown[""].embedding
+        >>> teacher.outputs(Batch(None, indices=torch.tensor([2, 0])))[0].features[""].embedding
         tensor([[4., 5.],
                 [0., 1.]])
     """
@@ -83,7 +83,7 @@ class CachedTeacher(BaseTeacher):
 
         Example:
             >>> teacher = CachedTeacher.from_array(torch.eye(3), ids=[7, 5, 9])
-            >>> teacher.lessons(Batch(None, indices=torch.tensor([5])))[0].shown[""].embedding
+            >>> teacher.outputs(Batch(None, indices=torch.tensor([5])))[0].features[""].embedding
             tensor([[0., 1., 0.]])
         """
         teacher = cls("array")
@@ -114,7 +114,9 @@ class CachedTeacher(BaseTeacher):
         self._device = torch.device(device)
         return self.teacher is not None and self._reader is None and self.teacher.to(device)
 
-    def meet(self, loaders: Any, unpack: Callable[[Any], Batch], group: Group = None, *, train: bool = True) -> None:
+    def prepare_data(
+        self, loaders: Any, unpack: Callable[[Any], Batch], group: Group = None, *, train: bool = True
+    ) -> None:
         """Write the cache where a teacher is given, and compare it with the data, on all ranks."""
         if train and self._prepared:
             return
@@ -129,7 +131,7 @@ class CachedTeacher(BaseTeacher):
             raise RuntimeError(f"the caches {str(self.path)!r} of the ranks differ ({ranks}): copy one to all machines")
         self._prepared = self._prepared or train
 
-    def lessons(self, batch: Batch, calls: list[Any] | None = None) -> list[Lesson]:
+    def outputs(self, batch: Batch, calls: list[Any] | None = None) -> list[TeacherOutput]:
         """The cached rows of a batch, in float32."""
         if calls is not None:
             raise CaptureError(
@@ -142,7 +144,7 @@ class CachedTeacher(BaseTeacher):
                 "leave the batch_transform out, or teach with Teacher(network)"
             )
         if self.teacher is not None and self._reader is None:  # sizes are needed before the cache is written
-            return self.teacher.lessons(batch)
+            return self.teacher.outputs(batch)
         indices = batch.indices if batch.host_indices is None else batch.host_indices
         if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.is_floating_point():
             raise CaptureError(
@@ -153,23 +155,23 @@ class CachedTeacher(BaseTeacher):
         for name, x in self._rows().read(indices.cpu().long(), batch.epoch).items():
             tap, _, field = name.rpartition("/")
             setattr(features.setdefault(tap, Outputs()), field, x.to(self._device, non_blocking=True))
-        return [Lesson(features)]
+        return [TeacherOutput(features)]
 
     def shares_parameters_with(self, network: nn.Module) -> bool:
         """Whether training ``network`` would change the teacher that writes the cache."""
         return self.teacher is not None and self.teacher.shares_parameters_with(network)
 
     def check_same_on_ranks(self, group: Group = None) -> None:
-        """Compare the teachers that write the cache; caches are compared in :meth:`meet`."""
+        """Compare the teachers that write the cache; caches are compared in :meth:`prepare_data`."""
         if self.teacher is not None:
             self.teacher.check_same_on_ranks(group)
 
-    def check_loss(self, name: str, term: Term) -> None:
+    def check_loss(self, name: str, loss: RelationalLoss) -> None:
         """Refuse a loss that reads fields a cache does not hold."""
-        reads = {term.reads} if isinstance(term.reads, str) else set(term.reads)
+        reads = {loss.reads} if isinstance(loss.reads, str) else set(loss.reads)
         if missing := sorted(reads - set(cache_writer.FIELDS)):
             raise ValueError(
-                f"{name}: {type(term.loss).__name__} reads {missing}, but a cached teacher holds embeddings and logits "
+                f"{name}: {type(loss).__name__} reads {missing}, but a cached teacher holds embeddings and logits "
                 "only: teach with Teacher(network)"
             )
 

@@ -1,4 +1,4 @@
-"""Several teachers at once: the student keeps the average of their relations, or of the losses against each."""
+"""Several teachers at once: the average of their relations, or of the losses against each."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.distillation.features import Layer
-from lightning_rkd.distillation.teachers.base import BaseTeacher, Lesson
+from lightning_rkd.distillation.teachers.base import BaseTeacher, TeacherOutput
 from lightning_rkd.distillation.teachers.teacher import Teacher
-from lightning_rkd.losses.base import Term
+from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.lazy import LazyModule
 from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.utils.distributed import Group
@@ -22,22 +22,24 @@ from lightning_rkd.utils.types import Batch, Outputs
 T = TypeVar("T")
 
 
-def joint(shown: Sequence[Outputs], shares: Sequence[float]) -> Outputs:
-    """What several teachers show together: their :func:`joint_embedding`, where all of them show one, and no more.
+def join_outputs(outputs: Sequence[Outputs], weights: Sequence[float]) -> Outputs:
+    """The :func:`joint_embedding` of several teachers as ``Outputs``; empty where one of them has no embedding.
 
     Raises:
-        ValueError: They show unequal numbers of rows.
+        ValueError: Unequal numbers of rows.
     """
-    embeddings = [x for x in (one.embedding for one in shown) if x is not None and x.ndim == 2]
-    if len(embeddings) < len(shown):
+    embeddings = [x for x in (one.embedding for one in outputs) if x is not None and x.ndim == 2]
+    if len(embeddings) < len(outputs):
         return Outputs()
     if len({len(x) for x in embeddings}) > 1:
         shapes = [tuple(x.shape) for x in embeddings]
-        raise ValueError(f"EnsembleTeacher: all teachers must show the same samples, got embeddings {shapes}")
-    return Outputs(embedding=joint_embedding(embeddings, shares))
+        raise ValueError(
+            f"EnsembleTeacher: all teachers must give features of the same samples, got embeddings {shapes}"
+        )
+    return Outputs(embedding=joint_embedding(embeddings, weights))
 
 
-def joint_embedding(embeddings: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+def joint_embedding(embeddings: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     r"""Several embeddings of the same samples as one, in which squared distances are the weighted sums of theirs.
 
     .. math:: t_i = \big[\sqrt{w_1}\, t_i^1, \dots, \sqrt{w_K}\, t_i^K\big]
@@ -48,7 +50,7 @@ def joint_embedding(embeddings: Sequence[Tensor], shares: Sequence[float]) -> Te
 
     Args:
         embeddings: Of every teacher.
-        shares: The weights w.
+        weights: The weights w.
 
     Example:
         >>> a, b = torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0, 0.0], [0.0, 4.0]])
@@ -58,7 +60,7 @@ def joint_embedding(embeddings: Sequence[Tensor], shares: Sequence[float]) -> Te
     dtype = torch.float32
     for x in embeddings:
         dtype = torch.promote_types(dtype, x.dtype)
-    return torch.cat([math.sqrt(w) * x.to(dtype) for x, w in zip(embeddings, shares, strict=True)], dim=1)
+    return torch.cat([math.sqrt(w) * x.to(dtype) for x, w in zip(embeddings, weights, strict=True)], dim=1)
 
 
 class EnsembleTeacher(BaseTeacher):
@@ -68,10 +70,10 @@ class EnsembleTeacher(BaseTeacher):
 
     .. math:: L(s) = \sum_k w_k L(s, t^k), \qquad \sum_k w_k = 1.
 
-    It is there for whatever a loss reads; logits and maps themselves are never averaged. Its cost grows with the number
-    of teachers.
+    It works for any field that a loss reads; logits and feature maps themselves are never averaged. Its cost grows with
+    the number of teachers.
 
-    ``combine="relations"`` makes one teacher of all: its embedding is theirs side by side, each times
+    ``combine="relations"`` makes one teacher of all: its embedding is the concatenation of theirs, each times
     :math:`\sqrt{w_k}`. The loss is evaluated once, against averaged relations:
 
     - Squared distances and inner products are the weighted averages of the teachers'. A distance is the root of the
@@ -79,14 +81,14 @@ class EnsembleTeacher(BaseTeacher):
     - A cosine between two samples is the average of the teachers' cosines, weighted by :math:`w_k` times the lengths
       of both rows, over the joint lengths: for rows of length 1 exactly the weighted average.
     - An angle at a sample likewise: its cosine is :math:`\sum_k w_k a_k b_k \cos_k / (a b)`, where a and b are the
-      lengths of its two sides in the joint embedding and :math:`a_k, b_k` those that teacher k sees.
+      lengths of its two legs in the joint embedding and :math:`a_k, b_k` those that teacher k sees.
 
     A teacher with larger distances therefore counts for more; embeddings of length 1 (or of one scale) count as
     weighted. Only embeddings can be joined: losses that read anything else are refused here.
 
     A loss with tensors of its own (projectors, banks) sees one teacher, whose width is the sum, in ``"relations"``. In
     ``"losses"`` it is refused where its tensors belong to a teacher: one projector cannot serve several widths, nor a
-    memory hold what several teachers show.
+    memory hold the features of several teachers.
 
     Weights are divided by their sum: an ensemble of equal teachers is that teacher, and a loss keeps its weight when a
     teacher joins. Agreement with the teacher (a metric) is measured against the joint embedding in either way.
@@ -94,8 +96,8 @@ class EnsembleTeacher(BaseTeacher):
     Args:
         teachers: At least two networks or teachers, as a list, or as a dict of names, which messages use and the
             command line can override one by one. Several may share one network.
-        weights: One positive number for each, as a list or by name; whom a dict does not name has 1, as all have for
-            ``None``.
+        weights: One positive number for each, as a list or by name; teachers that a dict does not name have
+            weight 1, as all have for ``None``.
         combine: ``"relations"`` or ``"losses"``.
         layers: Where to read each, as a list or by name, any form of ``Layer``. ``None``, and
             teachers without an entry, take the common ``teacher_layer``. All teachers must have the same taps.
@@ -107,7 +109,7 @@ class EnsembleTeacher(BaseTeacher):
         >>> from lightning_rkd.utils.types import Batch
         >>> teacher = EnsembleTeacher({"wide": nn.Linear(4, 8), "deep": nn.Linear(4, 3)}, weights={"wide": 3})
         >>> teacher.attach(None)
-        >>> teacher.shares, teacher.lessons(Batch(torch.ones(2, 4)))[0].shown[""].embedding.shape
+        >>> teacher.weights, teacher.outputs(Batch(torch.ones(2, 4)))[0].features[""].embedding.shape
         ({'wide': 0.75, 'deep': 0.25}, torch.Size([2, 11]))
     """
 
@@ -132,11 +134,11 @@ class EnsembleTeacher(BaseTeacher):
                 raise ValueError(
                     f"EnsembleTeacher: the weight of {name!r} must be positive, got {weight}; leave it out"
                 )
-        self.shares = {name: weight / sum(parts.values()) for name, weight in parts.items()}
+        self.weights = {name: weight / sum(parts.values()) for name, weight in parts.items()}
         self.combine = combine
 
     def __getstate__(self) -> dict[str, Any]:
-        """What shallow copies and pickles take over: teachers of their own, which have hooked nothing."""
+        """State of shallow copies and pickles: teachers of their own, which have hooked nothing."""
         return self.__dict__ | {"teachers": {name: copy(teacher) for name, teacher in self.teachers.items()}}
 
     def attach(self, layer: Layer | None) -> None:
@@ -145,7 +147,7 @@ class EnsembleTeacher(BaseTeacher):
             teacher.attach(self._layer(name, layer))
 
     def detach(self) -> None:
-        """Hand all teachers back as they were."""
+        """Restore all teachers."""
         for teacher in self.teachers.values():
             teacher.detach()
 
@@ -154,18 +156,18 @@ class EnsembleTeacher(BaseTeacher):
         first = [teacher.to(device, convert) for teacher in self.teachers.values()]
         return any(first)
 
-    def lessons(self, batch: Batch, calls: list[Any] | None = None) -> list[Lesson]:
-        """A lesson from each teacher, or one from all of them together.
+    def outputs(self, batch: Batch, calls: list[Any] | None = None) -> list[TeacherOutput]:
+        """The outputs of each teacher, or the joint ones of all.
 
         Raises:
-            ValueError: Embeddings are to be joined, but the teachers show none, or unequal numbers of rows.
+            ValueError: Embeddings are to be joined, but a teacher has none, or unequal numbers of rows.
         """
-        lessons = [
-            Lesson(one.shown, self.shares[name] * one.share, f"{name}.{one.teacher}" if one.teacher else name)
+        outputs = [
+            TeacherOutput(one.features, self.weights[name] * one.weight, f"{name}.{one.name}" if one.name else name)
             for name, teacher in self.teachers.items()
-            for one in teacher.lessons(batch, calls)
+            for one in teacher.outputs(batch, calls)
         ]
-        return lessons if self.combine == "losses" else [_joint(lessons)]
+        return outputs if self.combine == "losses" else [_join(outputs)]
 
     def shares_parameters_with(self, network: nn.Module) -> bool:
         """Whether training ``network`` would change one of the teachers."""
@@ -188,10 +190,12 @@ class EnsembleTeacher(BaseTeacher):
         """Whether one of them does."""
         return any(teacher.needs_indices for teacher in self.teachers.values())
 
-    def meet(self, loaders: Any, unpack: Callable[[Any], Batch], group: Group = None, *, train: bool = True) -> None:
-        """Show the loaders to all of them."""
+    def prepare_data(
+        self, loaders: Any, unpack: Callable[[Any], Batch], group: Group = None, *, train: bool = True
+    ) -> None:
+        """Prepare all of them."""
         for teacher in self.teachers.values():
-            teacher.meet(loaders, unpack, group, train=train)
+            teacher.prepare_data(loaders, unpack, group, train=train)
 
     def taps(self, layer: Layer | None) -> frozenset[str]:
         """The names under which every teacher is read.
@@ -202,28 +206,28 @@ class EnsembleTeacher(BaseTeacher):
         taps = {name: teacher.taps(self._layer(name, layer)) for name, teacher in self.teachers.items()}
         first, *others = taps.values()
         if any(other != first for other in others):
-            shown = {name: sorted(each) for name, each in taps.items()}
-            raise ValueError(f"EnsembleTeacher: all teachers must have the same taps, got {shown}; name them alike")
+            names = {name: sorted(each) for name, each in taps.items()}
+            raise ValueError(f"EnsembleTeacher: all teachers must have the same taps, got {names}; name them alike")
         return first
 
-    def check_loss(self, name: str, term: Term) -> None:
+    def check_loss(self, name: str, loss: RelationalLoss) -> None:
         """Refuse a loss that does not fit the way in which the teachers are combined.
 
         Raises:
             ValueError: It reads more than embeddings, which alone can be joined; or its tensors belong to one teacher.
         """
-        loss = type(term.loss).__name__
+        kind = type(loss).__name__
         for teacher in self.teachers.values():
-            teacher.check_loss(name, term)
-        if self.combine == "relations" and term.reads not in ("embedding", ("embedding",)):
+            teacher.check_loss(name, loss)
+        if self.combine == "relations" and loss.reads not in ("embedding", ("embedding",)):
             raise ValueError(
-                f"{name}: {loss} reads {term.reads!r}, but EnsembleTeacher(combine='relations') joins embeddings only: "
+                f"{name}: {kind} reads {loss.reads!r}, but EnsembleTeacher(combine='relations') joins embeddings only: "
                 "pass combine='losses'"
             )
-        if self.combine == "losses" and any(map(_belongs_to_one_teacher, term.modules())):
+        if self.combine == "losses" and any(map(_belongs_to_one_teacher, loss.modules())):
             raise ValueError(
-                f"{name}: {loss} has tensors that belong to one teacher, but EnsembleTeacher(combine='losses') would "
-                "show it several: pass combine='relations', where all teachers are one; or distil each with a "
+                f"{name}: {kind} has tensors that belong to one teacher, but EnsembleTeacher(combine='losses') has "
+                "several: pass combine='relations', where all teachers are one; or distil each with a "
                 "RelationalDistillation callback of its own"
             )
 
@@ -232,20 +236,21 @@ class EnsembleTeacher(BaseTeacher):
         return common if own is None else own
 
 
-def _joint(lessons: list[Lesson]) -> Lesson:
-    """All lessons as one; taps that show something else than an embedding stay empty."""
-    shares = [one.share for one in lessons]
-    shown = {tap: joint([one.shown[tap] for one in lessons], shares) for tap in lessons[0].shown}
-    if all(outputs.embedding is None for outputs in shown.values()):
+def _join(teachers: list[TeacherOutput]) -> TeacherOutput:
+    """Joint outputs of all teachers; taps that have no embedding stay empty."""
+    weights = [one.weight for one in teachers]
+    taps = teachers[0].features
+    features = {tap: join_outputs([one.features[tap] for one in teachers], weights) for tap in taps}
+    if all(outputs.embedding is None for outputs in features.values()):
         shapes = {
-            one.teacher: [tuple(x.shape) for outputs in one.shown.values() for x in outputs.tensors()]
-            for one in lessons
+            one.name: [tuple(x.shape) for outputs in one.features.values() for x in outputs.tensors()]
+            for one in teachers
         }
         raise ValueError(
-            f"EnsembleTeacher(combine='relations') joins embeddings (N, D), but the teachers show {shapes}: name "
+            f"EnsembleTeacher(combine='relations') joins embeddings (N, D), but the teachers give {shapes}: name "
             "layers whose output is (N, D), or Tap(layer, read=global_pool)"
         )
-    return Lesson(shown)
+    return TeacherOutput(features)
 
 
 def _belongs_to_one_teacher(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The teacher: a frozen network that is nobody's submodule."""
+"""The teacher: a frozen network that is not a submodule of anything."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_rkd.distillation.features import FeatureReader, Layer
-from lightning_rkd.distillation.teachers.base import BaseTeacher, Lesson
+from lightning_rkd.distillation.teachers.base import BaseTeacher, TeacherOutput
 from lightning_rkd.distillation.teachers.weights import load_weights
-from lightning_rkd.losses.base import Term
+from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.utils.distributed import Group, gather_rows, rank_and_size, run_on_all_ranks
 from lightning_rkd.utils.types import Batch, Outputs
 
 
 class Teacher(BaseTeacher):
-    """Holds a network that teaches: in eval mode, without gradients, and registered nowhere.
+    """A frozen network: in eval mode, without gradients, and registered nowhere.
 
     Being no ``nn.Module``, it is absent from checkpoints, optimizers, parameter counts, DDP buckets, ``train()`` and
     ``unfreeze()``. Copies of whatever refers to it share the one network.
 
     Args:
-        network: The teacher network. It is moved and cast when training begins and handed back as it was.
+        network: The teacher network. It is moved and cast when training begins and restored afterwards.
         weights: File with the network's weights, read when training begins and never before: a Lightning checkpoint
             (of ``DistillationModule`` or any module that holds the network under some prefix), a state dict saved with
             ``torch.save``, or a ``.safetensors`` file. ``None`` takes the network as it is.
@@ -56,7 +56,7 @@ class Teacher(BaseTeacher):
         self._prepared = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """What shallow copies and pickles take over: not the hooks, nor the duty to hand the network back."""
+        """State of shallow copies and pickles: without hooks, and without the duty to restore the network."""
         return self.__dict__ | {"_reader": None, "_home": None, "_prepared": False}
 
     def attach(self, layer: Layer | None) -> None:
@@ -71,7 +71,7 @@ class Teacher(BaseTeacher):
         self._home = _Home.enter(self.network)
 
     def detach(self) -> None:
-        """Take the hooks off and hand the network back as it was."""
+        """Remove the hooks and restore the network."""
         if self._reader is not None:
             self._reader.detach()
         if self._home is not None:
@@ -95,7 +95,7 @@ class Teacher(BaseTeacher):
         if self.move:
             if any(map(_is_part, self.network.parameters())):
                 raise ValueError(
-                    "the teacher is sharded over ranks, so it could not be handed back as it was after being moved: "
+                    "the teacher is sharded over ranks, so it could not be restored after being moved: "
                     "leave it where it is, Teacher(network, move=False)"
                 )
             self._home.remember_tensors()
@@ -107,7 +107,7 @@ class Teacher(BaseTeacher):
         return True
 
     def __call__(self, batch: Batch, calls: list[Any] | None = None) -> dict[str, Outputs]:
-        """What the teacher shows for a batch, per tap.
+        """Outputs of the teacher for a batch, by tap.
 
         Args:
             batch: Its ``teacher_inputs`` are used where given, else its ``inputs``.
@@ -129,17 +129,17 @@ class Teacher(BaseTeacher):
             self._reader.stop()
         return outputs
 
-    def lessons(self, batch: Batch, calls: list[Any] | None = None) -> list[Lesson]:
-        """The one lesson: what the teacher shows."""
-        return [Lesson(self(batch, calls))]
+    def outputs(self, batch: Batch, calls: list[Any] | None = None) -> list[TeacherOutput]:
+        """The network's outputs, as a list of one."""
+        return [TeacherOutput(self(batch, calls))]
 
     def shares_parameters_with(self, network: nn.Module) -> bool:
         """Whether training ``network`` would change the teacher."""
         own = {id(p) for p in self.network.parameters()}
         return any(id(p) in own for p in network.parameters())
 
-    def check_loss(self, name: str, term: Term) -> None:
-        """Any loss will do."""
+    def check_loss(self, name: str, loss: RelationalLoss) -> None:
+        """Accept any loss."""
 
     def check_same_on_ranks(self, group: Group = None) -> None:
         """Compare a checksum of the weights over ranks, which DDP does not broadcast for a teacher.
@@ -162,7 +162,7 @@ class Teacher(BaseTeacher):
 
 
 class _Home:
-    """How a network was before teachers used it: modes and tensors. The last teacher to leave puts them back."""
+    """State of a network before teachers used it: modes and tensors. The last teacher to leave restores them."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network, self.teachers = network, 0
@@ -205,7 +205,7 @@ def _channels_last(x: Any) -> Any:
 
 
 def _whole_tensors(network: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and what quantised layers hold instead; not the parts of sharded tensors."""
+    """Parameters, buffers and the packed weights of quantised layers; not the parts of sharded tensors."""
     packed = (t for t in tree_leaves(network.state_dict()) if isinstance(t, Tensor) and t.is_quantized)
     for tensor in (*network.parameters(), *network.buffers(), *packed):
         if not _is_part(tensor):

@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 _failed: set[str] = set()
 
 
+@functools.cache
 def native(name: str) -> ModuleType | None:
     """Module of this package by its file name, or ``None`` where numba or Triton are missing or do not work.
 
@@ -26,7 +27,13 @@ def native(name: str) -> ModuleType | None:
         >>> native("no_such_kernel") is None
         True
     """
-    return None if name in _failed or os.environ.get(SWITCH) == "0" else _imported(name)
+    if not name or name in _failed or os.environ.get(SWITCH) == "0":
+        return None
+    try:
+        return import_module(f"{__name__}.{name}")
+    except Exception as error:  # a broken installation fails in many ways
+        _log.info("No native %s kernel, PyTorch's operations do the work: %s", name, error)
+        return None
 
 
 def give_up(name: str, error: Exception) -> None:
@@ -38,16 +45,8 @@ def give_up(name: str, error: Exception) -> None:
     if isinstance(error, torch.OutOfMemoryError):
         raise error
     _failed.add(name)
+    native.cache_clear()
     _log.warning("The kernel %s does not run here, PyTorch's operations do its work, slower: %s", name, error)
-
-
-@functools.cache
-def _imported(name: str) -> ModuleType | None:
-    try:
-        return import_module(f"{__name__}.{name}")
-    except Exception as error:  # a broken installation fails in many ways
-        _log.info("No native %s kernel, PyTorch's operations do the work: %s", name, error)
-        return None
 
 
 def load(device: torch.device | str) -> None:

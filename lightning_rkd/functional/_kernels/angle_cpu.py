@@ -47,7 +47,8 @@ def loss_and_gradient(
     """
     n, kind = len(student), np.float64 if dtype == torch.float64 else np.float32
     start, stop = vertices
-    parts = shares(stop - start, smallest=_TRIPLETS // max(1, n * n))
+    smallest = _TRIPLETS // max(1, n * n)
+    parts = 1 if stop - start < 2 * smallest else shares(stop - start, smallest)
     squared_s, squared_t = (squared.detach().to(torch.float64).contiguous().numpy() for squared in (student, teacher))
     own, given = np.empty((2, 3, n, n), kind)  # squared distances, their inverse roots, their roots
     units = np.empty((2, 3))  # mean, smallest but 0, largest
@@ -56,7 +57,10 @@ def loss_and_gradient(
         for squared, network, unit in ((squared_s, own, units[0]), (squared_t, given, units[1]))[first:last]:
             _in_units_of_mean(squared, network, unit)
 
-    in_ranges(prepare, 2, min(2, parts))
+    if parts == 1:
+        prepare(0, 0, 2)
+    else:
+        in_ranges(prepare, 2, 2)
     limit_s, limit_t = NEAR * units[:, 2]
     near = np.zeros((n, n) if kind is np.float32 and (units[0, 1] < limit_s or units[1, 1] < limit_t) else (0, 0), bool)
     if len(near):
@@ -83,14 +87,20 @@ def loss_and_gradient(
                 squared_s, squared_t, units[0, 0], units[1, 0], near, start + first, start + last, exact[part]
             )
 
-    in_ranges(add_terms, stop - start, parts)
+    if parts == 1:
+        add_terms(0, 0, stop - start)
+    else:
+        in_ranges(add_terms, stop - start, parts)
     gradient = np.empty((n, n))
 
     def put_together(part: int, first: int, last: int) -> None:
         twice = 1.0 if n in _SQUARE else 2.0
         _put_together(across, twice, at, exact, squared_s, units[0, 0], factor, first, last, gradient)
 
-    in_ranges(put_together, n, parts)
+    if parts == 1:
+        put_together(0, 0, n)
+    else:
+        in_ranges(put_together, n, parts)
     return torch.tensor(factor * (2 * totals.sum() + alone), dtype=torch.float64), torch.from_numpy(gradient)
 
 

@@ -48,8 +48,12 @@ def squared(rows: Tensor, duplicate: float) -> Tensor:
     n, width = rows.shape
     gram = torch.empty((n, n), dtype=torch.float64)
     x, out = rows.numpy(), gram.numpy()
-    parts = shares(n, smallest=2 * _PRODUCTS // max(1, n * width) + 1)
-    in_ranges(lambda part, start, stop: _gram(x, out, part, parts), parts, parts)
+    smallest = 2 * _PRODUCTS // max(1, n * width) + 1
+    parts = 1 if n < 2 * smallest else shares(n, smallest)
+    if parts == 1:
+        _gram(x, out, 0, 1)
+    else:
+        in_ranges(lambda part, start, stop: _gram(x, out, part, parts), parts, parts)
     _from_lower(out, duplicate)
     return gram
 
@@ -67,8 +71,12 @@ def pulled(pull: Tensor, rows: Tensor) -> Tensor:
     laplacian, result = torch.empty((n, n), dtype=torch.float64), torch.zeros((n, width), dtype=torch.float64)
     _laplacian(pull.detach().to(torch.float64).contiguous().numpy(), laplacian.numpy())
     a, x, out = laplacian.numpy(), rows.numpy(), result.numpy()
-    parts = shares(n, smallest=_PRODUCTS // max(1, n * width) + 1)
-    in_ranges(lambda part, start, stop: _product(a, x, out, start, stop), n, parts)
+    smallest = _PRODUCTS // max(1, n * width) + 1
+    parts = 1 if n < 2 * smallest else shares(n, smallest)
+    if parts == 1:
+        _product(a, x, out, 0, n)
+    else:
+        in_ranges(lambda part, start, stop: _product(a, x, out, start, stop), n, parts)
     return result
 
 

@@ -47,7 +47,7 @@ def cache(path: Path, network: nn.Module | None = None, loader: Any = None, laye
 
 
 def read(teacher: CachedTeacher, rows: Any, epoch: int = 0) -> Tensor:
-    features = teacher.lessons(Batch(None, indices=torch.as_tensor(rows), epoch=epoch))[0].shown[""].embedding
+    features = teacher.outputs(Batch(None, indices=torch.as_tensor(rows), epoch=epoch))[0].features[""].embedding
     assert features is not None
     return features
 
@@ -83,12 +83,12 @@ def test_logits_are_kept_beside_the_embedding_and_taps_by_name(tmp_path: Path) -
     layer: Any = {"body": "1", "head": "2"}
     cached = CachedTeacher(cache(tmp_path, network, layer=layer))
     cached.attach(layer)
-    features = cached.lessons(Batch(None, indices=torch.tensor([3, 20])))[0].shown
+    features = cached.outputs(Batch(None, indices=torch.tensor([3, 20])))[0].features
     x = X[[3, 20]]
     torch.testing.assert_close(features["head"].logits, network(x))
     torch.testing.assert_close(features["head"].embedding, network[:2](x))
     torch.testing.assert_close(features["body"].embedding, network[:2](x))
-    cached.check_loss("kd", SoftTarget() * 1)
+    cached.check_loss("kd", SoftTarget())
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -212,7 +212,7 @@ class Computes(nn.Module):
 
 
 def outputs(path: Path, *arguments: Any, **batch: Any) -> Any:
-    return CachedTeacher(cache(path)).lessons(Batch(None, **batch), *arguments)
+    return CachedTeacher(cache(path)).outputs(Batch(None, **batch), *arguments)
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -229,7 +229,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "leave the batch_transform out",
     ),
     "a loss of maps": (
-        lambda p: CachedTeacher(p).check_loss("at", AttentionTransfer() * 1),
+        lambda p: CachedTeacher(p).check_loss("at", AttentionTransfer()),
         r"reads \['feature_maps'\], but a cached teacher holds embeddings and logits",
     ),
     "random data": (lambda p: cache(p, loader=DataLoader(Jitters())), "Jitters returns different first rows"),

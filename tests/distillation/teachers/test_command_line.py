@@ -151,7 +151,7 @@ def test_several_teachers_get_theirs_and_may_be_overridden_by_name(face: str) ->
         expected = Wide()
         expected.load_state_dict(torch.load(wide))
         assert holds(Watches.weights[1], expected)
-        assert (Watches.teacher.combine, Watches.teacher.shares) == ("losses", {"narrow": 0.25, "wide": 0.75})
+        assert (Watches.teacher.combine, Watches.teacher.weights) == ("losses", {"narrow": 0.25, "wide": 0.75})
         assert Watches.teacher.layers["narrow"] == "drop"
 
 
@@ -168,7 +168,7 @@ def test_teachers_may_be_a_list_of_plain_networks(face: str) -> None:
     """
     assert cli.main(["fit", "--config", str(configuration(face, teacher))]) == 0
     assert isinstance(Watches.teacher, EnsembleTeacher)
-    assert (Watches.teacher.combine, Watches.teacher.shares) == ("relations", {"0": 0.2, "1": 0.8})
+    assert (Watches.teacher.combine, Watches.teacher.weights) == ("relations", {"0": 0.2, "1": 0.8})
     assert Watches.teacher.layers == {"0": "first", "1": None}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError, Tap
 from lightning_rkd.distillation.teachers import EnsembleTeacher, Teacher, joint_embedding
-from lightning_rkd.losses.base import NonFiniteError, RelationalLoss, Term
+from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
 from lightning_rkd.losses.crd import CRD
 from lightning_rkd.losses.nst import NST
 from lightning_rkd.losses.parts.state import StepState
@@ -49,9 +49,9 @@ def terms(teacher: Any, loss: Any, x: Tensor = X, student: nn.Module | None = No
     distiller.attach(student)
     try:
         distiller.prepare("cpu")
-        distiller.begin()
+        distiller.start()
         student(x)
-        return distiller.terms(distiller.shown(Batch(x, indices=torch.arange(len(x)))))
+        return distiller.compute_terms(distiller.collect(Batch(x, indices=torch.arange(len(x)))))
     finally:
         distiller.detach()
 
@@ -111,19 +111,19 @@ def test_each_teacher_is_read_at_its_own_layer_or_at_the_common_one() -> None:
     for arguments, common, shown in expected.values():
         teacher = EnsembleTeacher(**arguments, combine="losses")
         teacher.attach(common)
-        lessons = teacher.lessons(Batch(X))
+        lessons = teacher.outputs(Batch(X))
         teacher.detach()
-        assert [one.share for one in lessons] == [0.5, 0.5]
+        assert [one.weight for one in lessons] == [0.5, 0.5]
         for one, embedding in zip(lessons, shown, strict=True):
-            torch.testing.assert_close(one.shown[""].embedding, embedding)
+            torch.testing.assert_close(one.features[""].embedding, embedding)
 
 
 def test_each_tap_is_joined_by_itself() -> None:
     at = {"low": Tap("first", at="output"), "feature_maps": ["first", "last"], "high": Tap("last", at="output")}
     teacher = EnsembleTeacher([nets.teacher(), wide()], [1, 3])
     teacher.attach(at)
-    (lesson,) = teacher.lessons(Batch(None), calls=[X, -X])
-    assert {tap: None if o.embedding is None else tuple(o.embedding.shape) for tap, o in lesson.shown.items()} == {
+    (lesson,) = teacher.outputs(Batch(None), calls=[X, -X])
+    assert {tap: None if o.embedding is None else tuple(o.embedding.shape) for tap, o in lesson.features.items()} == {
         "low": (16, 22),
         "feature_maps": None,
         "high": (16, 16),
@@ -134,8 +134,8 @@ def test_ensembles_of_ensembles_multiply_their_shares() -> None:
     inner = EnsembleTeacher({"x": nets.teacher(), "y": wide()}, combine="losses")
     outer = EnsembleTeacher({"in": inner, "out": nets.teacher(seed=3)}, [3, 1], "losses")
     outer.attach(None)
-    lessons = outer.lessons(Batch(X))
-    assert {one.teacher: one.share for one in lessons} == {"in.x": 0.375, "in.y": 0.375, "out": 0.25}
+    lessons = outer.outputs(Batch(X))
+    assert {one.name: one.weight for one in lessons} == {"in.x": 0.375, "in.y": 0.375, "out": 0.25}
     outer.detach()
 
 
@@ -196,9 +196,7 @@ class Both(RelationalLoss):
     def forward(self, student: Outputs, teacher: Outputs) -> Tensor: ...
 
 
-BELONGS = (
-    r"has tensors that belong to one teacher, but EnsembleTeacher\(combine='losses'\) would show it several: pass co"
-)
+BELONGS = r"has tensors that belong to one teacher, but EnsembleTeacher\(combine='losses'\) has several: pass co"
 JOINS = r"but EnsembleTeacher\(combine='relations'\) joins embeddings only: pass combine='losses'"
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "logits": (SoftTarget(), "relations", f"soft_target: SoftTarget reads 'logits', {JOINS}"),
@@ -257,7 +255,7 @@ def test_what_does_not_make_an_ensemble_is_refused(settings: Any, message: str) 
 
 def test_a_dict_of_weights_need_not_name_all() -> None:
     teacher = EnsembleTeacher({"a": nets.teacher(), "b": nets.teacher(), "c": wide()}, weights={"b": 2})
-    assert teacher.shares == {"a": 0.25, "b": 0.5, "c": 0.25}
+    assert teacher.weights == {"a": 0.25, "b": 0.5, "c": 0.25}
 
 
 def test_teachers_with_different_taps_are_refused() -> None:
@@ -270,15 +268,15 @@ def test_teachers_with_different_taps_are_refused() -> None:
 
 
 def test_maps_alone_cannot_be_joined() -> None:
-    with pytest.raises(ValueError, match=r"the teachers show \{'0': \[\(8, 6\), \(8, 10\)\], '1': \[\(8, 6\)"):
+    with pytest.raises(ValueError, match=r"the teachers give \{'0': \[\(8, 6\), \(8, 10\)\], '1': \[\(8, 6\)"):
         terms(EnsembleTeacher([nets.teacher(), wide()]), RKD(), teacher_layer=["first", "last"])
 
 
 @pytest.mark.parametrize(
     ("combine", "error", "message"),
     [
-        ("relations", ValueError, r"must show the same samples, got embeddings \[\(8, 7\), \(4, 7\)\]"),
-        ("losses", CaptureError, r"shows 8 rows in 1 call\(s\), the teacher 'half' 4"),
+        ("relations", ValueError, r"must give features of the same samples, got embeddings \[\(8, 7\), \(4, 7\)\]"),
+        ("losses", CaptureError, r"gives 8 rows in 1 call\(s\), the teacher 'half' 4"),
     ],
 )
 def test_teachers_that_show_unequal_numbers_of_rows_are_refused(combine: Any, error: Any, message: str) -> None:
@@ -332,7 +330,7 @@ def test_all_teachers_are_handed_back(combine: Any, shared: bool) -> None:
         assert teacher.to("cpu", half)
         assert not teacher.to("cpu", half), "they are there already"
         assert [network.first.weight.dtype for network in networks] == [torch.bfloat16, torch.bfloat16, torch.float32]
-        teacher.teachers["0"].lessons(Batch(X.bfloat16()))
+        teacher.teachers["0"].outputs(Batch(X.bfloat16()))
         assert not a.training
         teacher.detach()
         assert all(nets.same(*pair) for pair in zip(before, networks, strict=True))
@@ -346,9 +344,9 @@ def test_copies_share_the_networks_and_pickles_work_while_attached() -> None:
     assert all(deep.teachers[n].network is teacher.teachers[n].network for n in "ab")  # type: ignore[attr-defined]
     for twin in (pickle.loads(pickle.dumps(teacher)), copy.copy(teacher), deep):
         twin.attach(None)
-        assert [one.shown[""].embedding.shape[1] for one in twin.lessons(Batch(X))] == [7, 9]
+        assert [one.features[""].embedding.shape[1] for one in twin.outputs(Batch(X))] == [7, 9]
         twin.detach()
-        assert [one.shown[""].embedding.shape[1] for one in teacher.lessons(Batch(X))] == [10, 12], "still hooked"
+        assert [one.features[""].embedding.shape[1] for one in teacher.outputs(Batch(X))] == [10, 12], "still hooked"
 
 
 def test_one_ensemble_serves_two_distillers_at_two_layers() -> None:
@@ -357,11 +355,11 @@ def test_one_ensemble_serves_two_distillers_at_two_layers() -> None:
     low, high = (Distiller(shared, nets.Gram(), teacher_layer=Tap(at, at="output")) for at in ("first", "last"))
     for distiller in (low, high):
         distiller.attach(student)
-        distiller.begin()
+        distiller.start()
     out = student(X)
     for distiller, shown in ((low, (a.first(X), b.first(X))), (high, (a(X), b(X)))):
         target = sum(t @ t.T for t in shown) / 2
-        ours = distiller.terms(distiller.shown(Batch(X)))["gram"]
+        ours = distiller.compute_terms(distiller.collect(Batch(X)))["gram"]
         torch.testing.assert_close(ours, nn.functional.mse_loss(out @ out.T, target))
 
 
@@ -370,9 +368,9 @@ def test_what_it_shows_together_is_what_agreement_is_measured_against() -> None:
         student, a, b = nets.Backbone(), nets.teacher(), wide().eval()
         distiller = Distiller(EnsembleTeacher([a, b], [1, 3], combine), RKD())
         distiller.attach(student)
-        distiller.begin()
+        distiller.start()
         student(X)
-        shown = distiller.shown(Batch(X)).teacher_embedding
+        shown = distiller.collect(Batch(X)).teacher_embedding
         assert shown is not None
         expected = torch.cat([0.5 * a(X), math.sqrt(0.75) * b(X)], dim=1)
         torch.testing.assert_close(shown.embedding, expected)
@@ -380,7 +378,7 @@ def test_what_it_shows_together_is_what_agreement_is_measured_against() -> None:
 
 def test_the_weight_of_a_term_and_of_all_terms_act_on_the_average() -> None:
     teachers, student = [nets.teacher(), wide().eval()], nets.Backbone()
-    loss = Term(nets.Gram(), weight=3.0)
+    loss = 3.0 * nets.Gram()
     ours = terms(EnsembleTeacher(teachers, combine="losses"), loss, student=student, weight=0.5)["gram"]
     each = [nets.Gram()(student(X), t(X)) for t in teachers]
     torch.testing.assert_close(ours, 1.5 * torch.stack(each).mean())

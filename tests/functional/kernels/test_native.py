@@ -56,9 +56,9 @@ def test_where_nothing_can_be_kept_kernels_are_compiled_all_the_same(tmp_path):
 def test_a_kernel_is_looked_for_once(monkeypatch):
     asked: list[str] = []
     monkeypatch.setattr(kernels, "import_module", asked.append)
-    kernels._imported.cache_clear()
+    kernels.native.cache_clear()
     try:
         assert kernels.native("angle_cpu") is kernels.native("angle_cpu")
         assert asked == ["lightning_rkd.functional._kernels.angle_cpu"]
     finally:
-        kernels._imported.cache_clear()
+        kernels.native.cache_clear()
