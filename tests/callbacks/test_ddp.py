@@ -72,14 +72,14 @@ def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def angles(rank: int | None) -> tuple[int, dict[str, Tensor]]:
     """How many triplets this process looked at in a training, and what it learnt."""
-    seen, work = [0], angles_module._of_triplets
+    seen, work = [0], angles_module._sum_triplets
 
     def counted(student: Tensor, teacher: Tensor, vertices: tuple[int, int], *args: Any, **settings: Any) -> Any:
         seen[0] += (vertices[1] - vertices[0]) * len(student) ** 2
         return work(student, teacher, vertices, *args, **settings)
 
     with pytest.MonkeyPatch.context() as patch, devices(rank) as where:
-        patch.setattr(angles_module, "_of_triplets", counted)
+        patch.setattr(angles_module, "_sum_triplets", counted)
         module = toys.Student()
         callback = RelationalDistillation(toys.teacher(), RKDAngle(), student_layer="backbone")
         toys.fit(module, callback, batches=batches(rank), **where)
