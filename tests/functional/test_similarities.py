@@ -19,6 +19,13 @@ def test_unit_rows_are_those_of_pytorch():
     torch.testing.assert_close(unit_rows(x, eps=0.5).norm(dim=1), x.norm(dim=1) / (x.norm(dim=1) + 0.5))
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_epsilon_is_added_to_the_norm_of_rows_of_any_scale(scale):
+    x = torch.randn(4, 3) * scale
+    norms = x.double().norm(dim=1, keepdim=True)
+    torch.testing.assert_close(unit_rows(x, eps=scale).double(), x.double() / (norms + scale), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-30, 1e-18, 1e18, 1e30])
 def test_rows_of_any_length_have_their_direction_and_finite_gradients(scale):
     x = torch.randn(5, 3)
