@@ -1,4 +1,4 @@
-"""The model card: what a student is, where it comes from, and how to use each of its files."""
+"""The model card of an exported student: origin, scores, files and latency."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lightning_rkd.utils.provenance import hardware
 
 @dataclass(frozen=True)
 class Facts:
-    """What the card cannot see in the network itself.
+    """Facts about a student that the network itself does not hold.
 
     Attributes:
-        name: Of the student.
-        data: What it was trained on.
-        teacher: Who taught it; empty for none.
-        loss: With which loss; empty for none.
-        scores: What it reached.
-        scores_of: On which data, and when.
+        name: Name of the student.
+        data: Training data.
+        teacher: Teacher; empty for none.
+        loss: Distillation loss; empty for none.
+        scores: Scores by name.
+        scores_of: Data and time of the scores.
     """
 
     name: str = "student"
@@ -45,7 +45,7 @@ def model_card(
     tolerance: float,
     failed: Mapping[str, str],
 ) -> str:
-    """The card in Markdown; arguments as :func:`~lightning_rkd.export.export` has them."""
+    """Write the card in Markdown, for :func:`~lightning_rkd.export.export`."""
     shape = f"({', '.join(map(str, config['input']['shape']))})"
     out = f"({', '.join(map(str, config['output']['shape']))})"
     lines = [
@@ -56,8 +56,10 @@ def model_card(
         f"- parameters: {config['parameters']:,}",
     ]
     for heading, text in (("data", facts.data), ("teacher", facts.teacher), ("loss", facts.loss)):
-        shown = f"\n\n```yaml\n{text.strip()}\n```" if "\n" in text.strip() else f": {text or 'not given'}"
-        lines.append(f"## {heading.capitalize()}{shown}" if "\n" in text.strip() else f"- {heading}{shown}")
+        if "\n" in text.strip():
+            lines.append(f"## {heading.capitalize()}\n\n```yaml\n{text.strip()}\n```")
+        else:
+            lines.append(f"- {heading}: {text or 'not given'}")
     if facts.scores:
         lines.append(
             f"## Scores\n\n{facts.scores_of}\n\n"
@@ -84,7 +86,7 @@ def model_card(
     )
     made = ", ".join(f"{name} {number}" for name, number in config["versions"].items())
     lines.append(f"Made with `lightning-rkd export` ({made}).")
-    return _joined(lines) + "\n"
+    return _join_paragraphs(lines) + "\n"
 
 
 _HOW = {
@@ -95,26 +97,26 @@ _HOW = {
 }
 
 
-def described(value: Any) -> str:
-    """A part of a configuration, for the card, without what was left open.
+def describe(value: Any) -> str:
+    """Part of a configuration as YAML for the card, without arguments that are ``None``.
 
     Example:
-        >>> described({"weight": 1.0, "teacher": None})
+        >>> describe({"weight": 1.0, "teacher": None})
         'weight: 1.0\\n'
     """
-    return "" if value is None else yaml.safe_dump(_given(value), sort_keys=False, allow_unicode=True)
+    return "" if value is None else yaml.safe_dump(_drop_none(value), sort_keys=False, allow_unicode=True)
 
 
-def _given(value: Any) -> Any:
+def _drop_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _given(part) for name, part in value.items() if part is not None}
-    return [_given(part) for part in value] if isinstance(value, list) else value
+        return {name: _drop_none(part) for name, part in value.items() if part is not None}
+    return [_drop_none(part) for part in value] if isinstance(value, list) else value
 
 
-def _scaling(given: Mapping[str, Any]) -> str:
-    if "mean" not in given:
+def _scaling(inputs: Mapping[str, Any]) -> str:
+    if "mean" not in inputs:
         return ""
-    mean, std = (", ".join(f"{x:.4f}" for x in given[name]) for name in ("mean", "std"))
+    mean, std = (", ".join(f"{x:.4f}" for x in inputs[name]) for name in ("mean", "std"))
     return f"; pixels from 0 to 1, minus the mean ({mean}), divided by the standard deviation ({std})"
 
 
@@ -122,8 +124,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
 
 
-def _joined(lines: Sequence[str]) -> str:
-    """Paragraphs apart, items of a list together."""
+def _join_paragraphs(lines: Sequence[str]) -> str:
+    """Paragraphs with a line between them; items of a list without."""
     text = lines[0]
     for before, line in itertools.pairwise(lines):
         text += ("\n" if before.startswith("- ") and line.startswith("- ") else "\n\n") + line

@@ -1,11 +1,11 @@
-"""How long a network takes on this machine's processor."""
+"""Latency of a network on the processor of this machine."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -13,32 +13,24 @@ from torch import Tensor, nn
 
 
 class Latency(NamedTuple):
-    """Median of some calls.
-
-    Attributes:
-        program: What ran.
-        batch: Rows at once.
-        milliseconds: Of one call.
-    """
+    """Median time of a call of a program with a batch of some rows."""
 
     program: str
     batch: int
     milliseconds: float
 
 
-def latencies(network: nn.Module, example: Tensor, onnx: Path, batches: tuple[int, ...] = (1, 32)) -> list[Latency]:
-    """Times of the network and, where there is one, of its ONNX file.
+def measure_latency(
+    network: nn.Module, example: Tensor, onnx: Path, batches: tuple[int, ...] = (1, 32)
+) -> list[Latency]:
+    """Measure the network and, if the file exists, its ONNX program.
 
     Example:
-        >>> found = latencies(nn.Linear(3, 2), torch.zeros(1, 3), Path("no such file"), batches=(4,))
+        >>> found = measure_latency(nn.Linear(3, 2), torch.zeros(1, 3), Path("no such file"), batches=(4,))
         >>> [(one.program, one.batch, one.milliseconds > 0) for one in found]
         [('PyTorch', 4, True)]
     """
-    found = []
-    for batch in batches:
-        x = example.expand(batch, *example.shape[1:]).contiguous()
-        with torch.inference_mode():
-            found.append(Latency("PyTorch", batch, _median(lambda x=x: network(x))))  # type: ignore[misc]
+    programs: dict[str, Callable[[Tensor], object]] = {"PyTorch": network}
     if onnx.is_file():
         import onnxruntime
 
@@ -46,19 +38,22 @@ def latencies(network: nn.Module, example: Tensor, onnx: Path, batches: tuple[in
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
+        programs["onnxruntime"] = lambda x: session.run(None, {name: x.numpy()})
+    found = []
+    for program, call in programs.items():
         for batch in batches:
-            rows = example.expand(batch, *example.shape[1:]).contiguous().numpy()
-            found.append(Latency("onnxruntime", batch, _median(lambda rows=rows: session.run(None, {name: rows}))))  # type: ignore[misc]
+            x = example.expand(batch, *example.shape[1:]).contiguous()
+            with torch.inference_mode():
+                found.append(Latency(program, batch, _median_milliseconds(call, x)))
     return found
 
 
-def _median(call: Callable[[], object], calls: int = 20, seconds: float = 1.0) -> float:
-    """Milliseconds of a call, after one to warm up; fewer calls where they would take longer than ``seconds``."""
-    call()
-    taken: list[float] = []
-    begin = time.perf_counter()
-    while len(taken) < calls and (len(taken) < 3 or time.perf_counter() - begin < seconds):
+def _median_milliseconds(call: Callable[[Tensor], object], x: Tensor, calls: int = 20, seconds: float = 1.0) -> float:
+    """Median of several calls after a first one; at least 3, and fewer than ``calls`` where they exceed ``seconds``."""
+    call(x)
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < calls and sum(times) < seconds):
         start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return 1000 * statistics.median(taken)
+        call(x)
+        times.append(time.perf_counter() - start)
+    return 1000 * median(times)

@@ -1,4 +1,4 @@
-"""Reading what was exported: PyTorch and safetensors, nothing else."""
+"""Loading of exported students, with PyTorch and safetensors alone."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _RESCALING = ("googlenet", "inception_v3")
 
 
 def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
-    """The exported student, in eval mode, on the CPU.
+    """Load an exported student in eval mode on the CPU.
 
-    The class that ``config.json`` names is imported and called, so load folders that you trust, as with any code.
+    The class named in ``config.json`` is imported and called, so load only folders that you trust, as with any code.
 
     Args:
-        folder: What :func:`~lightning_rkd.export.export` has written.
-        network: A network of the student's make to put the weights into, where ``config.json`` names no class.
+        folder: Folder written by :func:`~lightning_rkd.export.export`.
+        network: Network of the student's architecture that receives the weights, where ``config.json`` names no class.
 
     Raises:
         FileNotFoundError: The folder holds no exported student.
-        ValueError: The weights are damaged, do not fit the network, or there is no class to build it from.
+        ValueError: The weights are damaged or do not fit the network, or there is no class to build it from.
 
     Example:
         >>> import tempfile, torch
@@ -59,22 +59,22 @@ def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
         if config["network"] is None:
             raise ValueError(
                 f"{CONFIG} names no class for this student, which was exported without build: pass network=..., a "
-                "network of its make, or take student.pt2 or student.onnx, which need none"
+                "network of its architecture, or take student.pt2 or student.onnx, which need none"
             )
         network = build_network(config["network"])
     try:
-        fill(network, load_file(path))
+        load_weights(network, load_file(path))
     except RuntimeError as error:
         raise ValueError(f"the weights in {str(path)!r} do not fit {type(network).__name__}: {error}") from error
     return network.eval()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of an export.
+    """Read ``config.json`` of an export.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is not what an export writes.
+        FileNotFoundError: There is no such file.
+        ValueError: It was not written by an export.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -89,13 +89,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load tensors into a network of their names and shapes, which takes on their precision.
+def load_weights(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load tensors into a network, which adopts their precision.
 
     Example:
         >>> import torch
         >>> net = nn.Linear(1, 1, bias=False)
-        >>> fill(net, {"weight": torch.ones(1, 1, dtype=torch.float64)})
+        >>> load_weights(net, {"weight": torch.ones(1, 1, dtype=torch.float64)})
         >>> net.weight.dtype
         torch.float64
     """
@@ -106,24 +106,24 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def build_network(description: dict[str, Any]) -> nn.Module:
-    """What a class path and its arguments describe; arguments may be such descriptions themselves.
+    """Build a network from a class path and its arguments, which may be such descriptions themselves.
 
-    The ``weights`` of torchvision's models are not passed on, so none are fetched.
+    ``weights`` of torchvision's models are dropped, so that nothing is downloaded.
 
     Raises:
-        ValueError: There is no such class, it does not take the arguments, or it makes no network.
+        ValueError: There is no such class, it does not take the arguments, or it builds no network.
 
     Example:
         >>> build_network({"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 3}})
         Linear(in_features=2, out_features=3, bias=True)
     """
-    network = _built(description)
+    network = _build(description)
     if not isinstance(network, nn.Module):
-        raise ValueError(f"{description.get('class_path')} makes a {type(network).__name__}, which is no network")
+        raise ValueError(f"{description.get('class_path')} builds a {type(network).__name__}, which is no network")
     return network
 
 
-def _built(value: Any) -> Any:
+def _build(value: Any) -> Any:
     if isinstance(value, dict) and "class_path" in value:
         path = value["class_path"]
         module, _, name = path.rpartition(".")
@@ -133,14 +133,14 @@ def _built(value: Any) -> Any:
             raise ValueError(f"there is no class {path!r} to build the student from: {error}") from error
         if value.get("dict_kwargs"):
             raise ValueError(f"{path} has dict_kwargs, which are not passed on: give init_args")
-        arguments = {k: _built(v) for k, v in (value.get("init_args") or {}).items()}
+        arguments = {k: _build(v) for k, v in (value.get("init_args") or {}).items()}
         if isinstance(arguments.get("weights"), str) and path.startswith(_PRETRAINED):
             model = arguments.get("name", name)
             if model in _RESCALING:
                 raise ValueError(
-                    f"{model} rescales its inputs when it starts from pretrained weights, and is not built alike "
-                    "without them: pass the network itself to lightning_rkd.export.export, without build, and take "
-                    "student.pt2 or student.onnx"
+                    f"{model} rescales its inputs when it is built with pretrained weights, and does not without them: "
+                    "pass the network itself to lightning_rkd.export.export, without build, and take student.pt2 or "
+                    "student.onnx"
                 )
             del arguments["weights"]
         try:
@@ -148,5 +148,5 @@ def _built(value: Any) -> Any:
         except TypeError as error:
             raise ValueError(f"{path} could not be built: {error}") from error
     if isinstance(value, list):
-        return [_built(part) for part in value]
+        return [_build(part) for part in value]
     return value

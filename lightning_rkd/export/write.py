@@ -1,4 +1,4 @@
-"""Writing a student for production: weights, a program for PyTorch, one for everything else, and a model card."""
+"""Export of a student: weights, a PyTorch program, an ONNX program, and a model card."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_rkd.export.card import Facts, model_card
-from lightning_rkd.export.latency import latencies
-from lightning_rkd.export.read import CONFIG, WEIGHTS, build_network, fill, read_config
+from lightning_rkd.export.latency import measure_latency
+from lightning_rkd.export.read import CONFIG, WEIGHTS, build_network, load_weights, read_config
 
 FORMATS = {"safetensors": WEIGHTS, "torch": "student.pt2", "onnx": "student.onnx"}
-"""File by format."""
+"""File of each format."""
 
 CARD = "README.md"
 """The model card."""
 
 TOLERANCE = 1e-4
-"""How far an exported program may be from the student: largest difference, in units of its largest output."""
+"""Largest allowed difference of an exported program from the student, in units of its largest output."""
 
 BATCHES = (1, 2, 7)
-"""Sizes of the random batches on which they are compared."""
+"""Sizes of the random batches on which programs are compared with the student."""
 
 Program = Callable[[Tensor], Tensor]
-"""What was exported, called on a batch."""
+"""An exported program as a function of a batch."""
 
 
 class ExportError(RuntimeError):
-    """A format into which this student cannot be brought."""
+    """A student cannot be exported in a format."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What lies in the folder.
+    """Result of an export.
 
     Attributes:
         folder: The folder.
-        files: Size in bytes by name.
-        differences: By format, the largest difference from the student on random inputs, in units of its largest
+        files: Sizes in bytes by name.
+        differences: Largest difference of each program from the student on random inputs, in units of its largest
             output.
-        failed: By format, why it is missing.
+        failed: Reasons of missing formats.
     """
 
     folder: Path
@@ -74,38 +74,38 @@ def export(
     facts: Facts | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Write a network so that it can be used without its teacher, and without Lightning.
+    """Export a network for use without its teacher and without Lightning.
 
-    - ``student.safetensors`` and ``config.json``: weights, and what builds the network around them; for :func:`load`.
+    - ``student.safetensors`` and ``config.json``: the weights and the description of the network, for :func:`load`.
     - ``student.pt2``: ``torch.export.load("student.pt2").module()``, without the network's code.
     - ``student.onnx``: for onnxruntime and others. Needs ``pip install 'lightning-rkd[export]'``.
     - ``README.md``: a model card.
 
-    Both programs take batches of any size. They are run on random inputs and compared with the network before anything
-    is put into place. The network is used in eval mode and left as it was.
+    Both programs take batches of any size. They are compared with the network on random inputs before the folder is
+    written. A copy of the network is exported, in eval mode.
 
     Args:
-        network: The student; the whole of it is exported, a classifier on top included.
-        example: An input (N, ...) as the network takes it; only its shape and dtype matter.
+        network: The student, including its classifier if it has one.
+        example: An input (N, ...) of the network; only its shape and dtype matter.
         folder: A new or empty folder, or that of an earlier export with ``overwrite``.
         formats: Some of ``"safetensors"``, ``"torch"``, ``"onnx"``.
         build: Class path and arguments, ``{"class_path": ..., "init_args": {...}}``, from which :func:`load` builds
-            the network; without it :func:`load` must be given one.
-        input_scaling: ``{"mean": [...], "std": [...]}`` per channel, that inputs from 0 to 1 are normalised with
-            before the network; written down, not built in.
-        facts: For the model card.
-        overwrite: Whether an earlier export may be replaced.
+            the network; without it :func:`load` needs a network.
+        input_scaling: ``{"mean": [...], "std": [...]}`` per channel, with which inputs in 0 to 1 are normalised before
+            the network; documented in the files, not part of the programs.
+        facts: Facts for the model card.
+        overwrite: Replace an earlier export.
 
     Returns:
-        What was written. A format that this network cannot be brought into is missing and named in ``failed``, as long
-        as another one succeeded.
+        The files and differences. A format that this network does not support is named in ``failed``, as long as
+        another one succeeded.
 
     Raises:
-        FileExistsError: The folder holds something else, or an earlier export.
-        ImportError: ONNX was asked for, and its packages are not installed.
+        FileExistsError: The folder holds other files, or an earlier export.
+        ImportError: The packages of ONNX are not installed.
         ValueError: An unknown format, a description that does not build this network, or a network that gives NaN on
             random inputs.
-        ExportError: No format succeeded, or what was written gives other numbers.
+        ExportError: No format succeeded, or a program gives other numbers.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -119,13 +119,13 @@ def export(
     network = getattr(network, "_orig_mod", network)  # of a compiled one
     network = copy.deepcopy(network).cpu().eval().requires_grad_(False)
     example = example[:1].detach().cpu()
-    again = copy.deepcopy(network) if build is None else _built(build, network)
+    rebuilt = copy.deepcopy(network) if build is None else _rebuild(build, network)
     outputs = _outputs(network, example)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as part:
         place = Path(part, "export")
         place.mkdir()
-        differences, failed = _write_formats(network, again, example, place, formats)
+        differences, failed = _write_formats(network, rebuilt, example, place, formats)
         facts = facts or Facts()
         config = {
             "made_by": "lightning-rkd export",
@@ -139,18 +139,18 @@ def export(
             "files": {path.name: _sha256(path) for path in sorted(place.iterdir())},
         }
         (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        times = latencies(network, example, place / FORMATS["onnx"])
+        times = measure_latency(network, example, place / FORMATS["onnx"])
         sizes = {path.name: path.stat().st_size for path in sorted(place.iterdir())}
         card = model_card(config, facts, sizes, times, differences, TOLERANCE, failed)
         (place / CARD).write_text(card, encoding="utf-8")
-        _put(place, folder)
+        _move(place, folder)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Exported(folder, sizes, differences, failed)
 
 
-def _put(place: Path, folder: Path) -> None:
-    """Where something lies it makes room, and comes back if that fails; it goes with the temporary folder."""
-    before = place.with_name("before")
+def _move(place: Path, folder: Path) -> None:
+    """Put an export in the place of an earlier one, which is restored if that fails."""
+    before = place.with_name("before")  # removed with the temporary folder
     if folder.exists():
         folder.rename(before)
     try:
@@ -162,11 +162,11 @@ def _put(place: Path, folder: Path) -> None:
 
 
 def _write_formats(
-    network: nn.Module, again: nn.Module, example: Tensor, place: Path, formats: Sequence[str]
+    network: nn.Module, rebuilt: nn.Module, example: Tensor, place: Path, formats: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Write all, each verified; what could not be exported is told by format. ``again`` is what weights go into."""
+    """Write and verify each format; returns differences and failures. ``rebuilt`` receives the written weights."""
     writers: dict[str, Callable[[nn.Module, Tensor, Path], Program]] = {
-        "safetensors": partial(_write_safetensors, again),
+        "safetensors": partial(_write_safetensors, rebuilt),
         "torch": _write_torch,
         "onnx": _write_onnx,
     }
@@ -187,7 +187,7 @@ def _write_formats(
         if not difference <= TOLERANCE:
             cure = f"leave the format {name!r} out"
             if name == "safetensors":
-                cure = "what build describes computes something else"
+                cure = "build describes a network that computes something else"
             raise ExportError(
                 f"{path.name} gives other numbers than the student: they differ by {difference:.1e} of its largest "
                 f"output, and {TOLERANCE:.0e} is allowed. Nothing was written; {cure}"
@@ -199,8 +199,8 @@ def _write_formats(
     return differences, failed
 
 
-def _running(program: Program) -> Program:
-    """A program whose failure is that of its format."""
+def _report_failure(program: Program) -> Program:
+    """A program whose errors are :class:`ExportError`."""
 
     def run(x: Tensor) -> Tensor:
         try:
@@ -211,17 +211,16 @@ def _running(program: Program) -> Program:
     return run
 
 
-def _write_safetensors(again: nn.Module, network: nn.Module, example: Tensor, path: Path) -> Program:
-    tensors = {name: x.contiguous().clone() for name, x in network.state_dict().items()}
-    save_file(tensors, path)
-    fill(again, load_file(path))
-    return again
+def _write_safetensors(rebuilt: nn.Module, network: nn.Module, example: Tensor, path: Path) -> Program:
+    save_file({name: x.contiguous().clone() for name, x in network.state_dict().items()}, path)
+    load_weights(rebuilt, load_file(path))
+    return rebuilt
 
 
 def _write_torch(network: nn.Module, example: Tensor, path: Path) -> Program:
     program = _program(network, example)
     torch.export.save(program, path)
-    return _running(torch.export.load(path).module())
+    return _report_failure(torch.export.load(path).module())
 
 
 def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> Program:
@@ -237,24 +236,24 @@ def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> Program:
             external_data=False,
             verbose=False,
         )
-    except Exception as error:  # the exporter has many ways to say that it knows no such operation
+    except Exception as error:  # the exporter has many errors for an operation that it does not know
         raise ExportError(f"ONNX has no form for this network: {_first_line(error)}") from error
     import onnxruntime
 
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has kinds of its own
+    except Exception as error:  # onnxruntime has its own errors
         raise ExportError(f"onnxruntime cannot run this network: {_first_line(error)}") from error
     (name,) = (given.name for given in session.get_inputs())
-    return _running(lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]))
+    return _report_failure(lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]))
 
 
 def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     """The network as a graph, for batches of any size."""
-    two = example.expand(2, *example.shape[1:]).contiguous()  # a batch of one would be taken for a constant
+    two = example.expand(2, *example.shape[1:]).contiguous()  # a batch of one would become a constant
     try:
         return torch.export.export(network, (two,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    except Exception as error:  # whatever a network's code makes of being traced
+    except Exception as error:  # any error of the network's code while it is traced
         raise ExportError(
             f"torch.export cannot follow this network ({_first_line(error)}): its forward must not branch on the "
             "values of tensors"
@@ -288,9 +287,9 @@ def _outputs(network: nn.Module, example: Tensor) -> Tensor:
     with torch.no_grad():
         outputs = network(example)
     if not isinstance(outputs, Tensor) or outputs.ndim < 1 or len(outputs) != 1:
-        shown = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
-            f"the network must turn a batch (N, ...) into one tensor (N, ...); of a batch of one it made {shown}"
+            f"the network must turn a batch (N, ...) into one tensor (N, ...); a batch of one gave {found}"
         )
     return outputs
 
@@ -315,7 +314,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     try:
         read_config(folder)
     except (FileNotFoundError, ValueError):
-        raise FileExistsError(f"{str(folder)!r} holds something that no export made; choose another folder") from None
+        raise FileExistsError(f"{str(folder)!r} holds files that no export made; choose another folder") from None
     if not overwrite:
         raise FileExistsError(f"{str(folder)!r} holds an earlier export; choose another folder, or overwrite it")
     others = sorted({path.name for path in folder.iterdir()} - {CONFIG, CARD, *FORMATS.values()})
@@ -325,27 +324,24 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _built(build: Mapping[str, Any], network: nn.Module) -> nn.Module:
-    again = build_network(dict(build)).eval()
-    made, own = again.state_dict(), network.state_dict()
-    if {name: x.shape for name, x in made.items()} != {name: x.shape for name, x in own.items()}:
-        other = next(
-            name for name in [*own, *made] if name not in made or name not in own or made[name].shape != own[name].shape
-        )
-        raise ValueError(f"build describes another network than the one that is exported: they differ in {other!r}")
-    return again
+def _rebuild(build: Mapping[str, Any], network: nn.Module) -> nn.Module:
+    rebuilt = build_network(dict(build)).eval()
+    made, own = ({name: x.shape for name, x in net.state_dict().items()} for net in (rebuilt, network))
+    for name in (*own, *made):
+        if made.get(name) != own.get(name):
+            raise ValueError(f"build describes another network than the one that is exported: they differ in {name!r}")
+    return rebuilt
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters speak to their developers."""
+    """Silence the logs and warnings of the exporters."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

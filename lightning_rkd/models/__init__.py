@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from lightning_rkd.models.cifar_resnet import CIFARResNet as CIFARResNet
     from lightning_rkd.models.cifar_vgg import CIFARVGG as CIFARVGG
     from lightning_rkd.models.cifar_wide_resnet import CIFARWideResNet as CIFARWideResNet
-    from lightning_rkd.models.classified import Classified as Classified
     from lightning_rkd.models.conv4 import Conv4 as Conv4
-    from lightning_rkd.models.embedded import Embedded as Embedded
+    from lightning_rkd.models.heads import Classified as Classified
+    from lightning_rkd.models.heads import Embedded as Embedded
     from lightning_rkd.models.heads import EmbeddingHead as EmbeddingHead
     from lightning_rkd.models.heads import L2Normalize as L2Normalize
     from lightning_rkd.models.heads import count_parameters as count_parameters

@@ -1,4 +1,4 @@
-"""torchvision's classification models with an embedding head in place of the classifier."""
+"""Classification models of torchvision with an embedding head in place of the classifier."""
 
 from __future__ import annotations
 
@@ -19,28 +19,27 @@ def torchvision_embedder(
     in_channels: int = 3,
     small_images: bool = False,
 ) -> nn.Module:
-    """A torchvision classifier turned into an embedder, with the layers ``backbone`` and ``head``.
+    """Build an embedding network from a torchvision classifier, with the layers ``backbone`` and ``head``.
 
-    ``backbone`` is torchvision's model; its last linear layer gives way to an identity, so it shows the features that
-    layer used to read, (N, F). What stands between pooling and that layer (a norm, a hidden layer) stays.
+    ``backbone`` is the torchvision model with an identity in place of its last linear layer, whose inputs are the
+    features (N, F). Layers between pooling and that layer (a norm, a hidden layer) are kept.
+
+    Shapes: images (N, in_channels, H, W) -> (N, embedding_dim).
 
     Args:
-        name: As in :func:`torchvision.models.list_models`, for example ``resnet18``.
-        embedding_dim: Width of the embedding; ``None`` gives the features themselves.
-        weights: Name of pretrained weights, for example ``DEFAULT`` or ``IMAGENET1K_V1``; ``None`` starts at random
-            and downloads nothing.
-        normalize: Whether embeddings are brought to length one.
-        in_channels: Channels of the images. Other than 3 replaces the first convolution; with pretrained weights it
-            starts from their sum over colours, spread evenly.
-        small_images: Whether a ResNet begins as those for images of 32 or 64 pixels do: with a 3 x 3 convolution of
-            stride 1 and no pooling behind it, so that the first stage sees all pixels.
-
-    Returns:
-        The network, images (N, in_channels, H, W) -> (N, embedding_dim).
+        name: Name of a model, see :func:`torchvision.models.list_models`, for example ``resnet18``.
+        embedding_dim: Width of the embedding; ``None`` returns the features themselves.
+        weights: Name of pretrained weights, for example ``DEFAULT`` or ``IMAGENET1K_V1``; ``None`` initialises at
+            random and downloads nothing.
+        normalize: Scale embeddings to unit norm.
+        in_channels: Channels of the images. Other than 3 replaces the first convolution; pretrained weights are summed
+            over colours and spread evenly.
+        small_images: Start a ResNet with a 3 x 3 convolution of stride 1 and without max pooling, for images of 32 or
+            64 pixels.
 
     Raises:
-        ValueError: There is no such model, no such weights, no linear classifier to replace, or ``small_images`` for
-            another network than a ResNet, or with weights of large ones.
+        ValueError: Unknown model or weights, no linear classifier to replace, or ``small_images`` with pretrained
+            weights or for a network that is no ResNet.
         RuntimeError: The weights could not be downloaded.
 
     Example:
@@ -56,8 +55,8 @@ def torchvision_embedder(
         raise ValueError(f"torchvision has no classification model {name!r}; near ones: {', '.join(near)}")
     backbone = _build(name, weights)
     path, classifier = _last_linear(name, backbone)
-    _replace(backbone, path, nn.Identity())
-    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # a second classifier, used in training only
+    backbone.set_submodule(path, nn.Identity())
+    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # auxiliary classifiers of training
         if getattr(backbone, auxiliary, None) is not None:
             setattr(backbone, auxiliary, None)
             backbone.aux_logits = False  # type: ignore[assignment]
@@ -98,11 +97,6 @@ def _last_linear(name: str, backbone: nn.Module) -> tuple[str, nn.Linear]:
         if isinstance(layer, nn.Linear) and path.split(".")[0] in ("fc", "classifier", "head", "heads"):
             return path, layer
     raise ValueError(f"{name} does not end in a linear classifier, so there is none to replace: choose another model")
-
-
-def _replace(root: nn.Module, path: str, new: nn.Module) -> None:
-    parent, _, attribute = path.rpartition(".")
-    setattr(root.get_submodule(parent), attribute, new)
 
 
 def _change_channels(name: str, backbone: nn.Module, in_channels: int, pretrained: bool) -> None:

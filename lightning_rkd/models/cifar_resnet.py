@@ -7,28 +7,28 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.models.init import he_initialised
+from lightning_rkd.models.init import initialise_convolutions
 
 
 class CIFARResNet(nn.Module):
     """A residual network of three stages of basic blocks, as in the CIFAR experiments of the ResNet paper.
 
-    ``channels`` are those of the first convolution and of the stages: (16, 16, 32, 64) makes the resnet8 to resnet110
-    of the literature, (32, 64, 128, 256) the "x4" ones, resnet8x4 and resnet32x4. Where shape changes, the shortcut is
-    a 1 x 1 convolution with a norm, as in the networks that comparisons of distillation use; the paper pads with zeros.
+    Channels of (16, 16, 32, 64) give the resnet8 to resnet110 of the literature, (32, 64, 128, 256) the "x4" variants
+    resnet8x4 and resnet32x4. Where shapes change, the shortcut is a 1 x 1 convolution with a norm, as in published
+    comparisons of distillation; the paper pads with zeros.
 
-    The layers to name are ``stem``, ``stage1``, ``stage2``, ``stage3`` (maps behind the ReLU) and ``pool``.
-    :class:`~lightning_rkd.models.Classified` puts a classifier on top.
+    The named layers are ``stem``, ``stage1``, ``stage2``, ``stage3`` (feature maps after the ReLU) and ``pool``.
+    :class:`~lightning_rkd.models.Classified` adds a classifier.
 
     Shapes: images (N, in_channels, H, W) -> embeddings (N, channels[3]).
 
     Args:
-        depth: 6 n + 2 layers for n blocks a stage: 8, 14, 20, 32, 44, 56, 110.
-        channels: Of the first convolution and the three stages.
+        depth: Number of layers, 6 n + 2 for n blocks per stage: 8, 14, 20, 32, 44, 56, 110.
+        channels: Channels of the first convolution and of the three stages.
         in_channels: Channels of the images.
 
     Raises:
-        ValueError: A depth that is not 6 n + 2, or other than four channels.
+        ValueError: A depth that is not 6 n + 2, or not four channels.
 
     Reference:
         He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, 2016, arXiv:1512.03385.
@@ -57,7 +57,7 @@ class CIFARResNet(nn.Module):
         self.stage3 = _stage(widths[1], widths[2], blocks, stride=2)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.embedding_dim = widths[2]
-        he_initialised(self)
+        initialise_convolutions(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> embeddings (N, D)."""

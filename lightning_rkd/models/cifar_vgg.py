@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_rkd.models.init import he_initialised
+from lightning_rkd.models.init import initialise_convolutions
 
 _WIDTHS = (64, 128, 256, 512, 512)
 _CONVOLUTIONS = {
@@ -17,12 +17,12 @@ _CONVOLUTIONS = {
 
 
 class CIFARVGG(nn.Module):
-    """A VGG network with batch norm whose hidden linear layers gave way to global average pooling.
+    """A VGG network with batch norm and global average pooling in place of the hidden linear layers.
 
-    The layers to name are ``stage1`` to ``stage5`` (maps behind the ReLU, before any pooling) and ``pool``. Images are
-    halved behind the first three stages, and behind the fourth where they measure 64 pixels or more, as the networks
-    that comparisons of distillation use do it. :class:`~lightning_rkd.models.Classified` puts a classifier on top; the
-    number in the name counts the hidden linear layers that are gone.
+    The named layers are ``stage1`` to ``stage5`` (feature maps after the ReLU, before pooling) and ``pool``. Maps are
+    halved after the first three stages, and after the fourth for images of 64 pixels or more, as in published
+    comparisons of distillation. :class:`~lightning_rkd.models.Classified` adds a classifier. As in the literature,
+    ``depth`` counts the hidden linear layers that are replaced.
 
     Shapes: images (N, in_channels, H, W), H and W at least 8 -> embeddings (N, 512).
 
@@ -31,7 +31,7 @@ class CIFARVGG(nn.Module):
         in_channels: Channels of the images.
 
     Raises:
-        ValueError: Another depth.
+        ValueError: A depth that is none of these.
 
     Reference:
         Simonyan, Zisserman: Very Deep Convolutional Networks for Large-Scale Image Recognition, 2015, arXiv:1409.1556.
@@ -54,7 +54,7 @@ class CIFARVGG(nn.Module):
         self.halve = nn.MaxPool2d(2)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.embedding_dim = _WIDTHS[-1]
-        he_initialised(self)
+        initialise_convolutions(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> embeddings (N, 512)."""

@@ -5,21 +5,21 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.models.init import he_initialised
+from lightning_rkd.models.init import initialise_convolutions
 
 
 class CIFARWideResNet(nn.Module):
-    """A wide residual network: norm and ReLU come before the convolutions, and stages are ``widen`` times wider.
+    """A wide residual network with norm and ReLU before the convolutions.
 
-    ``CIFARWideResNet(40, 2)`` is the WRN-40-2 of the literature. The layers to name are ``stem``, ``stage1``,
-    ``stage2``, ``stage3`` (sums, before norm and ReLU), ``norm`` (the last maps, behind norm and ReLU) and ``pool``.
-    :class:`~lightning_rkd.models.Classified` puts a classifier on top.
+    ``CIFARWideResNet(40, 2)`` is the WRN-40-2 of the literature. The named layers are ``stem``, ``stage1``, ``stage2``,
+    ``stage3`` (sums, before norm and ReLU), ``norm`` (the last feature maps, after norm and ReLU) and ``pool``.
+    :class:`~lightning_rkd.models.Classified` adds a classifier.
 
     Shapes: images (N, in_channels, H, W) -> embeddings (N, 64 widen).
 
     Args:
-        depth: 6 n + 4 layers for n blocks a stage: 10, 16, 28, 40.
-        widen: Stages have 16, 32 and 64 times as many channels.
+        depth: Number of layers, 6 n + 4 for n blocks per stage: 10, 16, 28, 40.
+        widen: Factor of the channels of the stages, which are 16, 32 and 64 for 1.
         in_channels: Channels of the images.
 
     Raises:
@@ -50,7 +50,7 @@ class CIFARWideResNet(nn.Module):
         self.norm = nn.Sequential(nn.BatchNorm2d(widths[2]), nn.ReLU(inplace=True))
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.embedding_dim = widths[2]
-        he_initialised(self)
+        initialise_convolutions(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> embeddings (N, D)."""

@@ -1,4 +1,4 @@
-"""The network of few-shot learning."""
+"""The standard network of few-shot learning."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from torch import Tensor, nn
 
 
 class Conv4(nn.Module):
-    """Four blocks of a 3 x 3 convolution, batch norm, ReLU and halving; the last maps, flattened, are the embedding.
+    """Four blocks of a 3 x 3 convolution, batch norm, ReLU and max pooling; the flattened last maps are the embedding.
 
-    The layers to name are ``block1`` to ``block4`` (maps).
+    The named layers are ``block1`` to ``block4`` (feature maps).
 
-    Shapes: images (N, in_channels, H, W), sides at least 16 -> (N, width (H // 16) (W // 16)): 64 numbers for
-    letters of 28 x 28 pixels, 1600 for images of 84 x 84.
+    Shapes: images (N, in_channels, H, W), H and W at least 16 -> (N, width (H // 16) (W // 16)): width 64 for
+    characters of 28 x 28 pixels, 1600 for images of 84 x 84.
 
     Args:
         in_channels: Channels of the images.
-        width: Channels of every block.
+        width: Channels of each block.
 
     Raises:
-        ValueError: Fewer channels than 1; in a call, images smaller than 16 pixels.
+        ValueError: Channels below 1; in a call, images smaller than 16 pixels.
 
     Reference:
         Vinyals, Blundell, Lillicrap, Kavukcuoglu, Wierstra: Matching Networks for One Shot Learning, 2016,

@@ -1,4 +1,4 @@
-"""What turns features into embeddings."""
+"""Heads on top of a backbone: embeddings, unit norm, classifiers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 class L2Normalize(nn.Module):
-    r"""Rows at length one: :math:`x / \max(\lVert x \rVert_2, \varepsilon)`, computed in float32 at least.
+    r"""Scales rows to unit norm: :math:`x / \max(\lVert x \rVert_2, \varepsilon)`, computed in float32 at least.
 
     Shapes: (N, D) -> (N, D).
 
@@ -27,21 +27,21 @@ class L2Normalize(nn.Module):
         return F.normalize(wide, dim=-1, eps=self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Shown by ``print(module)``."""
+        """Settings for ``print``."""
         return f"eps={self.eps}"
 
 
 class EmbeddingHead(nn.Sequential):
-    """A linear layer named ``linear``, and ``normalize`` behind it if rows of length one are wanted.
+    """A linear layer ``linear``, optionally followed by ``normalize``, which scales rows to unit norm.
 
-    Relational losses compare the student's distances as they are, so a student is best left un-normalised.
+    Do not normalise the student of a relational loss: the unit sphere only restricts it.
 
     Shapes: (N, in_features) -> (N, embedding_dim).
 
     Args:
         in_features: Width of the features.
         embedding_dim: Width of the embedding.
-        normalize: Whether rows are brought to length one.
+        normalize: Scale rows to unit norm.
 
     Example:
         >>> import torch
@@ -57,8 +57,87 @@ class EmbeddingHead(nn.Sequential):
             self.normalize = L2Normalize()
 
 
+class Embedded(nn.Module):
+    """A backbone of pooled features with an embedding head, with the layers ``backbone`` and ``head``.
+
+    Shapes: inputs of the backbone -> embeddings (N, D).
+
+    Args:
+        backbone: Network from inputs to features (N, F), with F as its attribute ``embedding_dim``.
+        embedding_dim: Width D of the embedding.
+        normalize: Scale embeddings to unit norm. Do not normalise the student of a relational loss.
+
+    Raises:
+        ValueError: F is not known, or D is below 1.
+
+    Example:
+        >>> import torch
+        >>> from lightning_rkd.models import CIFARResNet
+        >>> Embedded(CIFARResNet(8), embedding_dim=32)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 32])
+    """
+
+    def __init__(self, backbone: nn.Module, embedding_dim: int, normalize: bool = False) -> None:
+        super().__init__()
+        width = getattr(backbone, "embedding_dim", None)
+        if not isinstance(width, int):
+            raise ValueError(f"{type(backbone).__name__} has no embedding_dim, the width of its features: set it")
+        if embedding_dim < 1:
+            raise ValueError(f"embedding_dim must be at least 1, got {embedding_dim}")
+        self.backbone = backbone
+        self.head = EmbeddingHead(width, embedding_dim, normalize)
+        self.embedding_dim = embedding_dim
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Embeddings (N, D)."""
+        embedding: Tensor = self.head(self.backbone(inputs))
+        return embedding
+
+
+class Classified(nn.Module):
+    """An embedding network with a linear layer ``classifier`` on top.
+
+    Read at ``"classifier"``, it gives a loss the embedding (the input of the layer), the logits (its output) and the
+    weights of the classifier, so that all losses can be compared on one network.
+
+    Shapes: inputs of the backbone -> logits (N, K).
+
+    Args:
+        backbone: Network from inputs to embeddings (N, D), with D as its attribute ``embedding_dim`` unless given.
+        num_classes: Number K of classes.
+        embedding_dim: Width D of the embedding.
+
+    Raises:
+        ValueError: D is not known, or K is below 2.
+
+    Example:
+        >>> import torch
+        >>> from lightning_rkd.models import ConvNet
+        >>> net = Classified(ConvNet(widths=(8, 16), embedding_dim=32), num_classes=10)
+        >>> net(torch.zeros(4, 1, 28, 28)).shape
+        torch.Size([4, 10])
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, embedding_dim: int | None = None) -> None:
+        super().__init__()
+        width = embedding_dim if embedding_dim is not None else getattr(backbone, "embedding_dim", None)
+        if not isinstance(width, int):
+            raise ValueError(
+                f"{type(backbone).__name__} has no embedding_dim, the width of its embedding: pass embedding_dim"
+            )
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        self.backbone = backbone
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits (N, K)."""
+        logits: Tensor = self.classifier(self.backbone(inputs))
+        return logits
+
+
 def count_parameters(module: nn.Module) -> int:
-    """Number of numbers an optimizer could train; shared parameters count once.
+    """Number of elements of all parameters; shared parameters count once.
 
     Example:
         >>> count_parameters(nn.Linear(3, 2))

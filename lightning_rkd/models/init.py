@@ -1,19 +1,19 @@
-"""How the networks for small images start."""
+"""Initialisation of the networks for small images."""
 
 from __future__ import annotations
 
 from torch import nn
 
 
-def he_initialised(network: nn.Module) -> None:
-    """Draw the convolutions of a network of ReLUs anew, so that gradients keep their size on the way back.
+def initialise_convolutions(network: nn.Module) -> None:
+    """Initialise the convolutions of a ReLU network so that gradients keep their size (Kaiming normal, fan-out).
 
     Reference:
         He, Zhang, Ren, Sun: Delving Deep into Rectifiers, 2015, arXiv:1502.01852.
 
     Example:
         >>> conv = nn.Conv2d(64, 64, 3)
-        >>> he_initialised(conv)
+        >>> initialise_convolutions(conv)
         >>> abs(conv.weight.std().item() - (2 / (9 * 64)) ** 0.5) < 0.002
         True
     """

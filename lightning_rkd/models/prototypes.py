@@ -1,4 +1,4 @@
-"""The task of few-shot learning: every row is classified by the mean of a few others."""
+"""Prototypical loss: a task loss for few-shot learning."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from torch.nn import functional as F
 
 
 def prototypical_loss(embeddings: Tensor, labels: Tensor, shots: int = 1) -> Tensor:
-    """The prototypical loss as a function; :class:`PrototypicalLoss` says what it computes.
+    r"""Cross entropy of the rows of a P-by-K batch, classified by the prototypes of the first few rows of each class.
+
+    .. math:: L = -\frac{1}{|Q|} \sum_{q \in Q} \log \frac{\exp(-\lVert s_q - c_{y_q} \rVert^2)}
+        {\sum_k \exp(-\lVert s_q - c_k \rVert^2)}, \qquad c_k = \frac{1}{|S_k|} \sum_{i \in S_k} s_i
+
+    with :math:`S_k` the first ``shots`` rows of class k and Q all other rows: each batch is an episode of P ways and
+    ``shots`` shots.
 
     Shapes: (N, D), (N,) -> scalar.
 
     Args:
-        embeddings: The rows of the batch.
-        labels: Their classes.
-        shots: Rows of a class that make its prototype.
-
-    Returns:
-        The loss.
+        embeddings: Embeddings of the batch.
+        labels: Classes of the rows.
+        shots: Number of rows of a class that make its prototype.
 
     Raises:
         ValueError: No class has more than ``shots`` rows.
@@ -34,7 +37,7 @@ def prototypical_loss(embeddings: Tensor, labels: Tensor, shots: int = 1) -> Ten
     """
     classes, member = torch.unique(labels, return_inverse=True)
     membership = F.one_hot(member, len(classes))
-    place = membership.cumsum(0).gather(1, member[:, None]).squeeze(1) - 1  # number of a row within its class
+    place = membership.cumsum(0).gather(1, member[:, None]).squeeze(1) - 1  # of a row within its class
     support = place < shots
     if bool(support.all()):
         raise ValueError(
@@ -49,24 +52,10 @@ def prototypical_loss(embeddings: Tensor, labels: Tensor, shots: int = 1) -> Ten
 
 
 class PrototypicalLoss(nn.Module):
-    r"""Classifies the rows of a P-by-K batch by the prototypes that the first few rows of each class make.
-
-    .. math:: L = -\frac{1}{|Q|} \sum_{q \in Q} \log \frac{\exp(-\lVert s_q - c_{y_q} \rVert^2)}
-        {\sum_k \exp(-\lVert s_q - c_k \rVert^2)}, \qquad c_k = \frac{1}{|S_k|} \sum_{i \in S_k} s_i
-
-    with :math:`S_k` the first ``shots`` rows of class k and Q all other rows: each batch is an episode of P ways and
-    ``shots`` shots. A task loss for ``DistillationModule(task_loss=PrototypicalLoss(5))``.
-
-    Shapes: (N, D), (N,) -> scalar.
+    """:func:`prototypical_loss` as a task loss: ``DistillationModule(task_loss=PrototypicalLoss(5))``.
 
     Args:
-        shots: Rows of a class that make its prototype.
-
-    Raises:
-        ValueError: ``shots`` below 1; in a call, a batch in which no class has more rows than that.
-
-    Reference:
-        Snell, Swersky and Zemel 2017, Prototypical Networks for Few-shot Learning, arXiv:1703.05175.
+        shots: Number of rows of a class that make its prototype, at least 1.
 
     Example:
         >>> import torch
@@ -82,9 +71,9 @@ class PrototypicalLoss(nn.Module):
         self.shots = shots
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss as a scalar."""
+        """Compute the loss."""
         return prototypical_loss(embeddings, labels, self.shots)
 
     def extra_repr(self) -> str:
-        """The settings, for ``print``."""
+        """Settings for ``print``."""
         return f"shots={self.shots}"

@@ -1,4 +1,4 @@
-"""Small convolutional nets that train in a minute on a CPU."""
+"""Small convolutional networks that train in a minute on a CPU."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from lightning_rkd.models.heads import EmbeddingHead
 
 
 class ConvNet(nn.Module):
-    """Stages of 3 x 3 convolutions, halving the image between them, then pooling and an embedding head.
+    """Stages of 3 x 3 convolutions with max pooling between them, then average pooling and an embedding head.
 
-    The layers to name are ``backbone`` (pooled features, (N, widths[-1] * pool ** 2)), ``backbone.stage1`` and so on
-    (maps), and ``head`` (the embedding). Any image works whose side is at least ``2 ** (len(widths) - 1)``.
+    The named layers are ``backbone`` (pooled features, (N, widths[-1] * pool ** 2)), ``backbone.stage1`` and so on
+    (feature maps), and ``head`` (the embedding). Images need at least ``2 ** (len(widths) - 1)`` pixels in each
+    direction.
 
     Args:
-        widths: Channels of every stage.
+        widths: Channels of each stage.
         embedding_dim: Width of the embedding.
         in_channels: Channels of the images.
-        depth: Convolutions in every stage.
-        pool: The last maps are averaged to pool x pool; 1 is global average pooling.
-        normalize: Whether embeddings are brought to length one. Leave a student of a relational loss un-normalised.
+        depth: Convolutions in each stage.
+        pool: Size to which the last maps are averaged; 1 is global average pooling.
+        normalize: Scale embeddings to unit norm. Do not normalise the student of a relational loss.
 
     Example:
         >>> import torch
@@ -66,7 +67,7 @@ class ConvNet(nn.Module):
 def _stage(channels: int, width: int, depth: int, halve: bool) -> nn.Sequential:
     layers: list[nn.Module] = [nn.MaxPool2d(2)] if halve else []
     for i in range(depth):
-        # the norm's shift makes a bias superfluous
+        # the norm has a shift, so the convolution needs no bias
         conv = nn.Conv2d(channels if i == 0 else width, width, kernel_size=3, padding=1, bias=False)
         layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)

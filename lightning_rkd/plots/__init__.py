@@ -1,6 +1,6 @@
-"""Pictures of what a student has learned: functions that return matplotlib figures, and touch no global state.
+"""Figures of embeddings and training runs: functions that return matplotlib figures and change no global state.
 
-All are for light paper, or for dark with ``dark=True``, in colours that colour-blind readers tell apart.
+Figures have a light background, or a dark one with ``dark=True``, in colours that suit colour-blind readers.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_rkd.plots.inputs import checked
-from lightning_rkd.plots.style import COLOURS, DASHES, head, new_figure, plain_axes, theme
+from lightning_rkd.plots.inputs import check_embeddings
+from lightning_rkd.plots.style import COLOURS, DASHES, finish_lines, get_theme, new_figure
 
 _EDGES = np.linspace(0, 180, 61)
 
@@ -22,41 +22,41 @@ def angles(
     title: str = "",
     dark: bool = False,
 ) -> Figure:
-    """How large the angles are that each network sees, at the same random triplets; and how far from the first's.
+    """Plot histograms of the angles of random triplets in each network, and their mean gap to the first network.
 
     The angle of a triplet (i, j, k) is that at j, between 0 and 180 degrees; triplets with two equal rows have none.
 
     Args:
         embeddings: (N, D) by name of the network, the teacher first; N at least 3.
-        triplets: How many are drawn.
-        seed: Of the draw.
-        title: Above everything.
-        dark: Whether for dark paper.
+        triplets: Number of triplets.
+        seed: Seed of the triplets.
+        title: Title of the figure.
+        dark: Use a dark background.
 
     Raises:
-        ValueError: Nothing to show; or embeddings of different lengths, or not finite.
+        ValueError: Fewer than three samples, or embeddings of different lengths or not finite.
 
     Example:
         >>> figure = angles({"teacher": torch.randn(20, 8), "student": torch.randn(20, 2)})
         >>> figure.axes[0].get_xlabel()
         'angle in degrees'
     """
-    plain = checked(embeddings)
+    plain = check_embeddings(embeddings)
     count = len(next(iter(plain.values())))
     if count < 3:
         raise ValueError(f"nothing to show: {count} samples, and an angle takes three")
-    look = theme(dark)
-    rows = _triplets(count, triplets, seed)
-    seen = {name: _degrees(x, rows) for name, x in plain.items()}
+    look = get_theme(dark)
+    rows = _draw_triplets(count, triplets, seed)
+    degrees = {name: _degrees(x, rows) for name, x in plain.items()}
     figure = new_figure(9.0, 4.6, look)
     ax = figure.subplots()
-    reference = next(iter(seen.values()))
-    for n, (name, found) in enumerate(seen.items()):
-        label = _line(name)
+    first, reference = next(iter(degrees.items()))
+    for n, (name, found) in enumerate(degrees.items()):
+        label = _first_line(name)
         if n:
             both = np.isfinite(found) & np.isfinite(reference)
             gap = np.abs(found - reference)[both].mean() if both.any() else np.nan
-            label += f", {gap:.1f}\N{DEGREE SIGN} from {_line(next(iter(seen)))} on average"
+            label += f", {gap:.1f}\N{DEGREE SIGN} from {_first_line(first)} on average"
         shares = np.histogram(found, bins=_EDGES)[0] / max(1, np.isfinite(found).sum()) / (_EDGES[1] - _EDGES[0])
         ax.stairs(
             shares, _EDGES, linewidth=2, label=label, color=COLOURS[n % len(COLOURS)], linestyle=DASHES[n % len(DASHES)]
@@ -65,19 +65,15 @@ def angles(
     ax.set_xticks(range(0, 181, 30))
     ax.set_xlabel("angle in degrees", fontsize=11)
     ax.set_ylabel("share of triplets per degree", fontsize=11)
-    plain_axes(ax, look)
-    ax.legend(frameon=False, fontsize=10, labelcolor=look.ink)
-    head(figure, title, look)
-    figure.tight_layout()
-    return figure
+    return finish_lines(figure, [ax], title, look)
 
 
-def _line(name: str) -> str:
+def _first_line(name: str) -> str:
     return name.splitlines()[0] if name else ""
 
 
-def _triplets(n: int, count: int, seed: int) -> Tensor:
-    """(count, 3) rows, the three of each different."""
+def _draw_triplets(n: int, count: int, seed: int) -> Tensor:
+    """Up to ``count`` triplets of different rows, (M, 3)."""
     rng = np.random.default_rng(seed)
     j = rng.integers(n, size=count)
     a = (j + rng.integers(1, n, size=count)) % n

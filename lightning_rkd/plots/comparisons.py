@@ -1,4 +1,4 @@
-"""Runs, means and intervals of several networks."""
+"""Scores of several networks: runs, means and confidence intervals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from lightning_rkd.plots.style import RIGHT, WRONG, new_figure, plain_axes, theme
+from lightning_rkd.plots.style import RIGHT, WRONG, get_theme, new_figure, style_axes
 from lightning_rkd.utils.statistics import t_quantile
 
 
@@ -17,23 +17,23 @@ def comparison(
     title: str = "",
     dark: bool = False,
 ) -> Figure:
-    """Networks from top to bottom: every run a dot, the mean a bar across, its 95 % interval a line.
+    """Plot the scores of networks, one row each: a dot per run, a bar at the mean, a line for its 95 % interval.
 
     Args:
-        values: By network and score, one of each run; a panel a score. Those that are not finite are left out.
+        values: Finite scores of the runs, by network and score; one panel per score. Other values are left out.
         baseline: Network whose mean is drawn through all rows.
-        title: Above everything.
-        dark: Whether for dark paper.
+        title: Title of the figure.
+        dark: Use a dark background.
 
     Raises:
-        ValueError: Nothing to show.
+        ValueError: There are no finite scores.
 
     Example:
         >>> figure = comparison({"alone": {"recall": [0.3, 0.4]}, "RKD": {"recall": [0.5, 0.6]}}, baseline="alone")
         >>> len(figure.axes)
         1
     """
-    look = theme(dark)
+    look = get_theme(dark)
     values = {
         name: {score: [x for x in runs if np.isfinite(x)] for score, runs in own.items()}
         for name, own in values.items()
@@ -63,7 +63,7 @@ def comparison(
         ax.set_xlabel(score, fontsize=11, color=look.ink)
         ax.set_ylim(len(names) - 0.4, -0.6)
         ax.set_yticks(range(len(names)), names)
-        plain_axes(ax, look, "x")
+        style_axes(ax, look, "x")
     if title:
         figure.suptitle(title, fontsize=13, color=look.ink)
     figure.tight_layout()

@@ -1,4 +1,4 @@
-"""Curves over the steps of training: scores, loss terms, and the share of each in the gradient."""
+"""Curves over training steps: scores, loss terms, and their shares of the gradient."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_rkd.plots.style import COLOURS, DASHES, head, new_figure, plain_axes, theme
+from lightning_rkd.plots.style import COLOURS, DASHES, finish_lines, get_theme, new_figure
 
 Curve = Mapping[int, float]
-"""Value by step."""
+"""Values by step."""
 
 
 def read_metrics(path: str | Path) -> dict[str, dict[int, float]]:
-    """What Lightning's ``CSVLogger`` wrote into ``metrics.csv``: value by name and step, steps ascending.
+    """Read ``metrics.csv`` of Lightning's ``CSVLogger``: values by name and ascending step.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is none of the logger's.
+        ValueError: The file was not written by a ``CSVLogger``.
 
     Example:
         >>> import tempfile
@@ -44,17 +44,17 @@ def read_metrics(path: str | Path) -> dict[str, dict[int, float]]:
 
 
 def curves(values: Mapping[str, Curve], label: str, title: str = "", log: bool = False, dark: bool = False) -> Figure:
-    """A score over training, a line for each network.
+    """Plot a score over training, one line per network.
 
     Args:
-        values: Value by step, by name of the network.
-        label: Of the vertical axis, with its unit.
-        title: Above everything.
-        log: Whether the vertical axis is logarithmic; values that are not positive are left out then.
-        dark: Whether for dark paper.
+        values: Values by step, by name of the network.
+        label: Label of the vertical axis, with its unit.
+        title: Title of the figure.
+        log: Use a logarithmic vertical axis, without values that are not positive.
+        dark: Use a dark background.
 
     Raises:
-        ValueError: Nothing to show.
+        ValueError: There are no values.
 
     Example:
         >>> figure = curves({"alone": {10: 0.2, 20: 0.3}, "RKD": {10: 0.3, 20: 0.4}}, "recall@1")
@@ -63,7 +63,7 @@ def curves(values: Mapping[str, Curve], label: str, title: str = "", log: bool =
     """
     if not any(values.values()):
         raise ValueError("nothing to show: no values")
-    look = theme(dark)
+    look = get_theme(dark)
     figure = new_figure(9.0, 4.6, look)
     ax = figure.subplots()
     _lines(ax, values, list(values))
@@ -71,26 +71,22 @@ def curves(values: Mapping[str, Curve], label: str, title: str = "", log: bool =
         ax.set_yscale("log")
     ax.set_xlabel("step", fontsize=11)
     ax.set_ylabel(label, fontsize=11)
-    plain_axes(ax, look)
-    ax.legend(frameon=False, fontsize=10, labelcolor=look.ink)
-    head(figure, title, look)
-    figure.tight_layout()
-    return figure
+    return finish_lines(figure, [ax], title, look)
 
 
 def loss_terms(history: Mapping[str, Curve], title: str = "", dark: bool = False) -> Figure:
-    """What a run has logged of its loss: each term as it is, and below it the share of each in the gradient.
+    """Plot the logged loss terms of a run and, below, the share of each in the gradient.
 
-    Shares are drawn where the run has logged them, ``gradient/<term>``: the length of the weighted term's gradient at
-    what it reads, in units of the task's. The module logs them with ``log_gradients`` or ``balance``.
+    Shares come from ``gradient/<term>``: the norm of the weighted term's gradient at the features it reads, in units of
+    the task's. ``DistillationModule`` logs them with ``log_gradients`` or ``balance``.
 
     Args:
-        history: From :func:`read_metrics`: ``train/task``, ``distill/<term>`` and ``gradient/<term>``.
-        title: Above everything.
-        dark: Whether for dark paper.
+        history: ``train/task``, ``distill/<term>`` and ``gradient/<term>``, see :func:`read_metrics`.
+        title: Title of the figure.
+        dark: Use a dark background.
 
     Raises:
-        ValueError: Nothing to show.
+        ValueError: The history has no loss term.
 
     Example:
         >>> steps = {0: 2.0, 10: 1.0}
@@ -104,7 +100,7 @@ def loss_terms(history: Mapping[str, Curve], title: str = "", dark: bool = False
     if not terms:
         raise ValueError("nothing to show: the history holds neither train/task nor distill/<term>")
     shares = _shares(history, list(terms))
-    look = theme(dark)
+    look = get_theme(dark)
     figure = new_figure(9.0, 7.2 if shares else 4.6, look)
     panels = figure.subplots(2 if shares else 1, 1, sharex=True, squeeze=False)[:, 0]
     _lines(panels[0], terms, list(terms))
@@ -115,16 +111,11 @@ def loss_terms(history: Mapping[str, Curve], title: str = "", dark: bool = False
         panels[1].set_ylim(0, 1)
         panels[1].set_ylabel("share of the gradient", fontsize=11)
     panels[-1].set_xlabel("step", fontsize=11)
-    for ax in panels:
-        plain_axes(ax, look)
-    panels[0].legend(frameon=False, fontsize=10, labelcolor=look.ink)
-    head(figure, title, look)
-    figure.tight_layout()
-    return figure
+    return finish_lines(figure, list(panels), title, look)
 
 
 def _shares(history: Mapping[str, Curve], names: Sequence[str]) -> dict[str, dict[int, float]]:
-    """By term, its part in the sum of the lengths of all gradients, the task's being 1."""
+    """Share of each term in the sum of all gradient norms, of which the task's is 1."""
     lengths = {name: history[f"gradient/{name}"] for name in names if f"gradient/{name}" in history}
     steps = sorted(set.intersection(*(set(curve) for curve in lengths.values()))) if lengths else []
     if not steps or "task" not in names:
@@ -135,10 +126,8 @@ def _shares(history: Mapping[str, Curve], names: Sequence[str]) -> dict[str, dic
 
 
 def _lines(ax: Axes, values: Mapping[str, Curve], names: Sequence[str]) -> None:
-    """Of each name the colour and the dashes of its place among all names."""
+    """Plot curves in the colour and dashes of the place of their name among all names."""
     for name, curve in values.items():
         n = names.index(name)
-        ax.plot(
-            list(curve), np.array(list(curve.values())), label=name, linewidth=2, color=COLOURS[n % len(COLOURS)],
-            linestyle=DASHES[n % len(DASHES)],
-        )  # fmt: skip
+        (line,) = ax.plot(list(curve), np.array(list(curve.values())), label=name, linewidth=2)
+        line.set(color=COLOURS[n % len(COLOURS)], linestyle=DASHES[n % len(DASHES)])

@@ -1,4 +1,4 @@
-"""Distance matrices: how networks relate the same samples."""
+"""Distance matrices of several networks for the same samples."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_rkd.plots.inputs import checked
-from lightning_rkd.plots.style import head, new_figure, theme
+from lightning_rkd.plots.inputs import check_embeddings
+from lightning_rkd.plots.style import add_title, get_theme, new_figure
 
 
 def relations(
@@ -23,23 +23,22 @@ def relations(
     title: str = "",
     dark: bool = False,
 ) -> Figure:
-    """Distance matrices side by side: how every network relates the same samples.
+    """Plot the distance matrices of networks for the same samples, one panel per network.
 
-    Rows and columns are samples, class by class; the classes are drawn at random but always the same, and neighbouring
-    classes of the first network stand next to each other. Distances are divided by the network's mean distance, so
-    that one scale fits all.
+    Rows and columns are samples, class by class. Classes are drawn with a fixed seed, and neighbouring classes of the
+    first network are next to each other. Distances are divided by the mean distance of the network.
 
     Args:
         embeddings: (N, D) by name of the network, in the order of the panels; the first orders the classes.
-        labels: (N,).
-        class_names: Name of every class, written beside the matrix where names are short.
-        max_classes: Classes shown.
-        samples_per_class: Samples shown of each.
-        title: Above everything.
-        dark: Whether for dark paper.
+        labels: (N,) classes.
+        class_names: Names of the classes, written next to the matrix where they are short.
+        max_classes: Number of classes.
+        samples_per_class: Number of samples per class.
+        title: Title of the figure.
+        dark: Use a dark background.
 
     Raises:
-        ValueError: Nothing to show; labels and embeddings of different lengths; or embeddings that are not finite.
+        ValueError: Labels and embeddings of different lengths, or embeddings that are empty or not finite.
 
     Example:
         >>> y = torch.arange(12) // 4
@@ -47,8 +46,8 @@ def relations(
         >>> len(figure.axes)  # two matrices and the colour bar
         3
     """
-    look = theme(dark)
-    plain, labels = checked(embeddings, labels=labels), labels.cpu()
+    look = get_theme(dark)
+    plain, labels = check_embeddings(embeddings, labels=labels), labels.cpu()
     rows = _ordered_rows(next(iter(plain.values())), labels, max_classes, samples_per_class)
     matrices = {name: _relative_distances(x[rows]) for name, x in plain.items()}
     top = float(np.quantile(np.stack(list(matrices.values())), 0.995))
@@ -58,15 +57,15 @@ def relations(
     long = max(map(len, names), default=0) > 2
 
     left, bar, panels = (1.1 if long else 0.35), 0.95, len(matrices)
-    side = (12.0 - left - bar - 0.18 * (panels - 1)) / panels
+    size = (12.0 - left - bar - 0.18 * (panels - 1)) / panels
     top_margin = 1.0 if title else 0.75
-    height = side + top_margin + 0.25
+    height = size + top_margin + 0.25
     figure = new_figure(12.0, height, look)
     centres = np.diff(np.append(starts, len(rows))) / 2 + starts - 0.5
     for i, (name, matrix) in enumerate(matrices.items()):
-        box = ((left + i * (side + 0.18)) / 12, 0.25 / height, side / 12, side / height)
+        box = ((left + i * (size + 0.18)) / 12, 0.25 / height, size / 12, size / height)
         ax = figure.add_axes(box)
-        shown = ax.imshow(matrix, cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
+        image = ax.imshow(matrix, cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
         for start in starts[1:]:
             ax.axhline(start - 0.5, color="white", linewidth=0.5, alpha=0.6)
             ax.axvline(start - 0.5, color="white", linewidth=0.5, alpha=0.6)
@@ -76,17 +75,17 @@ def relations(
         ax.tick_params(length=0, labelcolor=look.ink)
         for spine in ax.spines.values():
             spine.set_visible(False)
-    scale = figure.add_axes(((12 - bar + 0.14) / 12, 0.25 / height, 0.14 / 12, side / height))
-    colours = figure.colorbar(shown, cax=scale)
+    scale = figure.add_axes(((12 - bar + 0.14) / 12, 0.25 / height, 0.14 / 12, size / height))
+    colours = figure.colorbar(image, cax=scale)
     colours.set_label("distance / mean distance", fontsize=10, color=look.ink)
     colours.outline.set_visible(False)
     scale.tick_params(labelsize=9, labelcolor=look.ink, length=0)
-    head(figure, title, look)
+    add_title(figure, title, look)
     return figure
 
 
 def _ordered_rows(x: Tensor, labels: Tensor, max_classes: int, samples_per_class: int) -> Tensor:
-    """Some samples of some classes, along a chain of nearest class means."""
+    """Rows of some samples of some classes, along a chain of nearest class means."""
     classes = np.unique(labels.numpy())
     chosen = np.random.default_rng(0).permutation(len(classes))[:max_classes]
     members = [torch.nonzero(labels == int(classes[c])).flatten() for c in sorted(chosen)]

@@ -1,4 +1,4 @@
-"""Maps of embeddings in the plane, with the images themselves."""
+"""Maps of images in the plane by their embeddings."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import Tensor
 
-from lightning_rkd.plots.inputs import checked, pictures
-from lightning_rkd.plots.style import COLOURS, head, new_figure, theme
+from lightning_rkd.plots.inputs import check_embeddings, to_pixels
+from lightning_rkd.plots.style import COLOURS, add_title, get_theme, new_figure
 
 
 def embedding_map(
@@ -24,24 +24,23 @@ def embedding_map(
     title: str = "",
     dark: bool = False,
 ) -> Figure:
-    """Every image at its place on the two principal axes of the embedding; a panel for each network.
+    """Plot images at their places on the two principal axes of the embedding, one panel per network.
 
-    The maps of the other networks are turned, mirrored and scaled onto the first one's, so that the same image stands
-    at about the same place where networks agree. The outermost hundredths are moved to the border. Frames show the
-    class.
+    The maps of the other networks are rotated, mirrored and scaled onto the first map, so that an image has about the
+    same place where networks agree. The outermost 2 % are moved to the border. The colour of a frame is the class.
 
     Args:
-        images: (N, C, H, W), bytes or 0 to 1, C 1 or 3.
-        labels: (N,).
+        images: (N, C, H, W), uint8 or in 0 to 1, C 1 or 3.
+        labels: (N,) classes.
         embeddings: (N, D) by name of the network, in the order of the panels.
-        max_classes: Classes shown, at most 8; drawn at random but always the same.
-        samples_per_class: Images shown of each.
-        title: Above everything.
-        dark: Whether for dark paper.
+        max_classes: Number of classes, at most 8; drawn with a fixed seed.
+        samples_per_class: Number of images per class.
+        title: Title of the figure.
+        dark: Use a dark background.
 
     Raises:
-        ValueError: Nothing to show; images, labels and embeddings of different lengths; embeddings that are not finite;
-            or more than 8 classes.
+        ValueError: Images, labels and embeddings of different lengths, embeddings that are empty or not finite, or more
+            than 8 classes.
 
     Example:
         >>> x, y = torch.rand(8, 1, 6, 6), torch.arange(8) // 4
@@ -49,23 +48,23 @@ def embedding_map(
         >>> [len(ax.artists) for ax in figure.axes]
         [8, 8]
     """
-    plain, labels = checked(embeddings, labels=labels, images=images), labels.cpu()
+    plain, labels = check_embeddings(embeddings, labels=labels, images=images), labels.cpu()
     if not 1 <= max_classes <= len(COLOURS):
         raise ValueError(f"max_classes must be between 1 and {len(COLOURS)}, got {max_classes}: colours are few")
-    look = theme(dark)
+    look = get_theme(dark)
     rows, numbers = _chosen(labels, max_classes, samples_per_class)
-    shown = pictures(images[rows])
+    thumbnails = to_pixels(images[rows])
     maps = [_plane(x[rows]) for x in plain.values()]
     maps = [maps[0], *(_onto(own, maps[0]) for own in maps[1:])]
     reach = float(np.quantile(np.abs(np.stack(maps)), 0.98)) or 1.0
     maps = [own.clip(-reach, reach) for own in maps]
-    side = 12.0 / max(2, len(maps))
+    size = 12.0 / max(2, len(maps))
     top = 0.85 if title else 0.4
-    figure = new_figure(side * len(maps), side + top, look)
+    figure = new_figure(size * len(maps), size + top, look)
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
-    zoom = 22 / max(shown.shape[1:3])
+    zoom = 22 / max(thumbnails.shape[1:3])
     for ax, name, places in zip(panels, embeddings, maps, strict=True):
-        for picture, place, number in zip(shown, places, numbers, strict=True):
+        for picture, place, number in zip(thumbnails, places, numbers, strict=True):
             box = AnnotationBbox(
                 OffsetImage(picture, zoom=zoom, cmap="gray", norm=Normalize(0, 1), interpolation=_fits(zoom)),
                 (float(place[0]), float(place[1])),
@@ -84,17 +83,17 @@ def embedding_map(
         ax.set_title(name, fontsize=12, color=look.ink, loc="left", linespacing=1.3)
     height = figure.get_figheight()
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - top / height, wspace=0.03)
-    head(figure, title, look)
+    add_title(figure, title, look)
     return figure
 
 
 def _fits(zoom: float) -> str:
-    """Pixels stay sharp where they grow, and none is lost where they shrink."""
+    """Sharp pixels where images grow, smooth ones where they shrink."""
     return "nearest" if zoom >= 1 else "antialiased"
 
 
 def _chosen(labels: Tensor, max_classes: int, samples_per_class: int) -> tuple[Tensor, list[int]]:
-    """Rows, and for each the number of its class among those that are shown."""
+    """Rows to draw, and the number of the class of each."""
     rng = np.random.default_rng(0)
     classes = rng.permutation(np.unique(labels.numpy()))[:max_classes]
     rows: list[int] = []
@@ -108,7 +107,7 @@ def _chosen(labels: Tensor, max_classes: int, samples_per_class: int) -> tuple[T
 
 
 def _plane(x: Tensor) -> np.ndarray:
-    """(N, 2) on the principal axes, with mean 0 and mean square 1."""
+    """Coordinates (N, 2) on the principal axes, with mean 0 and mean square 1."""
     centred = x - x.mean(0)
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
     flat = torch.zeros(len(x), 2, dtype=torch.float64)
@@ -119,7 +118,7 @@ def _plane(x: Tensor) -> np.ndarray:
 
 
 def _onto(places: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Turned and mirrored so that squared distances to the target are smallest (orthogonal Procrustes)."""
+    """Rotate and mirror places onto a target (orthogonal Procrustes)."""
     u, _, v = np.linalg.svd(places.T @ target)
     turned: np.ndarray = places @ (u @ v)
     return turned

@@ -1,4 +1,4 @@
-"""Queries and the images that networks find nearest to them."""
+"""Queries and their nearest images in several networks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from lightning_rkd.plots.inputs import checked, pictures
-from lightning_rkd.plots.style import RIGHT, WRONG, head, new_figure, theme
+from lightning_rkd.plots.inputs import check_embeddings, to_pixels
+from lightning_rkd.plots.style import RIGHT, WRONG, add_title, get_theme, new_figure
 
 _SIGNS = {True: ("\N{CHECK MARK}", RIGHT), False: ("\N{MULTIPLICATION SIGN}", WRONG)}
 
@@ -27,23 +27,22 @@ def neighbours(
     title: str = "",
     dark: bool = False,
 ) -> Figure:
-    """Rows of queries, each with the nearest images that every network finds, right and wrong marked.
+    """Plot queries, one per row, with their nearest images in each network.
 
-    Right neighbours (of the query's class) carry a blue frame and a check mark, wrong ones a vermilion frame and a
-    cross.
+    Neighbours of the query's class have a blue frame and a check mark, others a vermilion frame and a cross.
 
     Args:
-        images: (N, C, H, W), uint8 or floating point in 0 to 1, C 1 or 3.
-        labels: (N,).
+        images: (N, C, H, W), uint8 or in 0 to 1, C 1 or 3.
+        labels: (N,) classes.
         embeddings: (N, D) by name of the network, in the order of the columns.
-        queries: Rows to ask with; ``None`` draws six of different classes, at random but always the same.
-        k: Neighbours shown.
-        title: Above everything.
-        dark: Whether for dark paper.
+        queries: Row numbers of the queries; ``None`` draws six of different classes with a fixed seed.
+        k: Number of neighbours.
+        title: Title of the figure.
+        dark: Use a dark background.
 
     Raises:
-        ValueError: Nothing to show; images, labels and embeddings of different lengths; queries that are no rows; or
-            embeddings that are not finite.
+        ValueError: Images, labels and embeddings of different lengths, unknown queries, or embeddings that are not
+            finite.
 
     Example:
         >>> x, y = torch.rand(8, 1, 6, 6), torch.arange(8) // 4
@@ -51,17 +50,17 @@ def neighbours(
         >>> len(figure.axes)
         10
     """
-    look = theme(dark)
-    plain, labels = checked(embeddings, labels=labels, images=images), labels.cpu()
+    look = get_theme(dark)
+    plain, labels = check_embeddings(embeddings, labels=labels, images=images), labels.cpu()
     k = min(k, len(labels) - 1)
-    queries = _some_queries(labels, 6) if queries is None else [int(query) for query in queries]
+    queries = _draw_queries(labels, 6) if queries is None else [int(query) for query in queries]
     if k < 1 or not queries:
         raise ValueError(f"nothing to show: {len(queries)} queries, {k} neighbours")
     if unknown := [query for query in queries if not 0 <= query < len(labels)]:
         raise ValueError(f"queries must be rows between 0 and {len(labels) - 1}, got {unknown}")
     rows = torch.tensor(queries)
     found = {name: _nearest(x, rows, k) for name, x in plain.items()}
-    shown = pictures(images)
+    pixels = to_pixels(images)
 
     gap = 0.45
     widths = [1.0] + [width for _ in found for width in (gap, *[1.0] * k)]
@@ -80,7 +79,7 @@ def neighbours(
     )
     for i, query in enumerate(queries):
         ax = figure.add_subplot(grid[i, 0])
-        _show(ax, shown[query], look.ink, "")
+        _draw_image(ax, pixels[query], look.ink, "")
         if i == 0:
             ax.set_title("query", fontsize=12, color=look.ink, pad=9)
         for j, (name, nearest) in enumerate(found.items()):
@@ -88,14 +87,14 @@ def neighbours(
                 ax = figure.add_subplot(grid[i, 2 + j * (k + 1) + n])
                 row = int(nearest[i, n])
                 sign, colour = _SIGNS[bool(labels[row] == labels[query])]
-                _show(ax, shown[row], colour, sign)
+                _draw_image(ax, pixels[row], colour, sign)
                 if i == 0 and n == 0:
                     ax.set_title(name, fontsize=12, color=look.ink, loc="left", pad=9, linespacing=1.3)
-    head(figure, title, look)
+    add_title(figure, title, look)
     return figure
 
 
-def _show(ax: Axes, picture: npt.NDArray[np.float32], colour: str, sign: str) -> None:
+def _draw_image(ax: Axes, picture: npt.NDArray[np.float32], colour: str, sign: str) -> None:
     ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest" if picture.shape[0] < 64 else "antialiased")
     ax.set_xticks([])
     ax.set_yticks([])
@@ -104,8 +103,8 @@ def _show(ax: Axes, picture: npt.NDArray[np.float32], colour: str, sign: str) ->
         spine.set_linewidth(2.5 if sign else 1)
     if sign:
         ax.add_patch(Rectangle((0.7, 0), 0.3, 0.3, transform=ax.transAxes, facecolor=colour, linewidth=0))
-        ax.text(0.85, 0.14, sign, transform=ax.transAxes, color="white", ha="center", va="center", fontsize=9,
-                fontweight="bold")  # fmt: skip
+        text = ax.text(0.85, 0.14, sign, transform=ax.transAxes, ha="center", va="center", fontsize=9)
+        text.set(color="white", fontweight="bold")
 
 
 def _nearest(x: Tensor, queries: Tensor, k: int) -> Tensor:
@@ -114,14 +113,14 @@ def _nearest(x: Tensor, queries: Tensor, k: int) -> Tensor:
     return distances.topk(k, largest=False).indices
 
 
-def _some_queries(labels: Tensor, count: int) -> list[int]:
-    """Rows of different classes that have a second sample to find."""
+def _draw_queries(labels: Tensor, count: int) -> list[int]:
+    """Rows of different classes with at least two samples."""
     order = np.random.default_rng(0).permutation(len(labels))
     classes, sizes = np.unique(labels.numpy(), return_counts=True)
-    askable = set(classes[sizes > 1].tolist())
-    queries: dict[int, int] = {}
-    for row in order:
-        label = int(labels[row])
-        if label in askable and label not in queries:
-            queries[label] = int(row)
-    return list(queries.values())[:count]
+    left = set(classes[sizes > 1].tolist())
+    queries = []
+    for row in order.tolist():
+        if (label := int(labels[row])) in left:
+            left.remove(label)
+            queries.append(row)
+    return queries[:count]

@@ -1,4 +1,4 @@
-"""Checks of what is to be shown, and images as matplotlib takes them."""
+"""Checks of embeddings and images before drawing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy.typing as npt
 from torch import Tensor
 
 
-def checked(embeddings: Mapping[str, Tensor], **others: Tensor) -> dict[str, Tensor]:
-    """The embeddings as plain numbers: without gradients, in float64, on the CPU.
+def check_embeddings(embeddings: Mapping[str, Tensor], **others: Tensor) -> dict[str, Tensor]:
+    """Embeddings without gradients, in float64, on the CPU.
 
     Raises:
-        ValueError: They are empty, of different lengths, no rows, or not finite.
+        ValueError: There are none, they have different lengths, fewer than two rows, or numbers that are not finite.
     """
     if not embeddings:
         raise ValueError("nothing to show: no embeddings")
@@ -28,16 +28,16 @@ def checked(embeddings: Mapping[str, Tensor], **others: Tensor) -> dict[str, Ten
             raise ValueError(f"nothing to show: {len(x)} samples")
         if not (finite := x.isfinite().all(1)).all():
             raise ValueError(
-                f"the embeddings of {name!r} hold NaN or infinity, first in row {int(finite.int().argmin())}, and have "
-                "no place in a picture"
+                f"the embeddings of {name!r} hold NaN or infinity, first in row {int(finite.int().argmin())}, and "
+                "cannot be drawn"
             )
     return plain
 
 
-def pictures(images: Tensor) -> npt.NDArray[np.float32]:
-    """(N, C, H, W), bytes or 0 to 1 -> (N, H, W) or (N, H, W, 3), 0 to 1."""
+def to_pixels(images: Tensor) -> npt.NDArray[np.float32]:
+    """Images (N, C, H, W), uint8 or in 0 to 1 -> (N, H, W) or (N, H, W, 3) in 0 to 1."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be (N, 1, H, W) or (N, 3, H, W), got {tuple(images.shape)}")
     pixels = images.float() if images.is_floating_point() else images.float() / 255
-    shown: npt.NDArray[np.float32] = pixels.clamp(0, 1).movedim(1, 3).squeeze(3).cpu().numpy()
-    return shown
+    array: npt.NDArray[np.float32] = pixels.clamp(0, 1).movedim(1, 3).squeeze(3).cpu().numpy()
+    return array

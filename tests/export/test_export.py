@@ -1,4 +1,4 @@
-"""What is exported gives the student's numbers, and asks for neither teacher nor Lightning."""
+"""What is exported gives the student's numbers, and needs neither teacher nor Lightning."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ class Branching(nn.Module):
         self.linear = nn.Linear(3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        shown: Tensor = self.linear(x)
-        return shown if float(shown.sum()) > 0 else -shown
+        out: Tensor = self.linear(x)
+        return out if float(out.sum()) > 0 else -out
 
 
 def test_a_network_that_cannot_be_traced_is_still_written_in_the_formats_that_need_no_trace(tmp_path: Path) -> None:

@@ -97,14 +97,14 @@ def test_stages_are_maps_that_can_be_tapped_and_the_pooled_last_is_the_embedding
     images = torch.randn(2, 3, 32, 32)
     net.eval()
     maps = read(net, names, images).feature_maps
-    shown = read(net, "classifier", images)
+    outputs = read(net, "classifier", images)
     assert [(m.shape[1], m.shape[2]) for m in maps] == STAGES[name]
-    assert shown.embedding.shape == (2, net.backbone.embedding_dim)
-    assert torch.equal(shown.embedding, read(net, "backbone.pool", images).embedding)
-    assert torch.equal(shown.logits, net(images))
+    assert outputs.embedding.shape == (2, net.backbone.embedding_dim)
+    assert torch.equal(outputs.embedding, read(net, "backbone.pool", images).embedding)
+    assert torch.equal(outputs.logits, net(images))
     last = maps[-1]
     pooled = net.backbone.norm(last) if name == "wide resnet" else last
-    assert torch.allclose(pooled.mean((2, 3)), shown.embedding, atol=1e-6)
+    assert torch.allclose(pooled.mean((2, 3)), outputs.embedding, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -116,8 +116,8 @@ def test_every_parameter_learns_on_any_image_size_and_number_of_channels(name):
         "vgg": CIFARVGG(8, in_channels=1),
     }
     net = nets[name]
-    for side in (16, 28, 64):
-        net(torch.randn(3, 1, side, side)).square().sum().backward()
+    for pixels in (16, 28, 64):
+        net(torch.randn(3, 1, pixels, pixels)).square().sum().backward()
         assert all(p.grad is not None for p in net.parameters())
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
 
@@ -143,7 +143,7 @@ def test_a_residual_block_adds_its_input():
         (lambda: CIFARVGG(9), "depth must be one of 8, 11, 13, 16, 19, got 9"),
         (lambda: Conv4(0), "in_channels and width must be at least 1, got 0 and 64"),
         (lambda: Conv4()(torch.zeros(1, 1, 12, 12)), "must be 16 x 16 pixels at least"),
-        (lambda: Embedded(nn.Flatten(), 8), "Flatten does not tell how wide its features are"),
+        (lambda: Embedded(nn.Flatten(), 8), "Flatten has no embedding_dim, the width of its features"),
         (lambda: Embedded(CIFARResNet(8), 0), "embedding_dim must be at least 1, got 0"),
     ],
 )
@@ -152,10 +152,10 @@ def test_impossible_networks_are_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize(("side", "channels", "width", "size"), [(28, 1, 64, 111_936), (84, 3, 1600, 113_088)])
-def test_conv4_has_the_published_size_and_embeds_as_wide_as_in_the_papers(side, channels, width, size):
+@pytest.mark.parametrize(("pixels", "channels", "width", "size"), [(28, 1, 64, 111_936), (84, 3, 1600, 113_088)])
+def test_conv4_has_the_published_size_and_embeds_as_wide_as_in_the_papers(pixels, channels, width, size):
     net = Conv4(channels)
-    assert net(torch.randn(2, channels, side, side)).shape == (2, width)
+    assert net(torch.randn(2, channels, pixels, pixels)).shape == (2, width)
     assert count_parameters(net) == size == 9 * channels * 64 + 3 * 9 * 64 * 64 + 4 * 64 + 4 * 2 * 64
 
 

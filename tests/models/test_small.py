@@ -6,11 +6,11 @@ import torch
 from lightning_rkd.models import ConvNet, EmbeddingHead, L2Normalize, count_parameters
 
 
-@pytest.mark.parametrize("side", [28, 32, 64, 105])
+@pytest.mark.parametrize("pixels", [28, 32, 64, 105])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_any_image_size_gives_embeddings(side: int, channels: int) -> None:
+def test_any_image_size_gives_embeddings(pixels: int, channels: int) -> None:
     net = ConvNet(widths=(4, 8, 8), embedding_dim=10, in_channels=channels, pool=2)
-    assert net(torch.randn(3, channels, side, side)).shape == (3, 10)
+    assert net(torch.randn(3, channels, pixels, pixels)).shape == (3, 10)
 
 
 def test_layers_are_named() -> None:

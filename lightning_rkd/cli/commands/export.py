@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_rkd.cli.experiments.runs import RESULT, digest
 from lightning_rkd.cli.trainer import check_checkpoint, import_public_classes
 from lightning_rkd.data.datamodules.base import ImageDataModule
-from lightning_rkd.export.card import Facts, described
+from lightning_rkd.export.card import Facts, describe
 from lightning_rkd.export.read import build_network
 from lightning_rkd.export.write import FORMATS, export
 
@@ -197,9 +197,9 @@ def _facts(
     parts |= {name: model.get(name) for name in ("task_loss", "task_weight")}
     return Facts(
         name=options.name or checkpoint.parent.name or "student",
-        data=described(config["data"]) if config.get("data") else "",
-        teacher=described(model["teacher"]) if taught else "none",
-        loss=described(parts),
+        data=describe(config["data"]) if config.get("data") else "",
+        teacher=describe(model["teacher"]) if taught else "none",
+        loss=describe(parts),
         scores=scores,
         scores_of=told,
     )

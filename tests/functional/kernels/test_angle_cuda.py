@@ -17,21 +17,19 @@ from lightning_rkd.functional.distances import squared_distances
 
 pytest.importorskip("triton")
 
+# Triton's interpreter must be chosen before the kernels are imported, so they run in a process of their own
 INTERPRETED = """
-import sys
 import torch
-from lightning_rkd.functional._kernels import angle_cuda, native
-from lightning_rkd.functional.distances import squared_distances
+from lightning_rkd.functional._kernels import angle_cuda, distance_cuda, native
+from lightning_rkd.functional.distances import DUPLICATE, _from_gram, squared_distances
 
 cpu = native("angle_cpu")
-tile_j, tile_i, tile_k = map(int, sys.argv[2].split(","))
-angle_cuda._ACROSS.update(TILE_I=tile_i, TILE_K=tile_k)
-angle_cuda._AT.update(TILE_J=tile_j, TILE_I=tile_i)
-angle_cuda._PADDED = max(tile_j, tile_i, tile_k)
+angle_cuda._AT["TILE_I"] = angle_cuda._ACROSS["TILE_I"] = 64  # larger tiles are fewer steps for the interpreter
 
 
-def compare(n, dtype, tolerance, official, close=False, vertices=None):
+def compare(n, dtype, official, close=False, vertices=None, alone=False):
     generator = torch.Generator().manual_seed(n)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-11
     x, y = (torch.randn(n, d, generator=generator, dtype=torch.float64) for d in (16, 32))
     if close:  # duplicates and near rows, in one network and in both
         x[1] = x[0]
@@ -41,9 +39,9 @@ def compare(n, dtype, tolerance, official, close=False, vertices=None):
     s, t = squared_distances(x), squared_distances(y)
     count = n**3 if official else max(1, n * (n - 1) * (n - 2))
     vertices = vertices or (0, n)
-    settings = {"official": official, "factor": 1 / count, "with_gradient": True}
-    value, pull = angle_cuda.loss_and_gradient(s, t, vertices, dtype, **settings)
-    expected, expected_pull = cpu.loss_and_gradient(s, t, vertices, torch.float64, **settings)
+    settings = {"official": official, "factor": 1 / count}
+    value, pull = angle_cuda.loss_and_gradient(s, t, vertices, dtype, with_gradient=True, **settings)
+    expected, expected_pull = cpu.loss_and_gradient(s, t, vertices, torch.float64, with_gradient=True, **settings)
     grad, expected_grad = (
         (p.sum(1, keepdim=True) * x - p @ x) for p in (pull + pull.T, expected_pull + expected_pull.T)
     )
@@ -51,46 +49,35 @@ def compare(n, dtype, tolerance, official, close=False, vertices=None):
     for rows in (slice(0, 2), slice(2, 7), slice(7, None)) if close else (slice(None),):
         error = (grad[rows] - expected_grad[rows]).norm()
         assert error <= tolerance * expected_grad[rows].norm(), (n, dtype, official, error)
-    if sys.argv[3] == "brief":
-        return
-    alone, none = angle_cuda.loss_and_gradient(s, t, vertices, dtype, **(settings | {"with_gradient": False}))
-    assert none is None and alone == value
+    if alone:
+        lone, none = angle_cuda.loss_and_gradient(s, t, vertices, dtype, with_gradient=False, **settings)
+        assert none is None and lone == value
 
 
-sizes, brief = [int(n) for n in sys.argv[1].split(",")], sys.argv[3] == "brief"
-for n in sizes:
-    compare(n, torch.float32, 1e-5, True)
-    compare(n, torch.float64, 1e-11, False)
-    if brief:
-        continue
-    compare(n, torch.float32, 1e-5, False)
-    compare(n, torch.float64, 1e-11, True)
-    if n >= 8:
-        compare(n, torch.float32, 1e-5, True, close=True)
-        compare(n, torch.float32, 1e-5, True, vertices=(n // 3, n // 2))
-        compare(n, torch.float32, 1e-5, True, vertices=(n // 2, n))
+for n in (1, 2, 3, 5, 31, 64, 100):
+    compare(n, torch.float32, True, alone=n < 50)
+    compare(n, torch.float64, False, alone=n < 50)
+for n in (5, 31):
+    compare(n, torch.float32, False, alone=True)
+    compare(n, torch.float64, True, alone=True)
+compare(31, torch.float32, True, close=True, alone=True)
+for vertices in ((10, 15), (15, 31)):
+    compare(31, torch.float32, True, vertices=vertices, alone=True)
 bad = torch.ones(5, 5).fill_diagonal_(0)
 bad[1, 3] = bad[3, 1] = float("nan")
 for pair in ((bad, 1 - torch.eye(5)), (1 - torch.eye(5), bad)):
     settings = {"official": True, "factor": 1.0, "with_gradient": True}
     assert angle_cuda.loss_and_gradient(*pair, (0, 5), torch.float32, **settings)[0].isnan()
-print("agree")
-"""
-
-DISTANCES = """
-import torch
-from lightning_rkd.functional._kernels import distance_cuda as kernel
-from lightning_rkd.functional.distances import DUPLICATE, _from_gram, squared_distances
 
 for n in (1, 2, 31, 32, 65):
     x = torch.randn(n, 5, dtype=torch.float64) + 3
     x[n // 2] = x[0]
-    rows = kernel.centred(x)
+    rows = distance_cuda.centred(x)
     expected = _from_gram(rows @ rows.T)
-    torch.testing.assert_close(kernel.squared(rows, DUPLICATE), expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(distance_cuda.squared(rows, DUPLICATE), expected, rtol=1e-12, atol=1e-15)
     own, pull = x.clone().requires_grad_(), torch.randn(n, n, dtype=torch.float64)
     (expected,) = torch.autograd.grad(squared_distances(own), own, pull)
-    torch.testing.assert_close(kernel.pulled(pull, rows), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(distance_cuda.pulled(pull, rows), expected, rtol=1e-10, atol=1e-10)
 print("agree")
 """
 
@@ -100,52 +87,35 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lightning_rkd.functional._kernels import angle_cuda as kernels
 
-for arch in (80, 90):
-    for wide in (False, True):
-        for near in (False, True):
-            for kernel, tiles in ((kernels._at_vertices, kernels._AT), (kernels._across, kernels._ACROSS)):
-                constants = tiles | {"NEAR": near, "WIDE": wide, "GRADIENT": True}
-                options = {"num_warps": constants.pop("num_warps")}
-                numbers = dict.fromkeys(("n", "start", "stop", "first", "place"), "i32")
-                special = {"fast": "*fp32", "near": "*i8", "wanted": "*i32"}
-                kinds = {
-                    name: "constexpr" if name in constants else numbers.get(name) or special.get(name, "*fp64")
-                    for name in kernel.arg_names
-                }
-                constants = {name: value for name, value in constants.items() if name in kinds}
-                source = ASTSource(kernel, signature=kinds, constexprs=constants)
-                code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
-                assert code.count("fma.rn.f64" if wide else "fma.rn.f32") > 50
+cases = [(80, False, False), *((90, wide, near) for wide in (False, True) for near in (False, True))]
+for arch, wide, near in cases:
+    for kernel, tiles in ((kernels._at_vertices, kernels._AT), (kernels._across, kernels._ACROSS)):
+        constants = tiles | {"NEAR": near, "WIDE": wide, "GRADIENT": True}
+        options = {"num_warps": constants.pop("num_warps")}
+        numbers = dict.fromkeys(("n", "start", "stop", "first", "place"), "i32")
+        special = {"fast": "*fp32", "near": "*i8", "wanted": "*i32"}
+        kinds = {
+            name: "constexpr" if name in constants else numbers.get(name) or special.get(name, "*fp64")
+            for name in kernel.arg_names
+        }
+        constants = {name: value for name, value in constants.items() if name in kinds}
+        source = ASTSource(kernel, signature=kinds, constexprs=constants)
+        code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
+        assert code.count("fma.rn.f64" if wide else "fma.rn.f32") > 50
 print("compiled")
 """
 
 
-def run(program: str, *arguments: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], env=os.environ | environment, capture_output=True, text=True
-    )
+def run(program: str, **environment: str) -> str:
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-# The interpreter has to be asked for before the kernels are imported, so in a process of its own; larger tiles are
-# fewer steps for it.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sizes", "tiles", "how"),
-    [
-        ("1,2,3,5,31", "32,64,32", "full"),
-        ("64,100", "32,64,32", "brief"),
-        ("150", "64,64,64", "brief"),
-    ],
-)
-def test_interpreted_it_agrees_with_the_cpu_kernel(sizes, tiles, how):
-    assert run(INTERPRETED, sizes, tiles, how, TRITON_INTERPRET="1", OMP_NUM_THREADS="1") == "agree\n"
-
-
-@pytest.mark.slow
-def test_interpreted_the_kernels_of_distances_agree_with_pytorch():
-    assert run(DISTANCES, TRITON_INTERPRET="1", OMP_NUM_THREADS="1") == "agree\n"
+def test_interpreted_kernels_agree_with_those_for_the_cpu():
+    assert run(INTERPRETED, TRITON_INTERPRET="1", OMP_NUM_THREADS="1") == "agree\n"
 
 
 @pytest.mark.slow
