@@ -41,7 +41,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_rkd.cli.commands import demo
-from lightning_rkd.cli.experiments import runs as study
+from lightning_rkd.cli.experiments import runs
 from lightning_rkd.cli.main import main as command
 from lightning_rkd.cli.trainer import check_checkpoint
 from lightning_rkd.distillation.teachers import load_weights
@@ -95,7 +95,6 @@ class Moment:
         elif self.phase == "epoch":
             self.after(pl.LightningModule, "optimizer_step")
         else:
-            self.after(study, "measure")
             self.after(pl.LightningModule, "on_validation_model_eval")
 
     def after(self, owner: Any, name: str) -> None:
@@ -177,7 +176,7 @@ def untimed(path: Path) -> list[list[str]]:
 
 def differences(whole: Path, resumed: Path) -> list[str]:
     """The files in which a resumed run differs from an unbroken one."""
-    names = {p.relative_to(f) for f in (whole, resumed) for p in f.rglob("*") if p.is_file()}
+    names = {p.relative_to(f) for f in (whole, resumed) for p in f.rglob("*") if p.is_file() and p.name != "log.txt"}
     found = []
     for name in sorted(names):
         pair = whole / name, resumed / name
@@ -209,7 +208,7 @@ def broken(folder: Path) -> list[str]:
 def kept_steps(folder: Path) -> str:
     """The step of the last checkpoint, for the table; of a demo, how many networks it has finished."""
     if (folder / demo.MADE_BY).exists():
-        return f"{len(list(folder.rglob(study.RESULT)))} networks"
+        return f"{len(list(folder.rglob(runs.RESULT)))} networks"
     path = folder / "last.ckpt"
     return f"step {torch.load(path, weights_only=True)['global_step']}" if path.exists() else "nothing yet"
 
@@ -246,8 +245,8 @@ def kill(
     for attempt in range(20):
         folder = Path(f"{name}-{attempt}")
         counts = {"epoch": EPOCHS * STEPS, "write": EPOCHS, "evaluation": EPOCHS}
-        if args("")[0] == "demo":  # three networks: two checkpoints and a result each, and four files more
-            counts = {"epoch": 300, "write": 13, "evaluation": 3}
+        if args("")[0] == "demo":  # trains in a process of its own; this one writes the settings and six files
+            phase, counts = (phase if phase in ("start", "write") else "any"), {"write": 7}
         calls = counts.get(phase, 1)
         spread = {"start": min(2.0, lasts / 4), "epoch": 0.05, "write": 0.005, "evaluation": 0.05, "any": lasts}[phase]
         moment = Moment(phase, rng.randint(1, calls), rng.uniform(0, spread), sent)

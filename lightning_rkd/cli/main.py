@@ -13,7 +13,6 @@ from importlib import import_module
 from lightning_rkd.cli import recipes
 from lightning_rkd.cli.signals import TERMINATED, at_sigterm, ending_with_first_rank
 from lightning_rkd.utils.imports import MissingExtraError, check_installed
-from lightning_rkd.utils.messages import brief
 
 COMMANDS = {
     "demo": "Train a teacher, a student alone and a distilled student, and compare them.",
@@ -88,7 +87,6 @@ def _exit_code(args: list[str]) -> int:
         usage = isinstance(error, ArgumentError | MissingExtraError | UsageError | recipes.UnknownRecipeError)
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         known = usage or isinstance(error, ValueError | OSError)
-        message = brief(message) if isinstance(error, ArgumentError) else message
         print(f"error: {message if known and message else f'{type(error).__name__}: {message}'}", file=sys.stderr)
         if not usage:
             print(f"({TRACEBACK}=1 shows where it came from)", file=sys.stderr)

@@ -6,6 +6,7 @@ import io
 import os
 import tempfile
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -84,8 +85,17 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; arguments may be given while the program has its own."""
-        self.config = parser.parse_args(args) if args is None or isinstance(args, list) else parser.parse_object(args)
+        """Parse the command line or a dict, and shorten jsonargparse's messages to what the user can correct."""
+        try:
+            if args is None or isinstance(args, list):
+                self.config = parser.parse_args(args)
+            else:
+                self.config = parser.parse_object(args)
+        except ArgumentError as error:
+            noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
+            kept = (line for line in error.message.splitlines() if not line.strip().startswith(noise))
+            error.message = "\n".join(kept)
+            raise
 
     def _parse_ckpt_path(self) -> None:
         """Let the configuration stand: Lightning would replace it by the one in the checkpoint, without a word."""

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lightning_rkd.plots.style import RIGHT, WRONG, get_theme, new_figure, style_axes
-from lightning_rkd.utils.statistics import t_quantile
+from lightning_rkd.utils.statistics import confidence_half_width
 
 
 def comparison(
@@ -51,7 +51,7 @@ def comparison(
             colour = WRONG if name == baseline else RIGHT
             mean = float(np.mean(own))
             if len(own) > 1:
-                half = t_quantile(0.975, len(own) - 1) * float(np.std(own, ddof=1)) / len(own) ** 0.5
+                half = confidence_half_width(own)
                 ax.plot([mean - half, mean + half], [row, row], color=colour, linewidth=1.5, alpha=0.55, zorder=2)
             ax.scatter(own, [row] * len(own), s=22, facecolor=look.paper, edgecolor=colour, linewidth=1.2, zorder=3)
             ax.plot([mean, mean], [row - 0.3, row + 0.3], color=colour, linewidth=2.5, zorder=4)

@@ -1,4 +1,4 @@
-"""Where results come from: the machine, and the commit."""
+"""Provenance of results: the machine and the commit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def hardware(device: str) -> str:
-    """The GPU's name (``"cuda"``), or the processor's and the number of its cores.
+    """Name of the GPU (``"cuda"``), or of the processor with the number of its cores.
 
     Example:
         >>> hardware("cpu").endswith(" cores")
@@ -28,7 +28,7 @@ def hardware(device: str) -> str:
 
 
 def commit(folder: Path) -> str:
-    """The commit of the git checkout that a folder's files belong to, with a + where files differ from it; else ``""``.
+    """Commit of the git checkout that tracks a folder's files, with a + if files are modified; otherwise ``""``.
 
     Example:
         >>> commit(Path("no such folder"))
@@ -40,7 +40,7 @@ def commit(folder: Path) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        if not git("ls-files"):  # in a checkout of something else, such as an environment in a project's folder
+        if not git("ls-files"):  # an environment inside the checkout of another project
             return ""
         return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):

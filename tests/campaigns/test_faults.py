@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.faults import differences
-from lightning_rkd.cli.experiments import summaries
 from lightning_rkd.cli.experiments.runs import Run
-from lightning_rkd.cli.experiments.summaries import Summary
+from lightning_rkd.cli.experiments.tables import Table
+from lightning_rkd.cli.experiments.tasks import Task
 
 
 def left(folder: Path, seconds: float = 1.0, score: float = 0.5, shift: float = 0.0) -> Path:
@@ -22,12 +22,10 @@ def left(folder: Path, seconds: float = 1.0, score: float = 0.5, shift: float = 
     torch.save({"seconds": seconds, "scores": {"recall_at_1": score}, "embeddings": x}, folder / "result.pt")
     state: dict[str, Any] = {"state_dict": {"weight": x}, "optimizer_states": [], "lr_schedulers": []}
     torch.save(state | {"global_step": 3, "epoch": 1, "callbacks": {"path": str(folder)}}, folder / "last.ckpt")
-    scores = {"recall_at_1": score, "seconds": seconds}
-    summary = Summary("student", 3880, 1, scores, dict.fromkeys(scores, seconds / 10) | {"recall_at_1": 0.0})
-    summaries.write_csv([summary], folder / "table.csv")
-    summaries.write_runs_csv([Run("student", 0, 3880, seconds, {"recall_at_1": score}, x)], folder / "runs.csv")
-    table = summaries.markdown([summary], ("recall_at_1", "seconds"))
-    (folder / "table.md").write_text(f"{table}\nWith RKD-DA it changes by {10 * score:+.1f} points.\n")
+    run = Run("student", 0, 3880, seconds, {"recall_at_1": score})
+    table = Table([Task("student", 0, {}, "student-0")], {"student-0": run})
+    table.write_csv(folder)
+    (folder / "table.md").write_text(f"{table.to_markdown()}\nWith RKD-DA it changes by {10 * score:+.1f} points.\n")
     (folder / "config.yaml").write_text(f"out: {folder}\n")
     return folder
 

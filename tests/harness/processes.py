@@ -14,7 +14,12 @@ from pathlib import Path
 
 import torch
 
-MAIN = "import sys; from lightning_rkd.cli.main import main; sys.exit(main())"
+MAIN = """
+import sys
+from lightning_rkd.cli.main import main
+if __name__ == "__main__":
+    sys.exit(main())
+"""
 
 GLYPHS = [
     "--data.max_classes=20",

@@ -1,7 +1,6 @@
-"""``lightning-rkd compare``: a file says what is compared, workers train it, tables say what came of it.
+"""Experiments: runs that resume, comparisons of several networks over seeds, tables, tuning and the report page.
 
-``plan`` reads the file, ``tasks`` makes runs of it and has
-them done by processes, each of which runs :mod:`~lightning_rkd.cli.experiments.work`;
-:mod:`~lightning_rkd.cli.experiments.tuning` chooses values on validation data, and
-:mod:`~lightning_rkd.cli.experiments.tables` writes.
+:mod:`~lightning_rkd.cli.experiments.plan` reads a comparison, :mod:`~lightning_rkd.cli.experiments.tasks` turns it into
+training runs, :mod:`~lightning_rkd.cli.experiments.processes` executes them in parallel, and
+:mod:`~lightning_rkd.cli.experiments.tables` summarises the results.
 """

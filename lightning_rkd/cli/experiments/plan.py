@@ -1,13 +1,13 @@
-"""What is compared: a YAML file becomes networks, each a configuration of ``fit``."""
+"""Comparisons: a YAML file becomes networks, each a configuration of ``lightning-rkd fit``."""
 
 from __future__ import annotations
 
-import argparse
 import copy
 import difflib
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,19 @@ from lightning_rkd import losses
 from lightning_rkd.cli import recipes
 from lightning_rkd.cli.experiments.runs import prepare
 from lightning_rkd.cli.experiments.settings import Config, with_settings, with_steps
-from lightning_rkd.utils.messages import brief
 
 TEACHER = "teacher"
-"""Name of the teacher's row."""
+"""Name and folder of the teacher's row."""
+
+TEACHER_PATH = "model.init_args.teacher"
+"""Dotted path of the teacher in a configuration."""
 
 _KEYS = (
     "title", "recipe", "config", "set", "steps", "seeds", "teacher", "cache", "agreement", "baseline", "networks",
     "scores", "select",
 )  # fmt: skip
-_NETWORK = ("recipe", "config", "loss", "weight", "task_weight", "balance", "cache", "set", "generations")
-_TEACHER = ("recipe", "config", "set", "steps", "seed")
-_MODEL = "model.init_args"
-TAUGHT = f"{_MODEL}.teacher"
-"""Where a configuration has its teacher."""
+_NETWORK_KEYS = ("recipe", "config", "loss", "weight", "task_weight", "balance", "cache", "set", "generations")
+_TEACHER_KEYS = ("recipe", "config", "set", "steps", "seed")
 
 
 @dataclass(frozen=True)
@@ -38,33 +37,35 @@ class Network:
     """A row of the table.
 
     Attributes:
-        name: Of the row.
-        config: What trains it. Files that another run leaves are not named yet.
-        entry: Its entry in the file; generations share one.
-        taught_by: Name of the network of this comparison that teaches it.
-        cached: Whether its teacher's answers come from the shared cache.
+        name: Name of the row.
+        config: Configuration that trains it, without the paths of files that other runs write.
+        folder: Output folder, without the seed.
+        entry: Entry in the file; generations share one.
+        teacher: Network of this comparison that teaches it.
+        cached: Whether the teacher's outputs come from the shared cache.
     """
 
     name: str
     config: Config = field(repr=False)
+    folder: str
     entry: str
-    taught_by: str | None = None
+    teacher: str | None = None
     cached: bool = False
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that is compared.
+    """Networks that are trained and compared.
 
     Attributes:
-        title: Above the table.
-        networks: In the order of the table, the teacher apart.
-        seeds: Of every network but the teacher.
-        teacher: Trained first, once.
-        teacher_seed: Its seed.
+        title: Title of the table.
+        networks: Networks in the order of the table, without the teacher.
+        seeds: Seeds of all networks but the teacher.
+        teacher: Network that is trained first, once.
+        teacher_seed: Seed of the teacher.
         baseline: Name of the network that the others are compared with.
-        scores: Columns; ``None`` takes all that the networks' metrics give.
-        select: Score that is highest for the best tuned value.
+        scores: Columns of the table; ``None`` takes all scores of the networks' metrics.
+        select: Score that tuning maximises; the first of ``scores`` by default.
     """
 
     title: str
@@ -76,225 +77,20 @@ class Comparison:
     scores: tuple[str, ...] | None = None
     select: str | None = None
 
-    def of(self, entry: str) -> list[Network]:
-        """The networks of an entry, generation by generation."""
+    def networks_of(self, entry: str) -> list[Network]:
+        """Networks of an entry, generation by generation."""
         return [network for network in self.networks if network.entry == entry]
 
-    def changed(self, entry: str, settings: Mapping[str, Any]) -> Comparison:
-        """A copy in which the networks of one entry have other settings."""
-        networks = tuple(
+    def with_settings(self, entry: str, settings: Mapping[str, Any]) -> Comparison:
+        """Copy in which the networks of one entry have other settings."""
+        changed = (
             replace(n, config=with_settings(n.config, settings)) if n.entry == entry else n for n in self.networks
         )
-        return replace(self, networks=networks)
-
-
-def find(name: str) -> Path:
-    """The file of a comparison: a path that exists, else the one of that name that comes with the package.
-
-    Raises:
-        UnknownRecipeError: Neither.
-
-    Example:
-        >>> find("glyphs_losses").name
-        'glyphs_losses.yaml'
-    """
-    if Path(name).is_file():
-        return Path(name)
-    known = names()
-    if name in known:
-        return recipes.FOLDER / "compare" / f"{name}.yaml"
-    raise recipes.UnknownRecipeError(
-        f"{name!r} is neither a file nor a comparison{_near(name, known)}; the comparisons are {', '.join(known)}"
-    )
-
-
-def names() -> list[str]:
-    """The comparisons that come with the package.
-
-    Example:
-        >>> "glyphs_losses" in names()
-        True
-    """
-    return sorted(path.stem for path in (recipes.FOLDER / "compare").glob("*.yaml"))
-
-
-def read(
-    path: Path,
-    *,
-    seeds: Sequence[int] | None = None,
-    steps: int | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> Comparison:
-    """Read a comparison.
-
-    Args:
-        path: Its file.
-        seeds: Instead of those of the file.
-        steps: Of every network, the teacher included, instead of those of the file.
-        settings: By dotted path, the last word for all networks; of the teacher all but its ``model``.
-
-    Raises:
-        ValueError: The file does not say what is to be compared; the message says where.
-    """
-    try:
-        return _Reader(path, steps, dict(settings or {})).comparison(seeds)
-    except ValueError as error:
-        if isinstance(error, recipes.UnknownRecipeError) or str(error).startswith(str(path)):
-            raise
-        raise ValueError(f"{path}: {error}") from error
-
-
-def check(networks: Iterable[Network]) -> None:
-    """Build what every configuration describes, so that what does not fit is known before anything is trained.
-
-    Raises:
-        ValueError: One does not fit; the message names it.
-    """
-    for network in networks:
-        model = network.config["model"].get("init_args", {})
-        for name in _losses(model.get("loss")):
-            if "." not in name and name not in losses.__all__:
-                raise ValueError(f"{network.name}: there is no loss {name!r}{_near(name, losses.__all__)}")
-        if model.get("loss") is not None and model.get("teacher") is None:
-            raise ValueError(
-                f"{network.name}: its loss needs a teacher, and neither the recipe nor the comparison has one: add "
-                "teacher:, or take the loss away with loss: null"
-            )
-        config = network.config
-        if network.cached:
-            config = with_settings(config, {f"{TAUGHT}.init_args.path": "cache"})
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                prepare(config, Path(folder), 0)
-            except (Exception, SystemExit) as error:
-                message = str(error)
-                if isinstance(error, argparse.ArgumentError):
-                    message = " ".join(brief(message).split())
-                raise ValueError(f"{network.name}: {message}") from error
-
-
-class _Reader:
-    """One file, while it is read."""
-
-    def __init__(self, path: Path, steps: int | None, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, settings
-        self.steps = steps
-        self.text = _mapping(_load(path), "the file")
-        _only(self.text, _KEYS, "the file")
-
-    def comparison(self, seeds: Sequence[int] | None) -> Comparison:
-        text = self.text
-        entries = _mapping(text.get("networks"), "networks")
-        if not entries:
-            raise ValueError("networks: there are none; give each a name, and what differs from the recipe")
-        teacher = self.teacher()
-        networks: list[Network] = []
-        for name, entry in entries.items():
-            networks += self.networks(str(name), _mapping(entry or {}, str(name)), teacher)
-        _different_folders([n.name for n in networks])
-        known = [n.name for n in networks]
-        baseline = text.get("baseline")
-        if baseline is not None and baseline not in known:
-            raise ValueError(f"baseline: there is no network {baseline!r}{_near(str(baseline), known)}")
-        scores = text.get("scores")
-        if scores is not None and (not isinstance(scores, list) or not all(isinstance(s, str) for s in scores)):
-            raise ValueError(f"scores: expected a list of names, got {scores!r}")
-        return Comparison(
-            str(text.get("title", self.path.stem)),
-            tuple(networks),
-            _seeds(seeds if seeds is not None else text.get("seeds", [0, 1, 2])),
-            teacher,
-            int(_mapping(text.get("teacher") or {}, "teacher").get("seed", 0)),
-            baseline,
-            None if scores is None else tuple(scores),
-            text.get("select"),
-        )
-
-    def teacher(self) -> Network | None:
-        if self.text.get("teacher") is None:
-            if self.text.get("cache"):
-                raise ValueError("cache: there is no teacher: to ask; name the recipe that trains it")
-            return None
-        entry = _mapping(self.text["teacher"], "teacher")
-        _only(entry, _TEACHER, "teacher")
-        if "recipe" not in entry and "config" not in entry:
-            raise ValueError("teacher: name the recipe that trains it, recipe: NAME_OR_FILE")
-        config = self.config(entry, "teacher", entry.get("steps"))
-        own = {path: value for path, value in self.settings.items() if not path.startswith("model.")}
-        return Network(TEACHER, with_settings(config, own), TEACHER)
-
-    def config(self, entry: Mapping[str, Any], name: str, steps: int | None = None) -> Config:
-        """The recipe of an entry, or of the file, with the settings of the file and of the entry."""
-        source = entry if "recipe" in entry or "config" in entry else self.text
-        if "recipe" in source and "config" in source:
-            raise ValueError(f"{name}: recipe: and config: are two ways to say the same; keep one")
-        if "config" in source:
-            config = copy.deepcopy(_mapping(source["config"], "config"))
-        elif "recipe" in source:
-            near = self.path.parent / str(source["recipe"])
-            config = _load(near if near.is_file() else recipes.find(str(source["recipe"])))
-        else:
-            raise ValueError("recipe: name a configuration of fit, a recipe or a file")
-        config = with_settings(_mapping(config, "the recipe"), _mapping(self.text.get("set") or {}, "set"))
-        steps = self.steps or steps or self.text.get("steps")
-        if steps is not None:
-            if not isinstance(steps, int) or steps < 1:
-                raise ValueError(f"steps: expected a number of at least 1, got {steps!r}")
-            config = with_steps(config, steps)
-        config = with_settings(config, _mapping(entry.get("set") or {}, f"{name}: set"))
-        return config
-
-    def networks(self, name: str, entry: Mapping[str, Any], teacher: Network | None) -> list[Network]:
-        """The rows of an entry."""
-        if name == TEACHER:
-            raise ValueError(f"networks: {TEACHER!r} is the name of the teacher's own row; choose another")
-        _only(entry, _NETWORK, f"networks: {name}")
-        generations = entry.get("generations", 1)
-        if not isinstance(generations, int) or generations < 1:
-            raise ValueError(f"{name}: generations must be a number of at least 1, got {generations!r}")
-        config = self.config(entry, name)
-        model = config["model"].setdefault("init_args", {})
-        for key in ("weight", "task_weight", "balance"):
-            if key in entry:
-                model[key] = entry[key]
-        if "loss" in entry:
-            model["loss"] = _as_classes(entry["loss"])
-        if entry.get("cache") and teacher is None:
-            raise ValueError(f"{name}: cache: there is no teacher: to ask; name the recipe that trains it")
-        if self.text.get("agreement"):
-            model.setdefault("metrics", {})["agreement"] = "RelationalAgreement"
-        lone = model.get("loss") is None
-        if lone and not self.text.get("agreement"):
-            for key in ("loss", "teacher", "teacher_layer", "weight", "balance"):
-                model.pop(key, None)
-        found: list[Network] = []
-        for generation in range(1, generations + 1):
-            row = f"{name} {generation}" if generations > 1 else name
-            own = copy.deepcopy(config)
-            taught_by: str | None = None
-            cached = False
-            if generation > 1:
-                taught_by = found[-1].name
-                own["model"]["init_args"]["teacher"] = _teacher_of(config)
-            elif teacher is not None and (not lone or self.text.get("agreement")):
-                taught_by, cached = TEACHER, bool(entry.get("cache", self.text.get("cache")))
-                own["model"]["init_args"]["teacher"] = (
-                    {"class_path": "CachedTeacher", "init_args": {}} if cached else _teacher_of(teacher.config)
-                )
-            found.append(Network(row, with_settings(own, self.settings), name, taught_by, cached))
-        if generations > 1 and lone:
-            raise ValueError(f"{name}: generations teach one another, which needs a loss")
-        return found
-
-
-def _teacher_of(config: Config) -> Config:
-    """A teacher that is what a configuration trains, and has its weights from a file."""
-    network = copy.deepcopy(config["model"]["init_args"]["student"])
-    return {"class_path": "Teacher", "init_args": {"network": network, "weights": None}}
+        return replace(self, networks=tuple(changed))
 
 
 def folder_of(name: str) -> str:
-    """A name as it can stand in a path.
+    """A name in the form in which it can stand in a path.
 
     Example:
         >>> folder_of("RKD-DA, twice (λ = 2)")
@@ -304,11 +100,167 @@ def folder_of(name: str) -> str:
     return "-".join(kept.split()).strip(".-") or "network"
 
 
-def _different_folders(names: Sequence[str]) -> None:
-    seen: dict[str, str] = {}
-    for name in names:
-        if (other := seen.setdefault(folder_of(name), name)) is not name:
-            raise ValueError(f"networks: the names {other!r} and {name!r} would share a folder; rename one")
+def read(
+    path: Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    steps: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Comparison:
+    """Read a comparison.
+
+    Args:
+        path: The YAML file.
+        seeds: Replace the seeds of the file.
+        steps: Training steps of every network, the teacher included; replaces the steps of the file.
+        settings: Settings of all networks by dotted path, which override the file; the teacher takes all except those
+            of ``model``.
+        changes: Changes of the file by dotted path.
+
+    Raises:
+        ValueError: The file is no comparison; the message names the entry.
+    """
+    try:
+        return _Reader(path, steps, settings or {}, changes or {}).read(seeds)
+    except recipes.UnknownRecipeError:
+        raise
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+
+
+def check(networks: Iterable[Network]) -> None:
+    """Build every network, so that an invalid configuration is an error before anything is trained.
+
+    Raises:
+        ValueError: A configuration is invalid; the message names the network.
+    """
+    for network in networks:
+        model, config = network.config["model"].get("init_args", {}), network.config
+        for name in _class_paths(model.get("loss")):
+            if "." not in name and name not in losses.__all__:
+                raise ValueError(f"{network.name}: there is no loss {name!r}{_suggestion(name, losses.__all__)}")
+        if model.get("loss") is not None and model.get("teacher") is None:
+            raise ValueError(
+                f"{network.name}: its loss needs a teacher, and neither the recipe nor the comparison has one: add "
+                "teacher:, or remove the loss with loss: null"
+            )
+        if network.cached:
+            config = with_settings(config, {f"{TEACHER_PATH}.path": "cache"})
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                prepare(config, Path(folder), 0)
+            except (Exception, SystemExit) as error:
+                raise ValueError(f"{network.name}: {' '.join(str(error).split())}") from error
+
+
+class _Reader:
+    """One file, while it is read."""
+
+    def __init__(self, path: Path, steps: int | None, settings: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+        self.path, self.steps, self.settings = path, steps, settings
+        self.text = with_settings(_mapping(_load(path), "the file", _KEYS), changes)
+        self.agreement = bool(self.text.get("agreement"))
+
+    def read(self, seeds: Sequence[int] | None) -> Comparison:
+        text = self.text
+        entries = _mapping(text.get("networks"), "networks")
+        if not entries:
+            raise ValueError("networks: there are none; give each a name, and what differs from the recipe")
+        teacher = self.read_teacher()
+        networks = [n for name, entry in entries.items() for n in self.read_entry(str(name), entry or {}, teacher)]
+        folders: dict[str, str] = {}
+        for network in networks:
+            if (other := folders.setdefault(network.folder, network.name)) != network.name:
+                raise ValueError(f"networks: the names {other!r} and {network.name!r} would share a folder; rename one")
+        baseline, known = text.get("baseline"), [network.name for network in networks]
+        if baseline is not None and baseline not in known:
+            raise ValueError(f"baseline: there is no network {baseline!r}{_suggestion(str(baseline), known)}")
+        scores = text.get("scores")
+        if scores is not None and (not isinstance(scores, list) or not all(isinstance(s, str) for s in scores)):
+            raise ValueError(f"scores: expected a list of names, got {scores!r}")
+        return Comparison(
+            str(text.get("title", self.path.stem)),
+            tuple(networks),
+            _seeds(seeds if seeds is not None else text.get("seeds", [0, 1, 2])),
+            teacher,
+            int((text.get("teacher") or {}).get("seed", 0)),
+            baseline,
+            None if scores is None else tuple(scores),
+            text.get("select") or next(iter(scores or ()), None),
+        )
+
+    def read_teacher(self) -> Network | None:
+        if self.text.get("teacher") is None:
+            if self.text.get("cache"):
+                raise ValueError("cache: there is no teacher: to cache; name the recipe that trains it")
+            return None
+        entry = _mapping(self.text["teacher"], "teacher", _TEACHER_KEYS)
+        if "recipe" not in entry and "config" not in entry:
+            raise ValueError("teacher: name the recipe that trains it, recipe: NAME_OR_FILE")
+        own = {path: value for path, value in self.settings.items() if not path.startswith("model.")}
+        config = with_settings(self.read_config(entry, "teacher", entry.get("steps")), own)
+        return Network(TEACHER, config, TEACHER, TEACHER)
+
+    def read_config(self, entry: Mapping[str, Any], name: str, steps: int | None = None) -> Config:
+        """The recipe of an entry, or of the file, with the settings of the file and of the entry."""
+        source = entry if "recipe" in entry or "config" in entry else self.text
+        if "recipe" in source and "config" in source:
+            raise ValueError(f"{name}: recipe: and config: exclude one another; keep one")
+        if "config" in source:
+            config = copy.deepcopy(_mapping(source["config"], "config"))
+        elif "recipe" in source:
+            near = self.path.parent / str(source["recipe"])
+            config = _mapping(_load(near if near.is_file() else recipes.find(str(source["recipe"]))), "the recipe")
+        else:
+            raise ValueError("recipe: name a configuration of fit, a recipe or a file")
+        config = with_settings(config, _mapping(self.text.get("set") or {}, "set"))
+        steps = self.steps or steps or self.text.get("steps")
+        if steps is not None:
+            if not isinstance(steps, int) or steps < 1:
+                raise ValueError(f"steps: expected a number of at least 1, got {steps!r}")
+            config = with_steps(config, steps)
+        return with_settings(config, _mapping(entry.get("set") or {}, f"{name}: set"))
+
+    def read_entry(self, name: str, entry: Any, teacher: Network | None) -> list[Network]:
+        """The network of an entry, or its generations."""
+        if name == TEACHER:
+            raise ValueError(f"networks: {TEACHER!r} is the name of the teacher's own row; choose another")
+        entry = _mapping(entry, f"networks: {name}", _NETWORK_KEYS)
+        generations = entry.get("generations", 1)
+        if not isinstance(generations, int) or generations < 1:
+            raise ValueError(f"{name}: generations must be a number of at least 1, got {generations!r}")
+        if entry.get("cache") and teacher is None:
+            raise ValueError(f"{name}: cache: there is no teacher: to cache; name the recipe that trains it")
+        config = self.read_config(entry, name)
+        model = config["model"].setdefault("init_args", {})
+        model |= {key: entry[key] for key in ("weight", "task_weight", "balance") if key in entry}
+        if "loss" in entry:
+            model["loss"] = _as_classes(entry["loss"])
+        if self.agreement:
+            model.setdefault("metrics", {}).setdefault("agreement", "RelationalAgreement")
+        alone = model.get("loss") is None
+        if alone and generations > 1:
+            raise ValueError(f"{name}: generations teach one another, which needs a loss")
+        taught_by, cached = None, False
+        if alone and not self.agreement:
+            for key in ("loss", "teacher", "teacher_layer", "weight", "balance"):
+                model.pop(key, None)
+        elif teacher is not None:
+            taught_by, cached = TEACHER, bool(entry.get("cache", self.text.get("cache")))
+            model["teacher"] = {"class_path": "CachedTeacher"} if cached else _as_teacher(teacher.config)
+        rows = [name] if generations == 1 else [f"{name} {number + 1}" for number in range(generations)]
+        networks = [Network(rows[0], config, folder_of(rows[0]), name, taught_by, cached)]
+        if generations > 1:
+            later = with_settings(config, {TEACHER_PATH: _as_teacher(config)})
+            networks += [Network(row, later, folder_of(row), name, before) for before, row in pairwise(rows)]
+        return [replace(network, config=with_settings(network.config, self.settings)) for network in networks]
+
+
+def _as_teacher(config: Config) -> Config:
+    """Teacher with the network that a configuration trains, whose weights come from a file."""
+    network = copy.deepcopy(config["model"]["init_args"]["student"])
+    return {"class_path": "Teacher", "init_args": {"network": network, "weights": None}}
 
 
 def _seeds(seeds: Any) -> tuple[int, ...]:
@@ -329,36 +281,30 @@ def _as_classes(loss: Any) -> Any:
     return loss
 
 
-def _losses(loss: Any) -> list[str]:
-    """The class paths in it."""
+def _class_paths(loss: Any) -> list[str]:
     if isinstance(loss, str):
         return [loss]
     if not isinstance(loss, dict):
         return []
-    return [loss["class_path"]] if "class_path" in loss else [name for part in loss.values() for name in _losses(part)]
+    return [loss["class_path"]] if "class_path" in loss else [p for part in loss.values() for p in _class_paths(part)]
 
 
-def _only(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in given:
-        if key not in known:
-            raise ValueError(
-                f"{where}: there is no key {key!r}{_near(str(key), known)}; the keys are {', '.join(known)}"
-            )
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
+def _mapping(value: Any, where: str, known: Sequence[str] = ()) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected names and values, got {value!r}")
+    if unknown := [key for key in value if known and key not in known]:
+        near = _suggestion(str(unknown[0]), known)
+        raise ValueError(f"{where}: there is no key {unknown[0]!r}{near}; the keys are {', '.join(known)}")
     return value
 
 
-def _near(name: str, known: Sequence[str]) -> str:
+def _suggestion(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {near[0]!r}?" if near else ""
 
 
-class _Once(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice; YAML would keep the last."""
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping in which a key occurs twice; YAML would keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key) for key, _ in node.value]
@@ -369,6 +315,6 @@ class _Once(yaml.SafeLoader):
 
 def _load(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Once)
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error

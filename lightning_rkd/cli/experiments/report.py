@@ -1,4 +1,4 @@
-"""A report that is one HTML file: no other file, no network, light and dark."""
+"""Report page: one HTML file without references to other files or the network, light and dark."""
 
 from __future__ import annotations
 
@@ -15,14 +15,7 @@ from matplotlib.figure import Figure
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture for both kinds of paper.
-
-    Attributes:
-        heading: Above it.
-        caption: What is to be seen.
-        light: For light paper.
-        dark: For dark paper.
-    """
+    """A figure of the report, drawn for light and for dark paper."""
 
     heading: str
     caption: str
@@ -30,63 +23,59 @@ class Picture:
     dark: Figure
 
 
-def report(
+def render(
     title: str,
-    lead: Sequence[str],
-    head: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    below: Sequence[str],
+    lead: str,
+    table: Sequence[Sequence[str]],
+    notes: Sequence[str],
     pictures: Sequence[Picture],
     commands: Mapping[str, str],
-    made: str,
+    footer: str,
 ) -> str:
-    """The page.
+    """The page as HTML.
 
     Args:
-        title: Of the page.
-        lead: Paragraphs below it.
-        head: Of the table.
-        rows: Of the table.
-        below: Paragraphs below the table.
-        pictures: In their order.
-        commands: What one might do next, by what it is for.
-        made: The last line: when, with what, on what.
+        title: Title of the page.
+        lead: Paragraph below the title.
+        table: Rows of cells; the first holds the headings.
+        notes: Paragraphs below the table.
+        pictures: Figures in their order.
+        commands: Commands by their purpose.
+        footer: Last line.
 
     Example:
-        >>> page = report("A < B", ["Seen."], ["network"], [["RKD & more"]], [], [], {"Again:": "make demo"}, "today")
+        >>> page = render("A < B", "Lead.", [["network"], ["RKD & more"]], [], [], {"Again:": "make demo"}, "today")
         >>> "A &lt; B" in page, "<td>RKD &amp; more</td>" in page, "http" in page
         (True, True, False)
     """
-    text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows)
-    return Template(text).substitute(
+    head, *body = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table)
+    rows = "\n".join(f"<tr>{row}</tr>" for row in body)
+    return Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
-        lead=_paragraphs(lead),
-        table=f"<table><thead><tr>{cells}</tr></thead>\n<tbody>{body}</tbody></table>",
-        below=_paragraphs(below),
+        lead=_paragraphs([lead]),
+        table=f"<table><thead><tr>{head.replace('td>', 'th>')}</tr></thead>\n<tbody>{rows}\n</tbody></table>",
+        below=_paragraphs(notes),
         pictures="\n".join(map(_section, pictures)),
-        commands="\n".join(
-            f"<p>{escape(what)}</p>\n<pre>{escape(command)}</pre>" for what, command in commands.items()
-        ),
-        made=escape(made),
+        commands="\n".join(f"<p>{escape(why)}</p>\n<pre>{escape(command)}</pre>" for why, command in commands.items()),
+        made=escape(footer),
     )
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a file."""
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
 
 
 def _section(picture: Picture) -> str:
-    light, dark = (f"data:image/png;base64,{base64.b64encode(png(f)).decode()}" for f in (picture.light, picture.dark))
-    width, height = (round(picture.light.dpi * side) for side in picture.light.get_size_inches())
+    light, dark = (base64.b64encode(to_png(figure)).decode() for figure in (picture.light, picture.dark))
+    width, height = (round(picture.light.dpi * inches) for inches in picture.light.get_size_inches())
+    kind, alt = "data:image/png;base64,", escape(picture.heading)
     return f"""<h2>{escape(picture.heading)}</h2>
 <p>{escape(picture.caption)}</p>
-<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">
-<img src="{light}" alt="{escape(picture.heading)}" width="{width}" height="{height}"></picture></figure>"""
+<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{kind}{dark}">
+<img src="{kind}{light}" alt="{alt}" width="{width}" height="{height}"></picture></figure>"""
 
 
 def _paragraphs(texts: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
-"""Runs that are trained, measured, kept, and gone on with: what ``demo`` and ``compare`` stand on.
+"""Runs that are trained, measured, kept and resumed.
 
-A run is a configuration as ``lightning-rkd fit`` takes it, and leaves it resolved beside its checkpoint. What
-:func:`run` has finished is not done again, and what was interrupted goes on from its last checkpoint.
+A run is a configuration of ``lightning-rkd fit`` with a seed. :func:`run` leaves the resolved configuration, the
+checkpoint and the scores in its folder, does not repeat a finished run, and resumes an interrupted one.
 """
 
 from __future__ import annotations
@@ -27,103 +27,66 @@ from lightning_rkd.cli.experiments.settings import Config, with_settings
 from lightning_rkd.cli.trainer import TrainingCLI
 from lightning_rkd.data.datamodules.base import ImageDataModule, LabelledImages
 from lightning_rkd.data.indexing import IndexedBatch
-from lightning_rkd.metrics.agreement import RelationalAgreement
-from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.models.heads import count_parameters
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.files import check_file, write_whole
 
+RESULT = "result.pt"
+"""File that a finished run leaves beside its checkpoint."""
+
+_KEPT = ("parameters", "seconds", "scores", "weights", "about")
+_SIGNATURE = "study"  # entry of checkpoints and results that says which run they belong to
+_ORDER = ("seed", "classes_per_batch", "samples_per_class", "batches_per_epoch", "eval_batch_size", "num_workers")
+
 
 @dataclass
 class Run:
-    """One network that was trained and tested.
+    """A trained and measured network.
 
     Attributes:
-        network: Name of the way it was trained; runs that differ by the seed only share it.
-        seed: Its seed.
-        parameters: Their number.
-        seconds: How long training took.
-        scores: Value by name, on the test set.
-        embeddings: (N, D), of the test set, where they were kept.
-        weights: Short name for the trained weights; runs with another one had another teacher.
-        about: When and on what it was trained.
+        network: Name of the network; its runs differ by the seed.
+        seed: Seed of the run.
+        parameters: Number of the network's parameters.
+        seconds: Training time.
+        scores: Values by name.
+        weights: Digest of the trained weights; the identity of a student's run includes its teacher's.
+        about: Date, hardware and commit.
     """
 
     network: str
     seed: int
-    parameters: int
-    seconds: float
+    parameters: int = 0
+    seconds: float = 0.0
     scores: dict[str, float] = field(default_factory=dict)
-    embeddings: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
     weights: str = ""
     about: dict[str, str] = field(default_factory=dict)
 
 
 class Trained(NamedTuple):
-    """What training leaves to measure."""
+    """A trained module, its data, and the training time in seconds."""
 
     module: DistillationModule
     data: ImageDataModule
     seconds: float
 
 
-class Loaded:
-    """Keeps the images that were loaded last, for the next run that reads the same.
-
-    Example:
-        >>> loaded, images = Loaded(), LabelledImages(torch.zeros(1, 1, 2, 2), torch.zeros(1), ["a"])
-        >>> data = {"class_path": "Letters", "init_args": {"seed": 0}}
-        >>> loaded.keeping(data, lambda: images)() is images
-        True
-        >>> loaded.keeping({"class_path": "Letters", "init_args": {"seed": 1}}, lambda: 1 / 0)() is images
-        True
-    """
-
-    _ORDER = ("seed", "classes_per_batch", "samples_per_class", "batches_per_epoch", "eval_batch_size", "num_workers")
-
-    def __init__(self) -> None:
-        self._key = ""
-        self._images: LabelledImages | None = None
-
-    def keeping(self, data: Config, load: Callable[[], LabelledImages]) -> Callable[[], LabelledImages]:
-        """``load``, unless the last data were of the same settings; what orders batches does not count."""
-        arguments = {k: v for k, v in data.get("init_args", {}).items() if k not in self._ORDER}
-        key = json.dumps({**data, "init_args": arguments}, sort_keys=True, default=str)
-
-        def kept() -> LabelledImages:
-            if self._images is None or key != self._key:
-                self._images = None  # both at once may not fit into memory
-                self._key, self._images = key, load()
-            return self._images
-
-        return kept
-
-
-Images = LabelledImages | Loaded
-"""Images that were loaded, or a place that keeps them from run to run."""
+Images = dict[str, LabelledImages]
+"""The images that were loaded last, kept for the next run that reads the same data."""
 
 
 def prepare(
-    config: Config,
-    folder: Path,
-    seed: int,
-    callbacks: Sequence[pl.Callback] = (),
-    images: Images | None = None,
+    config: Config, folder: Path, seed: int, callbacks: Sequence[pl.Callback] = (), images: Images | None = None
 ) -> TrainingCLI:
-    """Build what a configuration describes: ``.model``, ``.datamodule`` and ``.trainer``.
+    """Build ``.model``, ``.datamodule`` and ``.trainer`` of a configuration.
 
     Args:
-        config: The configuration. Its seeds and its output folder are replaced; it runs without validation or logger.
-        folder: Where to write.
-        seed: Of initial weights, order and augmentation.
+        config: The configuration. Its seeds and output folder are replaced; it runs without validation or logger.
+        folder: Output folder.
+        seed: Seed of initial weights, order and augmentation.
         callbacks: Callbacks that the saved configuration does not mention.
-        images: What the configured data would load, where it has been loaded already, or where to keep it.
+        images: Where loaded images are kept from run to run.
     """
-    settings = {
-        "seed_everything": seed,
-        "data.init_args.seed": seed,
-        "trainer.default_root_dir": str(folder),
-    }
+    settings = {"seed_everything": seed, "data.init_args.seed": seed, "trainer.default_root_dir": str(folder)}
     with _quiet():
         cli = TrainingCLI(
             with_settings(config, settings),
@@ -134,11 +97,22 @@ def prepare(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    if isinstance(images, LabelledImages):
-        cli.datamodule.load = lambda: images
-    elif images is not None and isinstance(cli.datamodule, ImageDataModule):
-        cli.datamodule.load = images.keeping(config["data"], cli.datamodule.load)  # type: ignore[method-assign]
+    if images is not None and isinstance(cli.datamodule, ImageDataModule):
+        _share_images(cli.datamodule, config["data"], images)
     return cli
+
+
+def _share_images(data: ImageDataModule, config: Config, images: Images) -> None:
+    arguments = {name: value for name, value in config.get("init_args", {}).items() if name not in _ORDER}
+    key, load = json.dumps({**config, "init_args": arguments}, sort_keys=True, default=str), data.load
+
+    def load_once() -> LabelledImages:
+        if key not in images:
+            images.clear()  # two data sets may not fit into memory
+            images[key] = load()
+        return images[key]
+
+    data.load = load_once  # type: ignore[method-assign]
 
 
 def train(
@@ -149,12 +123,9 @@ def train(
     images: Images | None = None,
     resume: Path | None = None,
 ) -> Trained:
-    """Train what a configuration describes, and leave ``config.yaml`` and ``last.ckpt`` in the folder.
+    """Train a configuration, and leave ``config.yaml`` and ``last.ckpt`` in the folder.
 
-    Arguments are those of :func:`prepare`; ``resume`` is a checkpoint to go on from.
-
-    Returns:
-        The trained module, its data, and the seconds that training took.
+    The arguments are those of :func:`prepare`; ``resume`` is a checkpoint to continue from.
     """
     cli = prepare(config, folder, seed, callbacks, images)
     with _quiet():
@@ -163,11 +134,20 @@ def train(
     return Trained(cli.model, cli.datamodule, time.perf_counter() - start)
 
 
-Measure = Callable[[Trained, Run | None], tuple[dict[str, float], Tensor]]
-"""From what was trained and the teacher's run (``None`` for a teacher) to scores and, if they matter, embeddings."""
+def on_test_data(trained: Trained) -> dict[str, float]:
+    """Scores of the module's metrics on the test data."""
+    return _scores(trained.module.trainer.test(trained.module, datamodule=trained.data, verbose=False))
 
-RESULT = "result.pt"
-"""What a finished run leaves beside its checkpoint."""
+
+def on_validation_data(trained: Trained) -> dict[str, float]:
+    """Scores of the module's metrics on the validation data; the test data are not read."""
+    trained.module.trainer.limit_val_batches = 1.0  # training ran without validation
+    return _scores(trained.module.trainer.validate(trained.module, datamodule=trained.data, verbose=False))
+
+
+def _scores(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    values = {name: float(value) for part in found for name, value in part.items()}
+    return {name.removeprefix("test/").removeprefix("val/"): value for name, value in values.items()}
 
 
 def run(
@@ -175,105 +155,73 @@ def run(
     config: Config,
     folder: Path,
     seed: int,
-    teacher: Run | None,
+    teacher: str | None = None,
     callbacks: Sequence[pl.Callback] = (),
     images: Images | None = None,
     *,
-    measure: Measure | None = None,
+    measure: Callable[[Trained], dict[str, float]] = on_test_data,
     paths: Mapping[str, Any] | None = None,
     about: Mapping[str, str] | None = None,
 ) -> Run:
-    """Train and measure, or go on where an earlier call with the same arguments was interrupted.
+    """Train and measure a network, or resume the same run where it was interrupted.
 
-    A finished run lies in ``result.pt`` and is read from there. Result and checkpoint carry the configuration, the seed
-    and the versions that they belong to: those of other settings in the same folder are not used, but replaced.
+    A finished run is read from ``result.pt``. Result and checkpoint carry the configuration, the seed and the versions
+    that they belong to; those of other settings in the same folder are replaced.
 
     Args:
-        network: Name of the way it is trained.
+        network: Name of the network.
         config: See :func:`prepare`.
-        folder: Where to write, and where the earlier call has written.
-        seed: Of initial weights, order and augmentation.
-        teacher: The teacher's run; ``None`` for the teacher itself.
+        folder: Output folder, the same for a run that is resumed.
+        seed: Seed of initial weights, order and augmentation.
+        teacher: ``weights`` of the teacher's run; ``None`` without a trained teacher.
         callbacks: Callbacks that the saved configuration does not mention.
-        images: What the configured data would load, where it has been loaded already, or where to keep it.
-        measure: How the trained network is measured; ``None`` is :func:`retrieval_and_agreement`.
-        paths: Further settings, which say where files lie and not what is in them: a run goes on though they change.
-        about: Kept with the result.
+        images: Where loaded images are kept from run to run.
+        measure: Function that computes the scores.
+        paths: Further settings, which name files without changing what is computed; they may change when resumed.
+        about: Information that is kept with the result.
 
     Raises:
-        ValueError: What the earlier call has left is damaged; the message names the file.
+        ValueError: A file of the earlier run is damaged; the message names it.
     """
-    identity = identify(config, seed, teacher, images)
-    if (found := finished(network, folder, seed, identity)) is not None:
+    identity = identify(config, seed, teacher)
+    if (found := read_finished(network, folder, seed, identity)) is not None:
         return found
-    checkpoint, signed = folder / "last.ckpt", _Signed(identity)
-    if (begun := _kept(checkpoint, identity)) is not None:
-        signed.before = begun[_Signed.KEY]["seconds"]
+    checkpoint, signature = folder / "last.ckpt", _Signature(identity)
+    begun = _read_if_same(checkpoint, identity)
+    signature.before = 0.0 if begun is None else begun[_SIGNATURE]["seconds"]
     resume = None if begun is None else checkpoint
-    trained = train(with_settings(config, paths or {}), folder, seed, [*callbacks, signed], images, resume)
+    trained = train(with_settings(config, paths or {}), folder, seed, [*callbacks, signature], images, resume)
     with _quiet():
-        scores, embeddings = (measure or retrieval_and_agreement)(trained, teacher)
-    module, seconds = trained.module, signed.before + trained.seconds
-    found = Run(network, seed, count_parameters(module.student), seconds, scores, embeddings)
-    found.weights, found.about = digest(*module.student.state_dict().values()), dict(about or {})
+        scores = measure(trained)
+    student, seconds = trained.module.student, signature.before + trained.seconds
+    weights = digest(*student.state_dict().values())
+    found = Run(network, seed, count_parameters(student), seconds, scores, weights, dict(about or {}))
     content = io.BytesIO()
-    torch.save({_Signed.KEY: {"identity": identity}, **{name: getattr(found, name) for name in _KEPT}}, content)
+    torch.save({_SIGNATURE: {"identity": identity}, **{name: getattr(found, name) for name in _KEPT}}, content)
     write_whole(folder / RESULT, content.getbuffer())
     return found
 
 
-_KEPT = ("parameters", "seconds", "scores", "embeddings", "weights", "about")
-
-
-def finished(network: str, folder: Path, seed: int, identity: str) -> Run | None:
-    """The run of that identity, if it was finished in that folder.
+def read_finished(network: str, folder: Path, seed: int, identity: str) -> Run | None:
+    """The run of that identity, if the folder holds it finished.
 
     Raises:
         ValueError: Its file is damaged.
     """
-    kept = _kept(folder / RESULT, identity)
+    kept = _read_if_same(folder / RESULT, identity)
     return None if kept is None else Run(network, seed, **{name: kept[name] for name in _KEPT})
 
 
-class _Signed(pl.Callback):
-    """Writes into a run's checkpoints what they belong to, and how long the run had taken by then."""
-
-    KEY = "study"
-
-    def __init__(self, identity: str) -> None:
-        self.identity, self.before, self.start = identity, 0.0, 0.0
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
-        self.start = time.perf_counter()
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Sign."""
-        seconds = self.before + time.perf_counter() - self.start
-        checkpoint[self.KEY] = {"identity": self.identity, "seconds": seconds}
-
-
-def identify(config: Config, seed: int, teacher: Run | None, images: Images | None = None) -> str:
-    """All that a run's digits depend on, as text."""
+def identify(config: Config, seed: int, teacher: str | None) -> str:
+    """Everything that the result of a run depends on, as text."""
     from lightning_rkd import __version__
 
-    parts = {
-        "config": config,
-        "seed": seed,
-        "teacher": None if teacher is None else teacher.weights,
-        "images": digest(images.images[torch.arange(len(images.images))])
-        if isinstance(images, LabelledImages)
-        else None,
-        "lightning_rkd": __version__,
-        "torch": str(torch.__version__),
-    }
-    return json.dumps(parts, sort_keys=True)
+    versions = {"lightning_rkd": __version__, "torch": str(torch.__version__)}
+    return json.dumps({"config": config, "seed": seed, "teacher": teacher, **versions}, sort_keys=True)
 
 
 def digest(*tensors: Tensor) -> str:
-    """Short name for the content of tensors.
+    """Short digest of the content of tensors.
 
     Example:
         >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(torch.ones(2))
@@ -285,41 +233,29 @@ def digest(*tensors: Tensor) -> str:
     return content.hexdigest()[:16]
 
 
-def _kept(path: Path, identity: str) -> dict[str, Any] | None:
-    """What a file holds, if there is one of the same identity."""
+def _read_if_same(path: Path, identity: str) -> dict[str, Any] | None:
+    """Content of a file that belongs to the run of that identity."""
     if not path.is_file():
         return None
     check_file(path)
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return content if content.get(_Signed.KEY, {}).get("identity") == identity else None
+    return content if content.get(_SIGNATURE, {}).get("identity") == identity else None
 
 
-def retrieval_and_agreement(trained: Trained, teacher: Run | None) -> tuple[dict[str, float], Tensor]:
-    """Embed the test set once, and measure retrieval and the agreement with the teacher (``None`` for the teacher)."""
-    embeddings, labels, indices = embed(trained.module.student, trained.data.test_dataloader())
-    retrieval = EmbeddingRetrieval()
-    retrieval.update(embeddings, labels, indices)
-    agreement = RelationalAgreement(k=min(10, len(labels) - 1))
-    agreement.update(embeddings, embeddings if teacher is None else teacher.embeddings)
-    scores = {name: float(value) for m in (retrieval, agreement) for name, value in m.compute().items()}
-    return scores, embeddings
+class _Signature(pl.Callback):
+    """Writes the identity of a run and its training time into its checkpoints."""
 
+    def __init__(self, identity: str) -> None:
+        self.identity, self.before, self.start = identity, 0.0, 0.0
 
-def on_test_data(trained: Trained, teacher: Run | None = None) -> tuple[dict[str, float], Tensor]:
-    """What the module's own metrics say of the test data."""
-    found = trained.module.trainer.test(trained.module, datamodule=trained.data, verbose=False)
-    return _named(found, "test"), torch.empty(0)
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.start = time.perf_counter()
 
-
-def on_validation_data(trained: Trained, teacher: Run | None = None) -> tuple[dict[str, float], Tensor]:
-    """What the module's own metrics say of the validation data; the test data are not touched."""
-    trained.module.trainer.limit_val_batches = 1.0  # none were wanted while it trained
-    found = trained.module.trainer.validate(trained.module, datamodule=trained.data, verbose=False)
-    return _named(found, "val"), torch.empty(0)
-
-
-def _named(found: Sequence[Mapping[str, float]], stage: str) -> dict[str, float]:
-    return {name.removeprefix(f"{stage}/"): float(value) for part in found for name, value in part.items()}
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        seconds = self.before + time.perf_counter() - self.start
+        checkpoint[_SIGNATURE] = {"identity": self.identity, "seconds": seconds}
 
 
 @torch.no_grad()
@@ -346,7 +282,7 @@ def embed(network: nn.Module, loader: DataLoader[Any]) -> tuple[Tensor, Tensor, 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning's notes and advice belong to runs that people start one by one."""
+    """Silence Lightning's notes, which would repeat for every run."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,4 +1,4 @@
-"""Changing the configuration of a run before it is read."""
+"""Changes to the configuration of a run before it is parsed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 Config = dict[str, Any]
-"""A configuration of ``lightning-rkd fit``, as it would be read from YAML."""
+"""A configuration of ``lightning-rkd fit``, as read from YAML."""
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """A copy with some entries changed, named by their dotted paths.
+    """Copy of a configuration with some entries changed, named by their dotted paths.
 
     As on the command line, ``init_args`` may be left out where there is a ``class_path``.
 
@@ -26,22 +26,22 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
         *parents, last = path.split(".")
         place = changed
         for parent in parents:
-            place = _entry(place, parent).setdefault(parent, {})
-        _entry(place, last)[last] = copy.deepcopy(value)
+            place = _arguments(place, parent).setdefault(parent, {})
+        _arguments(place, last)[last] = copy.deepcopy(value)
     return changed
 
 
-def _entry(place: Config, name: str) -> Config:
-    """Where ``name`` stands: among the arguments of a class, or here."""
-    own = name in ("class_path", "init_args", "dict_kwargs")
-    arguments: Config = place if own or "class_path" not in place else place.setdefault("init_args", {})
-    return arguments
+def _arguments(place: Config, name: str) -> Config:
+    """The dict that holds ``name``: the arguments of a class, or the place itself."""
+    if "class_path" not in place or name in ("class_path", "init_args", "dict_kwargs"):
+        return place
+    return place.setdefault("init_args", {})  # type: ignore[no-any-return] # a Config
 
 
 def with_steps(config: Config, steps: int) -> Config:
-    """A copy that trains for a number of steps; a schedule that is told its length is told this one.
+    """Copy that trains for a number of steps, its schedule included.
 
-    The steps are divided into epochs of about 50, as there is a checkpoint at the end of each.
+    The steps are divided into epochs of about 50, because a checkpoint is written after each.
 
     Example:
         >>> with_steps({"model": {}}, 200)
@@ -51,10 +51,7 @@ def with_steps(config: Config, steps: int) -> Config:
     settings: dict[str, Any] = {"trainer.max_epochs": epochs, "data.init_args.batches_per_epoch": steps // epochs}
     model = config["model"].get("init_args", {})
     schedule = (model.get("lr_scheduler") or {}).get("init_args", {})
-    length = steps if model.get("lr_interval") == "step" else epochs
-    settings |= {
-        f"model.init_args.lr_scheduler.init_args.{name}": length
-        for name in ("total_steps", "T_max")
-        if name in schedule
-    }
+    for name in {"total_steps", "T_max"} & schedule.keys():
+        length = steps if model.get("lr_interval") == "step" else epochs
+        settings[f"model.init_args.lr_scheduler.init_args.{name}"] = length
     return with_settings(config, settings)

@@ -1,4 +1,4 @@
-"""The table of a comparison: mean, spread, and the paired difference to the baseline, for people and for programs."""
+"""Tables of several networks over seeds: mean, spread, and the paired difference to a baseline."""
 
 from __future__ import annotations
 
@@ -6,44 +6,37 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_rkd.cli.experiments.plan import TEACHER, Comparison
+from lightning_rkd.cli.experiments.plan import TEACHER
 from lightning_rkd.cli.experiments.runs import Run
-from lightning_rkd.cli.experiments.tasks import Failure, Task
+from lightning_rkd.cli.experiments.schedule import Failure
+from lightning_rkd.cli.experiments.tasks import Task
 from lightning_rkd.utils.files import write_whole
 from lightning_rkd.utils.statistics import Difference, paired_difference
 
 SECONDS = "seconds"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """What the table says of one network.
-
-    Attributes:
-        network: Its name.
-        parameters: Of the network; 0 if no run of it has been finished.
-        values: By score and seed.
-        failed: How many of its runs failed.
-        differences: By score, to the baseline.
-    """
+    """The runs of one network: values by score and seed, and by score the paired difference to the baseline."""
 
     network: str
-    parameters: int
-    values: dict[str, dict[int, float]]
-    failed: int
-    differences: dict[str, Difference]
+    parameters: int = 0
+    values: dict[str, dict[int, float]] = field(default_factory=dict)
+    failed: int = 0
+    differences: dict[str, Difference] = field(default_factory=dict)
 
     @property
     def seeds(self) -> int:
-        """How many of its runs were finished."""
+        """Number of finished runs."""
         return len(self.values.get(SECONDS, {}))
 
     def mean(self, score: str) -> float:
-        """Over seeds; ``nan`` where there is none."""
+        """Mean over seeds; ``nan`` without a value."""
         values = self.values.get(score, {})
         return statistics.fmean(values.values()) if values else math.nan
 
@@ -53,147 +46,116 @@ class Row:
         return statistics.stdev(values.values()) if len(values) > 1 else math.nan
 
 
-def scores_of(comparison: Comparison, results: Mapping[str, Run | Failure]) -> list[str]:
-    """The columns: those that were asked for, else all that the networks' runs have.
+@dataclass
+class Table:
+    """Rows of networks, and columns of scores.
+
+    Args:
+        tasks: The runs; rows are in their order.
+        results: By folder, the run or its failure.
+        scores: Columns; ``None`` takes all scores of the students.
+        baseline: Network that the others are compared with.
 
     Raises:
-        ValueError: A score that was asked for and that no run has.
-    """
-    runs = [run for run in results.values() if isinstance(run, Run) and run.scores]
-    known = list(dict.fromkeys(name for run in runs for name in run.scores))
-    if comparison.scores is None:
-        students = [name for run in runs if run.network != TEACHER for name in run.scores]
-        return list(dict.fromkeys(students)) or known
-    if known and (unknown := [name for name in comparison.scores if name not in known]):
-        raise ValueError(f"scores: no network has {unknown[0]!r}; the scores are {', '.join(known)}")
-    return list(comparison.scores)
-
-
-def rows(
-    comparison: Comparison, tasks: Sequence[Task], results: Mapping[str, Run | Failure], scores: Sequence[str]
-) -> list[Row]:
-    """The teacher, then the networks in the order of the file."""
-    values: dict[str, dict[str, dict[int, float]]] = {}
-    parameters: dict[str, int] = {}
-    failed: dict[str, int] = {}
-    for task in tasks:
-        if task.fills:
-            continue
-        own, run = values.setdefault(task.network, {}), results[task.folder]
-        if isinstance(run, Failure):
-            failed[task.network] = failed.get(task.network, 0) + 1
-            continue
-        parameters[task.network] = run.parameters
-        for name in scores:
-            if name in run.scores:
-                own.setdefault(name, {})[task.seed] = run.scores[name]
-        own.setdefault(SECONDS, {})[task.seed] = run.seconds
-    order = ([TEACHER] if comparison.teacher is not None else []) + [n.name for n in comparison.networks]
-    baseline = values.get(comparison.baseline or "", {})
-    found = []
-    for name in order:
-        differences = {}
-        if comparison.baseline and name not in (TEACHER, comparison.baseline):
-            compared = {s: paired_difference(values[name].get(s, {}), baseline.get(s, {})) for s in scores}
-            differences = {s: d for s, d in compared.items() if d is not None}
-        found.append(Row(name, parameters.get(name, 0), values[name], failed.get(name, 0), differences))
-    return found
-
-
-def headings(comparison: Comparison, scores: Sequence[str]) -> list[str]:
-    """Of the columns."""
-    several = [f"{score}: difference" for score in scores] if comparison.baseline else ["" for _ in scores]
-    pairs = [part for pair in zip(scores, several, strict=True) for part in pair if part]
-    return ["network", "parameters", "seeds", *pairs, SECONDS]
-
-
-def cells(row: Row, comparison: Comparison, scores: Sequence[str]) -> list[str]:
-    """A row of the table for people.
+        ValueError: No run has one of the scores.
 
     Example:
-        >>> values = {"recall": {0: 0.3, 1: 0.5}, "seconds": {0: 9.0, 1: 8.0}}
-        >>> row = Row("RKD", 4200, values, 1, {"recall": Difference(0.1, 0.02, 2)})
-        >>> cells(row, Comparison("", (), (0, 1, 2), baseline="alone"), ["recall"])
-        ['RKD', '4,200', '2 (1 failed)', '0.400 ± 0.141', '+0.100 [+0.080, +0.120]', '8']
+        >>> tasks = [Task("RKD", seed, {}, f"rkd-{seed}") for seed in (0, 1)]
+        >>> runs = {f"rkd-{n}": Run("RKD", n, 4200, 9.0, {"recall": r}) for n, r in enumerate((0.3, 0.5))}
+        >>> print(Table(tasks, runs).to_markdown())
+        | network | parameters | seeds | recall | seconds |
+        |---|---:|---:|---:|---:|
+        | RKD | 4,200 | 2 | 0.400 ± 0.141 | 9 |
     """
-    if not row.seeds:
-        return [row.network, "", "failed" if row.failed else "", *("" for _ in headings(comparison, scores)[3:])]
-    seeds = f"{row.seeds}" + (f" ({row.failed} failed)" if row.failed else "")
-    found = [row.network, f"{row.parameters:,}", seeds]
-    for score in scores:
-        mean, spread = row.mean(score), row.spread(score)
-        found.append("" if math.isnan(mean) else f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}"))
-        if comparison.baseline:
-            difference = row.differences.get(score)
-            found.append("" if difference is None else _difference(difference))
-    return [*found, f"{row.mean(SECONDS):.0f}"]
+
+    tasks: Sequence[Task]
+    results: Mapping[str, Run | Failure]
+    scores: Sequence[str] | None = None
+    baseline: str | None = None
+
+    def __post_init__(self) -> None:
+        rows: dict[str, Row] = {}
+        for task in self.tasks:
+            row, run = rows.setdefault(task.network, Row(task.network)), self.results[task.folder]
+            if isinstance(run, Failure):
+                row.failed += 1
+                continue
+            row.parameters = run.parameters
+            for name, value in {**run.scores, SECONDS: run.seconds}.items():
+                row.values.setdefault(name, {})[task.seed] = value
+        self.rows = list(rows.values())
+        self.known = list(dict.fromkeys(name for row in self.rows for name in row.values if name != SECONDS))
+        students = [name for row in self.rows if row.network != TEACHER for name in row.values if name != SECONDS]
+        self.columns = list(dict.fromkeys(students) if self.scores is None else self.scores)
+        if self.known and (unknown := [name for name in self.columns if name not in self.known]):
+            raise ValueError(f"scores: no network has {unknown[0]!r}; the scores are {', '.join(self.known)}")
+        for row in self.rows if self.baseline is not None else ():
+            for name, values in row.values.items() if row.network not in (TEACHER, self.baseline) else ():
+                if difference := paired_difference(values, rows[self.baseline or ""].values.get(name, {})):
+                    row.differences[name] = difference
+
+    @property
+    def headings(self) -> list[str]:
+        """Headings of the columns."""
+        several = ("", ": difference") if self.baseline is not None else ("",)
+        return ["network", "parameters", "seeds", *(score + end for score in self.columns for end in several), SECONDS]
+
+    def cells(self, row: Row) -> list[str]:
+        """Cells of a row, rounded."""
+        if not row.seeds:
+            return [row.network, "", "failed" if row.failed else "", *[""] * (len(self.headings) - 3)]
+        found = [row.network, f"{row.parameters:,}", f"{row.seeds}" + (f" ({row.failed} failed)" if row.failed else "")]
+        for score in self.columns:
+            mean, spread = row.mean(score), row.spread(score)
+            found.append("" if math.isnan(mean) else f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}"))
+            if self.baseline is not None:
+                d = row.differences.get(score)
+                interval = "" if d is None or math.isnan(d.half_width) else f" [{d.low:+.3f}, {d.high:+.3f}]"
+                found.append("" if d is None else f"{d.mean:+.3f}{interval}")
+        return [*found, f"{row.mean(SECONDS):.0f}"]
+
+    def to_markdown(self) -> str:
+        """The table in Markdown."""
+        lines = [self.headings, *map(self.cells, self.rows)]
+        table = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+        return "\n".join([table[0], "|---|" + "---:|" * (len(lines[0]) - 1), *table[1:]])
+
+    @property
+    def caption(self) -> str:
+        """Meaning of the columns."""
+        text = "Mean ± standard deviation over seeds, on the test data, after the last step."
+        if self.baseline is not None:
+            text += (
+                f" Difference: to {self.baseline}, seed by seed, with the 95 % interval of Student's t over the seeds "
+                "that both have (none for a single seed)."
+            )
+        return text
+
+    def write_csv(self, out: Path) -> None:
+        """Write ``table.csv``, and ``runs.csv`` with every single run, both with all scores and unrounded."""
+        parts = ("", "_spread", "_difference", "_low", "_high")
+        columns = [f"{score}{part}" for score in self.known for part in parts]
+        table: list[list[object]] = [["network", "parameters", "seeds", "failed", *columns, SECONDS]]
+        for row in self.rows:
+            line: list[object] = [row.network, row.parameters, row.seeds, row.failed]
+            for score in self.known:
+                d = row.differences.get(score) or Difference(math.nan, math.nan, 0)
+                line += [row.mean(score), row.spread(score), d.mean, d.low, d.high]
+            table.append([*line, row.mean(SECONDS)])
+        write_csv(table, out / "table.csv")
+        table = [["network", "seed", "folder", "parameters", *self.known, SECONDS, "error"]]
+        for task in self.tasks:
+            run, start = self.results[task.folder], [task.network, task.seed, task.folder]
+            if isinstance(run, Failure):
+                table.append([*start, *[""] * (len(self.known) + 2), run.error])
+            else:
+                scores = (run.scores.get(score, math.nan) for score in self.known)
+                table.append([*start, run.parameters, *scores, run.seconds, ""])
+        write_csv(table, out / "runs.csv")
 
 
-def _difference(difference: Difference) -> str:
-    if math.isnan(difference.half_width):
-        return f"{difference.mean:+.3f}"
-    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-
-
-def markdown(found: Sequence[Row], comparison: Comparison, scores: Sequence[str]) -> str:
-    """The table in Markdown."""
-    titles = headings(comparison, scores)
-    lines = [titles, *(cells(row, comparison, scores) for row in found)]
-    table = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
-    return "\n".join([table[0], "|---|" + "---:|" * (len(titles) - 1), *table[1:], ""])
-
-
-def explanation(comparison: Comparison) -> str:
-    """What the columns say, in words."""
-    text = "Mean ± standard deviation over seeds, on the test data, after the last step."
-    if comparison.baseline:
-        text += (
-            f" Difference: to {comparison.baseline}, seed by seed, with the 95 % interval of Student's t over the "
-            "seeds that both have (none for a single seed)."
-        )
-    return text
-
-
-def write_csv(found: Sequence[Row], comparison: Comparison, scores: Sequence[str], path: Path) -> None:
-    """The table for programs, unrounded."""
-    parts = ("", "_spread", "_difference", "_low", "_high")
-    lines: list[list[object]] = [
-        ["network", "parameters", "seeds", "failed", *(f"{s}{p}" for s in scores for p in parts)]
-    ]
-    lines[0].append(SECONDS)
-    for row in found:
-        line: list[object] = [row.network, row.parameters, row.seeds, row.failed]
-        for score in scores:
-            d = row.differences.get(score)
-            ends = [math.nan] * 3 if d is None else [d.mean, d.low, d.high]
-            line += [_number(x) for x in (row.mean(score), row.spread(score), *ends)]
-        lines.append([*line, _number(row.mean(SECONDS))])
-    _write(lines, path)
-
-
-def write_runs_csv(
-    tasks: Sequence[Task], results: Mapping[str, Run | Failure], scores: Sequence[str], path: Path
-) -> None:
-    """Every single run, unrounded."""
-    lines: list[list[object]] = [["network", "seed", "folder", "parameters", *scores, SECONDS, "error"]]
-    for task in tasks:
-        if task.fills:
-            continue
-        run = results[task.folder]
-        start: list[object] = [task.network, task.seed, task.folder]
-        if isinstance(run, Failure):
-            lines.append([*start, *("" for _ in scores), "", "", run.error])
-        else:
-            values = [_number(run.scores.get(s, math.nan)) for s in scores]
-            lines.append([*start, run.parameters, *values, run.seconds, ""])
-    _write(lines, path)
-
-
-def _number(x: float) -> object:
-    return "" if math.isnan(x) else x
-
-
-def _write(lines: Sequence[Sequence[object]], path: Path) -> None:
+def write_csv(lines: Iterable[Sequence[object]], path: Path) -> None:
+    """Write a CSV file, with empty cells for ``nan``."""
     text = io.StringIO()
-    csv.writer(text).writerows(lines)
+    csv.writer(text).writerows(["" if cell != cell else cell for cell in line] for line in lines)
     write_whole(path, text.getvalue().encode())

@@ -1,41 +1,43 @@
-"""The runs of a comparison in their order, and their being done by some workers at once."""
+"""Tasks of a comparison: the trainings in their order, and the caches that they read."""
 
 from __future__ import annotations
 
+import datetime
+import gc
 import hashlib
 import json
-import queue
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
+import lightning.pytorch as pl
+import torch
 
-from lightning_rkd.cli.experiments import runs as study
-from lightning_rkd.cli.experiments.plan import TAUGHT, TEACHER, Comparison, Network, folder_of
-from lightning_rkd.cli.experiments.progress import Line, clock, display
-from lightning_rkd.cli.experiments.runs import Run
+from lightning_rkd.cli.experiments import runs
+from lightning_rkd.cli.experiments.plan import TEACHER, TEACHER_PATH, Comparison, Network
 from lightning_rkd.cli.experiments.settings import Config, with_settings
-from lightning_rkd.cli.experiments.workers import Message, Worker, closing, threads_each
+from lightning_rkd.cli.experiments.workers import report
+from lightning_rkd.distillation.teachers import Teacher
+from lightning_rkd.distillation.teachers.cache_writer import write_cache
+from lightning_rkd.utils.provenance import hardware
 
-LOG = "log.txt"
-"""What a run has printed, in its folder."""
+_images: runs.Images = {}  # of this process
 
 
 @dataclass(frozen=True)
 class Task:
-    """One training, or the writing of a cache.
+    """A training, or the writing of a cache.
 
     Attributes:
-        network: Name of the row.
-        seed: Its seed.
-        config: What trains it.
-        folder: Where, below the output folder.
-        teacher: Folder of the run that teaches it.
-        cache: Name of the cache that it reads or writes.
-        fills: Whether it writes that.
-        split: Which data it is measured on.
+        network: Name of the network.
+        seed: Seed of the run.
+        config: Configuration, without the paths of files that other tasks write.
+        folder: Folder below the output folder.
+        teacher: Folder of the task that trains the teacher.
+        cache: Task that writes the cache of the teacher's outputs.
+        split: Data that the network is measured on; ``None`` for a cache.
     """
 
     network: str
@@ -43,226 +45,111 @@ class Task:
     config: Config = field(repr=False)
     folder: str
     teacher: str | None = None
-    cache: str | None = None
-    fills: bool = False
-    split: Literal["test", "validation"] = "test"
+    cache: Task | None = None
+    split: Literal["test", "validation"] | None = "test"
 
     @property
     def name(self) -> str:
-        """For people."""
-        return self.network if self.fills or self.network == TEACHER else f"{self.network}, seed {self.seed}"
+        """Name in messages."""
+        return self.network if self.split is None or self.network == TEACHER else f"{self.network}, seed {self.seed}"
 
-    @property
-    def needs(self) -> list[str]:
-        """Folders of the tasks that come first."""
-        cache = self.cache if not self.fills else None
-        return [need for need in (self.teacher, cache) if need is not None]
+    def path(self, out: Path, teacher: str | None) -> Path:
+        """Output folder; that of a cache depends on the teacher's weights."""
+        return out / (f"{self.folder}-{teacher}" if self.split is None else self.folder)
 
-    def message(self, out: Path, teacher: Run | None, commit: str) -> Message:
-        """What a worker is told."""
-        paths: dict[str, str] = {}
-        folder = out / self.folder
+    def perform(self, out: Path, teacher: str | None, commit: str) -> None:
+        """Train and measure the network, or write the cache; progress is reported as (done, total, unit).
+
+        Args:
+            out: Output folder of the comparison.
+            teacher: ``weights`` of the teacher's run.
+            commit: Kept with the result.
+        """
+        paths = {}
         if self.cache is not None:
-            assert teacher is not None
-            cache = out / "cache" / cache_of(self.config["data"], self.cache, teacher)
-            if self.fills:
-                folder = cache
-            else:
-                paths[f"{TAUGHT}.init_args.path"] = str(cache)
-        if self.teacher is not None and not paths:
-            paths[f"{TAUGHT}.init_args.weights"] = str(out / self.teacher / "last.ckpt")
-        return {
-            "network": self.network,
-            "seed": self.seed,
-            "config": self.config,
-            "folder": str(folder),
-            "teacher": None if teacher is None else teacher.weights,
-            "paths": paths,
-            "fills": self.fills,
-            "split": self.split,
-            "commit": commit,
-        }
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A run that failed: which, why, and the end of what it printed."""
-
-    task: Task
-    error: str
-    log: str = ""
-
-
-def cache_of(data: Config, name: str, teacher: Run) -> str:
-    """Name of a folder that is another one for other data and other teachers."""
-    return hashlib.sha256(f"{json.dumps(data, sort_keys=True)} {name} {teacher.weights}".encode()).hexdigest()[:16]
-
-
-def teacher_task(comparison: Comparison) -> list[Task]:
-    """The training of the teacher, if there is one."""
-    teacher = comparison.teacher
-    return [] if teacher is None else [Task(TEACHER, comparison.teacher_seed, teacher.config, TEACHER)]
+            paths[f"{TEACHER_PATH}.path"] = str(self.cache.path(out, teacher))
+        elif self.teacher is not None:
+            paths[f"{TEACHER_PATH}.weights"] = str(out / self.teacher / "last.ckpt")
+        folder = self.path(out, teacher)
+        try:
+            if self.split is None:
+                _write_cache(with_settings(self.config, paths), folder, self.seed)
+                return
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            runs.run(
+                self.network,
+                self.config,
+                folder,
+                self.seed,
+                teacher,
+                [_Progress()],
+                _images,
+                measure=runs.on_test_data if self.split == "test" else runs.on_validation_data,
+                paths=paths,
+                about={"date": f"{datetime.date.today()}", "hardware": hardware(device), "commit": commit},
+            )
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def tasks_of(comparison: Comparison, networks: Sequence[Network], seeds: Sequence[int]) -> list[Task]:
-    """All runs of some networks, seed by seed, so that early rows are of all networks; caches come first."""
-    caches: dict[str, Task] = {}
+    """The teacher's training, then those of the networks, seed by seed; teachers come before their students."""
+    folders = {network.name: network.folder for network in comparison.networks}
     tasks: list[Task] = []
+    if comparison.teacher is not None:
+        tasks.append(Task(TEACHER, comparison.teacher_seed, comparison.teacher.config, TEACHER))
     for seed in seeds:
         for network in networks:
-            task = Task(network.name, seed, network.config, f"{folder_of(network.name)}-{seed}")
-            if network.taught_by is not None:
-                teacher = network.taught_by
-                folder = TEACHER if teacher == TEACHER else f"{folder_of(teacher)}-{seed}"
-                task = replace(task, teacher=folder)
-            if network.cached:
-                fill = _filling(comparison, network, seed)
-                caches.setdefault(fill.folder, fill)
-                task = replace(task, cache=fill.cache)
-            tasks.append(task)
-    return [*caches.values(), *tasks]
+            teacher = network.teacher
+            if teacher is not None and teacher != TEACHER:
+                teacher = f"{folders[teacher]}-{seed}"
+            cache = _cache_task(comparison, network, seed) if network.cached else None
+            tasks.append(Task(network.name, seed, network.config, f"{network.folder}-{seed}", teacher, cache))
+    return tasks
 
 
-def _filling(comparison: Comparison, network: Network, seed: int) -> Task:
-    """What writes the cache that a network reads: one for all seeds, unless the seed decides what images look like."""
+def _cache_task(comparison: Comparison, network: Network, seed: int) -> Task:
+    """One cache for all seeds, unless the seed decides on the augmentation of the views that are cached."""
     assert comparison.teacher is not None
-    views = network.config["data"].get("init_args", {}).get("views")
-    data = json.dumps(network.config["data"], sort_keys=True)
-    name = f"cache {hashlib.sha256(data.encode()).hexdigest()[:8]}" + (f" of seed {seed}" if views else "")
+    data = network.config["data"]
+    seeded = seed if data.get("init_args", {}).get("views") else None
+    name = hashlib.sha256(json.dumps([data, seeded], sort_keys=True).encode()).hexdigest()[:16]
     student = comparison.teacher.config["model"]["init_args"]["student"]
     teacher = {"class_path": "Teacher", "init_args": {"network": student}}
-    config = with_settings(network.config, {TAUGHT: teacher})
-    return Task("the teacher's cache", seed, config, name, TEACHER, name, fills=True)
+    config = with_settings(network.config, {TEACHER_PATH: teacher})
+    return Task("the teacher's cache", seed, config, f"cache/{name}", TEACHER, split=None)
 
 
-def run_all(
-    tasks: Sequence[Task],
-    out: Path,
-    jobs: int,
-    console: Console,
-    commit: str = "",
-) -> dict[str, Run | Failure]:
-    """Do all tasks, some at a time, those first that others need. What was done by an earlier call is not repeated.
-
-    Returns:
-        By folder, the run or what went wrong.
-    """
-    with display(console) as progress:
-        board = _Board(tasks, out, jobs, progress, commit)
-        with closing(board.workers):
-            board.go()
-    if board.kept:
-        console.print(f"{board.kept} of {len([t for t in tasks if not t.fills])} runs were finished before.")
-    return board.results
+def _write_cache(config: Config, folder: Path, seed: int) -> None:
+    cli = runs.prepare(config, folder, seed, images=_images)
+    distiller = cli.model.distiller
+    assert isinstance(distiller.teacher, Teacher)
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
+    write_cache(
+        folder,
+        distiller.teacher,
+        distiller.teacher_layer,
+        cli.datamodule.train_dataloader(),
+        unpack=cli.model.unpack,
+        device=cli.trainer.strategy.root_device,
+        progress=lambda done, rows: report(done, rows, "images"),
+    )
 
 
-class _Board:
-    """Who does what."""
+class _Progress(pl.Callback):
+    """Reports the progress of training, a few times a second at most."""
 
-    def __init__(self, tasks: Sequence[Task], out: Path, jobs: int, progress: Any, commit: str) -> None:
-        self.waiting, self.out, self.jobs, self.progress, self.commit = list(tasks), out, jobs, progress, commit
-        self.ready: list[Task] = []
-        self.results: dict[str, Run | Failure] = {}
-        self.workers: list[Worker] = []
-        self.heard: queue.Queue[tuple[Worker, Message]] = queue.Queue()
-        self.doing: dict[Worker, Task] = {}
-        self.lines: dict[Worker, Line] = {}
-        self.kept = 0
+    def __init__(self) -> None:
+        self.last, self.steps = 0.0, 0
 
-    def go(self) -> None:
-        """Until all is done."""
-        while True:
-            self._sort()
-            while self.ready and len(self.doing) < self.jobs:
-                self._begin(self.ready.pop(0))
-            if not self.doing:
-                return
-            self._hear(*self.heard.get())
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.steps = int(trainer.estimated_stepping_batches)
+        report(trainer.global_step, self.steps, "steps")
 
-    def _sort(self) -> None:
-        """Take what may begin from what waits; what needs something that failed, fails, and what is done, is done."""
-        changed = True
-        while changed:
-            changed = False
-            for task in list(self.waiting):
-                needed = [self.results.get(need) for need in task.needs]
-                if failed := next((n for n in needed if isinstance(n, Failure)), None):
-                    self.results[task.folder] = Failure(task, f"{failed.task.name} failed, which it needs")
-                elif (kept := self._finished(task)) is not None:
-                    self.results[task.folder] = kept
-                    self.kept += 1
-                elif all(need in self.results for need in task.needs):
-                    self.ready.append(task)
-                else:
-                    continue
-                self.waiting.remove(task)
-                changed = True
-        read = {task.cache for task in self.waiting}
-        self.ready = [task for task in self.ready if not task.fills or task.cache in read]
-
-    def _teacher(self, task: Task) -> Run | None:
-        found = None if task.teacher is None else self.results.get(task.teacher)
-        return found if isinstance(found, Run) else None
-
-    def _finished(self, task: Task) -> Run | None:
-        teacher = self._teacher(task)
-        if task.fills or (task.teacher is not None and teacher is None):
-            return None
-        identity = study.identify(task.config, task.seed, teacher)
-        return study.finished(task.network, self.out / task.folder, task.seed, identity)
-
-    def _begin(self, task: Task) -> None:
-        free = next((worker for worker in self.workers if worker not in self.doing), None)
-        if free is None:
-            free = Worker("lightning_rkd.cli.experiments.work:work", self.heard, threads_each(self.jobs))
-            self.workers.append(free)
-        message = task.message(self.out, self._teacher(task), self.commit)
-        self.doing[free] = task
-        free.give(message, Path(message["folder"], LOG))
-
-    def _hear(self, worker: Worker, message: Message) -> None:
-        event = message["event"]
-        task = self.doing.get(worker)
-        if event == "ended":
-            self.workers.remove(worker)
-            worker.close()
-        if task is None:
-            return
-        if event == "begin":
-            self.lines[worker] = Line(self.progress, task.name, message["steps"], message.get("unit", "steps"))
-            self.lines[worker].begin(message["first"])
-        elif event == "step":
-            self.lines[worker].advance(message["done"])
-        else:
-            del self.doing[worker]
-            self._end(task, self.lines.pop(worker, None), message)
-
-    def _end(self, task: Task, line: Line | None, message: Message) -> None:
-        found: Run | Failure | None = None
-        if message["event"] == "done":
-            found = Run(task.network, task.seed, 0, 0.0) if task.fills else self._finished(task)
-        if found is None:
-            told = task.message(self.out, self._teacher(task), self.commit)
-            log = Path(told["folder"], LOG)
-            found = Failure(task, message.get("error", "it left no result"), _tail(log))
-            self.progress.console.print(f"  {task.name}: FAILED: {found.error} ({log})", markup=False, soft_wrap=True)
-        self.results[task.folder] = found
-        if line is not None:
-            news = "failed" if isinstance(found, Failure) else _news(found)
-            line.end(news)
-            if not self.progress.disable and isinstance(found, Run):
-                self.progress.console.print(f"  {task.name}: {news}", markup=False)
-            self.progress.remove_task(line.task)
-
-
-def _news(run: Run) -> str:
-    if not run.scores:  # a cache
-        return "done"
-    return next(f"{name} {value:.3f} after {clock(run.seconds)}" for name, value in run.scores.items())
-
-
-def _tail(log: Path, lines: int = 8) -> str:
-    try:
-        return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-    except OSError:
-        return ""
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self.last > 0.1:
+            self.last = time.monotonic()
+            report(trainer.global_step, self.steps, "steps")

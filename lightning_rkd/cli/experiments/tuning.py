@@ -1,18 +1,19 @@
-"""Values that are chosen on validation data, with the first seed; the test data have no part in it."""
+"""Tuning: values that are chosen on validation data with the first seed; the test data are not read."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lightning_rkd.cli.experiments.plan import Comparison, folder_of
+from lightning_rkd.cli.experiments.plan import Comparison, Network, folder_of
 from lightning_rkd.cli.experiments.runs import RESULT, Run
-from lightning_rkd.cli.experiments.tasks import Failure, Task, tasks_of
+from lightning_rkd.cli.experiments.schedule import Failure
+from lightning_rkd.cli.experiments.tasks import Task, tasks_of
 from lightning_rkd.utils.files import write_whole
 
 _SHORT = ("weight", "task_weight", "balance", "loss")
@@ -24,44 +25,58 @@ class Trial:
     """One network with one choice of values.
 
     Attributes:
-        entry: The network's name in the file.
-        values: By the path that was given.
-        settings: By the path in the configuration.
+        entry: Name of the network's entry in the file.
+        network: The network with these values.
+        values: Values by the path that was given.
+        settings: Values by the path in the configuration.
         task: Its run, measured on validation data.
     """
 
     entry: str
+    network: Network
     values: dict[str, Any]
     settings: dict[str, Any]
     task: Task
 
     @property
     def label(self) -> str:
-        """The values for people."""
+        """The values in a message."""
         return ", ".join(f"{path}={value}" for path, value in self.values.items())
+
+    def score(self, results: Mapping[str, Run | Failure], select: str) -> float | None:
+        """Score on validation data; ``None`` if the run failed or the score is not a number.
+
+        Raises:
+            ValueError: There is no such score.
+        """
+        run = results[self.task.folder]
+        if isinstance(run, Failure):
+            return None
+        if select not in run.scores:
+            known = ", ".join(run.scores)
+            raise ValueError(f"select: there is no score {select!r} on validation data; there are {known}")
+        return run.scores[select] if run.scores[select] == run.scores[select] else None
 
 
 def parse(specs: Sequence[str], comparison: Comparison) -> dict[str, dict[str, list[Any]]]:
-    """What ``--tune`` asks for: by network and path, the values.
+    """Values of ``--tune`` by network and path.
 
     Raises:
-        ValueError: A specification that does not fit; the message says how one looks.
+        ValueError: A specification is invalid; the message says what is expected.
 
     Example:
-        >>> from lightning_rkd.cli.experiments.plan import Network
         >>> taught = {"model": {"init_args": {"loss": {"class_path": "RKD"}}}}
-        >>> comparison = Comparison("", (Network("RKD", taught, "RKD"),), (0,))
+        >>> comparison = Comparison("", (Network("RKD", taught, "rkd", "RKD"),), (0,))
         >>> parse(["RKD.weight=0.5,1", "loss.init_args.angle_weight=2"], comparison)
         {'RKD': {'weight': [0.5, 1], 'loss.init_args.angle_weight': [2]}}
     """
-    entries = list(dict.fromkeys(n.entry for n in comparison.networks))
+    entries = {n.entry: n.config["model"].get("init_args", {}).get("loss") for n in comparison.networks}
     wanted: dict[str, dict[str, list[Any]]] = {}
     for spec in specs:
         target, equals, text = spec.partition("=")
         values = [yaml.safe_load(part) for part in text.split(",") if part.strip()]
-        named = [e for e in entries if target.startswith(f"{e}.")]
-        entry = max(named, key=len) if named else None
-        path = target[len(entry) + 1 :] if entry is not None else target
+        entry = max((e for e in entries if target.startswith(f"{e}.")), key=len, default=None)
+        path = target if entry is None else target.removeprefix(f"{entry}.")
         if not equals or not values or not path:
             raise ValueError(f"--tune: expected NETWORK.weight=0.5,1,2 or weight=0.5,1,2 for all, got {spec!r}")
         if path.split(".")[0] not in (*_SHORT, "model", "data", "trainer"):
@@ -69,79 +84,51 @@ def parse(specs: Sequence[str], comparison: Comparison) -> dict[str, dict[str, l
                 f"--tune: {spec!r} names none of the networks {', '.join(entries)}, followed by weight, task_weight, "
                 "balance, loss.init_args.NAME, or a path that begins with model, data or trainer"
             )
-        for chosen in [entry] if entry is not None else [e for e in entries if _has_loss(comparison, e)]:
+        for chosen in [entry] if entry is not None else [e for e, loss in entries.items() if loss is not None]:
             wanted.setdefault(chosen, {})[path] = values
     return wanted
 
 
-def trials(wanted: Mapping[str, Mapping[str, Sequence[Any]]], comparison: Comparison) -> list[Trial]:
-    """All combinations of a network's values, each with the first seed; of generations, the first."""
-    found = []
+def plan_trials(wanted: Mapping[str, Mapping[str, Sequence[Any]]], comparison: Comparison) -> list[Trial]:
+    """All combinations of a network's values, each with the first seed; of generations, the first.
+
+    Raises:
+        ValueError: The comparison names no score to select by.
+    """
+    if wanted and comparison.select is None:
+        raise ValueError("--tune needs a score to maximise on validation data: add select: NAME to the file")
+    trials = []
     for entry, paths in wanted.items():
-        for values in itertools.product(*paths.values()):
-            chosen = dict(zip(paths, values, strict=True))
-            settings = {_in_config(path): value for path, value in chosen.items()}
-            changed = comparison.changed(entry, settings)
-            task = next(t for t in tasks_of(changed, changed.of(entry)[:1], changed.seeds[:1]) if not t.fills)
-            label = folder_of(" ".join(f"{path} {value}" for path, value in chosen.items()))
-            tuned = Task(
-                f"{task.network} ({', '.join(f'{p}={v}' for p, v in chosen.items())})",
-                task.seed,
-                task.config,
-                f"tune/{folder_of(entry)}/{label}",
-                task.teacher,
-                task.cache,
-                split="validation",
-            )
-            found.append(Trial(entry, chosen, settings, tuned))
-    return found
+        for combination in itertools.product(*paths.values()):
+            values = dict(zip(paths, combination, strict=True))
+            settings = {f"model.init_args.{p}" if p.split(".")[0] in _SHORT else p: v for p, v in values.items()}
+            changed = comparison.with_settings(entry, settings)
+            network = changed.networks_of(entry)[0]
+            task = tasks_of(changed, [network], changed.seeds[:1])[-1]
+            label = folder_of(" ".join(f"{path} {value}" for path, value in values.items()))
+            folder = f"tune/{folder_of(entry)}/{label}"
+            trial = Trial(entry, network, values, settings, replace(task, folder=folder, split="validation"))
+            trials.append(replace(trial, task=replace(trial.task, network=f"{network.name} ({trial.label})")))
+    return trials
 
 
-def best(done: Sequence[Trial], results: Mapping[str, Run | Failure], select: str) -> dict[str, Trial]:
-    """By network, the trial with the highest score; networks all of whose trials failed are left out.
+def choose(trials: Sequence[Trial], results: Mapping[str, Run | Failure], select: str) -> dict[str, Trial]:
+    """By entry, the trial with the highest score; entries all of whose trials failed are left out.
 
     Raises:
         ValueError: There is no such score.
     """
-    chosen: dict[str, Trial] = {}
-    for trial in done:
-        if (score := score_of(trial, results, select)) is None:
-            continue
-        before = chosen.get(trial.entry)
-        if before is None or score > (score_of(before, results, select) or float("-inf")):
-            chosen[trial.entry] = trial
-    return chosen
+    chosen: dict[str, tuple[float, Trial]] = {}
+    for trial in trials:
+        score = trial.score(results, select)
+        if score is not None and (trial.entry not in chosen or score > chosen[trial.entry][0]):
+            chosen[trial.entry] = score, trial
+    return {entry: trial for entry, (_, trial) in chosen.items()}
 
 
-def score_of(trial: Trial, results: Mapping[str, Run | Failure], select: str) -> float | None:
-    """What a trial has reached on validation data; ``None`` if it failed or reached nothing that is a number.
-
-    Raises:
-        ValueError: There is no such score.
-    """
-    run = results[trial.task.folder]
-    if isinstance(run, Failure):
-        return None
-    if select not in run.scores:
-        raise ValueError(f"select: there is no score {select!r} on validation data; there are {', '.join(run.scores)}")
-    score = run.scores[select]
-    return score if score == score else None
-
-
-def take_over(trial: Trial, out: Path, comparison: Comparison) -> None:
-    """Let the comparison's run of the same network and seed begin with what the trial has trained."""
-    network = comparison.of(trial.entry)[0]
-    folder = out / f"{folder_of(network.name)}-{comparison.seeds[0]}"
-    source = out / trial.task.folder / "last.ckpt"
+def reuse(trial: Trial, out: Path, seed: int) -> None:
+    """Copy a trial's checkpoint to where the same run of the comparison resumes from it."""
+    folder, source = out / f"{trial.network.folder}-{seed}", out / trial.task.folder / "last.ckpt"
     if not (folder / RESULT).exists() and not (folder / "last.ckpt").exists() and source.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "last.ckpt", source.read_bytes())
-
-
-def _has_loss(comparison: Comparison, entry: str) -> bool:
-    return comparison.of(entry)[0].config["model"].get("init_args", {}).get("loss") is not None
-
-
-def _in_config(path: str) -> str:
-    short = path.split(".")[0] in _SHORT
-    return f"model.init_args.{path}" if short else path

@@ -1,146 +1,90 @@
-"""Processes that work through tasks side by side, and end when the process that started them does, however it ends.
+"""Worker processes that end with the process that started them, however that one ends.
 
-Tasks and answers are lines of JSON through pipes. A worker whose input ends, ends: that is what it sees when its parent
-was killed. Nothing needs to be put in order then, because files are whole or not there.
+This module imports neither PyTorch nor Lightning, so that a new process reacts to signals at once.
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
-import queue
-import subprocess
+import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from importlib import import_module
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TextIO
-
-Message = dict[str, Any]
-
-_BEGIN = "from lightning_rkd.cli.experiments.workers import _work; _work()"
+from typing import Any
 
 
 class Worker:
-    """One process, and the thread that hears from it.
+    """A process that performs one call at a time, and ends when the connection to this process is closed.
+
+    It has an executor of its own, so that a process that dies takes no other process's call with it.
 
     Args:
-        target: ``"module:function"``, called as ``function(task, report)`` for every task.
-        heard: Where ``(worker, message)`` is put: what the function reports, and at last ``{"event": "done"}`` or
-            ``{"event": "failed", "error": ...}``, also if the process dies.
-        threads: That PyTorch uses in it.
+        threads: Threads of PyTorch in the process.
     """
 
-    def __init__(self, target: str, heard: queue.Queue[tuple[Worker, Message]], threads: int) -> None:
-        numbers = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _BEGIN, target],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **numbers},
-            text=True,
-        )
-        self.heard, self.busy = heard, False
-        self._listener = threading.Thread(target=self._hear, daemon=True)
-        self._listener.start()
+    def __init__(self, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.executor = ProcessPoolExecutor(1, context, _begin, (theirs, threads))
 
-    def give(self, task: Message, log: Path) -> None:
-        """Hand over a task; what is printed meanwhile goes to ``log``."""
-        self.busy = True
-        assert self.process.stdin is not None
+    def submit(self, function: Callable[..., None], log: Path, *args: Any) -> Future[str]:
+        """Call ``function(*args)`` with its output appended to ``log``; the future holds the error, or ``""``."""
         try:
-            self.process.stdin.write(json.dumps({"task": task, "log": str(log)}) + "\n")
-            self.process.stdin.flush()
-        except OSError:  # it has died, which is heard of otherwise
-            pass
-
-    def close(self) -> None:
-        """End it, whatever it does."""
-        assert self.process.stdin is not None
-        with suppress(OSError):  # it has ended
-            self.process.stdin.close()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._listener.join()
-
-    def _hear(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as lines:
-            for line in lines:
-                self.heard.put((self, json.loads(line)))
-        code = self.process.wait()
-        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        self.heard.put((self, {"event": "ended", "error": f"its process has ended ({how})"}))
+            return self.executor.submit(_call, function, log, args)
+        except BrokenProcessPool as error:  # the process was killed between two calls
+            future: Future[str] = Future()
+            future.set_exception(error)
+            return future
 
 
-@contextmanager
-def closing(workers: list[Worker]) -> Iterator[None]:
-    """End all of them at the end, also after Ctrl-C."""
-    try:
-        yield
-    finally:
-        for worker in workers:
-            if worker.process.stdin is not None and not worker.process.stdin.closed:
-                with suppress(OSError):
-                    worker.process.stdin.close()
-        for worker in workers:
-            worker.close()
+def end_all(workers: Sequence[Worker]) -> None:
+    """End workers at once, whatever they do."""
+    for worker in workers:
+        worker.connection.close()
+    for worker in workers:
+        worker.executor.shutdown()
 
 
-def threads_each(jobs: int) -> int:
-    """The cores that this process may use, divided among workers."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // jobs)
+_parent: Connection
+"""Connection of a worker to the process that started it."""
 
 
-def _work() -> None:
-    """What a worker does."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what is printed is no answer
-    tasks: queue.Queue[Message] = queue.Queue()
-    threading.Thread(target=_listen, args=(sys.stdin, tasks), daemon=True).start()
-
-    def report(message: Mapping[str, Any]) -> None:
-        answers.write(json.dumps(dict(message)) + "\n")
-        answers.flush()
-
-    module, _, name = sys.argv[1].partition(":")
-    target: Callable[[Message, Callable[[Mapping[str, Any]], None]], None] = getattr(import_module(module), name)
-    while True:
-        given = tasks.get()
-        _print_to(given["log"])
-        try:
-            target(given["task"], report)
-        except BaseException as error:
-            traceback.print_exc()
-            sys.stderr.flush()
-            first = (str(error).strip().splitlines() or [""])[0]
-            known = isinstance(error, ValueError | OSError) and first
-            report({"event": "failed", "error": first if known else f"{type(error).__name__}: {first}"})
-        else:
-            report({"event": "done"})
+def report(*values: Any) -> None:
+    """Send values from a worker to the process that started it, which reads them from ``Worker.connection``."""
+    _parent.send(values)
 
 
-def _listen(source: TextIO, tasks: queue.Queue[Message]) -> None:
-    for line in source:
-        tasks.put(json.loads(line))
-    os._exit(0)
+def _begin(parent: Connection, threads: int) -> None:
+    global _parent
+    _parent = parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which closes its workers
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _print_to(log: str) -> None:
+def _end_with_parent() -> None:
+    _parent.poll(None)  # the parent sends nothing: readable means closed, by its death or on purpose
+    os._exit(1)
+
+
+def _call(function: Callable[..., None], log: Path, args: tuple[Any, ...]) -> str:
+    log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    Path(log).parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        function(*args)
+    except BaseException as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        first = (str(error).strip().splitlines() or [""])[0]
+        return first if isinstance(error, ValueError | OSError) and first else f"{type(error).__name__}: {first}"
+    return ""

@@ -1,35 +1,42 @@
-"""The recipes: configurations in YAML that come with the package and are known by their bare names."""
+"""Recipes and comparisons: configurations in YAML that come with the package and are known by their bare names."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 FOLDER = Path(__file__).parent
-"""Where the recipes lie."""
+"""Folder of the recipes."""
+
+Kind = Literal["recipe", "comparison"]
 
 
 class UnknownRecipeError(ValueError):
-    """A configuration that is neither a file nor a recipe."""
+    """A name that is neither a file nor a recipe."""
 
 
-def names() -> list[str]:
-    """All recipes, in alphabetical order.
+def _folder(kind: Kind) -> Path:
+    return FOLDER if kind == "recipe" else FOLDER / "compare"
+
+
+def names(kind: Kind = "recipe") -> list[str]:
+    """Names of all recipes, or of all comparisons, in alphabetical order.
 
     Example:
-        >>> "glyphs_rkd" in names()
-        True
+        >>> "glyphs_rkd" in names(), "glyphs_losses" in names("comparison")
+        (True, True)
     """
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return sorted(path.stem for path in _folder(kind).glob("*.yaml"))
 
 
 def about(name: str) -> str:
-    """The first sentence of a recipe's header.
+    """First sentence of a recipe's header.
 
     Example:
         >>> about("glyphs_rkd")
-        'A small student of letters, with a triplet loss and relational distillation from the teacher.'
+        'A small student for glyphs, with a triplet loss and relational distillation from the teacher.'
     """
     header = []
     for line in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
@@ -40,32 +47,31 @@ def about(name: str) -> str:
     return sentence + stop.strip()
 
 
-def find(config: str) -> Path:
-    """The file behind what was given as ``--config``: a path that exists, else the recipe of that name.
+def find(config: str, kind: Kind = "recipe") -> Path:
+    """Path of a configuration: an existing file, or the recipe of that name.
 
     Raises:
-        UnknownRecipeError: Neither; the message lists the recipes, near ones first.
+        UnknownRecipeError: Neither exists; the message lists the recipes, similar names first.
 
     Example:
         >>> find("glyphs_rkd").name
         'glyphs_rkd.yaml'
     """
-    path = Path(config)
+    path, known = Path(config), names(kind)
     if path.is_file():
         return path
-    known = names()
     if config in known:
-        return FOLDER / f"{config}.yaml"
+        return _folder(kind) / f"{config}.yaml"
     near = difflib.get_close_matches(config, known, n=len(known), cutoff=0.5)
     ordered = [*near, *(name for name in known if name not in near)]
-    raise UnknownRecipeError(f"{config!r} is neither a file nor a recipe; the recipes are {', '.join(ordered)}")
+    raise UnknownRecipeError(f"{config!r} is neither a file nor a {kind}; the {kind}s are {', '.join(ordered)}")
 
 
 def resolve(args: Sequence[str]) -> list[str]:
-    """Replace names of recipes behind ``--config`` and ``-c`` with their files.
+    """Replace the names of recipes after ``--config`` and ``-c`` by their paths.
 
     Raises:
-        UnknownRecipeError: Neither a file nor a recipe.
+        UnknownRecipeError: A name is neither a file nor a recipe.
 
     Example:
         >>> resolve(["fit", "--config", "glyphs_rkd"])[2].endswith("recipes/glyphs_rkd.yaml")

@@ -1,12 +1,11 @@
-"""``lightning-rkd compare``, run for real on few letters."""
+"""``lightning-rkd compare``, on few glyphs."""
 
 from __future__ import annotations
 
 import csv
 import os
+import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ import torch
 import yaml
 
 from lightning_rkd.cli import main as cli
-from lightning_rkd.cli.experiments import plan, tuning
+from lightning_rkd.cli import recipes
+from lightning_rkd.cli.experiments import plan, tasks, tuning
 from lightning_rkd.cli.experiments.tasks import tasks_of
-from lightning_rkd.cli.experiments.work import work
 from lightning_rkd.data import GlyphDataModule
+from lightning_rkd.losses.base import RelationalLoss
+from tests.harness.processes import end_of, start
 
 TINY = {
     "data.init_args.max_classes": 12,
@@ -29,7 +30,7 @@ TINY = {
     "trainer.accelerator": "cpu",
 }
 FILE: dict[str, Any] = {
-    "title": "Few letters",
+    "title": "Few glyphs",
     "recipe": "glyphs_rkd",
     "set": TINY,
     "steps": 4,
@@ -40,7 +41,6 @@ FILE: dict[str, Any] = {
     "scores": ["recall_at_1"],
     "select": "map_at_r",
 }
-PROGRAM = [sys.executable, "-c", "import sys; from lightning_rkd.cli.main import main; sys.exit(main())"]
 
 
 @pytest.fixture(autouse=True)
@@ -55,28 +55,31 @@ def written(**changes: Any) -> str:
     return "mine.yaml"
 
 
-def start(out: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([*PROGRAM, "compare", "--config", written(), "--out", out, "--jobs", "2"])
-
-
 def runs(out: str) -> list[dict[str, str]]:
     with (Path(out) / "runs.csv").open() as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
 @pytest.mark.slow
-def test_killed_at_any_time_and_started_again_it_gives_the_table_of_an_unbroken_run() -> None:
-    assert start("whole").wait(300) == 0
-    for seconds in (8.0, 11.0):
-        killed = start("killed")
-        time.sleep(seconds)
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
-    assert start("killed").wait(300) == 0
+def test_killed_at_any_time_a_comparison_resumes_to_the_same_table() -> None:
+    """SIGKILL at random moments, counted in files of the runs; no process outlives the command."""
+    whole, killed = (["compare", "--config", written(), "--out", out] for out in ("whole", "killed"))
+    assert cli.main(whole) == 0
+    rng = random.Random(5)
+    for files in (rng.randint(2, 6), rng.randint(7, 11)):  # of 5 configurations, checkpoints and results
+        process = start(*killed, "--jobs", "2")
+        while process.poll() is None and len([*Path().glob("killed/*/*.yaml"), *Path().glob("killed/*/*t")]) < files:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        code, output = end_of(process, within=20)
+        assert code == -signal.SIGKILL, output
+    assert not Path("killed/table.md").exists()
+    assert cli.main(killed) == 0
     assert runs("killed") == runs("whole")
     assert len(runs("whole")) == 5
     before = os.stat("whole/rkd-d-1/last.ckpt").st_mtime_ns
-    assert start("whole").wait(300) == 0
+    assert cli.main(whole) == 0
     assert os.stat("whole/rkd-d-1/last.ckpt").st_mtime_ns == before
     table = Path("whole/table.md").read_text()
     assert "| alone |" in table
@@ -86,22 +89,40 @@ def test_killed_at_any_time_and_started_again_it_gives_the_table_of_an_unbroken_
     assert not any("teacher" in name for name in checkpoint["state_dict"])
 
 
+class Dies(RelationalLoss):
+    """Kills its process, as a system that runs out of memory does."""
+
+    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return student.mean()
+
+
 @pytest.mark.slow
-def test_a_tuned_comparison_with_cache_generations_and_a_run_that_fails_keeps_all_that_was_finished(capsys) -> None:
+def test_failed_runs_are_named_and_finished_ones_are_kept(capsys) -> None:
+    """With tuning, a cache and generations; one run fails, and the process of another one dies."""
     never = {"model.init_args.lr_scheduler.init_args.max_lr": 1e30}
+    own = {"loss": "tests.cli.commands.test_compare.Dies"}
     changes = {
         "set": {**TINY, "data.init_args.views": 2},
         "cache": True,
         "seeds": [0],
-        "networks": {**FILE["networks"], "next": {"generations": 2}, "broken": {"loss": "RKDDistance", "set": never}},
+        "networks": {
+            **FILE["networks"],
+            "dies": own,
+            "next": {"generations": 2},
+            "broken": {"loss": "RKDDistance", "set": never},
+        },
     }
     command = ["compare", "--config", written(**changes), "--out", "out", "--tune", "RKD-D.weight=0.5,1"]
     assert cli.main(command) == 1
-    assert "FAILED: broken, seed 0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "FAILED: broken, seed 0" in said
+    assert "the last lines of out/broken-0/log.txt" in said
+    assert "FAILED: dies, seed 0: its process was killed, or ran out of memory" in said
     found = {row["network"]: row for row in runs("out")}
-    assert list(found) == ["teacher", "alone", "RKD-D", "next 1", "next 2", "broken"]
-    assert [name for name, row in found.items() if row["error"]] == ["broken"]
-    assert len(list(Path("out/cache").iterdir())) == 1  # one for all that the teacher teaches, trials included
+    assert list(found) == ["teacher", "alone", "RKD-D", "dies", "next 1", "next 2", "broken"]
+    assert [name for name, row in found.items() if row["error"]] == ["dies", "broken"]
+    assert len(list(Path("out/cache").iterdir())) == 1  # one for all students of the teacher, trials included
 
     with Path("out/tune.csv").open() as file:
         tried = list(csv.DictReader(file))
@@ -118,27 +139,28 @@ def test_a_tuned_comparison_with_cache_generations_and_a_run_that_fails_keeps_al
     assert {path: path.stat().st_mtime_ns for path in Path("out").glob("*/result.pt")} == before
 
 
-def test_what_is_tuned_is_measured_without_a_look_at_the_test_data(monkeypatch) -> None:
+def test_tuning_does_not_read_the_test_data(monkeypatch) -> None:
     def forbidden(self: Any) -> Any:
         raise AssertionError("the test data were read")
 
     monkeypatch.setattr(GlyphDataModule, "test_dataloader", forbidden)
+    monkeypatch.setattr(tasks, "report", lambda *progress: None)
     changes = {"teacher": None, "recipe": "glyphs_student", "networks": {"alone": {"loss": None}}}
     comparison = plan.read(Path(written(**changes)))
-    trials = tuning.trials(
+    trials = tuning.plan_trials(
         tuning.parse(["alone.model.init_args.optimizer.init_args.lr=0.01,0.02"], comparison), comparison
     )
     assert [trial.values for trial in trials] == [{"model.init_args.optimizer.init_args.lr": lr} for lr in (0.01, 0.02)]
     for trial in trials:
-        work(trial.task.message(Path("out"), None, ""), lambda message: None)
+        trial.task.perform(Path("out"), None, "")
     assert sorted(path.parent.name for path in Path("out/tune/alone").glob("*/result.pt")) == sorted(
         Path(trial.task.folder).name for trial in trials
     )
     with pytest.raises(AssertionError, match="the test data were read"):
-        work(tasks_of(comparison, comparison.networks, [0])[0].message(Path("out"), None, ""), lambda message: None)
+        tasks_of(comparison, comparison.networks, [0])[0].perform(Path("out"), None, "")
 
 
-def test_settings_of_the_command_hold_for_the_teacher_too_but_for_its_model() -> None:
+def test_the_teacher_takes_the_commands_settings_except_the_models() -> None:
     settings = {"data.init_args.max_classes": 7, "model.init_args.weight": 3}
     comparison = plan.read(Path(written()), settings=settings)
     assert comparison.teacher is not None
@@ -160,7 +182,7 @@ def test_settings_of_the_command_hold_for_the_teacher_too_but_for_its_model() ->
         ({"networks": {"alone": {"loss": None}, "teacher": {"loss": None}}}, "the name of the teacher's own row"),
     ],
 )
-def test_what_does_not_fit_is_said_before_anything_is_trained(changes, message, capsys) -> None:
+def test_an_invalid_comparison_is_an_error_before_training(changes, message, capsys) -> None:
     assert cli.main(["compare", "--config", written(**changes), "--out", "out"]) in (1, 2)
     assert message in capsys.readouterr().err
     assert not list(Path().glob("out/*/last.ckpt"))
@@ -173,8 +195,8 @@ def test_a_network_that_is_named_twice_is_refused(capsys) -> None:
     assert "'alone' is named twice" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", plan.names())
-def test_comparisons_that_come_with_the_package_describe_what_can_be_built(name) -> None:
-    comparison = plan.read(plan.find(name))
+@pytest.mark.parametrize("name", recipes.names("comparison"))
+def test_every_network_of_the_packages_comparisons_can_be_built(name) -> None:
+    comparison = plan.read(recipes.find(name, "comparison"))
     plan.check(comparison.networks)
     assert comparison.baseline in [network.name for network in comparison.networks]

@@ -1,9 +1,10 @@
-"""The demo on miniature settings: what it leaves, what it refuses, and that an interrupted one goes on."""
+"""The demo on miniature settings: its files, the errors, and resuming after an interruption."""
 
 from __future__ import annotations
 
 import csv
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,20 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli import recipes
-from lightning_rkd.cli.commands import demo, options
-from lightning_rkd.cli.experiments import runs as study
+from lightning_rkd.cli.commands import common, demo
+from lightning_rkd.cli.experiments import runs, schedule
 from lightning_rkd.models.heads import count_parameters
 from lightning_rkd.models.small import ConvNet
 from tests.harness.processes import end_of, start
 
-LEFT = {"report.html", "table.md", "table.csv", "runs.csv", "demo.yaml", "neighbours.png", "relations.png", "teacher"}
+LEFT = {
+    "report.html", "table.md", "table.csv", "runs.csv", "demo.yaml", "neighbours.png", "relations.png", "plot.png",
+    "teacher", "alone-4", "rkd-4",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +52,8 @@ def photos(tmp_path: Path) -> Path:
 
 
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training would be the first thing to be noticed."""
-    monkeypatch.setattr(study, "train", lambda *args, **kwargs: pytest.fail("it trained"))
+    """A process for training would be an error."""
+    monkeypatch.setattr(schedule.Worker, "submit", lambda *args: pytest.fail("it trained"))
 
 
 def error_of(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -58,30 +63,57 @@ def error_of(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
+def scores(out: str) -> list[list[str]]:
+    """Every run, without the seconds it took."""
+    with Path(out, "runs.csv").open(newline="") as file:
+        return [row[:-2] for row in csv.reader(file)]
+
+
 @pytest.mark.slow
-def test_the_demo_leaves_a_table_pictures_networks_and_configurations(
-    photos: Path, capsys: pytest.CaptureFixture[str]
+def test_a_demo_stopped_in_a_student_resumes_to_the_same_files(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["demo", "--data", str(photos), "--steps", "2", "--seeds", "0,4", "--out", "out/demo"]
+    """SIGTERM in the second epoch of a student; then the same command, twice."""
+    args = ["demo", "--data", str(photos), "--steps", "100", "--seeds", "4,", "--out", "new/stopped"]
+    process, left = start(*args), Path("new/stopped")
+    while process.poll() is None and not (left / "alone-4" / "last.ckpt").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    code, output = end_of(process)
+    assert code == 143, output
+    assert f"Stopped. The same command resumes: lightning-rkd {' '.join(args)}" in output
+    assert "Traceback" not in output
+    assert {path.name for path in left.iterdir()} == {demo.MADE_BY, "teacher", "alone-4"}
+    assert (left / "teacher" / runs.RESULT).exists()
+    assert not (left / "alone-4" / runs.RESULT).exists()
+
+    teacher = (left / "teacher" / "last.ckpt").stat().st_mtime_ns
     assert cli.main(args) == 0
     text = capsys.readouterr().out
-    for said in ("48 images of 8 classes", "recall_at_1", "map_at_r", "distance_correlation", "In out/demo there are"):
+    assert "Resuming the demo in new/stopped." in text
+    assert "student alone, seed 4: resumes after 50 of 100 steps" in text
+    for said in ("48 images of 8 classes", "recall_at_1", "map_at_r", "distance_correlation", "Files in new/stopped:"):
         assert said in text
-    out = Path("out/demo")
-    names = {"alone-0", "alone-4", "rkd-0", "rkd-4"}
-    assert {path.name for path in out.iterdir()} == LEFT | names
-    assert {path.name for path in Path("out").iterdir()} == {"demo"}, "no temporary folder stays"
-    table = (out / "table.md").read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:5]] == [demo.TEACHER, demo.ALONE, demo.DISTILLED]
-    assert len((out / "runs.csv").read_text().splitlines()) == 1 + 5
+    assert (left / "teacher" / "last.ckpt").stat().st_mtime_ns == teacher, "not trained again"
+    assert {path.name for path in left.iterdir()} == LEFT
+    rows = [line.split("|")[1].strip() for line in (left / "table.md").read_text().splitlines() if line[:1] == "|"]
+    assert rows[2:] == ["teacher", demo.ALONE, demo.DISTILLED]
     for name in ("neighbours.png", "relations.png"):
-        with Image.open(out / name) as picture:
+        with Image.open(left / name) as picture:
             assert 1100 <= picture.width <= 1300
-    for name in ("teacher", *names):
-        assert {path.name for path in (out / name).iterdir()} == {"config.yaml", "last.ckpt", study.RESULT}
+    for name in ("teacher", "alone-4", "rkd-4"):
+        assert {path.name for path in (left / name).iterdir()} == {"config.yaml", "last.ckpt", "log.txt", runs.RESULT}
 
-    fit = ["fit", "--config", "out/demo/rkd-4/config.yaml", "--trainer.enable_progress_bar=false"]
-    assert cli.main([*fit, "--trainer.default_root_dir=again"]) == 0, "a configuration it left can be run"
+    assert cli.main([*args[:-1], "whole"]) == 0
+    assert scores("new/stopped") == scores("whole")
+    assert (left / "neighbours.png").read_bytes() == Path("whole/neighbours.png").read_bytes()
+    untrained(monkeypatch)
+    tables = {path: path.read_bytes() for path in left.glob("*.*")}
+    assert cli.main(args) == 0, "finished runs are only read"
+    assert {path: path.read_bytes() for path in left.glob("*.*")} == tables
+
+    fit = ["fit", "--config", "whole/rkd-4/config.yaml", "--trainer.enable_progress_bar=false"]
+    assert cli.main([*fit, "--trainer.default_root_dir=again", "--trainer.max_epochs=1"]) == 0
 
 
 def test_the_student_has_at_most_a_tenth_of_the_teachers_parameters() -> None:
@@ -93,79 +125,32 @@ def test_the_student_has_at_most_a_tenth_of_the_teachers_parameters() -> None:
     assert count_parameters(network("rkd")) <= count_parameters(network("teacher")) / 10
 
 
-def test_the_plan_suits_the_images(photos: Path) -> None:
-    plan = demo._folder_plan(photos, demo.Console(quiet=True))
-    data = plan.distilled["data"]["init_args"]
-    assert (data["image_size"], data["root"]) == (16, str(photos))
-    networks = [plan.teacher["model"]["init_args"]["student"]["init_args"]]
-    networks.append(plan.distilled["model"]["init_args"]["teacher"]["init_args"]["network"]["init_args"])
+def test_networks_and_sizes_suit_the_images(photos: Path) -> None:
+    data, changes = demo.plan_folder(photos, Console(quiet=True))
+    comparison = demo.plan([3], None, changes)
+    assert comparison.teacher is not None
+    assert comparison.teacher_seed == 3
+    alone, distilled = (network.config for network in comparison.networks)
+    assert (data.image_shape, distilled["data"]["init_args"]["root"]) == ((3, 16, 16), str(photos))
+    networks = [comparison.teacher.config["model"]["init_args"]["student"]["init_args"]]
+    networks.append(distilled["model"]["init_args"]["teacher"]["init_args"]["network"]["init_args"])
     assert networks[0] == networks[1]
-    students = [c["model"]["init_args"]["student"]["init_args"] for c in (plan.alone, plan.distilled)]
+    students = [config["model"]["init_args"]["student"]["init_args"] for config in (alone, distilled)]
     assert students[0] == students[1]
     assert networks[0]["in_channels"] == students[0]["in_channels"] == 3
     assert count_parameters(ConvNet(**students[0])) <= count_parameters(ConvNet(**networks[0])) / 10
-
-
-STOP = """
-import os, signal
-from lightning_rkd.cli.commands import demo
-advance = demo._Bar.on_train_batch_end
-def stop(self, trainer, *args, **kwargs):
-    if self.name == "student alone, seed 0" and trainer.global_step == 75:
-        os.kill(os.getpid(), signal.SIGTERM)
-    advance(self, trainer, *args, **kwargs)
-demo._Bar.on_train_batch_end = stop
-"""
-
-
-def scores(out: str) -> list[list[str]]:
-    """Every run, without the seconds it took."""
-    with Path(out, "runs.csv").open(newline="") as file:
-        return [row[:-1] for row in csv.reader(file)]
-
-
-@pytest.mark.slow
-def test_a_demo_that_is_stopped_goes_on_to_the_table_of_one_that_is_not(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SIGTERM in the second epoch of a student; then the same command, twice."""
-    args = ["demo", "--data", str(photos), "--steps", "100", "--seeds", "1", "--out", "new/stopped"]
-    code, output = end_of(start(*args, first=STOP))
-    assert code == 143, output
-    assert f"Stopped. The same command goes on from here: lightning-rkd {' '.join(args)}" in output
-    assert "Traceback" not in output
-    left = Path("new/stopped")
-    assert {path.name for path in left.iterdir()} == {demo.MADE_BY, "teacher", "alone-0"}
-    assert (left / "teacher" / study.RESULT).exists()
-    assert not (left / "alone-0" / study.RESULT).exists()
-
-    teacher = (left / "teacher" / "last.ckpt").stat().st_mtime_ns
-    # processes of their own: what other tests did to this one may show in the last digit
-    code, said = end_of(start(*args))
-    assert code == 0, said
-    assert "Going on with what new/stopped holds." in said
-    assert "student alone, seed 0: goes on after 50 steps" in said
-    assert (left / "teacher" / "last.ckpt").stat().st_mtime_ns == teacher, "not trained again"
-    assert end_of(start(*args[:-1], "whole"))[0] == 0
-    assert scores("new/stopped") == scores("whole")
-    assert (left / "neighbours.png").read_bytes() == Path("whole/neighbours.png").read_bytes()
-
-    monkeypatch.setattr(study, "train", lambda *args, **kwargs: pytest.fail("it trained"))
-    tables = {path: path.read_bytes() for path in left.glob("*.*")}
-    assert cli.main(args) == 0, "what is finished is only shown again"
-    assert {path: path.read_bytes() for path in left.glob("*.*")} == tables
 
 
 def test_ctrl_c_says_which_command_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "train", interrupt)
+    monkeypatch.setattr(demo, "compare", interrupt)
     assert cli.main(["demo", "--out", "my runs", "--steps=2"]) == 130
-    assert "goes on from here: lightning-rkd demo --out 'my runs' --steps=2\n" in capsys.readouterr().out
+    assert "The same command resumes: lightning-rkd demo --out 'my runs' --steps=2\n" in capsys.readouterr().out
 
 
-def test_a_demo_with_other_settings_is_left_as_it_is(
+def test_a_demo_with_other_settings_is_not_touched(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also one that was made from other pictures in the same folder."""
@@ -173,7 +158,7 @@ def test_a_demo_with_other_settings_is_left_as_it_is(
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "train", interrupt)
+    monkeypatch.setattr(demo, "compare", interrupt)
     args = ["--data", str(photos), "--steps", "7", "--seeds", "2", "--out", "out"]
     assert cli.main(["demo", *args]) == 130
     before = (Path("out") / demo.MADE_BY).read_bytes()
@@ -186,14 +171,6 @@ def test_a_demo_with_other_settings_is_left_as_it_is(
     assert (Path("out") / demo.MADE_BY).read_bytes() == before
 
 
-@pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (97, 1), (100, 2), (500, 10), (5000, 100), (101 * 50, 101)])
-def test_steps_are_divided_into_epochs_that_each_leave_a_checkpoint(steps: int, epochs: int) -> None:
-    plan = demo._with_steps(demo._letters_plan(), steps)
-    for config in (plan.teacher, plan.alone, plan.distilled):
-        assert config["trainer"]["max_epochs"] == epochs
-        assert config["data"]["init_args"]["batches_per_epoch"] * epochs == steps
-
-
 def test_output_that_cannot_be_written_is_refused_before_training(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,17 +180,17 @@ def test_output_that_cannot_be_written_is_refused_before_training(
     Path("mine/thesis.tex").write_text("no demo made this")
     assert "the output folder 'file' is a file" in error_of(["--out", "file"], capsys)
     assert "the output folder 'file/sub/demo' cannot be written" in error_of(["--out", "file/sub/demo"], capsys)
-    assert "'mine' holds something that no demo made" in error_of(["--out", "mine"], capsys)
+    assert "'mine' is not the output of a demo" in error_of(["--out", "mine"], capsys)
     assert Path("mine/thesis.tex").exists()
 
 
 def test_a_demo_that_was_killed_in_its_first_write_begins_anew(tmp_path: Path) -> None:
     """What SIGKILL leaves of a file that is not whole yet."""
     (tmp_path / f".{demo.MADE_BY}.part").write_text("made_by: lightning-r")
-    options.check_folder(tmp_path, demo.MADE_BY, "demo")
-    assert demo._begin(tmp_path, {"seeds": [0]}) is False
+    common.check_folder(tmp_path, demo.MADE_BY, "demo")
+    assert demo.begin(tmp_path, {"seeds": [0]}) is False
     assert [path.name for path in tmp_path.iterdir()] == [demo.MADE_BY]
-    assert demo._begin(tmp_path, {"seeds": [0]}) is True
+    assert demo.begin(tmp_path, {"seeds": [0]}) is True
 
 
 def test_folders_that_cannot_be_used_are_refused(
@@ -233,7 +210,7 @@ def test_folders_that_cannot_be_used_are_refused(
     ("text", "seeds"), [("3", (0, 1, 2)), ("1", (0,)), ("5,2", (5, 2)), ("7,", (7,)), ("0, 1", (0, 1))]
 )
 def test_seeds_are_a_number_or_a_list(text: str, seeds: tuple[int, ...]) -> None:
-    assert options.seeds(text) == seeds
+    assert common.seeds(text) == seeds
 
 
 @pytest.mark.parametrize("option", [["--seeds", "0"], ["--seeds", "x"], ["--seeds", "1,1"], ["--seeds=-1"],

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lightning_rkd.cli.experiments.report import Picture, report
+from lightning_rkd.cli.experiments.report import Picture, render
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = [
@@ -35,9 +35,9 @@ LOOK = """<script>addEventListener("load", async () => {
 
 
 def figure(colour: str) -> Figure:
-    shown = Figure(figsize=(12, 4), facecolor=colour)
-    FigureCanvasAgg(shown)
-    return shown
+    drawn = Figure(figsize=(12, 4), facecolor=colour)
+    FigureCanvasAgg(drawn)
+    return drawn
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def page() -> str:
         Picture(f"Picture {n}", "Something <is> seen & more.", figure("#ffffff"), figure("#000000")) for n in range(2)
     ]
     heads = ["network", "parameters", "recall_at_1", "map_at_r", "distance_correlation", "seconds"]
-    return report("A report", ["A lead."], heads, rows, ["Below."], pictures, {"Again:": "make demo " * 20}, "today")
+    commands = {"Again:": "make demo " * 20}
+    return render("A report", "A lead.", [heads, *rows], ["Below."], pictures, commands, "today")
 
 
 def seen(page: str, folder: Path, width: int, dark: bool = False) -> dict[str, Any]:

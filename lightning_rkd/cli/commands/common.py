@@ -1,0 +1,64 @@
+"""Parts that ``demo`` and ``compare`` share: option types, the output folder, and messages."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """Seeds as a number, ``"3"`` for 0, 1 and 2, or as a list, ``"0,3"`` or ``"3,"``.
+
+    Example:
+        >>> seeds("3"), seeds("7,")
+        ((0, 1, 2), (7,))
+    """
+    parts = [part for part in text.split(",") if part.strip()]
+    numbers = tuple(int(part) for part in parts) if all(part.strip().isdecimal() for part in parts) else ()
+    found = tuple(range(numbers[0])) if len(numbers) == 1 and "," not in text else numbers
+    if not found or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"expected a number of seeds (3) or different seeds (0,1,2), got {text!r}")
+    return found
+
+
+def positive(text: str) -> int:
+    """Integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def check_folder(out: Path, made_by: str, command: str) -> None:
+    """Refuse an output folder that holds something else than ``made_by``, the file that every output of a command has.
+
+    Raises:
+        FileExistsError: It is a file, or not the output of the command.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"the output folder {str(out)!r} is a file; choose another one with --out")
+    begun = {made_by, f".{made_by}.part"}  # the latter alone if the first write was killed
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in begun):
+        raise FileExistsError(f"{str(out)!r} is not the output of a {command}; choose another folder with --out")
+
+
+@contextmanager
+def resumable(name: str, args: Sequence[str]) -> Iterator[str]:
+    """The command as typed; when it is interrupted, a message says that it resumes."""
+    command = shlex.join(["lightning-rkd", name, *args])
+    try:
+        yield command
+    except (KeyboardInterrupt, SystemExit):
+        print(f"Stopped. The same command resumes: {command}")
+        raise
+
+
+def print_files(console: Console, out: Path, files: Mapping[str, str]) -> None:
+    """Print the files in the output folder with their content."""
+    console.print(f"Files in {out}:", soft_wrap=True)
+    for names, content in files.items():
+        console.print(f"  {names:<30} {content}", soft_wrap=True)
