@@ -332,7 +332,7 @@ def damage(flips: int, cuts: int, rng: random.Random) -> dict[str, collections.C
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[str]:
-    """A folder in which only so many bytes have room: a small file system, or else a limit on files."""
+    """A folder in which only so many bytes fit: a small file system, or else a limit on files."""
     folder.mkdir()
     options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     mounted = shutil.which("mount") and subprocess.run(options, capture_output=True).returncode == 0
@@ -348,15 +348,15 @@ def small_disk(folder: Path, size: int) -> Iterator[str]:
 
 
 def full_disk() -> list[str]:
-    """Training on a disk with room for one checkpoint and not for the next beside it; then with room enough."""
+    """Training on a disk that holds one checkpoint but not a second; then on one that is large enough."""
     size = Path("whole every epoch/last.ckpt").stat().st_size
     with small_disk(Path("small"), size * 3 // 2 // 4096 * 4096 + 16384) as how:
         code, _ = run(distil("small/run", "every epoch"), Path("small.log"))
         error = next((s for s in Path("small.log").read_text().splitlines() if s.startswith("error: ")), "no message")
         kept, bad = kept_steps(Path("small/run")), broken(Path("small/run"))
-        shutil.copytree("small/run", "room")
-    resumed, _ = run([*distil("room", "every epoch"), "--ckpt_path=last"], Path("room.log"))
-    different = differences(Path("whole every epoch"), Path("room")) if resumed == 0 else ["no end"]
+        shutil.copytree("small/run", "larger")
+    resumed, _ = run([*distil("larger", "every epoch"), "--ckpt_path=last"], Path("larger.log"))
+    different = differences(Path("whole every epoch"), Path("larger")) if resumed == 0 else ["no end"]
     verdict = "LOST" if bad or different or code in (0, None) else "same"
     return [how, str(code), error.replace(os.getcwd(), ""), kept, verdict]
 
@@ -488,7 +488,7 @@ def page(
         "",
         "## A full disk",
         "",
-        "Room for one checkpoint and not for the next beside it; then the run goes on where there is room.",
+        "The disk holds one checkpoint but not a second beside it; then the run continues on a larger one.",
         "",
         *table(("how", "exit", "message", "kept", "outcome"), [disk]),
     ]

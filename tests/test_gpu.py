@@ -54,7 +54,7 @@ def test_a_loss_agrees_with_the_cpu_and_the_host_does_not_wait(cls):
     values = []
     for device in ("cpu", "cuda"):
         loss = copy.deepcopy(sample.loss).to(device)
-        student, teacher = (moved(side(cls, shown), device) for shown in (sample.student, sample.teacher))
+        student, teacher = (moved(side(cls, part), device) for part in (sample.student, sample.teacher))
         given = {name: moved(value, device) for name, value in context(cls, sample.n).items()}
         torch.manual_seed(0)
         if device == "cuda":
@@ -177,8 +177,8 @@ class ByHand(Plain):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         embedding = self.backbone(batch[0])
         with torch.no_grad():
-            shown = self.teacher(batch[0])
-        return nn.functional.cross_entropy(self.head(embedding), batch[1]) + self.loss(embedding, shown)
+            target = self.teacher(batch[0])
+        return nn.functional.cross_entropy(self.head(embedding), batch[1]) + self.loss(embedding, target)
 
 
 def teacher() -> nn.Module:

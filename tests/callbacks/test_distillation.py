@@ -461,19 +461,21 @@ def test_a_teacher_inside_the_module_is_refused() -> None:
         toys.fit(module, attached(teacher=module.backbone))
 
 
-@pytest.mark.parametrize("side", ["student", "teacher"])
-def test_nan_is_reported_with_side_row_and_step(side: str) -> None:
+@pytest.mark.parametrize("network", ["student", "teacher"])
+def test_nan_is_reported_with_network_row_and_step(network: str) -> None:
     x, y = (torch.cat(parts) for parts in zip(*toys.loader(), strict=True))
     poisoned = x.clone()
     poisoned[8 * 3 + 5] = torch.nan
 
     class Reads(toys.Student):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return self.loss(batch[1 if side == "teacher" else 0], batch[2])
+            return self.loss(batch[1 if network == "teacher" else 0], batch[2])
 
     batches = DataLoader(TensorDataset(poisoned, x, y), batch_size=8)
-    callback = attached(inputs=0 if side == "teacher" else 1)
-    with pytest.raises(NonFiniteError, match=rf"step 3: .*the {side}'s output holds NaN or infinity, first in row 5"):
+    callback = attached(inputs=0 if network == "teacher" else 1)
+    with pytest.raises(
+        NonFiniteError, match=rf"step 3: .*the {network}'s output holds NaN or infinity, first in row 5"
+    ):
         toys.fit(Reads(), callback, batches=batches)
 
 

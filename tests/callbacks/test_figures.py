@@ -44,8 +44,8 @@ class Own(pl.LightningModule):
         self.backbone = net()
 
     def forward(self, x: Tensor) -> Tensor:
-        shown: Tensor = self.backbone(x)
-        return shown
+        embedding: Tensor = self.backbone(x)
+        return embedding
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch[0]).square().mean()
@@ -162,8 +162,8 @@ def test_inputs_that_are_no_images_have_distances_and_angles(tmp_path: Path) -> 
             self.layer = net()
 
         def forward(self, *, first: Tensor, second: Tensor) -> Tensor:
-            shown: Tensor = self.layer(first + second)
-            return shown
+            out: Tensor = self.layer(first + second)
+            return out
 
     x = torch.rand(24, 1, 4, 4)
     rows = [{"first": x[n], "second": x[-n], "label": n % 4} for n in range(24)]

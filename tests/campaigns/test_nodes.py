@@ -96,7 +96,7 @@ def test_two_machines_train_and_test_as_one(nodes: Nodes, tmp_path: Path, monkey
     (one / TEACHER).parent.mkdir(parents=True)
     torch.save(ConvNet((24, 48, 96), 128, normalize=True).state_dict(), one / TEACHER)
     draw = "from lightning_rkd.data import GlyphDataModule; GlyphDataModule(image_size=12).prepare_data()"
-    subprocess.run([sys.executable, "-c", draw], env=surroundings(one), timeout=300, check=True)  # the letters, once
+    subprocess.run([sys.executable, "-c", draw], env=surroundings(one), timeout=300, check=True)  # the glyphs, once
     for folder in (two, *map(with_recipe, nodes.folders)):
         copy(TEACHER, one, folder)
         shutil.copytree(one / "cache", folder / "cache")

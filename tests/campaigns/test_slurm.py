@@ -1,4 +1,4 @@
-"""Under SLURM a job that is told to make room saves, is requeued, and goes on."""
+"""Under SLURM a job that is told to end saves, is requeued, and continues."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SMALL = {
 }
 
 
-class ToldToMakeRoom(pl.Callback):
+class ToldToEnd(pl.Callback):
     """Gets the signal that SLURM sends some time before the end, in the second epoch, before or after a batch."""
 
     def __init__(self, hook: str) -> None:
@@ -65,7 +65,7 @@ def test_a_requeued_job_is_the_uninterrupted_one(
     fit = ["fit", "--config", "glyphs_rkd", "--config", "small.yaml", "--trainer.default_root_dir"]
     alone = [sys.executable, "-m", "lightning_rkd.cli", *fit]
     subprocess.run([*alone, "whole"], env=surroundings(tmp_path), timeout=600, check=True)
-    told = json.dumps({"class_path": "tests.campaigns.test_slurm.ToldToMakeRoom", "init_args": {"hook": hook}})
+    told = json.dumps({"class_path": "tests.campaigns.test_slurm.ToldToEnd", "init_args": {"hook": hook}})
     command = [*alone, "requeued_run", *options]
     command.append(f"--trainer.callbacks+={told}")
     environment = surroundings(tmp_path) | JOB | {"PATH": f"{scontrol.parent}:{os.environ['PATH']}"}

@@ -1,4 +1,4 @@
-"""Numbers as no paper shows them but users do: the troubles of one side of a batch, drawn by hypothesis."""
+"""Numbers as no paper shows them but users do: the troubles of one network's batch, drawn by hypothesis."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
         wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
         wide[..., ::2] = x
         return wide[..., ::2]
-    if layout == "transposed":  # rows lie side by side
+    if layout == "transposed":  # rows are the inner dimension
         return x.movedim(0, -1).contiguous().movedim(-1, 0)
     if layout == "reversed strides":  # the last dimension lies outermost
         return x.movedim(-1, 0).contiguous().movedim(0, -1)
@@ -109,7 +109,7 @@ def wild(
     troubles: tuple[str, ...] = TROUBLES,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> st.SearchStrategy[Wild]:
-    """Sides of any scale, with up to two troubles at once."""
+    """Outputs of any scale, with up to two troubles at once."""
     return st.builds(
         Wild,
         scale=st.sampled_from(scales),

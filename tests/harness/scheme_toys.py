@@ -18,7 +18,7 @@ from lightning_rkd.models.small import ConvNet
 from lightning_rkd.modules import MultiHeadDistillation
 from tests.harness import toys
 
-CLASSES, SIDE, STEPS = 3, 8, 10
+CLASSES, SIZE, STEPS = 3, 8, 10
 MIDDLE = ["backbone.stage1", "backbone.stage2"]
 
 
@@ -31,8 +31,8 @@ def images(rows: int = 12 * STEPS, batch_size: int = 12, **kwargs: Any) -> DataL
     """Batches of twelve images in order; a class is a pattern under noise."""
     generator = torch.Generator().manual_seed(3)
     labels = torch.arange(rows) % CLASSES
-    patterns = torch.randn(CLASSES, 1, SIDE, SIDE, generator=generator)
-    data = TensorDataset(patterns[labels] + 0.3 * torch.randn(rows, 1, SIDE, SIDE, generator=generator), labels)
+    patterns = torch.randn(CLASSES, 1, SIZE, SIZE, generator=generator)
+    data = TensorDataset(patterns[labels] + 0.3 * torch.randn(rows, 1, SIZE, SIZE, generator=generator), labels)
     return DataLoader(data, batch_size=batch_size, **kwargs)
 
 

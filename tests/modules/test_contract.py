@@ -22,7 +22,7 @@ from lightning_rkd import DistillationModule
 from lightning_rkd.losses.references import Reference
 from tests.harness import toys
 from tests.harness.ranks import Ranks
-from tests.harness.scheme_toys import CASES, CLASSES, SIDE, STEPS, Case, Losses, fit, images, keeps
+from tests.harness.scheme_toys import CASES, CLASSES, SIZE, STEPS, Case, Losses, fit, images, keeps
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -144,7 +144,7 @@ def test_it_says_where_it_comes_from(case: Case) -> None:
 def linear(seed: int, out: int) -> nn.Module:
     """A network without batch norm, whose statistics would be those of a device."""
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(SIDE**2, out))
+    return nn.Sequential(nn.Flatten(), nn.Linear(SIZE**2, out))
 
 
 UNNORMALISED: dict[str, Callable[[], dict[str, Any]]] = {

@@ -64,8 +64,8 @@ class Written(pl.LightningModule):
         x, y = batch
         embedding = self.student(x)
         with torch.no_grad():
-            shown = self.teacher[0](x)
-        return 0.5 * self.task_loss(embedding, y, self.miner(embedding, y)) + 2.0 * RKD()(embedding, shown)
+            target = self.teacher[0](x)
+        return 0.5 * self.task_loss(embedding, y, self.miner(embedding, y)) + 2.0 * RKD()(embedding, target)
 
     def configure_optimizers(self) -> Any:
         return toys.sgd(self.parameters())

@@ -206,7 +206,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Record:
-    """The gradients of a training, a row for each step, and the weights at its end. Parameters lie side by side."""
+    """The gradients of a training, a row for each step, and the weights at its end. All parameters stand in one row."""
 
     gradients: Tensor
     weights: Tensor
