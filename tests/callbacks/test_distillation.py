@@ -473,9 +473,8 @@ def test_nan_is_reported_with_network_row_and_step(network: str) -> None:
 
     batches = DataLoader(TensorDataset(poisoned, x, y), batch_size=8)
     callback = attached(inputs=0 if network == "teacher" else 1)
-    with pytest.raises(
-        NonFiniteError, match=rf"step 3: .*the {network}'s output holds NaN or infinity, first in row 5"
-    ):
+    found = rf"step 3: .*the {network}'s output holds NaN or infinity, first in row 5"
+    with pytest.raises(NonFiniteError, match=found):
         toys.fit(Reads(), callback, batches=batches)
 
 
