@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_rkd.distillation.features import Hook
 from lightning_rkd.losses.weighting import Term
+from lightning_rkd.utils.private import get_hooks
 
 
 class AttachedLosses(nn.ModuleDict):
@@ -40,7 +41,8 @@ class AttachedLosses(nn.ModuleDict):
         module.add_module(name, self)
 
         def undo() -> None:
-            module._modules.pop(name, None)
+            if hasattr(module, name):
+                delattr(module, name)
             self._module = []
 
         return undo
@@ -91,7 +93,7 @@ def _trains_the_taps(losses: AttachedLosses, optimizers: list[Optimizer]) -> tup
     Where layers have none to train, what they lie in counts, short of the whole module.
     """
     (module,) = losses._module
-    hooks = {n: (*m._forward_hooks.values(), *m._forward_pre_hooks.values()) for n, m in module.named_modules()}
+    hooks = {n: get_hooks(m) for n, m in module.named_modules()}
     tapped = places = {n for n, on in hooks.items() if any(isinstance(hook, Hook) and hook.function for hook in on)}
     sizes: list[list[int]] = []
     while places and not any(map(any, sizes)):

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.call import _call_configure_model
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from lightning_rkd.distillation.teachers import BaseTeacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.weighting import LossSum, Weight, evaluate_weight
 from lightning_rkd.utils.distributed import data_parallel_group
+from lightning_rkd.utils.private import call_configure_model, load_dataloaders
 from lightning_rkd.utils.types import Batch, Key, unpack
 
 _numbers = itertools.count()
@@ -151,7 +151,7 @@ class RelationalDistillation(pl.Callback):
         except LayerNotFoundError:
             if not is_overridden("configure_model", pl_module, pl.LightningModule):
                 raise
-            _call_configure_model(trainer)  # Lightning does so after this hook; it may be called twice
+            call_configure_model(trainer)  # Lightning does so after this hook; it may be called twice
             self.distiller.attach(pl_module)
         for tap in (tap for taps in self.distiller.student.taps.values() for tap in taps):
             if find_layer(pl_module, tap.layer) is pl_module:
@@ -240,7 +240,7 @@ class RelationalDistillation(pl.Callback):
         )
         if self.distiller.teacher_needs_indices:
             with isolate_rng(include_cuda=False):
-                self.distiller.prepare_data(trainer.fit_loop._data_source.dataloader(), self.unpack)
+                self.distiller.prepare_data(load_dataloaders(trainer), self.unpack)
         self._prepared = True
 
     def _refuse_names_of_others(self, trainer: pl.Trainer) -> None:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+from lightning_rkd.utils.private import set_sigterm_handler
+
 PARENT = "LIGHTNING_RKD_FIRST_RANK"
 """Environment variable that tells the processes which a run starts who started them."""
 
@@ -68,14 +70,13 @@ def pass_sigterm_on(trainer: pl.Trainer) -> None:
 
     Lightning's handler calls a collective wherever the ranks happen to be, so that some of them wait for ever.
     """
-    connector = trainer._signal_connector
 
     def notify(signum: int, frame: FrameType | None) -> None:
         if not connector.received_sigterm and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signum)
         connector.received_sigterm = True  # should the exception get lost (in a destructor), the batch is the last one
 
-    connector._sigterm_notifier_fn = notify  # type: ignore[assignment, method-assign] # there is no other way in
+    connector = set_sigterm_handler(trainer, notify)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from lightning_rkd.cli.signals import pass_sigterm_on
 from lightning_rkd.data.loaders import list_loaders
 from lightning_rkd.utils.distributed import gather_objects, run_on_all_ranks
 from lightning_rkd.utils.files import check_file, write_whole
+from lightning_rkd.utils.private import deals_rows_out
 
 
 class TrainingCLI(LightningCLI):
@@ -188,7 +189,7 @@ class _OwnRows(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse several devices then."""
-        if trainer.world_size == 1 or trainer._accelerator_connector.use_distributed_sampler:
+        if trainer.world_size == 1 or deals_rows_out(trainer):
             return
         for loader in list_loaders(trainer.train_dataloader):
             plain = type(getattr(loader, "batch_sampler", None)) is BatchSampler

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_rkd.distillation.pooling import cls_token as cls_token
 from lightning_rkd.distillation.pooling import global_pool as global_pool
 from lightning_rkd.distillation.pooling import mean_pool as mean_pool
+from lightning_rkd.utils.private import count_writes
 from lightning_rkd.utils.types import Outputs
 
 
@@ -346,13 +347,13 @@ class _Record:
             self.rows = len(x) if self.rows is None else self.rows
             if id(x) not in self._tensors:
                 counted = counted and not x.is_inference()
-                self._tensors[id(x)] = x, x.clone(), x._version if counted else -1
+                self._tensors[id(x)] = x, x.clone(), count_writes(x) if counted else -1
         self._counted = counted  # writes are not counted in inference mode and under compilation
 
     def outputs(self) -> Outputs:
         unchanged = self._counted
         for x, _, version in self._tensors.values():
-            unchanged = unchanged and x._version == version
+            unchanged = unchanged and count_writes(x) == version
         return self._original if unchanged else self._original.map(lambda x: self._tensors[id(x)][1])
 
 

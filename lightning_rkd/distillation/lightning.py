@@ -1,4 +1,4 @@
-"""What the engine needs of Lightning and DDP, with every private name of theirs that the package uses."""
+"""Lightning and DDP: hyper-parameters, indexed batches, refusals, and restoring the teacher after an exception."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -17,11 +16,13 @@ from lightning_rkd.distillation.finite_checks import refuse_broken_weights
 from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.losses.weighting import Term
 from lightning_rkd.utils.distributed import has_mesh
-
-try:  # only tells whether LightningCLI builds a module; private in Lightning
-    from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-except ImportError:  # pragma: no cover
-    _given_hyperparameters = None  # type: ignore[assignment]
+from lightning_rkd.utils.private import (
+    collect_arguments,
+    is_built_by_cli,
+    is_copy_of_training_module,
+    set_ddp_ignored,
+    wrap_train_dataloader,
+)
 
 
 def exclude_from_ddp_broadcast(module: nn.Module) -> Callable[[], None]:
@@ -39,20 +40,9 @@ def exclude_from_ddp_broadcast(module: nn.Module) -> Callable[[], None]:
         >>> host._ddp_params_and_buffers_to_ignore
         ['1.count']
     """
-    notice = "_ddp_params_and_buffers_to_ignore"  # DDP's own name
     inside = [(at, m) for at, m in module.named_modules() if isinstance(m, StepState)]
     own = {f"{at}.{name}" for at, m in inside for name, _ in m.named_buffers()}
-    before = vars(module).get(notice)
-    if own:
-        vars(module)[notice] = sorted(own.union(before or ()))
-
-    def undo() -> None:
-        if before is None:
-            vars(module).pop(notice, None)
-        else:
-            vars(module)[notice] = before
-
-    return undo
+    return set_ddp_ignored(module, sorted(own)) if own else lambda: None
 
 
 def refuse_lbfgs(optimizers: Iterable[torch.optim.Optimizer], stateful_losses: Sequence[str]) -> None:
@@ -77,21 +67,12 @@ def refuse_averages(callbacks: Iterable[Any], cure: str) -> None:
         ValueError: One of the callbacks has copied the module for its averages already.
     """
     for callback in callbacks:
-        if any(isinstance(value, AveragedModel) or _is_copy(value) for value in vars(callback).values()):
+        if any(
+            isinstance(value, AveragedModel) or is_copy_of_training_module(value) for value in vars(callback).values()
+        ):
             raise ValueError(
                 f"{type(callback).__name__} copied the module before all its losses' tensors were in it: {cure}"
             )
-
-
-def _is_copy(value: Any) -> bool:
-    """Whether it is a copy of the module that trains.
-
-    Lightning notes in its module which hook is running; a copy made in a hook keeps the note, but not the trainer.
-    """
-    if not isinstance(value, nn.Module):
-        return False
-    attributes = vars(value)
-    return attributes.get("_current_fx_name") is not None and attributes.get("_trainer") is None
 
 
 def refuse_unsynchronised(losses: Mapping[str, Term], strategy: Any, gather: bool) -> None:
@@ -146,14 +127,7 @@ def number_training_batches(trainer: pl.Trainer) -> Callable[[], None]:
 
     Returns the function that undoes it.
     """
-    source = trainer.fit_loop._data_source
-    plain = source.dataloader
-    vars(source)["dataloader"] = lambda: number_batches(plain())
-
-    def undo() -> None:
-        vars(source).pop("dataloader", None)
-
-    return undo
+    return wrap_train_dataloader(trainer, number_batches)
 
 
 def save_plain_hyperparameters(module: pl.LightningModule, frame: FrameType | None) -> None:
@@ -165,11 +139,7 @@ def save_plain_hyperparameters(module: pl.LightningModule, frame: FrameType | No
         module: The module.
         frame: Frame of its ``__init__``.
     """
-    given: dict[str, Any] = {}
-    if frame is not None and (_given_hyperparameters is None or _given_hyperparameters.get() is None):
-        # as save_hyperparameters would collect them
-        for arguments in collect_init_args(frame, [], classes=(pl.LightningModule,)):
-            given |= arguments
+    given = {} if frame is None or is_built_by_cli() else collect_arguments(frame, pl.LightningModule)
     ignore = ["teacher", *(name for name, value in given.items() if not _is_plain(value))]
     module.save_hyperparameters(ignore=ignore, frame=frame)
 

@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from lightning_rkd.functional import angle_tiles
 from lightning_rkd.functional._kernels import give_up, native
 from lightning_rkd.functional.derivatives import second_derivative_error
 from lightning_rkd.utils.distributed import Shard
+from lightning_rkd.utils.private import disable_compilation
 
 Reduction = Literal["official", "distinct"]
 """``"official"``: mean over all N^2 or N^3 entries, as in the authors' code; ``"distinct"``: over distinct tuples."""
@@ -214,7 +214,7 @@ def _call(*args: Any) -> Tensor:
 
 # Ranks that share the work communicate, which cannot be part of a compiled graph. torch.compiler.disable would do the
 # same, but imports the whole compiler at once.
-_call_uncompiled = _disable_dynamo(_call)
+_call_uncompiled = disable_compilation(_call)
 
 
 # The loss as one node of a compiled graph, so that the compiler does not trace its loops.

@@ -35,6 +35,7 @@ from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.weighting import LossSum, Weight, evaluate_weight
 from lightning_rkd.metrics.inputs import update_parameters
 from lightning_rkd.utils.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts
+from lightning_rkd.utils.private import load_dataloaders
 from lightning_rkd.utils.types import Batch, Key, Outputs, unpack
 
 
@@ -356,7 +357,7 @@ class DistillationModule(pl.LightningModule):
     def _prepare_training_data(self) -> None:
         if self.distiller.teacher_needs_indices:
             with isolate_rng(include_cuda=False):
-                self.distiller.prepare_data(self.trainer.fit_loop._data_source.dataloader(), self.unpack)
+                self.distiller.prepare_data(load_dataloaders(self.trainer), self.unpack)
 
     def _refuse_changed_batches(self) -> None:
         if self.batch_transform is not None:
@@ -373,7 +374,7 @@ class DistillationModule(pl.LightningModule):
             return
         unsized = [term for term in self.distiller.losses.values() if term.loss.missing_sizes]
         with isolate_rng(include_cuda=False):
-            loader = self.trainer.fit_loop._data_source.dataloader()
+            loader = load_dataloaders(self.trainer)
             batch = self._example(loader) if missing - {"num_samples"} else None
             try:
                 features = None if batch is None else self._run_once(batch)

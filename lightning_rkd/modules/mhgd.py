@@ -30,6 +30,7 @@ from lightning_rkd.losses.references import BibTeX
 from lightning_rkd.losses.weighting import evaluate_weight
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts, sum_over_ranks
+from lightning_rkd.utils.private import load_dataloaders
 from lightning_rkd.utils.types import Batch, Key, unpack
 
 
@@ -201,10 +202,8 @@ class AttentionGraphEstimator(pl.LightningModule):
     @torch.no_grad()
     def _run_once(self, stage: str) -> list[Tensor]:
         """The teacher's maps of two samples, before it is moved."""
-        trainer: Any = self.trainer
-        loops = {"fit": trainer.fit_loop, "validate": trainer.validate_loop, "test": trainer.test_loop}
         with isolate_rng(include_cuda=False):
-            batch = load_first_samples(loops[stage]._data_source.dataloader())
+            batch = load_first_samples(load_dataloaders(self.trainer, stage))
             if batch is None:
                 raise ValueError(
                     "AttentionGraphEstimator does not know the channels of the teacher's maps, and the loader is none "

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 from lightning_rkd.data.datasets.images import AugmentedSubset
@@ -21,6 +20,7 @@ from lightning_rkd.distillation.teachers import cache_format as files
 from lightning_rkd.distillation.teachers.cache_format import CacheError, CacheReader, DamagedError, Plan
 from lightning_rkd.distillation.teachers.teacher import Teacher
 from lightning_rkd.utils.distributed import Group, gather_objects, rank_and_size, run_on_all_ranks
+from lightning_rkd.utils.private import tree_leaves, tree_map
 from lightning_rkd.utils.types import Batch, unpack
 
 Dtype = Literal["float32", "float16"]

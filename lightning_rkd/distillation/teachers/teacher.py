@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_rkd.distillation.features import FeatureReader, Layer
 from lightning_rkd.distillation.teachers.base import BaseTeacher, TeacherOutput
 from lightning_rkd.distillation.teachers.weights import load_weights
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.utils.distributed import Group, gather_rows, rank_and_size, run_on_all_ranks
+from lightning_rkd.utils.private import get_slots, set_slots, tree_leaves, tree_map
 from lightning_rkd.utils.types import Batch, Outputs
 
 
@@ -180,7 +180,7 @@ class _Home:
         if not self.slots:
             self.tensors = [(p, p.data) for p in self.network.parameters()]
             # .to() replaces buffers
-            self.slots = [(m, dict(m._parameters), dict(m._buffers)) for m in self.network.modules()]
+            self.slots = [(m, *get_slots(m)) for m in self.network.modules()]
 
     def leave(self) -> None:
         self.teachers -= 1
@@ -192,8 +192,7 @@ class _Home:
         for tensor, data in self.tensors:
             tensor.data = data
         for module, parameters, buffers in self.slots:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
+            set_slots(module, parameters, buffers)
 
 
 _homes: dict[nn.Module, _Home] = {}  # of the networks that teach at the moment; several callbacks may share one
