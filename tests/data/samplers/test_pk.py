@@ -124,6 +124,16 @@ def test_a_restored_position_continues_the_epoch_and_only_that_one(stop: int) ->
     assert len(list(resumed)) == 11
 
 
+def test_a_position_saved_right_after_it_was_restored_is_the_same() -> None:
+    sampler, state = PKBatchSampler(LABELS, 4, 3, 2), {"epoch": 6, "first_batch": 4}
+    sampler.load_state_dict(state)
+    assert sampler.state_dict() == state
+    sampler.set_epoch(6)
+    assert sampler.state_dict() == state
+    sampler.set_epoch(7)
+    assert sampler.state_dict() == {"epoch": 7, "first_batch": 0}
+
+
 def test_its_sampler_is_itself_because_lightning_sets_the_epoch_there() -> None:
     from lightning.fabric.utilities.data import _set_sampler_epoch
 

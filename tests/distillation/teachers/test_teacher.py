@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from lightning_rkd.distillation.features import Tap
 from lightning_rkd.distillation.teachers import Teacher
+from lightning_rkd.distillation.teachers import teacher as teacher_module
 from lightning_rkd.utils.types import Batch
 from tests.harness import nets
 
@@ -149,3 +151,21 @@ def test_channels_last_it_shows_the_same_and_comes_back_as_it_was() -> None:
     assert network[2].weight.stride() == before
     with pytest.raises(ValueError, match="channels_last=True changes how the network is stored"):
         Teacher(network, move=False, channels_last=True)
+
+
+def test_ranks_whose_layers_are_swapped_hold_different_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks run one after another in this process; each compares itself with those before it."""
+    checksums: list[torch.Tensor] = []
+
+    def gather(x: torch.Tensor, group: Any = None) -> torch.Tensor:
+        checksums.append(x)
+        return torch.cat(checksums)
+
+    monkeypatch.setattr(teacher_module, "rank_and_size", lambda group=None: (len(checksums), 2))
+    monkeypatch.setattr(teacher_module, "gather_rows", gather)
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    for same in (network, copy.deepcopy(network)):
+        Teacher(same).check_same_on_ranks()
+    with pytest.raises(RuntimeError, match="the teacher's weights differ between ranks"):
+        Teacher(nn.Sequential(network[1], network[0])).check_same_on_ranks()
+    assert len(checksums) == 3
