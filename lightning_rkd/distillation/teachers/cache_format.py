@@ -84,14 +84,10 @@ def refuse_differences(found: Plan, wanted: Plan, path: Path) -> None:
 
 
 class CacheReader:
-    """Rows of a complete cache, read from memory-mapped shards.
+    """Rows of a complete cache, read from memory-mapped shards; its plan must have the ``wanted`` parts.
 
     The manifest is verified at once, a shard when its first row is read; after that only the pages of the requested
     rows are read.
-
-    Args:
-        folder: The folder of the cache.
-        wanted: Parts that its plan must have.
     """
 
     def __init__(self, folder: Path, wanted: Plan) -> None:
