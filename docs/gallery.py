@@ -143,6 +143,14 @@ def page() -> str:
         "the same on one device and on many. Optional needs stand in brackets. Weights are those published; what suits "
         "your data is found with `DistillationModule(balance=1.0)` or on a validation split.",
         "",
+        "A loss of another package is known to the command line by its short name, in recipes and `compare`, once that "
+        "package is installed with an entry point:",
+        "",
+        "```toml",
+        '[project.entry-points."lightning_rkd.losses"]',
+        'MeanGap = "my_package.losses:MeanGap"',
+        "```",
+        "",
         "| loss | reads | needs | unchanged by | published weight |",
         "|---|---|---|---|---|",
         *(row(name, cls) for name, cls in every.items()),

@@ -9,6 +9,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,11 @@ def import_public_classes() -> None:
     ):
         for name in package.__all__:
             getattr(package, name)
+    for loss in entry_points(group="lightning_rkd.losses"):
+        try:
+            loss.load()
+        except Exception as error:  # another package may raise anything
+            raise ImportError(
+                f"the loss {loss.name!r} of the installed package {loss.dist.name if loss.dist else '?'} cannot be "
+                f"imported: {error!r}; repair or uninstall that package"
+            ) from error

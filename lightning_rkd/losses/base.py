@@ -48,8 +48,8 @@ class RelationalLoss(Weighable, LazyModule):
 
     A loss with tensors of its own (projectors, banks) makes them in a method ``build``, whose parameters name the sizes
     that it must know: ``student_dim``, ``teacher_dim`` (columns of the embedding or the logits; for maps a tuple of
-    channels), ``num_classes``, ``num_samples`` (of the training set). Its ``__init__`` ends with :meth:`sized`, which
-    builds at once what is known; the rest waits for the first call, or for ``DistillationModule``, which knows all
+    channels), ``num_classes``, ``num_samples`` (of the training set). Its ``__init__`` ends with
+    :meth:`set_sizes`, which builds at once if all sizes are known; otherwise the first call does, or for ``DistillationModule``, which knows all
     sizes before optimizers are made. What is built stays in float32 (float64), whatever the precision of training.
 
     Raises:

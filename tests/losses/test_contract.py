@@ -330,7 +330,7 @@ def test_the_random_numbers_of_the_training_are_not_touched(cls):
 @every_class
 def test_the_docstring_of_a_published_loss_has_reference_and_example(cls):
     if cls.reference is None:
-        pytest.skip("a loss without a paper")
+        return
     doc = inspect.getdoc(cls) or ""
     assert "Reference:" in doc
     assert "Example:" in doc

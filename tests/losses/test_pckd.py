@@ -92,6 +92,14 @@ def test_easy_samples_weigh_one_and_hard_ones_less():
     )
 
 
+def test_the_threshold_of_hardness_is_the_growth_to_the_power_of_epochs_begun():
+    hardness = torch.tensor([1.1, 0.9], dtype=torch.float64)  # cross-entropies, of mean 1
+    logits = torch.stack([-hardness.expm1().log(), torch.zeros(2)], dim=1)
+    labels = torch.zeros(2, dtype=torch.int64)
+    for epoch, full in ((0, [False, True]), (1, [True, True])):  # 1.05 and 1.1025
+        assert (preview_weights(logits, labels, epoch=epoch, growth=1.05) == 1).tolist() == full
+
+
 def test_as_training_goes_on_samples_of_every_hardness_count_fully():
     logits, labels = torch.randn(20, 5), torch.randint(5, (20,))
     full = [int((preview_weights(logits, labels, epoch=epoch) == 1).sum()) for epoch in (0, 100, 200, 2000)]
