@@ -17,10 +17,10 @@ from lightning_rkd.losses.weighting import Weighable
 from lightning_rkd.utils.types import Outputs
 
 CONTEXT = frozenset({"labels", "indices", "view", "epoch", "mix", "shard"})
-"""What a loss may ask for, as keyword-only parameters of its ``forward``."""
+"""Names of the inputs that ``forward`` may take as keyword-only parameters."""
 
 INVARIANCES = frozenset({"translation", "rotation", "scale", "row scale", "row shift"})
-"""What may leave a loss unchanged, done to either side alone."""
+"""Changes of one network's outputs that may leave a loss unchanged."""
 
 
 class NonFiniteError(ValueError):
@@ -28,33 +28,36 @@ class NonFiniteError(ValueError):
 
 
 class RelationalLoss(Weighable, LazyModule):
-    r"""Base of all losses: compares what a student and a teacher show for the same N samples.
+    r"""Base of all losses: compares the outputs of a student and a teacher for the same N samples.
 
-    A subclass writes ``forward(self, student, teacher)`` as plain maths and may ask for more through keyword-only
-    parameters named ``labels`` ((N,) or soft (N, K)), ``indices`` (N,), ``view`` (N,), ``epoch`` (int), ``mix`` or
-    ``shard``. Calling the loss takes care of the rest: both sides are checked, brought to float32 (float64 stays),
-    the teacher is detached, and autocast is off.
+    A subclass implements ``forward(self, student, teacher)`` as plain maths. Further inputs are keyword-only parameters
+    of ``forward``: ``labels`` ((N,) or soft (N, K)), ``indices`` (N,), ``view`` (N,), ``epoch`` (int), ``mix`` and
+    ``shard``. A call checks the outputs of both networks, casts them to float32 (float64 stays), detaches the teacher
+    and disables autocast.
 
     Class attributes:
-        reads: The field of :class:`~lightning_rkd.utils.types.Outputs` that ``forward`` receives from both sides; or a
-            tuple of fields, and ``forward`` receives the two ``Outputs``.
+        reads: The field of :class:`~lightning_rkd.utils.types.Outputs` that ``forward`` receives of both networks; or a
+            tuple of fields, for which ``forward`` receives two ``Outputs``.
         gather: Whether the loss relates samples to one another. ``False`` marks a mean of per-sample terms,
             which the engine does not gather over ranks.
-        invariances: What leaves the value unchanged, done to student or teacher alone: ``"translation"`` (the same
-            vector added to all rows), ``"rotation"``, ``"scale"`` (all rows times a positive number), ``"row scale"``
-            (each row times one of its own), ``"row shift"`` (a constant of its own added to each row).
+        invariances: Changes of the student's or the teacher's outputs that leave the value unchanged:
+            ``"translation"`` (one vector added to all rows), ``"rotation"``, ``"scale"`` (all rows times a positive
+            number), ``"row scale"`` (each row times its own), ``"row shift"`` (a constant added to each row).
         reference: The paper of the method, its provenance, and the published weight and result, for the gallery;
             optional. ``bibtex`` is the entry of the paper.
 
-    A loss with tensors of its own (projectors, banks) makes them in a method ``build``, whose parameters name the sizes
-    that it must know: ``student_dim``, ``teacher_dim`` (columns of the embedding or the logits; for maps a tuple of
-    channels), ``num_classes``, ``num_samples`` (of the training set). Its ``__init__`` ends with
-    :meth:`set_sizes`, which builds at once if all sizes are known; otherwise the first call does, or for ``DistillationModule``, which knows all
-    sizes before optimizers are made. What is built stays in float32 (float64), whatever the precision of training.
+    Parameters and buffers of a loss (projections, memories) are made in a method ``build``, whose parameters name the
+    sizes they need: ``student_dim``, ``teacher_dim`` (columns of the embedding or the logits; for maps a tuple of
+    channels), ``num_classes``, ``num_samples`` (of the training set). ``__init__`` ends with :meth:`set_sizes`, which
+    builds if all sizes are known; otherwise ``DistillationModule`` does so before optimizers are made, or else the
+    first call. They stay in float32 (float64), whatever the precision of training.
+
+    Another package registers its losses by entry points of the group ``lightning_rkd.losses``; the command line then
+    knows them by their short names.
 
     Raises:
-        TypeError: Where a class asks for a name that does not exist, or a call passes one that was not asked for.
-        ValueError: Sides that do not fit (rank, batch size, device, empty), hold NaN or infinity, or give a loss that
+        TypeError: A class or a call that uses a name that does not exist.
+        ValueError: Outputs that do not fit (rank, batch size, device, empty), hold NaN or infinity, or give a loss that
             overflows (the last two on a CPU; on other devices the engine finds them without stopping the step).
 
     Example:
@@ -82,13 +85,13 @@ class RelationalLoss(Weighable, LazyModule):
         asked = {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
         if misplaced := CONTEXT & set(by_position) - set(asked):
             raise TypeError(
-                f"{cls.__name__}.forward takes {sorted(misplaced)} by position, but what a loss asks for stands behind "
-                f"a star: forward(self, student, teacher, *, {', '.join(sorted(misplaced))})"
+                f"{cls.__name__}.forward takes {sorted(misplaced)} by position, but such inputs are keyword-only "
+                f"parameters: forward(self, student, teacher, *, {', '.join(sorted(misplaced))})"
             )
         unknown = set(asked) - CONTEXT
         if unknown:
             raise TypeError(
-                f"{cls.__name__}.forward asks for {sorted(unknown)}, but a loss may only ask for {sorted(CONTEXT)}"
+                f"{cls.__name__}.forward takes {sorted(unknown)}, but a loss may only take {sorted(CONTEXT)}"
             )
         if not set(cls.invariances) <= INVARIANCES:
             raise TypeError(f"{cls.__name__}.invariances must be among {sorted(INVARIANCES)}, got {cls.invariances}")

@@ -73,7 +73,7 @@ def test_what_a_loss_needs_is_read_from_its_signature():
 
 
 def test_a_class_that_asks_for_an_unknown_name_is_refused_where_it_is_defined():
-    with pytest.raises(TypeError, match=r"Bad.forward asks for \['label'\].*'labels'"):
+    with pytest.raises(TypeError, match=r"Bad.forward takes \['label'\].*'labels'"):
 
         class Bad(RelationalLoss):
             def forward(self, student: Tensor, teacher: Tensor, *, label: Tensor) -> Tensor: ...
