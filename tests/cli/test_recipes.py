@@ -1,17 +1,13 @@
-"""Every recipe runs through the real command line, says what it is, and fits its neighbours; killed runs resume."""
+"""Every recipe runs through the real command line, says what it is, and fits its neighbours."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -267,43 +263,3 @@ def test_teachers_weights_come_from_the_teachers_run(tmp_path: Path) -> None:
     assert cli.main(["fit", "--config", "glyphs_teacher", *tiny("glyphs_teacher")]) == 0
     assert cli.main(["fit", "--config", "glyphs_rkd", *tiny("glyphs_rkd", weights=True)]) == 0
     assert (tmp_path / "runs" / "glyphs_rkd" / "last.ckpt").is_file()
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
-    """SIGKILL in the third epoch of shuffled, augmented letters with a teacher; then resume from last.ckpt."""
-    assert cli.main(["fit", "--config", "glyphs_teacher", *tiny("glyphs_teacher")]) == 0
-    options = [option for option in tiny("glyphs_rkd", weights=True) if "max_epochs" not in option]
-    options += ["--data.batches_per_epoch=6", "--trainer.max_epochs=5", "--trainer.limit_val_batches=0"]
-    fit = ["fit", "--config", "glyphs_rkd", *options]
-
-    def process(folder: str, *extra: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*PROGRAM, *fit, "--trainer.default_root_dir", folder, *extra])
-
-    slow = json.dumps({"class_path": "tests.cli.test_recipes.Slowly", "init_args": {"file": str(tmp_path / "epoch")}})
-    whole = process("whole")
-    killed = process("killed", f"--trainer.callbacks+={slow}")
-    while killed.poll() is None and not (tmp_path / "epoch").exists():
-        time.sleep(0.02)
-    os.kill(killed.pid, signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL, "it was still running"
-    left = torch.load("killed/last.ckpt", weights_only=True)
-    assert left["global_step"] == 12, "the second epoch was saved, the third was under way"
-    assert process("killed", "--ckpt_path", "killed/last.ckpt").wait() == 0
-    assert whole.wait() == 0
-    a, b = (torch.load(f"{folder}/last.ckpt", weights_only=True) for folder in ("whole", "killed"))
-    assert a["global_step"] == b["global_step"] == 30
-    assert a["state_dict"].keys() == b["state_dict"].keys()
-    assert all(torch.equal(a["state_dict"][key], b["state_dict"][key]) for key in a["state_dict"])
-
-
-class Slowly(pl.Callback):
-    """Says that the third epoch is under way, and then waits to be killed."""
-
-    def __init__(self, file: str) -> None:
-        self.file = Path(file)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        if trainer.global_step == 15:
-            self.file.touch()
-            time.sleep(60)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,18 +9,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
 import pytest
-import torch
 
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli.signals import PARENT, at_sigterm, ending_with_first_rank
-from tests.harness.processes import GLYPHS, end_of, start
-
-TWO = [*GLYPHS, "--data.batches_per_epoch=3", "--trainer.max_epochs=4", "--trainer.default_root_dir=run"]
-TWO += ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,34 +21,6 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-
-
-class Fails(pl.Callback):
-    """One rank fails in the third epoch."""
-
-    def __init__(self, how: str, rank: int) -> None:
-        self.how, self.rank = how, rank
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_rank != self.rank or trainer.global_step != 7:
-            return
-        if self.how == "NaN":
-            batch[0].fill_(torch.nan)
-        else:  # whatever the main thread is doing then: mostly, it waits for the other rank
-            threading.Timer(0.01, os.kill, (os.getpid(), getattr(signal, self.how))).start()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("how", "rank"), [("SIGTERM", 0), ("SIGKILL", 1), ("NaN", 1)])
-def test_when_one_rank_fails_all_end_and_the_last_checkpoint_is_whole(how: str, rank: int) -> None:
-    callback = {"class_path": "tests.cli.test_signals.Fails", "init_args": {"how": how, "rank": rank}}
-    fit = ["fit", "--config", "glyphs_student", *TWO, "--trainer.callbacks+", json.dumps(callback)]
-    code, output = end_of(start(*fit))
-    # Lightning kills the first rank when it finds another dead before the first has noticed
-    assert code in (143 if how == "SIGTERM" else 1, -signal.SIGKILL), output
-    if how == "NaN":
-        assert "train/task is NaN or infinite" in output
-    assert torch.load("run/last.ckpt", weights_only=True)["global_step"] == 6
 
 
 def test_a_rank_ends_after_the_process_that_started_it() -> None:
