@@ -83,6 +83,7 @@ def test_the_kernel_and_pytorch_give_the_same(monkeypatch, n, d, dtype):
     x = (torch.randn(n, d) + 3).to(dtype)
     x[n // 2] = x[0]
     pull = torch.randn(n, n, dtype=torch.float64)
+    pytest.importorskip("numba")
     assert native("distance_cpu")
     results = []
     for found in (native, lambda name: None):
