@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from lightning_rkd.distillation.features import Tap
 from lightning_rkd.distillation.lightning import refuse_lbfgs
@@ -22,10 +20,10 @@ from lightning_rkd.losses.references import BibTeX, Reference
 from lightning_rkd.losses.soft_target import soft_target
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.distributed import gather_rows, rank_and_size, row_counts
-from lightning_rkd.utils.types import Batch, Key, Outputs
+from lightning_rkd.utils.types import Outputs
 
 PARTS = ("classes", "triplet", "scores", "memory")
-"""The parts of the loss behind the cross-entropy, in the order of :meth:`RelationNets.forward`."""
+"""Terms of the loss besides the cross-entropy, in the order of :meth:`RelationNets.forward`."""
 
 
 def _separable(channels: int, out: int) -> nn.Sequential:
@@ -37,13 +35,13 @@ def _separable(channels: int, out: int) -> nn.Sequential:
 
 
 class RelationNet(nn.Module):
-    """How far two samples are from one another at one stage, between 0 and 1, and which classes they are of.
+    """Distance of two samples at one stage, between 0 and 1, and their classes.
 
-    Shapes: maps (N, 2C, H, W), two samples' maps beside one another -> score (N,), logits (N, K).
+    Shapes: maps (N, 2C, H, W), the concatenated maps of two samples -> score (N,), logits (N, K).
 
     Args:
-        widths: 2C of this stage and of every deeper one; a separable block of stride 2 leads from each to the next.
-        hidden: Width inside the score.
+        widths: 2C of this stage and of every deeper one; separable blocks of stride 2 connect them.
+        hidden: Hidden width of the score.
         num_classes: K.
 
     Example:
@@ -68,14 +66,14 @@ class RelationNet(nn.Module):
 
 
 class ClassMemory(StepState):
-    r"""The mean prediction for every class so far, :math:`m_c`, which begins as certainty of that class.
+    r"""Running mean of the predictions for every class, :math:`m_c`, initially one-hot.
 
     Args:
         num_classes: K.
 
     Attributes:
-        sums: (K, K), predictions summed up by class, upon the identity.
-        steps: How often :meth:`update` was called.
+        sums: (K, K), the identity plus the sum of predictions by class.
+        steps: Number of updates.
 
     Example:
         >>> memory = ClassMemory(2)
@@ -106,7 +104,7 @@ class ClassMemory(StepState):
 
 
 def triplets(labels: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """For every row another one of its class (itself where it is alone), and one of another class.
+    """Draw for every row another one of its class (or itself if there is none), and one of another class.
 
     Shapes: (N,) -> (N,), (N,), row numbers.
 
@@ -131,9 +129,9 @@ def triplets(labels: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 class RelationNets(RelationalLoss):
-    """All terms of :class:`CORSD` behind the cross-entropy; both sides are the one network.
+    """All terms of :class:`CORSD` besides the cross-entropy: the four :data:`PARTS`, weighted means over samples.
 
-    Gives a tensor of the four :data:`PARTS`, weighted, which are means over samples.
+    Student and teacher are the same network.
     """
 
     reads = ("feature_maps", "logits")
@@ -186,23 +184,23 @@ class RelationNets(RelationalLoss):
             torch.stack(classes).sum(),
             w["triplet"] * torch.stack(triplet).sum(),
             w["scores"] * torch.stack(scores).sum(),
-            w["memory"] * self._judged(student.logits, labels, random),
+            w["memory"] * self._compare_with_memory(student.logits, labels, random),
         ]
         return torch.stack(parts)
 
-    def _judged(self, logits: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
-        """The distance to the memory of the own class, less that to another class."""
+    def _compare_with_memory(self, logits: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
+        """Distance to the memory of the own class minus that of another class."""
         probabilities, means = logits.softmax(1), self.memory.means()
         count = logits.shape[1]
         other = torch.randint(1, count, labels.shape, generator=random, device=labels.device)
         pairs = [torch.cat([probabilities, means[c]], dim=1) for c in (labels, (labels + other) % count)]
-        own, wrong = self.judge(torch.cat(pairs)).chunk(2)  # in one pass: batch norm would take the difference away
+        own, wrong = self.judge(torch.cat(pairs)).chunk(2)  # in one pass: batch norm would remove the difference
         gap: Tensor = (own - wrong).mean()
         return gap
 
 
 class CORSD(DistillationModule):
-    r"""Self-distillation: relation nets on every stage, the deepest of which teaches the others; no teacher.
+    r"""Self-distillation without a teacher: relation nets on every stage, the deepest of which teaches the others.
 
     .. math::
         L = \mathrm{CE}(z, y) + \sum_k \big[&.16\, \mathrm{KL}(\bar{a}^p_0 \Vert a^p_k) + .04\, \mathrm{CE}(a^p_k, y) +
@@ -210,29 +208,29 @@ class CORSD(DistillationModule):
         & + .01 \max(p_k - n_k + 1, 0) + .01\, (p_k - \bar{p}_0)^2 + .01\, (n_k - \bar{n}_0)^2 \big] \\
         & + 1.29\, \big[R(\sigma(z), m_y) - R(\sigma(z), m_{y'})\big]
 
-    averaged over the samples of the batch. For each of them, p and n are what relation net k makes of its maps beside
-    those of a row of its class, or of another class: a distance in (0, 1), and logits a of an auxiliary classifier.
-    Stage 0 is the deepest; a bar marks a constant. R is a small net on a prediction and the mean prediction
-    :math:`m` for a class so far; :math:`y'` is some other class.
+    averaged over the samples of the batch. For each sample, p and n are the distances in (0, 1) that relation net k
+    assigns to its maps and those of a row of its class, or of another class; a are the logits of an auxiliary
+    classifier. Stage 0 is the deepest; a bar marks a constant. R is a small net on a prediction and the mean prediction
+    :math:`m` for a class; :math:`y'` is some other class.
 
     Certainty: a reconstruction. The authors' code fixes nets, terms and weights, but does not run; the paper was not
-    at hand. Made good here: the divergences are those of probabilities (there, ``kl_div`` of raw logits); the deepest
-    stage is constant where it teaches; the halved labels are not softened by a second softmax; R sees the batch at
-    once, since its batch norm cannot work on single rows; the memory, there a sum that grows without bound though its
-    name says moving average, is divided by its count; the last term is a mean, whose weight is the authors' 0.01 times
-    the 129 rows of their batch. Departures: triplets are formed inside the batch, every row being an anchor once, where
-    the authors load each triplet's images; the memory is renewed after the step's loss; weights start as PyTorch's do.
+    available. Corrected here: the divergences are of probabilities (there, ``kl_div`` of raw logits); the deepest stage
+    is constant where it teaches; the halved labels pass no second softmax; R gets the whole batch, since its batch norm
+    cannot work on single rows; the memory, there a sum that grows without bound though its name says moving average, is
+    divided by its count; the last term is a mean, whose weight is the authors' 0.01 times the 129 rows of their batch.
+    Departures: triplets are formed inside the batch, with every row as an anchor once, where the authors load each
+    triplet's images; the memory is updated after the step's loss; weights have PyTorch's initialization.
 
-    Logged: ``train/cross_entropy``, and ``distill/classes`` (the auxiliary classifiers), ``distill/triplet``,
-    ``distill/scores``, ``distill/memory``; ``train/task`` is their sum.
+    Logged: ``train/cross_entropy``, ``distill/classes`` (the auxiliary classifiers), ``distill/triplet``,
+    ``distill/scores`` and ``distill/memory``; ``train/task`` is their sum.
 
     Args:
         student: A classifier, whose output is the logits.
-        stages: Dotted paths of its stages, shallow to deep, two at least, which give maps.
+        stages: Dotted paths of at least two stages, shallow to deep, which output maps.
         channels: Channels of those maps.
         num_classes: K.
-        student_logits: Dotted path of the layer that gives the logits; ``None`` is the output. Name the last Linear
-            where the metrics need embeddings, which are that layer's input.
+        student_logits: Dotted path of the layer that outputs the logits; ``None`` is the output. Name the last Linear
+            if metrics need embeddings, which are that layer's input.
         positive_kd: The .16 of the equation.
         positive_ce: The first .04.
         negative_kd: The second .04.
@@ -242,19 +240,13 @@ class CORSD(DistillationModule):
         memory: The 1.29.
         margin: The 1 inside the maximum.
         temperature: T.
-        seed: Of triplets and other classes.
-        metrics: As for :class:`~lightning_rkd.DistillationModule`, and so are the following.
-        optimizer: From parameters to optimizer.
-        lr_scheduler: From optimizer to scheduler.
-        lr_interval: ``"epoch"`` or ``"step"``.
-        batch_transform: From ``Batch`` to ``Batch``, in training; labels must stay classes.
-        inputs: Key of the inputs in the batch.
-        labels: Key of the labels.
-        indices: Key of the sample indices.
+        seed: Seed of triplets and other classes.
+        kwargs: Arguments of :class:`~lightning_rkd.DistillationModule` for metrics, optimization and batches; labels
+            must stay classes.
 
     Raises:
         ValueError: Fewer than two stages, channels that do not fit, soft labels, a batch of one class (CPU), or LBFGS,
-            which would renew the memory at every evaluation.
+            which would update the memory at every evaluation.
 
     Reference:
         Yu, Tan, Wu, Dong, Zhang and Ma 2023, CORSD: Class-Oriented Relational Self Distillation, arXiv:2305.00918.
@@ -294,14 +286,7 @@ class CORSD(DistillationModule):
         margin: float = 1.0,
         temperature: float = 3.0,
         seed: int = 0,
-        metrics: dict[str, Metric] | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
-        batch_transform: Callable[[Batch], Batch] | None = None,
-        inputs: Key | list[str] | None = None,
-        labels: Key | None = None,
-        indices: Key | None = None,
+        **kwargs: Any,
     ) -> None:
         if len(stages) < 2 or len(stages) != len(channels):
             raise ValueError(
@@ -314,19 +299,10 @@ class CORSD(DistillationModule):
         final: Any = Tap("", at="output") if student_logits is None else student_logits
         layers: dict[str, Any] = {"embedding": final, "feature_maps": [Tap(stage, at="output") for stage in stages]}
         super().__init__(
-            student,
-            task_loss=nn.CrossEntropyLoss(),
-            task_reads="logits",
-            metrics=metrics,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            lr_interval=lr_interval,
-            batch_transform=batch_transform,
-            student_layer=layers,
-            inputs=inputs,
-            labels=labels,
-            indices=indices,
-        )
+            student=student, teacher=None, loss=None, student_layer=layers, teacher_layer=None, input_layer=None,
+            task_loss=nn.CrossEntropyLoss(), task_reads="logits", miner=None, weight=1.0, task_weight=1.0,
+            gather=True, balance=None, log_gradients=False, **kwargs,
+        )  # fmt: skip
         weights = {
             "positive_kd": positive_kd, "positive_ce": positive_ce, "negative_kd": negative_kd,
             "negative_ce": negative_ce, "triplet": triplet, "scores": scores, "memory": memory,
@@ -340,7 +316,7 @@ class CORSD(DistillationModule):
         refuse_lbfgs(self.trainer.optimizers, ["CORSD"])
 
     def task(self, features: StepFeatures, output: Any) -> Tensor:
-        """All parts of the equation."""
+        """Compute all terms of the equation."""
         logits = features.student["embedding"].logits
         assert logits is not None
         hard, labels = super().task(features, logits), features.batch.labels

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from lightning_rkd.distillation.features import Tap, find_layer
 from lightning_rkd.distillation.step import StepFeatures
@@ -18,7 +16,6 @@ from lightning_rkd.losses.parts.checks import check_positive
 from lightning_rkd.losses.references import BibTeX, Reference
 from lightning_rkd.losses.soft_target import soft_target
 from lightning_rkd.modules.distillation import DistillationModule
-from lightning_rkd.utils.types import Batch, Key
 
 
 class Branches(nn.Module):
@@ -26,7 +23,7 @@ class Branches(nn.Module):
 
     Args:
         branches: The classifiers, each (N, K).
-        trunk: What they share; ``None`` feeds all of them the input.
+        trunk: Shared layers before them; ``None`` for none.
 
     Example:
         >>> net = Branches([nn.Linear(3, 2), nn.Linear(3, 2)], trunk=nn.ReLU())
@@ -54,13 +51,13 @@ class Branches(nn.Module):
 
 
 def branch_losses(logits: Tensor, labels: Tensor, *, temperature: float = 3.0) -> Tensor:
-    r"""What branches learn from the labels and from their ensemble; :class:`OnlineBranches` has the equation.
+    r"""Cross-entropies and soft targets of :class:`OnlineBranches`.
 
     Shapes: logits (N, K, B), labels (N,) or soft labels (N, K) -> (2,): the sum over branches of the cross-entropies,
     and of the soft targets.
 
     Args:
-        logits: Of the B branches.
+        logits: Logits of the B branches.
         labels: Classes.
         temperature: T.
 
@@ -76,12 +73,12 @@ def branch_losses(logits: Tensor, labels: Tensor, *, temperature: float = 3.0) -
 
 
 def classifier_overlap(weights: Sequence[Tensor]) -> Tensor:
-    r"""How much classifiers look at the same directions: :math:`\sum_{i<j} \lVert W_i^\top W_j \rVert_F`.
+    r"""Overlap of the directions of classifiers, :math:`\sum_{i<j} \lVert W_i^\top W_j \rVert_F`.
 
     Shapes: each (K, D_i) -> scalar.
 
     Args:
-        weights: Of the classifiers, which know the same K classes.
+        weights: Weights of the classifiers of the same K classes.
 
     Example:
         >>> classifier_overlap([torch.eye(2), torch.eye(2), torch.zeros(2, 3)])
@@ -92,7 +89,7 @@ def classifier_overlap(weights: Sequence[Tensor]) -> Tensor:
 
 
 class OnlineBranches(DistillationModule):
-    r"""Trains several classifiers together: each learns from the labels and from the ensemble of all; no teacher.
+    r"""Trains several classifiers together without a teacher: each learns from the labels and from the ensemble.
 
     .. math::
         L = \sum_b \mathrm{CE}(z_b, y) + \frac{T^2}{N} \sum_b \sum_n
@@ -100,36 +97,28 @@ class OnlineBranches(DistillationModule):
         \delta \sum_{i<j} \lVert W_i^\top W_j \rVert_F, \qquad \bar{z} = \frac{1}{B} \sum_b z_b
 
     z are the logits of the B branches, :math:`\bar{z}`, a constant here, those of their ensemble, and :math:`W_b` (K,
-    D_b) the weights of a branch's classifier, which the last term keeps diverse.
+    D_b) the weights of a branch's classifier, which the last term keeps diverse. ``forward`` is the ensemble;
+    ``module.student.single(0)`` is one small network.
 
     This is not the whole method of the paper. Its Feature Fusion Module, which weighs the branches by attention over
-    their last maps, could not be recovered: neither the paper's text nor its authors' code were at hand. The ensemble
+    their last maps, could not be recovered: neither the paper's text nor its authors' code were available. The ensemble
     is the plain mean of logits instead, and no parity with the paper is claimed.
 
-    Certainty: cross-entropies, soft targets, T and :math:`\delta` were read in third-party code that compares methods.
-    That code cuts the gradient of the last term, which then does nothing, lets the ensemble learn from the branches,
-    and divides the divergence by K as well; here none of that.
+    Certainty: cross-entropies, soft targets, T and :math:`\delta` are from third-party code that compares methods.
+    Departures from it: there the last term has no gradient and so no effect, the ensemble learns from the branches, and
+    the divergence is divided by K as well.
 
-    Logged: ``train/cross_entropy``, ``distill/ensemble`` and ``distill/diversity``, the three parts;
-    ``train/task`` is their sum.
+    Logged: ``train/cross_entropy``, ``distill/ensemble`` and ``distill/diversity``, the three terms; ``train/task`` is
+    their sum.
 
     Args:
-        branches: Two classifiers or more, each (N, K), of different random weights.
-        trunk: What they share; ``None`` feeds all of them the input.
+        branches: At least two classifiers, each (N, K), with different random weights.
+        trunk: Shared layers before them; ``None`` for none.
         classifier: Dotted path, inside a branch, of its Linear classifier; ``None`` takes a branch's last Linear.
         temperature: T.
         diversity: :math:`\delta`.
-        metrics: As for :class:`~lightning_rkd.DistillationModule`, and so are the following. They see the mean
-            of the logits.
-        optimizer: From parameters to optimizer.
-        lr_scheduler: From optimizer to scheduler.
-        lr_interval: ``"epoch"`` or ``"step"``.
-        batch_transform: From ``Batch`` to ``Batch``, in training.
-        inputs: Key of the inputs in the batch.
-        labels: Key of the labels.
-        indices: Key of the sample indices.
-
-    ``forward`` is the ensemble; ``module.student.single(0)`` is one small network.
+        kwargs: Arguments of :class:`~lightning_rkd.DistillationModule` for metrics (of the mean of the logits),
+            optimization and batches.
 
     Raises:
         ValueError: Fewer than two branches, a branch without a Linear, a setting out of range, or logits of different
@@ -165,14 +154,7 @@ class OnlineBranches(DistillationModule):
         classifier: str | None = None,
         temperature: float = 3.0,
         diversity: float = 5e-8,
-        metrics: dict[str, Metric] | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
-        batch_transform: Callable[[Batch], Batch] | None = None,
-        inputs: Key | list[str] | None = None,
-        labels: Key | None = None,
-        indices: Key | None = None,
+        **kwargs: Any,
     ) -> None:
         if len(branches) < 2:
             raise ValueError(f"OnlineBranches needs at least two branches that teach one another, got {len(branches)}")
@@ -186,26 +168,17 @@ class OnlineBranches(DistillationModule):
             "branches": [Tap(f"branches.{number}", at="output") for number in range(len(branches))],
         }
         super().__init__(
-            Branches(branches, trunk),
-            task_loss=_BranchLosses(temperature),
-            task_reads="logits",
-            metrics=metrics,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            lr_interval=lr_interval,
-            batch_transform=batch_transform,
-            student_layer=layers,
-            inputs=inputs,
-            labels=labels,
-            indices=indices,
-        )
+            student=Branches(branches, trunk), teacher=None, loss=None, student_layer=layers, teacher_layer=None,
+            input_layer=None, task_loss=_BranchLosses(temperature), task_reads="logits", miner=None, weight=1.0,
+            task_weight=1.0, gather=True, balance=None, log_gradients=False, **kwargs,
+        )  # fmt: skip
         self.diversity = diversity
         self._classifiers = [classifier or _last_linear(branch) for branch in branches]
         for branch in range(len(branches)):
             self._classifier(branch)
 
     def task(self, features: StepFeatures, output: Any) -> Tensor:
-        """All three parts of the equation."""
+        """Compute all three terms of the equation."""
         logits = features.student["branches"].feature_maps
         assert logits is not None
         hard, soft = super().task(features, torch.stack(logits, dim=2))
@@ -236,5 +209,5 @@ class _BranchLosses(nn.Module):
 
 
 def _last_linear(branch: nn.Module) -> str:
-    """The dotted path of a branch's last Linear; of the branch itself where there is none."""
+    """Dotted path of a branch's last Linear; empty if there is none."""
     return next((name for name, m in reversed([*branch.named_modules()]) if isinstance(m, nn.Linear)), "")

@@ -1,4 +1,4 @@
-"""The two stages of MHGD: learn the teacher's attention graph, then train a student with clipped gradients."""
+"""The two stages of MHGD: the teacher's attention graph, then a student trained with clipped gradients."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from lightning_rkd.utils.types import Batch, Key, unpack
 
 
 def official_sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    r"""SGD as the authors train the attention graph: Nesterov momentum 0.9, rate 0.1.
+    r"""The authors' optimizer for the attention graph: SGD with Nesterov momentum 0.9, rate 0.1, weight decay 1e-3.
 
-    Their loss holds :math:`5 \cdot 10^{-4} \sum \lVert w \rVert^2` over all weights, biases and norms, without a half:
-    its gradient is that of a weight decay of :math:`10^{-3}`.
+    Their loss contains :math:`5 \cdot 10^{-4} \sum \lVert w \rVert^2` over all weights, biases and norms, without a
+    factor 1/2, which is a weight decay of :math:`10^{-3}`.
 
     Example:
         >>> official_sgd([torch.zeros(1)]).defaults["weight_decay"]
@@ -48,7 +48,7 @@ def official_sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 
 class AttentionGraphEstimator(pl.LightningModule):
-    r"""Stage 1 of MHGD: learns, from the teacher alone and without labels, the graphs that stage 2 transfers.
+    r"""Stage 1 of MHGD: learns the graphs that stage 2 transfers, from the teacher alone and without labels.
 
     .. math:: L = \sum_{\text{pairs}} \frac{1}{N} \sum_i \big(1 - \langle \hat V_{B,i}, V_{B,i} \rangle\big)
 
@@ -57,20 +57,20 @@ class AttentionGraphEstimator(pl.LightningModule):
     (:class:`~lightning_rkd.losses.parts.attention_graph.AttentionGraph`). The graphs relate the samples of all ranks.
 
     Logged: ``train/loss`` per step; ``val/cosine_error`` and ``test/cosine_error``, the mean over pairs of the same
-    error, in evaluation mode, each batch by itself. Checkpoints hold tensors and plain values only, and no teacher;
+    error, in evaluation mode, per batch. Checkpoints hold tensors and plain values only, and no teacher;
     :class:`~lightning_rkd.losses.mhgd.MHGD` reads them.
 
     Args:
         teacher: A network, or a :class:`~lightning_rkd.Teacher`; needed to train and to evaluate.
-        teacher_layer: A list of at least two layers that show the maps of consecutive stages, front to back.
-        channels: Channels of those maps; ``None`` asks the teacher when training begins.
+        teacher_layer: A list of at least two layers that output the maps of consecutive stages, front to back.
+        channels: Channels of those maps; ``None`` runs the teacher on two samples to find them.
         heads: Graphs per pair of stages.
-        seed: Of the noise that drops heads.
-        optimizer: From parameters to optimizer; the default is the authors', which run it for 40 epochs.
+        seed: Seed of the noise that drops heads.
+        optimizer: From parameters to optimizer; the default is the authors', who train for 40 epochs.
         inputs: Key of the inputs in the batch; needed where the batch is a mapping.
 
     Raises:
-        ValueError: No teacher, or one that shows fewer than two maps; a training batch of one sample.
+        ValueError: No teacher, or fewer than two maps; a training batch of one sample.
 
     Reference:
         Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.
@@ -104,7 +104,7 @@ class AttentionGraphEstimator(pl.LightningModule):
         self.graph: AttentionGraph | None = None if channels is None else AttentionGraph(channels, heads, seed)
 
     def forward(self, vectors: list[Tensor]) -> list[Tensor]:
-        """The estimates of all stages' vectors but the first's."""
+        """Estimate the vectors of all stages but the first."""
         assert self.graph is not None
         estimates: list[Tensor] = self.graph(vectors)
         return estimates
@@ -114,11 +114,11 @@ class AttentionGraphEstimator(pl.LightningModule):
         return unpack(batch, inputs=self.inputs)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer over the graph's parameters."""
+        """Create the optimizer of the graph's parameters."""
         return self._optimizer(self.parameters())
 
     def setup(self, stage: str) -> None:
-        """Hook the teacher, whose weights file is read now if it has one, and make the graph."""
+        """Register the teacher's hooks, load its weights file if it has one, and create the graph."""
         if self.teacher is None:
             raise ValueError("AttentionGraphEstimator learns from a teacher: pass teacher=... and teacher_layer=[...]")
         restore_after_exceptions(self.trainer)
@@ -136,29 +136,22 @@ class AttentionGraphEstimator(pl.LightningModule):
             self.teacher.detach()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the graph that was saved, where its channels are not known yet."""
+        """Create the saved graph if its channels are not known yet."""
         if self.graph is None:
             channels, heads = attention_sizes(load_attention(checkpoint["state_dict"]))
             self.graph = AttentionGraph(channels, heads, self.seed)
 
     def on_fit_start(self) -> None:
-        """Move the teacher to where the graph is."""
-        self._prepare()
+        """Move the teacher to the graph's device."""
+        assert self.teacher is not None
+        if self.teacher.to(self.device, self.trainer.precision_plugin.convert_module):
+            self.teacher.check_same_on_ranks(data_parallel_group(self.trainer.strategy))
 
-    def on_train_start(self) -> None:
-        """Move the teacher, where Lightning's learning rate finder trains before ``on_fit_start``."""
-        self._prepare()
-
-    def on_validation_start(self) -> None:
-        """Move the teacher, where no fit did."""
-        self._prepare()
-
-    def on_test_start(self) -> None:
-        """Move the teacher."""
-        self._prepare()
+    on_train_start = on_fit_start  # Lightning's learning rate finder trains before on_fit_start
+    on_validation_start = on_test_start = on_fit_start
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The sum of the estimates' cosine errors."""
+        """Compute the sum of the estimates' cosine errors."""
         group = data_parallel_group(self.trainer.strategy)
         own = self._vectors(batch)
         counts = row_counts(len(own[0]), own[0].device, group)
@@ -201,20 +194,15 @@ class AttentionGraphEstimator(pl.LightningModule):
 
     @torch.no_grad()
     def _run_once(self, stage: str) -> list[Tensor]:
-        """The teacher's maps of two samples, before it is moved."""
+        """Maps of two samples, before the teacher is moved."""
         with isolate_rng(include_cuda=False):
             batch = load_first_samples(load_dataloaders(self.trainer, stage))
             if batch is None:
                 raise ValueError(
-                    "AttentionGraphEstimator does not know the channels of the teacher's maps, and the loader is none "
-                    "that could be asked for two samples: pass channels=[...]"
+                    "AttentionGraphEstimator does not know the channels of the teacher's maps, and the data set is not "
+                    "map-style: pass channels=[...]"
                 )
             return [flatten_positions(m, who="MHGD") for m in self._maps(batch)]
-
-    def _prepare(self) -> None:
-        assert self.teacher is not None
-        if self.teacher.to(self.device, self.trainer.precision_plugin.convert_module):
-            self.teacher.check_same_on_ranks(data_parallel_group(self.trainer.strategy))
 
 
 class MHGDModule(DistillationModule):
@@ -224,24 +212,22 @@ class MHGDModule(DistillationModule):
         g = g_{task} + g_{dist} \min\!\Big(1,\; \frac{\lVert g_{task} \rVert\, \varsigma(e)}{\lVert g_{dist}
         \rVert}\Big), \qquad \varsigma(e) = \frac{1}{1 + \exp(-e)}
 
-    with e the epoch, counted from 0: the distillation gradient of a weight is at most half as long as the task's there
-    in the first epoch, and as long as it later on; where the task does not reach, it is zero. The optimizer's weight
-    decay takes no part in it. Parameters of the loss itself (adapters between different channels) are clipped at the
-    mean norm of the task's gradients instead. Over ranks both gradients are those of the whole batch before one is
-    clipped by the other.
+    with e the epoch, counted from 0: the norm of a weight's distillation gradient is at most half of the task's in the
+    first epoch, and equal to it later; where the task has no gradient, it is zero. The optimizer's weight decay is not
+    part of the norms. Parameters of the loss (adapters between different channels) are clipped at the mean norm of the
+    task's gradients instead. Over ranks both gradients are those of the whole batch.
 
     The authors' poster divides by :math:`1 + \exp(-\tau)`, :math:`\tau = \max(1, \lVert g_{task} \rVert / \lVert
-    g_{dist} \rVert)`, instead; this is their code. They clip other transfer losses likewise, and so does this module
-    any relational loss. With a fixed weight in place of the clipping, train :class:`~lightning_rkd.losses.mhgd.MHGD` in
-    a ``DistillationModule``.
+    g_{dist} \rVert)`, instead; this is their code. Any relational loss can be clipped. For a fixed weight instead of
+    clipping, train :class:`~lightning_rkd.losses.mhgd.MHGD` in a ``DistillationModule``.
 
-    Optimisation is manual, so the trainer clips and accumulates no gradients; schedulers step as in
+    Optimisation is manual, so the trainer neither clips nor accumulates gradients; schedulers step as in
     ``DistillationModule``. It runs on one device or under DDP, in any precision.
 
-    Arguments are those of :class:`~lightning_rkd.DistillationModule`; ``loss`` and ``task_loss`` are needed, and
-    ``balance`` has no place here; ``log_gradients`` shows the terms' gradients as they are before they are clipped. The
-    authors train for 100 epochs of batches of 128 with SGD, Nesterov momentum 0.9, weight decay 5e-4, and a rate of 0.1
-    that falls to a tenth after 30, 60 and 80 epochs.
+    Arguments are those of :class:`~lightning_rkd.DistillationModule`; ``loss`` and ``task_loss`` are required,
+    ``balance`` is refused, and ``log_gradients`` logs the terms' gradients before clipping. The authors train for 100
+    epochs of batches of 128 with SGD, Nesterov momentum 0.9, weight decay 5e-4, and a rate of 0.1 that falls to a tenth
+    after 30, 60 and 80 epochs.
 
     Raises:
         ValueError: No loss or no task loss, ``balance``, or a strategy that shards parameters.
@@ -264,13 +250,13 @@ class MHGDModule(DistillationModule):
         source="sseung0703/KD_methods_with_TF, nets/Relation.py, nets/SVP.py and, for the clipping, op_util.py",
     )
 
-    @property  # type: ignore[misc] # nobody sets it
+    @property  # type: ignore[misc] # read-only here
     def automatic_optimization(self) -> bool:
-        """``False``: two gradients are taken and joined by hand."""
+        """``False``: the step combines two gradients."""
         return False
 
     def setup(self, stage: str) -> None:
-        """Check what clipping needs, and hook the networks."""
+        """Check the arguments and the strategy, and register hooks."""
         if stage == "fit":
             if self.loss is None or self.task_loss is None:
                 raise ValueError(
@@ -287,14 +273,14 @@ class MHGDModule(DistillationModule):
         super().setup(stage)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and the scheduler without what Lightning does not heed in manual optimisation."""
+        """Create the optimizer, and the scheduler without the settings that manual optimisation ignores."""
         configured = super().configure_optimizers()
         if isinstance(configured, dict):
             configured["lr_scheduler"] = configured["lr_scheduler"]["scheduler"]
         return configured
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One step of the optimizer; returns the sum of task loss and relational terms, for the record."""
+        """Step the optimizer and return the sum of task loss and relational terms."""
         features, output, terms = self.forward_both(batch)
         task = self.task(features, output)
         weighted = evaluate_weight(self.task_weight, self.current_epoch) * task
@@ -354,9 +340,8 @@ def clip_to_task(
     Args:
         parameters: Parameters that hold the task's gradient in ``grad``.
         pulls: Their distillation gradients.
-        part: What part of the task gradient's norm the distillation gradient may have.
-        own: ``id`` of parameters that the task does not reach, which are clipped at the same part of the mean norm of
-            the others.
+        part: Largest ratio of the two norms.
+        own: ``id`` of parameters without a task gradient, clipped at this part of the mean norm of the others.
 
     Example:
         >>> weight = torch.zeros(2, requires_grad=True)
@@ -382,7 +367,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _mean_over_ranks(tensors: list[Tensor], group: Any) -> list[Tensor]:
-    """In one collective operation; an ``autograd.grad`` is not synchronised by DDP."""
+    """Average in one collective operation, as DDP does not synchronise ``autograd.grad``."""
     ranks = rank_and_size(group)[1]
     if ranks == 1:
         return tensors

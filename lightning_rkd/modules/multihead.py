@@ -1,15 +1,12 @@
-"""Multi-head Knowledge Distillation (Wang, Lohit, Jones and Fu 2020): classifiers on middle layers teach as well."""
+"""Multi-head Knowledge Distillation (Wang, Lohit, Jones and Fu 2020): classifiers on middle layers teach too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from lightning_rkd.distillation.features import Tap
 from lightning_rkd.distillation.teachers import Teacher
@@ -18,11 +15,11 @@ from lightning_rkd.losses.parts.checks import check_logits, check_positive
 from lightning_rkd.losses.references import BibTeX, Reference
 from lightning_rkd.losses.soft_target import soft_target
 from lightning_rkd.modules.distillation import DistillationModule
-from lightning_rkd.utils.types import Batch, Key, Outputs
+from lightning_rkd.utils.types import Outputs
 
 
 def soft_and_hard(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float, alpha: float) -> Tensor:
-    r"""Soft targets and labels mixed, :math:`\alpha T^2 \mathrm{KL} + (1 - \alpha) \mathrm{CE}`.
+    r"""Weighted sum of soft targets and cross-entropy, :math:`\alpha T^2 \mathrm{KL} + (1 - \alpha) \mathrm{CE}`.
 
     Shapes: (N, K), (N, K), labels (N,) or soft labels (N, K) -> scalar.
 
@@ -36,15 +33,15 @@ def soft_and_hard(student: Tensor, teacher: Tensor, labels: Tensor, *, temperatu
 
 
 class MiddleHead(nn.Sequential):
-    """A classifier for maps: two 3 x 3 convolutions with batch norm and ReLU, mean pooling, two linear layers.
+    """Classifier on feature maps: two 3 x 3 convolutions with batch norm and ReLU, mean pooling, two linear layers.
 
     Shapes: (N, C, H, W) -> (N, K).
 
     Args:
         channels: C.
         num_classes: K.
-        width: Channels inside.
-        padding: Of the first convolution; the second is never padded.
+        width: Hidden channels.
+        padding: Padding of the first convolution; the second has none.
 
     Example:
         >>> MiddleHead(8, 5, width=16)(torch.ones(2, 8, 7, 7)).shape
@@ -71,7 +68,7 @@ class MiddleHead(nn.Sequential):
         """The logits.
 
         Raises:
-            ValueError: Something that is no map, or a map too small for the convolutions.
+            ValueError: Features that are no maps, or maps too small for the convolutions.
         """
         if maps.ndim != 4 or min(maps.shape[2:]) < self.smallest:
             raise ValueError(
@@ -91,43 +88,34 @@ class MultiHeadDistillation(DistillationModule):
         D(a, b) &= \alpha\, T^2\, \mathrm{KL}\big(\sigma(b / T) \,\Vert\, \sigma(a / T)\big) +
         (1 - \alpha)\, \mathrm{CE}(a, y)
 
-    z are the logits of the networks, :math:`z_h` those of head h (a :class:`MiddleHead`) on the h-th middle layer named
-    for either network. The teacher is frozen; its heads learn from the labels while the student's learn from them. All
-    heads are trained and saved with the student, and are not part of what is deployed: ``forward`` is the student's.
+    z are the logits of the networks, :math:`z_h` those of head h, a :class:`MiddleHead` on the h-th middle layer of
+    either network. The teacher is frozen; its heads learn from the labels, and the student's heads from them. All heads
+    are trained and saved with the student but not deployed: ``forward`` is the student's.
 
-    Certainty: the equation, the heads and the defaults were read in third-party code; of the paper itself, the
-    abstract, which they agree with.
+    Certainty: the equation, the heads and the defaults are from third-party code, and agree with the paper's abstract.
 
-    Departure: that code lets the student's term train the teacher's heads too; here they are its constant targets and
-    learn from the labels alone.
+    Departure: in that code the student's term trains the teacher's heads too; here they are constant targets.
 
-    Logged: ``distill/final`` and ``distill/heads``, the two parts of the equation.
+    Logged: ``distill/final`` and ``distill/heads``, the two terms of the equation.
 
     Args:
         student: A classifier.
-        teacher: A classifier of the same classes; needed to fit only.
-        student_layers: Dotted paths of the student's middle layers, which give maps.
+        teacher: A classifier of the same classes; needed only to fit.
+        student_layers: Dotted paths of the student's middle layers, which output maps.
         teacher_layers: As many of the teacher's, in the same order.
-        student_logits: Dotted path of the layer that gives the student's logits; ``None`` is its output. Name its last
-            Linear where the metrics need embeddings, which are that layer's input.
+        student_logits: Dotted path of the layer that outputs the student's logits; ``None`` is its output. Name
+            its last Linear if metrics need embeddings, which are that layer's input.
         teacher_logits: The same for the teacher.
         temperature: T.
-        alpha: Part of the soft targets in D.
+        alpha: Weight of the soft targets in D.
         beta: Weight of the heads.
         head_width: Channels of the heads.
-        head_padding: 1 where the maps are smaller than 5 x 5.
-        metrics: As for :class:`~lightning_rkd.DistillationModule`, and so are the following.
-        optimizer: From parameters to optimizer.
-        lr_scheduler: From optimizer to scheduler.
-        lr_interval: ``"epoch"`` or ``"step"``.
-        batch_transform: From ``Batch`` to ``Batch``, in training.
-        inputs: Key of the inputs in the batch.
-        labels: Key of the labels.
-        indices: Key of the sample indices.
+        head_padding: 1 for maps smaller than 5 x 5.
+        kwargs: Arguments of :class:`~lightning_rkd.DistillationModule` for metrics, optimization and batches.
 
     Raises:
         ValueError: Unequally many layers, or none; a setting out of range; logits of different classes; layers that
-            give no maps.
+            output no maps.
 
     Reference:
         Wang, Lohit, Jones and Fu 2020, Multi-head Knowledge Distillation for Model Compression, arXiv:2012.02911.
@@ -164,14 +152,7 @@ class MultiHeadDistillation(DistillationModule):
         beta: float = 0.5,
         head_width: int = 256,
         head_padding: Literal[0, 1] = 0,
-        metrics: dict[str, Metric] | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
-        batch_transform: Callable[[Batch], Batch] | None = None,
-        inputs: Key | list[str] | None = None,
-        labels: Key | None = None,
-        indices: Key | None = None,
+        **kwargs: Any,
     ) -> None:
         layers = list(student_layers or ()), list(teacher_layers or ())
         if not layers[0] or len(layers[0]) != len(layers[1]):
@@ -185,20 +166,11 @@ class MultiHeadDistillation(DistillationModule):
         final = _Final(temperature, alpha)
         heads = _Heads(temperature, alpha, beta, head_width, head_padding)
         super().__init__(
-            student,
-            teacher,
-            {"final": final, "heads": heads},
-            metrics=metrics,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            lr_interval=lr_interval,
-            batch_transform=batch_transform,
-            student_layer=_taps(student_logits, layers[0]),
-            teacher_layer=_taps(teacher_logits, layers[1]),
-            inputs=inputs,
-            labels=labels,
-            indices=indices,
-        )
+            student=student, teacher=teacher, loss={"final": final, "heads": heads},
+            student_layer=_tap(student_logits, layers[0]), teacher_layer=_tap(teacher_logits, layers[1]),
+            input_layer=None, task_loss=None, task_reads="embedding", miner=None, weight=1.0, task_weight=1.0,
+            gather=True, balance=None, log_gradients=False, **kwargs,
+        )  # fmt: skip
 
 
 class _Final(RelationalLoss):
@@ -218,7 +190,7 @@ class _Final(RelationalLoss):
 
 
 class _Heads(RelationalLoss):
-    """The sum over heads; reads the logits for the number of classes only."""
+    """The sum over heads; the logits only tell the number of classes."""
 
     reads = ("feature_maps", "logits")
     gather = False
@@ -233,8 +205,8 @@ class _Heads(RelationalLoss):
 
     def build(self, student_dim: tuple[int, ...], teacher_dim: tuple[int, ...], num_classes: int) -> None:
         self.heads, self.guides = (
-            nn.ModuleList(MiddleHead(channels, num_classes, self.width, self.padding) for channels in side)
-            for side in (student_dim, teacher_dim)
+            nn.ModuleList(MiddleHead(channels, num_classes, self.width, self.padding) for channels in dims)
+            for dims in (student_dim, teacher_dim)
         )
 
     def forward(self, student: Outputs, teacher: Outputs, *, labels: Tensor) -> Tensor:
@@ -250,7 +222,7 @@ class _Heads(RelationalLoss):
         return torch.stack(losses).sum()
 
 
-def _taps(logits: str | None, middle: list[str]) -> Any:
-    """Where to read a network: its logits, what is embedded there, and the maps."""
+def _tap(logits: str | None, middle: list[str]) -> Any:
+    """Layers of a network for its embedding, its logits and its maps."""
     final = Tap("", at="output") if logits is None else logits
     return {"embedding": final, "logits": final, "feature_maps": [Tap(layer, at="output") for layer in middle]}
