@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -139,9 +140,15 @@ def save_plain_hyperparameters(module: pl.LightningModule, frame: FrameType | No
         module: The module.
         frame: Frame of its ``__init__``.
     """
-    given = {} if frame is None or is_built_by_cli() else collect_arguments(frame, pl.LightningModule)
-    ignore = ["teacher", *(name for name, value in given.items() if not _is_plain(value))]
-    module.save_hyperparameters(ignore=ignore, frame=frame)
+    given: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    if frame is not None and not is_built_by_cli():
+        for own in collect_arguments(frame, pl.LightningModule):  # from the base class to that of the module
+            given |= own
+    ignore = {"teacher", *(name for name, value in given.items() if not _is_plain(value))}
+    if inspect.getfullargspec(type(module).__init__).varkw:  # which would be passed, on loading, what it sets itself
+        ignore |= given.keys() - own.keys()
+    module.save_hyperparameters(ignore=list(ignore), frame=frame)
 
 
 def _is_plain(value: Any) -> bool:

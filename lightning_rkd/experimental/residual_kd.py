@@ -12,7 +12,6 @@ from lightning_rkd.distillation.features import Tap
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.references import BibTeX, Reference
-from lightning_rkd.losses.weighting import Weight
 from lightning_rkd.modules.distillation import DistillationModule
 
 

@@ -123,14 +123,11 @@ def is_built_by_cli() -> bool:
     return _given_hyperparameters.get() is not None
 
 
-def collect_arguments(frame: FrameType, base: type[Any]) -> dict[str, Any]:
-    """The arguments of a module's ``__init__`` and of its subclasses, as ``save_hyperparameters`` collects them."""
+def collect_arguments(frame: FrameType, base: type[Any]) -> list[dict[str, Any]]:
+    """The arguments of a module's ``__init__``, then of its subclasses, as ``save_hyperparameters`` collects them."""
     from lightning.pytorch.utilities.parsing import collect_init_args
 
-    arguments: dict[str, Any] = {}
-    for given in collect_init_args(frame, [], classes=(base,)):
-        arguments |= given
-    return arguments
+    return collect_init_args(frame, [], classes=(base,))
 
 
 def is_copy_of_training_module(value: Any) -> bool:

@@ -121,4 +121,4 @@ def test_arguments_are_collected_outside_of_the_command_line() -> None:
             assert frame is not None
             self.found = private.is_built_by_cli(), private.collect_arguments(frame, pl.LightningModule)
 
-    assert Collects(4).found == (False, {"width": 4})
+    assert Collects(4).found == (False, [{"width": 4}])
