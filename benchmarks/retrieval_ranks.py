@@ -33,7 +33,7 @@ METRICS = ("EmbeddingRetrieval", "RelationalAgreement")
 
 
 def rows(numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Teacher, student and labels of rows by number, whoever asks for them."""
+    """Teacher, student and labels of rows by number, the same on every rank."""
     pieces: dict[int, tuple[Tensor, Tensor]] = {}
     teacher, student = torch.empty(len(numbers), WIDTH), torch.empty(len(numbers), WIDTH)
     for place, number in enumerate(numbers.tolist()):

@@ -8,9 +8,9 @@ from lightning_rkd.utils.imports import lazy_attributes
 
 if TYPE_CHECKING:
     from lightning_rkd.models.backbones import torchvision_embedder as torchvision_embedder
-    from lightning_rkd.models.cifar_resnet import CIFARResNet as CIFARResNet
-    from lightning_rkd.models.cifar_vgg import CIFARVGG as CIFARVGG
-    from lightning_rkd.models.cifar_wide_resnet import CIFARWideResNet as CIFARWideResNet
+    from lightning_rkd.models.cifar import CIFARVGG as CIFARVGG
+    from lightning_rkd.models.cifar import CIFARResNet as CIFARResNet
+    from lightning_rkd.models.cifar import CIFARWideResNet as CIFARWideResNet
     from lightning_rkd.models.conv4 import Conv4 as Conv4
     from lightning_rkd.models.heads import Classified as Classified
     from lightning_rkd.models.heads import Embedded as Embedded

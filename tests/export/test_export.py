@@ -47,7 +47,7 @@ def trained(build: dict[str, Any]) -> nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_of_this_library_gives_the_same_numbers_from_each_of_its_files(name: str, tmp_path: Path) -> None:
+def test_each_file_of_every_network_gives_the_same_numbers(name: str, tmp_path: Path) -> None:
     network = trained(NETWORKS[name])
     done = export(network, torch.zeros(1, 3, 32, 32), tmp_path / "out", build=NETWORKS[name])
     assert not done.failed
@@ -117,7 +117,7 @@ class Branching(nn.Module):
         return out if float(out.sum()) > 0 else -out
 
 
-def test_a_network_that_cannot_be_traced_is_still_written_in_the_formats_that_need_no_trace(tmp_path: Path) -> None:
+def test_a_network_that_cannot_be_traced_is_written_in_the_other_formats(tmp_path: Path) -> None:
     done = export(Branching(), torch.zeros(1, 3), tmp_path / "out", formats=["safetensors", "torch"])
     assert list(done.failed) == ["torch"]
     assert "must not branch" in done.failed["torch"]
@@ -152,7 +152,7 @@ def test_a_program_that_gives_nan_is_not_put_into_place(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_format_that_does_not_know_a_precision_is_told_and_the_others_are_written(dtype, tmp_path: Path) -> None:
+def test_a_format_without_the_precision_is_named_and_the_others_written(dtype, tmp_path: Path) -> None:
     network = nn.Conv2d(1, 2, 3).to(dtype).eval()
     build = {"class_path": "torch.nn.Conv2d", "init_args": {"in_channels": 1, "out_channels": 2, "kernel_size": 3}}
     done = export(network, torch.zeros(1, 1, 8, 8, dtype=dtype), tmp_path / "out", build=build)
@@ -230,7 +230,7 @@ def test_an_earlier_export_comes_back_where_the_new_one_cannot_be_put(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_description_that_builds_another_network_of_the_same_shapes_is_found_out(tmp_path: Path) -> None:
+def test_a_build_of_another_network_with_the_same_shapes_is_refused(tmp_path: Path) -> None:
     build = {
         "class_path": "lightning_rkd.models.ConvNet",
         "init_args": {"widths": [4], "embedding_dim": 8, "normalize": True},

@@ -136,7 +136,7 @@ def test_tiny_and_huge_embeddings_stay_in_range(scale):
 
 
 @both_ways
-def test_the_teacher_is_a_constant_and_no_gradient_is_computed_where_none_is_asked():
+def test_the_teacher_gets_no_gradient_and_without_need_none_is_computed():
     teacher = torch.randn(6, 4, requires_grad=True)
     student = torch.randn(6, 4)
     assert not ours(student, teacher.detach()).requires_grad
@@ -234,7 +234,7 @@ def _mean_of_samples(rank: int, student: Tensor, teacher: Tensor) -> Tensor:
     return torch.stack([ours(student, teacher, shard=Shard(), sample=4) for _ in range(300)])
 
 
-def test_ranks_that_draw_each_from_their_own_share_have_one_unbiased_estimate(ranks: Ranks):
+def test_ranks_that_draw_from_their_own_shards_agree_without_bias(ranks: Ranks):
     student, teacher = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
     first, second = ranks.run(_mean_of_samples, student, teacher)
     assert torch.equal(first, second)

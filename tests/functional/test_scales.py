@@ -17,7 +17,7 @@ from tests.harness.real_networks import Wild, wild
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(how=wild(dtypes=(torch.float32, torch.float64)))
-def test_a_power_of_two_brings_the_largest_magnitude_between_1_and_2_and_rounds_nothing(how: Wild):
+def test_a_power_of_two_scales_to_between_1_and_2_without_rounding(how: Wild):
     x = how.of(4, 3)
     scale = power_of_two(x, 1)
     assert torch.equal(torch.frexp(scale).mantissa, torch.full_like(scale, 0.5))
@@ -50,7 +50,7 @@ def test_large_numbers_are_brought_down_and_others_left_alone():
 @pytest.mark.parametrize(
     ("numbers", "answer"), [([0.0, 1.0], True), ([1e-20, 1.0], False), ([1e-30, 1.0], False), ([1e20], False)]
 )
-def test_lengths_are_ordinary_where_their_squares_are_far_from_the_end_of_the_range(numbers, answer):
+def test_squares_in_range_are_far_from_overflow_and_underflow(numbers, answer):
     x = torch.tensor(numbers)[:, None]
     assert squares_in_range(x.square().sum(1), x) is answer
 
@@ -67,7 +67,7 @@ def test_exact_numbers_are_the_same_in_float64(dtype: torch.dtype):
     assert torch.equal(to_float64(x), x.double())
 
 
-def test_centred_columns_have_mean_zero_and_constant_ones_are_exact_zeros_far_from_the_origin():
+def test_constant_columns_are_exact_zeros_once_centred():
     x = torch.randn(7, 3)
     x[:, 1] = 0.1
     far = (x * 8).round() / 8 + 2.0**20

@@ -129,7 +129,7 @@ def test_alignment_takes_the_nearest_line_and_turns_it():
         assert torch.equal(chosen[i], vectors[i, :, best] * (1 if cosines[best] > 0 else -1))
 
 
-def test_alignment_with_a_zero_target_or_zero_vectors_is_zero_and_its_gradient_goes_to_the_chosen_vector_alone():
+def test_alignment_of_zeros_is_zero_and_only_the_choice_gets_a_gradient():
     vectors = torch.eye(3)[None].clone().requires_grad_()
     assert torch.equal(align_vectors(vectors, torch.zeros(1, 3)), torch.zeros(1, 3))
     assert torch.equal(align_vectors(torch.zeros(1, 3, 2), torch.ones(1, 3)), torch.zeros(1, 3))

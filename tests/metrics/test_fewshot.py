@@ -83,7 +83,7 @@ def test_an_embedding_that_shows_all_samples_alike_scores_one_of_the_ways() -> N
     assert list(found.values()) == pytest.approx([1 / 3, 0.0])
 
 
-def test_the_interval_holds_the_accuracy_over_all_episodes_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_accuracy_of_all_episodes_in_95_percent() -> None:
     x, labels = samples()
     name = "few_shot_accuracy_3_way_2_shot"
     truth = evaluate(x, labels, episodes=6000, seed=99)[name]

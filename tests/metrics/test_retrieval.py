@@ -88,7 +88,7 @@ def test_equals_pytorch_metric_learning_with_query_and_gallery(distance: str) ->
     splits=st.lists(st.integers(0, 24), max_size=3),
     shuffle=st.randoms(use_true_random=False),
 )
-def test_equals_the_loop_with_ties_duplicates_and_lone_classes_in_any_order_and_memory(
+def test_equals_the_loop_with_ties_and_duplicates_in_any_order_and_memory(
     rows: Any, with_indices: bool, with_queries: bool, cosine: bool, memory: int, splits: list[int], shuffle: Any
 ) -> None:
     # one index is one sample: its row and label follow from the first that has it

@@ -91,7 +91,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_stages_are_maps_that_can_be_tapped_and_the_pooled_last_is_the_embedding(name):
+def test_stages_can_be_read_and_the_pooled_last_is_the_embedding(name):
     net = Classified(NETWORKS[name](), 7)
     names = [f"backbone.stage{n}" for n in range(1, len(STAGES[name]) + 1)]
     images = torch.randn(2, 3, 32, 32)

@@ -29,8 +29,8 @@ def test_every_query_shows_itself_and_k_neighbours_of_every_network() -> None:
 
 def test_the_neighbours_are_the_nearest_rows_and_never_the_query() -> None:
     figure = plots.neighbours(IMAGES, LABELS, {"a": LINE}, queries=[0], k=3)
-    shown = [round(24 * float(ax.images[0].get_array()[0, 0])) for ax in figure.axes]  # type: ignore[index]
-    assert shown == [0, 1, 2, 3]
+    found = [round(24 * float(ax.images[0].get_array()[0, 0])) for ax in figure.axes]  # type: ignore[index]
+    assert found == [0, 1, 2, 3]
 
 
 def test_right_and_wrong_differ_by_colour_and_by_sign() -> None:
@@ -46,13 +46,13 @@ def test_right_and_wrong_differ_by_colour_and_by_sign() -> None:
     assert not figure.axes[0].texts, "the query is neither right nor wrong"
 
 
-def test_queries_are_drawn_from_different_classes_that_have_an_answer_and_always_the_same() -> None:
+def test_queries_are_drawn_from_classes_of_two_images_and_always_the_same() -> None:
     labels = torch.cat([LABELS, torch.tensor([100])])  # a class with one image cannot be asked for
     images, x = torch.rand(25, 3, 6, 6), torch.rand(25, 2)
     first, second = (plots.neighbours(images, labels, {"a": x}, k=1) for _ in range(2))
-    shown = [[np.asarray(ax.images[0].get_array()) for ax in f.axes[::2]] for f in (first, second)]
-    assert len(shown[0]) == 6
-    assert all((a == b).all() for a, b in zip(*shown, strict=True))
+    found = [[np.asarray(ax.images[0].get_array()) for ax in f.axes[::2]] for f in (first, second)]
+    assert len(found[0]) == 6
+    assert all((a == b).all() for a, b in zip(*found, strict=True))
 
 
 def test_relations_show_one_matrix_a_network_on_one_scale() -> None:
@@ -127,7 +127,7 @@ def test_angles_are_those_of_the_same_triplets_in_degrees() -> None:
     assert texts == ["teacher", "turned, 0.0\N{DEGREE SIGN} from teacher on average"]
     values, edges, _ = ax.patches[0].get_data()  # type: ignore[attr-defined]
     seen = {round(float(edge)) for value, edge in zip(values, edges[:-1], strict=True) if value > 0}
-    assert seen == {45, 90}, "a right triangle of two equal sides has angles of 45 and 90 degrees"
+    assert seen == {45, 90}, "a right triangle with two equal legs has angles of 45 and 90 degrees"
 
 
 def test_duplicate_rows_have_no_angle_and_two_samples_are_refused() -> None:
@@ -177,7 +177,7 @@ def test_shares_of_the_gradient_sum_to_one() -> None:
         plots.loss_terms({"val/recall": {1: 1.0}})
 
 
-def test_a_term_has_one_colour_in_both_panels_whatever_the_order_of_the_columns() -> None:
+def test_a_term_has_one_colour_in_both_panels() -> None:
     one = {1: 1.0, 2: 0.5}
     history = {"gradient/b": one, "gradient/a": one, "distill/a": one, "distill/other": one, "distill/b": one}
     terms, shares = plots.loss_terms({**history, "train/task": one}).axes
@@ -238,7 +238,7 @@ def test_any_integer_may_number_a_class() -> None:
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_every_picture_can_be_drawn_for_either_paper_with_text_that_stands_out(dark: bool) -> None:
+def test_text_of_every_figure_is_legible_on_both_backgrounds(dark: bool) -> None:
     x = {"teacher": torch.rand(24, 3), "student": torch.rand(24, 2)}
     figures = [
         plots.neighbours(IMAGES, LABELS, x, title="t", dark=dark),

@@ -101,11 +101,11 @@ def test_vertices_in_two_shares_add_up(n):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("n", [5, 40, 230])
-def test_what_is_not_finite_does_not_pass_for_a_value(n, side, bad):
+def test_what_is_not_finite_does_not_pass_for_a_value(n, which, bad):
     squared = [squared_distances(x) for x in embeddings(n)]
-    squared[side][1, 3] = squared[side][3, 1] = bad
+    squared[which][1, 3] = squared[which][3, 1] = bad
     settings = {"official": True, "factor": 1.0}
     for with_gradient in (True, False):
         total, _ = kernel.loss_and_gradient(*squared, (0, n), torch.float32, with_gradient=with_gradient, **settings)

@@ -21,8 +21,8 @@ def test_ranges_cover_every_item_once(count, parts):
 
 
 def test_ranges_run_at_the_same_time():
-    meet = threading.Barrier(3, timeout=30)
-    in_ranges(lambda *limits: meet.wait(), 3, 3)
+    barrier = threading.Barrier(3, timeout=30)
+    in_ranges(lambda *limits: barrier.wait(), 3, 3)
 
 
 def test_an_error_in_any_range_is_raised_when_all_have_ended():
@@ -38,7 +38,7 @@ def test_an_error_in_any_range_is_raised_when_all_have_ended():
     assert sorted(ended) == [0, 1, 2]
 
 
-def test_there_are_as_many_shares_as_pytorch_has_threads_and_none_too_small(monkeypatch):
+def test_shares_follow_the_number_of_threads_and_none_is_too_small(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert [shares(count, smallest=10) for count in (0, 5, 19, 20, 39, 40, 1000)] == [1, 1, 1, 2, 3, 4, 4]
 
@@ -49,10 +49,10 @@ def test_a_forked_child_has_threads_of_its_own():
     in_ranges(lambda *limits: None, 2, 2)  # the parent's pool has a thread
     child = os.fork()
     if child == 0:
-        meet = threading.Barrier(2, timeout=30)
+        barrier = threading.Barrier(2, timeout=30)
         code = 1
         try:
-            in_ranges(lambda *limits: meet.wait(), 2, 2)
+            in_ranges(lambda *limits: barrier.wait(), 2, 2)
             code = 0
         finally:
             os._exit(code)
