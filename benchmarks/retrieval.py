@@ -183,8 +183,8 @@ def approximate_part(report: Report, options: argparse.Namespace) -> None:
     n, width, per_class = CLUSTERED["rows"], CLUSTERED["width"], CLUSTERED["per_class"]
     report.say(f"## Approximate: {n:,} rows in clusters, {width} wide, {per_class} a class")
     report.say(
-        "`EmbeddingRetrieval(engine=Faiss())`, where 64 probes are the default, and exact; every row is a query. Spread "
-        "is the standard deviation of a class's rows around its centre, over that of the centres. Seconds are of the "
+        "`EmbeddingRetrieval(engine=Faiss())`, 64 probes by default, and exact; every row is a query. Spread is "
+        "the standard deviation of a class's rows around its centre, over that of the centres. Seconds are of the "
         "whole evaluation, the index included."
     )
     rows = []

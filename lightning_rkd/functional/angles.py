@@ -104,21 +104,13 @@ def angle_loss(
 
 
 def check_reduction(reduction: str) -> None:
-    """Raise ``ValueError`` for an unknown reduction.
-
-    Example:
-        >>> check_reduction("official")
-    """
+    """Raise ``ValueError`` for an unknown reduction."""
     if reduction not in ("official", "distinct"):
         raise ValueError(f"reduction must be 'official' or 'distinct', got {reduction!r}")
 
 
 def check_sample(sample: int | None) -> None:
-    """Raise ``ValueError`` for a sample without vertices.
-
-    Example:
-        >>> check_sample(None)
-    """
+    """Raise ``ValueError`` for a sample without vertices."""
     if sample is not None and sample < 1:
         raise ValueError(f"a sample has at least one vertex, got {sample}")
 

@@ -60,16 +60,6 @@ def test_every_tiling_gives_the_loss_and_the_gradient_of_the_formula(monkeypatch
 
 
 @both_ways
-@pytest.mark.parametrize("n", [97, 130, 257])
-def test_sizes_beyond_one_tile_agree_with_the_formula_in_float32(n):
-    student, teacher = torch.randn(n, 8), torch.randn(n, 16)
-    value, grad = loss_and_gradient(ours, student, teacher)
-    expected, expected_grad = loss_and_gradient(oracle.formula_angle, student, teacher)
-    torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
-    assert (grad - expected_grad).norm() < 3e-6 * expected_grad.norm()
-
-
-@both_ways
 @pytest.mark.parametrize("reduction", ["official", "distinct"])
 def test_the_gradient_passes_gradcheck(reduction):
     student, teacher = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)

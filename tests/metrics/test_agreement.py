@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_rkd.metrics import RelationalAgreement
 from lightning_rkd.metrics.agreement import angles, average_ranks, draw_triplets
-from tests.harness.ranks import Ranks
 from tests.oracles.agreement import angle, angle_gap, distance_correlation, neighbour_overlap
 
 
@@ -120,28 +119,6 @@ def test_small_working_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
     expected = evaluate(*columns)
     monkeypatch.setattr("lightning_rkd.metrics.agreement._ENTRIES", 200)
     assert evaluate(*columns) == expected
-
-
-# ranks
-
-
-def _on_rank(rank: int, shares: list[Any], options: dict[str, Any]) -> dict[str, float]:
-    metric = RelationalAgreement(**options)
-    for columns in shares[rank]:
-        metric.update(*columns)
-    metric._update_count = 1  # an empty rank has none, and torchmetrics would warn
-    return {name: float(value) for name, value in metric.compute().items()}
-
-
-@pytest.mark.parametrize("cut", [0, 11, 40])
-def test_two_processes_padded_uneven_or_one_empty_equal_one(ranks: Ranks, cut: int) -> None:
-    student, teacher = pair(41)
-    options = {"k": 3, "triplets": 101, "max_anchors": 15}
-    order = torch.cat([torch.randperm(41), torch.tensor([0])])
-    parts = [order[:cut], order[cut:]]
-    shares = [[[student[part], teacher[part].half(), part]] if len(part) else [] for part in parts]
-    one = evaluate(student, teacher.half(), torch.arange(41), **options)
-    assert list(ranks.run(_on_rank, shares, options)) == [one, one]
 
 
 # as a torchmetrics.Metric, and mistakes

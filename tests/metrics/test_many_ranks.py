@@ -24,7 +24,7 @@ from lightning_rkd.metrics import (
 )
 from tests.harness.ranks import Ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, WIDTH = 401, 12
 Shares = list[list[int]]
 
@@ -34,6 +34,12 @@ def four() -> Iterator[Ranks]:
     pool = Ranks(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def pool(request: pytest.FixtureRequest, ranks: Ranks) -> Ranks:
+    """Two ranks and, in the slow tests, four."""
+    return ranks if request.param == 2 else request.getfixturevalue("four")  # type: ignore[no-any-return]
 
 
 def columns(metric: str) -> tuple[Tensor, ...]:
@@ -72,54 +78,58 @@ def updated(
 
 
 def totals(rank: int, metric: str, shares: Shares, options: dict[str, Any]) -> list[float]:
-    """What the values are computed from: integers, or float64."""
+    """Integers or float64 numbers from which the values are computed."""
     torch.set_num_threads(1)
     evaluation = updated(rank, metric, shares, options)
     if isinstance(evaluation, RelationalAgreement):
-        return evaluation._means(torch.device("cpu")).tolist()
-    if isinstance(evaluation, FewShotAccuracy):
-        return [float(n) for n in evaluation._count_correct(torch.device("cpu"))]
-    with _rows.full_precision():
-        sums, one = evaluation._totals(torch.device("cpu"))
-    return [*sums.tolist(), one, evaluation.left_out]
+        found = evaluation._means(torch.device("cpu")).tolist()
+    elif isinstance(evaluation, FewShotAccuracy):
+        found = evaluation._count_correct(torch.device("cpu")).tolist()
+    else:
+        with _rows.full_precision():
+            sums, one = evaluation._totals(torch.device("cpu"))
+        found = [*sums.tolist(), one, evaluation.left_out]
+    assert sum(map(len, getattr(evaluation, evaluation._floats[0]))) == len(shares[rank]), "nothing was gathered"
+    return found
 
 
 def padded(size: int) -> Shares:
-    """As a distributed sampler deals the rows, the first again at the end so that all ranks have as many."""
+    """Rows as a distributed sampler deals them, with the first one repeated at the end."""
     return [list(DistributedSampler(range(ROWS), size, rank, shuffle=False)) for rank in range(size)]
 
 
-SHARES = {2: padded(2), 4: padded(4)}
-UNEVEN = {2: [list(range(390)), list(range(390, ROWS))], 4: [[5], [], list(range(300, ROWS)), list(range(300))]}
+SPLITS = {
+    "padded": {2: padded(2), 4: padded(4)},
+    "uneven": {2: [list(range(390)), list(range(390, ROWS))], 4: [[5], [], list(range(300, ROWS)), list(range(300))]},
+    "one empty": {2: [[], list(range(ROWS))], 4: [list(range(ROWS)), [], [], []]},
+}
 
 
-@pytest.mark.parametrize("shares", [SHARES, UNEVEN], ids=["padded", "uneven, one empty"])
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @pytest.mark.parametrize("metric", ["retrieval", "queries", "agreement", "fewshot"])
-def test_totals_are_the_same_to_the_last_digit(
-    ranks: Ranks, four: Ranks, metric: str, distance: str, shares: dict[int, Shares]
-) -> None:
-    block = {} if metric == "agreement" else {"working_memory": 300_000}
-    options = {"distance": distance}
+def test_totals_are_the_same_to_the_last_digit(pool: Ranks, metric: str, distance: str, split: str) -> None:
+    size, options = len(pool.pipes), {"distance": distance}
     one = totals(0, metric, [list(range(ROWS))], options)
     assert len(set(one)) > 2
-    assert list(ranks.run(totals, metric, shares[2], options)) == [one] * 2
-    assert list(four.run(totals, metric, shares[4], options | block)) == [one] * 4
+    memories = [{}] if metric == "agreement" else [{}, {"working_memory": 300_000}, {"working_memory": 30_000}]
+    for memory in memories if split == "padded" else memories[-2:][:1]:
+        assert list(pool.run(totals, metric, SPLITS[split][size], options | memory)) == [one] * size
 
 
-def test_rows_stored_in_half_precision_give_the_same_totals_too(ranks: Ranks, four: Ranks) -> None:
-    options = {"store_dtype": torch.bfloat16}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_stored_in_half_precision_give_the_same_totals_too(pool: Ranks, dtype: torch.dtype) -> None:
+    size, options = len(pool.pipes), {"store_dtype": dtype}
     one = totals(0, "retrieval", [list(range(ROWS))], options)
     assert one != totals(0, "retrieval", [list(range(ROWS))], {})
-    assert list(ranks.run(totals, "retrieval", SHARES[2], options)) == [one] * 2
-    assert list(four.run(totals, "retrieval", SHARES[4], options)) == [one] * 4
+    assert list(pool.run(totals, "retrieval", SPLITS["padded"][size], options)) == [one] * size
 
 
 # memory
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operation gives back, in bytes."""
+    """Size in bytes of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,13 +160,10 @@ def largest(rank: int, metric: str, shares: Shares) -> int:
 
 
 @pytest.mark.parametrize("metric", ["retrieval", "queries", "agreement", "fewshot"])
-def test_no_rank_ever_makes_a_tensor_as_large_as_its_share_and_half_of_it(
-    ranks: Ranks, four: Ranks, metric: str
-) -> None:
-    gallery = max(x.numel() * x.element_size() for x in columns(metric))
+def test_no_rank_ever_makes_a_tensor_as_large_as_its_share_and_half_of_it(pool: Ranks, metric: str) -> None:
+    gallery, size = max(x.numel() * x.element_size() for x in columns(metric)), len(pool.pipes)
     assert largest(0, metric, [list(range(ROWS))]) >= gallery, "one rank holds it all: the measure sees it"
-    for size, pool in ((2, ranks), (4, four)):
-        assert max(pool.run(largest, metric, padded(size))) < 1.5 * gallery / size
+    assert max(pool.run(largest, metric, padded(size))) < 1.5 * gallery / size
 
 
 # faults
@@ -180,7 +187,7 @@ def test_nan_on_one_rank_is_an_error_on_all(ranks: Ranks, metric: str, bad: int)
 
 
 def dying(rank: int, metric: str) -> None:
-    """Rank 1 is gone in the middle of the search."""
+    """Rank 1 dies in the middle of the search."""
     if rank == 1:
         _nearest.Nearest.offer = lambda *args: os._exit(9)  # type: ignore[method-assign]
         agreement.compare_distances = lambda *args: os._exit(9)
@@ -188,6 +195,7 @@ def dying(rank: int, metric: str) -> None:
     updated(rank, metric, padded(2), {}).compute()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["retrieval", "agreement", "fewshot"])
 def test_a_rank_that_dies_in_the_middle_is_an_error_on_the_others(metric: str) -> None:
     pool = Ranks(2)

@@ -240,57 +240,23 @@ def test_many_neighbours_per_query_are_searched_in_several_passes() -> None:
 # ranks
 
 
-def _on_rank(rank: int, shares: list[Any], options: dict[str, Any]) -> tuple[dict[str, float], int]:
-    metric = EmbeddingRetrieval(**options)
-    for columns in shares[rank]:
-        metric.update(*columns)
-    if not shares[rank]:
-        metric._update_count = 1  # as a loop over an empty loader would leave it, without torchmetrics' warning
-    return values(metric), sum(len(part) for part in metric.embeddings)
-
-
-def _columns(n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    x, y = blobs(n, 5, 12)
-    x[::7] = x[0]  # ties over ranks
-    return x.round(decimals=1).to(dtype), y, torch.randperm(n), torch.rand(n) < 0.4
-
-
-@pytest.mark.parametrize("queries", [False, True])
-@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
-def test_two_processes_with_a_padded_sampler_equal_one(ranks: Ranks, queries: bool, distance: str) -> None:
-    columns = _columns(101)[: 4 if queries else 3]
-    order = [*range(101), 0]  # what DistributedSampler makes of 101 samples on two ranks
-    shares = [[[c[order[r::2]][a:b] for c in columns] for a, b in ((0, 20), (20, 51))] for r in range(2)]
-    for memory in (8_000, 2**27):
-        options = {"k": (1, 4), "distance": distance, "working_memory": memory}
-        one = evaluate(*columns, **options)
-        for result, rows in ranks.run(_on_rank, shares, options):
-            assert result == one
-            assert rows == 51  # nothing was gathered
-
-
-@pytest.mark.parametrize("cut", [0, 3, 70, 101])
-def test_uneven_and_empty_ranks_equal_one(ranks: Ranks, cut: int) -> None:
-    columns = _columns(101, torch.float16)[:3]
-    shares = [[[c[part] for c in columns]] if len(columns[0][part]) else [] for part in (slice(cut), slice(cut, None))]
-    one = evaluate(*columns, k=(1, 2))
-    assert [result for result, _ in ranks.run(_on_rank, shares, {"k": (1, 2), "working_memory": 30_000})] == [one, one]
+def _on_rank(rank: int, shares: list[Any], options: dict[str, Any]) -> dict[str, float]:
+    return evaluate(*shares[rank], **options)
 
 
 def test_without_indices_two_processes_equal_one_that_sees_rank_0_first(ranks: Ranks) -> None:
-    columns = _columns(60)[:2]
-    shares = [[[c[:25] for c in columns]], [[c[25:] for c in columns]]]
-    assert [result for result, _ in ranks.run(_on_rank, shares, {"working_memory": 10_000})] == [evaluate(*columns)] * 2
+    x, y = blobs(60, 5, 12)
+    x[::7] = x[0]  # ties over ranks
+    shares = [(x[:25], y[:25]), (x[25:], y[25:])]
+    assert list(ranks.run(_on_rank, shares, {"working_memory": 10_000})) == [evaluate(x, y)] * 2
 
 
 def test_ranks_that_do_not_fit_are_told_on_every_rank(ranks: Ranks) -> None:
-    y = torch.zeros(4, dtype=torch.int64)
-    for other, message in ((torch.zeros(4, 3), "different widths"), (torch.zeros(4, 2), "some ranks were given")):
-        shares = [[[torch.zeros(4, 2), y, torch.arange(4)]], [[other, y]]]
-        if message == "different widths":
-            shares[1][0].append(torch.arange(4))
+    y, index = torch.zeros(4, dtype=torch.int64), torch.arange(4)
+    wider, without = (torch.zeros(4, 3), y, index), (torch.zeros(4, 2), y)
+    for other, message in ((wider, "different widths"), (without, "some ranks were given")):
         with pytest.raises(RuntimeError, match=rf"(?s)rank 0.*{message}.*rank 1.*{message}"):
-            ranks.run(_on_rank, shares, {})
+            ranks.run(_on_rank, [(torch.zeros(4, 2), y, index), other], {})
 
 
 # as a torchmetrics.Metric

@@ -37,11 +37,7 @@ def native(name: str) -> ModuleType | None:
 
 
 def give_up(name: str, error: Exception) -> None:
-    """Disable a kernel whose first call has failed, for example because there is no C compiler.
-
-    Example:
-        >>> give_up("no_such_kernel", RuntimeError("no C compiler"))
-    """
+    """Disable a kernel whose first call has failed, for example because there is no C compiler."""
     if isinstance(error, torch.OutOfMemoryError):
         raise error
     _failed.add(name)
@@ -50,11 +46,7 @@ def give_up(name: str, error: Exception) -> None:
 
 
 def load(device: torch.device | str) -> None:
-    """Compile the kernels of the losses for a device before the first step.
-
-    Example:
-        >>> load("cpu")
-    """
+    """Compile the kernels of the losses for a device before the first step."""
     kind = torch.device(device).type
     if kind in ("cpu", "cuda"):
         for name in ("distance", "angle"):

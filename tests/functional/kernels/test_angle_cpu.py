@@ -39,7 +39,7 @@ def by(way: str, student: Tensor, teacher: Tensor, dtype: torch.dtype, reduction
 
 
 @pytest.mark.parametrize("reduction", ["official", "distinct"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.float64, 1e-11)])
 @pytest.mark.parametrize("n", SIZES)
 def test_kernel_tiles_and_formula_agree(n, dtype, tolerance, reduction):
     student, teacher = embeddings(n)
