@@ -49,7 +49,7 @@ class Tanimoto(RelationalLoss):
             uses both: ``Tanimoto() + Tanimoto("sample")``, with weights that we do not know.
 
     Raises:
-        ValueError: Unknown form; different widths in the form ``"sample"``.
+        ValueError: Different widths in the form ``"sample"``.
 
     Reference:
         Shu 2022, Two Distillation Perspectives Based on Tanimoto Coefficient, IEEE International Conference on Image

@@ -1,72 +1,48 @@
 """The losses, one paper a file. Importing them costs no more than PyTorch."""
 
-from lightning_rkd.losses.attention_transfer import AttentionTransfer
-from lightning_rkd.losses.base import NonFiniteError, Reference, RelationalLoss
-from lightning_rkd.losses.correlation_congruence import CorrelationCongruence
-from lightning_rkd.losses.crcd import CRCD
-from lightning_rkd.losses.crd import CRD
-from lightning_rkd.losses.cskd import ClassSimilarityKD, CosineTemperatureKD
-from lightning_rkd.losses.dark_rank import HardDarkRank, SoftDarkRank
-from lightning_rkd.losses.dist import DIST
-from lightning_rkd.losses.embed_distill import EmbedDistill
-from lightning_rkd.losses.fitnet import FitNetHint
-from lightning_rkd.losses.graph_kd import GraphKD
-from lightning_rkd.losses.holistic import HolisticKD
-from lightning_rkd.losses.ickd import ICKD
-from lightning_rkd.losses.irg import IRG
-from lightning_rkd.losses.itrd import ITRD
-from lightning_rkd.losses.mhgd import MHGD
-from lightning_rkd.losses.nst import NST
-from lightning_rkd.losses.pckd import PCKD
-from lightning_rkd.losses.pkt import PKT
-from lightning_rkd.losses.relaxed_contrastive import RelaxedContrastive
-from lightning_rkd.losses.rkd import RKD, RKDAngle, RKDDistance
-from lightning_rkd.losses.rrd import RRD
-from lightning_rkd.losses.sample_contrastive import SampleContrastiveKD
-from lightning_rkd.losses.similarity_preserving import SimilarityPreserving
-from lightning_rkd.losses.soft_target import SoftTarget
-from lightning_rkd.losses.srd import SRD
-from lightning_rkd.losses.stkd import STKD
-from lightning_rkd.losses.ttm import TTM, WTTM
-from lightning_rkd.losses.vkd import VkD
-from lightning_rkd.losses.weighting import LossSum
+from __future__ import annotations
 
-__all__ = [
-    "CRCD",
-    "CRD",
-    "DIST",
-    "ICKD",
-    "IRG",
-    "ITRD",
-    "MHGD",
-    "NST",
-    "PCKD",
-    "PKT",
-    "RKD",
-    "RRD",
-    "SRD",
-    "STKD",
-    "TTM",
-    "WTTM",
-    "AttentionTransfer",
-    "ClassSimilarityKD",
-    "CorrelationCongruence",
-    "CosineTemperatureKD",
-    "EmbedDistill",
-    "FitNetHint",
-    "GraphKD",
-    "HardDarkRank",
-    "HolisticKD",
-    "LossSum",
-    "NonFiniteError",
-    "RKDAngle",
-    "RKDDistance",
-    "Reference",
-    "RelationalLoss",
-    "RelaxedContrastive",
-    "SampleContrastiveKD",
-    "SimilarityPreserving",
-    "SoftDarkRank",
-    "SoftTarget",
-    "VkD",
-]
+from typing import TYPE_CHECKING
+
+from lightning_rkd.utils.imports import lazy_attributes
+
+if TYPE_CHECKING:
+    from lightning_rkd.losses.attention_transfer import AttentionTransfer as AttentionTransfer
+    from lightning_rkd.losses.base import NonFiniteError as NonFiniteError
+    from lightning_rkd.losses.base import Reference as Reference
+    from lightning_rkd.losses.base import RelationalLoss as RelationalLoss
+    from lightning_rkd.losses.correlation_congruence import CorrelationCongruence as CorrelationCongruence
+    from lightning_rkd.losses.crcd import CRCD as CRCD
+    from lightning_rkd.losses.crd import CRD as CRD
+    from lightning_rkd.losses.cskd import ClassSimilarityKD as ClassSimilarityKD
+    from lightning_rkd.losses.cskd import CosineTemperatureKD as CosineTemperatureKD
+    from lightning_rkd.losses.dark_rank import HardDarkRank as HardDarkRank
+    from lightning_rkd.losses.dark_rank import SoftDarkRank as SoftDarkRank
+    from lightning_rkd.losses.dist import DIST as DIST
+    from lightning_rkd.losses.embed_distill import EmbedDistill as EmbedDistill
+    from lightning_rkd.losses.fitnet import FitNetHint as FitNetHint
+    from lightning_rkd.losses.graph_kd import GraphKD as GraphKD
+    from lightning_rkd.losses.holistic import HolisticKD as HolisticKD
+    from lightning_rkd.losses.ickd import ICKD as ICKD
+    from lightning_rkd.losses.irg import IRG as IRG
+    from lightning_rkd.losses.itrd import ITRD as ITRD
+    from lightning_rkd.losses.mhgd import MHGD as MHGD
+    from lightning_rkd.losses.nst import NST as NST
+    from lightning_rkd.losses.pckd import PCKD as PCKD
+    from lightning_rkd.losses.pkt import PKT as PKT
+    from lightning_rkd.losses.relaxed_contrastive import RelaxedContrastive as RelaxedContrastive
+    from lightning_rkd.losses.rkd import RKD as RKD
+    from lightning_rkd.losses.rkd import RKDAngle as RKDAngle
+    from lightning_rkd.losses.rkd import RKDDistance as RKDDistance
+    from lightning_rkd.losses.rrd import RRD as RRD
+    from lightning_rkd.losses.sample_contrastive import SampleContrastiveKD as SampleContrastiveKD
+    from lightning_rkd.losses.similarity_preserving import SimilarityPreserving as SimilarityPreserving
+    from lightning_rkd.losses.soft_target import SoftTarget as SoftTarget
+    from lightning_rkd.losses.srd import SRD as SRD
+    from lightning_rkd.losses.stkd import STKD as STKD
+    from lightning_rkd.losses.ttm import TTM as TTM
+    from lightning_rkd.losses.ttm import WTTM as WTTM
+    from lightning_rkd.losses.vkd import VkD as VkD
+    from lightning_rkd.losses.weighting import LossSum as LossSum
+
+__getattr__, __dir__, __all__ = lazy_attributes(__name__)

@@ -67,7 +67,7 @@ class AttentionTransfer(RelationalLoss):
         power: p, at least 1.
 
     Raises:
-        ValueError: A power below 1; lists of different length; maps paired with tokens; different numbers of tokens.
+        ValueError: Lists of different length; maps paired with tokens; different numbers of tokens.
 
     Reference:
         Zagoruyko and Komodakis 2017, Paying More Attention to Attention: Improving the Performance of Convolutional

@@ -88,11 +88,10 @@ class CorrelationCongruence(RelationalLoss):
         order: Of its Taylor expansion, at least 1; 2 in published code.
 
     Raises:
-        ValueError: Unknown form, ``gamma`` not positive, ``order`` below 1; different widths in the form ``"rows"``.
+        ValueError: Different widths in the form ``"rows"``.
 
     Reference:
-        Peng, Jin, Liu, Li, Wu, Liu, Zhou and Zhang 2019, Correlation Congruence for Knowledge Distillation,
-        arXiv:1904.01802.
+        Peng et al. 2019, Correlation Congruence for Knowledge Distillation, arXiv:1904.01802.
 
     Example:
         >>> student, teacher = torch.eye(2), torch.ones(2, 2)

@@ -101,11 +101,10 @@ class CRCD(MemoryContrast):
         seed: Of the memories' first rows and of the draws.
 
     Raises:
-        ValueError: An index outside the memory; no negatives, no positive temperature, a momentum outside [0, 1].
+        ValueError: An index outside the memory.
 
     Reference:
-        Zhu, Tang, Chen, Yu, Liu, Yang, Rong and Wang 2021, Complementary Relation Contrastive Distillation,
-        arXiv:2103.16367.
+        Zhu et al. 2021, Complementary Relation Contrastive Distillation, arXiv:2103.16367.
 
     Example:
         >>> loss = CRCD(num_samples=50)

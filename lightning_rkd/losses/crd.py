@@ -63,7 +63,7 @@ class CRD(MemoryContrast):
         seed: Of the memories' first rows and of the draws.
 
     Raises:
-        ValueError: An index outside the memory; no negatives, no positive temperature, a momentum outside [0, 1].
+        ValueError: An index outside the memory.
 
     Reference:
         Tian, Krishnan and Isola 2019, Contrastive Representation Distillation, arXiv:1910.10699.

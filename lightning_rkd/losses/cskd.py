@@ -85,7 +85,7 @@ class ClassSimilarityKD(RelationalLoss):
         scale: :math:`\alpha`.
 
     Raises:
-        ValueError: A setting that is not positive; dense logits; logits of different class counts.
+        ValueError: Dense logits; logits of different class counts.
 
     Reference:
         Ham, Kim, Lee, Lee and Kim 2023, Cosine Similarity Knowledge Distillation for Individual Class Information
@@ -137,8 +137,7 @@ class CosineTemperatureKD(RelationalLoss):
         scale: :math:`\alpha`.
 
     Raises:
-        ValueError: A setting that is not positive, or ``low`` above ``high``; dense logits; logits of different class
-            counts.
+        ValueError: Dense logits; logits of different class counts.
 
     Reference:
         Ham, Kim, Lee, Lee and Kim 2023, Cosine Similarity Knowledge Distillation for Individual Class Information

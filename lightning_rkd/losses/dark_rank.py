@@ -56,9 +56,6 @@ class HardDarkRank(RelationalLoss):
         beta: Power of the distances in the scores; 3 in published code, at least 1.
         length: How many nearest samples are ranked; 4 in published code.
 
-    Raises:
-        ValueError: ``alpha`` not positive, ``beta`` below 1, ``length`` below 1.
-
     Reference:
         Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer,
         arXiv:1707.01220.
@@ -113,9 +110,6 @@ class SoftDarkRank(RelationalLoss):
         alpha: Factor of the scores.
         beta: Power of the distances in the scores, at least 1.
         length: How many nearest samples are ranked; 4 in the authors' code, at most 7.
-
-    Raises:
-        ValueError: ``alpha`` not positive, ``beta`` below 1, ``length`` not from 1 to 7.
 
     Reference:
         Chen, Wang and Zhang 2018, DarkRank: Accelerating Deep Metric Learning via Cross Sample Similarities Transfer,

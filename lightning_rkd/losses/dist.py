@@ -66,7 +66,7 @@ class DIST(RelationalLoss):
         temperature: :math:`\tau`; 1 in the authors' ImageNet and segmentation settings, 4 on CIFAR-100.
 
     Raises:
-        ValueError: A temperature that is not positive; logits of different class counts or shapes.
+        ValueError: Logits of different class counts or shapes.
 
     Reference:
         Huang, You, Wang, Qian and Xu 2022, Knowledge Distillation from A Stronger Teacher, arXiv:2205.10536.

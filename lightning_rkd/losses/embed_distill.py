@@ -52,11 +52,10 @@ class EmbedDistill(RelationalLoss):
         projection: Whether to use P; with ``None``, where the widths differ.
 
     Raises:
-        ValueError: An unknown distance; different widths and no projection; widths other than the loss was made for.
+        ValueError: Different widths and no projection.
 
     Reference:
-        Kim, Rawat, Zaheer, Jayasumana, Sadhanala, Jitkrittum, Menon, Fergus and Kumar 2023, EmbedDistill: A Geometric
-        Knowledge Distillation for Information Retrieval, arXiv:2301.12005.
+        Kim et al. 2023, EmbedDistill: A Geometric Knowledge Distillation for Information Retrieval, arXiv:2301.12005.
 
     Example:
         >>> student, teacher = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [2.0, 0.0]])

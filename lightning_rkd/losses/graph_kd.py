@@ -62,12 +62,10 @@ class GraphKD(RelationalLoss):
         reads: ``"embedding"``, or ``"feature_maps"`` as in the paper.
 
     Raises:
-        ValueError: Unknown ``edges`` or ``reads``, ``neighbours`` or ``power`` below 1, a batch of ``neighbours``
-            samples or fewer, or no labels where edges depend on classes.
+        ValueError: A batch of ``neighbours`` samples or fewer; no labels where edges depend on classes.
 
     Reference:
-        Lassance, Bontonou, Hacene, Gripon, Tang and Ortega 2020, Deep Geometric Knowledge Distillation with Graphs,
-        arXiv:1911.03080.
+        Lassance et al. 2020, Deep Geometric Knowledge Distillation with Graphs, arXiv:1911.03080.
 
     Example:
         >>> student, teacher = torch.ones(3, 2), torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])

@@ -102,12 +102,10 @@ class HolisticKD(RelationalLoss):
         seed: Of the memories' first rows and of the draws.
 
     Raises:
-        ValueError: A batch smaller than ``neighbours``; an index outside the memory; logits that are not (N, classes);
-            settings out of range.
+        ValueError: A batch smaller than ``neighbours``; an index outside the memory; logits that are not (N, classes).
 
     Reference:
-        Zhou, Wang, Chen, Chen, Wang, Wang and Bu 2021, Distilling Holistic Knowledge with Graph Neural Networks,
-        arXiv:2108.05507.
+        Zhou et al. 2021, Distilling Holistic Knowledge with Graph Neural Networks, arXiv:2108.05507.
 
     Example:
         >>> loss = HolisticKD(num_samples=50)

@@ -52,8 +52,7 @@ class ICKD(RelationalLoss):
         teacher_dim: Channels of each of the teacher's maps; inferred if left out.
 
     Raises:
-        ValueError: Maps that do not fit; vectors, which have no positions; or a batch of a single position, which
-            cannot be normalised.
+        ValueError: Vectors, which have no positions; maps that do not fit; a batch of a single position.
 
     Reference:
         Liu, Huang, Lin, Xie, Wang, Chang and Liang 2021, Exploring Inter-Channel Correlation for Diversity-preserved

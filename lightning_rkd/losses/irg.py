@@ -82,8 +82,7 @@ class IRG(RelationalLoss):
         transform_layers: Pairs of positions, for both networks. ``None`` takes every map and the next one.
 
     Raises:
-        ValueError: A position without a map, a transformation between different numbers of channels, or logits of
-            different numbers of classes.
+        ValueError: A position without a map; different numbers of channels within a transformation, or of classes.
 
     Reference:
         Liu, Cao, Li, Yuan, Hu, Li and Duan 2019, Knowledge Distillation via Instance Relationship Graph, CVPR.

@@ -86,9 +86,6 @@ class ITRD(RelationalLoss):
         mutual_weight: :math:`\lambda_{mi}`; the authors' example for WRN-40-2 to WRN-16-2 has 1, with alpha 1.01.
         alpha: Order of the entropy in :math:`L_{corr}`.
 
-    Raises:
-        ValueError: An order that is not positive.
-
     Reference:
         Miles, Lopez-Rodriguez and Mikolajczyk 2022, Information Theoretic Representation Distillation,
         arXiv:2112.00459.

@@ -78,7 +78,7 @@ class NST(RelationalLoss):
         kernel: ``"polynomial"``, ``"linear"`` or ``"gaussian"``.
 
     Raises:
-        ValueError: Unknown kernel, or maps that do not fit.
+        ValueError: Maps that do not fit.
 
     Reference:
         Huang and Wang 2017, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, arXiv:1707.01219.

@@ -124,8 +124,7 @@ class PCKD(RelationalLoss):
             dense logits, or views that do not hold the same samples.
 
     Reference:
-        Ding, Wu, Dong, Li, Qin, Gan and Nie 2024, Preview-based Category Contrastive Learning for Knowledge
-        Distillation, arXiv:2410.14143.
+        Ding et al. 2024, Preview-based Category Contrastive Learning for Knowledge Distillation, arXiv:2410.14143.
 
     Example:
         >>> _ = torch.manual_seed(0)

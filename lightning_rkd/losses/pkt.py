@@ -42,9 +42,6 @@ class PKT(RelationalLoss):
         reduction: ``"official"`` as the authors' code; ``"distinct"`` as the paper, over the N (N - 1) pairs i != j in
             the sums and in the mean.
 
-    Raises:
-        ValueError: Unknown reduction.
-
     Reference:
         Passalis and Tefas 2018, Learning Deep Representations with Probabilistic Knowledge Transfer, arXiv:1803.10837.
 

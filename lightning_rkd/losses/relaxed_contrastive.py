@@ -42,9 +42,6 @@ class RelaxedContrastive(RelationalLoss):
         sigma: Bandwidth of the teacher's similarity; 1 in the paper.
         delta: Margin, in mean distances of the sample; 1 in the paper.
 
-    Raises:
-        ValueError: A bandwidth or margin that is not positive.
-
     Reference:
         Kim, Kim, Cho and Kwak 2021, Embedding Transfer with Label Relaxation for Improved Metric Learning,
         arXiv:2103.14908. There it is the only loss, with several augmented views of each image in a batch.

@@ -59,9 +59,6 @@ class RKDDistance(RelationalLoss):
             code does and published weights assume; ``"distinct"`` over the N (N - 1) pairs i != j, as the paper
             writes it.
 
-    Raises:
-        ValueError: Unknown reduction.
-
     Reference:
         Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
 
@@ -116,9 +113,6 @@ class RKDAngle(RelationalLoss):
             unbiased estimates; the loss varies by :math:`\sqrt{(1/m - 1/N)\,\mathrm{Var}_j(\ell_j)}` around its
             value, with :math:`\ell_j` the mean over the triplets at vertex j. ``None`` is exact.
 
-    Raises:
-        ValueError: Unknown reduction, or a sample of no vertices.
-
     Reference:
         Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
 
@@ -163,9 +157,6 @@ class RKD(RelationalLoss):
         angle_weight: :math:`\lambda_A`; 2 in the authors' metric learning, 50 in classification.
         reduction: ``"official"`` or ``"distinct"``, for both parts.
         sampled_anchors: Work on the angles at this many vertices only, see :class:`RKDAngle`; distances are exact.
-
-    Raises:
-        ValueError: Unknown reduction, or a sample of no vertices.
 
     Reference:
         Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.

@@ -60,7 +60,7 @@ class RRD(RelationalLoss):
         seed: Of the first rows of the queue.
 
     Raises:
-        ValueError: A temperature that is not positive, or a batch larger than the queue.
+        ValueError: A batch larger than the queue.
 
     Reference:
         Giakoumoglou and Stathaki 2024, Relational Representation Distillation, arXiv:2407.12073.

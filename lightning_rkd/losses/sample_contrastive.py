@@ -38,11 +38,10 @@ class SampleContrastiveKD(RelationalLoss):
         temperature: :math:`\tau`; the authors use 1 throughout.
 
     Raises:
-        ValueError: A temperature that is not positive; dense logits; logits of different class counts.
+        ValueError: Dense logits; logits of different class counts.
 
     Reference:
-        Zhu, Zhou, Zhu, Wang and Hu 2024, CKD: Contrastive Knowledge Distillation from A Sample-wise Perspective,
-        arXiv:2404.14109.
+        Zhu et al. 2024, CKD: Contrastive Knowledge Distillation from A Sample-wise Perspective, arXiv:2404.14109.
 
     Example:
         >>> logits = torch.tensor([[1.0, 0.0], [0.0, 2.0]])

@@ -38,9 +38,6 @@ class SimilarityPreserving(RelationalLoss):
     Args:
         reads: ``"embedding"``, or ``"feature_maps"`` as in the paper.
 
-    Raises:
-        ValueError: Another value of ``reads``.
-
     Reference:
         Tung and Mori 2019, Similarity-Preserving Knowledge Distillation, arXiv:1907.09682.
 

@@ -36,7 +36,7 @@ class SoftTarget(RelationalLoss):
         temperature: T; 4 in published comparisons.
 
     Raises:
-        ValueError: A temperature that is not positive; logits of different class counts or shapes.
+        ValueError: Logits of different class counts or shapes.
 
     Reference:
         Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531.

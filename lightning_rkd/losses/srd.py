@@ -50,12 +50,8 @@ class SRD(RelationalLoss):
         power: :math:`\alpha`.
         eps: :math:`\varepsilon`.
 
-    Raises:
-        ValueError: A setting that is not positive, a power below 1, or widths other than the loss was made for.
-
     Reference:
-        Miles and Mikolajczyk 2024, Understanding the Role of the Projector in Knowledge Distillation,
-        arXiv:2303.11098.
+        Miles and Mikolajczyk 2024, Understanding the Role of the Projector in Knowledge Distillation, arXiv:2303.11098.
 
     Example:
         >>> loss = SRD(student_dim=2, teacher_dim=3)

@@ -95,7 +95,7 @@ class STKD(RelationalLoss):
         temperature: T.
 
     Raises:
-        ValueError: Settings out of range, rows that were not mixed, missing labels, labels or logits of other classes.
+        ValueError: Rows that were not mixed; missing labels; labels or logits of other classes.
 
     Reference:
         Zhao, Gong, Sun, Dong and Yu 2021, Similarity Transfer for Knowledge Distillation, arXiv:2103.10047.

@@ -43,7 +43,7 @@ class TTM(RelationalLoss):
         exponent: :math:`\gamma`; 0.1 to 0.4 on CIFAR-100, with a weight that was tuned for each pair of networks.
 
     Raises:
-        ValueError: An exponent that is not positive; logits of different class counts or shapes.
+        ValueError: Logits of different class counts or shapes.
 
     Reference:
         Zheng and Yang 2024, Knowledge Distillation Based on Transformed Teacher Matching, arXiv:2402.11148.
@@ -92,7 +92,7 @@ class WTTM(RelationalLoss):
         exponent: :math:`\gamma`.
 
     Raises:
-        ValueError: An exponent that is not positive; logits of different class counts or shapes.
+        ValueError: Logits of different class counts or shapes.
 
     Reference:
         Zheng and Yang 2024, Knowledge Distillation Based on Transformed Teacher Matching, arXiv:2402.11148.
