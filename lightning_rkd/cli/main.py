@@ -1,4 +1,4 @@
-"""The command ``lightning-rkd``: LightningCLI with recipes, and commands of our own."""
+"""The program ``lightning-rkd``: LightningCLI with recipes, and further commands."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from lightning_rkd.cli import recipes
-from lightning_rkd.cli.signals import TERMINATED, at_sigterm, ending_with_first_rank
+from lightning_rkd.cli.signals import TERMINATED, at_sigterm, end_with_first_rank
 from lightning_rkd.utils.imports import MissingExtraError, check_installed
 
 COMMANDS = {
     "demo": "Train a teacher, a student alone and a distilled student, and compare them.",
     "compare": "Train several networks with several seeds, and compare them in one table.",
-    "export": "Write the student of a run alone: safetensors, torch.export, ONNX and a model card.",
-    "cache": "Ask a recipe's teacher once about every sample, and keep what it shows on disk.",
+    "export": "Export the student of a run: safetensors, torch.export, ONNX and a model card.",
+    "cache": "Write the outputs of a recipe's teacher for every sample, so that training needs no teacher.",
 }
-"""Commands of our own; each is ``lightning_rkd.cli.commands.<name>.main(args)``."""
+"""Commands beside LightningCLI's; each is ``lightning_rkd.cli.commands.<name>.main(args)``."""
 
 TRAINER = {
-    "fit": "Train, with what a recipe and the command line say.",
+    "fit": "Train a recipe.",
     "validate": "Evaluate on the validation data.",
     "test": "Evaluate on the test data.",
     "predict": "Compute embeddings.",
@@ -34,11 +34,11 @@ PACKAGES = ("docstring_parser", "jsonargparse", "matplotlib", "pytorch_metric_le
 """Packages of the extra ``cli``."""
 
 TRACEBACK = "LIGHTNING_RKD_TRACEBACK"
-"""Set to 1, this environment variable shows where an error came from."""
+"""Environment variable; 1 prints the traceback of an error."""
 
 
 class UsageError(ValueError):
-    """The command line itself is wrong."""
+    """The command line is invalid."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The command line without the program's name; ``None`` reads ``sys.argv``.
 
     Returns:
-        The exit code: 0, 1 after an error, 2 after a wrong command line or configuration, 130 after Ctrl-C, 143 after
+        The exit code: 0, 1 after an error, 2 for an invalid command line or configuration, 130 after Ctrl-C, 143 after
         SIGTERM.
 
     Example:
@@ -59,13 +59,13 @@ def main(args: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     with at_sigterm() as sigterm:
         code = _exit_code(given)
-    if sigterm.received:  # whatever else it may have set off
+    if sigterm.received:  # it may have caused other errors
         code = TERMINATED
         print("terminated", file=sys.stderr)
     if code in (130, TERMINATED) and given[:1] == ["fit"]:
-        print("(the same command with --ckpt_path last goes on from the last checkpoint)", file=sys.stderr)
+        print("(the same command with --ckpt_path last resumes from the last checkpoint)", file=sys.stderr)
     if code in (130, TERMINATED) and given[:1] == ["cache"]:
-        print("(the same command goes on from the last file that is whole)", file=sys.stderr)
+        print("(the same command resumes from the last complete file)", file=sys.stderr)
     return code
 
 
@@ -89,7 +89,7 @@ def _exit_code(args: list[str]) -> int:
         known = usage or isinstance(error, ValueError | OSError)
         print(f"error: {message if known and message else f'{type(error).__name__}: {message}'}", file=sys.stderr)
         if not usage:
-            print(f"({TRACEBACK}=1 shows where it came from)", file=sys.stderr)
+            print(f"({TRACEBACK}=1 prints the traceback)", file=sys.stderr)
         return 2 if usage else 1
     return 0
 
@@ -117,8 +117,8 @@ def _command(args: list[str]) -> None:
 
 
 def _train(args: list[str]) -> None:
-    with ending_with_first_rank(), warnings.catch_warnings():
-        # advice that does not fit images held in memory, folders that are named by the user, and news about packages
+    with end_with_first_rank(), warnings.catch_warnings():
+        # advice that does not apply to images in memory and to folders named by the user, and news about packages
         warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
         warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         warnings.filterwarnings("ignore", "The dirpath has changed from")
@@ -137,7 +137,8 @@ def _without_advertisement(record: logging.LogRecord) -> bool:
 
 def _help() -> str:
     def rows(table: dict[str, str]) -> str:
-        return "\n".join(f"  {name:<16} {text}" for name, text in table.items())
+        width = max(map(len, table))
+        return "\n".join(f"  {name:<{width}}  {text}" for name, text in table.items())
 
     return f"""\
 usage: lightning-rkd COMMAND [options]
@@ -148,7 +149,7 @@ Relational knowledge distillation for PyTorch Lightning.
 commands:
 {rows(COMMANDS)}
 
-commands that run a Trainer, with --config RECIPE or FILE and any option on the command line:
+commands that run a Trainer on a recipe, --config NAME or FILE, which further options override:
 {rows(TRAINER)}
 
 recipes:
@@ -161,7 +162,7 @@ examples:
   lightning-rkd fit --config glyphs_rkd --print_config > mine.yaml
 
 options:
-  -h, --help       Show this help.
-  --version        Show the version.
+  -h, --help       Print this help.
+  --version        Print the version.
 
-An error is one line; {TRACEBACK}=1 shows where it came from."""
+Errors are one line; {TRACEBACK}=1 prints the traceback."""

@@ -1,4 +1,4 @@
-"""Runs that are told to stop do so at once, and no process of theirs outlives them."""
+"""SIGTERM and dying ranks: runs end at once, and no process outlives them."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 from lightning_rkd.utils.private import set_sigterm_handler
 
 PARENT = "LIGHTNING_RKD_FIRST_RANK"
-"""Environment variable that tells the processes which a run starts who started them."""
+"""Environment variable with the id of the process that started a rank."""
 
 TERMINATED = 128 + 15
-"""Exit code after SIGTERM, as shells count."""
+"""Exit code after SIGTERM, as in shells."""
 
 
 class Terminated(SystemExit):
-    """SIGTERM came: the scheduler wants the machine back."""
+    """SIGTERM was received."""
 
     def __init__(self) -> None:
         super().__init__(TERMINATED)
 
 
 class Sigterm:
-    """Whether SIGTERM came while it was looked out for."""
+    """State of :func:`at_sigterm`."""
 
     received = False
 
 
 @contextmanager
 def at_sigterm() -> Iterator[Sigterm]:
-    """Turn SIGTERM into :class:`Terminated`, so that what has been begun is left in order, as after Ctrl-C.
+    """Turn SIGTERM into :class:`Terminated`, so that ``finally`` blocks run as after Ctrl-C.
 
     Example:
         >>> with at_sigterm() as sigterm:
@@ -65,32 +65,32 @@ def at_sigterm() -> Iterator[Sigterm]:
         signal.signal(signal.SIGTERM, before)
 
 
-def pass_sigterm_on(trainer: pl.Trainer) -> None:
-    """Let SIGTERM reach all ranks that the trainer started, and none wait for another.
+def forward_sigterm(trainer: pl.Trainer) -> None:
+    """Send SIGTERM to all ranks that the trainer started.
 
-    Lightning's handler calls a collective wherever the ranks happen to be, so that some of them wait for ever.
+    Lightning's handler enters a collective wherever the ranks happen to be, so that some of them wait for ever.
     """
 
     def notify(signum: int, frame: FrameType | None) -> None:
         if not connector.received_sigterm and trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signum)
-        connector.received_sigterm = True  # should the exception get lost (in a destructor), the batch is the last one
+        connector.received_sigterm = True  # the batch is the last one even if a destructor swallows the exception
 
     connector = set_sigterm_handler(trainer, notify)
 
 
 @contextmanager
-def ending_with_first_rank(grace: float = 5.0) -> Iterator[None]:
-    """Let a rank that Lightning's launcher starts inside end some seconds after the process that started it.
+def end_with_first_rank(grace: float = 5.0) -> Iterator[None]:
+    """End a rank that Lightning's launcher starts inside ``grace`` seconds after the process that started it.
 
-    A rank that waits for others (to meet, or in a collective on a GPU) would stay for up to half an hour.
+    A rank that waits in a collective on a GPU, or for others to join, would otherwise stay for up to half an hour.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         before = os.environ.get(PARENT)
         os.environ[PARENT] = str(os.getpid())
         try:
             yield
-        finally:  # what this process starts later, such as torchrun, is no rank of ours
+        finally:  # later processes of this one, such as torchrun, are no ranks of this run
             if before is None:
                 del os.environ[PARENT]
             else:
@@ -105,7 +105,7 @@ def ending_with_first_rank(grace: float = 5.0) -> Iterator[None]:
 def _watch(parent: int, grace: float) -> None:
     while os.getppid() == parent:
         time.sleep(1)
-    time.sleep(grace)  # for what a rank has to do after the last common step
+    time.sleep(grace)  # the rank may have work after the last common step
     rank = os.environ["LOCAL_RANK"]
     print(f"rank {rank}: the process that started this one is gone; ending", file=sys.stderr, flush=True)
     os._exit(1)

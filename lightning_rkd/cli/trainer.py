@@ -1,4 +1,4 @@
-"""LightningCLI with this project's habits: what the command line and the studies train through."""
+"""LightningCLI for this library: the commands ``fit``, ``validate``, ``test`` and ``predict``, and the experiments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
-from lightning_rkd.cli.signals import pass_sigterm_on
+from lightning_rkd.cli.signals import forward_sigterm
 from lightning_rkd.data.loaders import list_loaders
 from lightning_rkd.utils.distributed import gather_objects, run_on_all_ranks
 from lightning_rkd.utils.files import check_file, write_whole
@@ -29,19 +29,22 @@ from lightning_rkd.utils.private import deals_rows_out
 
 
 class TrainingCLI(LightningCLI):
-    """Any model and any data by class path or short name, checkpoints beside the run, and errors as exceptions.
+    """LightningCLI with short names of classes, complete checkpoints, and errors as exceptions.
 
-    Differences from Lightning's own: ``seed_everything`` is 0; Lightning puts no distributed sampler of its own over
-    :class:`~lightning_rkd.data.PKBatchSampler`; the ``checkpoint`` group configures one ``ModelCheckpoint``
-    that writes ``last.ckpt`` into ``trainer.default_root_dir`` after every epoch, and ``best.ckpt`` where a ``monitor``
-    is named, unless the trainer has its own or ``enable_checkpointing`` is false; checkpoints and ``config.yaml`` are
-    whole or not there, whenever the run is killed; a checkpoint is verified before it is read, and does not replace the
-    configuration; an output folder that cannot be written is refused before training;
-    SIGTERM reaches every rank; a training loader that would give all ranks the same rows is refused; what one
-    of several machines lacks is an error on all of them.
+    Differences from Lightning's own:
+
+    - ``seed_everything`` is 0, and Lightning adds no distributed sampler to
+      :class:`~lightning_rkd.data.PKBatchSampler`; a training loader that gives all ranks the same rows is refused.
+    - The ``checkpoint`` group configures one ``ModelCheckpoint``, which writes ``last.ckpt`` into
+      ``trainer.default_root_dir`` after every epoch, and ``best.ckpt`` if a ``monitor`` is named, unless the trainer
+      has its own or ``enable_checkpointing`` is false.
+    - Checkpoints and ``config.yaml`` are complete or absent, also after a kill. A checkpoint is verified before it is
+      loaded, and does not replace the configuration.
+    - An output folder that cannot be written is refused before training, on one of several machines as on all.
+    - SIGTERM reaches every rank.
 
     Args:
-        args: What would stand on the command line, or a configuration as a dict; ``None`` reads ``sys.argv``.
+        args: The command line as a list, or a configuration as a dict; ``None`` reads ``sys.argv``.
         run: Whether there are subcommands, one of which is run. ``False`` builds ``model``, ``datamodule`` and
             ``trainer``.
         prog: Name of the program in help texts.
@@ -49,7 +52,7 @@ class TrainingCLI(LightningCLI):
         **trainer: Arguments of the trainer that the saved configuration does not mention.
 
     Raises:
-        argparse.ArgumentError: The configuration does not fit; the message says where.
+        argparse.ArgumentError: The configuration is invalid; the message names the entry.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class TrainingCLI(LightningCLI):
         import_public_classes()
         self._unsaved = trainer
         super().__init__(
-            save_config_callback=_WholeConfig,
+            save_config_callback=_AtomicConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"use_distributed_sampler": False, "callbacks": list(callbacks)},
             seed_everything_default=0,
@@ -100,10 +103,10 @@ class TrainingCLI(LightningCLI):
             raise
 
     def _parse_ckpt_path(self) -> None:
-        """Let the configuration stand: Lightning would replace it by the one in the checkpoint, without a word."""
+        """Keep the configuration, which Lightning would replace by the checkpoint's without a message."""
 
     def before_instantiate_classes(self) -> None:
-        """Refuse checkpoints that cannot be read and folders that cannot be written; name best and last apart."""
+        """Refuse checkpoints that cannot be read and folders that cannot be written; give best and last two names."""
         settings = self.config[self.config.subcommand] if "subcommand" in self.config else self.config
         path, folder = settings.get("ckpt_path"), Path(settings.trainer.default_root_dir or Path.cwd())
         last = folder / "last.ckpt"
@@ -123,7 +126,7 @@ class TrainingCLI(LightningCLI):
             checkpoint.filename, checkpoint.save_last = "best", True
 
     def before_fit(self) -> None:
-        """Say where Lightning cannot resume exactly."""
+        """Warn if Lightning cannot resume exactly."""
         if self.config_init[self.subcommand].get("ckpt_path") and self.trainer.max_steps != -1:
             warnings.warn(
                 "a run that is limited by max_steps does not resume exactly: Lightning trains one batch too many after "
@@ -132,7 +135,7 @@ class TrainingCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Build the trainer; the checkpoint group steps aside where checkpoints are off or have been set up already."""
+        """Build the trainer, without the checkpoint group if checkpoints are off or the trainer has its own."""
         settings = self._get(self.config_init, "trainer")
         given = settings.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
@@ -141,22 +144,22 @@ class TrainingCLI(LightningCLI):
         trainer = super().instantiate_trainer(**{**kwargs, **self._unsaved})
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
-        pass_sigterm_on(trainer)
-        trainer.callbacks.append(_OwnRows())  # type: ignore[attr-defined] # set later
+        forward_sigterm(trainer)
+        trainer.callbacks.append(_RowsPerRank())  # type: ignore[attr-defined] # set later
         if trainer.num_nodes > 1:
-            trainer.callbacks.insert(0, _EveryMachine(self._checks, self._sought))  # type: ignore[attr-defined] # set later
+            trainer.callbacks.insert(0, _CheckAllMachines(self._checks, self._sought))  # type: ignore[attr-defined] # set later
         return trainer
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are whole or not there: ``Trainer(plugins=[WholeCheckpointIO()])``; the command line has it.
+    """Checkpoints that are complete or absent: ``Trainer(plugins=[WholeCheckpointIO()])``.
 
-    Lightning writes to the system's temporary folder and moves the file, which copies it where that folder is on
-    another disk: a run that is killed meanwhile loses the old checkpoint and the new one.
+    Lightning moves the file from the system's temporary folder, which is a copy if that is on another disk: a run that
+    is killed meanwhile loses the old checkpoint and the new one.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write beside the old one, and put it in its place when all of it has reached the disk."""
+        """Write beside the old file, and replace it when all of the new one has reached the disk."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -172,44 +175,42 @@ class WholeCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **kwargs)
 
 
-class _WholeConfig(SaveConfigCallback):
-    """Saves the configuration under another name first, so that a run that is killed cannot cut it short."""
+class _AtomicConfig(SaveConfigCallback):
+    """Writes the configuration under another name first, so that a kill cannot truncate it."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         name = self.config_filename
         self.config_filename = f".{name}.part"
         super().setup(trainer, pl_module, stage)
         self.config_filename = name
-        part = Path(trainer.log_dir or ".", f".{name}.part")  # every rank has to ask for log_dir
+        part = Path(trainer.log_dir or ".", f".{name}.part")  # log_dir is a collective
         if trainer.is_global_zero and part.exists():
             part.replace(part.with_name(name))
 
 
-class _OwnRows(pl.Callback):
-    """Looks at the training loaders: where nobody deals their rows out, all devices would train on the same ones."""
+class _RowsPerRank(pl.Callback):
+    """Refuses training loaders that give all ranks the same rows."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse several devices then."""
         if trainer.world_size == 1 or deals_rows_out(trainer):
             return
         for loader in list_loaders(trainer.train_dataloader):
             plain = type(getattr(loader, "batch_sampler", None)) is BatchSampler
             if plain and isinstance(loader.sampler, RandomSampler | SequentialSampler):
                 raise ValueError(
-                    f"all {trainer.world_size} devices would train on the same rows: this training loader knows "
-                    "nothing of them, and nobody deals its rows out. Let Lightning do so, "
-                    "--trainer.use_distributed_sampler=true, or use a batch sampler that does, such as PKBatchSampler"
+                    f"all {trainer.world_size} devices would train on the same rows, because this training loader has "
+                    "no distributed sampler. Let Lightning add one, --trainer.use_distributed_sampler=true, or use a "
+                    "distributed batch sampler such as PKBatchSampler"
                 )
 
 
-class _EveryMachine(pl.Callback):
-    """Looks at the files once the machines are joined: one that gave up before would leave the others waiting."""
+class _CheckAllMachines(pl.Callback):
+    """Checks files after the machines have joined; an error on one before that would leave the others waiting."""
 
     def __init__(self, checks: Sequence[Callable[[], None]], sought: str) -> None:
         self.checks, self.sought = checks, sought
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot be read or written on one of them, and to resume on some only."""
         run_on_all_ranks(self._check)
         folder = Path(trainer.default_root_dir)
         every = gather_objects(sorted(path.name for path in folder.glob(self.sought)) if self.sought else [])
@@ -229,8 +230,8 @@ def check_checkpoint(path: str | os.PathLike[str], safe: bool = True) -> None:
     """Verify the checksums of a checkpoint and, if ``safe``, that it holds nothing but tensors and plain values.
 
     Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is damaged or no checkpoint; the message names it.
+        FileNotFoundError: It does not exist.
+        ValueError: It is damaged, or no checkpoint.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"the checkpoint {str(path)!r} does not exist")
@@ -240,16 +241,16 @@ def check_checkpoint(path: str | os.PathLike[str], safe: bool = True) -> None:
     if safe:
         try:
             torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged pickle makes of itself
+        except Exception as error:  # damaged pickles raise many kinds
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{str(path)!r} is no checkpoint that can be read safely ({reason})") from error
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Make the folder if it does not exist, and write and remove a file in it.
+    """Create a folder if it does not exist, and verify that files can be written into it.
 
     Raises:
-        OSError: That failed; the message names the folder.
+        OSError: The folder cannot be created or written.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_rkd.cli.trainer import _EveryMachine, check_checkpoint, check_writable
+from lightning_rkd.cli.trainer import _CheckAllMachines, check_checkpoint, check_writable
 from lightning_rkd.models import ConvNet
 from tests.harness.nodes import TORCHRUN, Nodes, surroundings
 from tests.harness.ranks import Ranks
@@ -139,7 +139,7 @@ def looked_at(rank: int, folder: str, sought: str, path: str | None = None) -> N
     mine = f"{folder}/{rank}"
     checks = [partial(check_checkpoint, f"{mine}/{path}")] if path else [partial(check_writable, mine)]
     trainer: Any = SimpleNamespace(default_root_dir=mine)
-    _EveryMachine(checks, sought).setup(trainer, trainer, "fit")
+    _CheckAllMachines(checks, sought).setup(trainer, trainer, "fit")
 
 
 def test_machines_resume_all_or_none(ranks: Ranks, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lightning_rkd.cli import main as cli
-from lightning_rkd.cli.signals import PARENT, at_sigterm, ending_with_first_rank
+from lightning_rkd.cli.signals import PARENT, at_sigterm, end_with_first_rank
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +27,14 @@ def test_a_rank_ends_after_the_process_that_started_it() -> None:
     """Also where the main thread waits in a collective, or for ranks that will never come."""
     rank = """
 import time
-from lightning_rkd.cli.signals import ending_with_first_rank
-with ending_with_first_rank(0.1):
+from lightning_rkd.cli.signals import end_with_first_rank
+with end_with_first_rank(0.1):
     time.sleep(99)
 """
     first = f"""
 import os, subprocess, sys
-from lightning_rkd.cli.signals import ending_with_first_rank
-with ending_with_first_rank():
+from lightning_rkd.cli.signals import end_with_first_rank
+with end_with_first_rank():
     own = os.environ | {{"LOCAL_RANK": "1"}}
     child = subprocess.Popen([sys.executable, "-c", {rank!r}], env=own, stdout=2, stderr=open("said", "w"))
     print(child.pid, flush=True)
@@ -54,7 +54,7 @@ def test_ranks_that_somebody_else_starts_are_left_alone(monkeypatch: pytest.Monk
     assert PARENT not in os.environ
     monkeypatch.setenv("LOCAL_RANK", "1")
     before = threading.active_count()
-    with ending_with_first_rank():
+    with end_with_first_rank():
         assert threading.active_count() == before
 
 

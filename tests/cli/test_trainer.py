@@ -19,7 +19,7 @@ import yaml
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_rkd.cli import main as cli
-from lightning_rkd.cli.trainer import WholeCheckpointIO, _OwnRows
+from lightning_rkd.cli.trainer import WholeCheckpointIO, _RowsPerRank
 from lightning_rkd.data import PKBatchSampler
 from tests.harness import toys
 from tests.harness.processes import GLYPHS, end_of, start
@@ -124,7 +124,7 @@ def test_nan_in_the_middle_of_an_epoch_ends_training_and_it_resumes(
 def test_sigterm_ends_training_with_143_and_it_resumes_bit_for_bit() -> None:
     code, output = end_of(start(*with_callback("Terminates")))
     assert code == 143, output
-    assert output.endswith("terminated\n(the same command with --ckpt_path last goes on from the last checkpoint)\n")
+    assert output.endswith("terminated\n(the same command with --ckpt_path last resumes from the last checkpoint)\n")
     assert "Traceback" not in output
     assert kept()["global_step"] == 6
     assert goes_on_to_the_same_weights()
@@ -204,7 +204,7 @@ def test_rows_that_nobody_deals_out_are_refused_on_two_devices_only() -> None:
         trainer: Any = SimpleNamespace(
             world_size=devices, train_dataloader=loader, _accelerator_connector=connector, max_epochs=1
         )
-        _OwnRows().on_train_start(trainer, trainer)
+        _RowsPerRank().on_train_start(trainer, trainer)
 
     for loader in (plain, DataLoader(rows), [ours, plain]):
         with pytest.raises(ValueError, match=r"all 2 devices would train on the same rows.*sampler=true"):

@@ -94,7 +94,7 @@ def compare(
         tasks = [*tasks_of(comparison, [], []), *(trial.task for trial in trials)]
         chosen = _choose(trials, run_all(tasks, out, jobs, console, commit), comparison.select or "", out, console)
         for entry, trial in chosen.items():
-            comparison = comparison.with_settings(entry, trial.settings)
+            comparison = comparison.with_settings(entry, tuning.in_config(trial.values))
             tuning.reuse(trial, out, comparison.seeds[0])
             tuned.append(f"- {entry}: {trial.label}")
     tasks = tasks_of(comparison, comparison.networks, comparison.seeds)
@@ -188,9 +188,9 @@ def _choose(
     lines: list[list[object]] = [["network", "values", select, "chosen"]]
     table = rich.table.Table("network", "values", select, "", title="tuned on validation data")
     for trial in trials:
-        score, mark = trial.score(results, select), "chosen" if chosen.get(trial.entry) is trial else ""
-        table.add_row(trial.entry, trial.label, "failed" if score is None else f"{score:.4f}", mark)
-        lines.append([trial.entry, trial.label, "" if score is None else score, mark])
+        score, mark = trial.score(results, select), "chosen" if chosen.get(trial.network.entry) is trial else ""
+        table.add_row(trial.network.entry, trial.label, "failed" if score is None else f"{score:.4f}", mark)
+        lines.append([trial.network.entry, trial.label, "" if score is None else score, mark])
     console.print(table)
     tables.write_csv(lines, out / "tune.csv")
     return chosen

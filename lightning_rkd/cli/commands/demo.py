@@ -20,7 +20,7 @@ from lightning_rkd.cli import recipes
 from lightning_rkd.cli.commands import common
 from lightning_rkd.cli.commands.compare import FILES, compare, new_console
 from lightning_rkd.cli.experiments.plan import TEACHER, Comparison, read
-from lightning_rkd.cli.experiments.report import Picture, render, to_png
+from lightning_rkd.cli.experiments.report import render, to_png
 from lightning_rkd.cli.experiments.runs import digest, embed
 from lightning_rkd.cli.experiments.tables import Table
 from lightning_rkd.cli.trainer import check_writable
@@ -44,28 +44,6 @@ LARGEST_IMAGE, MOST_IMAGES = 32, 25_000
 """Limits on a folder of images, so that the demo takes minutes."""
 
 _AGREEMENT = "distance_correlation: agreement with the teacher, the rank correlation of distances."
-_SECTIONS = {
-    "neighbours": (
-        "The nearest images",
-        "Each row has one query and the five images that every network finds nearest to it. A blue frame with a check "
-        "mark is right: an image of the same class.",
-    ),
-    "relations": (
-        "Distances",
-        "Distances between the same images in each network's embedding, class by class. The more a student's matrix "
-        "looks like the teacher's, the more of its geometry has been learned: this is what RKD-D compares.",
-    ),
-    "angles": (
-        "Angles",
-        "Angles between triplets of images in each network's embedding: this is what RKD-A compares. Rows of "
-        "independent random numbers would have angles around 60 degrees.",
-    ),
-    "map": (
-        "Maps",
-        "Every image at its place on the two main axes of the embedding. The students' maps are rotated onto the "
-        "teacher's; the colour of a frame is the class.",
-    ),
-}
 
 
 def main(args: Sequence[str]) -> None:
@@ -100,10 +78,20 @@ def main(args: Sequence[str]) -> None:
             console.print(f"{_AGREEMENT}\n{_verdict(table)}\nDrawing the pictures.")
             things = "glyphs" if options.data is None else "classes"
             embeddings = _embed(comparison, data, out)
-            pictures = {dark: _draw(embeddings, table, data, things, dark) for dark in (False, True)}
+            light, dark = (_draw(embeddings, table, data, things, dark) for dark in (False, True))
             for name in ("neighbours", "relations"):
-                write_whole(out / f"{name}.png", to_png(pictures[False][name]))
-            page = _report(table, pictures, described, command, out / f"rkd-{options.seeds[-1]}")
+                write_whole(out / f"{name}.png", to_png(light[name]))
+            page = render(
+                [table.headings, *map(table.cells, table.rows)],
+                [_verdict(table), table.caption, _AGREEMENT],
+                light,
+                dark,
+                data=described,
+                command=command,
+                student=str(out / f"rkd-{options.seeds[-1]}"),
+                made=f"{datetime.date.today()}, {provenance.hardware('cpu')}, PyTorch {torch.__version__}, "
+                f"lightning-rkd {__version__}",
+            )
             write_whole(out / "report.html", page.encode())
             files = {
                 "report.html": "table and pictures in one page for a browser",
@@ -250,27 +238,3 @@ def _draw(
         "angles": plots.angles(embeddings, title=f"Angles between images {unseen}", dark=dark),
         "map": plots.embedding_map(images, labels, scored, title=f"Maps of images {unseen}", dark=dark),
     }
-
-
-def _report(
-    table: Table, pictures: Mapping[bool, Mapping[str, Figure]], described: str, command: str, student: Path
-) -> str:
-    versions = f"PyTorch {torch.__version__}, lightning-rkd {__version__}"
-    return render(
-        "What the student learned from its teacher",
-        f"A big network, the teacher, was trained on {described}; then a small one alone, and the same small one with "
-        "relational distillation (RKD-DA): beside its own task it learned the distances and angles between images in "
-        "the teacher's embedding. All are tested on classes that none of them has seen.",
-        [table.headings, *map(table.cells, table.rows)],
-        [_verdict(table), table.caption, _AGREEMENT],
-        [Picture(*_SECTIONS[name], pictures[False][name], pictures[True][name]) for name in _SECTIONS],
-        {
-            "This report again; finished networks are not trained again:": command,
-            "The same with your images, each in a folder that is its class:": "lightning-rkd demo --data FOLDER",
-            "The distilled student alone, for production (ONNX and more):": (
-                f"lightning-rkd export {student} --out exported"
-            ),
-            "Other losses, compared over seeds:": "lightning-rkd compare --config glyphs_losses",
-        },
-        f"{datetime.date.today()}, {provenance.hardware('cpu')}, {versions}",
-    )

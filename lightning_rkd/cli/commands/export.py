@@ -1,4 +1,4 @@
-"""``lightning-rkd export``: the student of a run alone, for production."""
+"""``lightning-rkd export``: the student of a run, for production."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ from lightning_rkd.export.card import Facts, describe
 from lightning_rkd.export.read import build_network
 from lightning_rkd.export.write import FORMATS, export
 
-_PREFIX = "student."
-
 
 def main(args: Sequence[str]) -> None:
     """Run the command.
 
     Raises:
-        ValueError: A configuration or a checkpoint that does not fit.
-        OSError: A missing file, or an output folder that holds something else.
+        ValueError: The configuration or the checkpoint does not fit.
+        OSError: A file is missing, or the output folder holds something else.
     """
     options = _parser().parse_args(list(args))
-    config_path = options.config or _config_of(options.run)
-    checkpoint_path = options.ckpt_path or options.run / "last.ckpt"
-    for path, what in ((config_path, "configuration"), (checkpoint_path, "checkpoint")):
+    config_path = options.config or _find_config(options.run)
+    checkpoint = options.ckpt_path or options.run / "last.ckpt"
+    for path, kind in ((config_path, "configuration"), (checkpoint, "checkpoint")):
         if not path.is_file():
             raise FileNotFoundError(
-                f"there is no {what} {str(path)!r}: give the folder of a run, as lightning-rkd fit, demo and compare "
-                "leave it with config.yaml and last.ckpt, or name the file"
+                f"there is no {kind} {str(path)!r}: give the folder of a run of lightning-rkd fit, demo or compare, "
+                "which holds config.yaml and last.ckpt, or name the file"
             )
-    check_checkpoint(checkpoint_path)
+    check_checkpoint(checkpoint)
     config = yaml.safe_load(config_path.read_text(encoding="utf-8"))
     model = (config.get("model") if isinstance(config, dict) else None) or {}
     model = (model.get("init_args") if isinstance(model, dict) else None) or {}
     if not isinstance(model.get("student"), dict):
         raise ValueError(
-            f"{str(config_path)!r} has no model.init_args.student: only runs of DistillationModule can be exported by "
-            "command; lightning_rkd.export.export takes any network"
+            f"{str(config_path)!r} has no model.init_args.student: the command exports runs of DistillationModule; "
+            "lightning_rkd.export.export takes any network"
         )
-    student = _student(model["student"])
+    parser, parsed = _parse(torch.nn.Module, "student", model["student"])
+    student: dict[str, Any] = yaml.safe_load(parser.dump(parsed))["student"]
     network = build_network(student)
-    _fill(network, checkpoint_path)
-    example, scaling = _input(options, config, config_path)
+    _load_student(network, checkpoint)
+    example, scaling = _example(options.input, config, config_path)
+    facts = _collect_facts(options.name, config, model, checkpoint, digest(*network.state_dict().values()))
     done = export(
         network,
         example,
@@ -59,15 +59,15 @@ def main(args: Sequence[str]) -> None:
         formats=options.formats.split(","),
         build=student,
         input_scaling=scaling,
-        facts=_facts(options, config, model, checkpoint_path, digest(*network.state_dict().values())),
+        facts=facts,
         overwrite=options.overwrite,
     )
     console = Console(highlight=False)
-    console.print(f"In {done.folder} there are now", markup=False, soft_wrap=True)
+    console.print(f"Files in {done.folder}:", markup=False, soft_wrap=True)
     for name, size in done.files.items():
         console.print(f"  {name:<22} {size:>12,} bytes")
     for name, difference in done.differences.items():
-        console.print(f"{FORMATS[name]} gives the student's numbers to {difference:.0e} of the largest.")
+        console.print(f"{FORMATS[name]} differs from the student by at most {difference:.0e} of its largest output.")
     for name, why in done.failed.items():
         console.print(f"Not exported: {name}: {why}", markup=False, soft_wrap=True)
     if done.failed:
@@ -77,8 +77,8 @@ def main(args: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-rkd export",
-        description="Write the student of a run alone: weights with what builds the network, a program for PyTorch, "
-        "one in ONNX, each compared with the student, and a model card. They need neither teacher nor Lightning.",
+        description="Export the student of a run: its weights and configuration, a program for PyTorch and one in "
+        "ONNX, each compared with the student, and a model card. They need neither teacher nor Lightning.",
         epilog="""\
 examples:
   lightning-rkd export runs/demo/rkd-0 --out exported
@@ -86,52 +86,39 @@ examples:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, nargs="?", default=Path(), help="folder that a training has left")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="instead of RUN/config.yaml")
-    parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="instead of RUN/last.ckpt")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the files go")
-    parser.add_argument(
-        "--formats", default=",".join(FORMATS), metavar="LIST", help=f"some of {','.join(FORMATS)} (all)"
-    )
-    parser.add_argument(
-        "--input", metavar="C,H,W", help="shape of one input, where the data of the run are not at hand"
-    )
-    parser.add_argument("--name", help="of the student, for the card")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    add = parser.add_argument
+    add("run", type=Path, nargs="?", default=Path(), help="folder of a run (default: the current one)")
+    add("--config", type=Path, metavar="FILE", help="configuration (default: RUN/config.yaml)")
+    add("--ckpt_path", type=Path, metavar="FILE", help="checkpoint (default: RUN/last.ckpt)")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="output folder")
+    add("--formats", default=",".join(FORMATS), metavar="LIST", help="comma-separated formats (default: %(default)s)")
+    add("--input", metavar="C,H,W", help="shape of one input, if the run's data are not available")
+    add("--name", help="name of the student on the card")
+    add("--overwrite", action="store_true", help="replace an earlier export")
     return parser
 
 
-def _config_of(run: Path) -> Path:
-    """Where a run has kept its configuration: beside its checkpoint, or in the newest folder of its logger."""
+def _find_config(run: Path) -> Path:
+    """The configuration beside the checkpoint, or in the newest folder of the run's logger."""
     beside = run / "config.yaml"
     logged = [path for path in run.glob("*/version_*/config.yaml") if path.is_file()]
-    if beside.is_file() or not logged:
-        return beside
-    return max(logged, key=lambda path: path.stat().st_mtime_ns)
+    return beside if beside.is_file() or not logged else max(logged, key=lambda path: path.stat().st_mtime_ns)
 
 
-def _parsed(base: type, name: str, description: dict[str, Any]) -> tuple[jsonargparse.ArgumentParser, Any]:
-    """A part of a configuration, understood as ``fit`` does: short names of classes are known."""
+def _parse(base: type, name: str, description: dict[str, Any]) -> tuple[jsonargparse.ArgumentParser, Any]:
+    """Parse a part of a configuration as ``fit`` does, with short names of classes."""
     import_public_classes()
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, name)
     return parser, parser.parse_object({name: description})
 
 
-def _student(description: dict[str, Any]) -> dict[str, Any]:
-    """The student of a configuration with whole class paths, also where it was written by hand with short names."""
-    parser, parsed = _parsed(torch.nn.Module, "student", description)
-    student: dict[str, Any] = yaml.safe_load(parser.dump(parsed))["student"]
-    return student
-
-
-def _fill(network: torch.nn.Module, path: Path) -> None:
-    """The student's weights out of a checkpoint of the module."""
+def _load_student(network: torch.nn.Module, path: Path) -> None:
+    """Load the student's weights from a checkpoint of the module."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or "state_dict" not in state:
         raise ValueError(f"{str(path)!r} is no checkpoint of Lightning: it holds no state_dict")
-    state = state["state_dict"]
-    own = {name.removeprefix(_PREFIX): x for name, x in state.items() if name.startswith(_PREFIX)}
+    own = {name.removeprefix("student."): x for name, x in state["state_dict"].items() if name.startswith("student.")}
     own = {name.replace("_orig_mod.", ""): x for name, x in own.items()}  # of a compiled student
     try:
         network.load_state_dict(own)
@@ -140,66 +127,45 @@ def _fill(network: torch.nn.Module, path: Path) -> None:
         raise ValueError(f"the checkpoint {str(path)!r} does not fit the configuration's student: {lines}") from error
 
 
-def _input(
-    options: argparse.Namespace, config: dict[str, Any], path: Path
-) -> tuple[Tensor, dict[str, list[float]] | None]:
-    """An input of the right shape, and how images are normalised: from the run's data, or as told."""
-    if options.input is not None:
+def _example(shape: str | None, config: dict[str, Any], path: Path) -> tuple[Tensor, dict[str, list[float]] | None]:
+    """An input of the right shape, and the normalisation of images: as given, or from the run's data."""
+    if shape is not None:
         try:
-            shape = tuple(int(part) for part in options.input.split(","))
-            return torch.zeros(1, *shape), None
+            return torch.zeros(1, *(int(part) for part in shape.split(","))), None
         except (ValueError, RuntimeError):
-            raise argparse.ArgumentError(
-                None, f"--input: expected a shape such as 3,32,32, got {options.input!r}"
-            ) from None
+            raise argparse.ArgumentError(None, f"--input: expected a shape such as 3,32,32, got {shape!r}") from None
     try:
-        data = _data(config["data"])
+        parser, parsed = _parse(ImageDataModule, "data", config["data"])
+        data: ImageDataModule = parser.instantiate_classes(parsed).data
         data.prepare_data()
         data.setup("test")
         scaling = {name: getattr(data.root, name).flatten().tolist() for name in ("mean", "std")}
         return torch.zeros(1, *data.image_shape), scaling
-    except Exception as error:  # data that are gone, or of another kind, are no reason not to export
+    except Exception as error:  # data of another kind, or no longer there
         raise ValueError(
-            f"the shape of the input could not be read off the data in {str(path)!r} ({error}): give it, "
+            f"the shape of the input could not be read from the data in {str(path)!r} ({error}): give it, "
             "--input 3,32,32"
         ) from error
 
 
-def _data(config: dict[str, Any]) -> ImageDataModule:
-    parser, parsed = _parsed(ImageDataModule, "data", config)
-    data: ImageDataModule = parser.instantiate_classes(parsed).data
-    return data
-
-
-def _facts(
-    options: argparse.Namespace, config: dict[str, Any], model: dict[str, Any], checkpoint: Path, weights: str
+def _collect_facts(
+    name: str | None, config: dict[str, Any], model: dict[str, Any], checkpoint: Path, weights: str
 ) -> Facts:
     scores: dict[str, float] = {}
-    told = ""
-    result = checkpoint.parent / RESULT
-    kept = None
+    measured, result = "", checkpoint.parent / RESULT
     if result.is_file():
         check_checkpoint(result)
         kept = torch.load(result, map_location="cpu", weights_only=True)
-    if kept is not None and kept["weights"] == weights:  # else they were measured with other weights
-        scores, about = kept["scores"], kept["about"]
-        told = (
-            ", ".join(
-                [
-                    "On the run's test data, after the last step",
-                    *filter(None, (about.get("date"), about.get("hardware"))),
-                ]
-            )
-            + "."
-        )
+        if kept["weights"] == weights:  # the scores of other weights do not count
+            about = [kept["about"][key] for key in ("date", "hardware") if kept["about"].get(key)]
+            scores, measured = kept["scores"], ", ".join(["On the run's test data, after the last step", *about]) + "."
     taught = model.get("teacher") is not None
-    parts = {name: model.get(name) for name in (("loss", "weight", "balance") if taught else ())}
-    parts |= {name: model.get(name) for name in ("task_loss", "task_weight")}
+    arguments = (("loss", "weight", "balance") if taught else ()) + ("task_loss", "task_weight")
     return Facts(
-        name=options.name or checkpoint.parent.name or "student",
+        name=name or checkpoint.parent.name or "student",
         data=describe(config["data"]) if config.get("data") else "",
         teacher=describe(model["teacher"]) if taught else "none",
-        loss=describe(parts),
+        loss=describe({argument: model.get(argument) for argument in arguments}),
         scores=scores,
-        scores_of=told,
+        scores_of=measured,
     )

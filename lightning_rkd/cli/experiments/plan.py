@@ -7,6 +7,7 @@ import difflib
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,11 @@ class Comparison:
 
     Attributes:
         title: Title of the table.
-        networks: Networks in the order of the table, without the teacher.
+        networks: Rows of the table after the teacher's.
         seeds: Seeds of all networks but the teacher.
-        teacher: Network that is trained first, once.
-        teacher_seed: Seed of the teacher.
-        baseline: Name of the network that the others are compared with.
-        scores: Columns of the table; ``None`` takes all scores of the networks' metrics.
+        teacher, teacher_seed: Network that is trained first, once.
+        baseline: Network that the others are compared with.
+        scores: Columns of the table; ``None`` takes all.
         select: Score that tuning maximises; the first of ``scores`` by default.
     """
 
@@ -137,9 +137,6 @@ def check(networks: Iterable[Network]) -> None:
     """
     for network in networks:
         model, config = network.config["model"].get("init_args", {}), network.config
-        for name in _class_paths(model.get("loss")):
-            if "." not in name and name not in losses.__all__:
-                raise ValueError(f"{network.name}: there is no loss {name!r}{_suggestion(name, losses.__all__)}")
         if model.get("loss") is not None and model.get("teacher") is None:
             raise ValueError(
                 f"{network.name}: its loss needs a teacher, and neither the recipe nor the comparison has one: add "
@@ -236,7 +233,10 @@ class _Reader:
         model = config["model"].setdefault("init_args", {})
         model |= {key: entry[key] for key in ("weight", "task_weight", "balance") if key in entry}
         if "loss" in entry:
-            model["loss"] = _as_classes(entry["loss"])
+            try:
+                model["loss"] = _as_classes(entry["loss"])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         if self.agreement:
             model.setdefault("metrics", {}).setdefault("agreement", "RelationalAgreement")
         alone = model.get("loss") is None
@@ -274,19 +274,13 @@ def _seeds(seeds: Any) -> tuple[int, ...]:
 
 def _as_classes(loss: Any) -> Any:
     """``RKD`` becomes ``{class_path: RKD}``, also within a dict of several losses."""
-    if isinstance(loss, str):
-        return {"class_path": loss}
     if isinstance(loss, dict) and "class_path" not in loss:
         return {name: _as_classes(part) for name, part in loss.items()}
-    return loss
-
-
-def _class_paths(loss: Any) -> list[str]:
-    if isinstance(loss, str):
-        return [loss]
-    if not isinstance(loss, dict):
-        return []
-    return [loss["class_path"]] if "class_path" in loss else [p for part in loss.values() for p in _class_paths(part)]
+    name = loss["class_path"] if isinstance(loss, dict) else loss
+    known = [*losses.__all__, *(entry.name for entry in entry_points(group="lightning_rkd.losses"))]
+    if isinstance(name, str) and "." not in name and name not in known:
+        raise ValueError(f"there is no loss {name!r}{_suggestion(name, known)}")
+    return {"class_path": loss} if isinstance(loss, str) else loss
 
 
 def _mapping(value: Any, where: str, known: Sequence[str] = ()) -> dict[str, Any]:

@@ -12,11 +12,11 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -41,17 +41,7 @@ _ORDER = ("seed", "classes_per_batch", "samples_per_class", "batches_per_epoch",
 
 @dataclass
 class Run:
-    """A trained and measured network.
-
-    Attributes:
-        network: Name of the network; its runs differ by the seed.
-        seed: Seed of the run.
-        parameters: Number of the network's parameters.
-        seconds: Training time.
-        scores: Values by name.
-        weights: Digest of the trained weights; the identity of a student's run includes its teacher's.
-        about: Date, hardware and commit.
-    """
+    """A trained and measured network: training time, scores, digest of the weights, and date, hardware and commit."""
 
     network: str
     seed: int
@@ -69,6 +59,8 @@ class Trained(NamedTuple):
     data: ImageDataModule
     seconds: float
 
+
+Split = Literal["test", "validation"]
 
 Images = dict[str, LabelledImages]
 """The images that were loaded last, kept for the next run that reads the same data."""
@@ -134,18 +126,12 @@ def train(
     return Trained(cli.model, cli.datamodule, time.perf_counter() - start)
 
 
-def on_test_data(trained: Trained) -> dict[str, float]:
-    """Scores of the module's metrics on the test data."""
-    return _scores(trained.module.trainer.test(trained.module, datamodule=trained.data, verbose=False))
-
-
-def on_validation_data(trained: Trained) -> dict[str, float]:
-    """Scores of the module's metrics on the validation data; the test data are not read."""
-    trained.module.trainer.limit_val_batches = 1.0  # training ran without validation
-    return _scores(trained.module.trainer.validate(trained.module, datamodule=trained.data, verbose=False))
-
-
-def _scores(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _measure(trained: Trained, split: Split) -> dict[str, float]:
+    """Scores of the module's metrics on one part of the data; the other part is not read."""
+    trainer = trained.module.trainer
+    trainer.limit_val_batches = 1.0  # training ran without validation
+    evaluate = trainer.test if split == "test" else trainer.validate
+    found = evaluate(trained.module, datamodule=trained.data, verbose=False)
     values = {name: float(value) for part in found for name, value in part.items()}
     return {name.removeprefix("test/").removeprefix("val/"): value for name, value in values.items()}
 
@@ -159,7 +145,7 @@ def run(
     callbacks: Sequence[pl.Callback] = (),
     images: Images | None = None,
     *,
-    measure: Callable[[Trained], dict[str, float]] = on_test_data,
+    split: Split = "test",
     paths: Mapping[str, Any] | None = None,
     about: Mapping[str, str] | None = None,
 ) -> Run:
@@ -170,13 +156,9 @@ def run(
 
     Args:
         network: Name of the network.
-        config: See :func:`prepare`.
-        folder: Output folder, the same for a run that is resumed.
-        seed: Seed of initial weights, order and augmentation.
+        config, folder, seed, callbacks, images: See :func:`prepare`.
         teacher: ``weights`` of the teacher's run; ``None`` without a trained teacher.
-        callbacks: Callbacks that the saved configuration does not mention.
-        images: Where loaded images are kept from run to run.
-        measure: Function that computes the scores.
+        split: Data that the network is measured on.
         paths: Further settings, which name files without changing what is computed; they may change when resumed.
         about: Information that is kept with the result.
 
@@ -192,7 +174,7 @@ def run(
     resume = None if begun is None else checkpoint
     trained = train(with_settings(config, paths or {}), folder, seed, [*callbacks, signature], images, resume)
     with _quiet():
-        scores = measure(trained)
+        scores = _measure(trained, split)
     student, seconds = trained.module.student, signature.before + trained.seconds
     weights = digest(*student.state_dict().values())
     found = Run(network, seed, count_parameters(student), seconds, scores, weights, dict(about or {}))
@@ -203,7 +185,7 @@ def run(
 
 
 def read_finished(network: str, folder: Path, seed: int, identity: str) -> Run | None:
-    """The run of that identity, if the folder holds it finished.
+    """The finished run of that identity in a folder.
 
     Raises:
         ValueError: Its file is damaged.

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -34,7 +34,7 @@ class Task:
         network: Name of the network.
         seed: Seed of the run.
         config: Configuration, without the paths of files that other tasks write.
-        folder: Folder below the output folder.
+        folder: Folder below the output folder, without the digest of the teacher's weights for a cache.
         teacher: Folder of the task that trains the teacher.
         cache: Task that writes the cache of the teacher's outputs.
         split: Data that the network is measured on; ``None`` for a cache.
@@ -46,7 +46,7 @@ class Task:
     folder: str
     teacher: str | None = None
     cache: Task | None = None
-    split: Literal["test", "validation"] | None = "test"
+    split: runs.Split | None = "test"
 
     @property
     def name(self) -> str:
@@ -58,12 +58,9 @@ class Task:
         return out / (f"{self.folder}-{teacher}" if self.split is None else self.folder)
 
     def perform(self, out: Path, teacher: str | None, commit: str) -> None:
-        """Train and measure the network, or write the cache; progress is reported as (done, total, unit).
+        """Train and measure the network, or write the cache, given ``weights`` of the teacher's run.
 
-        Args:
-            out: Output folder of the comparison.
-            teacher: ``weights`` of the teacher's run.
-            commit: Kept with the result.
+        Progress is reported as (done, total, unit).
         """
         paths = {}
         if self.cache is not None:
@@ -84,7 +81,7 @@ class Task:
                 teacher,
                 [_Progress()],
                 _images,
-                measure=runs.on_test_data if self.split == "test" else runs.on_validation_data,
+                split=self.split,
                 paths=paths,
                 about={"date": f"{datetime.date.today()}", "hardware": hardware(device), "commit": commit},
             )

@@ -22,20 +22,10 @@ _SHORT = ("weight", "task_weight", "balance", "loss")
 
 @dataclass(frozen=True)
 class Trial:
-    """One network with one choice of values.
+    """A network with one choice of values, by path, and its run, which is measured on validation data."""
 
-    Attributes:
-        entry: Name of the network's entry in the file.
-        network: The network with these values.
-        values: Values by the path that was given.
-        settings: Values by the path in the configuration.
-        task: Its run, measured on validation data.
-    """
-
-    entry: str
     network: Network
     values: dict[str, Any]
-    settings: dict[str, Any]
     task: Task
 
     @property
@@ -101,15 +91,20 @@ def plan_trials(wanted: Mapping[str, Mapping[str, Sequence[Any]]], comparison: C
     for entry, paths in wanted.items():
         for combination in itertools.product(*paths.values()):
             values = dict(zip(paths, combination, strict=True))
-            settings = {f"model.init_args.{p}" if p.split(".")[0] in _SHORT else p: v for p, v in values.items()}
-            changed = comparison.with_settings(entry, settings)
+            changed = comparison.with_settings(entry, in_config(values))
             network = changed.networks_of(entry)[0]
-            task = tasks_of(changed, [network], changed.seeds[:1])[-1]
-            label = folder_of(" ".join(f"{path} {value}" for path, value in values.items()))
-            folder = f"tune/{folder_of(entry)}/{label}"
-            trial = Trial(entry, network, values, settings, replace(task, folder=folder, split="validation"))
-            trials.append(replace(trial, task=replace(trial.task, network=f"{network.name} ({trial.label})")))
+            trial = Trial(network, values, tasks_of(changed, [network], changed.seeds[:1])[-1])
+            folder = (
+                f"tune/{folder_of(entry)}/{folder_of(' '.join(f'{path} {value}' for path, value in values.items()))}"
+            )
+            task = replace(trial.task, network=f"{network.name} ({trial.label})", folder=folder, split="validation")
+            trials.append(replace(trial, task=task))
     return trials
+
+
+def in_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by their paths in the configuration."""
+    return {f"model.init_args.{path}" if path.split(".")[0] in _SHORT else path: v for path, v in values.items()}
 
 
 def choose(trials: Sequence[Trial], results: Mapping[str, Run | Failure], select: str) -> dict[str, Trial]:
@@ -120,9 +115,9 @@ def choose(trials: Sequence[Trial], results: Mapping[str, Run | Failure], select
     """
     chosen: dict[str, tuple[float, Trial]] = {}
     for trial in trials:
-        score = trial.score(results, select)
-        if score is not None and (trial.entry not in chosen or score > chosen[trial.entry][0]):
-            chosen[trial.entry] = score, trial
+        score, entry = trial.score(results, select), trial.network.entry
+        if score is not None and (entry not in chosen or score > chosen[entry][0]):
+            chosen[entry] = score, trial
     return {entry: trial for entry, (_, trial) in chosen.items()}
 
 

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lightning_rkd.cli.experiments.report import Picture, render
+from lightning_rkd.cli.experiments.report import render
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = [
@@ -43,12 +43,13 @@ def figure(colour: str) -> Figure:
 @pytest.fixture(scope="module")
 def page() -> str:
     rows = [[f"network {n}", "174,008", *["0.123 ± 0.456"] * 4] for n in range(3)]
-    pictures = [
-        Picture(f"Picture {n}", "Something <is> seen & more.", figure("#ffffff"), figure("#000000")) for n in range(2)
-    ]
     heads = ["network", "parameters", "recall_at_1", "map_at_r", "distance_correlation", "seconds"]
-    commands = {"Again:": "make demo " * 20}
-    return render("A report", "A lead.", [heads, *rows], ["Below."], pictures, commands, "today")
+    light, dark = (
+        {name: figure(colour) for name in ("neighbours", "relations", "angles", "map")}
+        for colour in ("#ffffff", "#000000")
+    )
+    texts = {"data": "Something <is> small & more", "command": "make demo " * 20, "student": "rkd", "made": "today"}
+    return render([heads, *rows], ["Below."], light, dark, **texts)
 
 
 def seen(page: str, folder: Path, width: int, dark: bool = False) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def test_a_browser_shows_all_of_it_without_a_request_an_error_or_a_scroll_bar(
     said = seen(page, tmp_path, width)
     assert said["wrong"] == []
     assert said["asked"] == []
-    assert [natural for natural, _ in said["images"]] == [1200, 1200]
+    assert [natural for natural, _ in said["images"]] == [1200] * 4
     assert said["width"] == width
     assert said["needed"] <= width
 
@@ -89,11 +90,11 @@ def test_in_the_dark_paper_and_pictures_are_dark(page: str, tmp_path: Path) -> N
 
 def test_the_page_refers_to_nothing_outside_itself(page: str) -> None:
     links = re.findall(r'(?:src|srcset|href)="([^"]*)"', page)
-    assert len(links) == 4
+    assert len(links) == 8
     assert all(link.startswith("data:image/png;base64,") for link in links)
     assert "http" not in page
     assert "url(" not in page
 
 
 def test_text_is_escaped(page: str) -> None:
-    assert "Something &lt;is&gt; seen &amp; more." in page
+    assert "Something &lt;is&gt; small &amp; more" in page
