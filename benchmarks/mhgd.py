@@ -1,7 +1,7 @@
 """MHGD on photographs: a student alone and with the attention graph of its teacher, same batches, several seeds.
 
 Run ``python benchmarks/mhgd.py --data cifar100/train``, where the folder holds a folder of images per class; it writes
-``docs/mhgd_on_cifar100.md``. A run that was stopped goes on where it was: finished trainings are kept in ``--out``.
+``docs/mhgd_on_cifar100.md``. An interrupted run resumes: finished trainings are kept in ``--out``.
 
 Teacher, estimator and student are those of the recipes ``cifar100_mhgd_teacher``, ``cifar100_mhgd_estimator`` and
 ``cifar100_mhgd_student`` with fewer classes, channels and steps; the student alone is the third without teacher and
@@ -61,7 +61,7 @@ def some_classes(root: Path, number: int, folder: Path) -> Path:
     """A folder of links to the first classes in alphabetical order."""
     names = sorted(path.name for path in root.iterdir() if path.is_dir())[:number]
     if len(names) < number:
-        raise SystemExit(f"{root} holds {len(names)} folders of images, and --classes asks for {number}")
+        raise SystemExit(f"{root} holds {len(names)} folders of images, but --classes is {number}")
     folder.mkdir(exist_ok=True)
     for name in names:
         link = folder / name
@@ -102,7 +102,7 @@ def configured(name: str, args: argparse.Namespace, steps: int) -> dict[str, Any
 
 
 def tested(module: pl.LightningModule, data: ImageDataModule) -> dict[str, float]:
-    """What ``lightning-rkd test`` measures."""
+    """Metrics of ``lightning-rkd test``."""
     return dict(module.trainer.test(module, datamodule=data, verbose=False)[0])
 
 
@@ -173,15 +173,15 @@ def student(args: argparse.Namespace, way: str, seed: int) -> Row:
 
 @torch.no_grad()
 def graphs(args: argparse.Namespace) -> Row:
-    """How far the students' attention graphs are from the teacher's on test images: the loss, mean over rows."""
+    """Divergence of the students' attention graphs from the teacher's on test images: the loss, mean over rows."""
     config = configured("student", args, args.student_steps)
     data = ImageFolderDataModule(**config["data"]["init_args"])
     data.setup()
     loss = losses.MHGD(args.out / "estimator" / "last.ckpt", reduction="mean")
     loss.prepare()
 
-    def maps(side: dict[str, Any], layer: dict[str, Any], folder: Path) -> list[list[Tensor]]:
-        backbone = ConvNet(**side["init_args"]["backbone"]["init_args"])
+    def maps(settings: dict[str, Any], layer: dict[str, Any], folder: Path) -> list[list[Tensor]]:
+        backbone = ConvNet(**settings["init_args"]["backbone"]["init_args"])
         network = Teacher(Classified(backbone, args.classes), folder / "last.ckpt")
         network.attach(layer["feature_maps"])
         return [network(Batch(inputs=images))[""].feature_maps or [] for images, _ in mixed(data)]
@@ -224,7 +224,7 @@ def points(values: Sequence[float]) -> str:
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """What the paired differences say, and no more."""
+    """Summary of the paired differences."""
     low, high = 100 * min(differences), 100 * max(differences)
     seeds = len(differences)
     if low > 0:

@@ -1,14 +1,14 @@
 # %% [markdown]
 # # 10. MHGD in two stages
 #
-# Multi-head graph distillation (Lee and Song 2019, arXiv:1907.02226) asks how a network gets *from one stage to the next*.
+# Multi-head graph distillation (Lee and Song 2019, arXiv:1907.02226) models how features change *from one stage to the next*.
 # Between two stages it learns a graph: for each image, how much every other image of the batch helps to predict its
-# features. The student is to have the teacher's graphs.
+# features. The student learns to reproduce the teacher's graphs.
 #
-# That takes two stages of training, which you will see one after the other:
+# Training has two stages:
 #
 # 1. the graphs are learned from the teacher alone, without labels: `AttentionGraphEstimator`;
-# 2. the student learns its task, and the graphs beside it: `MHGDModule`.
+# 2. the student learns its task and the graphs: `MHGDModule`.
 #
 # Everything is small, so that it runs in about a minute; [the measured runs](../docs/mhgd_on_cifar100.md) are longer.
 
@@ -31,12 +31,12 @@ QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": 
 data = GlyphDataModule(max_classes=60, image_size=20, classes_per_batch=24, samples_per_class=2, batches_per_epoch=30)
 data.prepare_data()
 data.setup("fit")
-print(f"{len(data.train_set)} letters of {data.num_train_classes} classes to train with")
+print(f"{len(data.train_set)} glyphs of {data.num_train_classes} classes to train with")
 
 # %% [markdown]
 # ## A teacher
 #
-# A classifier whose three stages show maps; the student will have as many stages, with fewer channels.
+# A classifier with three stages of feature maps; the student has as many stages, with fewer channels.
 
 # %%
 from lightning_rkd import DistillationModule
@@ -122,13 +122,13 @@ scores = {
     for name, module in {"teacher": teacher, "student with MHGD": student, "student alone": alone}.items()
 }
 for name, score in scores.items():
-    print(f"{name:20} recall@1 on unseen letters {score:.3f}")
+    print(f"{name:20} recall@1 on unseen glyphs {score:.3f}")
 
 # %% [markdown]
 # ## Did it learn the graphs?
 #
-# The score of one short run with one seed says little. What the method is about can be measured directly: how far the
-# student's graphs are from the teacher's, on letters that neither has trained on.
+# The score of one short run with one seed says little. The aim of the method can be measured directly: the divergence
+# of the student's graphs from the teacher's, on glyphs of classes that neither was trained on.
 
 # %%
 divergence = {}

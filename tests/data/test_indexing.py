@@ -151,7 +151,7 @@ def test_indices_stay_whole_numbers_when_the_batch_is_cast() -> None:
     assert cast.indices.tolist() == [2**40]
 
 
-def test_an_opened_batch_has_the_indices_of_the_loader_unless_it_names_its_own() -> None:
+def test_an_unpacked_batch_has_the_loaders_indices_or_its_own() -> None:
     indexed = IndexedBatch((torch.ones(2, 3), torch.zeros(2), torch.tensor([8, 9])), torch.tensor([4, 7]))
     assert to_batch(indexed, unpack).indices.tolist() == [4, 7]
     assert to_batch(indexed, lambda batch: unpack(batch, indices=2)).indices.tolist() == [8, 9]

@@ -12,7 +12,7 @@ LABELS = [i // 7 for i in range(140)]
 
 
 class Epochs(Dataset[Any]):
-    """A sample is its index and the epoch it was asked for in."""
+    """A sample is its index and the epoch of the access."""
 
     def __len__(self) -> int:
         return len(LABELS)

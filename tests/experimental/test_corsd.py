@@ -21,30 +21,30 @@ pytestmark = [
 CASE = CASES["CORSD"]
 
 
-def shown(rows: int = 6) -> tuple[Outputs, torch.Tensor]:
-    maps = [torch.randn(rows, width, side, side) for width, side in ((4, 6), (6, 3))]
+def outputs(rows: int = 6) -> tuple[Outputs, torch.Tensor]:
+    maps = [torch.randn(rows, width, size, size) for width, size in ((4, 6), (6, 3))]
     return Outputs(feature_maps=maps, logits=torch.randn(rows, 3)), torch.arange(rows) % 3
 
 
 def test_all_terms_but_the_memory_are_those_of_the_equation() -> None:
     relations = CASE.made().double().relations.eval()
-    here, labels = shown()
+    here, labels = outputs()
     here = Outputs(feature_maps=[m.double() for m in here.feature_maps or []], logits=here.logits.double())
     classes, triplet, scores, _ = relations(here, here, labels=labels).tolist()
     positive, negative = triplets(labels, generator(0, 0))
-    sides = []
+    both = []
     for partner in (positive, negative):
         with torch.no_grad():
             pairs = zip(relations.nets, here.feature_maps, strict=True)
-            sides.append([tuple(v.tolist() for v in n(torch.cat([x, x[partner]], 1))) for n, x in pairs])
-    expected = oracle.relations(*sides, labels.tolist(), labels[negative].tolist())
+            both.append([tuple(v.tolist() for v in n(torch.cat([x, x[partner]], 1))) for n, x in pairs])
+    expected = oracle.relations(*both, labels.tolist(), labels[negative].tolist())
     assert (classes, triplet, scores) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_memory_tells_the_own_class_from_another(training: bool) -> None:
     relations = CASE.made().double().relations.train(training)
-    here, labels = shown()
+    here, labels = outputs()
     here = Outputs(feature_maps=[m.double() for m in here.feature_maps or []], logits=here.logits.double())
     before = torch.randn(5, 3, dtype=torch.float64).softmax(1), torch.tensor([0, 2, 2, 1, 0])
     relations.memory.update(*before)
@@ -67,7 +67,7 @@ def test_the_memory_tells_the_own_class_from_another(training: bool) -> None:
 
 def test_the_deepest_stage_teaches_and_does_not_learn_from_the_others() -> None:
     relations = CASE.made(positive_ce=0.0, negative_ce=0.0, triplet=0.0, memory=0.0).relations
-    here, labels = shown()
+    here, labels = outputs()
     relations(here, here, labels=labels).sum().backward()
     assert any(float(p.grad.abs().max()) > 0 for p in relations.nets[0].parameters())
     assert all(p.grad is None or float(p.grad.abs().max()) == 0 for p in relations.nets[1].parameters())
@@ -117,7 +117,7 @@ def test_the_parts_are_logged_and_add_up() -> None:
     assert logged["train/loss"] == pytest.approx(sum(parts), rel=1e-5)
 
 
-def test_a_relation_net_halves_the_maps_at_every_block_and_ends_in_a_distance() -> None:
+def test_a_relation_net_halves_maps_and_ends_in_a_distance() -> None:
     relation = RelationNet([8, 16, 32], 8, 5).eval()
     assert relation.features[:2](torch.ones(2, 8, 12, 12)).shape == (2, 32, 3, 3)
     score, _ = relation(torch.randn(4, 8, 12, 12))

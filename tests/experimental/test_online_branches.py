@@ -41,7 +41,7 @@ def test_the_overlap_of_nothing_has_a_finite_gradient() -> None:
 
 
 def test_the_ensemble_is_a_constant() -> None:
-    """What a branch learns from another is through the target's value alone."""
+    """Branches learn from one another through the value of the target alone."""
     logits = torch.randn(4, 3, 2, requires_grad=True)
     (soft,) = branch_losses(logits, torch.arange(4) % 3)[1:]
     (grad,) = torch.autograd.grad(soft, logits)

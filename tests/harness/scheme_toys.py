@@ -50,7 +50,7 @@ def teacher(out: int = CLASSES) -> ConvNet:
 
 @dataclass
 class Case:
-    """How a scheme is made: networks (functions, so that every scheme gets its own), and the other arguments."""
+    """Arguments of a scheme: networks, made by functions so that every scheme gets its own, and the others."""
 
     scheme: type[pl.LightningModule]
     networks: dict[str, Callable[[], Any]]

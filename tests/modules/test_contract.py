@@ -1,4 +1,4 @@
-"""What every training scheme promises: it learns, saves, resumes, survives half precision and several devices."""
+"""Promises of every training scheme: it learns, saves, resumes, trains in half precision and on several devices."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_parameter_gets_a_gradient(case: Case) -> None:
 
 
 @every_scheme
-def test_a_checkpoint_is_safe_holds_no_tensor_of_the_teacher_and_loads_without_it(case: Case, tmp_path: Path) -> None:
+def test_a_checkpoint_is_safe_and_loads_without_the_teacher(case: Case, tmp_path: Path) -> None:
     network = None if case.teacher is None else case.teacher()
     module = case.made() if network is None else case.made(teacher=network)
     fit(module, keeps(tmp_path), enable_checkpointing=True)

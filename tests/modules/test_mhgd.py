@@ -43,7 +43,7 @@ CLASSES = 3
 
 
 class Stages(nn.Module):
-    """Three stages and a classifier; no batch norm, unless asked."""
+    """Three stages and a classifier; batch norm only with ``norm``."""
 
     def __init__(self, widths: tuple[int, int, int] = (4, 6, 6), norm: bool = False) -> None:
         super().__init__()
@@ -122,17 +122,17 @@ def test_the_logged_losses_are_those_of_the_vectors():
     assert ours.graph is not None
     x, _ = images(8)[:]
     with torch.no_grad():
-        shown, teacher = [], net(7)
+        vectors, teacher = [], net(7)
         for name in LAYERS:
             x = teacher.get_submodule(name)(x)
-            shown.append(torch.tensor(np.array([oracle.first_vectors(m, 1)[0] for m in x.numpy()])))
+            vectors.append(torch.tensor(np.array([oracle.first_vectors(m, 1)[0] for m in x.numpy()])))
         twin = copy.deepcopy(ours.graph).train()
         twin.updates -= 1
-        errors = [1 - (e * v).sum(1).mean() for e, v in zip(twin(shown), shown[1:], strict=True)]
+        errors = [1 - (e * v).sum(1).mean() for e, v in zip(twin(vectors), vectors[1:], strict=True)]
     assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(float(sum(errors)), rel=1e-4)
 
 
-def test_its_checkpoint_holds_no_teacher_and_no_objects_and_makes_the_graph_again(tmp_path: Path):
+def test_its_checkpoint_is_plain_and_restores_the_graph(tmp_path: Path):
     teacher = net(7, norm=True).train()
     before, ours = toys.snapshot(teacher), estimator(teacher=teacher)
     toys.fit(ours, keeps(tmp_path), batches=loader(), enable_checkpointing=True)
@@ -204,10 +204,10 @@ def student_module(**kwargs: Any) -> MHGDModule:
 def by_hand(epochs: int = 2, widths: tuple[int, int, int] = (4, 6, 6)) -> tuple[Stages, MHGD]:
     """The same training with two backward passes of its own for every step, clipped by the oracle; in float64."""
     student, teacher = net(0, widths=widths).double(), net(7).double()
-    shown = [torch.zeros(1, c, 1, 1) for c in widths], [torch.zeros(1, c, 1, 1) for c in (4, 6, 6)]
+    examples = [torch.zeros(1, c, 1, 1) for c in widths], [torch.zeros(1, c, 1, 1) for c in (4, 6, 6)]
     torch.manual_seed(0)
     loss = MHGD(heads_for((4, 6, 6)))
-    loss.materialize(*shown)
+    loss.materialize(*examples)
     loss.double()
     trained = [*student.parameters(), *(p for p in loss.parameters() if p.requires_grad)]
     optimizer = sgd(trained)
@@ -267,7 +267,7 @@ def test_clipping_is_that_of_the_oracle(epoch, length):
     np.testing.assert_allclose(weight.grad.numpy(), oracle.clipped(task.numpy(), pull.numpy(), epoch), rtol=1e-12)
 
 
-def test_the_heads_are_saved_unchanged_with_the_student_and_serve_again_without_the_estimator(tmp_path: Path):
+def test_heads_are_saved_with_the_student_and_need_no_estimator(tmp_path: Path):
     toys.fit(estimator(), keeps(tmp_path / "1"), enable_checkpointing=True, batches=loader())
     first = torch.load(tmp_path / "1" / "last.ckpt", weights_only=True)["state_dict"]
     loss = MHGD(tmp_path / "1" / "last.ckpt")
@@ -322,7 +322,7 @@ def test_stage_2_trains_in_other_precisions(precision):
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
-def test_gradients_are_logged_as_they_are_before_clipping_and_change_nothing():
+def test_logging_gradients_before_clipping_changes_nothing():
     ours, plain = student_module(log_gradients=True), student_module()
     logged = toys.fit(ours, batches=loader(), log_every_n_steps=1, max_steps=1).callback_metrics
     assert "gradient/mhgd" not in toys.fit(plain, batches=loader(), log_every_n_steps=1, max_steps=1).callback_metrics
@@ -333,7 +333,7 @@ def test_gradients_are_logged_as_they_are_before_clipping_and_change_nothing():
     torch.testing.assert_close(weaker["gradient/mhgd"], logged["gradient/mhgd"] / 4)
 
 
-def test_schedulers_step_as_asked():
+def test_schedulers_step_per_epoch_or_per_step():
     def halves(optimizer: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
 

@@ -33,26 +33,24 @@ OTHER = {"temperature": 2.0, "alpha": 0.7, "beta": 2.0}
 def test_both_parts_are_those_of_the_equation(rows: int, count: int, settings: dict[str, Any]) -> None:
     module = MultiHeadDistillation(net(), teacher(), MIDDLE[:count], MIDDLE[:count], head_width=4, **settings).double()
     labels = torch.arange(rows) % 3
-    sides = [
+    both = [
         Outputs(
             logits=torch.randn(rows, 3, dtype=torch.float64),
             feature_maps=[torch.randn(rows, c, 6, 6, dtype=torch.float64) for c in (2, 5)[:count]],
         )
         for _ in range(2)
     ]
-    module.distiller.losses["heads"].loss.materialize(*sides, like=torch.empty(0, dtype=torch.float64))
+    module.distiller.losses["heads"].loss.materialize(*both, like=torch.empty(0, dtype=torch.float64))
     module.eval()
-    final, heads = terms(module, *sides, labels)
+    final, heads = terms(module, *both, labels)
     inside = module.distiller.losses["heads"].loss
     with torch.no_grad():
         middle = [
             (s(a).tolist(), t(b).tolist())
-            for s, t, a, b in zip(
-                inside.heads, inside.guides, sides[0].feature_maps, sides[1].feature_maps, strict=True
-            )
+            for s, t, a, b in zip(inside.heads, inside.guides, both[0].feature_maps, both[1].feature_maps, strict=True)
         ]
     numbers = {"temperature": 4.0, "alpha": 0.1, "beta": 0.5} | settings
-    expected = oracle.multi_head(tuple(s.logits.tolist() for s in sides), middle, labels.tolist(), **numbers)
+    expected = oracle.multi_head(tuple(s.logits.tolist() for s in both), middle, labels.tolist(), **numbers)
     assert final.item() == pytest.approx(expected[0], rel=1e-12)
     assert heads.item() == pytest.approx(expected[1], rel=1e-12)
 

@@ -83,7 +83,7 @@ class OfficialDataModule(ImageDataModule):
     """Usual ``image_size`` and ``crop_size``."""
     padding: ClassVar[int] = 0
     small: ClassVar[bool] = False
-    """Whether all images together fit into memory easily."""
+    """``True`` if all images together fit into memory easily."""
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from lightning_rkd.data.datamodules.archived import Listing, OfficialDataModule
 from lightning_rkd.data.datasets.archives import read_table
 
 PAGE = "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html"
-"""Where to get it; there is no direct address."""
+"""Page of the publisher; there is no direct address."""
 
 
 class InShopDataModule(OfficialDataModule):

@@ -84,10 +84,10 @@ def test_every_image_has_the_label_of_its_class_and_parts_share_none(name: str, 
         assert len(val) == 2
         assert not train & val
     x, y = next(iter(data.train_dataloader()))
-    side = 32 if name.startswith("cifar") else 16
-    assert x.shape == (6, 3, side, side)
+    size = 32 if name.startswith("cifar") else 16
+    assert x.shape == (6, 3, size, size)
     assert sorted(Counter(y.tolist()).values()) == [3, 3]
-    assert next(iter(data.test_dataloader())).batch[0].shape[1:] == data.image_shape == (3, side, side)
+    assert next(iter(data.test_dataloader())).batch[0].shape[1:] == data.image_shape == (3, size, size)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny_imagenet", "cub", "cars", "cars_devkit"])
@@ -107,7 +107,7 @@ def test_retrieval_on_cifar_tests_with_test_images(tmp_path: Path) -> None:
     assert max(data.val_set.indices + data.train_set.indices) < 6 * 6
 
 
-def test_nothing_validates_if_asked(tmp_path: Path) -> None:
+def test_validation_0_holds_no_class_out(tmp_path: Path) -> None:
     data = module("cub", tmp_path / "data", validation=0)
     assert classes_of(data, "train") == set(range(6))
     assert data.val_dataloader() == []
@@ -236,17 +236,17 @@ def test_an_archive_with_paths_outside_leaves_nothing_there(tmp_path: Path) -> N
 
 def test_what_is_downloaded_is_used_and_what_cannot_be_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = packed("cub", tmp_path)
-    asked = []
+    fetched = []
 
     def fetch(url: str, root: Path, filename: str, md5: str) -> None:
-        asked.append((url, md5))
+        fetched.append((url, md5))
         shutil.copy(archive, root / filename)
 
     monkeypatch.setattr("lightning_rkd.data.datasets.archives.download_url", fetch)
     (tmp_path / "fresh").mkdir()
     assert len(module("cub", tmp_path / "fresh", download=True).root) == 72
     module("cub", tmp_path / "fresh", download=True)
-    assert asked == [(cub.ARCHIVE.url, cub.ARCHIVE.md5)]
+    assert fetched == [(cub.ARCHIVE.url, cub.ARCHIVE.md5)]
 
     def offline(*_: object) -> None:
         raise OSError("no route to host")
@@ -276,15 +276,15 @@ def test_query_marks_reach_the_metric(tmp_path: Path) -> None:
     data = module("in_shop", tmp_path / "data", eval_batch_size=7)
     batches = [b.batch for b in data.test_dataloader()]
     assert all(isinstance(b, QuerySample) for b in batches)
-    asks = torch.cat([unpack(b).is_query for b in batches])  # type: ignore[misc]
-    assert asks.tolist() == [n % 2 == 0 for _ in range(6) for n in range(6)]
+    queries = torch.cat([unpack(b).is_query for b in batches])  # type: ignore[misc]
+    assert queries.tolist() == [n % 2 == 0 for _ in range(6) for n in range(6)]
     assert all(len(b.batch) == 2 for b in data.val_dataloader())
     torch.manual_seed(0)
     embeddings, labels = torch.randn(36, 4), torch.cat([b.labels for b in batches])
     metric = EmbeddingRetrieval()
-    metric.update(embeddings, labels, is_query=asks)
-    found = torch.cdist(embeddings[asks], embeddings[~asks]).argmin(1)
-    assert metric.compute()["recall_at_1"] == (labels[~asks][found] == labels[asks]).float().mean()
+    metric.update(embeddings, labels, is_query=queries)
+    found = torch.cdist(embeddings[queries], embeddings[~queries]).argmin(1)
+    assert metric.compute()["recall_at_1"] == (labels[~queries][found] == labels[queries]).float().mean()
 
 
 @pytest.mark.slow
@@ -313,10 +313,10 @@ def test_a_trained_student_is_tested_by_query_and_gallery(tmp_path: Path) -> Non
     x = torch.stack([data.test_set[i].inputs for i in range(36)])
     with torch.no_grad():
         rows = net(x)
-    asks = torch.arange(36) % 6 % 2 == 0
+    queries = torch.arange(36) % 6 % 2 == 0
     labels = torch.arange(36) // 6
-    found = torch.cdist(rows[asks].double(), rows[~asks].double()).argmin(1)
-    expected = (labels[~asks][found] == labels[asks]).float().mean()
+    found = torch.cdist(rows[queries].double(), rows[~queries].double()).argmin(1)
+    expected = (labels[~queries][found] == labels[queries]).float().mean()
     assert abs(result["test/recall_at_1"] - float(expected)) < 0.06  # near ties
 
 

@@ -231,7 +231,7 @@ def parts(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "train", tmp_path / "test"
 
 
-def shown(data: ImageFolderDataModule, part: str) -> set[tuple[str, bool]]:
+def content(data: ImageFolderDataModule, part: str) -> set[tuple[str, bool]]:
     """Class and whether the image is of the folder for the test, of all images of a part."""
     rows = list(getattr(data, f"{part}_set").indices)
     values = data.root.images[rows].flatten(1).amax(1).tolist()
@@ -240,19 +240,19 @@ def shown(data: ImageFolderDataModule, part: str) -> set[tuple[str, bool]]:
     return found
 
 
-def test_divided_by_classes_test_classes_show_the_second_folder_and_the_others_the_first(parts) -> None:
+def test_by_classes_the_test_classes_consist_of_the_second_folder(parts) -> None:
     data = module(parts[0], test_root=parts[1], splits={"test": ["class[67]"], "validation": ["class[45]"]})
-    assert shown(data, "train") == {(f"class{c}", False) for c in range(4)}
-    assert shown(data, "val") == {("class4", False), ("class5", False)}
-    assert shown(data, "test") == {("class6", True), ("class7", True)}
+    assert content(data, "train") == {(f"class{c}", False) for c in range(4)}
+    assert content(data, "val") == {("class4", False), ("class5", False)}
+    assert content(data, "test") == {("class6", True), ("class7", True)}
     assert [len(data.train_set), len(data.val_set), len(data.test_set)] == [24, 12, 6]
 
 
 def test_divided_by_samples_the_second_folder_is_the_test(parts) -> None:
     data = module(parts[0], test_root=parts[1], split_by="samples", validation=1 / 3)
     every = [f"class{c}" for c in range(8)]
-    assert shown(data, "train") == shown(data, "val") == {(name, False) for name in every}
-    assert shown(data, "test") == {(name, True) for name in every}
+    assert content(data, "train") == content(data, "val") == {(name, False) for name in every}
+    assert content(data, "test") == {(name, True) for name in every}
     assert [len(data.train_set), len(data.val_set), len(data.test_set)] == [32, 16, 24]
 
 
@@ -260,7 +260,7 @@ def test_a_test_class_needs_no_images_to_train(parts) -> None:
     for path in (parts[0] / "class7").iterdir():
         path.unlink()
     data = module(parts[0], test_root=parts[1], splits={"test": ["class[67]"]})
-    assert shown(data, "test") == {("class6", True), ("class7", True)}
+    assert content(data, "test") == {("class6", True), ("class7", True)}
     with pytest.raises(ValueError, match=r"test_root .* holds the class 'class7', which root .* lacks"):
         module(parts[0], test_root=parts[1], split_by="samples")
 

@@ -33,26 +33,26 @@ def rendered() -> tuple[np.ndarray, str]:
     return g.render_glyphs(56)
 
 
-def test_no_two_letters_look_alike_in_any_face(rendered: tuple[np.ndarray, str]) -> None:
-    images, letters = rendered
-    assert len(images) == len(letters) == len(set(letters))
+def test_no_two_glyphs_look_alike_in_any_face(rendered: tuple[np.ndarray, str]) -> None:
+    images, glyphs = rendered
+    assert len(images) == len(glyphs) == len(set(glyphs))
     for face in range(len(g.FACES)):
-        assert len({image.tobytes() for image in images[:, face]}) == len(letters)
+        assert len({image.tobytes() for image in images[:, face]}) == len(glyphs)
         assert images[:, face].any(axis=(1, 2)).all()
 
 
-def test_classes_are_some_five_hundred_plain_letters_and_latin_a_stands_for_alpha(
+def test_classes_are_some_500_plain_glyphs_and_latin_a_is_alpha(
     rendered: tuple[np.ndarray, str],
 ) -> None:
-    letters = rendered[1]
-    assert 480 <= len(letters) <= 560
-    assert all(unicodedata.category(c).startswith("L") and not unicodedata.decomposition(c) for c in letters)
-    assert "A" in letters
-    assert not set("\N{GREEK CAPITAL LETTER ALPHA}\N{CYRILLIC CAPITAL LETTER A}À") & set(letters)
-    assert {unicodedata.name(c).split()[0] for c in letters} >= {"LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN"}
+    glyphs = rendered[1]
+    assert 480 <= len(glyphs) <= 560
+    assert all(unicodedata.category(c).startswith("L") and not unicodedata.decomposition(c) for c in glyphs)
+    assert "A" in glyphs
+    assert not set("\N{GREEK CAPITAL LETTER ALPHA}\N{CYRILLIC CAPITAL LETTER A}À") & set(glyphs)
+    assert {unicodedata.name(c).split()[0] for c in glyphs} >= {"LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN"}
 
 
-def test_letters_fit_on_their_canvas(rendered: tuple[np.ndarray, str]) -> None:
+def test_glyphs_fit_on_their_canvas(rendered: tuple[np.ndarray, str]) -> None:
     images = rendered[0]
     edge = np.concatenate([images[:, :, 0], images[:, :, -1], images[..., 0], images[..., -1]], axis=-1)
     assert (edge.max(axis=(1, 2)) > 0).mean() < 0.1
@@ -69,19 +69,19 @@ def test_rendering_is_deterministic_and_the_cache_holds_it(cache: Path, tmp_path
 
 
 def test_a_sound_cache_is_read_and_nothing_rendered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(g, "render_glyphs", lambda side: pytest.fail("rendered"))
+    monkeypatch.setattr(g, "render_glyphs", lambda size: pytest.fail("rendered"))
     assert len(GlyphDataModule(cache_dir=cache).load().class_names) > 480
 
 
-def six_letters(side: int) -> tuple[np.ndarray, str]:
-    return np.full((6, 12, side, side), 9, dtype=np.uint8), "abcdef"
+def six_glyphs(size: int) -> tuple[np.ndarray, str]:
+    return np.full((6, 12, size, size), 9, dtype=np.uint8), "abcdef"
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "foreign", "other shape"])
 def test_a_damaged_cache_is_rendered_again(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(g, "render_glyphs", six_letters)
+    monkeypatch.setattr(g, "render_glyphs", six_glyphs)
     sound = GlyphDataModule(cache_dir=tmp_path).load()
     (path,) = tmp_path.iterdir()
     content = bytearray(path.read_bytes())
@@ -96,14 +96,14 @@ def test_a_damaged_cache_is_rendered_again(
     assert "drawing the glyphs again" in caplog.text
     assert torch.equal(again.images, sound.images)
     g._load_glyphs.cache_clear()
-    monkeypatch.setattr(g, "render_glyphs", lambda side: pytest.fail("the cache was not mended"))
+    monkeypatch.setattr(g, "render_glyphs", lambda size: pytest.fail("the cache was not mended"))
     assert torch.equal(GlyphDataModule(cache_dir=tmp_path).load().images, sound.images)
 
 
 def test_a_cache_that_cannot_be_written_is_only_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(g, "render_glyphs", six_letters)
+    monkeypatch.setattr(g, "render_glyphs", six_glyphs)
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING, logger=g.__name__):
         assert len(GlyphDataModule(cache_dir=tmp_path / "file").load().images) == 72
@@ -131,7 +131,7 @@ def test_another_size_or_distortion_is_another_file(monkeypatch: pytest.MonkeyPa
     assert len(names | {g._fingerprint(28)}) == 3
 
 
-def test_training_validation_and_test_letters_are_disjoint(cache: Path) -> None:
+def test_training_validation_and_test_glyphs_are_disjoint(cache: Path) -> None:
     module = GlyphDataModule(cache_dir=cache)
     module.setup()
     assert len(set(module.class_names)) == len(module.class_names)
@@ -145,12 +145,12 @@ def test_training_validation_and_test_letters_are_disjoint(cache: Path) -> None:
     assert torch.bincount(y).max() == 5
 
 
-def test_samples_of_a_letter_differ(cache: Path) -> None:
+def test_samples_of_a_glyph_differ(cache: Path) -> None:
     images = GlyphDataModule(cache_dir=cache).load().images[:12].flatten(1)
     assert len({image.numpy().tobytes() for image in images}) == 12
 
 
-def test_fewer_letters_are_spread_over_the_scripts(cache: Path) -> None:
+def test_fewer_glyphs_are_spread_over_the_scripts(cache: Path) -> None:
     data = GlyphDataModule(cache_dir=cache, max_classes=40).load()
     assert len(data.class_names) == 40
     assert data.images.shape == (480, 1, 28, 28)

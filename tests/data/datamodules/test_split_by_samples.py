@@ -1,4 +1,4 @@
-"""Data modules whose parts show the same classes."""
+"""Data modules whose parts hold the same classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def data(**settings: Any) -> Squares:
     return module
 
 
-def test_all_parts_show_all_classes_and_share_no_row() -> None:
+def test_all_parts_hold_all_classes_and_share_no_row() -> None:
     module = data()
     rows = [list(part.indices) for part in (module.train_set, module.val_set, module.test_set)]
     assert sorted(row for part in rows for row in part) == list(range(120))
@@ -56,6 +56,6 @@ def test_classes_that_are_too_small_and_parts_that_are_none_are_refused() -> Non
         Squares(split_by="rows")  # type: ignore[arg-type]
 
 
-def test_batches_of_more_samples_than_there_are_are_refused_with_the_numbers() -> None:
+def test_batches_larger_than_the_training_set_are_refused() -> None:
     with pytest.raises(ValueError, match=r"= 20 x 50 on 1 device\(s\) need at least 1000 training samples, and there "):
         data(classes_per_batch=20, samples_per_class=50).train_dataloader()

@@ -22,7 +22,7 @@ def test_episodes_are_what_a_data_module_of_the_same_sizes_draws() -> None:
     assert list(episode_sampler(LABELS, 5, 3, 4, episodes=3, seed=2)) == list(batches)
 
 
-def test_the_prototypical_loss_takes_the_first_shots_of_each_class_for_its_prototype() -> None:
+def test_the_first_shots_of_each_class_make_its_prototype() -> None:
     (episode,) = episode_sampler(LABELS, ways=4, shots=2, queries=3, episodes=1)
     rows = torch.randn(len(LABELS), 3, dtype=torch.float64)
     x = rows[episode].view(4, 5, 3)

@@ -13,8 +13,8 @@ from lightning_rkd.data.transforms.augment import keyed_uniform
 ALL = Augment(rotation=20, scale=0.2, shear=0.2, shift=0.1, flip=True, contrast=0.2, noise=0.1)
 
 
-def image_set(n: int = 40, channels: int = 3, side: int = 13) -> ImageSet:
-    images = torch.randint(0, 256, (n, channels, side, side), dtype=torch.uint8)
+def image_set(n: int = 40, channels: int = 3, size: int = 13) -> ImageSet:
+    images = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8)
     return ImageSet(images, torch.arange(n) // 4, mean=(0.4,) * channels, std=(0.2,) * channels)
 
 
@@ -110,7 +110,7 @@ def test_half_of_the_images_are_mirrored_exactly() -> None:
     assert 150 < sum(mirrored) < 250
 
 
-def test_noise_has_the_asked_deviation() -> None:
+def test_noise_has_the_given_deviation() -> None:
     noise = Augment(noise=0.05)(torch.full((50, 3, 15, 15), 0.5), 0, range(50)) - 0.5
     assert math.isclose(noise.std(), 0.05, rel_tol=0.03)
     assert abs(noise.mean()) < 1e-3

@@ -41,14 +41,14 @@ def test_a_crop_depends_on_its_key_alone() -> None:
     assert sum(not torch.equal(together[i][0], data[Draw(i, 5)][0]) for i in range(30)) > 20
 
 
-@pytest.mark.parametrize("side", [8, 11, 12])
-def test_the_middle_is_torchvisions(side: int) -> None:
+@pytest.mark.parametrize("size", [8, 11, 12])
+def test_the_middle_is_torchvisions(size: int) -> None:
     images = torch.rand(2, 3, 13, 16)
-    assert torch.equal(CentreCrop(side)(images), tv.center_crop(images, side))
+    assert torch.equal(CentreCrop(size)(images), tv.center_crop(images, size))
     assert CentreCrop(20)(images).shape == images.shape
 
 
-def test_evaluation_shows_the_middle_and_training_a_part_of_the_same_size() -> None:
+def test_evaluation_crops_the_middle_and_training_the_same_size() -> None:
     images = torch.randint(0, 256, (4, 1, 10, 10), dtype=torch.uint8)
     data = ImageSet(images, torch.arange(4), transform=CentreCrop(6))
     assert torch.equal(data[2][0], images[2, :, 2:8, 2:8].float() / 255)

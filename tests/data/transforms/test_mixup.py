@@ -166,7 +166,7 @@ def test_all_tensors_of_mappings_and_sequences_are_mixed_alike():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_precision_of_the_inputs_is_kept_and_that_of_the_ratio_is_never_half(dtype):
+def test_inputs_keep_their_precision_and_the_ratio_is_never_half(dtype):
     x = torch.randn(6, 3).to(dtype)
     mixed = MixUp()(Batch(x))
     assert mixed.inputs.dtype == dtype

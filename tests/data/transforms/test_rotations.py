@@ -11,8 +11,8 @@ from lightning_rkd.data.transforms.views import Rotations
 from lightning_rkd.utils.types import Batch
 
 
-def batch(n: int = 3, side: int = 5) -> Batch:
-    return Batch(torch.randn(n, 2, side, side), torch.arange(n) + 10, indices=torch.arange(n) + 100)
+def batch(n: int = 3, size: int = 5) -> Batch:
+    return Batch(torch.randn(n, 2, size, size), torch.arange(n) + 10, indices=torch.arange(n) + 100)
 
 
 def test_images_are_turned_as_numpy_turns_them_view_after_view():

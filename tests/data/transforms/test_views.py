@@ -18,15 +18,15 @@ from lightning_rkd.utils.types import Batch
 from tests.harness import toys
 
 
-def batch(n: int = 3, side: int = 8) -> Batch:
-    return Batch(torch.rand(n, 2, side, side), torch.arange(n) + 10, indices=torch.arange(n) + 100)
+def batch(n: int = 3, size: int = 8) -> Batch:
+    return Batch(torch.rand(n, 2, size, size), torch.arange(n) + 10, indices=torch.arange(n) + 100)
 
 
 def second(views: AugmentedViews, given: Batch) -> Tensor:
     return views(given).inputs[len(given.inputs) :]
 
 
-def test_the_second_view_is_the_augmentation_keyed_by_seed_rank_step_and_row():
+def test_the_second_view_is_keyed_by_seed_rank_step_and_row():
     given, views = batch(), AugmentedViews(seed=5)
     for step in range(3):
         expected = STRONG(given.inputs, 5, 0, step, np.arange(3))
@@ -86,7 +86,7 @@ def test_the_precision_of_the_inputs_stays(dtype):
     )
 
 
-def test_a_loaded_copied_or_pickled_transform_goes_on_where_the_saved_one_was():
+def test_a_loaded_copied_or_pickled_transform_continues():
     given, views = batch(), AugmentedViews()
     second(views, given)
     loaded = AugmentedViews()
@@ -122,7 +122,7 @@ def test_ranks_change_their_images_differently(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning")
-def test_training_relates_both_views_and_the_task_sees_the_images_as_they_are():
+def test_training_relates_both_views_and_the_task_gets_the_first():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(36, 6))
