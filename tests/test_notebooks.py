@@ -80,7 +80,7 @@ def test_notebook_runs_from_top_to_bottom(
 
 
 def test_a_source_that_begins_without_a_cell_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"begins with a cell, # %%, but this one with 'import torch'"):
+    with pytest.raises(ValueError, match="must begin with a cell, # %%, got 'import torch'"):
         build.read("import torch\n# %%\n")
 
 
