@@ -100,7 +100,6 @@ def attached(rank: int, student: type[toys.Student], loss: RelationalLoss) -> An
     return dict(loss.state_dict())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "loss"), [(Sharded, PerSample), (WholeSharded, PerSample), (WholeSharded, toys.Projected)]
 )
@@ -109,7 +108,6 @@ def test_parameters_that_a_mesh_would_not_keep_alike_are_refused(ranks: Ranks, s
         assert "under ModelParallelStrategy every rank would train its own parameters" in str(answer)
 
 
-@pytest.mark.slow
 def test_parameters_of_a_loss_that_sees_all_rows_stay_alike_on_a_mesh(ranks: Ranks) -> None:
     first, second = ranks.run(attached, Sharded, toys.Projected(5, 7))
     assert largest(first, second) == 0.0
@@ -131,7 +129,6 @@ def itself_sharded(rank: int | None) -> dict[str, Tensor]:
     return on_a_mesh(rank, ShardsItsLoss(toys.Backbone(), toys.teacher(), PerSample(), optimizer=toys.sgd))
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_sharded_by_itself_trains_as_on_one_device(ranks: Ranks) -> None:
     first, second = ranks.run(itself_sharded)
     assert largest(first, second) == 0.0

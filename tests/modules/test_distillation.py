@@ -52,27 +52,7 @@ def distilling(**kwargs: Any) -> DistillationModule:
 # Training
 
 
-class Written(pl.LightningModule):
-    """The same by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.student, self.teacher = student(), [toys.teacher(norm=True).eval()]
-        self.task_loss, self.miner = losses.TripletMarginLoss(), miners.BatchHardMiner()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
-        embedding = self.student(x)
-        with torch.no_grad():
-            target = self.teacher[0](x)
-        return 0.5 * self.task_loss(embedding, y, self.miner(embedding, y)) + 2.0 * RKD()(embedding, target)
-
-    def configure_optimizers(self) -> Any:
-        return toys.sgd(self.parameters())
-
-
-def test_it_trains_the_weighted_sum_of_task_and_terms() -> None:
-    expected = Written()
+def test_it_logs_the_weighted_sum_of_task_and_terms() -> None:
     ours = distilling(
         loss={"rkd": RKD()},
         task_loss=losses.TripletMarginLoss(),
@@ -80,9 +60,7 @@ def test_it_trains_the_weighted_sum_of_task_and_terms() -> None:
         weight=2,
         task_weight=0.5,
     )
-    toys.fit(expected)
     trainer = toys.fit(ours)
-    assert toys.gap(ours.student, expected.student) <= 1e-6
     logged = trainer.callback_metrics
     assert sorted(logged) == ["distill/rkd", "train/loss", "train/task"]
     assert float(logged["train/loss"]) == pytest.approx(
@@ -134,16 +112,6 @@ def test_a_classifier_shows_embedding_and_logits() -> None:
     expected = MulticlassAccuracy(toys.CLASSES)(net(x), y)
     assert float(trainer.callback_metrics["val/accuracy"]) == pytest.approx(float(expected))
     assert toys.trainer().predict(ours, toys.loader())[0].shape == (8, 5)
-
-
-def test_a_batch_transform_acts_before_both_networks() -> None:
-    def double(batch: Batch) -> Batch:
-        return Batch(inputs=2 * batch.inputs, labels=batch.labels)
-
-    ours, plain = distilling(batch_transform=double), distilling()
-    toys.fit(ours)
-    toys.fit(plain, batches=[(2 * x, y) for x, y in toys.loader()])
-    assert toys.gap(ours, plain) == 0.0
 
 
 def test_views_of_the_batch_and_of_the_student_are_numbered_together() -> None:

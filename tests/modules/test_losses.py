@@ -180,11 +180,6 @@ def test_tensors_of_losses_stay_in_float32(precision: Any) -> None:
     assert all(p.dtype == torch.float32 for p in loss.parameters())
 
 
-def test_a_memory_and_lbfgs_are_refused() -> None:
-    with pytest.raises(ValueError, match="LBFGS evaluates each several times"):
-        toys.fit(module(toys.Remembers(), optimizer=torch.optim.LBFGS), batches=with_indices(toys.loader()))
-
-
 def in_two_processes(rank: int | None) -> dict[str, Tensor]:
     ours = module({"p": toys.Projected(), "r": toys.Remembers()})
     ours.student = toys.Backbone()
@@ -195,7 +190,6 @@ def in_two_processes(rank: int | None) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in ours.state_dict().items() if name != "student"}
 
 
-@pytest.mark.slow
 def test_on_two_devices_parameters_and_memories_are_those_of_one_device(ranks: Ranks) -> None:
     first, second = ranks.run(in_two_processes)
     alone = in_two_processes(None)
@@ -214,7 +208,6 @@ def local_memory(rank: int | None) -> str:
     return ""
 
 
-@pytest.mark.slow
 def test_a_memory_that_would_differ_between_ranks_is_refused(ranks: Ranks) -> None:
     assert all("leave gather=True" in message for message in ranks.run(local_memory))
     assert local_memory(None) == "", "on one device there is nothing to gather"
@@ -324,7 +317,6 @@ def balanced_in_two_processes(rank: int | None) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in ours.state_dict().items()}
 
 
-@pytest.mark.slow
 def test_balance_is_the_same_on_two_devices(ranks: Ranks) -> None:
     first, second = ranks.run(balanced_in_two_processes)
     for name, value in balanced_in_two_processes(None).items():

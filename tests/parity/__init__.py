@@ -122,52 +122,30 @@ def copied(duplicate: Callable[[Any], Any], run: Run, recorder: Recorder) -> Any
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One way to train.
+    """One way to train."""
 
-    Attributes:
-        name: What is special about it.
-        face: ``"callback"`` or ``"module"``.
-        user: Makes the user's module, from the loss by hand or ``None``; a callback is attached to it.
-        student: Makes the network of a DistillationModule.
-        kind: The class of that module.
-        loss: Makes the loss.
-        by_hand: From loss and dtype to what the user's step adds.
-        arguments: Further arguments of callback or module.
-        also: Further callbacks that distil.
-        callbacks: Further callbacks of the trainer.
-        compiles: Compiles our module; the one by hand is not compiled.
-        compiles_teacher: The same for our teacher.
-        batches: Makes the loader; ``None`` where the module has its own.
-        settings: Of the trainer.
-        limit: How far gradients and weights may lie apart.
-        train: How it is trained.
-        slow: Whether it takes seconds.
-        ranks: For two processes, what ours is compared with: the loss by hand on ``"one device"`` with the whole batch,
-            or on the ``"same ranks"``; ``"spawned"`` where the trainer starts the processes, against one device.
-        counts: How each batch is split over two processes.
-        on_ranks: Settings of the trainer in these.
-    """
-
-    name: str
-    face: str = "callback"
+    name: str  # what is special about it
+    face: str = "callback"  # "callback" or "module"
+    # makes the user's module, from the loss by hand or None; a callback is attached to it
     user: Callable[..., Any] = toys.Student
-    student: Callable[[], nn.Module] = Net
-    kind: type[DistillationModule] = DistillationModule
+    student: Callable[[], nn.Module] = Net  # makes the network of a DistillationModule
+    kind: type[DistillationModule] = DistillationModule  # the class of that module
     loss: Callable[[], Any] = RKD
-    by_hand: Callable[..., Any] = ByHand
-    arguments: dict[str, Any] = field(default_factory=dict)
-    also: tuple[Callable[[], pl.Callback], ...] = ()
-    callbacks: tuple[Callable[[], pl.Callback], ...] = ()
-    compiles: Callable[[Any], Any] = itself
-    compiles_teacher: Callable[[Any], Any] = itself
-    batches: Callable[..., Any] | None = toys.loader
-    settings: dict[str, Any] = field(default_factory=dict)
-    limit: float = 0.0
+    by_hand: Callable[..., Any] = ByHand  # from loss and dtype to what the user's step adds
+    arguments: dict[str, Any] = field(default_factory=dict)  # of callback or module
+    also: tuple[Callable[[], pl.Callback], ...] = ()  # further callbacks that distil
+    callbacks: tuple[Callable[[], pl.Callback], ...] = ()  # further callbacks of the trainer
+    compiles: Callable[[Any], Any] = itself  # acts on our module; the one by hand is not compiled
+    compiles_teacher: Callable[[Any], Any] = itself  # acts on our teacher
+    batches: Callable[..., Any] | None = toys.loader  # None where the module has its own
+    settings: dict[str, Any] = field(default_factory=dict)  # of the trainer
+    limit: float = 0.0  # how far gradients and weights may lie apart
     train: Callable[[Run, Recorder], Any] = once
-    slow: bool = False
+    slow: bool = False  # it takes seconds
+    # what ours on two processes is compared with; "spawned" by the trainer: with one device
     ranks: Literal["one device", "same ranks", "spawned"] | None = None
-    counts: tuple[int, int] = (8, 8)
-    on_ranks: dict[str, Any] = field(default_factory=dict)
+    counts: tuple[int, int] = (8, 8)  # how each batch is split over two processes
+    on_ranks: dict[str, Any] = field(default_factory=dict)  # settings of the trainer in these
 
     def __str__(self) -> str:
         return f"{self.face}: {self.name}"

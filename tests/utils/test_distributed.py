@@ -221,11 +221,10 @@ def test_two_ranks_equal_one_with_the_whole_batch(ranks: Ranks, split: str, two_
     results = ranks.run(gradients, SPLITS[split], two_views)
     whole, expected = gradients(0, (16,), two_views)
     for name, value in whole.items():
-        shown = [terms[name] for terms, _ in results]
-        mean = torch.stack(shown).mean()
-        torch.testing.assert_close(mean, value, atol=1e-6, rtol=1e-6)
+        values = [terms[name] for terms, _ in results]
+        torch.testing.assert_close(torch.stack(values).mean(), value, atol=1e-6, rtol=1e-6)
         if name != "hint":
-            assert shown[0] == shown[1], "relations are those of the global batch on every rank"
+            assert values[0] == values[1], "relations are those of the global batch on every rank"
     for one, *several in zip(expected, *(grads for _, grads in results), strict=True):
         torch.testing.assert_close(torch.stack(several).mean(0), one, atol=1e-6, rtol=1e-5)
 
@@ -233,20 +232,8 @@ def test_two_ranks_equal_one_with_the_whole_batch(ranks: Ranks, split: str, two_
 def test_without_gathering_every_rank_relates_its_own_rows(ranks: Ranks) -> None:
     results = ranks.run(gradients, (11, 5), False, False)
     for rank, (terms, _) in enumerate(results):
-        alone, _ = _alone(rank)
+        alone, _ = gradients(rank, (11, 5), False)
         torch.testing.assert_close(terms, alone)
-
-
-def _alone(rank: int) -> Any:
-    torch.manual_seed(0)
-    student, distiller = nets.Backbone(), engine()
-    student.act.inplace = False
-    batch = Batch(*(part(rows, rank, (11, 5)) for rows in (ROWS.x, ROWS.y, torch.arange(16))))
-    distiller.attach(student)
-    distiller.start()
-    student(batch.inputs)
-    terms = distiller.compute_terms(distiller.collect(batch))
-    return {k: v.detach() for k, v in terms.items()}, None
 
 
 class Mixed(RelationalLoss):
