@@ -1,4 +1,4 @@
-"""What each rank's memory grows by when metrics are spread over 1, 2 and 4 ranks: docs/metrics_across_devices.md.
+"""Growth of memory per rank of metrics on 1, 2 and 4 ranks: docs/metrics_across_devices.md.
 
     python benchmarks/retrieval_ranks.py [--rows 30000] [--ranks 1 2 4] [--metrics ...] [--out FILE]
 

@@ -218,12 +218,12 @@ def width(report: Report, widths: list[int], n: int = 256) -> None:
 
 
 def where(report: Report, sizes: list[int]) -> None:
-    """What a step consists of on a CPU, each by itself, and the whole again without the formula in between."""
+    """Time of the parts of a step on a CPU, and of the whole step without the formula in between."""
     kernel = kernels.native("angle_cpu")
     if kernel is None:
         return
     report.say("## Where the time goes")
-    report.say("Each part by itself, median of 30. The whole is the step alone, not by turns with the formula.")
+    report.say("Each part alone, median of 30. The whole is the step alone, not by turns with the formula.")
     rows = []
     for n in sizes:
         student, teacher = torch.randn(n, STUDENT_DIM).requires_grad_(), torch.randn(n, TEACHER_DIM)

@@ -217,24 +217,9 @@ class Gallery:
         return found
 
 
-@dataclass(frozen=True)
-class CloseCalls:
-    """Neighbours of Q queries whose order rounding leaves uncertain.
-
-    Attributes:
-        settled: (Q,) the sequence of relevant and irrelevant rows is proven.
-        unresolved: (Q,) the uncertain part may reach beyond the neighbours kept.
-        chain: (Q, C) ascending numbers of chains of neighbours; the order is proven between chains, not within.
-        uncertain: (Q, C) neighbours in a chain that holds both relevant and irrelevant rows.
-    """
-
-    settled: Tensor
-    unresolved: Tensor
-    chain: Tensor
-    uncertain: Tensor
-
-
-def find_close_calls(scores: Tensor, relevant: Tensor, needed: Tensor, lengths: Tensor, columns: int) -> CloseCalls:
+def find_close_calls(
+    scores: Tensor, relevant: Tensor, needed: Tensor, lengths: Tensor, columns: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Find the neighbours whose order rounding may have changed.
 
     The score :math:`|g|^2 - 2 q \cdot g` of points in their frame is computed with an error of at most
@@ -248,6 +233,11 @@ def find_close_calls(scores: Tensor, relevant: Tensor, needed: Tensor, lengths: 
         needed: (Q,) number of first places that count; at least 1, at most the finite scores.
         lengths: (Q,) norm of each query in the frame.
         columns: D, the number of terms of a product.
+
+    Returns:
+        (Q,) mask of settled queries, whose sequence of relevant and irrelevant rows is proven; (Q,) mask of unresolved
+        ones, whose uncertain part may reach beyond the neighbours kept; (Q, C) ascending numbers of chains of
+        neighbours, within which the order is not proven; (Q, C) mask of chains with relevant and irrelevant rows.
     """
     u = torch.finfo(scores.dtype).eps / 2
     last = scores.gather(1, (needed - 1)[:, None])[:, 0].double()
@@ -262,4 +252,4 @@ def find_close_calls(scores: Tensor, relevant: Tensor, needed: Tensor, lengths: 
     chain = torch.nn.functional.pad((~close).cumsum(dim=1), (1, 0))
     marks = torch.zeros_like(chain).scatter_add_(1, chain[:, 1:], decisive.long())
     unresolved = counts[:, -1]
-    return CloseCalls(~decisive.any(dim=1) & ~unresolved, unresolved, chain, marks.gather(1, chain) > 0)
+    return ~decisive.any(dim=1) & ~unresolved, unresolved, chain, marks.gather(1, chain) > 0

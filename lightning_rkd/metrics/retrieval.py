@@ -21,7 +21,7 @@ _WORKING_MEMORY = {False: 128 * 2**20, True: 4 * 2**30}  # on a GPU the overhead
 
 
 class EmbeddingRetrieval(RowMetric):
-    r"""How well nearest neighbours share a class: recall at k, mean average precision at R, R-precision.
+    r"""Recall at k, mean average precision at R and R-precision of nearest neighbours.
 
     With :math:`R` the number of gallery rows that share the class of a query, and :math:`y_j` = 1 where its j-th
     nearest gallery row does,
@@ -199,13 +199,13 @@ class _Search:
                 relevant, count = self._relevance(query, scores, places), self.relevant[query]
                 lengths = self.gallery.points(self.rows[query], frame, queries=True).norm(dim=1)
                 needed = count.clamp(min=max(self.k)).clamp(max=self.widest)
-                calls = find_close_calls(scores, relevant, needed, lengths, len(frame[0]))
-                total += self.sum_scores(relevant[calls.settled], count[calls.settled])
-                unresolved.append(query[calls.unresolved])
-                rest = ~calls.settled & ~calls.unresolved
-                uncertain.append((query[rest], places[rest], relevant[rest], calls.chain[rest], calls.uncertain[rest]))
-            query, places, relevant, chain, open_ = (torch.cat(column) for column in zip(*uncertain, strict=True))
-            order = self._true_order(query, places, chain, open_)
+                settled, beyond, chain, mixed = find_close_calls(scores, relevant, needed, lengths, len(frame[0]))
+                total += self.sum_scores(relevant[settled], count[settled])
+                unresolved.append(query[beyond])
+                rest = ~settled & ~beyond
+                uncertain.append((query[rest], places[rest], relevant[rest], chain[rest], mixed[rest]))
+            query, places, relevant, chain, mixed = (torch.cat(column) for column in zip(*uncertain, strict=True))
+            order = self._true_order(query, places, chain, mixed)
             total += self.sum_scores(relevant.gather(1, order), self.relevant[query])
         for part in self._passes(torch.cat(unresolved)):
             for query, scores, places in self._neighbours(part, self.widest, torch.float64, None):
@@ -257,9 +257,9 @@ class _Search:
         same = self.label_at[places.clamp(max=len(self.label_at) - 1)] == self.labels[query, None]
         return same & scores.isfinite()
 
-    def _true_order(self, query: Tensor, places: Tensor, chain: Tensor, uncertain: Tensor) -> Tensor:
-        """Order of neighbours by chain, in uncertain chains by exact distance, then by place."""
-        row, column = torch.nonzero(uncertain, as_tuple=True)
+    def _true_order(self, query: Tensor, places: Tensor, chain: Tensor, mixed: Tensor) -> Tensor:
+        """Order of neighbours by chain, in mixed chains by exact distance, then by place."""
+        row, column = torch.nonzero(mixed, as_tuple=True)
         exact = torch.zeros_like(places, dtype=torch.float64)
         exact[row, column] = self.gallery.measure_pairs(self.rows, query[row], places[row, column])
         order = places.argsort(dim=1)

@@ -1,4 +1,4 @@
-"""What is exported gives the student's numbers, and needs neither teacher nor Lightning."""
+"""Exports give the numbers of the student, and need neither teacher nor Lightning."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_triplets_are_distinct_and_cover_all_orders_evenly() -> None:
     assert int(counts.min()) > 850
 
 
-# what it means
+# properties
 
 
 def test_a_moved_turned_and_scaled_teacher_agrees_fully() -> None:

@@ -1,4 +1,4 @@
-"""A metric is fed by the names of its parameters, and says what it lacks."""
+"""Metrics are updated by the names of their parameters, and missing ones are named."""
 
 from __future__ import annotations
 

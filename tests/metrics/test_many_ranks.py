@@ -43,7 +43,7 @@ def pool(request: pytest.FixtureRequest, ranks: Ranks) -> Ranks:
 
 
 def columns(metric: str) -> tuple[Tensor, ...]:
-    """What the metric is updated with, for all rows: values that tie, classes of many sizes."""
+    """All rows for the updates of a metric: values that tie, classes of many sizes."""
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(ROWS, WIDTH, generator=generator).round(decimals=1)
     labels = torch.randint(60, (ROWS,), generator=generator) ** 2 // 60
