@@ -1,9 +1,10 @@
-"""Real processes are killed, and one of two ranks fails: everything ends, and the same command goes on."""
+"""Real processes are killed, and one of two ranks fails: everything ends, and the same command resumes."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from lightning_rkd.cli import main as cli
+from tests.cli.commands.test_compare import runs, written
 from tests.cli.test_recipes import PROGRAM, tiny
 from tests.harness.processes import GLYPHS, end_of, start
 
@@ -99,3 +101,31 @@ class Slowly(pl.Callback):
         if trainer.global_step == 15:
             self.file.touch()
             time.sleep(60)
+
+
+def test_killed_at_any_time_a_comparison_resumes_to_the_same_table() -> None:
+    """SIGKILL at random moments, counted in files of the runs; no process outlives the command."""
+    whole, killed = (["compare", "--config", written(), "--out", out] for out in ("whole", "killed"))
+    assert cli.main(whole) == 0
+    rng = random.Random(5)
+    for files in (rng.randint(2, 6), rng.randint(7, 11)):  # of 5 configurations, checkpoints and results
+        process = start(*killed, "--jobs", "2")
+        while process.poll() is None and len([*Path().glob("killed/*/*.yaml"), *Path().glob("killed/*/*t")]) < files:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        code, output = end_of(process, within=20)
+        assert code == -signal.SIGKILL, output
+    assert not Path("killed/table.md").exists()
+    assert cli.main(killed) == 0
+    assert runs("killed") == runs("whole")
+    assert len(runs("whole")) == 5
+    before = os.stat("whole/rkd-d-1/last.ckpt").st_mtime_ns
+    assert cli.main(whole) == 0
+    assert os.stat("whole/rkd-d-1/last.ckpt").st_mtime_ns == before
+    table = Path("whole/table.md").read_text()
+    assert "| alone |" in table
+    assert "seeds: 0, 1" in table
+    assert Path("whole/plot.png").stat().st_size > 1000
+    checkpoint = torch.load("whole/rkd-d-0/last.ckpt", weights_only=True)
+    assert not any("teacher" in name for name in checkpoint["state_dict"])

@@ -1,4 +1,4 @@
-"""Every loss trains the student of letters through the real command line, by its bare name."""
+"""Every loss trains the student for glyphs through the real command line, by its bare name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.cli.test_recipes import tiny
 pytestmark = pytest.mark.slow
 
 DENSE = {"class_path": f"{__name__}.Dense"}
-EXTRA = {  # what the recipe must be told for losses that read something else than it shows, or other batches
+EXTRA = {  # options for losses that need other features or batches than the recipe's
     "IRG": ["--model.loss.transform_layers=[]"],  # stages of different widths
     "STKD": ["--model.batch_transform=MixUp", "--model.batch_transform.num_classes=315"],
     "PCKD": ["--model.batch_transform=Rotations"],
@@ -53,11 +53,11 @@ def names() -> list[str]:
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))  # glyphs are rendered once
 
 
 @pytest.mark.parametrize("name", names())
-def test_a_loss_trains_the_student_of_letters_by_its_bare_name(name: str) -> None:
+def test_a_loss_trains_the_student_for_glyphs_by_its_bare_name(name: str) -> None:
     if name == "MHGD":
         assert cli.main(["fit", "--config", "glyphs_mhgd_estimator", *tiny("glyphs_mhgd_estimator")]) == 0
     arguments = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0", f"--model.loss={name}"]

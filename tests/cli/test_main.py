@@ -35,7 +35,7 @@ TINY = [
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))  # glyphs are rendered once
     monkeypatch.delenv(cli.TRACEBACK, raising=False)
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning turns it off after Ctrl-C

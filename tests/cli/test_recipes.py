@@ -29,7 +29,7 @@ TINY = [
     "--trainer.enable_progress_bar=false",
     "--trainer.limit_val_batches=1",
 ]
-LETTERS = ["--data.max_classes=20", "--data.image_size=12", "--data.classes_per_batch=4"]
+GLYPHS = ["--data.max_classes=20", "--data.image_size=12", "--data.classes_per_batch=4"]
 EPISODES = {"few_shot": {"class_path": "FewShotAccuracy", "init_args": {"ways": 2, "queries": 2, "episodes": 9}}}
 FOLDER = ["--data.root=images", "--data.image_size=12", "--data.classes_per_batch=4", "--data.samples_per_class=2"]
 
@@ -49,7 +49,7 @@ REPLICAS = {
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))  # glyphs are rendered once
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # processes that share few cores
 
 
@@ -77,10 +77,11 @@ def miniature(name: str) -> list[str]:
         untrained["student"] = {"init_args": {"weights": None}}
     Path("untrained.yaml").write_text(yaml.safe_dump({"model": {"init_args": untrained}}))
     kind, classes, images = REPLICAS[data_of(name)]
-    if not Path("replica").exists():
-        replica(kind, Path("replica"), classes, images)
+    root = Path.cwd().parent / f"replica-{kind}"  # shared by the tests of a session
+    if not root.exists():
+        replica(kind, root, classes, images)
     options = ["--config=untrained.yaml", "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
-    options += ["--data.root=replica", "--data.check=false", "--data.num_workers=0", "--data.eval_batch_size=500"]
+    options += [f"--data.root={root}", "--data.check=false", "--data.num_workers=0", "--data.eval_batch_size=500"]
     options += ["--data.classes_per_batch=2", "--data.samples_per_class=4"]
     if data_of(name) in ("CUBDataModule", "CarsDataModule", "OnlineProductsDataModule"):
         options += ["--data.image_size=36", "--data.crop_size=32", "--data.validation=0.34"]
@@ -100,7 +101,7 @@ def tiny(name: str, weights: bool = False) -> list[str]:
         Path("episodes.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"metrics": EPISODES}}}))
         options.append("--config=episodes.yaml")
     if data_of(name) == "GlyphDataModule":
-        options += LETTERS
+        options += GLYPHS
     else:
         images()
         options += FOLDER
@@ -147,8 +148,8 @@ def test_pairs_of_one_table_differ_by_their_networks_alone() -> None:
         for name in (f"cifar100_{teacher}", f"cifar100_{teacher}_{student}"):
             config = loaded(name)
             model = config["model"]["init_args"]
-            shown = config["trainer"].pop("default_root_dir"), model.pop("student")["init_args"]["num_classes"]
-            assert shown == (f"runs/{name}", 100)
+            assert config["trainer"].pop("default_root_dir") == f"runs/{name}"
+            assert model.pop("student")["init_args"]["num_classes"] == 100
             for key in ("teacher", "student_layer", "teacher_layer"):
                 model.pop(key, None)
             loss = model.pop("loss", None)
@@ -158,7 +159,7 @@ def test_pairs_of_one_table_differ_by_their_networks_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["glyphs_fewshot_teacher", "glyphs_rkd_fewshot"])
-def test_letters_have_the_pictures_that_the_episodes_of_a_recipe_draw(name: str) -> None:
+def test_glyphs_have_the_images_that_the_episodes_of_a_recipe_draw(name: str) -> None:
     config = loaded(name)
     data = GlyphDataModule(**config["data"]["init_args"])
     data.setup()
@@ -201,7 +202,7 @@ def test_recipe_fits_and_tests(name: str, tmp_path: Path) -> None:
     state = torch.load(checkpoint, weights_only=True)
     assert state["global_step"] == 4
     assert not [key for key in state["state_dict"] if key.startswith("teacher") or ".network." in key]
-    assert run(["test", "--config", name, *tiny(name), "--ckpt_path", str(checkpoint)], own_process) == 0
+    assert run(["test", "--config", name, *tiny(name), "--ckpt_path", str(checkpoint)], False) == 0
     measured = list(tmp_path.glob("runs/*/lightning_logs/*/metrics.csv"))
     assert any("test/" in path.read_text() for path in measured)
 

@@ -22,7 +22,7 @@ from lightning_rkd.cli import main as cli
 from lightning_rkd.cli.trainer import WholeCheckpointIO, _RowsPerRank
 from lightning_rkd.data import PKBatchSampler
 from tests.harness import toys
-from tests.harness.processes import GLYPHS, end_of, start
+from tests.harness.processes import GLYPHS, run_script
 
 TINY = [*GLYPHS, "--data.batches_per_epoch=3", "--trainer.max_epochs=4", "--trainer.default_root_dir=run"]
 FIT = ["fit", "--config", "glyphs_student", *TINY]
@@ -31,7 +31,7 @@ FIT = ["fit", "--config", "glyphs_student", *TINY]
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))  # glyphs are rendered once
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many as here, or sums are rounded otherwise
     torch.set_num_threads(1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -79,12 +79,24 @@ class Terminates(AtStep):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def goes_on_to_the_same_weights(*options: str) -> bool:
-    """Resume, run without a fault elsewhere, compare."""
+WHOLE: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+"""Weights after runs without a fault, by their options."""
+
+
+def resumes_to_the_same_weights(*options: str) -> bool:
     assert cli.main([*FIT, *options, "--ckpt_path", "last"]) == 0
-    assert cli.main([*FIT, *options, "--trainer.default_root_dir=whole"]) == 0
-    a, b = kept()["state_dict"], kept("whole/last.ckpt")["state_dict"]
-    return kept()["global_step"] == 12 and all(torch.equal(a[key], b[key]) for key in b)
+    if options not in WHOLE:
+        assert cli.main([*FIT, *options, "--trainer.default_root_dir=whole"]) == 0
+        WHOLE[options] = kept("whole/last.ckpt")["state_dict"]
+    state, whole = kept()["state_dict"], WHOLE[options]
+    return kept()["global_step"] == 12 and all(torch.equal(state[key], whole[key]) for key in whole)
+
+
+def run_command(args: list[str], first: str = "") -> tuple[int | None, str]:
+    """Exit code and output of the command in a process of its own, in which ``first`` is run before."""
+    start = "import sys\nfrom lightning_rkd.cli.main import main"
+    Path("command.py").write_text(f"{first}\n{start}\nsys.exit(main({args!r}))\n")
+    return run_script(Path("command.py").absolute())
 
 
 @pytest.mark.slow
@@ -95,39 +107,39 @@ def test_a_full_disk_ends_training_with_the_checkpoint_before_it_whole(capsys: p
     assert "run/last.ckpt' could not be written, and is what it was before: File too large" in capsys.readouterr().err
     assert kept()["global_step"] == 6
     assert {path.name for path in Path("run").iterdir()} == {"config.yaml", "last.ckpt"}, "no half of a file"
-    assert goes_on_to_the_same_weights()
+    assert resumes_to_the_same_weights()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side", ["student", "teacher", "no teacher"])
+@pytest.mark.parametrize("spoilt", ["student", "teacher", "no teacher"])
 def test_nan_in_the_middle_of_an_epoch_ends_training_and_it_resumes(
-    side: str, capsys: pytest.CaptureFixture[str]
+    spoilt: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Inputs that are NaN, for a student with and without a teacher, and a teacher that is NaN."""
     options = []
-    if side != "no teacher":
+    if spoilt != "no teacher":
         teacher = {"class_path": "Teacher", "init_args": {"network": {"class_path": "ConvNet"}}}
         model = {"class_path": "DistillationModule", "init_args": {"teacher": teacher, "loss": {"class_path": "RKD"}}}
         Path("taught.yaml").write_text(yaml.safe_dump({"model": model}))
         options = ["--config=taught.yaml"]
-    assert cli.main(with_callback("SpoilsTheTeacher" if side == "teacher" else "SpoilsInputs", *options)) == 1
+    assert cli.main(with_callback("SpoilsTheTeacher" if spoilt == "teacher" else "SpoilsInputs", *options)) == 1
     error = capsys.readouterr().err
     found = "train/task is NaN or infinite: check the batch"
-    if side != "no teacher":
-        found = f".*the {side}'s output holds NaN or infinity, first in row 0"  # a norm spreads it
+    if spoilt != "no teacher":
+        found = f".*the {spoilt}'s output holds NaN or infinity, first in row 0"  # a norm spreads it
     assert re.search(f"error: step 7: {found}", error), error
     assert kept()["global_step"] == 6
-    assert goes_on_to_the_same_weights(*options)
+    assert resumes_to_the_same_weights(*options)
 
 
 @pytest.mark.slow
 def test_sigterm_ends_training_with_143_and_it_resumes_bit_for_bit() -> None:
-    code, output = end_of(start(*with_callback("Terminates")))
+    code, output = run_command(with_callback("Terminates"))
     assert code == 143, output
     assert output.endswith("terminated\n(the same command with --ckpt_path last resumes from the last checkpoint)\n")
     assert "Traceback" not in output
     assert kept()["global_step"] == 6
-    assert goes_on_to_the_same_weights()
+    assert resumes_to_the_same_weights()
 
 
 DIES_IN_A_WRITE = """
@@ -146,11 +158,11 @@ whole, training.write_whole = files.write_whole, dies
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_while_it_writes_a_checkpoint_keeps_the_one_before() -> None:
-    code, output = end_of(start(*FIT, first=DIES_IN_A_WRITE))
+    code, output = run_command(FIT, first=DIES_IN_A_WRITE)
     assert code == -signal.SIGKILL, output
     assert kept()["global_step"] == 6
     assert {path.name for path in Path("run").iterdir()} == {"config.yaml", "last.ckpt", ".last.ckpt.part"}
-    assert goes_on_to_the_same_weights()
+    assert resumes_to_the_same_weights()
     assert {path.name for path in Path("run").iterdir()} == {"config.yaml", "last.ckpt"}
 
 
@@ -186,7 +198,7 @@ def test_damage_is_found_whichever_way_a_checkpoint_is_chosen(tmp_path: Path) ->
 # Own data on two devices
 
 
-class OwnLetters(pl.LightningDataModule):
+class OwnGlyphs(pl.LightningDataModule):
     """A data module that knows nothing of devices."""
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -216,14 +228,14 @@ def test_rows_that_nobody_deals_out_are_refused_on_two_devices_only() -> None:
 
 
 @pytest.mark.slow
-def test_own_data_on_two_devices_needs_lightnings_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    letters = [option for option in TINY if not option.startswith("--data.")]
-    fit = ["fit", "--config", "glyphs_student", "--data", "tests.cli.test_trainer.OwnLetters", *letters]
-    fit += ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    code, output = end_of(start(*fit))
+def test_own_data_on_two_devices_needs_lightnings_sampler() -> None:
+    options = [option for option in TINY if not option.startswith("--data.")]
+    fit = ["fit", "--config", "glyphs_student", "--data", "tests.cli.test_trainer.OwnGlyphs", *options]
+    fit += ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
+    local = "import os; os.environ['GLOO_SOCKET_IFNAME'] = 'lo'"
+    code, output = run_command(fit, local)
     assert code == 1, output
     assert "all 2 devices would train on the same rows" in output
-    code, output = end_of(start(*fit, "--trainer.use_distributed_sampler=true"))
+    code, output = run_command([*fit, "--trainer.use_distributed_sampler=true"], local)
     assert code == 0, output
     assert kept()["global_step"] == 4 * 2

@@ -60,7 +60,7 @@ def test_a_fit_with_a_configuration_written_by_hand_is_exported_by_its_folder_an
 ) -> None:
     """With short names of classes, which Lightning's loggers get told in full."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))  # glyphs are rendered once
     sizes = {
         "max_classes": 12,
         "image_size": 12,

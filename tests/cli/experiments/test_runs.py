@@ -25,7 +25,7 @@ from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))  # glyphs are rendered once
 
 
 def tiny(recipe: str, steps: int = 2, **settings: Any) -> Config:
