@@ -22,8 +22,6 @@ from lightning_rkd.models import ConvNet
 from tests.harness.nodes import TORCHRUN, Nodes, surroundings
 from tests.harness.ranks import Ranks
 
-pytestmark = pytest.mark.campaign
-
 PROGRAM = ["-m", "lightning_rkd.cli"]
 SMALL = {
     "model": {
@@ -89,6 +87,7 @@ def written(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("runs/glyphs_rkd/**/*") if path.is_file())
 
 
+@pytest.mark.campaign
 def test_two_machines_train_and_test_as_one(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = with_recipe(tmp_path / "one"), with_recipe(tmp_path / "two")
     monkeypatch.chdir(one)

@@ -339,16 +339,6 @@ def test_the_task_loss_sees_its_rows_only() -> None:
     assert seen == [8] * toys.STEPS
 
 
-def test_views_of_a_batch_transform_reach_the_loss() -> None:
-    def twice(batch: Batch) -> Batch:
-        view = torch.arange(2).repeat_interleave(8)
-        return Batch(torch.cat([batch.inputs] * 2), torch.cat([batch.labels] * 2), torch.arange(16), view=view)
-
-    loss = toys.Asking()
-    toys.fit(module(loss, batch_transform=twice))
-    assert loss.given["view"].tolist() == [0] * 8 + [1] * 8
-
-
 # Looking at a loader
 
 
