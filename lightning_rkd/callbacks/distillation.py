@@ -1,4 +1,4 @@
-"""Adds a relational loss to the training step of any LightningModule, without a change to its code."""
+"""Relational distillation of any LightningModule, without a change to its code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_rkd.callbacks.attached_losses import AttachedLosses, join_optimizer, losses_with_tensors
@@ -23,6 +22,7 @@ from lightning_rkd.distillation.finite_checks import refuse_broken_weights
 from lightning_rkd.distillation.lightning import (
     exclude_from_ddp_broadcast,
     number_training_batches,
+    prepare_fit,
     refuse_averages,
     refuse_lbfgs,
     refuse_unsynchronised,
@@ -30,8 +30,7 @@ from lightning_rkd.distillation.lightning import (
 from lightning_rkd.distillation.teachers import BaseTeacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.weighting import LossSum, Weight, evaluate_weight
-from lightning_rkd.utils.distributed import data_parallel_group
-from lightning_rkd.utils.private import call_configure_model, load_dataloaders
+from lightning_rkd.utils.private import call_configure_model
 from lightning_rkd.utils.types import Batch, Key, unpack
 
 _numbers = itertools.count()
@@ -41,48 +40,51 @@ _DETACHED = {"_module": None, "_attached": None, "_prepared": False, "_batch": N
 class RelationalDistillation(pl.Callback):
     r"""Distils a teacher into the module that a Trainer trains.
 
-    The loss that ``training_step`` returns (or hands to ``manual_backward``) becomes
+    In every training step the callback adds the distillation terms to the loss that ``training_step`` returns, or, with
+    manual optimisation, to the loss passed to ``manual_backward``:
 
     .. math:: L = w_{task} L_{task} + w \sum_k w_k L_k(s, t)
 
-    with s the features of ``student_layer`` in this step and t those of the teacher for the same inputs. Training is
-    numerically identical to adding the loss in ``training_step``; accumulation, clipping, precision and strategies act
-    on it as on any loss. Terms are logged as ``distill/<name>``.
+    where s are the features of ``student_layer`` and t those of the teacher for the same inputs. Training is
+    numerically identical to adding the loss in ``training_step``: gradient accumulation, clipping, precision and
+    strategies apply to the sum. The terms are logged as ``distill/<name>``.
 
-    A loss with parameters or buffers (projectors, memory banks) is part of the module while it trains, so that devices,
-    precision, DDP and ``self.parameters()`` include it; parameters that no optimizer holds join the first one's first
-    group. It is saved as the callback's state and never in the module's ``state_dict``. Its sizes must be given. Two
-    callbacks whose losses have the same names at the same layer need names of their own, ``loss={"a": ...}``.
+    A loss with parameters or buffers (projectors, memory banks) is a submodule of the module during the fit, so that it
+    is moved, cast and synchronised with it. Its parameters join the first parameter group of the optimizer, unless an
+    optimizer already holds them. They are saved in the callback's state, not in the module's ``state_dict``. Such a
+    loss needs its sizes as arguments. If two callbacks read the same layers with losses of the same names, name the
+    losses of one: ``loss={"name": ...}``.
 
     Args:
-        teacher: The teacher: a network, a :class:`~lightning_rkd.Teacher`, a
-            :class:`~lightning_rkd.CachedTeacher`, or an
-            :class:`~lightning_rkd.EnsembleTeacher` of several. It stays out of the module, its checkpoints and
-            its optimizers.
+        teacher: The teacher: a network, a :class:`~lightning_rkd.Teacher`, a :class:`~lightning_rkd.CachedTeacher`, or
+            an :class:`~lightning_rkd.EnsembleTeacher` of several. It does not become part of the module, its
+            checkpoints or its optimizers.
         loss: A loss, a sum such as ``25 * RKDDistance() + 50 * RKDAngle()``, or a dict of losses.
-        student_layer: Where to read the student: a dotted path in the module, a function from module to submodule, a
-            :class:`~lightning_rkd.distillation.features.Tap`, a list of paths (feature maps), or a dict of named taps.
-        teacher_layer: The same for the teacher; ``None`` reads the teacher's output.
-        input_layer: A student layer whose inputs feed the teacher, call by call: for augmentation inside the step,
-            several views, or steps that never get a batch. ``None`` feeds the teacher the batch's inputs.
-        inputs: Key of the inputs in the batch; needed where the batch is a mapping, default the first entry.
-        labels: Key of the labels; default the second entry of a sequence.
-        indices: Key of the sample indices; default those of :func:`~lightning_rkd.data.indexing.with_indices`.
+        student_layer: Layer of the student whose features the loss compares: a dotted path in the module, a function
+            from module to submodule, a :class:`~lightning_rkd.Tap`, a list of paths (feature maps), or a dict of named
+            taps.
+        teacher_layer: The same for the teacher; ``None`` reads its output.
+        input_layer: Layer of the student whose inputs the teacher receives, call by call. It is needed if the step
+            augments its inputs, runs several views, or draws batches itself. ``None`` passes the inputs of the batch.
+        inputs: Position or key of the inputs in a batch. Required if batches are mappings; default: the first entry.
+        labels: Position or key of the labels. Default: the second entry of a sequence.
+        indices: Position or key of the sample indices. Default: those of
+            :func:`~lightning_rkd.data.indexing.with_indices`.
         weight: Weight of all terms, a number or a function of the epoch.
-        task_weight: Weight of the module's own loss, likewise.
-        gather: Whether relations span the batches of all ranks (k devices then equal one big batch).
-        manual_backward_index: With manual optimisation and several ``manual_backward`` calls in a step: the number of
-            the call (from 0) that receives the terms. They are computed from the features since the call before it,
-            or, where the layer has not run since, from those earlier in the step.
+        task_weight: Weight of the module's own loss, a number or a function of the epoch.
+        gather: Whether relations span the batches of all ranks, so that k devices compute the same loss as one device
+            with the whole batch.
+        manual_backward_index: Number, from 0, of the ``manual_backward`` call that receives the terms, for manual
+            optimisation with several calls in a step. The features are those recorded since the previous call, or, if
+            the layer has not run since, those recorded earlier in the step.
 
     Raises:
-        ValueError: At fit: a layer that does not exist, or a student layer that is the module itself. In the first
-            step: a loss that does not know its sizes; the message states them.
-        CaptureError: In a step: the layer was not called, gave no gradient, or was called several times without
+        ValueError: When a fit begins: a layer that does not exist, or a student layer that is the module itself. In the
+            first step: a loss without its sizes; the message states them.
+        CaptureError: In a step: the layer was not called, has no gradient, or was called several times without
             ``input_layer``.
-        NonFiniteError: NaN or infinity in the features of student or teacher, with network, row and step; or in the
-            module's weights when a checkpoint is about to be written. The module's own loss is not checked: if it is
-            NaN, that appears in one of these ways.
+        NonFiniteError: NaN or infinity in the features of student or teacher (the message names network, row and step),
+            or in the module's weights when a checkpoint is about to be written. The module's own loss is not checked.
 
     Reference:
         Park, Kim, Lu, Cho. Relational Knowledge Distillation. CVPR 2019. arXiv:1904.05068.
@@ -91,7 +93,8 @@ class RelationalDistillation(pl.Callback):
         >>> from torch import nn
         >>> from lightning_rkd.losses.rkd import RKD
         >>> callback = RelationalDistillation(teacher=nn.Linear(8, 4), loss=RKD(), student_layer="backbone")
-        >>> sorted(callback.distiller.losses)
+        >>> trainer = pl.Trainer(callbacks=[callback], accelerator="cpu")
+        >>> list(callback.distiller.losses)  # logged as distill/rkd
         ['rkd']
     """
 
@@ -133,7 +136,7 @@ class RelationalDistillation(pl.Callback):
         self._backwards: int | None = None  # None outside a step
 
     def __getstate__(self) -> dict[str, Any]:
-        """State of copies and pickles, which are attached to nothing."""
+        """State of copies and pickles, which are not attached to a module."""
         return self.__dict__ | _DETACHED | {"_undo": []}
 
     def unpack(self, batch: Any) -> Batch:
@@ -141,7 +144,7 @@ class RelationalDistillation(pl.Callback):
         return unpack(batch, **self._keys)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Hook the student and patch its step; runs in the worker, so that a spawned module is pickled clean."""
+        """Hook the student and patch its step, in each process after it has been spawned."""
         if stage != "fit":
             return
         self._detach()
@@ -153,10 +156,10 @@ class RelationalDistillation(pl.Callback):
                 raise
             call_configure_model(trainer)  # Lightning does so after this hook; it may be called twice
             self.distiller.attach(pl_module)
-        for tap in (tap for taps in self.distiller.student.taps.values() for tap in taps):
-            if find_layer(pl_module, tap.layer) is pl_module:
-                raise ValueError("student_layer must name a layer inside the module, not the module itself")
-        self._refuse_names_of_others(trainer)
+        if any(layer is pl_module for layer in self._find_student_layers(pl_module)):
+            raise ValueError("student_layer must name a layer inside the module, not the module itself")
+        earlier = self._list_earlier_callbacks(trainer)
+        self._refuse_shared_names(earlier)
         self._undo = [MethodPatch.add(pl_module, "training_step", self._around_step), *unwrap_batches(pl_module)]
         if self.distiller.teacher_needs_indices and self._keys["indices"] is None:
             self._undo.append(number_training_batches(trainer))
@@ -166,8 +169,6 @@ class RelationalDistillation(pl.Callback):
         if not self.distiller.missing_sizes:
             self.distiller.materialize()
         if own := losses_with_tensors(self.distiller.losses):
-            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
-            earlier = itertools.takewhile(lambda callback: callback is not self, callbacks)
             refuse_averages(earlier, f"name the {type(self).__name__} callback before it")
             self._attached = AttachedLosses(own)
             self._undo += [self._attached.attach(pl_module), exclude_from_ddp_broadcast(pl_module)]
@@ -179,13 +180,12 @@ class RelationalDistillation(pl.Callback):
 
     @cached_property
     def state_key(self) -> str:
-        """Tells the callbacks in a checkpoint apart, by their losses and layers."""
+        """Key of the callback's state in a checkpoint, from its losses and layers."""
         if not losses_with_tensors(self.distiller.losses):
             return f"{type(self).__qualname__}#{self._number}"
-        taps = (tap.layer for taps in self.distiller.student.taps.values() for tap in taps)
+        layers = [tap.layer for taps in self.distiller.student.taps.values() for tap in taps]
         places = ", ".join(
-            layer if isinstance(layer, str) else getattr(layer, "__qualname__", type(layer).__qualname__)
-            for layer in taps
+            x if isinstance(x, str) else getattr(x, "__qualname__", type(x).__qualname__) for x in layers
         )
         return f"{type(self).__qualname__}({', '.join(self.distiller.losses)} at {places})"
 
@@ -196,7 +196,7 @@ class RelationalDistillation(pl.Callback):
         return {"losses": state} if state else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load them."""
+        """Load parameters and buffers of the losses."""
         for name, loss in losses_with_tensors(self.distiller.losses).items():
             start = f"{name}."
             loss.load_state_dict(
@@ -204,19 +204,19 @@ class RelationalDistillation(pl.Callback):
             )
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
-        """Refuse weights that hold NaN: the checkpoint would replace a good one."""
+        """Refuse weights that hold NaN, since the checkpoint would replace a good one."""
         refuse_broken_weights(pl_module, trainer.global_step)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Move the teacher to the student's device, and add the parameters of losses to the optimizer."""
         refuse_lbfgs(trainer.optimizers, self.distiller.stateful_losses)
-        refuse_unsynchronised(self.distiller.losses, trainer.strategy, self.distiller.gather)
+        refuse_unsynchronised(self.distiller, trainer.strategy)
         if self._attached is not None:
-            join_optimizer(self._attached, trainer.optimizers)
+            join_optimizer(self._attached, trainer.optimizers, pl_module, self._find_student_layers(pl_module))
         self._prepare(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the training samples, for the message about a loss that does not know their number."""
+        """Count the training samples for the message about a loss that lacks their number."""
         if (samples := count_samples(trainer.train_dataloader)) is not None:
             self.distiller.known_sizes = {"num_samples": samples}
 
@@ -229,23 +229,23 @@ class RelationalDistillation(pl.Callback):
         self._detach()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Restore the module and the teacher; Lightning calls no ``teardown`` here."""
+        """Restore the module and the teacher, since Lightning does not call ``teardown`` after an exception."""
         self._detach()
         if "pickle" in str(exception):
             self._note_unpicklable(exception)
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.distiller.prepare(
-            pl_module.device, trainer.precision_plugin.convert_module, data_parallel_group(trainer.strategy)
-        )
-        if self.distiller.teacher_needs_indices:
-            with isolate_rng(include_cuda=False):
-                self.distiller.prepare_data(load_dataloaders(trainer), self.unpack)
+        prepare_fit(self.distiller, trainer, pl_module, self.unpack)
         self._prepared = True
 
-    def _refuse_names_of_others(self, trainer: pl.Trainer) -> None:
+    def _find_student_layers(self, module: nn.Module) -> list[nn.Module]:
+        return [find_layer(module, tap.layer) for taps in self.distiller.student.taps.values() for tap in taps]
+
+    def _list_earlier_callbacks(self, trainer: pl.Trainer) -> list[pl.Callback]:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
-        earlier = itertools.takewhile(lambda callback: callback is not self, callbacks)
+        return list(itertools.takewhile(lambda callback: callback is not self, callbacks))
+
+    def _refuse_shared_names(self, earlier: list[pl.Callback]) -> None:
         others = [callback.distiller for callback in earlier if isinstance(callback, RelationalDistillation)]
         if both := sorted({name for other in others for name in other.losses} & set(self.distiller.losses)):
             raise ValueError(
@@ -260,7 +260,7 @@ class RelationalDistillation(pl.Callback):
         self.distiller.detach()
 
     def _note_unpicklable(self, exception: BaseException) -> None:
-        """Name the arguments that cannot be pickled for spawned processes."""
+        """Add the names of arguments that cannot be pickled for spawned processes to an error."""
         given = {
             "student_layer": self.distiller.student.taps,
             "teacher_layer": self.distiller.teacher_layer,
@@ -289,7 +289,7 @@ class RelationalDistillation(pl.Callback):
         try:
             result = call(*args, **kwargs)
             if self._module.automatic_optimization:
-                return self._with_terms(result)
+                return self._add_to_result(result)
             if self._backwards == 0:
                 raise CaptureError(
                     "manual optimisation, but the step never called self.manual_backward(loss): the terms are added "
@@ -316,32 +316,31 @@ class RelationalDistillation(pl.Callback):
             )
         chosen = self.manual_backward_index or 0
         if number == chosen:
-            loss = self._total(loss)
+            loss = self._add_terms(loss)
         with self.distiller.paused():
             result = call(loss, *args, **kwargs)
         if number < chosen:
             self.distiller.restart()
         return result
 
-    def _with_terms(self, result: Any) -> Any:
+    def _add_to_result(self, result: Any) -> Any:
         if result is None:  # the module skips this step
             return None
         if isinstance(result, Tensor):
-            return self._total(result)
+            return self._add_terms(result)
         if isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor):
-            return {**result, "loss": self._total(result["loss"])}
+            return {**result, "loss": self._add_terms(result["loss"])}
         raise TypeError(
             f"training_step must return a tensor, a dict with a tensor 'loss', or None, got {type(result).__name__}"
         )
 
-    def _total(self, task: Tensor) -> Tensor:
+    def _add_terms(self, task: Tensor) -> Tensor:
         module = self._module
         assert module is not None
         epoch = module.current_epoch
         features = self.distiller.collect(self._unpack_batch())
         terms = self.distiller.compute_terms(features, epoch=epoch, step=module.global_step)
-        # the values are those of the global batch, alike on all ranks: nothing to synchronise. Nor is anything averaged
-        # over batches, so their size does not matter; but a step that draws its own batches must name one
+        # equal on all ranks, so nothing is synchronised; batch_size=1 keeps Lightning from searching the batch
         values = {f"distill/{name}": value.detach() for name, value in terms.items()}
         module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         total = task if self.task_weight == 1 else evaluate_weight(self.task_weight, epoch) * task
@@ -354,5 +353,5 @@ class RelationalDistillation(pl.Callback):
         if given is None or hasattr(given, "__next__"):  # no batch, or Lightning's dataloader_iter
             return None
         if self.distiller.inputs is not None and not self.distiller.needs_rows:
-            return None  # the layer's inputs are enough
+            return None  # the teacher is fed from input_layer
         return to_batch(given, self.unpack) if isinstance(given, IndexedBatch) else self.unpack(given)

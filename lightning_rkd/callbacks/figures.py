@@ -1,44 +1,55 @@
-"""Pictures of what the student has learned so far, in validation, into the run's loggers."""
+"""Figures of the embeddings of student and teacher during validation, logged with any logger."""
 
 from __future__ import annotations
 
+import io
+import re
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
 from lightning_rkd import plots
-from lightning_rkd.callbacks.figure_loggers import log_figure
 from lightning_rkd.data.indexing import to_batch
+from lightning_rkd.utils.files import write_whole
+from lightning_rkd.utils.types import call_network
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 class Pictures(pl.Callback):
-    """Draws how the student and its teacher see validation samples, and logs the figures with every logger.
+    """Logs figures of the embeddings that student and teacher give to validation samples.
 
-    ``pictures/distances`` and ``pictures/angles`` need embeddings and labels only; where inputs are images, there are
-    ``pictures/neighbours`` and ``pictures/map`` as well. They are drawn after the validations of a fit, by the first
-    rank from its own samples; the networks see these once more, in evaluation mode. What is logged where: see
-    :func:`~lightning_rkd.callbacks.figure_loggers.log_figure`. ``fast_dev_run`` logs nothing, and draws nothing.
+    After a validation epoch of a fit, the first rank draws its first samples and logs
 
-    It works with :class:`~lightning_rkd.DistillationModule`, and with any module that a
-    :class:`~lightning_rkd.RelationalDistillation` is attached to and that is called with a batch's inputs.
+    - ``pictures/distances`` and ``pictures/angles``: the relations of the student against those of the teacher,
+    - ``pictures/map`` and ``pictures/neighbours``, if the inputs are images: the embedding in two dimensions, and
+      nearest neighbours,
+
+    with every logger, see :func:`log_figure`. The samples run through both networks once more, in evaluation mode.
+    Nothing is drawn in a sanity check or under ``fast_dev_run``. The callback works with
+    :class:`~lightning_rkd.DistillationModule`, and next to :class:`~lightning_rkd.RelationalDistillation` in any module
+    whose ``forward`` takes the inputs of a batch.
 
     Args:
-        samples: How many are looked at, the first of the (first) validation loader; those of the same class must be
-            among them for there to be neighbours to find.
-        every_n_epochs: Only after every n-th epoch.
-        dark: Whether figures are for dark paper.
+        samples: Number of samples that are drawn, the first ones of the first validation loader. Neighbours need
+            several samples of a class among them.
+        every_n_epochs: Number of epochs from one drawing to the next.
+        dark: Whether figures have a dark background.
 
     Raises:
-        ValueError: Fewer than 3 samples. When a fit begins: no logger to draw for, no validation, no module and
-            callback that it can ask, or labels that are not one class number a sample.
+        ValueError: Fewer than 3 samples. When a fit begins: the trainer has no logger, the fit has no validation, or
+            there is neither a ``DistillationModule`` nor a ``RelationalDistillation``. In validation: labels that are
+            not one class number per sample.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[Pictures(every_n_epochs=5)], accelerator="cpu")
@@ -53,10 +64,10 @@ class Pictures(pl.Callback):
         self._rows = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse, before anything is trained, what cannot be drawn."""
+        """Check that there is something to draw, and a logger."""
         if stage != "fit":
             return
-        _face(trainer, pl_module)
+        _find_distillation(trainer, pl_module)
         if not trainer.loggers:
             raise ValueError("Pictures has nothing to draw for: the Trainer has no logger, logger=CSVLogger(...)")
         if not trainer.enable_validation:
@@ -66,17 +77,17 @@ class Pictures(pl.Callback):
             )
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin anew."""
+        """Discard the samples of the last epoch."""
         self._batches, self._rows = [], 0
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keep the first batches, on the CPU."""
+        """Store the first batches on the CPU."""
         draws = self._draws(trainer)
         if not (draws or trainer.sanity_checking) or dataloader_idx > 0 or self._rows >= self.samples:
             return
-        labels = to_batch(batch, _face(trainer, pl_module).unpack).labels
+        labels = to_batch(batch, _find_distillation(trainer, pl_module).unpack).labels
         if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
             got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(f"Pictures needs one class number a sample, labels of shape (N,) and integer, got {got}")
@@ -85,10 +96,11 @@ class Pictures(pl.Callback):
             self._rows += len(labels)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw and log, on the first rank."""
+        """Draw and log figures on the first rank."""
         if not self._draws(trainer):
             return
-        inputs, labels, embeddings = self.look(trainer, pl_module)  # all ranks: they may hold a part of a network each
+        # on all ranks, since each may hold a part of a sharded network
+        inputs, labels, embeddings = self.compute_embeddings(trainer, pl_module)
         self._batches = []
         if not trainer.is_global_zero:
             return
@@ -99,48 +111,52 @@ class Pictures(pl.Callback):
     def draw(
         self, inputs: Tensor | None, labels: Tensor, embeddings: Mapping[str, Tensor], epoch: int
     ) -> dict[str, Figure]:
-        """The figures by name; override it for others.
+        """Draw the figures and return them by name; override it to draw others.
 
         Args:
-            inputs: (N, ...), of the batches; ``None`` where they are not one tensor.
-            labels: (N,).
-            embeddings: (N, D) by network, the teacher first.
-            epoch: That has just ended.
+            inputs: Inputs of the samples, shape (N, ...); ``None`` if they are not a tensor.
+            labels: Classes, shape (N,).
+            embeddings: Embeddings, shape (N, D), by network, the teacher first.
+            epoch: Number of the epoch that has ended.
         """
         title, dark = f"Validation samples, epoch {epoch}", self.dark
-        found = {
+        figures = {
             "distances": plots.relations(embeddings, labels, title=title, dark=dark),
             "angles": plots.angles(embeddings, title=title, dark=dark),
         }
         if inputs is not None and inputs.ndim == 4 and inputs.shape[1] in (1, 3):
             images = _displayable(inputs)
-            found["map"] = plots.embedding_map(images, labels, embeddings, title=title, dark=dark)
-            if len(set(labels.tolist())) < len(labels):  # else there are no neighbours to find
-                found["neighbours"] = plots.neighbours(images, labels, embeddings, title=title, dark=dark)
-        return found
+            figures["map"] = plots.embedding_map(images, labels, embeddings, title=title, dark=dark)
+            if len(set(labels.tolist())) < len(labels):  # otherwise no sample has a neighbour of its class
+                figures["neighbours"] = plots.neighbours(images, labels, embeddings, title=title, dark=dark)
+        return figures
 
     @torch.no_grad()
-    def look(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[Tensor | None, Tensor, dict[str, Tensor]]:
-        """Inputs, labels and what each network makes of them, of the first validation samples."""
-        face = _face(trainer, module)
+    def compute_embeddings(
+        self, trainer: pl.Trainer, module: pl.LightningModule
+    ) -> tuple[Tensor | None, Tensor, dict[str, Tensor]]:
+        """Inputs, labels and the embeddings by network of the first validation samples."""
+        distillation = _find_distillation(trainer, module)
         parts: list[tuple[Any, Tensor, dict[str, Tensor]]] = []
         for batch in self._batches:
-            given = to_batch(move_data_to_device(batch, module.device), face.unpack)
-            face.distiller.start()
+            given = to_batch(move_data_to_device(batch, module.device), distillation.unpack)
+            distillation.distiller.start()
             try:
                 # networks that are random in evaluation too would shift what training draws
                 on = [module.device] if module.device.type == "cuda" else []
                 with torch.random.fork_rng(on), trainer.precision_plugin.forward_context():
-                    _ = module(**given.inputs) if isinstance(given.inputs, Mapping) else module(given.inputs)
-                    features = face.distiller.collect(given, teach=not face.distiller.teacher_needs_indices)
+                    call_network(module, given.inputs)
+                    features = distillation.distiller.collect(
+                        given, teach=not distillation.distiller.teacher_needs_indices
+                    )
             except BaseException:
-                face.distiller.discard()
+                distillation.distiller.discard()
                 raise
-            taught = features.teacher_embedding
-            seen = {} if taught is None else {"teacher": taught.embedding}
-            seen["student"] = features.embedding.embedding
+            teacher = features.teacher_embedding
+            outputs = {} if teacher is None else {"teacher": teacher.embedding}
+            outputs["student"] = features.embedding.embedding
             assert given.labels is not None
-            parts.append((given.inputs, given.labels, {name: x.float().cpu() for name, x in seen.items()}))
+            parts.append((given.inputs, given.labels, {name: x.float().cpu() for name, x in outputs.items()}))
         if (count := sum(len(labels) for _, labels, _ in parts)) < 3:
             raise ValueError(f"Pictures needs at least 3 validation samples, and this rank has {count}")
 
@@ -152,13 +168,13 @@ class Pictures(pl.Callback):
         return first(images) if images else None, first([labels for _, labels, _ in parts]), embeddings
 
     def _draws(self, trainer: pl.Trainer) -> bool:
-        fits = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        logs = not trainer.fast_dev_run  # type: ignore[attr-defined] # set by a connector
-        return fits and logs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        logging = not trainer.fast_dev_run  # type: ignore[attr-defined] # set by a connector
+        return fitting and logging and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
 
-def _face(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
-    """Whatever holds student and teacher of the run."""
+def _find_distillation(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
+    """The module or callback with the distiller of the run."""
     for one in (module, *trainer.callbacks):  # type: ignore[attr-defined]
         if hasattr(one, "distiller"):
             return one
@@ -169,6 +185,62 @@ def _face(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
 
 
 def _displayable(inputs: Tensor) -> Tensor:
-    """Normalised images stretched back to 0 to 1, each channel over all of them."""
+    """Normalised images rescaled to [0, 1], channel by channel over all images."""
     low, high = (inputs.amin((0, 2, 3), keepdim=True), inputs.amax((0, 2, 3), keepdim=True))
     return (inputs - low) / (high - low).clamp_min(1e-12)
+
+
+def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
+    """Log a figure with any Lightning logger.
+
+    TensorBoard, Weights & Biases and MLflow get an image; other loggers get a PNG file in their folder.
+
+    Args:
+        logger: Logger of a trainer.
+        name: Name of the figure; slashes form groups or folders.
+        figure: Figure to log.
+        step: Training step.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning.pytorch.loggers import CSVLogger
+        >>> from matplotlib.figure import Figure
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     logger = CSVLogger(folder, name="", version="")
+        ...     log_figure(logger, "pictures/angles", Figure(), 20)
+        ...     [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*.png")]
+        ['pictures/angles-20.png']
+    """
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_figure(name, figure, step)
+    elif isinstance(logger, WandbLogger):
+        from PIL import Image
+
+        logger.log_image(name, [Image.open(io.BytesIO(_render_png(figure)))], step=step)
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_figure(logger.run_id, figure, f"{name}-{step}.png")
+    elif isinstance(logger, DummyLogger):  # of fast_dev_run
+        return
+    elif logger.log_dir or logger.save_dir:
+        path = Path(
+            str(logger.log_dir or logger.save_dir),
+            *(_replace_symbols(part) for part in f"{name}-{step}.png".split("/")),
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, _render_png(figure))
+    else:
+        warnings.warn(
+            f"{type(logger).__name__} has no folder and is none of TensorBoardLogger, WandbLogger and MLFlowLogger, so "
+            f"the figure {name!r} is not logged; add a CSVLogger, which keeps figures as files",
+            stacklevel=2,
+        )
+
+
+def _render_png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def _replace_symbols(name: str) -> str:
+    return re.sub(r"[^\w.+-]", "_", name)

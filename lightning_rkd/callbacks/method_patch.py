@@ -1,4 +1,4 @@
-"""Wrapping a method of one module instance, for any number of callbacks, and removing the wrappers without a trace."""
+"""Wrapping of a method of one module instance by any number of callbacks, and removal of the wrappers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import nn
 from lightning_rkd.data.indexing import IndexedBatch
 
 Around = Callable[..., Any]
-"""``around(call, *args, **kwargs)`` runs around the method: ``call(*args, **kwargs)`` is what lies inside."""
+"""A wrapper, called as ``around(call, *args, **kwargs)``; ``call(*args, **kwargs)`` runs the wrapped method."""
 
 
 class MethodPatch:
-    """Stands in for ``module.<method>``; shared by all callbacks, so the order of removal does not matter.
+    """Replacement of ``module.<method>`` that runs the method inside the wrappers of all callbacks.
 
-    An :class:`~lightning_rkd.data.indexing.IndexedBatch` is unwrapped before the module's own code sees it. Copies and
-    pickles of the module have the plain method.
+    All callbacks share it, so that they can be removed in any order. The method itself receives the batch inside an
+    :class:`~lightning_rkd.data.indexing.IndexedBatch`. Copies and pickles of the module have the original method.
     """
 
     def __init__(self, module: nn.Module, method: str) -> None:
@@ -33,7 +33,7 @@ class MethodPatch:
 
     @classmethod
     def add(cls, module: nn.Module, method: str, around: Around) -> Callable[[], None]:
-        """Run ``around`` around the method from now on; returns the function that undoes it (safe to call twice)."""
+        """Wrap a method; returns the function that undoes it, which may be called twice."""
         installed = vars(module).get(method)
         patch = installed if isinstance(installed, cls) else cls(module, method)
         vars(module)[method] = patch
@@ -51,7 +51,7 @@ class MethodPatch:
         return undo
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method inside all wrappers."""
+        """Call the method inside its wrappers."""
         call: Callable[..., Any] = self._inside
         for around in self.arounds:
             call = partial(around, call)
@@ -65,27 +65,27 @@ class MethodPatch:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self.had_own:
             return copy.deepcopy(self.original, memo)
-        return _plain(memo.get(id(self.module), self.module), self.method)
+        return _get_method(memo.get(id(self.module), self.module), self.method)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         if self.had_own:
-            return _same, (self.original,)
-        return _plain, (self.module, self.method)
+            return _get_original, (self.original,)
+        return _get_method, (self.module, self.method)
 
 
-def _plain(module: nn.Module, method: str) -> Callable[..., Any]:
+def _get_method(module: nn.Module, method: str) -> Callable[..., Any]:
     return MethodType(getattr(type(module), method), module)
 
 
-def _same(value: Any) -> Any:
-    return value
+def _get_original(original: Any) -> Any:
+    return original
 
 
 def unwrap_batches(module: nn.Module) -> list[Callable[[], None]]:
-    """Let the evaluation steps of a module see batches as its loaders made them; returns what undoes it."""
+    """Unwrap the batches of a module's evaluation steps; returns the functions that undo it."""
     steps = ("validation_step", "test_step", "predict_step")
-    return [MethodPatch.add(module, step, _through) for step in steps]
+    return [MethodPatch.add(module, step, _call_through) for step in steps]
 
 
-def _through(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _call_through(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return call(*args, **kwargs)

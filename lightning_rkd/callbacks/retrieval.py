@@ -1,4 +1,4 @@
-"""Evaluates the embedding of any LightningModule with retrieval metrics, without a change to its code."""
+"""Evaluation of the embeddings of any LightningModule with retrieval metrics, without a change to its code."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lightning_rkd.callbacks.method_patch import unwrap_batches
 from lightning_rkd.data.indexing import to_batch
 from lightning_rkd.distillation.evaluation import Evaluation
 from lightning_rkd.distillation.features import FeatureReader, Layer
+from lightning_rkd.distillation.lightning import log_evaluation, start_evaluation
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.utils.types import Batch, Key, unpack
 
@@ -19,19 +20,19 @@ from lightning_rkd.utils.types import Batch, Key, unpack
 class RetrievalEvaluation(pl.Callback):
     """Evaluates the embedding of a layer in validation and test, and logs ``val/<metric>`` and ``test/<metric>``.
 
-    Over several ranks the rows that a distributed sampler repeats to pad its last batch are counted once: the sample
-    indices come from :func:`~lightning_rkd.data.indexing.with_indices`, from the batch (``indices=``), or else from the
-    loader's sampler where its order is known.
+    Every sample counts once, also the rows that a distributed sampler repeats to fill the last batch: samples are
+    identified by their indices, which come from :func:`~lightning_rkd.data.indexing.with_indices`, from the batch
+    (``indices=``), or from the sampler of the loader if its order is known.
 
     Args:
-        layer: Where to read the module, any form of ``Layer`` that gives one embedding.
-        metric: A metric, or metrics by name; ``None`` is ``EmbeddingRetrieval()``.
-        inputs: Key of the inputs in the batch; only needed where the batch is a mapping.
-        labels: Key of the labels; default the second entry of a sequence.
-        indices: Key of the sample indices.
+        layer: Layer whose output is the embedding, in any form of :data:`~lightning_rkd.distillation.features.Layer`.
+        metric: A metric, or metrics by name. Default: ``EmbeddingRetrieval()``.
+        inputs: Position or key of the inputs in a batch; required if batches are mappings.
+        labels: Position or key of the labels. Default: the second entry of a sequence.
+        indices: Position or key of the sample indices.
 
     Raises:
-        ValueError: A layer that does not exist; or several ranks and no way to know the indices.
+        ValueError: A layer that does not exist, or several ranks without sample indices.
         CaptureError: The layer was not called in a validation or test step.
 
     Example:
@@ -58,7 +59,7 @@ class RetrievalEvaluation(pl.Callback):
         self._evaluation: Evaluation | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """State of copies and pickles, which are attached to nothing."""
+        """State of copies and pickles, which are not attached to a module."""
         return self.__dict__ | {"_undo": [], "_evaluation": None}
 
     def unpack(self, batch: Any) -> Batch:
@@ -66,7 +67,7 @@ class RetrievalEvaluation(pl.Callback):
         return unpack(batch, **self._keys)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Hook the layer, and unwrap indexed batches before the module's steps see them."""
+        """Hook the layer, and pass batches to the module's steps without the indices that loaders added."""
         self._detach()
         if stage == "predict":
             return
@@ -83,22 +84,12 @@ class RetrievalEvaluation(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Empty the metrics."""
-        self._begin(trainer, pl_module, trainer.val_dataloaders)
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Empty the metrics."""
-        self._begin(trainer, pl_module, trainer.test_dataloaders)
+        self._evaluation = start_evaluation(self.metrics, trainer, pl_module)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Record from now on."""
-        self._reader.start()
-
-    def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Record from now on."""
+        """Start recording the layer's output."""
         self._reader.start()
 
     def on_validation_batch_end(
@@ -111,45 +102,22 @@ class RetrievalEvaluation(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Update the metrics with the layer's embedding."""
-        self._update(batch, dataloader_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Update the metrics with the layer's embedding."""
-        self._update(batch, dataloader_idx)
+        assert self._evaluation is not None
+        taps, _ = self._reader.collect()
+        self._evaluation.update(dataloader_idx, next(iter(taps.values())), to_batch(batch, self.unpack))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log ``val/<metric>``."""
-        self._end(trainer, pl_module, "val")
+        """Log the metrics and empty them."""
+        assert self._evaluation is not None
+        log_evaluation(self._evaluation, trainer, pl_module)
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log ``test/<metric>``."""
-        self._end(trainer, pl_module, "test")
+    on_test_start = on_validation_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
     def _detach(self) -> None:
         for undo in self._undo:
             undo()
         self._undo, self._evaluation = [], None
         self._reader.detach()
-
-    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, loaders: Any) -> None:
-        self._evaluation = Evaluation(self.metrics, loaders, trainer.world_size, module.device)
-
-    def _update(self, batch: Any, loader: int) -> None:
-        assert self._evaluation is not None
-        taps, _ = self._reader.collect()
-        self._evaluation.update(loader, next(iter(taps.values())), to_batch(batch, self.unpack))
-
-    def _end(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        assert self._evaluation is not None
-        if not trainer.sanity_checking:  # a few batches may be too few for a value
-            for values in self._evaluation.values(stage):
-                module.log_dict(values, sync_dist=True, add_dataloader_idx=False)
-        self._evaluation.reset()

@@ -22,7 +22,7 @@ from lightning_rkd.losses.inputs import combine_fields, resolve_taps, select_fie
 from lightning_rkd.losses.lazy import Size
 from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.losses.weighting import LossSum, Term, Weight, evaluate_weight, terms_of
-from lightning_rkd.utils.distributed import Group, Shard, rank_and_size, row_counts, run_on_all_ranks
+from lightning_rkd.utils.distributed import Group, Shard, gather_row_counts, rank_and_size, run_on_all_ranks
 from lightning_rkd.utils.types import Batch, Outputs, count_rows, first_tensor
 
 _CURES = {
@@ -389,7 +389,7 @@ class Distiller:
         ranks = self._ranks if self.gather else 1
         counts, whole, shard = [rows], features, None
         if ranks > 1:
-            counts = row_counts(rows, device, self.group)
+            counts = gather_row_counts(rows, device, self.group)
             whole, shard = features.gathered(self._gathered_needs, counts, self.group), Shard(self.group)
         terms = {}
         for name, bound in self.bound.items():

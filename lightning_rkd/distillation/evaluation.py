@@ -1,4 +1,4 @@
-"""The metrics of one evaluation: a set for each loader, samples counted once, values named by stage and loader."""
+"""Metrics of one evaluation: a set per loader, samples counted once, values named by stage and loader."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_rkd.utils.types import Batch, Outputs
 
 
 class Evaluation:
-    """Feeds metrics with what is shown for the batches of some loaders, and empties them before and after.
+    """Updates metrics with the outputs of networks for the batches of one or several loaders.
 
     Args:
-        metrics: By name; the first loader has these, every other has copies.
-        loaders: This rank's loaders: one, a mapping, a sequence, or Lightning's ``CombinedLoader``.
-        ranks: How many ranks evaluate.
-        device: Where the metrics are to be.
+        metrics: Metrics by name. The first loader uses them, and every other one uses copies.
+        loaders: Loaders of this rank: one, a mapping, a sequence, or Lightning's ``CombinedLoader``.
+        ranks: Number of ranks that evaluate.
+        device: Device of the metrics.
 
     Example:
         >>> from torchmetrics import MeanSquaredError
@@ -32,6 +32,7 @@ class Evaluation:
     """
 
     def __init__(self, metrics: Mapping[str, Metric], loaders: Any, ranks: int, device: torch.device | str) -> None:
+        self.loaders = loaders
         each = list_loaders(loaders)
         self.metrics = [dict(metrics), *({name: m.clone() for name, m in metrics.items()} for _ in each[1:])]
         self._numbers = [RowNumbers(loader, ranks) for loader in each]
@@ -39,24 +40,23 @@ class Evaluation:
             metric.to(device)
             metric.reset()
 
-    def wants(self, name: str, loader: int = 0) -> bool:
-        """Whether a metric asks for that, for example for the teacher."""
+    def uses(self, name: str, loader: int = 0) -> bool:
+        """Whether a metric of a loader takes an argument of that name, for example ``teacher``."""
         return any(name in update_parameters(metric) for metric in self.metrics[loader].values())
 
     def update(self, loader: int, student: Outputs, batch: Batch, teacher: Outputs | None = None) -> None:
-        """Count a batch.
+        """Update the metrics with a batch.
 
         Raises:
-            ValueError: On several ranks nobody knows which rows the batch holds, and a metric asks; or a metric needs
-                something that is not there.
+            ValueError: A metric takes something that is missing, such as the indices of the batch on several ranks.
         """
         rows = student.tensors()[0]
-        self._numbers[loader].number(batch, len(rows), rows.device, needed=self.wants("indices", loader))
+        self._numbers[loader].number(batch, len(rows), rows.device, needed=self.uses("indices", loader))
         for metric in self.metrics[loader].values():
             update_metric(metric, student, batch, teacher)
 
     def values(self, stage: str) -> list[dict[str, Any]]:
-        """For each loader the values, as ``<stage>/<key>``, or ``<stage>/<loader>/<key>`` where there are several."""
+        """Values of each loader, named ``<stage>/<key>``, or ``<stage>/<loader>/<key>`` for several loaders."""
         several = len(self.metrics) > 1
         return [compute_metrics(own, f"{stage}/{n}" if several else stage) for n, own in enumerate(self.metrics)]
 

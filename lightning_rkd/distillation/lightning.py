@@ -1,4 +1,4 @@
-"""Lightning and DDP: hyper-parameters, indexed batches, refusals, and restoring the teacher after an exception."""
+"""What Lightning modules and callbacks share: preparing a fit, evaluation, checks of trainers, hyper-parameters."""
 
 from __future__ import annotations
 
@@ -9,27 +9,62 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torchmetrics import Metric
 
 from lightning_rkd.data.loaders import number_batches
+from lightning_rkd.distillation.distiller import Distiller
+from lightning_rkd.distillation.evaluation import Evaluation
 from lightning_rkd.distillation.finite_checks import refuse_broken_weights
 from lightning_rkd.losses.parts.state import StepState
-from lightning_rkd.losses.weighting import Term
-from lightning_rkd.utils.distributed import has_mesh
+from lightning_rkd.utils.distributed import data_parallel_group, has_mesh
 from lightning_rkd.utils.private import (
     collect_arguments,
     is_built_by_cli,
     is_copy_of_training_module,
+    load_dataloaders,
     set_ddp_ignored,
     wrap_train_dataloader,
 )
+from lightning_rkd.utils.types import Batch
+
+
+def prepare_teacher(distiller: Distiller, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Move the teacher of an attached distiller to the device and precision of a module."""
+    distiller.prepare(module.device, trainer.precision_plugin.convert_module, data_parallel_group(trainer.strategy))
+
+
+def prepare_fit(
+    distiller: Distiller, trainer: pl.Trainer, module: pl.LightningModule, unpack: Callable[[Any], Batch]
+) -> None:
+    """Prepare the teacher of an attached distiller, and let it check or read the training data if it uses indices."""
+    prepare_teacher(distiller, trainer, module)
+    if distiller.teacher_needs_indices:
+        with isolate_rng(include_cuda=False):
+            distiller.prepare_data(load_dataloaders(trainer), unpack)
+
+
+def start_evaluation(metrics: Mapping[str, Metric], trainer: pl.Trainer, module: pl.LightningModule) -> Evaluation:
+    """Empty metrics for the validation or test that begins."""
+    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    return Evaluation(metrics, loaders, trainer.world_size, module.device)
+
+
+def log_evaluation(evaluation: Evaluation, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Log ``val/<metric>`` or ``test/<metric>`` and empty the metrics; a sanity check logs nothing."""
+    if not trainer.sanity_checking:  # a few batches may be too few for a value
+        for values in evaluation.values("test" if trainer.testing else "val"):
+            module.log_dict(values, sync_dist=True, add_dataloader_idx=False)
+    evaluation.reset()
 
 
 def exclude_from_ddp_broadcast(module: nn.Module) -> Callable[[], None]:
-    """Exclude the buffers of stateful losses from DDP's broadcast: all ranks compute the same ones.
+    """Exclude the buffers of stateful losses from DDP's broadcast, since all ranks compute the same ones.
 
-    Returns the function that undoes it.
+    Returns:
+        Function that undoes it.
 
     Example:
         >>> class Steps(StepState):
@@ -47,10 +82,10 @@ def exclude_from_ddp_broadcast(module: nn.Module) -> Callable[[], None]:
 
 
 def refuse_lbfgs(optimizers: Iterable[torch.optim.Optimizer], stateful_losses: Sequence[str]) -> None:
-    """Refuse LBFGS with stateful losses: it evaluates a step several times, and each would change their memory.
+    """Refuse LBFGS with stateful losses: it evaluates a step several times, and each evaluation changes their state.
 
     Raises:
-        ValueError: There are both.
+        ValueError: One of the optimizers is LBFGS, and there are stateful losses.
     """
     if stateful_losses and any(isinstance(o, torch.optim.LBFGS) for o in optimizers):
         raise ValueError(
@@ -60,27 +95,25 @@ def refuse_lbfgs(optimizers: Iterable[torch.optim.Optimizer], stateful_losses: S
 
 
 def refuse_averages(callbacks: Iterable[Any], cure: str) -> None:
-    """Refuse averaged weights that were copied before the losses' tensors joined the module.
+    """Refuse callbacks that copied the module for averaged weights before the losses' tensors joined it.
 
-    Weights are averaged tensor by tensor, in order: tensors that join later are left out, or shift the others.
+    Weights are averaged tensor by tensor, in order: tensors that join later would be left out, or shift the others.
 
     Raises:
-        ValueError: One of the callbacks has copied the module for its averages already.
+        ValueError: One of the callbacks holds such a copy.
     """
     for callback in callbacks:
-        if any(
-            isinstance(value, AveragedModel) or is_copy_of_training_module(value) for value in vars(callback).values()
-        ):
+        if any(isinstance(x, AveragedModel) or is_copy_of_training_module(x) for x in vars(callback).values()):
             raise ValueError(
                 f"{type(callback).__name__} copied the module before all its losses' tensors were in it: {cure}"
             )
 
 
-def refuse_unsynchronised(losses: Mapping[str, Term], strategy: Any, gather: bool) -> None:
+def refuse_unsynchronised(distiller: Distiller, strategy: Any) -> None:
     """Refuse losses whose parameters would differ between ranks under fully sharded training (FSDP2).
 
-    FSDP2 synchronises the modules that were sharded, and nothing else. Other parameters stay alike on all ranks only
-    where their gradient is the same on all, that of a loss that gets the rows of all ranks.
+    FSDP2 synchronises only modules that were sharded. Other parameters stay equal on all ranks only if their gradient
+    is the same on all, which holds for a loss that receives the rows of all ranks.
 
     Raises:
         ValueError: Ranks would train different parameters, or parts of parameters.
@@ -89,10 +122,10 @@ def refuse_unsynchronised(losses: Mapping[str, Term], strategy: Any, gather: boo
         return
     from torch.distributed.fsdp import FSDPModule
 
-    for name, term in losses.items():
+    for name, term in distiller.losses.items():
         own = [p for p in term.loss.parameters() if p.requires_grad]
-        alike = gather and term.loss.gather and not any(hasattr(p, "full_tensor") for p in own)
-        if own and not alike and not isinstance(term.loss, FSDPModule):
+        equal = distiller.gather and term.loss.gather and not any(hasattr(p, "full_tensor") for p in own)
+        if own and not equal and not isinstance(term.loss, FSDPModule):
             raise ValueError(
                 f"{name}: under {type(strategy).__name__} every rank would train its own parameters of "
                 f"{type(term.loss).__name__}: train with strategy='ddp'; or use DistillationModule, and in its "
@@ -101,9 +134,9 @@ def refuse_unsynchronised(losses: Mapping[str, Term], strategy: Any, gather: boo
 
 
 class _RestoreAfterException(pl.Callback):
-    """Restores a module's teacher after an exception, when Lightning calls callbacks only and no ``teardown``.
+    """Restores a module's teacher after an exception, when Lightning calls callbacks but not ``teardown``.
 
-    It also keeps NaN out of checkpoints: subclasses of a module override its ``on_save_checkpoint``.
+    It also keeps NaN out of checkpoints, also where a subclass of a module overrides ``on_save_checkpoint``.
     """
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
@@ -117,27 +150,28 @@ class _RestoreAfterException(pl.Callback):
 
 
 def restore_after_exceptions(trainer: pl.Trainer) -> None:
-    """Let the trainer call its module's ``restore`` after an exception."""
+    """Make a trainer call ``restore`` of its module after an exception."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
     if not any(isinstance(callback, _RestoreAfterException) for callback in callbacks):
         callbacks.insert(0, _RestoreAfterException())
 
 
 def number_training_batches(trainer: pl.Trainer) -> Callable[[], None]:
-    """Let the training loaders yield batches with the indices of their samples in the root data set.
+    """Make the training loaders yield batches with the indices of their samples in the root data set.
 
-    Returns the function that undoes it.
+    Returns:
+        Function that undoes it.
     """
     return wrap_train_dataloader(trainer, number_batches)
 
 
 def save_plain_hyperparameters(module: pl.LightningModule, frame: FrameType | None) -> None:
-    """Save those arguments of ``__init__``, of subclasses too, that are plain values: such checkpoints load safely.
+    """Save the arguments of ``__init__``, of subclasses too, that are plain values, so that checkpoints load safely.
 
-    Under LightningCLI the hyper-parameters are the configuration: plain values, from which it rebuilds all parts.
+    Under LightningCLI the hyper-parameters are the configuration, which holds plain values only.
 
     Args:
-        module: The module.
+        module: Module whose hyper-parameters are saved.
         frame: Frame of its ``__init__``.
     """
     given: dict[str, Any] = {}

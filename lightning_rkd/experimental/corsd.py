@@ -19,7 +19,7 @@ from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.losses.references import BibTeX, Reference
 from lightning_rkd.losses.soft_target import soft_target
 from lightning_rkd.modules.distillation import DistillationModule
-from lightning_rkd.utils.distributed import gather_rows, rank_and_size, row_counts
+from lightning_rkd.utils.distributed import gather_row_counts, gather_rows, rank_and_size
 from lightning_rkd.utils.types import Outputs
 
 PARTS = ("classes", "triplet", "scores", "memory")
@@ -325,7 +325,7 @@ class CORSD(DistillationModule):
             raise ValueError(f"CORSD needs one class per sample, (N,), got labels {tuple(labels.shape)}")
         here = Outputs(feature_maps=features.student["feature_maps"].feature_maps, logits=logits)
         group, ranks = self.distiller.group, rank_and_size(self.distiller.group)[1]
-        counts = row_counts(len(labels), logits.device, group)
+        counts = gather_row_counts(len(labels), logits.device, group)
         parts = ranks * len(labels) / sum(counts) * self.relations(here, here, labels=labels)
         predictions = logits.detach().float().softmax(1)
         self.relations.memory.update(gather_rows(predictions, counts, group), gather_rows(labels, counts, group))

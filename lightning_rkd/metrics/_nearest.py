@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_rkd.functional._kernels import native
 from lightning_rkd.metrics._blocks import BlockSizes
 from lightning_rkd.metrics._rows import as_points, exact_distances
-from lightning_rkd.utils.distributed import blocks_over_ranks, sum_over_ranks
+from lightning_rkd.utils.distributed import broadcast_blocks, sum_over_ranks
 
 LAST = torch.iinfo(torch.int64).max
 Frame = tuple[Tensor, float]
@@ -185,7 +185,7 @@ class Gallery:
             )
         nearest = [Nearest(len(x), width, dtype, queries.device) for x in left]
         buffer = torch.empty(lines * columns if frame else 0, dtype=dtype, device=queries.device)
-        for start, (rows,) in blocks_over_ranks((self.rows,), columns, self.group):
+        for start, (rows,) in broadcast_blocks((self.rows,), columns, self.group):
             stop, right = start + len(rows), self.points(rows, frame)
             if frame is not None:
                 right = right.to(dtype)
@@ -208,7 +208,7 @@ class Gallery:
         """
         positions = self.places.argsort()[places]
         found = torch.zeros(len(which), dtype=torch.float64, device=rows.device)
-        for start, (block,) in blocks_over_ranks((self.rows,), self.sizes.rows, self.group):
+        for start, (block,) in broadcast_blocks((self.rows,), self.sizes.rows, self.group):
             (here,) = torch.nonzero((positions >= start) & (positions < start + len(block)), as_tuple=True)
             for part in torch.split(here, max(1, self.sizes.entries // (8 * rows.shape[1]))) if len(here) else ():
                 left = self.points(rows[which[part]], queries=True)

@@ -10,10 +10,10 @@ from torch import Tensor
 from lightning_rkd.metrics._rows import RowMetric, Samples, as_points, exact_distances, rank_keys
 from lightning_rkd.utils.distributed import (
     Shard,
-    blocks_over_ranks,
+    broadcast_blocks,
     fetch_rows,
+    gather_row_counts,
     rank_and_size,
-    row_counts,
     sum_over_ranks,
 )
 
@@ -129,7 +129,7 @@ class RelationalAgreement(RowMetric):
         # as many anchors per pass as fit into the memory of the rows, or into a little
         few = max(1, _ENTRIES // len(places))
         many = max(few, sum(x.shape[1] for x in rows) // (4 * rank_and_size(self.process_group)[1]))
-        for start in range(0, max(row_counts(len(own), own.device, self.process_group)), many):
+        for start in range(0, max(gather_row_counts(len(own), own.device, self.process_group)), many):
             part = own[start : start + many]
             student, teacher = self._distances(samples, places, part)
             for a in range(0, len(part), few):
@@ -142,7 +142,7 @@ class RelationalAgreement(RowMetric):
         cosine, rows = self.distance == "cosine", samples.rows
         left = [as_points(x[anchors], cosine) for x in rows]
         found = [x.new_empty(len(anchors), len(places)) for x in left]
-        for start, blocks in blocks_over_ranks(rows, _BLOCK, self.process_group):
+        for start, blocks in broadcast_blocks(rows, _BLOCK, self.process_group):
             columns = places[start : start + len(blocks[0])]
             for far, x, block in zip(found, left, blocks, strict=True):
                 far[:, columns] = exact_distances(x, as_points(block, cosine))

@@ -13,7 +13,7 @@ from lightning_rkd.metrics._blocks import BlockSizes
 from lightning_rkd.metrics._faiss import Faiss
 from lightning_rkd.metrics._nearest import Frame, Gallery, find_close_calls
 from lightning_rkd.metrics._rows import RowMetric, rank_keys
-from lightning_rkd.utils.distributed import row_counts, sum_over_ranks
+from lightning_rkd.utils.distributed import gather_row_counts, sum_over_ranks
 
 _SLACK = 4  # neighbours beyond the needed ones, to detect close calls at the border
 _MANY = 256
@@ -240,7 +240,7 @@ class _Search:
     def _passes(self, queries: Tensor) -> Iterator[Tensor]:
         """Queries in parts whose neighbours fit into memory; the same number of parts on every rank."""
         size = self.gallery.sizes.queries(self.widest + _SLACK)
-        most = max(row_counts(len(queries), queries.device, self.gallery.group))
+        most = max(gather_row_counts(len(queries), queries.device, self.gallery.group))
         return (queries[start : start + size] for start in range(0, most, size))
 
     def _neighbours(

@@ -1,108 +1,114 @@
-"""A LightningModule that trains a student: with a teacher and a relational loss, or without them for the task alone."""
+"""LightningModule that trains a student with a task loss, relational losses against a teacher, or both."""
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_rkd.data.indexing import to_batch
-from lightning_rkd.data.loaders import count_samples, load_first_samples
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.evaluation import Evaluation
-from lightning_rkd.distillation.features import CaptureError, Layer
+from lightning_rkd.distillation.features import Layer
 from lightning_rkd.distillation.gradient_balance import balance_weights
 from lightning_rkd.distillation.lightning import (
     exclude_from_ddp_broadcast,
+    log_evaluation,
     number_training_batches,
-    refuse_averages,
+    prepare_fit,
+    prepare_teacher,
     refuse_lbfgs,
     refuse_unsynchronised,
     restore_after_exceptions,
     save_plain_hyperparameters,
+    start_evaluation,
 )
 from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.distillation.teachers import BaseTeacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.weighting import LossSum, Weight, evaluate_weight
 from lightning_rkd.metrics.inputs import update_parameters
-from lightning_rkd.utils.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts
-from lightning_rkd.utils.private import load_dataloaders
-from lightning_rkd.utils.types import Batch, Key, Outputs, unpack
+from lightning_rkd.modules.sizes import materialize_losses
+from lightning_rkd.utils.distributed import gather_row_counts, gather_rows, rank_and_size
+from lightning_rkd.utils.types import Batch, Key, Outputs, call_network, unpack
 
 
 def _do_nothing() -> None: ...
 
 
 class DistillationModule(pl.LightningModule):
-    r"""Trains a student by
+    r"""Trains a student with a task loss, with relational losses against a teacher, or with both.
 
-    .. math:: L = w_{task} L_{task} + w \sum_k w_k L_k(s, t).
+    .. math:: L = w_{task} L_{task} + w \sum_k w_k L_k(s, t)
 
-    Without teacher and loss it trains the task loss alone, so the same class trains teachers and baselines. Override
-    :meth:`unpack` for batches of other types; everything else of a LightningModule may be overridden as usual.
+    where s and t are the features of student and teacher for the same inputs. Without teacher and loss it trains the
+    task loss alone, so that the same class trains teachers and baselines. Override :meth:`unpack` for batches of other
+    types, and any other hook of a LightningModule as usual.
 
-    Logged: ``train/loss``, ``train/task``, ``distill/<term>`` per step, and per evaluation epoch ``val/<metric>`` and
-    ``test/<metric>``.
+    It logs ``train/loss``, ``train/task`` and ``distill/<term>`` in training, and ``val/<metric>`` and
+    ``test/<metric>`` at the end of an evaluation.
+
+    The tensors of losses (projectors, memory banks) are trained and saved with the student. Missing sizes of losses are
+    inferred before optimizers are created, in one pass over ``example_input_array`` or the first two training samples.
 
     Args:
-        student: The network to train. ``forward`` is its forward.
-        teacher: A network, a :class:`~lightning_rkd.Teacher`, a
-            :class:`~lightning_rkd.CachedTeacher`, or an
-            :class:`~lightning_rkd.EnsembleTeacher` of several. Absent from checkpoints, optimizers and
-            parameter counts; not needed to validate, test or predict.
-        loss: A relational loss, a sum, or a dict of losses.
-        task_loss: Any ``nn.Module`` called ``(outputs, labels)``: of ``torch.nn``, or a loss of
-            pytorch-metric-learning. Its parameters are trained along.
-        task_reads: What the task loss reads: ``"embedding"`` (relates samples, so it sees the batches of all ranks) or
-            ``"logits"`` (a mean over samples, so it sees the rank's own).
+        student: The network to train. ``forward`` calls it.
+        teacher: A network, a :class:`~lightning_rkd.Teacher`, a :class:`~lightning_rkd.CachedTeacher`, or an
+            :class:`~lightning_rkd.EnsembleTeacher` of several. It is not a submodule, so it is absent from checkpoints,
+            optimizers and parameter counts, and it is not needed to validate, test or predict.
+        loss: A relational loss, a sum such as ``25 * RKDDistance() + 50 * RKDAngle()``, or a dict of losses.
+        task_loss: A module called as ``task_loss(outputs, labels)``, from ``torch.nn`` or pytorch-metric-learning. Its
+            parameters are trained too.
+        task_reads: Input of the task loss: ``"embedding"`` (a loss that relates samples; it receives the rows of all
+            ranks) or ``"logits"`` (a mean over samples; it receives the rank's own rows).
         miner: A pytorch-metric-learning miner for the task loss.
-        metrics: torchmetrics metrics by name, updated in validation and test with what the parameters of their
-            ``update`` are named after: ``embeddings``, ``labels``, ``indices``, ``is_query``, ``student``,
+        metrics: torchmetrics metrics by name, updated in validation and test. The parameters of a metric's ``update``
+            select its inputs by their names: ``embeddings``, ``labels``, ``indices``, ``is_query``, ``student``,
             ``teacher``, ``preds``, ``target``.
-        optimizer: From parameters to optimizer.
-        lr_scheduler: From optimizer to scheduler.
-        lr_interval: Whether the scheduler steps per ``"epoch"`` or per ``"step"``.
-        batch_transform: From :class:`~lightning_rkd.utils.types.Batch` to ``Batch``, in training, before both networks
-            (mixup, rotations).
-        student_layer: Where to read the student, any form of ``Layer``; ``None`` is its output.
+        optimizer: A function from parameters to an optimizer.
+        lr_scheduler: A function from an optimizer to a learning rate scheduler.
+        lr_interval: Whether the scheduler steps once per ``"epoch"`` or per ``"step"``.
+        batch_transform: A function from :class:`~lightning_rkd.utils.types.Batch` to ``Batch`` (mixup, rotations),
+            applied in training before both networks.
+        student_layer: Layer of the student whose features losses and metrics receive, in any form of
+            :data:`~lightning_rkd.distillation.features.Layer`; ``None`` reads its output.
         teacher_layer: The same for the teacher.
-        input_layer: Student layer whose inputs feed the teacher; ``None`` feeds it the batch.
-        inputs: Key of the inputs in the batch; needed where the batch is a mapping.
-        labels: Key of the labels.
-        indices: Key of the sample indices.
+        input_layer: Layer of the student whose inputs the teacher receives; ``None`` passes the inputs of the batch.
+        inputs: Position or key of the inputs in a batch. Required if batches are mappings; default: the first entry.
+        labels: Position or key of the labels. Default: the second entry of a sequence.
+        indices: Position or key of the sample indices. Default: those of
+            :func:`~lightning_rkd.data.indexing.with_indices`.
         weight: Weight of all relational terms, a number or a function of the epoch.
-        task_weight: Weight of the task loss, likewise.
-        gather: Whether relations and an embedding task loss span the batches of all ranks.
-        balance: Answers "which weight?": in every step each term is weighted so that the norm of its gradient at what
-            it reads is ``balance`` times the task loss's there (times its own weight). The weights found are logged as
-            ``balance/<term>``; where they settle, they can be written down as fixed ones. ``None`` takes the weights as
-            they are.
-        log_gradients: Whether steps that are logged also log ``gradient/<term>``: how long the weighted term's gradient
-            is at what it reads, in units of the weighted task's. It costs a backward pass of each in those steps.
-
-    Losses with tensors of their own (projectors, banks) are trained and saved with the student; what sizes they do not
-    know are taken from ``example_input_array``, or else from two samples of the training loader, before optimizers
-    exist.
+        task_weight: Weight of the task loss, a number or a function of the epoch.
+        gather: Whether relations, and a task loss on embeddings, span the batches of all ranks.
+        balance: Ratio of gradient norms. In every step each term is scaled such that the norm of its gradient at the
+            features it reads is ``balance`` (times the weight of the term) times the norm of the task loss's gradient
+            there. The resulting weights are logged as ``balance/<term>`` and can serve as fixed ones later. ``None``
+            applies the weights unchanged.
+        log_gradients: Whether to log ``gradient/<term>``, the gradient norm of the weighted term at the features it
+            reads divided by that of the weighted task loss, which costs a backward pass per term in logged steps.
 
     Raises:
-        ValueError: A loss without a teacher when a fit begins, nothing to train with, or a student that is frozen.
-        NonFiniteError: NaN or infinity in an output, with side, row and step; in a loss; or in the weights, when a
-            checkpoint is about to be written.
+        ValueError: When a fit begins: a loss without a teacher, neither loss nor task loss, or a frozen student.
+        NonFiniteError: NaN or infinity in an output (the message names network, row and step), in a loss, or in the
+            weights when a checkpoint is about to be written.
 
     Example:
+        >>> from torch.utils.data import DataLoader, TensorDataset
         >>> from lightning_rkd.losses.rkd import RKD
         >>> module = DistillationModule(nn.Linear(8, 2), teacher=nn.Linear(8, 4), loss=RKD())
-        >>> module(torch.ones(3, 8)).shape, len(list(module.parameters()))
-        (torch.Size([3, 2]), 2)
+        >>> quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+        >>> trainer = pl.Trainer(fast_dev_run=True, accelerator="cpu", **quiet)
+        >>> loader = DataLoader(TensorDataset(torch.randn(16, 8)), batch_size=16)
+        >>> trainer.fit(module, loader, loader)
+        >>> sorted(trainer.callback_metrics), module(torch.ones(3, 8)).shape
+        (['distill/rkd', 'train/loss'], torch.Size([3, 2]))
     """
 
     def __init__(
@@ -157,7 +163,7 @@ class DistillationModule(pl.LightningModule):
         self._undo_numbers: Callable[[], None] = _do_nothing
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the student returns."""
+        """Output of the student."""
         return self.student(*args, **kwargs)
 
     def unpack(self, batch: Any) -> Batch:
@@ -165,7 +171,7 @@ class DistillationModule(pl.LightningModule):
         return unpack(batch, **self._keys)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over all trainable parameters, and the scheduler if there is one."""
+        """Optimizer of all trainable parameters, and the learning rate scheduler if there is one."""
         optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
         if self._lr_scheduler is None:
             return optimizer
@@ -190,10 +196,14 @@ class DistillationModule(pl.LightningModule):
         self.distiller.attach(self.student, teach=teach)
         if stage == "fit":
             if self.distiller.teacher_needs_indices:
-                self._refuse_changed_batches()
+                if self.batch_transform is not None:
+                    raise ValueError(
+                        f"batch_transform={type(self.batch_transform).__name__} changes the images of a batch, and a "
+                        "cached teacher has never seen the changed ones: leave it out, or teach with Teacher(network)"
+                    )
                 if self._keys["indices"] is None:
                     self._undo_numbers = number_training_batches(self.trainer)
-            self._make_losses_ready()
+            materialize_losses(self)
             exclude_from_ddp_broadcast(self)
 
     @property
@@ -212,23 +222,21 @@ class DistillationModule(pl.LightningModule):
         self.distiller.detach()
 
     def on_fit_start(self) -> None:
-        """Move the teacher to the student's device."""
-        self._prepare()
-        self._prepare_training_data()
+        """Move the teacher to the student's device, and check optimizers and strategy."""
+        prepare_fit(self.distiller, self.trainer, self, self.unpack)
         refuse_lbfgs(self.trainer.optimizers, self.distiller.stateful_losses)
-        refuse_unsynchronised(self.distiller.losses, self.trainer.strategy, self.distiller.gather)
+        refuse_unsynchronised(self.distiller, self.trainer.strategy)
 
     def on_train_start(self) -> None:
-        """Move the teacher, where Lightning's learning rate finder trains before ``on_fit_start``."""
-        self._prepare()
-        self._prepare_training_data()
+        """Move the teacher, since Lightning's learning rate finder trains before ``on_fit_start``."""
+        prepare_fit(self.distiller, self.trainer, self, self.unpack)
 
     def on_train_end(self) -> None:
         """Report what the checks of the last steps have found."""
         self.distiller.finish()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The weighted sum of task loss and relational terms."""
+        """Compute the weighted sum of task loss and relational terms."""
         features, output, terms = self.forward_both(batch)
         logged = {f"distill/{name}": value for name, value in terms.items()}
         parts = []
@@ -246,23 +254,23 @@ class DistillationModule(pl.LightningModule):
 
     @property
     def _logs_gradients_now(self) -> bool:
-        """Whether this step logs them."""
+        """Whether this step logs gradient norms."""
         logs = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         return self.log_gradients and logs
 
     def forward_both(self, batch: Any) -> tuple[StepFeatures, Any, dict[str, Tensor]]:
-        """Run both networks on a batch: their features, the output of the student, and the relational terms."""
-        given = self._to_batch(batch)
+        """Run both networks on a batch; returns their features, the student's output, and the relational terms."""
+        given = to_batch(batch, self.unpack)
         if self.batch_transform is not None:
             given = self.batch_transform(given)
         self.distiller.start()
-        output = self._call(given.inputs)
+        output = call_network(self, given.inputs)
         features = self.distiller.collect(given, teach=self.loss is not None)
         terms = self.distiller.compute_terms(features, epoch=self.current_epoch, step=self.global_step)
         return features, output, terms
 
     def _balance_terms(self, terms: dict[str, Tensor], task: Tensor, features: StepFeatures) -> dict[str, Tensor]:
-        """Balance the terms where ``balance`` is set; returns the weights and gradient norms to log."""
+        """Scale the terms if ``balance`` is set; returns the weights and gradient norms to log."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         factors = balance_weights(
             terms,
@@ -286,7 +294,7 @@ class DistillationModule(pl.LightningModule):
         return logged
 
     def task(self, features: StepFeatures, output: Any) -> Tensor:
-        """The task loss of a step: of the rows of all ranks for an embedding, of the rank's own rows for logits."""
+        """Compute the task loss, on the embeddings of all ranks or on the rank's own logits."""
         assert self.task_loss is not None
         labels = features.batch.labels
         if labels is None:
@@ -302,7 +310,7 @@ class DistillationModule(pl.LightningModule):
         group, ranks = self.distiller.group, rank_and_size(self.distiller.group)[1]
         share = 1.0
         if self.distiller.gather and ranks > 1:
-            counts = row_counts(len(read), read.device, group)
+            counts = gather_row_counts(len(read), read.device, group)
             if self.task_reads == "embedding":
                 read, labels = gather_rows(read, counts, group), gather_rows(labels, counts, group)
             else:
@@ -314,129 +322,35 @@ class DistillationModule(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the metrics."""
-        self._evaluate(batch, dataloader_idx)
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Update the metrics."""
-        self._evaluate(batch, dataloader_idx)
+        given = to_batch(batch, self.unpack)
+        self.distiller.start()
+        output = call_network(self, given.inputs)
+        features = self.distiller.collect(given, teach=self._evaluation.uses("teacher", dataloader_idx))
+        logits = output if isinstance(output, Tensor) else None
+        student = Outputs(embedding=features.embedding.embedding, logits=logits)
+        self._evaluation.update(dataloader_idx, student, given, features.teacher_embedding)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor | None:
-        """The embedding of the batch."""
-        given = self._to_batch(batch)
+        """Compute the embedding of a batch."""
+        given = to_batch(batch, self.unpack)
         self.distiller.start()
-        self._call(given.inputs)
+        call_network(self, given.inputs)
         return self.distiller.collect(given, teach=False).embedding.embedding
 
     def on_validation_start(self) -> None:
         """Empty the metrics."""
-        self._begin_evaluation(self.trainer.val_dataloaders)
-
-    def on_test_start(self) -> None:
-        """Empty the metrics."""
-        self._begin_evaluation(self.trainer.test_dataloaders)
+        prepare_teacher(self.distiller, self.trainer, self)
+        self._evaluation = start_evaluation(self._metrics(), self.trainer, self)
+        if self.distiller.teacher_needs_indices and self._evaluation.uses("teacher"):
+            self.distiller.prepare_data(self._evaluation.loaders, self.unpack, train=False)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/<metric>``."""
-        self._end_evaluation("val")
+        """Log the metrics and empty them."""
+        log_evaluation(self._evaluation, self.trainer, self)
 
-    def on_test_epoch_end(self) -> None:
-        """Log ``test/<metric>``."""
-        self._end_evaluation("test")
-
-    def _to_batch(self, batch: Any) -> Batch:
-        return to_batch(batch, self.unpack)
-
-    def _call(self, inputs: Any) -> Any:
-        return self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
-
-    def _prepare(self) -> None:
-        self.distiller.prepare(
-            self.device, self.trainer.precision_plugin.convert_module, data_parallel_group(self.trainer.strategy)
-        )
-
-    def _prepare_training_data(self) -> None:
-        if self.distiller.teacher_needs_indices:
-            with isolate_rng(include_cuda=False):
-                self.distiller.prepare_data(load_dataloaders(self.trainer), self.unpack)
-
-    def _refuse_changed_batches(self) -> None:
-        if self.batch_transform is not None:
-            raise ValueError(
-                f"batch_transform={type(self.batch_transform).__name__} changes the images of a batch, and a cached "
-                "teacher has never seen the changed ones: leave it out, or teach with Teacher(network)"
-            )
-
-    def _make_losses_ready(self) -> None:
-        """Before optimizers and DDP exist; missing widths are taken from one pass of the networks in eval mode."""
-        missing = self.distiller.missing_sizes
-        if not missing:
-            self.distiller.materialize()
-            return
-        unsized = [term for term in self.distiller.losses.values() if term.loss.missing_sizes]
-        with isolate_rng(include_cuda=False):
-            loader = load_dataloaders(self.trainer)
-            batch = self._example(loader) if missing - {"num_samples"} else None
-            try:
-                features = None if batch is None else self._run_once(batch)
-            except CaptureError:
-                raise
-            except Exception as error:
-                cure = ", ".join(term.loss.suggest_call({}) for term in unsized)
-                raise ValueError(
-                    f"the networks failed in the pass that finds their widths ({error}): set example_input_array, "
-                    f"or pass {cure}"
-                ) from error
-        self.distiller.materialize(features, count_samples(loader))
-        cure = ", ".join(term.loss.suggest_call({}) for term in unsized)
-        refuse_averages(self.trainer.callbacks, f"give the losses their sizes, {cure}")  # type: ignore[attr-defined]
-
-    def _example(self, loader: Any) -> Batch | None:
-        """A batch for both networks: the example input, else the first samples of the training set."""
-        example = self.example_input_array
-        if isinstance(example, tuple) and len(example) == 1:
-            (example,) = example
-        if isinstance(example, Tensor | Mapping) and not self.distiller.teacher_needs_indices:
-            return Batch(example)
-        batch = load_first_samples(loader)
-        if batch is None:
-            return None
-        transform = copy.deepcopy(self.batch_transform)  # it may count its steps
-        return self._to_batch(batch) if transform is None else transform(self._to_batch(batch))
-
-    @torch.no_grad()
-    def _run_once(self, batch: Batch) -> StepFeatures:
-        assert self.distiller.teacher is not None
-        modes = [(module, module.training) for module in self.student.modules()]
-        self.student.eval()
-        try:
-            self.distiller.start()
-            self._call(batch.inputs)
-            return self.distiller.collect(batch)
-        finally:
-            self.distiller.discard()
-            for module, training in modes:
-                module.training = training
+    test_step = validation_step
+    on_test_start = on_validation_start
+    on_test_epoch_end = on_validation_epoch_end
 
     def _metrics(self) -> dict[str, Metric]:
         return dict(self.metrics.items())  # type: ignore[arg-type] # a ModuleDict of metrics
-
-    def _begin_evaluation(self, loaders: Any) -> None:
-        self._prepare()
-        self._evaluation = Evaluation(self._metrics(), loaders, self.trainer.world_size, self.device)
-        if self.distiller.teacher_needs_indices and self._evaluation.wants("teacher"):
-            self.distiller.prepare_data(loaders, self.unpack, train=False)
-
-    def _evaluate(self, batch: Any, loader: int) -> None:
-        given = self._to_batch(batch)
-        self.distiller.start()
-        output = self._call(given.inputs)
-        features = self.distiller.collect(given, teach=self._evaluation.wants("teacher", loader))
-        logits = output if isinstance(output, Tensor) else None
-        student = Outputs(embedding=features.embedding.embedding, logits=logits)
-        self._evaluation.update(loader, student, given, features.teacher_embedding)
-
-    def _end_evaluation(self, stage: str) -> None:
-        if not self.trainer.sanity_checking:  # a few batches may be too few for a value
-            for values in self._evaluation.values(stage):
-                self.log_dict(values, sync_dist=True, add_dataloader_idx=False)
-        self._evaluation.reset()

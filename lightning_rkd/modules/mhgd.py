@@ -29,7 +29,13 @@ from lightning_rkd.losses.parts.attention_graph import AttentionGraph, attention
 from lightning_rkd.losses.references import BibTeX
 from lightning_rkd.losses.weighting import evaluate_weight
 from lightning_rkd.modules.distillation import DistillationModule
-from lightning_rkd.utils.distributed import data_parallel_group, gather_rows, rank_and_size, row_counts, sum_over_ranks
+from lightning_rkd.utils.distributed import (
+    data_parallel_group,
+    gather_row_counts,
+    gather_rows,
+    rank_and_size,
+    sum_over_ranks,
+)
 from lightning_rkd.utils.private import load_dataloaders
 from lightning_rkd.utils.types import Batch, Key, unpack
 
@@ -154,7 +160,7 @@ class AttentionGraphEstimator(pl.LightningModule):
         """Compute the sum of the estimates' cosine errors."""
         group = data_parallel_group(self.trainer.strategy)
         own = self._vectors(batch)
-        counts = row_counts(len(own[0]), own[0].device, group)
+        counts = gather_row_counts(len(own[0]), own[0].device, group)
         if sum(counts) < 2:
             raise ValueError("a graph relates samples, but this training batch holds one: pass drop_last=True")
         loss = self._errors([gather_rows(v, counts, group) for v in own]).sum()

@@ -1,6 +1,6 @@
-"""Everything that knows about ranks: differentiable gathering, sums over ranks, and blocks that travel.
+"""Collective operations: differentiable gathering, sums over ranks, and blocks of rows broadcast to all ranks.
 
-Every function is a plain identity when no process group is initialised.
+Without an initialised process group every function acts as on a single rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def rank_and_size(group: Group = None) -> tuple[int, int]:
-    """This process's rank and the number of processes; ``(0, 1)`` outside a process group.
+    """Rank of this process and number of processes in a group; ``(0, 1)`` without a process group.
 
     Example:
         >>> rank_and_size()
@@ -33,7 +33,7 @@ def rank_and_size(group: Group = None) -> tuple[int, int]:
 
 
 def gather_objects(value: T, group: Group = None) -> list[T]:
-    """A small plain value of every rank, in rank order; every rank must call it.
+    """Gather a small picklable value from every rank, in rank order. Collective: every rank must call it.
 
     Example:
         >>> gather_objects("here")
@@ -47,20 +47,20 @@ def gather_objects(value: T, group: Group = None) -> list[T]:
 
 
 def run_on_all_ranks(work: Callable[[], T], group: Group = None) -> T:
-    """Do what may fail on some ranks only, such as reading a file that one machine lacks, and fail on all of them.
+    """Run a function that may fail on some ranks only, for example on a machine without the file, and fail on all.
 
-    Otherwise the ranks that did not fail would wait for the one that did, and not know why. Every rank must call it.
+    Without this, the other ranks would wait in their next collective operation. Collective: every rank must call it.
 
     Args:
-        work: What to do.
+        work: Function to run.
         group: Process group.
 
     Returns:
-        What ``work`` returned here.
+        Result of ``work`` on this rank.
 
     Raises:
-        RuntimeError: It failed on another rank, which the message names with its machine. Where it failed here, that
-            error itself is raised.
+        RuntimeError: ``work`` failed on another rank; the message names the rank and its machine. An error on this rank
+            is raised unchanged.
 
     Example:
         >>> run_on_all_ranks(lambda: 5)
@@ -71,29 +71,27 @@ def run_on_all_ranks(work: Callable[[], T], group: Group = None) -> T:
         result = work()
     except Exception as failure:
         error = failure
-    said = gather_objects(None if error is None else f"(on {socket.gethostname()}): {error}", group)
+    errors = gather_objects(None if error is None else f"(on {socket.gethostname()}): {error}", group)
     if error is not None:
         raise error
-    if failed := [f"rank {rank} {words}" for rank, words in enumerate(said) if words is not None]:
+    if failed := [f"rank {rank} {message}" for rank, message in enumerate(errors) if message is not None]:
         raise RuntimeError("; ".join(failed))
     return result
 
 
-def row_counts(rows: int, device: torch.device | str = "cpu", group: Group = None) -> list[int]:
-    """How many rows every rank holds, in rank order.
-
-    ``device`` must suit the backend: CPU for gloo, CUDA for NCCL.
+def gather_row_counts(rows: int, device: torch.device | str = "cpu", group: Group = None) -> list[int]:
+    """Number of rows on every rank, in rank order. ``device`` must suit the backend: CPU for gloo, CUDA for NCCL.
 
     Example:
-        >>> row_counts(3)
+        >>> gather_row_counts(3)
         [3]
     """
     _, size = rank_and_size(group)
     if size == 1:
         return [rows]
-    mine = torch.tensor([rows], dtype=torch.int64, device=device)
-    every = [torch.empty_like(mine) for _ in range(size)]
-    dist.all_gather(every, mine, group=group)
+    local = torch.tensor([rows], dtype=torch.int64, device=device)
+    every = [torch.empty_like(local) for _ in range(size)]
+    dist.all_gather(every, local, group=group)
     return [int(n) for n in torch.cat(every).tolist()]
 
 
@@ -116,17 +114,17 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(x: Tensor, counts: list[int] | None = None, group: Group = None) -> Tensor:
-    r"""Concatenate the rows of every rank, in rank order, with a backward that *sums* over ranks.
+    r"""Concatenate the rows of every rank, in rank order; the backward pass *sums* gradients over ranks.
 
-    With :math:`L_r` the loss rank r computes from the gathered rows, the gradient that reaches the local rows is
-    :math:`\sum_r \partial L_r / \partial x`. When every rank computes the same loss, the mean that
-    DistributedDataParallel takes over ranks then gives exactly the gradient of one big batch; nothing needs scaling.
+    With :math:`L_r` the loss that rank r computes from the gathered rows, the gradient of the local rows is
+    :math:`\sum_r \partial L_r / \partial x`. If every rank computes the same loss, averaging over ranks, as
+    DistributedDataParallel does, gives exactly the gradient of one big batch.
 
-    Shapes: x (n_r, ...) on rank r, counts may differ between ranks -> (sum n_r, ...).
+    Shapes: (n_r, ...) on rank r -> (sum of n_r, ...).
 
     Args:
-        x: Local rows. May be empty. All ranks must agree on the trailing shape and dtype.
-        counts: Rows per rank as :func:`row_counts` gives them; exchanged here when ``None``.
+        x: Local rows, possibly none. Trailing shape and dtype must be the same on all ranks.
+        counts: Rows per rank, from :func:`gather_row_counts`; ``None`` exchanges them here.
         group: Process group.
 
     Example:
@@ -137,12 +135,12 @@ def gather_rows(x: Tensor, counts: list[int] | None = None, group: Group = None)
     if size == 1:
         return x
     if counts is None:
-        counts = row_counts(x.shape[0], x.device, group)
+        counts = gather_row_counts(x.shape[0], x.device, group)
     return _GatherRows.apply(x, counts, group)  # type: ignore[no-any-return] # autograd.Function is untyped
 
 
 def sum_over_ranks(x: Tensor, group: Group = None) -> Tensor:
-    """Sum a tensor over ranks, in place, outside the graph; returns it.
+    """Sum a tensor over ranks, in place and without gradient, and return it.
 
     Example:
         >>> sum_over_ranks(torch.ones(2))
@@ -154,29 +152,29 @@ def sum_over_ranks(x: Tensor, group: Group = None) -> Tensor:
     return x
 
 
-def blocks_over_ranks(
+def broadcast_blocks(
     parts: tuple[Tensor, ...], block: int, group: Group = None
 ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Show every rank the rows of all ranks, at most ``block`` rows at a time.
+    """Iterate over the rows of all ranks in blocks that are broadcast from rank to rank.
 
-    Blocks come in the same order on every rank: rank 0's rows, then rank 1's, and so on. No rank ever holds more
-    than its own rows and one block.
+    All ranks receive the same blocks in the same order: the rows of rank 0, then those of rank 1, and so on. A rank
+    never holds more than its own rows and one block.
 
     Args:
-        parts: Tensors with the same number of local rows, for example embeddings and labels. Ranks may hold different
-            numbers of rows, none included, but must agree on trailing shapes and dtypes.
-        block: Rows per block.
+        parts: Tensors with the same number of local rows, for example embeddings and labels. The number of rows may
+            differ between ranks and be 0; trailing shapes and dtypes must be the same.
+        block: Maximum number of rows in a block.
         group: Process group.
 
     Yields:
-        The global number of the block's first row, and the block of each part.
+        Global number of the block's first row, and the block of each part.
 
     Example:
-        >>> [(start, tuple(b.tolist())) for start, (b,) in blocks_over_ranks((torch.arange(5),), 2)]
+        >>> [(start, tuple(b.tolist())) for start, (b,) in broadcast_blocks((torch.arange(5),), 2)]
         [(0, (0, 1)), (2, (2, 3)), (4, (4,))]
     """
     rank, size = rank_and_size(group)
-    counts = row_counts(parts[0].shape[0], parts[0].device, group)
+    counts = gather_row_counts(parts[0].shape[0], parts[0].device, group)
     first = 0
     for source, count in enumerate(counts):
         for start in range(0, count, block):
@@ -193,12 +191,13 @@ def blocks_over_ranks(
 
 
 def fetch_rows(parts: tuple[Tensor, ...], numbers: Tensor, block: int, group: Group = None) -> tuple[Tensor, ...]:
-    """Copies of rows of any ranks, found as all rows travel past; every rank must call it, even for no rows.
+    """Copy rows from any ranks. Collective: every rank must call it, even if it needs no rows.
 
     Args:
-        parts: Tensors with the same number of local rows, as for :func:`blocks_over_ranks`.
-        numbers: (M,) which rows, counted over all ranks in rank order; may repeat, and differ between ranks.
-        block: Rows per travelling block.
+        parts: Tensors with the same number of local rows, as for :func:`broadcast_blocks`.
+        numbers: Numbers of the rows to copy, counted over all ranks in rank order, shape (M,). They may repeat, and
+            differ between ranks.
+        block: Maximum number of rows in a block.
         group: Process group.
 
     Example:
@@ -206,7 +205,7 @@ def fetch_rows(parts: tuple[Tensor, ...], numbers: Tensor, block: int, group: Gr
         (tensor([7., 5., 7.]),)
     """
     found = tuple(p.new_empty((len(numbers), *p.shape[1:])) for p in parts)
-    for start, blocks in blocks_over_ranks(parts, block, group):
+    for start, blocks in broadcast_blocks(parts, block, group):
         (here,) = torch.nonzero((numbers >= start) & (numbers < start + len(blocks[0])), as_tuple=True)
         for rows, given in zip(found, blocks, strict=True):
             rows[here] = given[numbers[here] - start]
@@ -215,16 +214,16 @@ def fetch_rows(parts: tuple[Tensor, ...], numbers: Tensor, block: int, group: Gr
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The share of the anchors that this rank works on, when all ranks hold the same global batch.
+    """Splits the work on a global batch, which all ranks hold, over the ranks.
 
-    An operator given ``Shard`` computes its part for ``share(n)`` and sums the result over ranks inside its
-    forward, so that every rank leaves with the whole loss and the whole gradient.
+    An operator that takes a shard computes the terms of the rows in :meth:`range` and adds up the results of all ranks
+    with :meth:`sum` in its forward pass, so that every rank has the whole loss and the whole gradient.
     """
 
     group: Group = None
 
     def range(self, n: int) -> tuple[int, int]:
-        """First anchor and the one after the last, out of ``n``, for this rank; shares differ by at most one.
+        """Start and stop of this rank's share of ``n`` rows; shares differ by at most one row.
 
         Example:
             >>> Shard().range(5)
@@ -234,14 +233,15 @@ class Shard:
         return rank * n // size, (rank + 1) * n // size
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum over the ranks that share the work, in place."""
+        """Sum a tensor over the ranks, in place."""
         return sum_over_ranks(x, self.group)
 
 
 def data_parallel_group(strategy: Any) -> Group:
-    """The group over which a Lightning strategy splits the batch: all ranks, except with a model-parallel mesh.
+    """Process group over which a Lightning strategy splits batches.
 
-    Tensor-parallel ranks repeat each other's rows, so only the mesh's ``data_parallel`` dimension counts there.
+    ``None``, the group of all ranks, except for a model-parallel mesh, whose tensor-parallel ranks hold the same rows:
+    there it is the group of the mesh dimension ``data_parallel``.
 
     Example:
         >>> data_parallel_group(object()) is None
@@ -251,7 +251,7 @@ def data_parallel_group(strategy: Any) -> Group:
 
 
 def has_mesh(strategy: Any) -> bool:
-    """Whether a Lightning strategy lays its ranks out in a model-parallel mesh.
+    """Whether a Lightning strategy arranges its ranks in a model-parallel mesh.
 
     Example:
         >>> has_mesh(object())

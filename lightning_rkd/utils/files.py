@@ -12,7 +12,7 @@ _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, p
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
-    """Write a file atomically: when the process or the machine stops, the file holds the old or the new content.
+    """Write a file atomically: after a crash the file holds either the old or the new content.
 
     The bytes are written to ``.<name>.part`` in the same folder, flushed to the disk, and renamed.
 
@@ -46,7 +46,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes | memoryview) -> No
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush the new name to the disk, where folders can be flushed (not on Windows and some network file systems)."""
+    """Flush the new name to the disk, except on Windows and some network file systems, which cannot flush folders."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -58,7 +58,7 @@ def _flush_folder(folder: Path) -> None:
 def check_file(path: str | os.PathLike[str]) -> None:
     """Verify the checksums inside a file written by ``torch.save``, which ``torch.load`` ignores.
 
-    Files of other formats pass: ``torch.load`` refuses them.
+    Files of other formats pass, since ``torch.load`` refuses them itself.
 
     Raises:
         ValueError: The file is cut short or damaged, or of the format before torch 1.6, which has no checksums.
@@ -86,7 +86,10 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
 
 def check_sum(path: str | os.PathLike[str]) -> bool:
-    """Verify a file by ``<name>.sha256`` beside it, as ``sha256sum`` writes it; returns whether there is such a file.
+    """Verify a file against the SHA-256 in ``<name>.sha256``, as ``sha256sum`` writes it, if that file exists.
+
+    Returns:
+        Whether it exists.
 
     Raises:
         ValueError: The file has another SHA-256.

@@ -56,11 +56,6 @@ def set_slots(module: nn.Module, parameters: dict[str, Any], buffers: dict[str, 
     module._buffers.update(buffers)
 
 
-def get_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """The forward hooks of a module, which PyTorch registers but does not list."""
-    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-
-
 def set_ddp_ignored(module: nn.Module, names: Sequence[str]) -> Callable[[], None]:
     """Add names to the parameters and buffers that DistributedDataParallel neither reduces nor broadcasts.
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Mix:
-    """How the rows of a batch were mixed: row i is ``ratio[i]`` of itself and the rest of row ``partners[i]``.
+    """Record of a mixed batch (mixup, CutMix): row i became ``ratio[i] * x[i] + (1 - ratio[i]) * x[partners[i]]``.
 
     Attributes:
-        partners: (N,), int64.
-        ratio: (N,), between 0 and 1.
-        labels: Classes of the partners, shape (N,); ``None`` where the batch has none.
-        teacher_mixed: Whether the teacher sees mixed rows too; ``None`` where that is not known.
+        partners: Row that each row was mixed with, shape (N,), int64.
+        ratio: Share of each row's own sample, shape (N,), between 0 and 1.
+        labels: Classes of the partners, shape (N,); ``None`` for a batch without labels.
+        teacher_mixed: Whether the teacher's inputs are mixed too; ``None`` if unknown.
     """
 
     partners: Tensor
@@ -28,19 +28,19 @@ class Mix:
 
 @dataclass(slots=True)
 class Batch:
-    """One batch, whatever the loader yielded.
+    """One batch, independent of the format in which the loader yields it.
 
     Attributes:
-        inputs: What the student is called with: a tensor, a sequence, or a mapping (passed as keywords).
+        inputs: Inputs of the student: a tensor, a sequence, or a mapping (passed as keywords).
         labels: Class of each row, shape (N,), or soft labels (N, K).
         indices: Row of each sample in the root data set, shape (N,), int64.
-        is_query: Marks the rows that ask in a query/gallery evaluation, shape (N,), bool.
-        teacher_inputs: What the teacher is called with; ``None`` means ``inputs``.
-        mix: With whom the rows were mixed, for losses that ask for ``mix``.
-        view: Which augmented view of its sample a row is, shape (N,), int64; ``None`` where there is one of each.
-        task_rows: The rows that the task loss sees, as numbers or as a mask; ``None`` for all.
-        epoch: The epoch in which the samples were drawn, where the sampler says; it chooses a cached view.
-        host_indices: The indices on the CPU, where they are known without waiting for a device.
+        is_query: Mask of the queries in a query/gallery evaluation, shape (N,), bool.
+        teacher_inputs: Inputs of the teacher; ``None`` uses ``inputs``.
+        mix: Record of how the rows were mixed, for losses with a parameter ``mix``.
+        view: Number of each row's augmented view of its sample, shape (N,), int64; ``None`` for one view of each.
+        task_rows: Rows that the task loss is computed on, as numbers or as a mask; ``None`` uses all.
+        epoch: Epoch in which the samples were drawn, as reported by the sampler; it selects a cached view.
+        host_indices: Copy of ``indices`` on the CPU, if available without waiting for a device.
     """
 
     inputs: Any
@@ -57,13 +57,13 @@ class Batch:
 
 @dataclass(slots=True)
 class Outputs:
-    """Outputs of a network at one tap. A field is ``None`` where the tap cannot give it.
+    """Outputs of a network at one tap. A field that the tap does not provide is ``None``.
 
     Attributes:
-        embedding: (N, D).
-        logits: (N, K), or (N, K, H, W) for dense prediction.
-        feature_maps: Feature maps in the order the layers were named, each (N, C, H, W) or (N, T, C).
-        classifier: Weight (K, D) and bias (K,) or ``None`` of the linear classifier behind ``logits``.
+        embedding: Embedding, shape (N, D).
+        logits: Logits, shape (N, K), or (N, K, H, W) for dense prediction.
+        feature_maps: Feature maps in the order of the named layers, each (N, C, H, W) or (N, T, C).
+        classifier: Weight (K, D) and bias (K,) or ``None`` of the linear classifier that gives ``logits``.
     """
 
     embedding: Tensor | None = None
@@ -72,7 +72,7 @@ class Outputs:
     classifier: tuple[Tensor, Tensor | None] | None = None
 
     def tensors(self, reads: str | tuple[str, ...] = ("embedding", "logits", "feature_maps")) -> list[Tensor]:
-        """The tensors with a row for each sample among these fields; the classifier has none.
+        """All tensors of the given fields that have a row per sample, which excludes the classifier.
 
         Example:
             >>> import torch
@@ -90,7 +90,7 @@ class Outputs:
         return found
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Outputs:
-        """The same outputs with a function applied to every tensor but those of the classifier.
+        """Apply a function to every tensor except those of the classifier.
 
         Example:
             >>> import torch
@@ -106,7 +106,7 @@ class Outputs:
 
 
 def first_tensor(outputs: Mapping[str, Outputs]) -> Tensor:
-    """The first tensor among the outputs of a network.
+    """First tensor in the outputs of a network.
 
     Raises:
         ValueError: There is none.
@@ -123,7 +123,7 @@ def first_tensor(outputs: Mapping[str, Outputs]) -> Tensor:
 
 
 def count_rows(outputs: Mapping[str, Outputs]) -> int:
-    """The number of rows among the outputs of a network.
+    """Number of rows in the outputs of a network.
 
     Example:
         >>> import torch
@@ -134,14 +134,14 @@ def count_rows(outputs: Mapping[str, Outputs]) -> int:
 
 
 class QuerySample(NamedTuple):
-    """A sample, or a batch of them, that says whether it asks in a query/gallery evaluation.
+    """Sample, or batch of samples, of a query/gallery evaluation.
 
-    It is a tuple of three, so that ``x, y, is_query = batch`` works in a step of your own; :func:`unpack` knows it.
+    As a named tuple it also unpacks by position: ``x, y, is_query = batch``.
 
     Attributes:
-        inputs: What the student is called with.
-        labels: The class, or one of each row.
-        is_query: Whether it asks; it is in the gallery otherwise.
+        inputs: Inputs of the student.
+        labels: Class of the sample, or of each row of a batch.
+        is_query: ``True`` for a query, ``False`` for a gallery sample.
     """
 
     inputs: Any
@@ -150,21 +150,26 @@ class QuerySample(NamedTuple):
 
 
 Key = int | str
-"""Where in a batch something lies: a position in a sequence, or a key of a mapping."""
+"""Position of an entry in a batch that is a sequence, or its key in a mapping."""
 
 
 def unpack(
     batch: Any, inputs: Key | list[str] | None = None, labels: Key | None = None, indices: Key | None = None
 ) -> Batch:
-    """Build a :class:`Batch` from what a loader yields.
+    """Build a :class:`Batch` from a batch of any loader.
 
-    A tensor is the inputs; of a sequence the first entry is the inputs and the second the labels, and a
-    :class:`QuerySample` says by its third which rows ask; a mapping needs ``inputs``, as a key or as a list of keys
-    whose values the network takes as keywords.
+    A tensor becomes the inputs. The first two entries of a sequence become inputs and labels, and the third of a
+    :class:`QuerySample` becomes ``is_query``. A mapping needs ``inputs``.
+
+    Args:
+        batch: Batch as the loader yields it.
+        inputs: Position or key of the inputs, or a list of keys whose values the network takes as keywords.
+        labels: Position or key of the labels.
+        indices: Position or key of the sample indices.
 
     Raises:
-        TypeError: A mapping without ``inputs``, or something that is no batch.
-        KeyError, IndexError: An entry that the batch lacks, with what it has.
+        TypeError: A mapping without ``inputs``, or an object that is not a batch.
+        KeyError: An entry that the batch does not have; the message lists its entries.
 
     Example:
         >>> import torch
@@ -197,3 +202,13 @@ def unpack(
         indices=None if indices is None else entry("indices", indices),
         is_query=batch.is_query if isinstance(batch, QuerySample) else None,
     )
+
+
+def call_network(network: Callable[..., Any], inputs: Any) -> Any:
+    """Call a network with the inputs of a batch; the entries of a mapping are passed as keywords.
+
+    Example:
+        >>> call_network(dict, {"x": 1})
+        {'x': 1}
+    """
+    return network(**inputs) if isinstance(inputs, Mapping) else network(inputs)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd import RKD, DistillationModule, Pictures, RelationalDistillation, RetrievalEvaluation
-from lightning_rkd.callbacks.figure_loggers import log_figure
+from lightning_rkd.callbacks.figures import log_figure
 from tests.callbacks.test_ddp import devices
 from tests.harness.ranks import Ranks
 

@@ -17,7 +17,7 @@ from lightning_rkd.losses.base import INVARIANCES, RelationalLoss
 from lightning_rkd.losses.mhgd import MHGD
 from lightning_rkd.losses.parts.attention_graph import AttentionGraph
 from lightning_rkd.losses.parts.state import StepState
-from lightning_rkd.utils.distributed import gather_rows, row_counts
+from lightning_rkd.utils.distributed import gather_row_counts, gather_rows
 from lightning_rkd.utils.types import Mix, Outputs
 from tests.harness.ranks import Ranks
 from tests.losses.properties import properties
@@ -371,7 +371,7 @@ def on_a_rank(rank: int, sample: Sample, counts: list[int]) -> list[Tensor]:
     together = {name: part_of(v, mine) for name, v in context(cls, sample.n).items()}
     factor = len(counts) * counts[rank] / sum(counts)
     if cls.gather:
-        rows_of = row_counts(counts[rank])
+        rows_of = gather_row_counts(counts[rank])
         for shown in part:
             for field in sorted(set(shown) - {"classifier"}):  # the same order on every rank
                 shown[field] = [gather_rows(x, rows_of) for x in shown[field]]

@@ -19,12 +19,12 @@ from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.utils.distributed import (
     Shard,
-    blocks_over_ranks,
+    broadcast_blocks,
     data_parallel_group,
     fetch_rows,
+    gather_row_counts,
     gather_rows,
     rank_and_size,
-    row_counts,
     run_on_all_ranks,
     sum_over_ranks,
 )
@@ -51,7 +51,7 @@ def gathered(rank: int, counts: tuple[int, ...]) -> tuple[list[int], Tensor, Ten
         every = gather_rows(x)
         own = torch.cdist(x, every.cos()).sum()
         (torch.cdist(every.sin(), every.cos()).square().mean() + own).backward()
-    return row_counts(len(x)), every.detach(), x.grad, [str(w.message) for w in caught]
+    return gather_row_counts(len(x)), every.detach(), x.grad, [str(w.message) for w in caught]
 
 
 @pytest.mark.parametrize("counts", [*SPLITS.values(), (16, 0)])
@@ -73,7 +73,7 @@ def others(rank: int) -> Any:
     total = Shard().sum(torch.tensor([1.0 + rank]))
     blocks = [
         (start, a.tolist(), b.shape)
-        for start, (a, b) in blocks_over_ranks((torch.arange(3 * rank) + 10, torch.zeros(3 * rank, 2)), 2)
+        for start, (a, b) in broadcast_blocks((torch.arange(3 * rank) + 10, torch.zeros(3 * rank, 2)), 2)
     ]
     return labels.tolist(), share, float(total), blocks, rank_and_size(), float(sum_over_ranks(torch.tensor(2.0)))
 
@@ -133,7 +133,7 @@ def test_a_weights_file_that_one_machine_lacks_is_an_error_on_all(ranks: Ranks, 
 def test_alone_everything_is_an_identity() -> None:
     x = torch.ones(3, requires_grad=True)
     assert gather_rows(x) is x
-    assert (rank_and_size(), row_counts(3), Shard().range(5)) == ((0, 1), [3], (0, 5))
+    assert (rank_and_size(), gather_row_counts(3), Shard().range(5)) == ((0, 1), [3], (0, 5))
     assert float(sum_over_ranks(torch.tensor(2.0))) == 2.0
 
 

@@ -56,13 +56,6 @@ def test_slots_are_put_back_with_identity() -> None:
     assert net.running_mean is mean
 
 
-def test_forward_hooks_are_listed() -> None:
-    net, hooks = nn.Linear(1, 1), (lambda *_: None, lambda *_: None)
-    net.register_forward_hook(hooks[0])
-    net.register_forward_pre_hook(hooks[1])
-    assert private.get_hooks(net) == [*hooks]
-
-
 def test_ddp_reads_the_ignored_names_and_earlier_ones_return() -> None:
     assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(nn.parallel.DistributedDataParallel.__init__)
     net = nn.Linear(1, 1)
