@@ -144,8 +144,8 @@ class Kept:
     def outputs(self, batch: Batch, calls: Any = None) -> list[TeacherOutput]:
         key = hashlib.sha1(batch.inputs.numpy().tobytes()).hexdigest()
         if key not in self.known:
-            shown = self.teacher(batch, calls)
-            self.known[key] = shown["embedding"].embedding, shown["logits"].logits, shown["feature_maps"].feature_maps
+            found = self.teacher(batch, calls)
+            self.known[key] = found["embedding"].embedding, found["logits"].logits, found["feature_maps"].feature_maps
             self.new = True
         everything = Outputs(*self.known[key], self._classifier())
         return [TeacherOutput(dict.fromkeys(("embedding", "logits", "feature_maps", "classifier"), everything))]

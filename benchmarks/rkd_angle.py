@@ -1,11 +1,11 @@
 """RKD-A forward and backward against the authors' formula: time, memory, and how both grow.
 
-Run ``python benchmarks/rkd_angle.py``; ``--sizes 64`` for a shorter run, ``--device cuda`` on a GPU. What is compared
-runs by turns in one process, so that whatever else the machine does falls on all; a row gives medians, and the median
-of the ratios. "kernel" is what a user gets; "tiles" is the same in PyTorch's own operations, which serve where there is
-no kernel. Memory is what a step adds to the peak resident size of a fresh process (on a GPU: to the allocator's peak).
-On a busy machine wall-clock time says little, least of all about many short parallel operations: ``--cpu-time`` counts
-the processor time of one thread instead.
+Run ``python benchmarks/rkd_angle.py``; ``--sizes 64`` for a shorter run, ``--device cuda`` on a GPU. The contenders run
+by turns in one process, so that other load on the machine affects all; a row gives medians, and the median of the
+ratios. "kernel" is the default; "tiles" is the same in PyTorch's operations, used where there is no kernel. Memory is
+what a step adds to the peak resident size of a fresh process (on a GPU: to the allocator's peak). On a busy machine
+wall-clock time is unreliable, above all for many short parallel operations: ``--cpu-time`` measures the processor time
+of one thread instead.
 """
 
 from __future__ import annotations

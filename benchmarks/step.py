@@ -1,10 +1,9 @@
-"""What distillation adds to a training step that has to run the teacher anyway.
+"""The cost of distillation in a training step that runs the teacher in any case.
 
-Run ``python benchmarks/step.py``. A ResNet-18 student and a ResNet-50 teacher see batches of 64 x 64 images in two
-Trainers. In one the user's ``training_step`` calls the teacher itself, after the student, and throws away what it
-shows; in the other the same module runs under ``RelationalDistillation`` with RKD-DA. Steps are timed by turns, one of
-the one, one of the other, in one process, so that whatever else the machine does falls on both; the median of the
-ratios counts.
+Run ``python benchmarks/step.py``. A ResNet-18 student and a ResNet-50 teacher process batches of 64 x 64 images in two
+Trainers. In one the user's ``training_step`` calls the teacher after the student and discards its output; in the other
+the same module runs under ``RelationalDistillation`` with RKD-DA. Steps are timed alternately in one process, so that
+other load on the machine affects both; the result is the median of the ratios.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Training under Lightning and this library, against a loop written by hand that does the same work.
+"""Training with Lightning and this library, against an equivalent hand-written loop.
 
-Run ``python benchmarks/throughput.py``. resnet20 learns from resnet56 on images of the size and number of classes of
-CIFAR-100 (random ones: their content does not matter), in batches of 64, with cross-entropy, RKD-DA with weights 25
-and 50, and SGD. Both sides draw the same augmented batches from the same data module and compute the same loss with
-the same function; the one is ``DistillationModule`` in a Trainer, the other a ``for`` loop of twenty lines. They take
-turns of some steps each, in two threads of one process, so that whatever else the machine does falls on both.
+Run ``python benchmarks/throughput.py``. resnet20 learns from resnet56 on random images with the size and number of
+classes of CIFAR-100, in batches of 64, with cross-entropy, RKD-DA with weights 25 and 50, and SGD. Both programs draw
+the same augmented batches from the same data module and compute the same loss with the same function: one is
+``DistillationModule`` in a Trainer, the other a ``for`` loop of twenty lines. They run some steps by turns, in two
+threads of one process, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def by_hand(turns: Turns, steps: int) -> None:
         embedding = student.backbone(x)
         loss = F.cross_entropy(student.classifier(embedding), y)
         with torch.no_grad():
-            shown = teacher.backbone(x)
-            teacher.classifier(shown)
-        loss = loss + relational(embedding, shown)
+            features = teacher.backbone(x)
+            teacher.classifier(features)
+        loss = loss + relational(embedding, features)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -94,10 +94,10 @@ def reads(cls: type[Any]) -> str:
 
 
 def needs(cls: type[Any]) -> str:
-    """What a loss asks for beside both outputs, optional things in brackets; and the sizes it must know."""
-    asked = [name if name in cls.required else f"({name})" for name in sorted(cls.needs - {"shard"})]
+    """Context that a loss requires besides student and teacher, optional ones in brackets; required sizes."""
+    context = [name if name in cls.required else f"({name})" for name in sorted(cls.needs - {"shard"})]
     sizes = [name for name in cls.needed_sizes if name == "num_samples"]
-    return ", ".join([*asked, *sizes]) or "nothing"
+    return ", ".join([*context, *sizes]) or "nothing"
 
 
 def row(name: str, cls: type[Any]) -> str:

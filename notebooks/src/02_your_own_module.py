@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_rkd.data import Augment
 from lightning_rkd.data.datamodules.glyphs import render_glyphs
 
-drawn, names = render_glyphs(28)  # (letters, fonts, 28, 28)
+drawn, names = render_glyphs(28)  # (classes, fonts, 28, 28)
 drawn, names = torch.from_numpy(drawn[::10]).float() / 255, names[::10]
 distort = Augment(rotation=20, scale=0.25, shear=0.3, shift=0.1, noise=0.2)
 
