@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rkd.data.transforms.mixup import MixUp
-from lightning_rkd.data.transforms.views import Rotations
+from lightning_rkd.data.transforms.views import AugmentedViews, Rotations
 from lightning_rkd.distillation.features import CaptureError
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.losses.stkd import STKD
 from lightning_rkd.modules.distillation import DistillationModule
+from lightning_rkd.utils.types import Batch
 from tests.harness import toys
 
 pytestmark = [
@@ -79,24 +80,18 @@ def test_a_loss_on_mixed_batches_names_the_transform_that_is_missing():
         toys.fit(module(batch_transform=None))
 
 
-def test_training_relates_all_rotations_and_the_task_sees_upright_images():
+@pytest.mark.parametrize("transform", [Rotations, AugmentedViews])
+def test_training_relates_all_views_and_the_task_gets_the_first(transform: Any):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(9, 4))
-    teacher = nn.Sequential(nn.Flatten(), nn.Linear(9, 6))
-    images, labels = torch.randn(4, 1, 3, 3), torch.tensor([0, 1, 2, 3])
-    four = torch.cat([images.rot90(k, (2, 3)) for k in range(4)])
-    loss = F.cross_entropy(net(images), labels) + RKD()(net(four), teacher(four).detach())
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(36, 6))
+    images, labels = torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 3])
+    views = transform()(Batch(images)).inputs
+    loss = F.cross_entropy(net(images), labels) + RKD()(net(views), teacher(views).detach())
     loss.backward()
     expected = net[1].weight.detach() - 0.1 * net[1].weight.grad
     net.zero_grad()
-    module = DistillationModule(
-        net,
-        teacher,
-        RKD(),
-        task_loss=nn.CrossEntropyLoss(),
-        task_reads="logits",
-        optimizer=toys.sgd,
-        batch_transform=Rotations(),
-    )
+    task = {"task_loss": nn.CrossEntropyLoss(), "task_reads": "logits"}
+    module = DistillationModule(net, teacher, RKD(), **task, optimizer=toys.sgd, batch_transform=transform())
     toys.fit(module, batches=[(images, labels)])
     torch.testing.assert_close(net[1].weight.detach(), expected)

@@ -6,24 +6,90 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from lightning_rkd.data.transforms.augment import Augment
 from lightning_rkd.data.transforms.mixup import MixUp
-from lightning_rkd.data.transforms.views import STRONG, AugmentedViews
-from lightning_rkd.losses.rkd import RKD
-from lightning_rkd.modules.distillation import DistillationModule
+from lightning_rkd.data.transforms.views import STRONG, AugmentedViews, Rotations
 from lightning_rkd.utils.types import Batch
-from tests.harness import toys
 
 
 def batch(n: int = 3, size: int = 8) -> Batch:
     return Batch(torch.rand(n, 2, size, size), torch.arange(n) + 10, indices=torch.arange(n) + 100)
 
 
+both_transforms = pytest.mark.parametrize("transform", [Rotations(), AugmentedViews()], ids=["rotations", "augmented"])
+
+
 def second(views: AugmentedViews, given: Batch) -> Tensor:
     return views(given).inputs[len(given.inputs) :]
+
+
+@both_transforms
+def test_labels_and_indices_are_repeated_and_the_batch_is_not_modified(transform):
+    given = batch()
+    given.is_query = torch.tensor([True, False, True])
+    before, views = copy.deepcopy(given), 4 if isinstance(transform, Rotations) else 2
+    out = transform(given)
+    assert out.labels.tolist() == [10, 11, 12] * views
+    assert out.indices.tolist() == [100, 101, 102] * views
+    assert out.is_query.tolist() == [True, False, True] * views
+    assert out.view.tolist() == [view for view in range(views) for _ in range(3)]
+    assert out.view.dtype == torch.int64
+    assert torch.equal(out.inputs[out.task_rows], before.inputs)
+    assert given.view is None
+    assert torch.equal(given.inputs, before.inputs)
+    bare = transform(Batch(given.inputs))
+    assert bare.labels is bare.indices is bare.teacher_inputs is None
+
+
+@both_transforms
+def test_in_evaluation_mode_nothing_happens(transform):
+    given, views = batch(), copy.deepcopy(transform).eval()
+    assert views(given) is given
+    assert int(getattr(views, "steps", 0)) == int(getattr(transform, "steps", 0))
+
+
+@both_transforms
+def test_other_misuse_is_refused_with_the_cure(transform):
+    kind = type(transform).__name__
+    with pytest.raises(ValueError, match=f"{kind}: .* use one transform that makes views"):
+        transform(transform(batch()))
+    with pytest.raises(ValueError, match=f"{kind}: .* mixed already; make views before you mix"):
+        transform(MixUp()(batch()))
+    with pytest.raises(TypeError, match=f"{kind}: the inputs hold no images"):
+        transform(Batch("path"))
+
+
+def test_images_are_rotated_as_numpy_rotates_them():
+    given = batch()
+    out = Rotations()(given)
+    for row in range(12):
+        turned = np.rot90(given.inputs[row % 3].numpy(), row // 3, axes=(1, 2))
+        assert np.array_equal(out.inputs[row].numpy(), turned)
+    assert out.view.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+
+
+def test_nested_inputs_and_the_teachers_images_are_rotated():
+    a, b = torch.randn(2, 1, 3, 3), torch.randn(2, 3, 6, 6)
+    out = Rotations()(Batch({"a": a, "b": [b, None]}, teacher_inputs=b))
+    assert torch.equal(out.inputs["a"][2:4], a.rot90(1, (2, 3)))
+    assert torch.equal(out.inputs["b"][0][6:], b.rot90(3, (2, 3)))
+    assert out.inputs["b"][1] is None
+    assert torch.equal(out.teacher_inputs[2:4], b.rot90(1, (2, 3)))
+
+
+def test_rotated_images_can_be_mixed_afterwards():
+    out = MixUp()(Rotations()(batch()))
+    assert len(out.inputs) == len(out.mix.ratio) == len(out.view) == 12
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 4), (2, 3)], ids=str)
+def test_what_is_no_square_image_is_refused(shape):
+    with pytest.raises(
+        ValueError, match=r"Rotations: inputs must be square images \(N, C, H, H\), got .*; crop or resize"
+    ):
+        Rotations()(Batch(torch.zeros(shape)))
 
 
 def test_the_second_view_is_keyed_by_seed_rank_step_and_row():
@@ -39,21 +105,7 @@ def test_the_first_view_is_the_batch_itself_and_the_task():
     out = AugmentedViews()(given)
     assert torch.equal(out.inputs[:3], given.inputs)
     assert out.task_rows.tolist() == [0, 1, 2]
-    assert out.view.tolist() == [0, 0, 0, 1, 1, 1]
-    assert out.view.dtype == torch.int64
     assert AugmentedViews(task_on_both=True)(given).task_rows is None
-
-
-def test_labels_and_indices_are_repeated_and_the_given_batch_is_left_alone():
-    given = batch()
-    given.is_query = torch.tensor([True, False, True])
-    before = copy.deepcopy(given)
-    out = AugmentedViews()(given)
-    assert out.labels.tolist() == [10, 11, 12] * 2
-    assert out.indices.tolist() == [100, 101, 102] * 2
-    assert out.is_query.tolist() == [True, False, True] * 2
-    assert given.view is None
-    assert torch.equal(given.inputs, before.inputs)
 
 
 def test_inputs_in_a_mapping_and_the_teachers_undergo_the_same_changes():
@@ -98,12 +150,6 @@ def test_a_loaded_copied_or_pickled_transform_continues():
     assert int(views.steps) == 3
 
 
-def test_in_evaluation_mode_nothing_happens():
-    given, views = batch(), AugmentedViews().eval()
-    assert views(given) is given
-    assert int(views.steps) == 0
-
-
 def test_the_global_random_state_is_neither_read_nor_moved():
     given, before = batch(), torch.get_rng_state()
     first = second(AugmentedViews(), given)
@@ -120,43 +166,12 @@ def test_ranks_change_their_images_differently(monkeypatch: pytest.MonkeyPatch):
     assert not torch.equal(second(AugmentedViews(), given), alone)
 
 
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning")
-def test_training_relates_both_views_and_the_task_gets_the_first():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
-    teacher = nn.Sequential(nn.Flatten(), nn.Linear(36, 6))
-    images, labels = torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 3])
-    both = AugmentedViews()(Batch(images)).inputs
-    loss = F.cross_entropy(net(images), labels) + RKD()(net(both), teacher(both).detach())
-    loss.backward()
-    expected = net[1].weight.detach() - 0.1 * net[1].weight.grad
-    net.zero_grad()
-    module = DistillationModule(
-        net,
-        teacher,
-        RKD(),
-        task_loss=nn.CrossEntropyLoss(),
-        task_reads="logits",
-        optimizer=toys.sgd,
-        batch_transform=AugmentedViews(),
-    )
-    toys.fit(module, batches=[(images, labels)])
-    torch.testing.assert_close(net[1].weight.detach(), expected)
-
-
 def test_what_does_not_fit_is_refused_with_the_cure():
     given = batch()
     with pytest.raises(ValueError, match=r"goes from .* to .* instead of 0 to 1; pass the mean and std"):
         AugmentedViews()(Batch(4 * given.inputs - 2))
-    with pytest.raises(ValueError, match="use one transform that makes views"):
-        AugmentedViews()(AugmentedViews()(given))
-    with pytest.raises(ValueError, match="mixed already; make views before you mix"):
-        AugmentedViews()(MixUp()(given))
     with pytest.raises(TypeError, match=r"floating-point images \(N, C, H, W\), got torch.uint8 of \(2, 1, 4, 4\)"):
         AugmentedViews()(Batch(torch.zeros(2, 1, 4, 4, dtype=torch.uint8)))
-    with pytest.raises(TypeError, match="hold no images"):
-        AugmentedViews()(Batch("path"))
     with pytest.raises(ValueError, match="std must be positive"):
         AugmentedViews(std=(0.0,))
 
