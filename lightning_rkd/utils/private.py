@@ -135,6 +135,12 @@ def is_copy_of_training_module(value: Any) -> bool:
     return attributes.get("_current_fx_name") is not None and attributes.get("_trainer") is None
 
 
+def replaces_samplers(trainer: pl.Trainer) -> bool:
+    """Whether Lightning replaces samplers by distributed ones in this run, which the Trainer keeps private."""
+    connector = trainer._accelerator_connector
+    return bool(connector.is_distributed and connector.use_distributed_sampler)
+
+
 def deals_rows_out(trainer: pl.Trainer) -> bool:
     """Whether Lightning puts distributed samplers over loaders: an argument of the Trainer, which keeps it private."""
     return bool(trainer._accelerator_connector.use_distributed_sampler)

@@ -97,6 +97,7 @@ def test_a_fit_goes_through_every_private_name_of_the_trainer() -> None:
     module, trainer = Module(), toys.trainer(max_epochs=1)
     connector = private.set_sigterm_handler(trainer, lambda *_: None)
     assert connector.received_sigterm is False
+    assert private.replaces_samplers(trainer) is False, "one device"
     assert private.deals_rows_out(trainer) == trainer._accelerator_connector.use_distributed_sampler
     trainer.fit(module, toys.loader())
     assert isinstance(module.seen["loader"], DataLoader)

@@ -21,6 +21,7 @@ from lightning_rkd.data.samplers.pk import PKBatchSampler
 from lightning_rkd.data.transforms.augment import Augment
 from lightning_rkd.data.transforms.crop import CentreCrop, Crop
 from lightning_rkd.utils.distributed import rank_and_size
+from lightning_rkd.utils.private import replaces_samplers
 
 _log = logging.getLogger(__name__)
 
@@ -109,17 +110,10 @@ class ImageDataModule(LightningDataModule, ABC):
             raise ValueError(f"split_by must be 'classes' or 'samples', got {split_by!r}")
         if eval_batch_size < 1:
             raise ValueError(f"eval_batch_size must be at least 1, got {eval_batch_size}")
-        self.classes_per_batch = classes_per_batch
-        self.samples_per_class = samples_per_class
-        self.batches_per_epoch = batches_per_epoch
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.split_seed = split_seed
-        self.validation, self.test = validation, test
-        self.augment = augment
-        self.split_by = split_by
-        self.views = views
+        self.classes_per_batch, self.samples_per_class = classes_per_batch, samples_per_class
+        self.batches_per_epoch, self.eval_batch_size, self.num_workers = batches_per_epoch, eval_batch_size, num_workers
+        self.seed, self.split_seed, self.validation, self.test = seed, split_seed, validation, test
+        self.augment, self.split_by, self.views = augment, split_by, views
         self._ready = False
 
     @abstractmethod
@@ -220,9 +214,7 @@ class ImageDataModule(LightningDataModule, ABC):
         """Test images with their indices."""
         return self._evaluate(self.test_set)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Test images with their indices."""
-        return self._evaluate(self.test_set)
+    predict_dataloader = test_dataloader
 
     def _evaluate(self, data: Dataset[Any]) -> DataLoader[Any]:
         rank, size = rank_and_size()
@@ -241,8 +233,7 @@ class ImageDataModule(LightningDataModule, ABC):
         return any(getattr(part, "needs_indices", False) for part in parts)
 
     def _refuse_foreign_sampler(self) -> None:
-        connector = getattr(self.trainer, "_accelerator_connector", None)
-        if getattr(connector, "is_distributed", False) and getattr(connector, "use_distributed_sampler", False):
+        if self.trainer is not None and replaces_samplers(self.trainer):
             raise ValueError(
                 f"{type(self).__name__} divides its batches among devices itself, and Lightning would put its own "
                 "sampler in between: pass Trainer(use_distributed_sampler=False), or "

@@ -18,11 +18,9 @@ _T = TypeVar("_T")
 
 def decode(paths: Sequence[Path], size: int) -> npt.NDArray[np.uint8]:
     """Decode images into (N, C, size, size); C is 1 if all of them are grey, else 3."""
-    pixels = list(_mapped(lambda path: read_image(path, size), paths))
-    if all(p.ndim == 2 for p in pixels):
-        return np.stack(pixels)[:, None]
-    colour = np.stack([p if p.ndim == 3 else np.repeat(p[:, :, None], 3, axis=2) for p in pixels])
-    return np.ascontiguousarray(colour.transpose(0, 3, 1, 2))
+    images = list(_mapped(lambda path: read_image(path, size), paths))
+    channels = max(1 if pixels.ndim == 2 else 3 for pixels in images)
+    return np.stack([convert_channels(pixels, channels) for pixels in images])
 
 
 def decode_into(pixels: npt.NDArray[np.uint8], paths: Sequence[Path]) -> None:

@@ -47,10 +47,13 @@ class ImageFiles:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Decode rows, any integer tensor (M,), into (M, C, H, W) uint8."""
-        chosen = [self.paths[i] for i in rows.tolist()]
-        pixels = np.empty((len(chosen), *self.shape[1:]), np.uint8)
-        decode_into(pixels, chosen)
-        return torch.from_numpy(pixels)
+        return _decode([self.paths[i] for i in rows.tolist()], self.shape[1:])
+
+
+def _decode(paths: Sequence[Path], shape: Sequence[int]) -> Tensor:
+    pixels = np.empty((len(paths), *shape), np.uint8)
+    decode_into(pixels, paths)
+    return torch.from_numpy(pixels)
 
 
 def _file_sizes(paths: Sequence[Path]) -> Tensor:
@@ -96,6 +99,4 @@ def load_files(
     chosen = [paths[i] for i in kept]
     if not in_memory:
         return ImageFiles(chosen, size, channels), torch.tensor(kept)
-    pixels = np.empty((len(chosen), channels, size, size), np.uint8)
-    decode_into(pixels, chosen)
-    return torch.from_numpy(pixels), torch.tensor(kept)
+    return _decode(chosen, (channels, size, size)), torch.tensor(kept)

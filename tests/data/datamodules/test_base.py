@@ -166,12 +166,6 @@ def test_lightnings_own_sampler_is_refused_with_the_cure() -> None:
             module.train_dataloader()
 
 
-def test_the_trainer_still_has_what_the_refusal_reads() -> None:
-    trainer = Trainer(accelerator="cpu", logger=False, use_distributed_sampler=False)
-    assert trainer._accelerator_connector.use_distributed_sampler is False
-    assert trainer._accelerator_connector.is_distributed is False
-
-
 def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="eval_batch_size must be at least 1"):
         data(eval_batch_size=0)
