@@ -35,16 +35,7 @@ def loss_and_gradient(
     factor: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Same arguments and results as :func:`lightning_rkd.functional.angle_tiles.loss_and_gradient`, in float64.
-
-    Example:
-        >>> right = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 2.0], [1.0, 2.0, 0.0]])
-        >>> total, _ = loss_and_gradient(
-        ...     right, 1 - torch.eye(3), (0, 3), torch.float64, official=True, factor=1.0, with_gradient=False
-        ... )
-        >>> round(float(total), 4)
-        0.3358
-    """
+    """Same arguments and results as :func:`lightning_rkd.functional.angle_tiles.loss_and_gradient`, in float64."""
     n, kind = len(student), np.float64 if dtype == torch.float64 else np.float32
     start, stop = vertices
     smallest = _TRIPLETS // max(1, n * n)

@@ -22,14 +22,7 @@ _EXACT = float64[:, ::1]
 
 
 def centred(x: Tensor) -> Tensor:
-    """Rows minus their mean, in float64.
-
-    Example:
-        >>> centred(torch.tensor([[1.0], [2.0], [6.0]]))
-        tensor([[-2.],
-                [-1.],
-                [ 3.]], dtype=torch.float64)
-    """
+    """Rows minus their mean, in float64."""
     x = x.detach()
     x = (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous()
     rows = torch.empty(x.shape, dtype=torch.float64)
@@ -38,13 +31,7 @@ def centred(x: Tensor) -> Tensor:
 
 
 def squared(rows: Tensor, duplicate: float) -> Tensor:
-    """Squared distances of centred rows; 0 where they are at most ``duplicate`` times the squared norms.
-
-    Example:
-        >>> squared(torch.tensor([[-1.0], [2.0]], dtype=torch.float64), 1e-13)
-        tensor([[0., 9.],
-                [9., 0.]], dtype=torch.float64)
-    """
+    """Squared distances of centred rows; 0 where they are at most ``duplicate`` times the squared norms."""
     n, width = rows.shape
     gram = torch.empty((n, n), dtype=torch.float64)
     x, out = rows.numpy(), gram.numpy()
@@ -59,14 +46,7 @@ def squared(rows: Tensor, duplicate: float) -> Tensor:
 
 
 def pulled(pull: Tensor, rows: Tensor) -> Tensor:
-    """Gradient of rows from the gradient of their squared distances.
-
-    Example:
-        >>> rows = torch.tensor([[-1.0], [2.0]], dtype=torch.float64)
-        >>> pulled(torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64), rows)
-        tensor([[-6.],
-                [ 6.]], dtype=torch.float64)
-    """
+    """Gradient of rows from the gradient of their squared distances."""
     n, width = rows.shape
     laplacian, result = torch.empty((n, n), dtype=torch.float64), torch.zeros((n, width), dtype=torch.float64)
     _laplacian(pull.detach().to(torch.float64).contiguous().numpy(), laplacian.numpy())
