@@ -81,7 +81,8 @@ import time
 from pathlib import Path
 from lightning_rkd.cli.experiments.workers import Worker
 from tests.cli.experiments.test_workers import write_pid
-Worker(1).submit(write_pid, Path({str(tmp_path / "log.txt")!r}), {str(tmp_path / "pid")!r})
+worker = Worker(1)
+worker.submit(write_pid, Path({str(tmp_path / "log.txt")!r}), {str(tmp_path / "pid")!r})
 time.sleep(99)
 """
     parent = subprocess.Popen([sys.executable, "-c", code])
