@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_rkd.utils.imports import require
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -34,11 +36,9 @@ def confidence_half_width(values: Sequence[float], confidence: float = 0.95) -> 
         >>> round(confidence_half_width([2.0, 3.0, 1.0]), 3)
         2.484
     """
-    from scipy.special import stdtrit
-
     if len(values) < 2:
         return math.nan
-    quantile = float(stdtrit(len(values) - 1, 0.5 + confidence / 2))
+    quantile = float(require("scipy.special", extra="plots").stdtrit(len(values) - 1, 0.5 + confidence / 2))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 

@@ -5,11 +5,13 @@ A package of an extra that the library imports without naming the extra is an er
 
 from __future__ import annotations
 
+import doctest
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.doctest import MultipleDoctestFailures
 
 from lightning_rkd.utils.imports import MissingExtraError
 
@@ -24,8 +26,16 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if collection_path.name in FOLDERS | FILES else None
 
 
-def _is_other(module: str) -> bool:
-    return module.partition(".")[0] not in ("lightning_rkd", "tests")
+def _needs_an_extra(error: BaseException, place: str) -> bool:
+    """True for a package that is missing in a test or in the program, and for an error that names the extra."""
+    if isinstance(error, doctest.UnexpectedException):
+        _, cause, traceback = error.exc_info
+        while traceback.tb_next is not None:
+            traceback = traceback.tb_next
+        return _needs_an_extra(cause, traceback.tb_frame.f_code.co_filename)
+    outside = "lightning_rkd/" not in place or "lightning_rkd/cli/" in place
+    absent = isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] != "lightning_rkd"
+    return isinstance(error, MissingExtraError) or (absent and outside)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -33,14 +43,11 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     """Skip a file whose imports need an extra."""
     report = yield
     text = str(report.longrepr)
-    missing = re.findall(r"^E +(?:\S*MissingExtraError: (.*)|ModuleNotFoundError: No module named '(.*)')$", text, re.M)
+    named = re.search(r"MissingExtraError: (.*)", text)
+    missing = re.search(r"ModuleNotFoundError: (No module named '(?!lightning_rkd|tests).*')", text)
     places = re.findall(r"^(\S+):\d+: in ", text, re.M)
-    if (
-        report.failed
-        and missing
-        and (missing[-1][0] or ("lightning_rkd/" not in places[-1] and _is_other(missing[-1][1])))
-    ):
-        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, "".join(missing[-1]))
+    if report.failed and (found := named or (missing if "lightning_rkd/" not in places[-1] else None)):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, found[1])
     return report
 
 
@@ -49,8 +56,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """Skip a test that needs an extra."""
     report = yield
     if report.failed and call.excinfo is not None:
-        error, place = call.excinfo.value, str(call.excinfo.traceback[-1].path)
-        absent = isinstance(error, ModuleNotFoundError) and "lightning_rkd/" not in place and _is_other(str(error.name))
-        if absent or isinstance(error, MissingExtraError):
+        error = call.excinfo.value
+        errors = error.failures if isinstance(error, MultipleDoctestFailures) else [error]
+        if any(_needs_an_extra(one, str(call.excinfo.traceback[-1].path)) for one in errors):
             report.outcome, report.longrepr = "skipped", (str(item.path), 0, str(error))
     return report
