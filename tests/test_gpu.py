@@ -21,7 +21,7 @@ from lightning_rkd.functional.distances import squared_distances
 from lightning_rkd.losses import MHGD, RKD
 from lightning_rkd.losses.parts.memory import MemoryBank
 from lightning_rkd.metrics import EmbeddingRetrieval, RelationalAgreement
-from tests.losses.test_contract import Sample, context, every_loss, side
+from tests.losses.test_contract import Sample, context, every_loss, pack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -54,7 +54,7 @@ def test_a_loss_agrees_with_the_cpu_and_the_host_does_not_wait(cls):
     values = []
     for device in ("cpu", "cuda"):
         loss = copy.deepcopy(sample.loss).to(device)
-        student, teacher = (moved(side(cls, part), device) for part in (sample.student, sample.teacher))
+        student, teacher = (moved(pack(cls, part), device) for part in (sample.student, sample.teacher))
         given = {name: moved(value, device) for name, value in context(cls, sample.n).items()}
         torch.manual_seed(0)
         if device == "cuda":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -10,12 +13,21 @@ from lightning_rkd.functional.distances import distance_loss, squared_distances
 from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.utils.distributed import Shard
 
+_REFERENCE = Reference(
+    "park2019relational",
+    "read in code",
+    source="lenscloth/RKD, metric/loss.py",
+    weight=1.0,
+    weight_note="metric learning, with 1 and 2 inside; in classification 1 with 25 and 50 inside",
+    result="CIFAR-100 ResNet50 to VGG11-BN: 72.97 (student alone 71.26). R@1 on CUB/Cars/SOP, BN-Inception-512 to "
+    "itself: 70.9/88.9/78.5 (teacher 69.1/86.4/79.2: it is weak on SOP), LabelRelaxation",
+)
+
 
 def rkd_distance(student: Tensor, teacher: Tensor, *, reduction: Reduction = "official") -> Tensor:
     """RKD-D as a function; see :class:`RKDDistance`."""
-    return _distance_loss(squared_distances(student), squared_distances(teacher.detach()), reduction).to(
-        _precision(student, teacher)
-    )
+    loss = _distance_loss(squared_distances(student), squared_distances(teacher.detach()), reduction)
+    return loss.to(_precision(student, teacher))
 
 
 def rkd_angle(
@@ -68,11 +80,8 @@ class RKDDistance(RelationalLoss):
         tensor(0.0139)
     """
 
-    reference = Reference(
-        "park2019relational",
-        "read in code",
-        source="lenscloth/RKD, metric/loss.py",
-        weight=1.0,
+    reference = replace(
+        _REFERENCE,
         weight_note="metric learning; 25 in classification",
         result="CIFAR-100 ResNet50 to VGG11-BN: 72.27 (student alone 71.26)",
     )
@@ -122,13 +131,7 @@ class RKDAngle(RelationalLoss):
         tensor(0.0560)
     """
 
-    reference = Reference(
-        "park2019relational",
-        "read in code",
-        source="lenscloth/RKD, metric/loss.py",
-        weight=2.0,
-        weight_note="metric learning; 50 in classification",
-    )
+    reference = replace(_REFERENCE, weight=2.0, weight_note="metric learning; 50 in classification", result="")
     invariances = frozenset({"translation", "rotation", "scale"})
 
     def __init__(self, reduction: Reduction = "official", sampled_anchors: int | None = None) -> None:
@@ -169,15 +172,7 @@ class RKD(RelationalLoss):
         tensor(0.0347)
     """
 
-    reference = Reference(
-        "park2019relational",
-        "read in code",
-        source="lenscloth/RKD, metric/loss.py",
-        weight=1.0,
-        weight_note="metric learning, with 1 and 2 inside; in classification 1 with 25 and 50 inside",
-        result="CIFAR-100 ResNet50 to VGG11-BN: 72.97 (student alone 71.26). R@1 on CUB/Cars/SOP, BN-Inception-512 to "
-        "itself: 70.9/88.9/78.5 (teacher 69.1/86.4/79.2: it is weak on SOP), LabelRelaxation",
-    )
+    reference = _REFERENCE
     invariances = frozenset({"translation", "rotation", "scale"})
 
     def __init__(
@@ -212,7 +207,4 @@ def _distance_loss(squared_student: Tensor, squared_teacher: Tensor, reduction: 
 
 
 def _precision(*embeddings: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for x in embeddings:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return dtype
+    return reduce(torch.promote_types, (x.dtype for x in embeddings), torch.float32)

@@ -44,7 +44,7 @@ def test_classes_that_are_much_alike_keep_their_divergences_in_float32():
     )
 
 
-def test_classes_seen_in_the_same_places_have_no_divergence_and_pass_no_gradient():
+def test_classes_in_the_same_places_have_no_divergence_and_no_gradient():
     student = torch.zeros(2, 3, 4, 4, requires_grad=True)
     loss = AICSD()(student, torch.randn(2, 3, 4, 4))
     loss.backward()

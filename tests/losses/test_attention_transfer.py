@@ -38,9 +38,9 @@ def test_the_gradient_is_that_of_central_differences_of_the_loops():
 def test_the_larger_map_is_pooled_to_the_smaller(larger):
     student, teacher = torch.randn(2, 3, 2, 4, dtype=torch.float64), torch.randn(2, 5, 2, 4, dtype=torch.float64)
     big = torch.randn(2, 3, 4, 8, dtype=torch.float64)
-    sides = (big, teacher) if larger == "student" else (student, big)
-    pooled = [oracle.half(x.numpy()) if x is big else x.numpy() for x in sides]
-    ours = AttentionTransfer()([sides[0]], [sides[1]])
+    inputs = (big, teacher) if larger == "student" else (student, big)
+    pooled = [oracle.half(x.numpy()) if x is big else x.numpy() for x in inputs]
+    ours = AttentionTransfer()([inputs[0]], [inputs[1]])
     assert ours.item() == pytest.approx(oracle.attention_transfer(*pooled), rel=1e-10)
 
 

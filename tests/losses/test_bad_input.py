@@ -21,10 +21,10 @@ from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.utils.types import Mix
 from tests.harness.real_networks import MISFITS, Wild, wild
 from tests.losses.properties import properties
-from tests.losses.test_contract import CLASSES, Sample, context, every_loss, fields, made, rows, side
+from tests.losses.test_contract import CLASSES, Sample, context, every_loss, fields, made, pack, rows
 from tests.oracles.rkd import rkd_angle, rkd_distance
 
-Shown = dict[str, list[Tensor]]
+FieldValues = dict[str, list[Tensor]]
 HALF = (torch.float16, torch.bfloat16)
 LARGEST = torch.finfo(torch.float32).max
 
@@ -34,8 +34,8 @@ def shapes(cls: type[RelationalLoss], n: int, width: int) -> dict[str, list[tupl
     return {field: [tuple(x.shape) for x in values] for field, values in rows(cls, n, width).items()}
 
 
-def shown(cls: type[RelationalLoss], how: Wild, n: int, width: int) -> Shown:
-    """What a network shows that suffers from all this; its classifier is an ordinary one."""
+def outputs(cls: type[RelationalLoss], how: Wild, n: int, width: int) -> FieldValues:
+    """Outputs of a network that suffers from all this; its classifier is an ordinary one."""
     healthy = Wild(dtype=how.dtype)
     return {
         field: [(healthy if field == "classifier" else how).another(i).of(*shape) for i, shape in enumerate(each)]
@@ -48,13 +48,18 @@ def loss_for(cls: type[RelationalLoss], widths: tuple[int, int], exact: bool = F
     """In evaluation, so that memories stay as they are and one loss serves all examples."""
     torch.manual_seed(1)
     loss = made(cls)
-    sides = (side(cls, shown(cls, Wild(), 8, width)) for width in widths)
-    loss.materialize(*sides, like=torch.empty(0))
+    inputs = (pack(cls, outputs(cls, Wild(), 8, width)) for width in widths)
+    loss.materialize(*inputs, like=torch.empty(0))
     return (loss.double() if exact else loss).eval()
 
 
 def value_and_gradient(
-    cls: type[RelationalLoss], widths: tuple[int, int], student: Shown, teacher: Shown, n: int, exact: bool = False
+    cls: type[RelationalLoss],
+    widths: tuple[int, int],
+    student: FieldValues,
+    teacher: FieldValues,
+    n: int,
+    exact: bool = False,
 ) -> tuple[float, list[Tensor]]:
     """The loss and its gradient to the student, or in float64 what they are of the same numbers."""
     loss = loss_for(cls, widths, exact)
@@ -63,7 +68,7 @@ def value_and_gradient(
     student = {f: [x.detach().requires_grad_() for x in v] for f, v in student.items()}
     leaves = [x for values in student.values() for x in values]
     torch.manual_seed(0)
-    value = loss(side(cls, student), side(cls, teacher), **context(cls, n))
+    value = loss(pack(cls, student), pack(cls, teacher), **context(cls, n))
     grads = torch.autograd.grad(value, leaves, allow_unused=True)
     return value.item(), [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
 
@@ -78,29 +83,31 @@ class Noise:
     Where the loss has a unit of its own (logits, the bias of a layer), digits are counted from it.
     """
 
-    def __init__(self, cls: type[RelationalLoss], widths: tuple[int, int], sides: tuple[Shown, Shown], n: int) -> None:
+    def __init__(
+        self, cls: type[RelationalLoss], widths: tuple[int, int], inputs: tuple[FieldValues, FieldValues], n: int
+    ) -> None:
         loss = loss_for(cls, widths)
-        value, grads = value_and_gradient(cls, widths, *sides, n, exact=True)
+        value, grads = value_and_gradient(cls, widths, *inputs, n, exact=True)
         has_unit = "row shift" in loss.invariances or any("bias" in name for name, _ in loss.named_parameters())
-        magnitudes = tuple(norm([x for f, v in s.items() if f != "classifier" for x in v]) or 1.0 for s in sides)
+        magnitudes = tuple(norm([x for f, v in s.items() if f != "classifier" for x in v]) or 1.0 for s in inputs)
         ordinary = 1.0 if "row shift" in loss.invariances else 1e-2
         for scales in {magnitudes} if "scale" in loss.invariances else {magnitudes, (1.0, 1.0)}:
-            plain = (shown(cls, Wild(x, dtype=torch.float64, seed=i), n, widths[i]) for i, x in enumerate(scales))
+            plain = (outputs(cls, Wild(x, dtype=torch.float64, seed=i), n, widths[i]) for i, x in enumerate(scales))
             ordinary = max(ordinary, abs(value_and_gradient(cls, widths, *plain, n, exact=True)[0]))
         ordinary = max(ordinary, abs(value))
-        shortest = min(_shortest(sides[0]), 1.0 if has_unit else torch.inf)
+        shortest = min(_shortest(inputs[0]), 1.0 if has_unit else torch.inf)
         if "row shift" in loss.invariances:  # beside large logits nothing is left of small differences
             shortest /= max(1.0, magnitudes[0])
         self.value = 1e-3 * abs(value) + 1e-5 * ordinary
         self.gradient = 1e-2 * norm(grads) + 1e-4 * ordinary / (shortest if shortest < torch.inf else 1.0)
         for seed in range(3):
-            near = (_changed(s, 2.0**-20, 1.0 if has_unit else 0.0, seed + 10 * i) for i, s in enumerate(sides))
+            near = (_changed(s, 2.0**-20, 1.0 if has_unit else 0.0, seed + 10 * i) for i, s in enumerate(inputs))
             v, g = value_and_gradient(cls, widths, *near, n, exact=True)
             self.value += 8 * abs(v - value)
             self.gradient += 8 * norm([a - b for a, b in zip(g, grads, strict=True)])
 
 
-def _changed(one: Shown, by: float, unit: float, seed: int) -> Shown:
+def _changed(one: FieldValues, by: float, unit: float, seed: int) -> FieldValues:
     """Equal numbers change alike, so that duplicates stay duplicates."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -112,7 +119,7 @@ def _changed(one: Shown, by: float, unit: float, seed: int) -> Shown:
     return {field: [changed(x) for x in values] for field, values in one.items()}
 
 
-def _shortest(one: Shown) -> float:
+def _shortest(one: FieldValues) -> float:
     """The shortest row or difference of rows: gradients of directions grow with its inverse."""
     found = torch.inf
     for field, values in one.items():
@@ -125,28 +132,28 @@ def _shortest(one: Shown) -> float:
 
 def check_against_float64(cls: type[RelationalLoss], student: Wild, teacher: Wild, n: int, widths: tuple[int, int]):
     n, loss = max(n, properties(cls).min_rows), loss_for(cls, widths)
-    sides = shown(cls, student, n, widths[0]), shown(cls, teacher, n, widths[1])
-    expected, exact = value_and_gradient(cls, widths, *sides, n, exact=True)
+    inputs = outputs(cls, student, n, widths[0]), outputs(cls, teacher, n, widths[1])
+    expected, exact = value_and_gradient(cls, widths, *inputs, n, exact=True)
     if abs(expected) > LARGEST / 1e3:  # where it begins depends on what is summed before
         with suppress_refusal(f"{cls.__name__}: overflow: the inputs are finite"):
-            value_and_gradient(cls, widths, *sides, n)
+            value_and_gradient(cls, widths, *inputs, n)
         return
-    value, grads = value_and_gradient(cls, widths, *sides, n)
+    value, grads = value_and_gradient(cls, widths, *inputs, n)
     if student.dtype in HALF:
         # what the student gets is this gradient, rounded to a range that may end at 65,504
-        wide = {f: [x.float() for x in v] for f, v in sides[0].items()}, sides[1]
+        wide = {f: [x.float() for x in v] for f, v in inputs[0].items()}, inputs[1]
         rounded, (_, grads) = grads, value_and_gradient(cls, widths, *wide, n)
         assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(rounded, grads, strict=True))
     assert abs(value) < torch.inf
     assert all(torch.isfinite(g).all() for g in grads)
-    if cls is AICSD and min(x.double().flatten(1).abs().amax(1).min() for s in sides for x in s["logits"]) < 1:
+    if cls is AICSD and min(x.double().flatten(1).abs().amax(1).min() for s in inputs for x in s["logits"]) < 1:
         return  # its docstring says that such logits leave nothing but rounding
     gaps = [a.double() - b for a, b in zip(grads, exact, strict=True)]
     if abs(value - expected) <= 1e-5 * abs(expected) and norm(gaps) <= 1e-3 * norm(exact):
         return
-    noise = Noise(cls, widths, sides, n)
+    noise = Noise(cls, widths, inputs, n)
     assert value == pytest.approx(expected, rel=0, abs=noise.value)
-    if not any(isinstance(module, nn.ReLU) for module in loss.modules()):  # a kink, where rounding takes one side
+    if not any(isinstance(module, nn.ReLU) for module in loss.modules()):  # a kink, where rounding takes one direction
         assert norm(gaps) <= noise.gradient
 
 
@@ -263,7 +270,7 @@ def test_rkd_is_that_of_the_plain_loops_at_any_magnitude(scale):
 
 
 @every_loss
-def test_devices_that_are_not_asked_whether_numbers_are_ordinary_give_the_same(cls, monkeypatch):
+def test_devices_that_are_not_waited_for_give_the_same(cls, monkeypatch):
     sample = Sample(cls)
     plain, grads = sample.value_and_gradient()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # which skips the questions that a CPU is asked
@@ -279,7 +286,7 @@ def of_field(cls: type[RelationalLoss], change: Callable[[Tensor], Any], which: 
     sample = Sample(cls)
     one = [sample.student, sample.teacher][which]
     one[field] = [change(one[field][0]), *one[field][1:]]
-    return side(cls, sample.student), side(cls, sample.teacher)
+    return pack(cls, sample.student), pack(cls, sample.teacher)
 
 
 @every_loss
@@ -312,24 +319,24 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
 def test_a_side_that_cannot_be_is_refused_by_the_name_of_the_loss(cls, wrong):
     for field in set(fields(cls)) - {"classifier"}:
         for which in (0, 1):
-            sides, sample = of_field(cls, WRONG[wrong], which, field), Sample(cls)
+            inputs, sample = of_field(cls, WRONG[wrong], which, field), Sample(cls)
             with pytest.raises((TypeError, ValueError), match=cls.__name__):
-                sample.loss(*sides, **context(cls, sample.n))
+                sample.loss(*inputs, **context(cls, sample.n))
 
 
 @every_loss
-def test_dimensions_too_many_are_refused_by_the_name_of_the_loss_or_give_a_finite_value(cls):
+def test_too_many_dimensions_are_refused_by_name_or_give_a_finite_value(cls):
     for field in set(fields(cls)) - {"classifier"}:
         for which, more in ((0, 1), (1, 1), (0, 2), (1, 3)):
-            sides, sample = of_field(cls, lambda x, more=more: x[(..., *[None] * more)], which, field), Sample(cls)
+            inputs, sample = of_field(cls, lambda x, more=more: x[(..., *[None] * more)], which, field), Sample(cls)
             with suppress_refusal(cls.__name__):
-                assert torch.isfinite(sample.loss(*sides, **context(cls, sample.n)))
+                assert torch.isfinite(sample.loss(*inputs, **context(cls, sample.n)))
 
 
 @every_loss
 def test_a_tensor_where_another_thing_belongs_is_refused(cls):
     sample = Sample(cls)
-    good = side(cls, sample.student)
+    good = pack(cls, sample.student)
     for wrong in (None, 3.0, "rows", torch.zeros(()), {"student": 1}, object()):
         with pytest.raises((TypeError, ValueError), match=cls.__name__):
             sample.loss(good, wrong, **context(cls, sample.n))
@@ -352,9 +359,9 @@ def asks_for(*names: str) -> Any:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
 def test_whole_numbers_of_any_type_are_taken_for_what_they_are(cls, name, dtype):
     sample, given = with_context(cls, name, lambda x: x.to(dtype))
-    sides = side(cls, sample.student), side(cls, sample.teacher)
-    value = copy.deepcopy(sample.loss)(*sides, **given)
-    assert torch.equal(value, copy.deepcopy(sample.loss)(*sides, **context(cls, sample.n)))
+    inputs = pack(cls, sample.student), pack(cls, sample.teacher)
+    value = copy.deepcopy(sample.loss)(*inputs, **given)
+    assert torch.equal(value, copy.deepcopy(sample.loss)(*inputs, **context(cls, sample.n)))
 
 
 WRONG_COLUMNS: dict[str, Callable[[Tensor], Any]] = {
@@ -373,16 +380,16 @@ WRONG_COLUMNS: dict[str, Callable[[Tensor], Any]] = {
 def test_context_that_cannot_be_is_refused_by_the_name_of_the_loss(cls, name, wrong):
     sample, given = with_context(cls, name, WRONG_COLUMNS[wrong])
     with pytest.raises((TypeError, ValueError), match=f"{cls.__name__}: .*{name}"):
-        sample.loss(side(cls, sample.student), side(cls, sample.teacher), **given)
+        sample.loss(pack(cls, sample.student), pack(cls, sample.teacher), **given)
 
 
 @asks_for("labels")
 @pytest.mark.parametrize("number", [0, 4, -100, 10**12])
-def test_one_class_only_or_labels_to_be_ignored_give_a_finite_loss_or_a_refusal_with_the_numbers(cls, name, number):
+def test_one_class_or_ignored_labels_give_a_finite_loss_or_a_refusal(cls, name, number):
     sample, given = with_context(cls, name, lambda x: torch.full_like(x, number))
     leaves = sample.leaves()
     with suppress_refusal(f"{cls.__name__}: labels go from {number} to {number}"):
-        value = sample.loss(side(cls, sample.student), side(cls, sample.teacher), **given)
+        value = sample.loss(pack(cls, sample.student), pack(cls, sample.teacher), **given)
         assert torch.isfinite(value)
         grads = torch.autograd.grad(value, leaves, allow_unused=True)
         assert all(torch.isfinite(g).all() for g in grads if g is not None)
@@ -401,7 +408,7 @@ def test_one_class_only_or_labels_to_be_ignored_give_a_finite_loss_or_a_refusal_
 def test_a_mix_that_cannot_be_is_refused_by_the_name_of_the_loss(cls, name, change, message):
     sample, given = with_context(cls, name, change)
     with pytest.raises(ValueError, match=f"{cls.__name__}: .*{message}"):
-        sample.loss(side(cls, sample.student), side(cls, sample.teacher), **given)
+        sample.loss(pack(cls, sample.student), pack(cls, sample.teacher), **given)
 
 
 with_parameters = pytest.mark.parametrize(
@@ -434,7 +441,7 @@ def test_what_a_loss_is_given_is_left_as_it_was(cls):
     given = context(cls, sample.n)
     everything = [sample.student, sample.teacher, given]
     before = copy.deepcopy(everything)
-    sample.loss(side(cls, sample.student), side(cls, sample.teacher), **given)
+    sample.loss(pack(cls, sample.student), pack(cls, sample.teacher), **given)
     for one, same in zip(everything[:2], before[:2], strict=True):
         assert all(torch.equal(x, y) for f in one for x, y in zip(one[f], same[f], strict=True))
     assert all(torch.equal(v, before[2][k]) for k, v in given.items() if isinstance(v, Tensor))
@@ -449,7 +456,7 @@ def test_rows_that_are_one_row_expanded_give_what_copies_give(cls):
     for spread in (lambda x: x.expand(sample.n, *x.shape[1:]), lambda x: x.repeat(sample.n, *[1] * (x.ndim - 1))):
         many = {f: [spread(x) if f != "classifier" else x for x in v] for f, v in sample.student.items()}
         torch.manual_seed(0)
-        value = copy.deepcopy(sample.loss)(side(cls, many), side(cls, sample.teacher), **context(cls, sample.n))
+        value = copy.deepcopy(sample.loss)(pack(cls, many), pack(cls, sample.teacher), **context(cls, sample.n))
         values.append(value)
         grads.append(torch.autograd.grad(value, one, allow_unused=True))
     torch.testing.assert_close(values[0], values[1])

@@ -72,14 +72,14 @@ def test_what_a_loss_needs_is_read_from_its_signature():
     assert Labelled.needs == {"labels", "epoch"}
 
 
-def test_a_class_that_asks_for_an_unknown_name_is_refused_where_it_is_defined():
+def test_an_unknown_name_in_forward_is_refused_at_class_definition():
     with pytest.raises(TypeError, match=r"Bad.forward takes \['label'\].*'labels'"):
 
         class Bad(RelationalLoss):
             def forward(self, student: Tensor, teacher: Tensor, *, label: Tensor) -> Tensor: ...
 
 
-def test_a_class_that_asks_without_a_star_is_refused_with_the_cure():
+def test_an_input_that_is_not_keyword_only_is_refused_with_the_cure():
     with pytest.raises(TypeError, match=r"Bad.forward takes \['labels'\] by position.*teacher, \*, labels\)"):
 
         class Bad(RelationalLoss):
@@ -87,7 +87,7 @@ def test_a_class_that_asks_without_a_star_is_refused_with_the_cure():
 
 
 @pytest.mark.parametrize("reads", ["embeddings", ("embedding", "logit")])
-def test_a_class_that_reads_an_unknown_field_is_refused_where_it_is_defined(reads):
+def test_an_unknown_field_in_reads_is_refused_at_class_definition(reads):
     with pytest.raises(TypeError, match="must name fields of Outputs"):
         type("Bad", (RelationalLoss,), {"reads": reads, "forward": lambda self, student, teacher: None})
 
@@ -143,12 +143,12 @@ def test_sides_that_do_not_fit_are_refused_with_side_and_shape(student, teacher,
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("side", ["student", "teacher"])
-def test_values_that_are_not_finite_are_found_with_side_and_row(side, value):
-    sides = {"student": ZEROS.clone(), "teacher": ONES.clone()}
-    sides[side][2, 1] = value
-    with pytest.raises(NonFiniteError, match=f"Gap: the {side}'s output holds NaN or infinity, first in row 2 of 4"):
-        Gap()(sides["student"], sides["teacher"])
+@pytest.mark.parametrize("network", ["student", "teacher"])
+def test_values_that_are_not_finite_are_found_with_side_and_row(network, value):
+    inputs = {"student": ZEROS.clone(), "teacher": ONES.clone()}
+    inputs[network][2, 1] = value
+    with pytest.raises(NonFiniteError, match=f"Gap: the {network}'s output holds NaN or infinity, first in row 2 of 4"):
+        Gap()(inputs["student"], inputs["teacher"])
 
 
 # what forward receives
@@ -163,7 +163,7 @@ def test_values_that_are_not_finite_are_found_with_side_and_row(side, value):
         (torch.float64, torch.float16, torch.float64),
     ],
 )
-def test_forward_works_in_float32_at_least_and_in_the_higher_of_two_precisions(student, teacher, inside):
+def test_forward_runs_in_float32_or_the_higher_of_two_precisions(student, teacher, inside):
     loss = Gap()
     loss(ZEROS.to(student), ONES.to(teacher))
     assert [x.dtype for x in loss.seen] == [inside, inside]
@@ -205,12 +205,12 @@ def test_unequally_many_maps_are_refused_however_they_come(reads: Any) -> None:
 
     Reads.reads = reads
     two, three = (Outputs(feature_maps=[torch.ones(2, 1, 3, 3)] * n, logits=torch.ones(2, 3)) for n in (2, 3))
-    for sides, message in (
+    for inputs, message in (
         ((two, three), "2 feature maps of the student and 3 of the teacher"),
         ((three, two), "3 feature maps of the student and 2 of the teacher"),
     ):
         with pytest.raises(ValueError, match=f"Reads: {message}; name as many layers of each"):
-            Reads()(*sides)
+            Reads()(*inputs)
 
 
 def test_a_map_without_a_list_around_it_is_refused_with_the_cure():

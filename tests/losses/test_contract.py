@@ -79,19 +79,19 @@ def fields(cls: type[RelationalLoss]) -> tuple[str, ...]:
 
 
 def rows(cls: type[RelationalLoss], n: int, width: int, dtype: torch.dtype = torch.float32) -> dict[str, list[Tensor]]:
-    """What one network shows for n samples, field by field; ``classifier`` belongs to the network, not to samples."""
+    """Outputs of one network for n samples, by field; ``classifier`` belongs to the network, not to samples."""
     made = {
         "embedding": lambda: [torch.randn(n, width, dtype=dtype)],
         "logits": lambda: [torch.randn(n, CLASSES, *((3, 2) if properties(cls).dense else ()), dtype=dtype)],
-        "feature_maps": lambda: [torch.randn(n, 4, side, side, dtype=dtype) for side in (4, 2, 2)],
+        "feature_maps": lambda: [torch.randn(n, 4, size, size, dtype=dtype) for size in (4, 2, 2)],
         "classifier": lambda: [torch.randn(CLASSES, width, dtype=dtype), torch.randn(CLASSES, dtype=dtype)],
     }
     return {field: made[field]() for field in fields(cls)}
 
 
-def side(cls: type[RelationalLoss], shown: dict[str, list[Tensor]]) -> Any:
+def pack(cls: type[RelationalLoss], outputs: dict[str, list[Tensor]]) -> Any:
     packed: dict[str, Any] = {
-        f: v if f == "feature_maps" else tuple(v) if f == "classifier" else v[0] for f, v in shown.items()
+        f: v if f == "feature_maps" else tuple(v) if f == "classifier" else v[0] for f, v in outputs.items()
     }
     return packed[cls.reads] if isinstance(cls.reads, str) else Outputs(**packed)
 
@@ -131,9 +131,9 @@ class Sample:
         self.loss = made(cls).to(dtype)
         widths = (5, 5) if properties(cls).equal_widths else (4, 7)
         self.student, self.teacher = (rows(cls, self.n, width, dtype) for width in widths)
-        sides = side(cls, self.student), side(cls, self.teacher)
-        copy.deepcopy(self.loss)(*sides, **context(cls, self.n))  # works without preparation
-        self.loss.materialize(*sides, like=torch.empty(0, dtype=dtype))
+        inputs = pack(cls, self.student), pack(cls, self.teacher)
+        copy.deepcopy(self.loss)(*inputs, **context(cls, self.n))  # works without preparation
+        self.loss.materialize(*inputs, like=torch.empty(0, dtype=dtype))
 
     def leaves(self) -> list[Tensor]:
         return [x.requires_grad_() for values in self.student.values() for x in values]
@@ -141,7 +141,7 @@ class Sample:
     def value(self, loss: RelationalLoss | None = None) -> Tensor:
         torch.manual_seed(0)
         loss = copy.deepcopy(self.loss if loss is None else loss)
-        return loss(side(self.cls, self.student), side(self.cls, self.teacher), **context(self.cls, self.n))
+        return loss(pack(self.cls, self.student), pack(self.cls, self.teacher), **context(self.cls, self.n))
 
     def value_and_gradient(self, autocast: bool = False) -> tuple[Tensor, list[Tensor]]:
         leaves = self.leaves()
@@ -168,7 +168,7 @@ def test_the_loss_is_a_finite_scalar_with_a_gradient_to_the_student_only(cls):
 
 
 @every_loss
-def test_the_gradient_passes_gradcheck_in_float64_unless_the_paper_holds_parts_constant(cls):
+def test_the_gradient_passes_gradcheck_unless_parts_are_held_constant(cls):
     sample = Sample(cls, n=4, dtype=torch.float64)
     leaves = sample.leaves()
     many = sum(x.numel() for x in leaves) > 100  # then along random directions instead of entry by entry
@@ -187,20 +187,20 @@ def reordered(value: Any, order: Tensor) -> Any:
 @every_loss
 def test_the_order_of_the_rows_matters_only_where_the_loss_says_so(cls):
     sample = Sample(cls, dtype=torch.float64)
-    shown, expected, values = (sample.student, sample.teacher), sample.value(), []
+    outputs, expected, values = (sample.student, sample.teacher), sample.value(), []
     for seed in range(1 if not properties(cls).order_matters else 5):
         order = torch.randperm(sample.n, generator=torch.Generator().manual_seed(seed))
-        sides = (
-            side(cls, {f: v if f == "classifier" else [x[order] for x in v] for f, v in one.items()}) for one in shown
+        inputs = (
+            pack(cls, {f: v if f == "classifier" else [x[order] for x in v] for f, v in one.items()}) for one in outputs
         )
         shuffled = {name: reordered(value, order) for name, value in context(cls, sample.n).items()}
         torch.manual_seed(0)
-        values.append(copy.deepcopy(sample.loss)(*sides, **shuffled))
+        values.append(copy.deepcopy(sample.loss)(*inputs, **shuffled))
     assert any(not torch.allclose(value, expected) for value in values) is properties(cls).order_matters
 
 
 def changed(x: Tensor, how: str) -> Tensor:
-    """One side after what an invariance names, every row taken as a vector."""
+    """Outputs of one network after the change that an invariance names, every row taken as a vector."""
     torch.manual_seed(2)
     flat = x.flatten(1)
     n, width = flat.shape
@@ -244,13 +244,13 @@ def test_autocast_changes_neither_value_nor_gradient(cls):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inputs_give_the_float32_loss_of_the_same_numbers(cls, dtype):
     sample = Sample(cls)
-    for shown in (sample.student, sample.teacher):
-        for field, values in shown.items():
-            shown[field] = [x.to(dtype) for x in values]
+    for outputs in (sample.student, sample.teacher):
+        for field, values in outputs.items():
+            outputs[field] = [x.to(dtype) for x in values]
     half, grads = sample.value_and_gradient()
-    for shown in (sample.student, sample.teacher):
-        for field, values in shown.items():
-            shown[field] = [x.detach().float() for x in values]
+    for outputs in (sample.student, sample.teacher):
+        for field, values in outputs.items():
+            outputs[field] = [x.detach().float() for x in values]
     torch.testing.assert_close(half, sample.value(), rtol=0, atol=0)
     assert all(g.dtype == dtype and torch.isfinite(g).all() for g in grads)
 
@@ -260,11 +260,11 @@ def test_half_precision_inputs_give_the_float32_loss_of_the_same_numbers(cls, dt
 @pytest.mark.parametrize("how_many", [2, 6])
 def test_duplicates_and_collapsed_batches_give_finite_gradients(cls, where, how_many):
     sample = Sample(cls)
-    for shown in {"student": [sample.student], "teacher": [sample.teacher]}.get(
+    for outputs in {"student": [sample.student], "teacher": [sample.teacher]}.get(
         where, [sample.student, sample.teacher]
     ):
-        for field in sorted(set(shown) - {"classifier"}):  # the same order on every rank
-            for x in shown[field]:
+        for field in sorted(set(outputs) - {"classifier"}):  # the same order on every rank
+            for x in outputs[field]:
                 x[:how_many] = x[0].clone()
     value, grads = sample.value_and_gradient()
     assert torch.isfinite(value)
@@ -273,12 +273,12 @@ def test_duplicates_and_collapsed_batches_give_finite_gradients(cls, where, how_
 
 @every_loss
 @pytest.mark.parametrize("n", [1, 2])
-def test_tiny_batches_give_a_finite_loss_that_carries_a_graph_or_are_refused(cls, n):
+def test_tiny_batches_give_a_finite_loss_with_a_graph_or_are_refused(cls, n):
     sample = Sample(cls, n=n)
     if n < properties(cls).min_rows:
         few = [
-            side(cls, {f: v if f == "classifier" else [x[:n] for x in v] for f, v in shown.items()})
-            for shown in (sample.student, sample.teacher)
+            pack(cls, {f: v if f == "classifier" else [x[:n] for x in v] for f, v in outputs.items()})
+            for outputs in (sample.student, sample.teacher)
         ]
         with pytest.raises(ValueError, match=cls.__name__):
             sample.loss(*few, **context(cls, n))
@@ -298,7 +298,7 @@ def test_copies_pickles_and_loaded_states_compute_the_same(cls):
 
 
 @every_loss
-def test_tensors_of_its_own_stay_in_float32_when_training_is_in_half_precision(cls):
+def test_own_tensors_stay_in_float32_under_half_precision(cls):
     sample = Sample(cls)
     value = sample.value()
     sample.loss.to(torch.bfloat16)
@@ -312,7 +312,7 @@ def test_only_banks_change_from_step_to_step_and_only_in_training(cls):
     for training in (False, True):
         loss = copy.deepcopy(sample.loss).train(training)
         before = copy.deepcopy(loss.state_dict())
-        loss(side(cls, sample.student), side(cls, sample.teacher), **context(cls, sample.n))
+        loss(pack(cls, sample.student), pack(cls, sample.teacher), **context(cls, sample.n))
         moved = {name for name, x in loss.state_dict().items() if not torch.equal(x, before[name])}
         banks = {f"{name}." for name, module in loss.named_modules() if isinstance(module, StepState)}
         assert all(any(name.startswith(bank) for bank in banks) for name in moved)
@@ -323,7 +323,7 @@ def test_only_banks_change_from_step_to_step_and_only_in_training(cls):
 def test_the_random_numbers_of_the_training_are_not_touched(cls):
     sample = Sample(cls)
     state = torch.get_rng_state()
-    copy.deepcopy(sample.loss)(side(cls, sample.student), side(cls, sample.teacher), **context(cls, sample.n))
+    copy.deepcopy(sample.loss)(pack(cls, sample.student), pack(cls, sample.teacher), **context(cls, sample.n))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -340,10 +340,10 @@ def test_the_docstring_of_a_published_loss_has_reference_and_example(cls):
     assert "reconstruction" in doc or cls.reference.provenance != "reconstruction"
 
 
-def weighted(shown: dict[str, list[Tensor]], weights: list[Tensor]) -> dict[str, list[Tensor]]:
+def weighted(outputs: dict[str, list[Tensor]], weights: list[Tensor]) -> dict[str, list[Tensor]]:
     """The student's rows as the product with parameters that all ranks share."""
     supply = iter(weights)
-    return {field: [x * next(supply) for x in values] for field, values in shown.items()}
+    return {field: [x * next(supply) for x in values] for field, values in outputs.items()}
 
 
 def weights_for(sample: Sample) -> list[Tensor]:
@@ -364,21 +364,21 @@ def on_a_rank(rank: int, sample: Sample, counts: list[int]) -> list[Tensor]:
     """The shared parameters' gradients on a rank that holds its part of the rows."""
     mine, cls, weights = slice(sum(counts[:rank]), sum(counts[: rank + 1])), sample.cls, weights_for(sample)
     part = [
-        {field: values if field == "classifier" else [x[mine] for x in values] for field, values in shown.items()}
-        for shown in (sample.student, sample.teacher)
+        {field: values if field == "classifier" else [x[mine] for x in values] for field, values in outputs.items()}
+        for outputs in (sample.student, sample.teacher)
     ]
     part[0] = weighted(part[0], weights)
     together = {name: part_of(v, mine) for name, v in context(cls, sample.n).items()}
     factor = len(counts) * counts[rank] / sum(counts)
     if cls.gather:
         rows_of = gather_row_counts(counts[rank])
-        for shown in part:
-            for field in sorted(set(shown) - {"classifier"}):  # the same order on every rank
-                shown[field] = [gather_rows(x, rows_of) for x in shown[field]]
+        for outputs in part:
+            for field in sorted(set(outputs) - {"classifier"}):  # the same order on every rank
+                outputs[field] = [gather_rows(x, rows_of) for x in outputs[field]]
         together = {name: gather_rows(v, rows_of) if isinstance(v, Tensor) else v for name, v in together.items()}
         factor = 1.0
     torch.manual_seed(0)
-    (factor * copy.deepcopy(sample.loss)(side(cls, part[0]), side(cls, part[1]), **together)).backward()
+    (factor * copy.deepcopy(sample.loss)(pack(cls, part[0]), pack(cls, part[1]), **together)).backward()
     return [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
 
 
@@ -386,13 +386,13 @@ def on_a_rank(rank: int, sample: Sample, counts: list[int]) -> list[Tensor]:
 @pytest.mark.parametrize("counts", [[3, 3], [5, 1]], ids=["even", "uneven"])
 def test_two_processes_average_to_the_gradient_of_one_big_batch(cls, counts, ranks: Ranks):
     if str(cls) == "STKD, form blended":
-        pytest.skip("needs what the teacher shows of the partners, which are rows of the same process")
+        pytest.skip("needs the teacher's logits of the partners, which are rows of the same process")
     sample = Sample(cls, dtype=torch.float64)
     counts = [sample.n - 1, 1] if counts[0] == 5 else [sample.n - sample.n // 2, sample.n // 2]
     weights = weights_for(sample)
     torch.manual_seed(0)
     loss = copy.deepcopy(sample.loss)
-    loss(side(cls, weighted(sample.student, weights)), side(cls, sample.teacher), **context(cls, sample.n)).backward()
+    loss(pack(cls, weighted(sample.student, weights)), pack(cls, sample.teacher), **context(cls, sample.n)).backward()
     for w, *grads in zip(weights, *ranks.run(on_a_rank, sample, counts), strict=True):
         expected = torch.zeros_like(w) if w.grad is None else w.grad
         torch.testing.assert_close(torch.stack(grads).mean(0), expected)

@@ -23,7 +23,7 @@ def test_the_loss_is_that_of_the_loops(form, n, d):
 
 @pytest.mark.parametrize("form", ["kernel", "norm"])
 @pytest.mark.parametrize(("gamma", "order"), [(0.1, 1), (0.4, 3), (2.0, 5)])
-def test_kernel_width_and_order_are_those_of_the_loops_for_different_widths_too(form, gamma, order):
+def test_kernel_width_and_order_are_those_of_the_loops(form, gamma, order):
     student, teacher = np.random.default_rng(0).normal(size=(2, 5, 6))
     teacher = teacher[:, :2]
     value = CorrelationCongruence(form, gamma, order)(torch.from_numpy(student), torch.from_numpy(teacher))
@@ -36,29 +36,6 @@ def test_the_expansion_comes_down_to_the_gaussian_kernel_of_unit_vectors():
     inner = (a * b).sum(1)
     torch.testing.assert_close(gaussian_taylor(inner, 0.4, 20), exact, rtol=1e-14, atol=0)
     assert (gaussian_taylor(inner, 0.4, 2) - exact).abs().max() < 0.8**3 / math.factorial(3)
-
-
-@FORM
-def test_the_gradient_passes_gradcheck(form):
-    student, teacher = torch.randn(2, 5, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: CorrelationCongruence(form)(x, teacher), student.clone().requires_grad_())
-
-
-@FORM
-def test_the_order_of_the_rows_matters_in_the_form_rows_alone(form):
-    loss, (student, teacher) = CorrelationCongruence(form), torch.randn(2, 6, 3, dtype=torch.float64)
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    same = torch.allclose(loss(student[order], teacher[order]), loss(student, teacher))
-    assert same is (form != "rows")
-
-
-@FORM
-def test_each_form_declares_the_invariances_that_it_has(form):
-    loss, (student, teacher) = CorrelationCongruence(form), torch.randn(2, 6, 3, dtype=torch.float64)
-    turn, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
-    changes = {"rotation": student @ turn, "scale": 2 * student, "row scale": student * torch.rand(6, 1).double()}
-    held = {name for name, x in changes.items() if torch.allclose(loss(x, teacher), loss(student, teacher))}
-    assert held == loss.invariances
 
 
 @FORM

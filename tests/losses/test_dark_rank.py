@@ -86,7 +86,7 @@ def test_far_embeddings_do_not_overflow(cls):
     assert torch.isfinite(student.grad).all()
 
 
-def test_lists_too_long_to_score_all_their_orders_are_refused_with_the_cure():
+def test_lists_too_long_to_score_all_orders_are_refused():
     assert HardDarkRank(length=20).length == 20
     with pytest.raises(ValueError, match=r"SoftDarkRank: length must be at most 7, .* got 8; HardDarkRank"):
         SoftDarkRank(length=8)

@@ -16,7 +16,7 @@ def det(n: int, d: int, a: float, b: float) -> Tensor:
     return torch.sin(a * i + b * j + 0.3 * i * j)
 
 
-def sides(n: int = 7, positive: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def random_inputs(n: int = 7, positive: bool = True) -> tuple[np.ndarray, np.ndarray]:
     student, teacher = np.random.default_rng(n).normal(size=(2, n, 5))
     return (abs(student), abs(teacher[:, :4])) if positive else (student, teacher[:, :4])
 
@@ -30,7 +30,7 @@ def test_the_value_is_that_of_the_authors_code():
 @pytest.mark.parametrize("power", [1, 2, 3])
 @pytest.mark.parametrize("n", [2, 3, 7])
 def test_the_loss_is_that_of_the_loops(n, power, positive):
-    student, teacher = sides(n, positive)
+    student, teacher = random_inputs(n, positive)
     value = GraphKD(power=power)(torch.from_numpy(student), torch.from_numpy(teacher))
     assert float(value) == pytest.approx(oracle.graph_kd([student], [teacher], power=power), rel=1e-10, abs=1e-15)
 
@@ -38,7 +38,7 @@ def test_the_loss_is_that_of_the_loops(n, power, positive):
 @pytest.mark.parametrize("edges", ["all", "within", "between"])
 @pytest.mark.parametrize("neighbours", [1, 2, 6, None])
 def test_thinned_out_graphs_are_those_of_the_loops(neighbours, edges):
-    student, teacher = sides()
+    student, teacher = random_inputs()
     same = (LABELS[:, None] == LABELS).double().numpy()
     mask = {"all": None, "within": same, "between": 1 - same}[edges]
     value = GraphKD(neighbours=neighbours, power=2, edges=edges)(
@@ -48,7 +48,7 @@ def test_thinned_out_graphs_are_those_of_the_loops(neighbours, edges):
 
 
 def test_soft_labels_that_are_certain_act_like_hard_ones():
-    student, teacher = map(torch.from_numpy, sides())
+    student, teacher = map(torch.from_numpy, random_inputs())
     soft, loss = torch.nn.functional.one_hot(LABELS).float(), GraphKD(edges="between")
     torch.testing.assert_close(loss(student, teacher, labels=soft), loss(student, teacher, labels=LABELS))
 
@@ -87,7 +87,7 @@ def test_edges_that_depend_on_classes_need_labels():
     assert torch.isfinite(GraphKD()(torch.rand(4, 2), torch.rand(4, 2)))
 
 
-def test_a_batch_of_no_more_samples_than_neighbours_is_refused_with_the_cure():
+def test_a_batch_no_larger_than_neighbours_is_refused_with_the_cure():
     with pytest.raises(
         ValueError, match=r"GraphKD: .*neighbours=4.* at least 5 samples, got a batch of 4; lower neighbours"
     ):

@@ -34,8 +34,8 @@ def batches(n: int, steps: int = 1) -> list[dict[str, Tensor]]:
 
 
 def value_of(loss: HolisticKD, batch: dict[str, Tensor]) -> Tensor:
-    sides = (Outputs(embedding=batch[name], logits=batch[f"{name}_logits"]) for name in ("student", "teacher"))
-    return loss(*sides, indices=batch["indices"], labels=batch["labels"])
+    inputs = (Outputs(embedding=batch[name], logits=batch[f"{name}_logits"]) for name in ("student", "teacher"))
+    return loss(*inputs, indices=batch["indices"], labels=batch["labels"])
 
 
 def layer(module: nn.Module) -> tuple[list[list[float]], list[float]]:
@@ -167,14 +167,14 @@ def test_an_index_outside_the_memory_names_loss_and_cure():
 
 
 def test_labels_are_asked_for():
-    side = Outputs(embedding=torch.ones(8, 2), logits=torch.ones(8, 3))
+    outputs = Outputs(embedding=torch.ones(8, 2), logits=torch.ones(8, 3))
     with pytest.raises(ValueError, match=r"HolisticKD needs \['labels'\]"):
-        HolisticKD(num_samples=9)(side, side, indices=torch.arange(8))
+        HolisticKD(num_samples=9)(outputs, outputs, indices=torch.arange(8))
 
 
 def test_logits_of_pixels_are_refused():
-    side = Outputs(embedding=torch.ones(8, 2), logits=torch.ones(8, 3, 4, 4))
+    outputs = Outputs(embedding=torch.ones(8, 2), logits=torch.ones(8, 3, 4, 4))
     with pytest.raises(
         ValueError, match=r"HolisticKD: the student's logits must be \(N, classes\), got \(8, 3, 4, 4\)"
     ):
-        HolisticKD(num_samples=9)(side, side, indices=torch.arange(8), labels=torch.arange(8) % 3)
+        HolisticKD(num_samples=9)(outputs, outputs, indices=torch.arange(8), labels=torch.arange(8) % 3)

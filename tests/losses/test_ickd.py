@@ -10,7 +10,7 @@ from tests.oracles import ickd as oracle
 
 
 @pytest.mark.parametrize(("n", "channels", "ps", "pt"), [(3, 4, 6, 6), (2, 3, 4, 9), (1, 2, 1, 2), (4, 1, 3, 3)])
-def test_the_correlation_is_that_of_the_loops_whatever_the_sizes_of_the_maps(n, channels, ps, pt):
+def test_the_correlation_is_that_of_the_loops_for_all_sizes_of_maps(n, channels, ps, pt):
     rng = np.random.default_rng(0)
     s, t = rng.normal(size=(n, channels, ps)), rng.normal(size=(n, channels, pt))
     s[0, 0] = 0
@@ -19,7 +19,7 @@ def test_the_correlation_is_that_of_the_loops_whatever_the_sizes_of_the_maps(n, 
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_loss_is_that_of_the_loops_on_the_embedded_student_in_training_and_outside(training):
+def test_the_loss_is_that_of_the_loops_in_training_and_evaluation(training):
     rng = np.random.default_rng(1)
     s = [rng.normal(size=(3, 2, 2, 3)), rng.normal(size=(3, 4, 2, 2))]
     t = [rng.normal(size=(3, 3, 4, 2)), rng.normal(size=(3, 2, 2, 2))]

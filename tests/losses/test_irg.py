@@ -10,7 +10,7 @@ from lightning_rkd.utils.types import Outputs
 from tests.oracles import irg as oracle
 
 
-def shown(maps: list[np.ndarray], logits: np.ndarray | None = None) -> Outputs:
+def outputs(maps: list[np.ndarray], logits: np.ndarray | None = None) -> Outputs:
     return Outputs(
         logits=None if logits is None else torch.from_numpy(logits), feature_maps=[torch.from_numpy(m) for m in maps]
     )
@@ -30,7 +30,7 @@ def networks(n: int = 5, channels: tuple[int, int] = (2, 3)) -> tuple[Outputs, O
         "first stage": oracle.transformation((ps[0], ps[1]), (pt[0], pt[1])),
         "second stage": oracle.transformation((ps[2], ps[3]), (pt[2], pt[3])),
     }
-    return shown(s, zs), shown(t, zt), parts
+    return outputs(s, zs), outputs(t, zt), parts
 
 
 STAGES = [(0, 1), (2, 3)]

@@ -27,7 +27,7 @@ def test_the_mutual_information_term_is_that_of_the_loops(n):
 
 
 @pytest.mark.parametrize("width", [3, 4])
-def test_the_second_term_sees_the_mapped_student_only_where_the_widths_differ(width):
+def test_the_second_term_takes_the_mapped_student_if_the_widths_differ(width):
     rng = np.random.default_rng(0)
     s, t = rng.normal(size=(5, 3)), rng.normal(size=(5, width))
     loss = ITRD(3, width, correlation_weight=0.7, mutual_weight=0.3).double()

@@ -86,7 +86,7 @@ def test_similarities_of_relations_are_those_of_the_loops_also_in_float32():
 
 
 @pytest.mark.parametrize(("dim", "temperature"), [(2, 0.5), (3, 1.0), (128, 0.07)])
-def test_the_normaliser_of_crd_is_what_the_authors_take_from_the_first_batch(dim, temperature):
+def test_the_normaliser_of_crd_is_that_of_the_authors_first_batch(dim, temperature):
     samples, n, count = 500, 4, 2000
     bank, which = MemoryBank(samples, dim), torch.randint(samples, (n, count))
     features = F.normalize(torch.randn(n, dim), dim=1)
@@ -98,7 +98,7 @@ def test_the_mean_over_the_sphere_is_the_closed_form_in_three_dimensions():
     assert math.exp(crd.log_mean_exp(3, 0.25)) == pytest.approx(math.sinh(4) / 4, rel=1e-8)
 
 
-def test_the_normaliser_of_crcd_is_what_the_authors_take_from_the_first_batch():
+def test_the_normaliser_of_crcd_is_that_of_the_authors_first_batch():
     rows = CRCD(8, 8, 300, negatives=300).teacher_memory.rows
     features = F.normalize(torch.randn(1, 128), dim=1)
     relations = F.normalize(features - rows[:20], dim=1)

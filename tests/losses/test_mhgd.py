@@ -31,8 +31,8 @@ def graph(channels: tuple[int, ...], heads: int = 8) -> AttentionGraph:
     return made
 
 
-def maps(n: int, channels: tuple[int, ...], sides: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    return [torch.randn(n, c, side, side, dtype=dtype).relu() + 0.01 for c, side in zip(channels, sides, strict=True)]
+def maps(n: int, channels: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(n, c, size, size, dtype=dtype).relu() + 0.01 for c, size in zip(channels, sizes, strict=True)]
 
 
 def ready(loss: MHGD, student: list[Tensor], teacher: list[Tensor]) -> MHGD:
@@ -42,7 +42,7 @@ def ready(loss: MHGD, student: list[Tensor], teacher: list[Tensor]) -> MHGD:
 
 def exact(trained: AttentionGraph, student: list[Tensor], teacher: list[Tensor]) -> MHGD:
     """In float64 from the start: heads are frozen in the precision of the loss."""
-    widths = [tuple(m.shape[1] for m in side) for side in (student, teacher)]
+    widths = [tuple(m.shape[1] for m in x) for x in (student, teacher)]
     return ready(MHGD(trained, *widths, heads=trained.heads).double(), student, teacher)
 
 
@@ -74,7 +74,7 @@ def test_the_divergence_of_fixed_graphs_is_the_known_value():
 
 
 CASES = [
-    (5, (3, 4), (3, 4), (4, 2), (3, 3), 2),  # rows, student's channels, teacher's, sides, sides, heads
+    (5, (3, 4), (3, 4), (4, 2), (3, 3), 2),  # rows, student's channels, teacher's, sizes, sizes, heads
     (4, (6, 4, 5), (6, 4, 5), (3, 2, 1), (3, 2, 1), 3),
     (3, (2, 8), (2, 8), (4, 2), (4, 2), 1),
 ]
@@ -94,7 +94,7 @@ def test_the_loss_is_that_of_the_loops(case):
     assert float(loss(student, teacher)) == pytest.approx(expected / (n * heads * (len(channels) - 1)), rel=1e-9)
 
 
-def test_other_channels_are_brought_to_the_teachers_by_a_trained_convolution():
+def test_other_channels_are_adapted_by_a_trained_convolution():
     student, teacher = maps(4, (3, 5), (4, 2)), maps(4, (3, 6), (4, 2))
     trained = graph((3, 6), 2)
     loss = exact(trained, student, teacher)
@@ -129,10 +129,10 @@ def test_the_gradient_is_that_of_central_differences_of_the_loops():
 
 
 def test_a_student_with_the_teachers_maps_has_nothing_to_learn():
-    shown = maps(5, (3, 4), (4, 2))
-    loss = ready(MHGD(graph((3, 4))), shown, shown)
-    assert float(loss(shown, shown)) == 0
-    assert float(loss([3 * m for m in shown], shown)) == pytest.approx(0, abs=1e-12)
+    outputs = maps(5, (3, 4), (4, 2))
+    loss = ready(MHGD(graph((3, 4))), outputs, outputs)
+    assert float(loss(outputs, outputs)) == 0
+    assert float(loss([3 * m for m in outputs], outputs)) == pytest.approx(0, abs=1e-12)
 
 
 def test_one_row_gives_an_exact_zero_with_a_graph():
@@ -156,13 +156,13 @@ def test_dead_maps_give_finite_gradients():
 
 
 def test_tokens_and_vectors_are_read_as_maps_are():
-    shown = [torch.randn(4, 3, 2, 2), torch.randn(4, 5, 1, 1)]
+    outputs = [torch.randn(4, 3, 2, 2), torch.randn(4, 5, 1, 1)]
     other = [torch.randn(4, 3, 2, 2), torch.randn(4, 5, 1, 1)]
-    loss = ready(MHGD(graph((3, 5))), shown, other)
-    tokens = [[m.flatten(2).transpose(1, 2) for m in side] for side in (shown, other)]
-    vectors = [[side[0], side[1].flatten(1)] for side in (shown, other)]
-    torch.testing.assert_close(loss(*tokens), loss(shown, other))
-    torch.testing.assert_close(loss(*vectors), loss(shown, other))
+    loss = ready(MHGD(graph((3, 5))), outputs, other)
+    tokens = [[m.flatten(2).transpose(1, 2) for m in x] for x in (outputs, other)]
+    vectors = [[x[0], x[1].flatten(1)] for x in (outputs, other)]
+    torch.testing.assert_close(loss(*tokens), loss(outputs, other))
+    torch.testing.assert_close(loss(*vectors), loss(outputs, other))
 
 
 # The heads
@@ -218,37 +218,37 @@ def test_a_saved_loss_needs_no_estimator():
 
 
 def test_without_an_estimator_the_message_says_how_to_get_one():
-    shown = maps(4, (3, 4), (4, 2))
+    outputs = maps(4, (3, 4), (4, 2))
     with pytest.raises(ValueError, match=r"MHGD needs the attention graph .* fit --config .* MHGD\(estimator="):
-        MHGD()(shown, shown)
+        MHGD()(outputs, outputs)
 
 
 def test_a_missing_a_damaged_and_a_wrong_file_are_refused_by_name(tmp_path: Path):
-    shown, path = maps(4, (3, 4), (4, 2)), tmp_path / "some.ckpt"
+    outputs, path = maps(4, (3, 4), (4, 2)), tmp_path / "some.ckpt"
     with pytest.raises(FileNotFoundError, match=r"MHGD: .*some\.ckpt.*train the estimator first"):
-        MHGD(path)(shown, shown)
+        MHGD(path)(outputs, outputs)
     torch.save({"state_dict": {"weight": torch.ones(2)}}, path)
     with pytest.raises(ValueError, match=r"some\.ckpt' holds no attention graphs.*AttentionGraphEstimator"):
-        MHGD(path)(shown, shown)
+        MHGD(path)(outputs, outputs)
     torch.save(graph((3, 4)).state_dict(), path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"MHGD: .*some\.ckpt' is damaged"):
-        MHGD(path)(shown, shown)
+        MHGD(path)(outputs, outputs)
 
 
 @pytest.mark.parametrize("loss", [MHGD(AttentionGraph((3, 5))), MHGD(AttentionGraph((3, 4)), heads=4)], ids=str)
 def test_an_estimator_of_other_maps_or_heads_is_refused(loss):
-    shown = maps(4, (3, 4), (4, 2))
+    outputs = maps(4, (3, 4), (4, 2))
     with pytest.raises(ValueError, match=r"MHGD: the estimator was trained on maps of \(3, \d\) channels with 8 heads"):
-        loss(shown, shown)
+        loss(outputs, outputs)
 
 
 def test_a_single_map_is_refused():
-    shown = maps(4, (3,), (4,))
+    outputs = maps(4, (3,), (4,))
     with pytest.raises(ValueError, match=r"MHGD relates consecutive stages.*name lists of layers"):
-        MHGD(AttentionGraph((3, 4)))(shown, shown)
+        MHGD(AttentionGraph((3, 4)))(outputs, outputs)
 
 
 def test_channels_that_are_no_list_are_refused():
@@ -278,7 +278,7 @@ def test_the_estimate_is_that_of_the_loops():
     assert 0 < kept.mean() < 1
 
 
-def test_noise_depends_on_seed_and_step_alone_and_there_is_none_in_evaluation():
+def test_noise_depends_on_seed_and_step_alone_and_is_off_in_evaluation():
     vectors = [torch.rand(6, 3), torch.rand(6, 4)]
     first, state = graph((3, 4)), torch.get_rng_state()
     resumed, other = copy.deepcopy(first), copy.deepcopy(first)

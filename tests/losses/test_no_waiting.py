@@ -1,4 +1,4 @@
-"""On a GPU no loss lets the host wait for the device: shown without one, on tensors that have no values."""
+"""On a GPU no loss lets the host wait for the device: tested without one, on tensors that have no values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from lightning_rkd.functional import angles, distances
 from lightning_rkd.losses.parts import memory
-from tests.losses.test_contract import Sample, context, every_loss, side
+from tests.losses.test_contract import Sample, context, every_loss, pack
 
 pytestmark = pytest.mark.skipif(
     tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 14),
@@ -59,7 +59,7 @@ def test_no_loss_looks_at_a_value(cls, mode):
         host = getattr(module, "on_host", ())
         for kind in (module._parameters, module._buffers):
             kind |= {name: on_gpu(x, mode).detach() for name, x in kind.items() if x is not None and name not in host}
-    student, teacher = (on_gpu(side(cls, shown), mode) for shown in (sample.student, sample.teacher))
+    student, teacher = (on_gpu(pack(cls, outputs), mode) for outputs in (sample.student, sample.teacher))
     given = {name: on_gpu(value, mode) for name, value in context(cls, sample.n).items()}
     with mode:
         value = loss(student, teacher, **given)

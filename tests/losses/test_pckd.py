@@ -19,14 +19,14 @@ def weighted(*weights: float) -> dict[str, float]:
     return dict(zip(("contrast_weight", "correlation_weight", "align_weight", "kl_weight"), weights, strict=True))
 
 
-def side(rows: int, width: int, bias: bool = True) -> Outputs:
+def random_outputs(rows: int, width: int, bias: bool = True) -> Outputs:
     x, z = torch.randn(rows, width, dtype=torch.float64), 2 * torch.randn(rows, CLASSES, dtype=torch.float64)
     weight = torch.randn(CLASSES, width, dtype=torch.float64)
     return Outputs(x, z, classifier=(weight, torch.randn(CLASSES, dtype=torch.float64) if bias else None))
 
 
-def arrays(shown: Outputs) -> tuple[np.ndarray, ...]:
-    return tuple(x.numpy() for x in (shown.embedding, shown.logits, *shown.classifier))
+def arrays(outputs: Outputs) -> tuple[np.ndarray, ...]:
+    return tuple(x.numpy() for x in (outputs.embedding, outputs.logits, *outputs.classifier))
 
 
 def views(samples: int, count: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -40,7 +40,7 @@ def views(samples: int, count: int) -> tuple[Tensor, Tensor, list[int]]:
 @pytest.mark.parametrize("widths", [(3, 5), (4, 4)], ids=["other widths", "same widths"])
 @pytest.mark.parametrize("epoch", [0, 200])
 def test_the_loss_is_that_of_the_loops(samples, count, widths, weights, epoch):
-    student, teacher = (side(samples * count, width) for width in widths)
+    student, teacher = (random_outputs(samples * count, width) for width in widths)
     labels, view, sample = views(samples, count)
     loss = PCKD(*widths, **weighted(*weights)).double()
     parameters = {name: p.detach().numpy() for name, p in loss.named_parameters()}
@@ -50,7 +50,7 @@ def test_the_loss_is_that_of_the_loops(samples, count, widths, weights, epoch):
 
 
 def test_the_authors_small_number_in_the_logarithm_changes_next_to_nothing():
-    student, teacher = side(8, 4), side(8, 6)
+    student, teacher = random_outputs(8, 4), random_outputs(8, 6)
     labels, _, sample = views(8, 1)
     loss = PCKD(student_dim=4, teacher_dim=6).double()
     parameters = {name: p.detach().numpy() for name, p in loss.named_parameters()}
@@ -61,7 +61,7 @@ def test_the_authors_small_number_in_the_logarithm_changes_next_to_nothing():
 
 @pytest.mark.parametrize("weights", [SHIPPED, (0.3, 0.5, 1.0, 2.0)], ids=["shipped", "all"])
 def test_the_gradient_passes_gradcheck_where_no_sample_is_hard(weights):
-    student, teacher = side(4, 2), side(4, 2)
+    student, teacher = random_outputs(4, 2), random_outputs(4, 2)
     loss = PCKD(2, 2, **weighted(*weights)).double()
     leaves = [x.requires_grad_() for x in (student.embedding, student.logits, *student.classifier, *loss.parameters())]
 
@@ -72,7 +72,7 @@ def test_the_gradient_passes_gradcheck_where_no_sample_is_hard(weights):
 
 
 def test_the_weights_of_hard_samples_are_constants():
-    student, teacher = side(6, 3), side(6, 5)
+    student, teacher = random_outputs(6, 3), random_outputs(6, 5)
     labels = torch.tensor([0, 1, 1, 3, 2, 2])
     loss = PCKD(3, 5, **weighted(1.0, 0.0, 0.0, 0.0)).double()
     assert preview_weights(student.logits, labels).min() < 1
@@ -92,7 +92,7 @@ def test_easy_samples_weigh_one_and_hard_ones_less():
     )
 
 
-def test_the_threshold_of_hardness_is_the_growth_to_the_power_of_epochs_begun():
+def test_the_threshold_of_hardness_grows_with_every_epoch():
     hardness = torch.tensor([1.1, 0.9], dtype=torch.float64)  # cross-entropies, of mean 1
     logits = torch.stack([-hardness.expm1().log(), torch.zeros(2)], dim=1)
     labels = torch.zeros(2, dtype=torch.int64)
@@ -133,7 +133,7 @@ def test_rows_of_one_class_attract_and_of_others_repel():
 def test_classifiers_are_compared_only_where_their_shapes_are_the_same():
     labels = torch.tensor([0, 1, 2, 3])
     for widths, bias, compared in (((3, 3), True, True), ((3, 3), False, True), ((3, 4), True, False)):
-        student, teacher = (side(4, width, bias) for width in widths)
+        student, teacher = (random_outputs(4, width, bias) for width in widths)
         value = PCKD(**weighted(0.0, 1.0, 0.0, 0.0))(student, teacher, labels=labels, epoch=0)
         expected = torch.zeros((), dtype=torch.float64)
         if compared:
@@ -149,21 +149,21 @@ def test_it_takes_what_rotations_make():
     images, labels = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 2])
     batch = Rotations()(Batch(images, labels))
 
-    def shown(width: int) -> Outputs:
+    def outputs(width: int) -> Outputs:
         backbone, head = torch.nn.Linear(16, width), torch.nn.Linear(width, 3)
         x = backbone(batch.inputs.flatten(1))
         return Outputs(x, head(x), classifier=(head.weight, head.bias))
 
-    student = shown(4)
-    value = PCKD(kl_weight=1.0)(student, shown(6), labels=batch.labels, view=batch.view, epoch=0)
+    student = outputs(4)
+    value = PCKD(kl_weight=1.0)(student, outputs(6), labels=batch.labels, view=batch.view, epoch=0)
     value.backward()
     assert torch.isfinite(value.detach())
     assert all(p.grad is not None for p in student.classifier)
 
 
 def test_a_single_row_has_the_batch_statistics_of_itself():
-    loss, one = PCKD(**weighted(0.0, 0.0, 1.0, 0.0)), side(1, 3)
-    teacher = side(1, 5)
+    loss, one = PCKD(**weighted(0.0, 0.0, 1.0, 0.0)), random_outputs(1, 3)
+    teacher = random_outputs(1, 5)
     value = loss(one, teacher, labels=torch.tensor([0]), epoch=0)
     hidden = loss.align[1].bias.relu()  # what is left of a row minus its mean
     expected = 2 - 2 * torch.cosine_similarity(loss.align[3](hidden), teacher.embedding[0], dim=0)
@@ -172,20 +172,20 @@ def test_a_single_row_has_the_batch_statistics_of_itself():
 
 def test_labels_that_are_no_class_numbers_are_refused():
     with pytest.raises(ValueError, match=r"PCKD: labels must be \(N,\) class numbers"):
-        PCKD()(side(4, 3), side(4, 3), labels=torch.rand(4, CLASSES), epoch=0)
+        PCKD()(random_outputs(4, 3), random_outputs(4, 3), labels=torch.rand(4, CLASSES), epoch=0)
     with pytest.raises(TypeError, match="PCKD: labels are whole numbers, one per row"):
-        PCKD()(side(4, 3), side(4, 3), labels=torch.rand(4), epoch=0)
+        PCKD()(random_outputs(4, 3), random_outputs(4, 3), labels=torch.rand(4), epoch=0)
 
 
 def test_networks_of_other_classes_are_refused():
-    teacher = side(4, 3)
+    teacher = random_outputs(4, 3)
     teacher.classifier = (torch.randn(7, 3), torch.randn(7))
     with pytest.raises(ValueError, match="PCKD: student and teacher must have the same classes, got 4 and 7"):
-        PCKD()(side(4, 3), teacher, labels=torch.arange(4), epoch=0)
+        PCKD()(random_outputs(4, 3), teacher, labels=torch.arange(4), epoch=0)
 
 
 def test_logits_and_labels_of_other_classes_and_of_pixels_are_refused():
-    student, other, dense = side(4, 3), side(4, 3), side(4, 3)
+    student, other, dense = random_outputs(4, 3), random_outputs(4, 3), random_outputs(4, 3)
     other.logits, dense.logits = torch.randn(4, 7), torch.randn(4, CLASSES, 2, 2)
     with pytest.raises(ValueError, match=r"PCKD: the student has 4 classes, the teacher 7.*embeddings"):
         PCKD()(student, other, labels=torch.arange(4), epoch=0)
@@ -197,4 +197,6 @@ def test_logits_and_labels_of_other_classes_and_of_pixels_are_refused():
 
 def test_views_without_their_sample_are_refused():
     with pytest.raises(ValueError, match="PCKD: row 3 is view 1 of a sample whose view 0 is not in the batch"):
-        PCKD()(side(4, 3), side(4, 3), labels=torch.arange(4), view=torch.tensor([0, 1, 2, 1]), epoch=0)
+        PCKD()(
+            random_outputs(4, 3), random_outputs(4, 3), labels=torch.arange(4), view=torch.tensor([0, 1, 2, 1]), epoch=0
+        )

@@ -65,7 +65,7 @@ def test_a_sample_alone_or_opposite_to_all_others_gives_a_finite_gradient(reduct
 
 
 @REDUCTION
-def test_wide_opposite_rows_whose_cosine_rounds_below_minus_one_give_finite_losses(reduction):
+def test_cosines_that_round_below_minus_one_give_finite_losses(reduction):
     row = torch.randn(1, 2048, generator=torch.Generator().manual_seed(0))
     student = torch.cat([factor * row for factor in (1, -1.37, -0.73, -3.3)]).requires_grad_()
     teacher = torch.randn(4, 5)

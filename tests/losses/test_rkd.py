@@ -92,9 +92,7 @@ def test_the_gradient_is_that_of_central_differences_of_the_loops(loss, loops, f
     [(torch.float16, 1.0), (torch.float16, 1e3), (torch.bfloat16, 1e3), (torch.float32, 1.0), (torch.float64, 1.0)],
     ids=str,
 )
-def test_every_dtype_scale_and_offset_gives_the_float64_loss_of_the_same_numbers(
-    loss, loops, formula, dtype, scale, offset, n
-):
+def test_every_dtype_scale_and_offset_gives_the_float64_loss(loss, loops, formula, dtype, scale, offset, n):
     student, teacher = (torch.randn(n, 24) * scale + offset for _ in range(2))
     student, teacher = student.to(dtype), teacher.to(dtype)
     value = loss(student, teacher)
@@ -238,7 +236,7 @@ def step(n):
     student = torch.randn(n, 128, requires_grad=True)
     RKDAngle()(student, torch.randn(n, 512), shard=First()).backward()
 
-def peak():  # GiB; getrusage would show the parent's where that was higher
+def peak():  # GiB; getrusage would give the parent's where that was higher
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
 
 torch.set_num_threads(1)

@@ -25,7 +25,7 @@ def by_loops(loss: RRD, student: torch.Tensor, teacher: torch.Tensor, queue: lis
 
 
 @pytest.mark.parametrize("temperatures", [(0.1, 0.02), (0.5, 1.0)])
-def test_over_several_steps_the_loss_is_that_of_the_loops_with_the_last_rows(temperatures):
+def test_the_loss_over_several_steps_is_that_of_the_loops(temperatures):
     torch.manual_seed(0)
     loss = small(student_temperature=temperatures[0], teacher_temperature=temperatures[1])
     queue = loss.queue.rows.tolist()

@@ -48,23 +48,17 @@ def test_what_is_read_is_a_matter_of_the_instance():
     student, teacher = maps(4, (3, 2, 2)), maps(4, (5, 2, 2))
     loss = SimilarityPreserving(reads="feature_maps")
     expected = loss(student, teacher)
-    sides = (
+    inputs = (
         Outputs(embedding=torch.randn(4, 2), feature_maps=student),
         Outputs(embedding=torch.randn(4, 2), feature_maps=teacher),
     )
     for term in (loss, copy.deepcopy(loss), 1.0 * loss):
-        torch.testing.assert_close(term(*sides), expected)
+        torch.testing.assert_close(term(*inputs), expected)
     assert SimilarityPreserving().reads == "embedding"
     torch.testing.assert_close(SimilarityPreserving()(*(x[0].flatten(1) for x in (student, teacher))), expected)
 
 
-def test_reading_maps_passes_gradcheck():
-    student, teacher = maps(4, (2, 2, 2), (3, 1, 1)), maps(4, (3, 2, 2), (2, 4))
-    leaves = [x.requires_grad_() for x in student]
-    assert torch.autograd.gradcheck(lambda *x: SimilarityPreserving(reads="feature_maps")(x, teacher), leaves)
-
-
-def test_a_sample_without_activation_counts_as_unlike_all_and_passes_no_gradient():
+def test_a_sample_without_activation_is_similar_to_none():
     student, teacher = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
     student[2] = 0
     student.requires_grad_()

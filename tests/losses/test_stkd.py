@@ -79,7 +79,7 @@ def test_unmixed_samples_make_it_ordinary_distillation():
         torch.testing.assert_close(STKD(form)(student, teacher, mix=alone, labels=labels), expected)
 
 
-def test_the_right_classes_do_not_matter_where_only_the_wrong_ones_are_imitated():
+def test_right_classes_do_not_matter_where_wrong_ones_are_imitated():
     student, teacher, mix, labels = example()
     loss = STKD("wrong classes", share=1.0)
     before = loss(student, teacher, mix=mix, labels=labels)
@@ -114,9 +114,9 @@ def test_it_takes_what_mixup_makes():
     for form, clean in (("virtual", False), ("blended", True), ("wrong classes", False)):
         batch = MixUp(clean_teacher=clean)(Batch(x, y))
         seen = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
-        shown = student(batch.inputs), teacher(seen)
-        value = STKD(form)(*shown, mix=batch.mix, labels=batch.labels)
-        arrays = [v.detach().double().numpy() for v in shown]
+        outputs = student(batch.inputs), teacher(seen)
+        value = STKD(form)(*outputs, mix=batch.mix, labels=batch.labels)
+        arrays = [v.detach().double().numpy() for v in outputs]
         expected = oracle.stkd(*arrays, batch.mix.ratio.tolist(), batch.mix.partners.tolist(), y.tolist(), form)
         assert float(value.detach()) == pytest.approx(expected, rel=1e-5)
         assert np.array_equal(seen.numpy(), x.numpy()) is clean

@@ -43,7 +43,7 @@ def test_exponent_one_is_hintons_loss_at_temperature_one(cls, weighted):
     torch.testing.assert_close(cls(1.0)(student, teacher), SoftTarget(1.0)(student, teacher))
 
 
-def test_a_certain_teacher_weighs_one_and_one_that_knows_nothing_a_power_of_the_classes():
+def test_a_one_hot_teacher_weighs_one_and_a_uniform_one_a_power():
     student = torch.randn(1, 5, dtype=torch.float64)
     for teacher, weight in ((torch.tensor([[1e3, 0, 0, 0, 0]]), 1), (torch.zeros(1, 5), 5**0.75)):
         ratio = WTTM(0.25)(student, teacher) / TTM(0.25)(student, teacher)

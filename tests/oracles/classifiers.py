@@ -72,11 +72,13 @@ def overlap(weights: list[Rows]) -> float:
     return total
 
 
-Shown = tuple[list[float], Rows]
+NetOutputs = tuple[list[float], Rows]
 """Scores and auxiliary logits of one relation net for all anchors."""
 
 
-def relations(near: list[Shown], far: list[Shown], labels: list[int], others: list[int]) -> tuple[float, float, float]:
+def relations(
+    near: list[NetOutputs], far: list[NetOutputs], labels: list[int], others: list[int]
+) -> tuple[float, float, float]:
     """Classes, triplets and scores of class-oriented self-distillation; the last net belongs to the deepest stage."""
     count = len(labels)
     classes = triplet = scores = 0.0

@@ -10,7 +10,9 @@ from tests.oracles.soft_target import softmax
 
 def columns(student: np.ndarray, teacher: np.ndarray, temperatures: list[float]) -> float:
     """One minus the mean over classes of the cosine between the two columns of probabilities."""
-    ps, pt = (np.array([softmax(z, t) for z, t in zip(side, temperatures, strict=True)]) for side in (student, teacher))
+    ps, pt = (
+        np.array([softmax(z, t) for z, t in zip(network, temperatures, strict=True)]) for network in (student, teacher)
+    )
     classes = student.shape[1]
     return 1 - sum(cosine(ps[:, k], pt[:, k]) for k in range(classes)) / classes
 

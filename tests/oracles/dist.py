@@ -24,7 +24,7 @@ def dist(
     temperature: float = 1.0,
 ) -> float:
     n, k = student.shape
-    ps, pt = ([softmax(z, temperature) for z in side] for side in (student, teacher))
+    ps, pt = ([softmax(z, temperature) for z in network] for network in (student, teacher))
     inter = 1 - sum(pearson(ps[i], pt[i]) for i in range(n)) / n
     intra = 1 - sum(pearson([row[j] for row in ps], [row[j] for row in pt]) for j in range(k)) / k
     return temperature**2 * (inter_weight * inter + intra_weight * intra)

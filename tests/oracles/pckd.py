@@ -22,7 +22,7 @@ def unit(x: Array) -> Array:
 def preview(
     logits: Array, labels: Sequence[int], sample: Sequence[int], epoch: int, growth: float = 1.005
 ) -> list[float]:
-    """w of every row; ``sample[i]`` is the row that shows the sample of row i unrotated. Their epochs begin at 1."""
+    """w of every row; ``sample[i]`` is the unrotated row of the sample of row i. Their epochs begin at 1."""
     first = sorted(set(sample))
     ce = {i: -math.log(softmax(logits[i])[labels[i]]) for i in first}
     mean = sum(ce.values()) / len(ce)
@@ -73,7 +73,7 @@ def pckd(
     weights: Sequence[float] = (0.05, 1.0, 20.0, 0.0),
     eps: float = 0.0,
 ) -> float:
-    """L without its task loss. Sides are (embedding, logits, weight, bias); ``weights`` are beta, alpha, f, delta."""
+    """L without its task loss. Inputs are (embedding, logits, weight, bias); ``weights`` are beta, alpha, f, delta."""
     (s, zs, ws, bs), (t, zt, wt, bt) = student, teacher
     beta, alpha, f, delta = weights
     w = preview(zs, labels, sample, epoch)

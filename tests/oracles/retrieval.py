@@ -16,11 +16,11 @@ def retrieval(
 ) -> dict[str, float]:
     samples, seen = [], set()
     for n, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        asks = bool(is_query[n]) if is_query is not None else None
-        key = (indices[n] if indices is not None else n, asks)
+        role = bool(is_query[n]) if is_query is not None else None
+        key = (indices[n] if indices is not None else n, role)
         if key not in seen:
             seen.add(key)
-            samples.append((key[0], label, row, asks))
+            samples.append((key[0], label, row, role))
     sums = {**{f"recall_at_{n}": 0.0 for n in k}, "map_at_r": 0.0, "r_precision": 0.0}
     counted = 0
     for query in samples:

@@ -64,11 +64,6 @@ class Estimator(nn.Module):
     drops there as well.
 
     Shapes: front (N, C_F), logits (heads, N, N), kept (heads, N, 1) -> (N, C_B), unit rows.
-
-    Args:
-        front: C_F.
-        back: C_B.
-        heads: The number of graphs.
     """
 
     def __init__(self, front: int, back: int, heads: int = 8) -> None:
@@ -93,12 +88,6 @@ class AttentionGraph(nn.Module):
             that ranks agree and a resumed run continues exactly.
 
     Shapes: for every stage (N, C), unit rows -> for every stage but the first (N, C), the estimates.
-
-    Raises:
-        ValueError: Fewer than two stages, or no heads.
-
-    Reference:
-        Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.
 
     Example:
         >>> graph = AttentionGraph((4, 6, 8), heads=2)
@@ -129,11 +118,7 @@ class AttentionGraph(nn.Module):
 
 
 def attention_between(channels: Sequence[int], heads: int, *, frozen: bool = False) -> nn.ModuleList:
-    """Attention heads for every pair of consecutive stages, front to back.
-
-    Raises:
-        ValueError: Fewer than two stages, or no heads.
-    """
+    """Attention heads for every pair of consecutive stages, front to back."""
     if len(channels) < 2 or heads < 1:
         raise ValueError(
             "MHGD: an attention graph relates consecutive stages: it needs the channels of at least two, and at least "

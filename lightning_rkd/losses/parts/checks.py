@@ -13,45 +13,28 @@ _CURES = {2: "pool them over the pixels first", 4: "read the logits before they 
 
 
 def check_positive(name: str, **values: float) -> None:
-    """Raise ``ValueError`` for settings that are not positive, finite numbers.
-
-    Example:
-        >>> check_positive("SoftTarget", temperature=4)
-    """
+    """Raise ``ValueError`` for settings that are not positive, finite numbers."""
     for setting, value in values.items():
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name}: {setting} must be a positive number, got {value}")
 
 
 def check_at_least(name: str, least: float, **values: float) -> None:
-    """Raise ``ValueError`` for settings below ``least``.
-
-    Example:
-        >>> check_at_least("GraphKD", 1, power=2)
-    """
+    """Raise ``ValueError`` for settings below ``least``."""
     for setting, value in values.items():
         if not value >= least:
             raise ValueError(f"{name}: {setting} must be at least {least}, got {value}")
 
 
 def check_share(name: str, **values: float) -> None:
-    """Raise ``ValueError`` for settings outside [0, 1].
-
-    Example:
-        >>> check_share("STKD", share=0.9)
-    """
+    """Raise ``ValueError`` for settings outside [0, 1]."""
     for setting, value in values.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: {setting} must be between 0 and 1, got {value}")
 
 
 def check_choice(name: str, choices: Any, **values: str) -> None:
-    """Raise ``ValueError`` for settings that are not among the values of a ``Literal``.
-
-    Example:
-        >>> from typing import Literal
-        >>> check_choice("NST", Literal["linear", "gaussian"], kernel="linear")
-    """
+    """Raise ``ValueError`` for settings that are not among the values of a ``Literal``."""
     for setting, value in values.items():
         if value not in get_args(choices):
             *names, last = map(repr, get_args(choices))
@@ -66,10 +49,6 @@ def check_logits(student: Tensor, teacher: Tensor, name: str, *, dims: Sequence[
         teacher: Logits of the teacher.
         name: The loss.
         dims: The numbers of dimensions that the loss takes: 2 for (N, K), 4 for dense (N, K, H, W).
-
-    Example:
-        >>> import torch
-        >>> check_logits(torch.ones(2, 10), torch.ones(2, 10), "SoftTarget")
     """
     for who, z in (("student", student), ("teacher", teacher)):
         if z.ndim not in dims:
@@ -91,12 +70,7 @@ def check_logits(student: Tensor, teacher: Tensor, name: str, *, dims: Sequence[
 
 
 def check_classes(labels: Tensor, classes: int, name: str) -> None:
-    """Raise ``ValueError`` for labels outside the classes of the logits; on a CPU only, as others would be waited for.
-
-    Example:
-        >>> import torch
-        >>> check_classes(torch.tensor([0, 4]), 5, "STKD")
-    """
+    """Raise ``ValueError`` for labels outside the classes of the logits; on a CPU only, to wait for no device."""
     if labels.device.type != "cpu":
         return
     low, high = int(labels.min()), int(labels.max())

@@ -46,9 +46,6 @@ class MemoryBank(StepState):
         labels: (M,), the classes of the samples that a batch has held.
         updates: The number of updates; stays in host memory.
 
-    Raises:
-        ValueError: Fewer than two samples, or no width.
-
     Example:
         >>> bank = MemoryBank(4, 2)
         >>> bank.update(torch.tensor([1, 1]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), momentum=0.0)
@@ -83,20 +80,14 @@ class MemoryBank(StepState):
         return {**self.__dict__, "_late": []}  # events of a device cannot be copied
 
     def locate(self, indices: Tensor) -> Tensor:
-        """The indices as int64 on the bank's device, checked.
+        """Check indices and move them to the bank's device, as int64.
 
-        A wrong index is refused at once; on CUDA, so that the host never waits, it is replaced by one that exists and
-        refused when a later batch is located.
-
-        Raises:
-            TypeError: Indices that are not integers.
-            ValueError: An index outside the bank.
+        An index outside the bank is refused at once; on CUDA, so that the host never waits, it is clamped, and refused
+        when a later batch is located.
         """
         if indices.ndim != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
-            raise TypeError(
-                f"{self.name}: indices must be integers of shape (N,), got {indices.dtype} of shape "
-                f"{tuple(indices.shape)}"
-            )
+            got = f"{indices.dtype} of shape {tuple(indices.shape)}"
+            raise TypeError(f"{self.name}: indices must be integers of shape (N,), got {got}")
         indices = indices.to(self.rows.device, torch.int64)
         bounds = torch.stack(indices.aminmax())
         if not indices.is_cuda:
@@ -115,18 +106,15 @@ class MemoryBank(StepState):
 
         Without labels they come from all other samples, with labels from all samples of other classes. The bank knows
         the class of a sample after its first update; until then its row is a random point of no class, a negative for
-        every sample. The draws depend on seed, number of updates, and the rank of a sample's index
-        among those of the batch, not on the order of the rows.
+        every sample. The draws depend on the seed, the number of updates, and the rank of a sample's index among those
+        of the batch, not on the order of the rows.
 
         Shapes: (N,) -> (N, count), int64.
 
         Args:
-            indices: Of the batch's samples, as :meth:`locate` gives them.
+            indices: From :meth:`locate`.
             count: Negatives per sample; may exceed the number of samples.
             labels: Classes (N,), or soft labels (N, K), of which the largest counts.
-
-        Raises:
-            ValueError: All samples in memory are of one class (CPU only).
         """
         size, device = len(self), self.rows.device
         if labels is None:
@@ -173,7 +161,7 @@ class MemoryBank(StepState):
         """Renew the rows of a batch's samples, and store their classes; call it in training only, after the loss.
 
         Args:
-            indices: (N,), as :meth:`locate` gives them; duplicates count as one sample with the mean of their rows.
+            indices: From :meth:`locate`; duplicates count as one sample with the mean of their rows.
             rows: (N, dim).
             momentum: Share of the old row.
             labels: As in :meth:`draw`.
@@ -214,9 +202,6 @@ class Queue(StepState):
     Attributes:
         rows: (size, dim), in no particular order; float32 (float64 after ``.double()``).
         pushed: The number of rows pushed so far; stays in host memory.
-
-    Raises:
-        ValueError: No size or no width.
 
     Example:
         >>> queue = Queue(3, 1)
