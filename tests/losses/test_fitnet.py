@@ -94,7 +94,7 @@ def test_maps_paired_with_tokens_are_refused():
 
 
 def test_lists_of_different_length_are_refused():
-    with pytest.raises(ValueError, match="FitNetHint: the student shows 2 maps, the teacher 1"):
+    with pytest.raises(ValueError, match="FitNetHint: 2 feature maps of the student and 1 of the teacher"):
         FitNetHint()([torch.randn(2, 3, 4, 4)] * 2, [torch.randn(2, 4, 4, 4)])
     with pytest.raises(ValueError, match=r"FitNetHint: maps are compared in pairs, got channels \(3, 5\)"):
         FitNetHint((3, 5), (4,))

@@ -76,5 +76,5 @@ def test_a_student_that_turns_and_scales_the_teacher_has_no_loss():
 
 
 def test_maps_that_do_not_pair_up_are_refused():
-    with pytest.raises(ValueError, match="SimilarityPreserving: the student shows 1 maps, the teacher 2"):
+    with pytest.raises(ValueError, match="SimilarityPreserving: 1 feature maps of the student and 2 of the teacher"):
         SimilarityPreserving(reads="feature_maps")(maps(3, (2, 2, 2)), maps(3, (2, 2, 2), (2, 2, 2)))
