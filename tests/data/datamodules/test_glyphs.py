@@ -14,23 +14,30 @@ from lightning_rkd.data import GlyphDataModule
 from lightning_rkd.data.datamodules import glyphs as g
 
 
+def _clear() -> bool:
+    g._load_glyphs.cache_clear()
+    return True
+
+
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    g._load_glyphs.cache_clear()
+    _clear()
     yield
-    g._load_glyphs.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("glyphs")
-    GlyphDataModule(cache_dir=folder).prepare_data()
-    return folder
+    _clear()
 
 
 @pytest.fixture(scope="module")
 def rendered() -> tuple[np.ndarray, str]:
     return g.render_glyphs(56)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, rendered: tuple[np.ndarray, str]) -> Path:
+    folder = tmp_path_factory.mktemp("glyphs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(g, "render_glyphs", lambda size: rendered if size == 56 else pytest.fail("another size"))
+        GlyphDataModule(cache_dir=folder).prepare_data()
+    return folder
 
 
 def test_no_two_glyphs_look_alike_in_any_face(rendered: tuple[np.ndarray, str]) -> None:
@@ -59,13 +66,15 @@ def test_glyphs_fit_on_their_canvas(rendered: tuple[np.ndarray, str]) -> None:
 
 
 def test_rendering_is_deterministic_and_the_cache_holds_it(cache: Path, tmp_path: Path) -> None:
-    kept = GlyphDataModule(cache_dir=cache).load()
-    g._load_glyphs.cache_clear()
-    fresh = GlyphDataModule(cache_dir=tmp_path).load()
-    assert torch.equal(kept.images, fresh.images)
-    assert kept.class_names == fresh.class_names
-    assert kept.images.shape == (12 * len(kept.class_names), 1, 28, 28)
-    assert [p.suffix for p in tmp_path.iterdir()] == [".npz"]
+    rendered, kept, fresh = (
+        GlyphDataModule(cache_dir=tmp_path / folder, image_size=12).load() for folder in ("a", "a", "b") if _clear()
+    )
+    for again in (kept, fresh):
+        assert torch.equal(again.images, rendered.images)
+        assert again.class_names == rendered.class_names
+    assert [p.suffix for p in (tmp_path / "a").iterdir()] == [".npz"]
+    usual = GlyphDataModule(cache_dir=cache).load()
+    assert usual.images.shape == (12 * len(usual.class_names), 1, 28, 28)
 
 
 def test_a_sound_cache_is_read_and_nothing_rendered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
