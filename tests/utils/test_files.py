@@ -1,4 +1,4 @@
-"""A file is whole or not there, and damage is found before anything is read."""
+"""Files are written atomically, and damage is found before anything is read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def same(a: object, b: object) -> bool:
 
 
 def outcome(path: Path, sound: object) -> str:
-    """What becomes of whoever checks a file and then loads it."""
+    """Result of verifying a file and loading it."""
     try:
         check_file(path)
         found = torch.load(path, weights_only=True)
@@ -78,12 +78,12 @@ def test_a_writer_that_is_killed_leaves_the_old_content(tmp_path: Path) -> None:
     """SIGKILL when all bytes are written and the name is not changed yet."""
     path = tmp_path / "x"
     path.write_bytes(b"old")
-    code = f"import os; from lightning_rkd.utils import files; os.fsync = lambda f: os.kill(os.getpid(), 9); " \
-           f"files.write_whole({str(path)!r}, b'new' * 1000)"  # fmt: skip
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    code = "import os, sys; from lightning_rkd.utils import files; os.fsync = lambda f: os.kill(os.getpid(), 9)"
+    run = [sys.executable, "-c", f"{code}; files.write_whole(sys.argv[1], b'new' * 1000)", str(path)]
+    assert subprocess.run(run).returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
     write_whole(path, b"new")
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"x": b"new"}, "nothing is left lying about"
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"x": b"new"}, "no temporary file is left"
 
 
 def test_a_writer_that_is_interrupted_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

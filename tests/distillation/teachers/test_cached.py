@@ -20,10 +20,17 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.data import Augment, AugmentedSubset, ImageSet, MixUp, PKBatchSampler, Rotations
 from lightning_rkd.data.indexing import IndexedBatch, with_indices
-from lightning_rkd.distillation.features import CaptureError
-from lightning_rkd.distillation.teachers import CachedTeacher, CacheError, EnsembleTeacher, Teacher, cache_format
+from lightning_rkd.distillation.features import CaptureError, Tap
+from lightning_rkd.distillation.teachers import (
+    CachedTeacher,
+    CacheError,
+    EnsembleTeacher,
+    Teacher,
+    cache_format,
+    cached,
+)
 from lightning_rkd.distillation.teachers.cache_format import MANIFEST, shard_name
-from lightning_rkd.distillation.teachers.cache_writer import write_cache
+from lightning_rkd.distillation.teachers.cache_writer import describe_layer, write_cache
 from lightning_rkd.losses.attention_transfer import AttentionTransfer
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.losses.soft_target import SoftTarget
@@ -187,6 +194,23 @@ def test_another_data_set_is_refused_by_name_of_what_differs(face: str, tmp_path
     learn(face, CachedTeacher(path, ignore=["class", "content"]), batches=batches)
     with pytest.raises(CacheError, match="teacher layer: cached 'output', now '0'"):
         learn(face, CachedTeacher(path), {"teacher_layer": "0"})
+
+
+def test_ranks_with_different_caches_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached, "gather_objects", lambda fingerprint, group=None: [fingerprint, "another"])
+    for teacher in (CachedTeacher(cache(tmp_path)), CachedTeacher.from_array(X)):
+        with pytest.raises(RuntimeError, match=r"the caches .* of the ranks differ \(.*'another'\]\): copy one"):
+            learn("callback", teacher)
+
+
+def test_the_description_of_a_layer_is_the_same_in_every_run() -> None:
+    def described(function: Any) -> str:
+        return describe_layer({"x": Tap("a", read=lambda output, arguments: output), "y": ["b", Tap(function)]})
+
+    assert described(len) == described(len) != described(max)
+    assert "at 0x" not in described(lambda network: network.body)
+    assert [describe_layer(layer) for layer in (None, "a.b", ["a", "b"])] == ["output", "a.b", "{0: 'a', 1: 'b'}"]
+    assert describe_layer(Tap("a", read=len)) != describe_layer(Tap("a", read=max)) != describe_layer(Tap("a"))
 
 
 class Jitters(Dataset[Any]):
