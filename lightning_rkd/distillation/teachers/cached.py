@@ -92,7 +92,7 @@ class CachedTeacher(BaseTeacher):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave rows of files out of copies and pickles, which read them again."""
-        return self.__dict__ | {"_reader": None, "_prepared": False, "teacher": copy(self.teacher)}
+        return self.__dict__ | {"_reader": None, "teacher": copy(self.teacher)}
 
     def attach(self, layer: Layer | None) -> None:
         """Read the manifest and compare the layer, or attach the teacher that writes the cache."""

@@ -248,10 +248,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a negative index": (lambda p: read(CachedTeacher(cache(p)), [0, -1]), "has the index -1"),
     "no indices": (outputs, r"with_indices\(loader\)"),
     "input_layer": (lambda p: outputs(p, [1]), "leave input_layer out"),
-    "views of a batch": (
-        lambda p: outputs(p, indices=torch.ones(2).long(), view=torch.ones(2)),
-        "leave the batch_transform out",
-    ),
+    **{
+        f"a batch with {changed}": (
+            lambda p, changed=changed: outputs(p, indices=torch.ones(2).long(), **{changed: torch.ones(2)}),
+            "leave the batch_transform out",
+        )
+        for changed in ("view", "mix", "teacher_inputs")
+    },
     "a loss of maps": (
         lambda p: CachedTeacher(p).check_loss("at", AttentionTransfer()),
         r"reads \['feature_maps'\], but a cached teacher holds embeddings and logits",
@@ -262,6 +265,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: cache(p, Computes(lambda x: x.view(len(x), -1, 1, 2))),
         r"an embedding \(N, D\) or logits",
     ),
+    "other rows": (lambda p: cache(p, Computes(lambda x: x[:1])), "returned 1 rows for 16 samples"),
     "NaN": (lambda p: cache(p, Computes(lambda x: x * torch.nan)), "row 0 is NaN or infinite"),
     "overflow": (
         lambda p: cache(p, Computes(lambda x: x * 1e9), dtype="float16"),
@@ -286,7 +290,8 @@ def test_no_damaged_file_is_read_in_silence_and_a_run_repairs_it(tmp_path: Path)
         whole = (path / victim).read_bytes()
         for trial in range(60):
             damaged = bytearray(whole)
-            damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+            at = rng.integers(len(whole)) if trial > 1 else whole.index(b"/embedding") + 3  # the name of a field
+            damaged[at] ^= 1 << rng.integers(8)
             (path / victim).write_bytes(damaged if trial % 3 else whole[: rng.integers(len(whole))])
             with pytest.raises(CacheError, match=f"{re.escape(victim)}.*lightning-rkd cache"):
                 read(CachedTeacher(path), range(ROWS))
