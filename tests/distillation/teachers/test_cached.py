@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
-from lightning_rkd.data import Augment, AugmentedSubset, ImageSet, MixUp, PKBatchSampler, Rotations
+from lightning_rkd.data import Augment, AugmentedSubset, CentreCrop, ImageSet, MixUp, PKBatchSampler, Rotations
+from lightning_rkd.data.fingerprint import describe_dataset
 from lightning_rkd.data.indexing import IndexedBatch, with_indices
 from lightning_rkd.distillation.features import CaptureError, Tap
 from lightning_rkd.distillation.teachers import (
@@ -196,6 +197,15 @@ def test_another_data_set_is_refused_by_name_of_what_differs(face: str, tmp_path
         learn(face, CachedTeacher(path), {"teacher_layer": "0"})
 
 
+def test_the_description_of_the_data_has_augmentation_and_transform() -> None:
+    data, described = pictures(views=2), []
+    for name, value in (("seed", 2), ("seed", 3), ("transform", CentreCrop(4))):
+        setattr(data if name == "seed" else data.dataset, name, value)
+        described.append(describe_dataset(data))
+    for a, b, part in zip(described, described[1:], ("augmentation", "transform"), strict=False):
+        assert [key for key in a if a[key] != b[key]] == [part]
+
+
 def test_ranks_with_different_caches_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cached, "gather_objects", lambda fingerprint, group=None: [fingerprint, "another"])
     for teacher in (CachedTeacher(cache(tmp_path)), CachedTeacher.from_array(X)):
@@ -290,7 +300,7 @@ def test_no_damaged_file_is_read_in_silence_and_a_run_repairs_it(tmp_path: Path)
         whole = (path / victim).read_bytes()
         for trial in range(60):
             damaged = bytearray(whole)
-            at = rng.integers(len(whole)) if trial > 1 else whole.index(b"/embedding") + 3  # the name of a field
+            at = rng.integers(len(whole)) if trial > 1 else whole.rindex(b"/embedding") + 3  # the name of a field
             damaged[at] ^= 1 << rng.integers(8)
             (path / victim).write_bytes(damaged if trial % 3 else whole[: rng.integers(len(whole))])
             with pytest.raises(CacheError, match=f"{re.escape(victim)}.*lightning-rkd cache"):
