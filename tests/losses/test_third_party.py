@@ -80,6 +80,7 @@ def test_an_installed_loss_trains_by_its_short_name_and_logs_under_its_own(tmp_p
 
 
 def test_a_package_whose_loss_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pytorch_metric_learning", reason="the program needs the extra cli")
     broken = EntryPoint("MeanGap", "a_module_that_is_missing:MeanGap", "lightning_rkd.losses")
     monkeypatch.setattr(trainer, "entry_points", lambda group: [broken] if group == broken.group else [])
     with pytest.raises(ImportError, match=r"the loss 'MeanGap' of the installed package .* cannot be imported"):
