@@ -339,7 +339,8 @@ def test_what_was_compiled_keeps_the_names_it_had() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-def test_a_compiled_network_shows_the_same() -> None:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch.compile's
+def test_a_compiled_network_gives_the_same() -> None:
     net = nets.Backbone()
     expected = by_steps(net, X)["first"]
     reader = FeatureReader(Tap("first", at="output"), "student")
