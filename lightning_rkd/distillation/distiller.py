@@ -1,4 +1,4 @@
-"""The distillation engine: features of student and teacher in one step become named, weighted loss terms."""
+"""The distillation engine: weighted loss terms from the features of student and teacher."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ _CURES = {
 
 @dataclass(frozen=True, slots=True)
 class BoundLoss:
-    """A loss with everything that stays the same from step to step.
+    """A loss with its weight and the taps it reads, which stay the same from step to step.
 
     Attributes:
         name: Name under which the loss is logged.
         loss: The loss.
-        weight: Its weight.
-        student_taps: The student's tap of every field that the loss reads.
-        teacher_taps: The teacher's.
-        needs: Context that the loss takes beside the features.
+        weight: Weight of the loss, a number or a function of the epoch.
+        student_taps: Tap of the student for every field that the loss reads.
+        teacher_taps: Tap of the teacher for every field that the loss reads.
+        needs: Further inputs of the loss that come from the batch: labels, indices, view or mix.
     """
 
     name: str
@@ -55,23 +55,23 @@ class BoundLoss:
 
     @classmethod
     def bind(cls, name: str, term: Term, student_taps: Collection[str], teacher_taps: Collection[str]) -> BoundLoss:
-        """Resolve the taps that a term of a loss reads.
+        """Resolve the taps that a term reads.
 
         Raises:
-            ValueError: A tap that does not exist, or several to choose from.
+            ValueError: A tap does not exist, or there are several to choose from.
         """
-        loss, given = term.loss, (list(student_taps), list(teacher_taps))
-        student, teacher = (resolve_taps(taps, term.tap, loss.reads, who=name) for taps in given)
+        loss, both = term.loss, (list(student_taps), list(teacher_taps))
+        student, teacher = (resolve_taps(taps, term.tap, loss.reads, who=name) for taps in both)
         return cls(name, loss, term.weight, student, teacher, loss.needs - {"epoch", "shard"})
 
     def student_tensors(self, student: Mapping[str, Outputs]) -> list[Tensor]:
-        """The student's tensors that the loss reads."""
+        """Tensors of the student that the loss reads."""
         return combine_fields(student, self.student_taps).tensors(self.loss.reads)
 
     def select_inputs(self, student: Mapping[str, Outputs], teacher: Mapping[str, Outputs]) -> tuple[Any, Any]:
-        """The inputs of the loss: one field of both networks, or ``Outputs`` where it reads several.
+        """Select what the loss reads of both networks: one field, or ``Outputs`` for several fields.
 
-        A missing field is left to the loss, whose error says how to tap it.
+        If the field is missing, the whole ``Outputs`` is returned, and the loss raises an error with the cure.
         """
         reads = self.loss.reads
         if isinstance(reads, str):
@@ -81,50 +81,57 @@ class BoundLoss:
         return combine_fields(student, self.student_taps), combine_fields(teacher, self.teacher_taps)
 
     def check_context(self, context: Mapping[str, Any]) -> None:
-        """Refuse a step that lacks what the loss requires.
-
-        Raises:
-            CaptureError: It does; the message says how to provide it.
-        """
+        """Raise ``CaptureError`` if a required input of the loss is missing; the message says how to provide it."""
         for key in sorted(self.loss.required & set(_CURES)):
             if context[key] is None:
                 raise CaptureError(f"{self.name}: {type(self.loss).__name__} needs {key}, {_CURES[key]}")
 
 
 class Distiller:
-    """Feature readers, teacher, gathering over ranks and losses of one distillation.
+    """Computes the loss terms of a distillation: it reads features, runs the teacher, gathers rows and calls losses.
 
-    ``DistillationModule``, ``RelationalDistillation`` and a training loop of your own use the same methods:
-    :meth:`attach` and :meth:`prepare` before training, then in every step :meth:`start`, the student's forward pass,
-    :meth:`collect` and :meth:`compute_terms`; :meth:`detach` at the end.
+    ``DistillationModule`` and ``RelationalDistillation`` use a distiller, and so can a training loop in plain PyTorch,
+    Fabric or a Hugging Face Trainer. Its life cycle:
+
+    1. :meth:`attach` hooks the layers of student and teacher, and :meth:`prepare` moves the teacher to the student's
+       device. Losses with parameters are created by :meth:`materialize`; pass them to the optimizer.
+    2. In every step, :meth:`start` begins to record, the student runs, :meth:`collect` returns its features with those
+       of the teacher for the same inputs, and :meth:`compute_terms` the weighted losses by name, to be added up.
+    3. :meth:`detach` removes the hooks and restores the teacher.
 
     Args:
-        teacher: A network or a teacher; ``None`` only where there is no loss.
-        loss: A loss, a sum, or a dict of losses; ``None`` only reads the networks.
-        student_layer: Where to read the student; ``None`` is its output.
-        teacher_layer: Where to read the teacher; ``None`` is its output.
-        input_layer: Student layer whose inputs are fed to the teacher, call by call; ``None`` feeds it the batch.
+        teacher: A network or a teacher; ``None`` is allowed without a loss.
+        loss: A loss, a sum of losses, or a dict of losses; ``None`` computes no terms.
+        student_layer: Layer of the student whose features the losses read; ``None`` reads its output.
+        teacher_layer: Layer of the teacher whose features the losses read; ``None`` reads its output.
+        input_layer: Layer of the student whose inputs the teacher receives, call by call; ``None`` passes the inputs of
+            the batch.
         weight: Weight of all terms, a number or a function of the epoch.
         gather: Whether relations span the rows of all ranks.
 
     Attributes:
-        losses: The registered losses by log name, each with its weight and tap.
+        losses: Registered losses by log name, each with its weight and tap.
 
     Raises:
-        ValueError: A loss is read at a tap that does not exist, or cannot be computed from the teacher's features.
+        ValueError: A loss reads a tap that does not exist, or cannot be computed from the teacher's features.
 
     Example:
         >>> from lightning_rkd.losses.rkd import RKD
-        >>> student, x = nn.Linear(4, 2), torch.randn(8, 4)
-        >>> distiller = Distiller(nn.Linear(4, 3), RKD())
+        >>> student, teacher = nn.Linear(4, 2), nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        >>> distiller = Distiller(teacher, RKD())
         >>> distiller.attach(student)
         >>> distiller.prepare("cpu")
-        >>> distiller.start()
-        >>> output = student(x)
-        >>> terms = distiller.compute_terms(distiller.collect(Batch(x)))
-        >>> list(terms), terms["rkd"].requires_grad
-        (['rkd'], True)
+        >>> for x in torch.randn(5, 8, 4):
+        ...     distiller.start()
+        ...     output = student(x)
+        ...     terms = distiller.compute_terms(distiller.collect(Batch(x)))
+        ...     optimizer.zero_grad()
+        ...     sum(terms.values()).backward()
+        ...     optimizer.step()
         >>> distiller.detach()
+        >>> list(terms)
+        ['rkd']
     """
 
     def __init__(
@@ -140,12 +147,15 @@ class Distiller:
     ) -> None:
         if not (teacher is None or isinstance(teacher, BaseTeacher)):
             teacher = Teacher(teacher)
-        # a copy: each distillation keeps its own taps of a network that may teach several
+        # a copy, since several distillers may read one teacher at different layers
         self.teacher: BaseTeacher | None = copy(teacher)
         self.losses = {} if loss is None else terms_of(loss)
         self.teacher_layer, self.weight, self.gather = teacher_layer, weight, gather
         self.student = FeatureReader(student_layer, "student")
         self.inputs = None if input_layer is None else InputReader(input_layer)
+        self._readers: list[FeatureReader | InputReader] = (
+            [self.student] if self.inputs is None else [self.student, self.inputs]
+        )
         taps = {*self.student.taps, *(() if self.teacher is None else self.teacher.taps(teacher_layer))} - {""}
         for name, term in self.losses.items():
             if term.tap is not None and term.tap not in taps:
@@ -156,26 +166,27 @@ class Distiller:
         self._check_losses()
         self.needs: frozenset[str] = frozenset().union(*(term.loss.needs for term in self.losses.values()))
         self.group: Group = None
-        self.known_sizes: Mapping[str, Size] | None = None  # set where losses must have their tensors before a step
+        self.known_sizes: Mapping[str, Size] | None = None  # not None: losses without sizes are refused in a step
         self.bound: dict[str, BoundLoss] = {}
         self._teaching, self._unsized, self._ranks = False, list(self.losses), 1
         self._checks = FiniteChecks()
 
     def attach(self, student: nn.Module, *, teach: bool = True) -> None:
-        """Hook the student and, to ``teach``, the teacher, whose weights file is read now if it has one.
+        """Hook the layers of student and teacher, read the teacher's weights file, and resolve what each loss reads.
 
-        Everything that stays the same from step to step is resolved here.
+        Args:
+            student: The student network.
+            teach: Whether to attach the teacher too.
 
         Raises:
             LayerNotFoundError: A layer does not exist.
-            ValueError: There is a loss but no teacher, the networks share parameters, or a loss finds no tap to read.
+            ValueError: There is no teacher, the networks share parameters, or a loss has no tap to read.
         """
         self.detach()
         if teach and self.teacher is None:
             raise ValueError("there is a loss but no teacher: pass teacher=..., or no loss")
-        self.student.attach(student)
-        if self.inputs is not None:
-            self.inputs.attach(student)
+        for reader in self._readers:
+            reader.attach(student)
         if teach and self.teacher is not None:
             if self.teacher.shares_parameters_with(student):
                 raise ValueError("the teacher shares parameters with the student; teach with copy.deepcopy(network)")
@@ -190,15 +201,15 @@ class Distiller:
     def prepare(
         self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None, group: Group = None
     ) -> None:
-        """Move the teacher to the student's device and precision, and check that all ranks hold the same one.
+        """Move the teacher to the student's device and precision, and check that it is the same on all ranks.
 
         Args:
             device: Device of the student.
-            convert: Casts the teacher, as a precision plugin does.
+            convert: Function that casts the teacher, such as ``convert_module`` of a Lightning precision plugin.
             group: Process group over which batches are split.
 
         Raises:
-            ValueError: A memory on several ranks that does not see the rows of all; a loss that the teacher refuses.
+            ValueError: ``gather=False`` on several ranks with a stateful loss, or a loss that the teacher refuses.
             RuntimeError: Ranks hold different teachers.
         """
         self.group, self._ranks = group, rank_and_size(group)[1]
@@ -207,30 +218,35 @@ class Distiller:
                 f"gather=False, but the losses {self.stateful_losses} remember earlier rows, which must be the same on "
                 "all ranks: leave gather=True"
             )
-        self._check_losses()  # some have made their tensors only now
+        self._check_losses()  # again: some have created their tensors since
         self._unsized = [name for name, term in self.losses.items() if term.loss.missing_sizes]
         load(device)
         if self._teaching and self.teacher is not None and self.teacher.to(device, convert):
             self.teacher.check_same_on_ranks(group)
 
     def prepare_data(self, loaders: Any, unpack: Callable[[Any], Batch], *, train: bool = True) -> None:
-        """Let the teacher check or read the loaders of a run; every rank calls this after :meth:`prepare`.
+        """Let the teacher check the loaders of a run, or read from them, after :meth:`prepare`. Collective.
+
+        Args:
+            loaders: Loaders of the training set, or, with ``train=False``, of an evaluation.
+            unpack: Function from what they yield to a batch.
+            train: Whether these are training data.
 
         Raises:
-            ValueError: The teacher does not belong to these data.
+            ValueError: A cached teacher does not belong to these data.
         """
         if self._teaching and self.teacher is not None:
             self.teacher.prepare_data(loaders, unpack, self.group, train=train)
 
     def materialize(self, features: StepFeatures | None = None, num_samples: int | None = None) -> None:
-        """Let every loss read its files and make its tensors, before optimizers and DDP exist.
+        """Read files and create the tensors of all losses, before optimizers and DDP exist.
 
         Args:
-            features: Features of any batch; not needed where the losses know their sizes.
+            features: Features of any batch, to infer missing sizes from; ``None`` if the losses have their sizes.
             num_samples: Size of the training set.
 
         Raises:
-            ValueError: A loss lacks a size; the message states those that are known.
+            ValueError: A size of a loss is missing; the message states the known ones.
         """
 
         def materialize() -> None:
@@ -241,71 +257,67 @@ class Distiller:
                     inputs = tuple(select_fields(x, loss.reads, who=type(loss).__name__) for x in inputs)
                 loss.materialize(*inputs, num_samples=num_samples)
 
-        run_on_all_ranks(materialize)  # a machine may lack a file
+        run_on_all_ranks(materialize)  # a file may be missing on one machine
 
     def detach(self) -> None:
         """Remove all hooks and restore the teacher."""
-        self.student.detach()
-        if self.inputs is not None:
-            self.inputs.detach()
+        for reader in self._readers:
+            reader.detach()
         if self.teacher is not None:
             self.teacher.detach()
         self._teaching, self.bound, self._checks = False, {}, FiniteChecks()
 
     @property
     def needs_indices(self) -> bool:
-        """Whether a loss or the teacher needs to know which rows of the root data set a batch holds."""
+        """Whether a loss or the teacher needs the indices of the samples."""
         return "indices" in self.needs or self.teacher_needs_indices
 
     @property
     def teacher_needs_indices(self) -> bool:
-        """Whether the teacher does."""
+        """Whether the teacher needs the indices of the samples."""
         return self.teacher is not None and self.teacher.needs_indices
 
     @property
     def needs_rows(self) -> bool:
-        """Whether a loss or the teacher needs more of a batch than its inputs."""
+        """Whether a loss or the teacher needs labels, indices, view or mix of a batch."""
         return self.teacher_needs_indices or bool(self.needs & {"labels", "indices", "view", "mix"})
 
     @property
     def missing_sizes(self) -> frozenset[str]:
-        """The sizes that losses do not know yet."""
+        """Sizes of losses that are not known yet."""
         return frozenset().union(*(term.loss.missing_sizes for term in self.losses.values()))
 
     @property
     def stateful_losses(self) -> list[str]:
-        """Names of the losses that remember something from step to step."""
+        """Names of the losses with a state that changes from step to step, such as a memory bank."""
         return [n for n, t in self.losses.items() if any(isinstance(m, StepState) for m in t.loss.modules())]
 
     def weight_of(self, name: str, epoch: int) -> float:
-        """The weight of a term in that epoch, the common one included."""
+        """Weight of a term in an epoch, times the weight of all terms."""
         return evaluate_weight(self.weight, epoch) * evaluate_weight(self.losses[name].weight, epoch)
 
     def start(self) -> None:
-        """Begin a step: record the student's features from now on."""
+        """Start recording features, at the beginning of a step."""
         if self._checks.waiting:
             self._checks.report()
-        self.student.start()
-        if self.inputs is not None:
-            self.inputs.start()
+        for reader in self._readers:
+            reader.start()
 
     def restart(self) -> None:
-        """In the middle of a step: features so far count only where no layer runs from now on."""
-        self.student.restart()
-        if self.inputs is not None:
-            self.inputs.restart()
+        """Start anew in the middle of a step; features recorded so far are used if no layer runs again."""
+        for reader in self._readers:
+            reader.restart()
 
     def discard(self) -> None:
-        """End a step: forget what was recorded."""
-        if self.student.on:
-            self.student.stop()
-        if self.inputs is not None:
-            self.inputs.stop()
+        """Stop recording and discard the recorded features."""
+        for reader in self._readers:
+            if reader.on:
+                reader.stop()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Record nothing inside: a backward pass may run layers again (activation checkpointing)."""
-        readers = [r for r in (self.student, self.inputs) if r is not None and r.on]
+        """Pause recording, for a backward pass that may run layers again (activation checkpointing)."""
+        readers = [reader for reader in self._readers if reader.on]
         for reader in readers:
             reader.on = False
         try:
@@ -315,31 +327,31 @@ class Distiller:
                 reader.on = True
 
     def finish(self) -> None:
-        """Report what the checks of the last steps have found; waits for the device.
+        """Report the checks of the last steps, at the end of training; waits for the device.
 
         Raises:
-            NonFiniteError: NaN or infinity in one of them.
+            NonFiniteError: NaN or infinity in one of the steps.
         """
         self._checks.report(wait=True)
 
     def check_losses(self, losses: Mapping[str, Tensor], step: int) -> None:
-        """Report parts of a step's loss that are not finite: at once on a CPU, a step later on other devices.
+        """Check losses of a step, at once on a CPU and one step late on other devices.
 
         Raises:
-            NonFiniteError: With their names.
+            NonFiniteError: A loss is NaN or infinite.
         """
         self._checks.check_losses(losses, step)
 
     def collect(self, batch: Batch | None, *, teach: bool = True) -> StepFeatures:
-        """Features of the student since :meth:`start` and, to ``teach``, of the teacher for the same inputs.
+        """Collect the student's features since :meth:`start`, and compute those of the teacher for the same inputs.
 
         Args:
-            batch: The local rows. ``None`` where the step never saw a batch; then ``input_layer`` is needed.
-            teach: Whether to call the teacher.
+            batch: Batch of this rank. ``None`` for a step without a batch, which needs ``input_layer``.
+            teach: Whether to run the teacher.
 
         Raises:
-            CaptureError: The student layer was not called, or called several times without ``input_layer``, or the
-                teacher gives another number of rows.
+            CaptureError: The student layer was not called, or was called several times without ``input_layer``, or the
+                networks give different numbers of rows.
         """
         calls = None if self.inputs is None else self.inputs.collect()
         student, views = self.student.collect()
@@ -358,25 +370,24 @@ class Distiller:
         features.teachers = self.teacher.outputs(features.batch, calls)
         rows = count_rows(student)
         for teacher in features.teachers:
-            if count_rows(teacher.features) != rows:
+            if (count := count_rows(teacher.features)) != rows:
                 raise CaptureError(
-                    f"the student layer gives {rows} rows in {views} call(s), the {teacher.title} "
-                    f"{count_rows(teacher.features)}; where the student sees other inputs than the batch, name the "
-                    "layer that gets them: input_layer=..."
+                    f"the student layer gives {rows} rows in {views} call(s), the {teacher.title} {count}; if the "
+                    "student's inputs are not those of the batch, name the layer that receives them: input_layer=..."
                 )
         return features
 
     def compute_terms(self, features: StepFeatures, *, epoch: int = 0, step: int = 0) -> dict[str, Tensor]:
-        """The weighted terms of the step by log name; every rank must call this.
+        """Compute the weighted loss terms of a step by log name. Collective: every rank must call it.
 
         Args:
-            features: What :meth:`collect` returned.
-            epoch: For weights and losses that depend on it.
-            step: For messages.
+            features: Features from :meth:`collect`.
+            epoch: Current epoch, for weights and losses that depend on it.
+            step: Number of the step, for messages.
 
         Raises:
-            CaptureError: Student features without a gradient, or a batch that lacks what a loss requires.
-            NonFiniteError: NaN or infinity in the features of a network, with its row; a step late on a GPU.
+            CaptureError: Student features without a gradient, or a batch without an input that a loss requires.
+            NonFiniteError: NaN or infinity in the features of a network; on a GPU it is raised one step later.
         """
         if not self.losses or not features.teachers:
             return {}
@@ -385,7 +396,9 @@ class Distiller:
         first = first_tensor(features.student)
         rows, device = len(first), first.device
         if self._adds_context:
-            self._add_context(features, device)
+            features.add_context(self.needs, self.student.rows, device)
+            for bound in self.bound.values():
+                bound.check_context(features.context)
         ranks = self._ranks if self.gather else 1
         counts, whole, shard = [rows], features, None
         if ranks > 1:
@@ -393,7 +406,7 @@ class Distiller:
             whole, shard = features.gathered(self._gathered_needs, counts, self.group), Shard(self.group)
         terms = {}
         for name, bound in self.bound.items():
-            # a mean over own rows: DDP's mean over ranks must weigh ranks by their rows
+            # DDP averages over ranks, so a mean over local rows must be weighted by their number
             share = 1.0 if bound.loss.gather else ranks * rows / sum(counts)
             given = {"epoch": epoch, "shard": shard if bound.loss.gather else None}
             value = self._compute(bound, whole if bound.loss.gather else features, given, step)
@@ -405,7 +418,7 @@ class Distiller:
         return terms
 
     def _compute(self, bound: BoundLoss, features: StepFeatures, given: dict[str, Any], step: int) -> Tensor:
-        """The unweighted value of a term, averaged over teachers."""
+        """Compute the unweighted value of a term, averaged over teachers."""
         loss = bound.loss
         context: dict[str, Any] = {key: features.context[key] for key in bound.needs}
         context |= {key: given[key] for key in given if key in loss.needs}
@@ -459,32 +472,6 @@ class Distiller:
                 f"pass {bound.loss.suggest_call(sizes)}"
             )
 
-    def _add_context(self, features: StepFeatures, device: torch.device) -> None:
-        """Labels, indices, views and mix of the rows, where a loss needs them."""
-        batch, context = features.batch, features.context
-        for key, rows in (("labels", batch.labels), ("indices", batch.indices)):
-            if key in self.needs:
-                context[key] = features.repeat_rows(key, rows, device)
-        if features.views > 1:
-            self._check_calls(context)
-        if "view" in self.needs:
-            context["view"] = features.number_views(device)
-        if "mix" in self.needs:
-            context["mix"] = batch.mix
-        for bound in self.bound.values():
-            bound.check_context(context)
-
-    def _check_calls(self, context: Mapping[str, Any]) -> None:
-        """Several calls of the student are views of the whole batch, or their labels and indices are unknown."""
-        each = self.student.rows
-        rows = {len(x) // len(each) for x in context.values() if x is not None} | set(each)
-        if len(rows) > 1:
-            raise CaptureError(
-                f"the student layer ran on {', '.join(map(str, each))} rows in one step, which are no {len(each)} "
-                "views of the batch, so that their labels and indices are unknown: call the layer once, or on the "
-                "whole batch each time"
-            )
-
 
 def _is_collapsed(embedding: Tensor) -> bool:
     rows = embedding.detach()
@@ -492,7 +479,7 @@ def _is_collapsed(embedding: Tensor) -> bool:
 
 
 def combine_needs(losses: Sequence[BoundLoss]) -> Needs:
-    """Features and context that at least one of the losses needs."""
+    """Combine the features and further inputs that the losses need."""
     student = dict.fromkeys((tap, field) for bound in losses for field, tap in bound.student_taps.items())
     teacher = dict.fromkeys((tap, field) for bound in losses for field, tap in bound.teacher_taps.items())
     return Needs(tuple(student), tuple(teacher), frozenset().union(*(bound.needs for bound in losses)))

@@ -1,4 +1,4 @@
-"""Reads embeddings, logits, feature maps and classifier weights out of any network, without changing its code."""
+"""Features of any network without a change to its code: embeddings, logits, feature maps, classifier weights."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from lightning_rkd.utils.types import Outputs
 
 
 class Tap:
-    """A place in a network, and how to read it.
+    """A layer of a network and how to read its features.
 
     Args:
         layer: Dotted path of a submodule (``""`` is the network itself), or a function from network to submodule.
-        at: ``"output"`` or ``"input"`` of the layer. ``None`` reads the output, except at an ``nn.Linear``, which is
-            taken for a classifier: its input is the embedding, its output the logits. For a Linear that *makes* the
-            embedding write ``at="output"``.
-        read: ``read(output, kwargs)`` turns what the layer returned (and was called with by keyword) into a tensor or
-            an ``Outputs``: :func:`mean_pool`, :func:`cls_token`, :func:`global_pool`, or
-            your own.
+        at: Whether to read the ``"output"`` or the ``"input"`` of the layer. ``None`` reads the output, except for an
+            ``nn.Linear``, which is taken as the classifier: its input is the embedding, and its output the logits. Pass
+            ``at="output"`` for a Linear whose output is the embedding.
+        read: Function ``read(output, kwargs)`` from the layer's output and keyword arguments to a tensor or
+            ``Outputs``: :func:`mean_pool`, :func:`cls_token`, :func:`global_pool` or your own.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
@@ -51,26 +50,27 @@ class Tap:
 
 
 Layer = Union[Tap, dict[str, Union[Tap, list[str], str]], list[str], Callable[[nn.Module], Any], str]  # noqa: UP007
-"""Where to read a network; a function must return a submodule.
+"""Where features are read: a dotted path, a function from network to submodule, a :class:`Tap`, a list of paths or taps
+(feature maps), or a dict of named taps.
 
-The order matters to jsonargparse: Callable first would turn a dict into a partial. And were the function declared to
-return an ``nn.Module``, it would look for every path among the names of all modules there are, for seconds.
+The types serve jsonargparse: the dict stands before the function, which would turn it into a partial, and the function
+returns ``Any``, since for ``nn.Module`` all importable modules would be searched for every path, which takes seconds.
 """
 
 
 class LayerNotFoundError(ValueError):
-    """A dotted path that names no submodule."""
+    """A dotted path is not the name of a submodule."""
 
 
 class CaptureError(RuntimeError):
-    """The tapped layer did not give in this step what the loss needs."""
+    """A tapped layer did not provide what a loss needs in this step."""
 
 
 def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """The submodule behind a dotted path or a function.
+    """Find a submodule by its dotted path or by a function.
 
     Raises:
-        LayerNotFoundError: No such path; the message lists the nearest ones.
+        LayerNotFoundError: The path does not exist; the message lists similar ones.
 
     Example:
         >>> find_layer(nn.Sequential(nn.ReLU()), "0")
@@ -84,7 +84,7 @@ def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]
     full: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
     if layer in full:
         return full[layer]
-    # what torch.compile wraps keeps the names that it had
+    # a network wrapped by torch.compile keeps its paths
     modules = {name.replace("_orig_mod.", ""): module for name, module in full.items()}
     if layer in modules:
         return modules[layer]
@@ -95,11 +95,7 @@ def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]
 
 
 class _Recorder:
-    """Records calls of layers while it is switched on.
-
-    ``attach`` hooks the layers, ``start`` switches on, ``restart`` begins anew in the middle of a step, and ``stop``
-    switches off. Copies and pickles have hooked nothing.
-    """
+    """Recorder of the calls of hooked layers, between ``start`` and ``stop``. Copies and pickles have no hooks."""
 
     def __init__(self) -> None:
         self.on = False
@@ -118,18 +114,18 @@ class _Recorder:
         self.stop()
 
     def start(self) -> None:
-        """Forget what was recorded and record from now on."""
+        """Start recording; discard earlier calls."""
         self._calls, self._earlier, self.on = [[] for _ in self._handles], [], True
 
     def restart(self) -> None:
-        """Record from now on; earlier calls count only if no layer runs again."""
+        """Start anew; the calls recorded so far are used if no layer runs again."""
         if self.on and any(self._calls):
             earlier = self._calls
             self.start()
             self._earlier = earlier
 
     def stop(self) -> None:
-        """Record no more and forget what was recorded."""
+        """Stop recording and discard the recorded calls."""
         self._calls, self._earlier, self.on = [], [], False
 
     def _collect_calls(self) -> list[list[Any]]:
@@ -141,15 +137,15 @@ class _Recorder:
 class FeatureReader(_Recorder):
     """Records the outputs of a network at its taps.
 
-    A tensor that was written to behind the layer (an in-place operation) is returned as the layer gave it.
+    Outputs are those of the layer itself, even if an in-place operation changes the tensor later in the forward pass.
 
     Args:
-        layer: Any form of :data:`Layer`; ``None`` is the network's own output.
+        layer: Layer or layers, in any form of :data:`Layer`; ``None`` reads the network's own output.
         network: ``"student"`` or ``"teacher"``, for messages.
 
     Attributes:
-        taps: The taps by name; the name is ``""`` where none was given.
-        rows: Number of rows of the first layer in each call, as last collected.
+        taps: Taps by name; an unnamed tap has the name ``""``.
+        rows: Number of rows of the first layer in each call of the last step.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
@@ -180,11 +176,11 @@ class FeatureReader(_Recorder):
         self._all = [tap for taps in self.taps.values() for tap in taps]
 
     def attach(self, network: nn.Module) -> None:
-        """Hook the layers, after checking that they all exist.
+        """Hook the layers.
 
         Raises:
-            LayerNotFoundError: One does not.
-            CaptureError: The network is TorchScript.
+            LayerNotFoundError: A layer does not exist.
+            CaptureError: The network is TorchScript, whose layers cannot be hooked.
         """
         self.detach()
         if isinstance(network, torch.jit.ScriptModule):
@@ -200,10 +196,10 @@ class FeatureReader(_Recorder):
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def collect(self) -> tuple[dict[str, Outputs], int]:
-        """Outputs since ``start`` by tap, calls concatenated, and the number of calls; switches off.
+        """Stop recording, and return the outputs by tap, with several calls concatenated, and the number of calls.
 
         Raises:
-            CaptureError: A tapped layer never ran, or the layers ran unequally often.
+            CaptureError: A tapped layer was never called, or the layers were called unequally often.
         """
         recorded = self._collect_calls()
         count = len(recorded[0]) if recorded else 0
@@ -238,7 +234,7 @@ class FeatureReader(_Recorder):
 
 
 class InputReader(_Recorder):
-    """Records the inputs of every call of one layer, which takes one tensor or keywords only."""
+    """Records the inputs of every call of a layer that takes one argument, or keyword arguments only."""
 
     def __init__(self, layer: str | Callable[[nn.Module], nn.Module]) -> None:
         super().__init__()
@@ -251,7 +247,7 @@ class InputReader(_Recorder):
         self._handles = [module.register_forward_pre_hook(Hook(self._record), with_kwargs=True)]
 
     def collect(self) -> list[Any]:
-        """The inputs of every call since ``start``; switches off."""
+        """Stop recording, and return the inputs of every call."""
         return self._collect_calls()[0]
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -261,17 +257,17 @@ class InputReader(_Recorder):
                     f"input_layer {self.layer!r} is called with {len(args)} positional and {len(kwargs)} keyword "
                     "inputs; the teacher can be fed from a layer that takes one tensor, or keywords only"
                 )
-            self._calls[0].append(_copied(args[0] if args else kwargs))
+            self._calls[0].append(_copy_inputs(args[0] if args else kwargs))
 
 
 class Hook:
-    """A forward hook that stays behind when its module is copied or pickled: the copy gets an inert one."""
+    """A forward hook that does nothing in copies and pickles of its module."""
 
     def __init__(self, function: Callable[..., None] | None = None) -> None:
         self.function = function
 
     def __call__(self, *call: Any) -> None:
-        """Pass module, args, kwargs and, after the layer ran, output on."""
+        """Pass on module, args, kwargs and, in a hook after the layer, its output."""
         if self.function is not None:
             self.function(*call)
 
@@ -283,7 +279,7 @@ class Hook:
 
 
 def read(network: nn.Module, layer: Layer | None, *args: Any, **kwargs: Any) -> Outputs:
-    """Call a network once and return its outputs at one layer.
+    """Call a network and return its outputs at a layer.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -313,7 +309,7 @@ def _as_tap(entry: Any) -> Tap:
 
 
 def _read_call(tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Outputs:
-    """The outputs of one call of a tapped layer."""
+    """Outputs of one call of a tapped layer."""
     given: Any = args[0] if args else next(iter(kwargs.values()), None)
     if tap.at is None and tap.read is None and isinstance(module, nn.Linear):
         return Outputs(given, output, [given], (module.weight, module.bias))
@@ -332,10 +328,10 @@ def _read_call(tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
 
 
 class _Record:
-    """Outputs of one call, safe from in-place operations behind the layer.
+    """Outputs of one call, protected from later in-place operations.
 
-    The tensors themselves are preferred to their copies: gradients then add up in the order in which they would had the
-    loss been written into the step, to the last bit.
+    The tensors themselves are preferred to their copies, since gradients then add up in the same order, and to the same
+    bits, as for a loss written in ``training_step``.
     """
 
     def __init__(self, outputs: Outputs) -> None:
@@ -358,7 +354,7 @@ class _Record:
 
 
 def _join_calls(records: list[_Record]) -> Outputs:
-    """Several calls as one: rows concatenated, call by call."""
+    """Concatenate the rows of several calls."""
     if len(records) == 1:
         return records[0].outputs()
     calls = [record.outputs() for record in records]
@@ -377,11 +373,11 @@ def _join_calls(records: list[_Record]) -> Outputs:
     )
 
 
-def _copied(inputs: Any) -> Any:
+def _copy_inputs(inputs: Any) -> Any:
     if isinstance(inputs, Tensor):
         return inputs.detach().clone()
     if isinstance(inputs, Mapping):
-        return {k: _copied(v) for k, v in inputs.items()}
+        return {k: _copy_inputs(v) for k, v in inputs.items()}
     if type(inputs) in (list, tuple):
-        return type(inputs)(_copied(v) for v in inputs)
+        return type(inputs)(_copy_inputs(v) for v in inputs)
     return inputs

@@ -19,14 +19,14 @@ class CollapseWarning(UserWarning):
 
 
 class FiniteChecks:
-    """Finds NaN, infinity and collapse without stopping the step.
+    """Detects NaN, infinity and collapse without waiting for the device.
 
-    On a CPU the loss itself refuses values that are not finite. On other devices a few flags travel to the host while
-    the step goes on, and are read when the next one begins.
+    On a CPU the loss itself raises an error for values that are not finite. On other devices a few flags are copied to
+    the host during the step and read when the next one starts.
 
     Attributes:
-        collapse_reported: Whether a collapse has been reported, which is done once.
-        waiting: Flags that are under way.
+        collapse_reported: Whether the collapse of the student has been reported, which happens once.
+        waiting: Flags that are still being copied.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class FiniteChecks:
         self.waiting: list[tuple[Tensor, Any, Callable[[list[float]], None]]] = []
 
     def __reduce__(self) -> tuple[type[FiniteChecks], tuple[()]]:
-        return FiniteChecks, ()  # copies start anew: events on a GPU cannot be copied
+        return FiniteChecks, ()  # CUDA events cannot be copied
 
     def check_features(self, bound: Any, inputs: tuple[Any, Any], value: Tensor, name: str, step: int) -> None:
         """Check the inputs of a loss (a ``BoundLoss``) and its value."""
@@ -57,10 +57,10 @@ class FiniteChecks:
         self._send(bad, partial(_report_losses, list(losses), step))
 
     def report(self, *, wait: bool = False) -> None:
-        """Report the flags that have arrived, or, to ``wait``, all that are under way.
+        """Report the flags that have arrived; with ``wait``, wait for all flags.
 
         Raises:
-            NonFiniteError: With network, row and step.
+            NonFiniteError: NaN or infinity; the message names network, row and step.
         """
         waiting, self.waiting = self.waiting, []
         for flags, event, report in waiting:
@@ -110,7 +110,7 @@ class FiniteChecks:
 
 
 def _list_tensors(inputs: Any, reads: str | tuple[str, ...]) -> list[Tensor]:
-    """The tensors with a row per sample among the inputs of a loss."""
+    """Tensors with a row per sample in the inputs of a loss."""
     if reads == "classifier":
         return []
     if isinstance(inputs, Outputs):
@@ -127,12 +127,12 @@ def _report_losses(names: list[str], step: int, flags: list[float]) -> None:
 
 
 def refuse_broken_weights(module: nn.Module, step: int) -> None:
-    """Keep weights with NaN out of checkpoints: they would replace the last good one.
+    """Refuse to checkpoint weights with NaN, which would replace the last good checkpoint.
 
-    A gradient can be NaN where every loss is finite, and the next step, which would notice, comes after the checkpoint.
+    A gradient can be NaN although every loss is finite, and the checks of the next step come after the checkpoint.
 
     Raises:
-        NonFiniteError: With the name of the first such parameter.
+        NonFiniteError: A parameter holds NaN or infinity.
     """
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not parameter.detach().isfinite().all():
@@ -143,6 +143,6 @@ def refuse_broken_weights(module: nn.Module, step: int) -> None:
 
 
 def _first_bad_row(tensors: list[Tensor]) -> Tensor:
-    """The number of the first row with NaN or infinity, or -1, as a tensor on the device."""
+    """Number of the first row with NaN or infinity, or -1, as a tensor on the device."""
     bad = torch.stack([(~t.isfinite()).flatten(1).any(1) for t in tensors]).any(0)
     return torch.where(bad.any(), bad.int().argmax(), -1)

@@ -1,4 +1,4 @@
-"""Loss weights from gradient norms: each term is compared with the task loss at the features it reads."""
+"""Loss weights from the gradient norms of each term and the task loss at the features that the term reads."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ def balance_weights(
     group: Group = None,
     scale: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    r"""Factors that bring the gradients of loss terms to the size of the task's gradient.
+    r"""Compute factors that match the gradient norms of loss terms to that of the task loss.
 
     .. math:: b_k = \left\lVert \frac{\partial L_{task}}{\partial s_k} \right\rVert \Big/
         \left\lVert \frac{\partial L_k}{\partial s_k} \right\rVert
 
-    with :math:`s_k` the student features that term k reads, on all ranks. Both graphs are kept; the factors carry none.
-    A term without a gradient gets 0.
+    with :math:`s_k` the student features that term k reads, on all ranks. The graphs are retained, and the factors have
+    no gradient. The factor of a term without a gradient is 0.
 
     Args:
-        terms: The terms' values by name.
-        task: The task loss, from the same forward pass.
+        terms: Values of the terms by name.
+        task: Task loss from the same forward pass.
         student: Outputs of the student by tap.
-        losses: The losses of the terms.
-        group: Process group over whose rows the norms extend.
-        scale: Scaling of a loss before its backward pass by a gradient scaler: in half precision, gradients at feature
-            maps would underflow without it.
+        losses: Losses of the terms.
+        group: Process group whose rows the norms include.
+        scale: Function of a gradient scaler that scales a loss before its backward pass, without which half-precision
+            gradients of feature maps may underflow.
 
     Returns:
-        A factor per term, a scalar of the term's dtype; NaN where the term's gradient overflows, which a gradient
-        scaler answers with a smaller scale.
+        A factor per term, a scalar of the term's dtype; NaN if the gradient of the term overflows, after which a
+        gradient scaler lowers its scale.
 
     Raises:
-        ValueError: The task, or a term, does not depend on what the term reads.
+        ValueError: The task loss or a term does not depend on the features that the term reads.
 
     Example:
         >>> from lightning_rkd.losses.rkd import RKDDistance

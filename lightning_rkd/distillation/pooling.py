@@ -1,4 +1,4 @@
-"""Ways to read one embedding out of what a layer returned: for ``Tap(layer, read=...)``."""
+"""Functions from the output of a layer to an embedding, for ``Tap(layer, read=...)``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def global_pool(output: Any, kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def mean_pool(output: Any, kwargs: Mapping[str, Any]) -> Tensor:
-    """Mean over tokens, (N, T, D) -> (N, D), leaving out those the layer's ``attention_mask`` (N, T) marks with 0.
+    """Mean over tokens, (N, T, D) -> (N, D), without those that ``attention_mask`` (N, T) of the layer marks with 0.
 
     Example:
         >>> import torch

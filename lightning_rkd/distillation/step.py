@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -18,12 +18,12 @@ from lightning_rkd.utils.types import Batch, Mix, Outputs, count_rows
 
 
 class Needs(NamedTuple):
-    """Features and context that some losses need.
+    """Features and further inputs that some losses need.
 
     Attributes:
         student: Tap and field of every feature of the student.
-        teacher: The same of the teacher.
-        context: Labels, indices, view or mix.
+        teacher: Tap and field of every feature of the teacher.
+        context: Names of further inputs: labels, indices, view or mix.
     """
 
     student: tuple[tuple[str, str], ...]
@@ -33,14 +33,14 @@ class Needs(NamedTuple):
 
 @dataclass(slots=True)
 class StepFeatures:
-    """Features of student and teacher for the rows of one step.
+    """Features of student and teacher in one training step.
 
     Attributes:
-        batch: The local batch.
-        student: Outputs of the student by tap; the rows of all ``views`` one after the other.
-        teachers: Outputs of the teacher: none, one, or several where losses are averaged over teachers.
-        views: How many times the student ran in the step.
-        context: Labels, indices, views and mix of the rows, as losses take them.
+        batch: Batch of this rank.
+        student: Outputs of the student by tap; rows of several views follow one another.
+        teachers: Outputs of the teacher, or of each teacher that losses are averaged over.
+        views: Number of calls of the student in the step.
+        context: Further inputs of losses: labels, indices, view and mix of the rows.
     """
 
     batch: Batch
@@ -51,31 +51,55 @@ class StepFeatures:
 
     @property
     def embedding(self) -> Outputs:
-        """The student's outputs from which a loss without a named tap reads an embedding."""
+        """Outputs of the student at the tap of its embedding."""
         return select_tap(self.student, None, "embedding", who="student")  # type: ignore[no-any-return]
 
     @property
     def teacher_embedding(self) -> Outputs | None:
-        """The same of the teacher; several teachers are joined."""
+        """Outputs of the teacher at the tap of its embedding; those of several teachers are joined."""
         found = [select_tap(one.features, None, "embedding", who="teacher") for one in self.teachers]
         if len(found) > 1:
             return join_outputs(found, [one.weight for one in self.teachers])
         return found[0] if found else None
 
-    def number_views(self, device: torch.device) -> Tensor:
-        """The view of each row: numbered call by call, and within a call as the batch numbers them."""
+    def add_context(self, needs: Collection[str], calls: Sequence[int], device: torch.device) -> None:
+        """Add labels, indices, view and mix of the rows to the context, as far as losses need them.
+
+        Args:
+            needs: Names of the inputs that losses need.
+            calls: Number of rows in each call of the student.
+            device: Device of the features.
+
+        Raises:
+            CaptureError: Labels or indices are not tensors, or do not fit the calls of the student.
+        """
+        batch = self.batch
+        for key, rows in (("labels", batch.labels), ("indices", batch.indices)):
+            if key in needs:
+                self.context[key] = self._repeat_rows(key, rows, device)
+        if self.views > 1:
+            counts = {len(x) // len(calls) for x in self.context.values() if x is not None} | set(calls)
+            if len(counts) > 1:
+                raise CaptureError(
+                    f"the student layer ran on {', '.join(map(str, calls))} rows in one step, which are no "
+                    f"{len(calls)} views of the batch, so that their labels and indices are unknown: call the layer "
+                    "once, or on the whole batch each time"
+                )
+        if "view" in needs:
+            self.context["view"] = self._number_views(device)
+        if "mix" in needs:
+            self.context["mix"] = batch.mix
+
+    def _number_views(self, device: torch.device) -> Tensor:
+        """View of each row, numbered call by call, and within a call as in the batch."""
         own = self.batch.view
         if own is None:
             each = count_rows(self.student) // self.views
             return torch.arange(self.views, device=device).repeat_interleave(each)
         return torch.cat([own.to(device) + call * (own.max() + 1) for call in range(self.views)])
 
-    def repeat_rows(self, name: str, rows: Any, device: torch.device) -> Tensor | None:
-        """Labels or indices of the batch, once for each view.
-
-        Raises:
-            CaptureError: They are no tensor.
-        """
+    def _repeat_rows(self, name: str, rows: Any, device: torch.device) -> Tensor | None:
+        """Labels or indices of the batch, once for each view."""
         if rows is None:
             return None
         if not isinstance(rows, Tensor):
@@ -85,16 +109,16 @@ class StepFeatures:
         return torch.cat([rows.to(device)] * self.views)
 
     def gathered(self, needs: Needs, counts: list[int], group: Group) -> StepFeatures:
-        """The needed features, of the rows of all ranks; every rank must call this.
+        """Gather the rows of all ranks. Collective: every rank must call it.
 
-        A tensor that several taps give or several losses read is gathered once.
+        A tensor that several losses read is gathered once.
 
         Args:
-            needs: What is gathered; everything else is left out.
-            counts: Rows of every rank.
+            needs: Features and further inputs to gather; the result has no other features.
+            counts: Number of rows on every rank.
             group: Process group.
         """
-        known: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the local tensor, which stays alive in it
+        known: dict[int, tuple[Tensor, Tensor]] = {}  # keeps the local tensor too, so that its id stays valid
 
         def gather(x: Tensor) -> Tensor:
             if id(x) not in known:
@@ -128,6 +152,6 @@ def _gather_fields(
 
 
 def _gather_mix(mix: Mix, gather: Callable[[Tensor], Tensor], counts: list[int], group: Group) -> Mix:
-    first = sum(counts[: rank_and_size(group)[0]])  # of the rows of this rank
+    first = sum(counts[: rank_and_size(group)[0]])  # number of this rank's first row
     labels = None if mix.labels is None else gather(mix.labels)
     return replace(mix, partners=gather(mix.partners + first), ratio=gather(mix.ratio), labels=labels)

@@ -1,4 +1,4 @@
-"""Where the teacher's side comes from: a frozen network, what it once showed, or several of them."""
+"""Teachers: a frozen network, a cache of its outputs, or an ensemble of several."""
 
 from lightning_rkd.distillation.teachers.base import BaseTeacher as BaseTeacher
 from lightning_rkd.distillation.teachers.base import TeacherOutput as TeacherOutput

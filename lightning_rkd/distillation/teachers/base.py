@@ -19,12 +19,12 @@ from lightning_rkd.utils.types import Batch, Outputs
 
 @dataclass(frozen=True, slots=True)
 class TeacherOutput:
-    """Outputs of a teacher for one step; a step has one, or one of each of several teachers.
+    """Outputs of one teacher in a step.
 
     Attributes:
         features: Outputs by tap.
-        weight: Factor of the loss; those of a step add up to 1.
-        name: Name of the teacher, for messages; empty where there is only one.
+        weight: Weight of the teacher in losses that are averaged over teachers; the weights of a step add up to 1.
+        name: Name of the teacher in an ensemble, for messages.
     """
 
     features: dict[str, Outputs]
@@ -33,20 +33,15 @@ class TeacherOutput:
 
     @property
     def title(self) -> str:
-        """The teacher in messages.
-
-        Example:
-            >>> TeacherOutput({}).title, TeacherOutput({}, 0.5, "big").title
-            ('teacher', "teacher 'big'")
-        """
+        """The teacher in messages."""
         return f"teacher {self.name!r}" if self.name else "teacher"
 
 
 class BaseTeacher(ABC):
-    """Base of all teachers. It is not an ``nn.Module``, so that it is registered nowhere.
+    """Base class of teachers. It is not an ``nn.Module``, so that it never becomes a submodule.
 
-    ``attach`` and ``detach`` bracket a fit; ``to`` follows when the student's device is known. Copies, deep ones too,
-    share the networks, but not what a fit has attached.
+    A distiller calls :meth:`attach` before and :meth:`detach` after training, and :meth:`to` once the student's device
+    is known. Shallow and deep copies share the networks, but not the hooks.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -54,17 +49,18 @@ class BaseTeacher(ABC):
 
     @abstractmethod
     def attach(self, layer: Layer | None) -> None:
-        """Hook the layer from which features are read."""
+        """Hook the layer whose features are read."""
 
     @abstractmethod
     def detach(self) -> None:
-        """Restore the networks; safe to call twice."""
+        """Remove the hooks and restore the networks; may be called twice."""
 
     @abstractmethod
     def to(self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None) -> bool:
-        """Move to the student's device, after ``convert`` (a precision plugin's) has cast what is moved.
+        """Cast the networks with ``convert`` and move them to the student's device.
 
-        Returns whether it was the first call since ``attach``; the others do nothing.
+        Returns:
+            Whether this is the first call since :meth:`attach`; later calls do nothing.
         """
 
     @abstractmethod
@@ -72,8 +68,8 @@ class BaseTeacher(ABC):
         """Compute or read the features of a batch.
 
         Args:
-            batch: Its ``teacher_inputs`` are used where given, else its ``inputs``.
-            calls: Inputs to use instead, one entry per student call; the results are concatenated.
+            batch: Batch, whose ``teacher_inputs``, or else ``inputs``, the teacher receives.
+            calls: Inputs instead of those, one entry per call of the student; the outputs are concatenated.
         """
 
     @abstractmethod
@@ -82,39 +78,32 @@ class BaseTeacher(ABC):
 
     @abstractmethod
     def check_same_on_ranks(self, group: Group = None) -> None:
-        """Make sure that all ranks have the same teacher.
-
-        Raises:
-            RuntimeError: They do not.
-        """
+        """Raise ``RuntimeError`` if ranks hold different teachers. Collective."""
 
     @abstractmethod
     def check_loss(self, name: str, loss: RelationalLoss) -> None:
-        """Refuse a loss that cannot be computed from this teacher's features.
-
-        Raises:
-            ValueError: It cannot.
-        """
+        """Raise ``ValueError`` if a loss cannot be computed from this teacher's features."""
 
     @property
     def needs_indices(self) -> bool:
-        """Whether batches must say which rows of the root data set they hold."""
+        """Whether batches must have sample indices."""
         return False
 
     def prepare_data(  # noqa: B027 - most teachers need nothing
         self, loaders: Any, unpack: Callable[[Any], Batch], group: Group = None, *, train: bool = True
     ) -> None:
-        """Check the loaders of a run, or read ahead from them, before its first step; every rank calls this.
+        """Check the loaders of a run, or read from them, before its first step. Collective.
 
         Args:
-            loaders: Of the training set, or else (``train=False``) of an evaluation that compares with the teacher.
-            unpack: From what they yield to a batch.
+            loaders: Loaders of the training set, or, with ``train=False``, of an evaluation.
+            unpack: Function from what they yield to a batch.
             group: Process group.
+            train: Whether these are training data.
 
         Raises:
             ValueError: The teacher does not belong to these data.
         """
 
     def taps(self, layer: Layer | None) -> frozenset[str]:
-        """Names of the taps; a layer without a name has the name ``""``."""
+        """Names of the taps; an unnamed tap has the name ``""``."""
         return frozenset(layer) if isinstance(layer, Mapping) else frozenset({""})

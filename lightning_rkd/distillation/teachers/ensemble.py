@@ -1,4 +1,4 @@
-"""Several teachers at once: the average of their relations, or of the losses against each."""
+"""Ensembles of teachers, which average their relations or the losses against each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def join_outputs(outputs: Sequence[Outputs], weights: Sequence[float]) -> Outputs:
-    """The :func:`joint_embedding` of several teachers as ``Outputs``; empty where one of them has no embedding.
+    """Join the embeddings of several teachers by :func:`joint_embedding`; empty if one of them has no embedding.
 
     Raises:
         ValueError: Unequal numbers of rows.
@@ -40,7 +40,7 @@ def join_outputs(outputs: Sequence[Outputs], weights: Sequence[float]) -> Output
 
 
 def joint_embedding(embeddings: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    r"""Several embeddings of the same samples as one, in which squared distances are the weighted sums of theirs.
+    r"""Concatenate weighted embeddings of the same samples, so that squared distances are the weighted sums of theirs.
 
     .. math:: t_i = \big[\sqrt{w_1}\, t_i^1, \dots, \sqrt{w_K}\, t_i^K\big]
         \quad\Rightarrow\quad \lVert t_i - t_j \rVert^2 = \sum_k w_k \lVert t_i^k - t_j^k \rVert^2,
@@ -49,8 +49,8 @@ def joint_embedding(embeddings: Sequence[Tensor], weights: Sequence[float]) -> T
     Shapes: each (N, D_k) -> (N, sum of D_k), in float32 at least.
 
     Args:
-        embeddings: Of every teacher.
-        weights: The weights w.
+        embeddings: Embedding of every teacher.
+        weights: Weight w of every teacher.
 
     Example:
         >>> a, b = torch.tensor([[0.0], [3.0]]), torch.tensor([[0.0, 0.0], [0.0, 4.0]])
@@ -64,46 +64,45 @@ def joint_embedding(embeddings: Sequence[Tensor], weights: Sequence[float]) -> T
 
 
 class EnsembleTeacher(BaseTeacher):
-    r"""Several teachers of any widths, in two ways of averaging.
+    r"""An ensemble of teachers of any widths.
 
-    ``combine="losses"`` evaluates every loss once against each teacher; the term is the weighted average
+    ``combine="losses"`` evaluates every loss against each teacher and averages the values:
 
     .. math:: L(s) = \sum_k w_k L(s, t^k), \qquad \sum_k w_k = 1.
 
-    It works for any field that a loss reads; logits and feature maps themselves are never averaged. Its cost grows with
-    the number of teachers.
+    It works for losses that read any field, at a cost that grows with the number of teachers.
 
-    ``combine="relations"`` makes one teacher of all: its embedding is the concatenation of theirs, each times
-    :math:`\sqrt{w_k}`. The loss is evaluated once, against averaged relations:
+    ``combine="relations"`` concatenates the embeddings of all teachers, each times :math:`\sqrt{w_k}`, and evaluates
+    every loss once against the averaged relations:
 
     - Squared distances and inner products are the weighted averages of the teachers'. A distance is the root of the
-      averaged square, no average of distances.
-    - A cosine between two samples is the average of the teachers' cosines, weighted by :math:`w_k` times the lengths
-      of both rows, over the joint lengths: for rows of length 1 exactly the weighted average.
-    - An angle at a sample likewise: its cosine is :math:`\sum_k w_k a_k b_k \cos_k / (a b)`, where a and b are the
-      lengths of its two legs in the joint embedding and :math:`a_k, b_k` those that teacher k sees.
+      averaged square, not an average of distances.
+    - The cosine of two samples is the average of the teachers' cosines, weighted by :math:`w_k` times the norms of both
+      rows, divided by the joint norms; for rows of unit norm it is exactly the weighted average.
+    - The cosine of an angle is :math:`\sum_k w_k a_k b_k \cos_k / (a b)`, where a and b are the lengths of its two legs
+      in the joint embedding and :math:`a_k, b_k` those in the embedding of teacher k.
 
-    A teacher with larger distances therefore counts for more; embeddings of length 1 (or of one scale) count as
-    weighted. Only embeddings can be joined: losses that read anything else are refused here.
+    A teacher with larger distances therefore counts for more; embeddings of unit norm (or of one scale) count as
+    weighted. Losses that read other fields than embeddings are refused.
 
-    A loss with tensors of its own (projectors, banks) sees one teacher, whose width is the sum, in ``"relations"``. In
-    ``"losses"`` it is refused where its tensors belong to a teacher: one projector cannot serve several widths, nor a
-    memory hold the features of several teachers.
+    For a loss with tensors (projectors, banks), ``"relations"`` is one teacher, whose width is the sum of all.
+    ``"losses"`` refuses a loss whose tensors belong to a teacher: one projector cannot serve several widths, and one
+    memory cannot hold the features of several teachers.
 
-    Weights are divided by their sum: an ensemble of equal teachers is that teacher, and a loss keeps its weight when a
-    teacher joins. Agreement with the teacher (a metric) is measured against the joint embedding in either way.
+    Weights are divided by their sum, so that an ensemble of equal teachers is that teacher. The metric
+    ``RelationalAgreement`` compares with the joint embedding in both modes.
 
     Args:
         teachers: At least two networks or teachers, as a list, or as a dict of names, which messages use and the
             command line can override one by one. Several may share one network.
-        weights: One positive number for each, as a list or by name; teachers that a dict does not name have
-            weight 1, as all have for ``None``.
+        weights: Positive weights, as a list or by name. Default: 1 for every teacher that is not named.
         combine: ``"relations"`` or ``"losses"``.
-        layers: Where to read each, as a list or by name, any form of ``Layer``. ``None``, and
-            teachers without an entry, take the common ``teacher_layer``. All teachers must have the same taps.
+        layers: Layer of each teacher, as a list or by name, in any form of
+            :data:`~lightning_rkd.distillation.features.Layer`. Default: the common ``teacher_layer``. All teachers must
+            have the same taps.
 
     Raises:
-        ValueError: Fewer than two teachers, weights or layers that do not belong to them, or an unknown ``combine``.
+        ValueError: Fewer than two teachers, weights or layers of other names or another number, an unknown ``combine``.
 
     Example:
         >>> from lightning_rkd.utils.types import Batch
@@ -125,7 +124,7 @@ class EnsembleTeacher(BaseTeacher):
         named = teachers if isinstance(teachers, Mapping) else {str(n): t for n, t in enumerate(teachers)}
         if len(named) < 2:
             raise ValueError(f"EnsembleTeacher needs at least two teachers, got {len(named)}")
-        # copies: one Teacher may be named twice, to be read in two places
+        # copies, since one Teacher may be named twice to be read at two layers
         self.teachers = {n: copy(t) if isinstance(t, BaseTeacher) else Teacher(t) for n, t in named.items()}
         self.layers = _each("layers", layers, named, None)
         parts = _each("weights", weights, named, 1.0)
@@ -138,11 +137,11 @@ class EnsembleTeacher(BaseTeacher):
         self.combine = combine
 
     def __getstate__(self) -> dict[str, Any]:
-        """State of shallow copies and pickles: teachers of their own, which have hooked nothing."""
+        """State of shallow copies and pickles, whose teachers have no hooks."""
         return self.__dict__ | {"teachers": {name: copy(teacher) for name, teacher in self.teachers.items()}}
 
     def attach(self, layer: Layer | None) -> None:
-        """Attach every teacher at its own layer, or else at this one."""
+        """Hook every teacher at its own layer, or else at this one."""
         for name, teacher in self.teachers.items():
             teacher.attach(self._layer(name, layer))
 
@@ -152,15 +151,15 @@ class EnsembleTeacher(BaseTeacher):
             teacher.detach()
 
     def to(self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None) -> bool:
-        """Move every teacher that is to be moved; returns whether it was the first call since :meth:`attach`."""
+        """Cast and move every teacher; returns whether this is the first call since :meth:`attach`."""
         first = [teacher.to(device, convert) for teacher in self.teachers.values()]
         return any(first)
 
     def outputs(self, batch: Batch, calls: list[Any] | None = None) -> list[TeacherOutput]:
-        """The outputs of each teacher, or the joint ones of all.
+        """Compute the features of a batch, of each teacher or joined.
 
         Raises:
-            ValueError: Embeddings are to be joined, but a teacher has none, or unequal numbers of rows.
+            ValueError: Embeddings cannot be joined: a teacher has none, or the numbers of rows differ.
         """
         outputs = [
             TeacherOutput(one.features, self.weights[name] * one.weight, f"{name}.{one.name}" if one.name else name)
@@ -174,11 +173,7 @@ class EnsembleTeacher(BaseTeacher):
         return any(teacher.shares_parameters_with(network) for teacher in self.teachers.values())
 
     def check_same_on_ranks(self, group: Group = None) -> None:
-        """Compare a checksum of every teacher over ranks.
-
-        Raises:
-            RuntimeError: Ranks hold different teachers; the message names the first that differs.
-        """
+        """Raise ``RuntimeError`` with the name of the first teacher that differs between ranks. Collective."""
         for name, teacher in self.teachers.items():
             try:
                 teacher.check_same_on_ranks(group)
@@ -187,21 +182,21 @@ class EnsembleTeacher(BaseTeacher):
 
     @property
     def needs_indices(self) -> bool:
-        """Whether one of them does."""
+        """Whether one of the teachers needs sample indices."""
         return any(teacher.needs_indices for teacher in self.teachers.values())
 
     def prepare_data(
         self, loaders: Any, unpack: Callable[[Any], Batch], group: Group = None, *, train: bool = True
     ) -> None:
-        """Prepare all of them."""
+        """Let every teacher check the loaders of a run, or read from them."""
         for teacher in self.teachers.values():
             teacher.prepare_data(loaders, unpack, group, train=train)
 
     def taps(self, layer: Layer | None) -> frozenset[str]:
-        """The names under which every teacher is read.
+        """Names of the taps, which must be the same for all teachers.
 
         Raises:
-            ValueError: The teachers are read under different names.
+            ValueError: They differ.
         """
         taps = {name: teacher.taps(self._layer(name, layer)) for name, teacher in self.teachers.items()}
         first, *others = taps.values()
@@ -211,10 +206,11 @@ class EnsembleTeacher(BaseTeacher):
         return first
 
     def check_loss(self, name: str, loss: RelationalLoss) -> None:
-        """Refuse a loss that does not fit the way in which the teachers are combined.
+        """Refuse a loss that does not fit ``combine``.
 
         Raises:
-            ValueError: It reads more than embeddings, which alone can be joined; or its tensors belong to one teacher.
+            ValueError: With ``"relations"``, the loss reads other fields than embeddings; with ``"losses"``, its
+                tensors belong to one teacher.
         """
         kind = type(loss).__name__
         for teacher in self.teachers.values():
@@ -237,7 +233,7 @@ class EnsembleTeacher(BaseTeacher):
 
 
 def _join(teachers: list[TeacherOutput]) -> TeacherOutput:
-    """Joint outputs of all teachers; taps that have no embedding stay empty."""
+    """Joint outputs of all teachers; taps without embeddings stay empty."""
     weights = [one.weight for one in teachers]
     taps = teachers[0].features
     features = {tap: join_outputs([one.features[tap] for one in teachers], weights) for tap in taps}
@@ -254,7 +250,7 @@ def _join(teachers: list[TeacherOutput]) -> TeacherOutput:
 
 
 def _belongs_to_one_teacher(module: nn.Module) -> bool:
-    """Whether it is a memory, or a loss whose tensors are as wide as the teacher."""
+    """Whether a module is a memory, or a loss with tensors as wide as the teacher."""
     return isinstance(module, StepState) or (isinstance(module, LazyModule) and "teacher_dim" in module.needed_sizes)
 
 

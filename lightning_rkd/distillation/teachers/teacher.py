@@ -1,8 +1,8 @@
-"""The teacher: a frozen network that is not a submodule of anything."""
+"""A frozen network as the teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,24 @@ from lightning_rkd.distillation.teachers.weights import load_weights
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.utils.distributed import Group, gather_rows, rank_and_size, run_on_all_ranks
 from lightning_rkd.utils.private import get_slots, set_slots, tree_leaves, tree_map
-from lightning_rkd.utils.types import Batch, Outputs
+from lightning_rkd.utils.types import Batch, Outputs, call_network
 
 
 class Teacher(BaseTeacher):
-    """A frozen network: in eval mode, without gradients, and registered nowhere.
+    """A frozen network, in evaluation mode and without gradients.
 
-    Being no ``nn.Module``, it is absent from checkpoints, optimizers, parameter counts, DDP buckets, ``train()`` and
-    ``unfreeze()``. Copies of whatever refers to it share the one network.
+    It is not an ``nn.Module``, so the network is absent from checkpoints, optimizers, parameter counts and DDP buckets,
+    and ``train()`` and ``unfreeze()`` of the student do not reach it. Copies share the network.
 
     Args:
-        network: The teacher network. It is moved and cast when training begins and restored afterwards.
-        weights: File with the network's weights, read when training begins and never before: a Lightning checkpoint
-            (of ``DistillationModule`` or any module that holds the network under some prefix), a state dict saved with
-            ``torch.save``, or a ``.safetensors`` file. ``None`` takes the network as it is.
-        move: Whether to move and cast the network; ``False`` for one that is sharded or quantised. It then has to
-            take inputs on the device and in the precision in which the student gets them.
-        channels_last: Whether a convolutional network works on images stored channels last, which is faster on GPUs
-            with half precision and on many CPUs. To compile it as well, pass ``torch.compile(network)``.
+        network: The teacher network. It is moved and cast when training begins, and restored afterwards.
+        weights: File with the weights of the network, read when training begins: a Lightning checkpoint (of a
+            ``DistillationModule``, or of any module that contains the network), a state dict saved with ``torch.save``,
+            or a ``.safetensors`` file. ``None`` keeps the weights of ``network``.
+        move: Whether to move and cast the network. Pass ``False`` for a sharded or quantised network, which then
+            receives inputs on the student's device and in the student's precision.
+        channels_last: Whether to store weights and images in the channels-last format, which makes convolutional
+            networks faster on GPUs in half precision and on many CPUs.
 
     Example:
         >>> teacher = Teacher(nn.Linear(4, 3))
@@ -52,53 +52,56 @@ class Teacher(BaseTeacher):
         self.network, self.weights, self.move, self.channels_last = network, weights, move, channels_last
         self._loaded = weights is None
         self._reader: FeatureReader | None = None
-        self._home: _Home | None = None
+        self._saved_state: _SavedState | None = None
         self._prepared = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """State of shallow copies and pickles: without hooks, and without the duty to restore the network."""
-        return self.__dict__ | {"_reader": None, "_home": None, "_prepared": False}
+        """State of shallow copies and pickles, which have no hooks and do not restore the network."""
+        return self.__dict__ | {"_reader": None, "_saved_state": None, "_prepared": False}
 
     def attach(self, layer: Layer | None) -> None:
-        """Read the weights file if there is one, and hook the layer."""
+        """Load the weights file, if any, and hook the layer."""
         if not self._loaded:
             assert self.weights is not None
-            run_on_all_ranks(partial(load_weights, self.network, self.weights))  # a machine may lack the file
+            run_on_all_ranks(
+                partial(load_weights, self.network, self.weights)
+            )  # the file may be missing on one machine
             self._loaded = True
         self.detach()
         self._reader = FeatureReader(layer, "teacher")
         self._reader.attach(self.network)
-        self._home = _Home.enter(self.network)
+        self._saved_state = _SavedState.enter(self.network)
 
     def detach(self) -> None:
         """Remove the hooks and restore the network."""
         if self._reader is not None:
             self._reader.detach()
-        if self._home is not None:
-            self._home.leave()
-        self._home, self._prepared = None, False
+        if self._saved_state is not None:
+            self._saved_state.leave()
+        self._saved_state, self._prepared = None, False
 
     def to(self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None) -> bool:
-        """Move the network, after ``convert`` (a precision plugin's) has cast it; :meth:`detach` undoes both.
+        """Cast the network with ``convert`` and move it; :meth:`detach` undoes both.
 
-        Returns whether it was the first call since :meth:`attach`; the others do nothing.
+        Returns:
+            Whether this is the first call since :meth:`attach`; later calls do nothing.
 
         Raises:
             RuntimeError: The teacher has not been attached.
-            ValueError: It is sharded, and not to be left where it is.
+            ValueError: The network is sharded, and ``move`` is ``True``.
         """
-        if self._home is None:
+        if self._saved_state is None:
             raise RuntimeError("attach the teacher to a layer before moving it")
         if self._prepared:
             return False
         self._prepared = True
         if self.move:
-            if any(map(_is_part, self.network.parameters())):
+            if any(map(_is_sharded, self.network.parameters())):
                 raise ValueError(
                     "the teacher is sharded over ranks, so it could not be restored after being moved: "
                     "leave it where it is, Teacher(network, move=False)"
                 )
-            self._home.remember_tensors()
+            self._saved_state.remember_tensors()
             if convert is not None:
                 convert(self.network)
             self.network.to(device)
@@ -107,12 +110,7 @@ class Teacher(BaseTeacher):
         return True
 
     def __call__(self, batch: Batch, calls: list[Any] | None = None) -> dict[str, Outputs]:
-        """Outputs of the teacher for a batch, by tap.
-
-        Args:
-            batch: Its ``teacher_inputs`` are used where given, else its ``inputs``.
-            calls: Inputs to use instead, one entry per student call; the results are concatenated.
-        """
+        """Compute the outputs for a batch by tap; the arguments are those of :meth:`outputs`."""
         if self._reader is None:
             raise RuntimeError("attach the teacher to a layer before calling it")
         if calls is None:
@@ -122,15 +120,15 @@ class Teacher(BaseTeacher):
         try:
             with torch.no_grad():
                 for inputs in calls:
-                    inputs = tree_map(_channels_last, inputs) if self.channels_last else inputs
-                    self.network(**inputs) if isinstance(inputs, Mapping) else self.network(inputs)
+                    inputs = tree_map(_to_channels_last, inputs) if self.channels_last else inputs
+                    call_network(self.network, inputs)
             outputs, _ = self._reader.collect()
         finally:
             self._reader.stop()
         return outputs
 
     def outputs(self, batch: Batch, calls: list[Any] | None = None) -> list[TeacherOutput]:
-        """The network's outputs, as a list of one."""
+        """Compute the features of a batch."""
         return [TeacherOutput(self(batch, calls))]
 
     def shares_parameters_with(self, network: nn.Module) -> bool:
@@ -142,9 +140,9 @@ class Teacher(BaseTeacher):
         """Accept any loss."""
 
     def check_same_on_ranks(self, group: Group = None) -> None:
-        """Compare a checksum of the weights over ranks, which DDP does not broadcast for a teacher.
+        """Compare a checksum of the weights over ranks, since DDP does not broadcast the teacher. Collective.
 
-        Of a sharded teacher every rank holds a part of its own: there is nothing to compare.
+        The parts of sharded tensors differ between ranks and are left out.
 
         Raises:
             RuntimeError: Ranks hold different teachers.
@@ -161,8 +159,8 @@ class Teacher(BaseTeacher):
             )
 
 
-class _Home:
-    """State of a network before teachers used it: modes and tensors. The last teacher to leave restores them."""
+class _SavedState:
+    """Modes and tensors of a network before training, restored when its last teacher is detached."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network, self.teachers = network, 0
@@ -171,8 +169,8 @@ class _Home:
         self.slots: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
 
     @staticmethod
-    def enter(network: nn.Module) -> _Home:
-        home = _homes.setdefault(network, _Home(network))
+    def enter(network: nn.Module) -> _SavedState:
+        home = _saved_states.setdefault(network, _SavedState(network))
         home.teachers += 1
         return home
 
@@ -186,7 +184,7 @@ class _Home:
         self.teachers -= 1
         if self.teachers:
             return
-        del _homes[self.network]
+        del _saved_states[self.network]
         for module, training in self.modes:
             module.training = training
         for tensor, data in self.tensors:
@@ -195,29 +193,29 @@ class _Home:
             set_slots(module, parameters, buffers)
 
 
-_homes: dict[nn.Module, _Home] = {}  # of the networks that teach at the moment; several callbacks may share one
+_saved_states: dict[nn.Module, _SavedState] = {}  # of attached networks, which several teachers may share
 
 
-def _channels_last(x: Any) -> Any:
+def _to_channels_last(x: Any) -> Any:
     images = isinstance(x, Tensor) and x.ndim == 4
     return x.contiguous(memory_format=torch.channels_last) if images else x
 
 
 def _whole_tensors(network: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers and the packed weights of quantised layers; not the parts of sharded tensors."""
+    """Parameters, buffers and packed weights of quantised layers, without parts of sharded tensors."""
     packed = (t for t in tree_leaves(network.state_dict()) if isinstance(t, Tensor) and t.is_quantized)
     for tensor in (*network.parameters(), *network.buffers(), *packed):
-        if not _is_part(tensor):
+        if not _is_sharded(tensor):
             yield tensor.detach()
 
 
-def _is_part(x: Tensor) -> bool:
-    """Whether a rank holds but a part of it (a DTensor)."""
+def _is_sharded(x: Tensor) -> bool:
+    """Whether a tensor is sharded over ranks (a ``DTensor``)."""
     return hasattr(x, "full_tensor")
 
 
 def _checksum(x: Tensor) -> Tensor:
-    """Of the bits, in integers: the same on every machine, in whatever order it is summed up."""
+    """Checksum of the bits in integers, independent of machine and summation order."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     whole = x.int_repr() if x.is_quantized else x
     flat = torch.view_as_real(whole).reshape(-1) if whole.is_complex() else whole.reshape(-1)

@@ -61,7 +61,7 @@ class Records(pl.Callback):
         Records.teacher = face.distiller.teacher
         members = [Records.teacher] if isinstance(Records.teacher, Teacher) else Records.teacher.teachers.values()
         Records.weights = [{k: v.clone() for k, v in member.network.state_dict().items()} for member in members]
-        assert all(member._home is not None for member in members), "they are attached"
+        assert all(member._saved_state is not None for member in members), "they are attached"
 
 
 def fit(face: str, teacher: str, *options: str) -> int:
