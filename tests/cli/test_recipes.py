@@ -231,7 +231,7 @@ def test_recipe_ends_its_schedule_with_its_epochs(name: str) -> None:
     assert config["trainer"]["default_root_dir"] == f"runs/{name}"
 
 
-def test_the_distilled_student_differs_from_the_one_alone_by_its_teacher_only() -> None:
+def test_distilled_student_and_student_alone_differ_by_the_teacher_only() -> None:
     alone, distilled, teacher = (loaded(f"glyphs_{name}") for name in ("student", "rkd", "teacher"))
     learned = distilled["model"]["init_args"].pop("teacher")["init_args"]
     distilled["model"]["init_args"].pop("loss")

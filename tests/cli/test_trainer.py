@@ -157,7 +157,7 @@ whole, training.write_whole = files.write_whole, dies
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_while_it_writes_a_checkpoint_keeps_the_one_before() -> None:
+def test_a_kill_while_a_checkpoint_is_written_keeps_the_one_before() -> None:
     code, output = run_command(FIT, first=DIES_IN_A_WRITE)
     assert code == -signal.SIGKILL, output
     assert kept()["global_step"] == 6

@@ -58,7 +58,8 @@ def main(args: Sequence[str]) -> None:
     out, console = options.out, new_console()
     with common.resumable("demo", args) as command:
         common.check_folder(out, MADE_BY, "demo")
-        data: ImageDataModule = GlyphDataModule(split_seed=1)
+        recipe = yaml.safe_load(recipes.find("glyphs_teacher").read_text(encoding="utf-8"))
+        data: ImageDataModule = GlyphDataModule(**recipe["data"]["init_args"])
         changes: dict[str, Any] = {}
         described, duration = "glyphs of many scripts", "about 4 minutes"
         if options.data is not None:
@@ -172,11 +173,7 @@ def _settings(options: argparse.Namespace, data: ImageDataModule) -> dict[str, A
 
 
 def begin(out: Path, settings: Mapping[str, Any]) -> bool:
-    """Write the settings into a new folder; ``True`` if it holds the same ones already.
-
-    Raises:
-        OSError: The folder cannot be written, or holds a demo with other settings.
-    """
+    """Write the settings into a new folder; ``True`` if it holds the same ones, an ``OSError`` if it holds others."""
     check_writable(out)
     path = out / MADE_BY
     if not path.exists():

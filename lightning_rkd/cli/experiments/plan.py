@@ -35,15 +35,9 @@ _TEACHER_KEYS = ("recipe", "config", "set", "steps", "seed")
 
 @dataclass(frozen=True)
 class Network:
-    """A row of the table.
+    """A row of the table, taught by another row, or from the teacher's cache.
 
-    Attributes:
-        name: Name of the row.
-        config: Configuration that trains it, without the paths of files that other runs write.
-        folder: Output folder, without the seed.
-        entry: Entry in the file; generations share one.
-        teacher: Network of this comparison that teaches it.
-        cached: Whether the teacher's outputs come from the shared cache.
+    ``config`` lacks the paths of files that other runs write, ``folder`` the seed; generations share an ``entry``.
     """
 
     name: str
@@ -188,8 +182,9 @@ class _Reader:
         )
 
     def read_teacher(self) -> Network | None:
+        entries = [self.text, *(entry for entry in self.text["networks"].values() if isinstance(entry, dict))]
         if self.text.get("teacher") is None:
-            if self.text.get("cache"):
+            if any(entry.get("cache") for entry in entries):
                 raise ValueError("cache: there is no teacher: to cache; name the recipe that trains it")
             return None
         entry = _mapping(self.text["teacher"], "teacher", _TEACHER_KEYS)
@@ -227,8 +222,6 @@ class _Reader:
         generations = entry.get("generations", 1)
         if not isinstance(generations, int) or generations < 1:
             raise ValueError(f"{name}: generations must be a number of at least 1, got {generations!r}")
-        if entry.get("cache") and teacher is None:
-            raise ValueError(f"{name}: cache: there is no teacher: to cache; name the recipe that trains it")
         config = self.read_config(entry, name)
         model = config["model"].setdefault("init_args", {})
         model |= {key: entry[key] for key in ("weight", "task_weight", "balance") if key in entry}

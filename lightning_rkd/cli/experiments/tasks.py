@@ -31,10 +31,9 @@ class Task:
     """A training, or the writing of a cache.
 
     Attributes:
-        network: Name of the network.
-        seed: Seed of the run.
+        network, seed: Name of the network, and seed of the run.
         config: Configuration, without the paths of files that other tasks write.
-        folder: Folder below the output folder, without the digest of the teacher's weights for a cache.
+        folder: Folder below the output folder.
         teacher: Folder of the task that trains the teacher.
         cache: Task that writes the cache of the teacher's outputs.
         split: Data that the network is measured on; ``None`` for a cache.

@@ -55,9 +55,7 @@ def test_a_run_becomes_files_that_give_its_students_numbers(
     assert "pixels from 0 to 1, minus the mean" in card
 
 
-def test_a_fit_with_a_configuration_written_by_hand_is_exported_by_its_folder_and_by_its_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fit_is_exported_by_its_folder_and_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With short names of classes, which Lightning's loggers get told in full."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))  # glyphs are rendered once

@@ -1,4 +1,4 @@
-"""The report is one file that a real browser shows whole: no request, no error, no overflow, light and dark."""
+"""The report is one file that a browser displays completely: no request, no error, no overflow, light and dark."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def seen(page: str, folder: Path, width: int, dark: bool = False) -> dict[str, A
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium on the PATH")
 @pytest.mark.parametrize("width", [500, 1200])
-def test_a_browser_shows_all_of_it_without_a_request_an_error_or_a_scroll_bar(
-    width: int, page: str, tmp_path: Path
-) -> None:
+def test_a_browser_needs_no_request_and_no_scroll_bar(width: int, page: str, tmp_path: Path) -> None:
     said = seen(page, tmp_path, width)
     assert said["wrong"] == []
     assert said["asked"] == []
