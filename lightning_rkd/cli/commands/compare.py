@@ -41,13 +41,7 @@ FILES = {
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: The comparison is invalid, or one of its networks cannot be built.
-        OSError: The output folder cannot be written, or holds something else.
-        SystemExit: With 1, if a run failed.
-    """
+    """Run the command; ``SystemExit(1)`` if a run failed."""
     options = _parser().parse_args(args)
     path = recipes.find(options.config, "comparison")
     comparison = read(path, seeds=options.seeds, steps=options.steps, settings=_settings(options.set))
@@ -69,7 +63,7 @@ def main(args: Sequence[str]) -> None:
 def compare(
     comparison: Comparison, out: Path, console: Console, command: str, jobs: int = 1, trials: Sequence[Trial] = ()
 ) -> tuple[Table, bool]:
-    """Train what has not been trained, and print and write the table.
+    """Train what has not been trained, print and write the table, and return it and whether a run failed.
 
     Args:
         comparison: Networks to compare.
@@ -78,9 +72,6 @@ def compare(
         command: Command for the header of the table.
         jobs: Number of runs at a time.
         trials: Choices of values, of which the best on validation data is taken for each network.
-
-    Returns:
-        The table, and whether a run failed.
     """
     start, commit, networks = time.perf_counter(), provenance.commit(Path(__file__).parent), len(comparison.networks)
     console.print(

@@ -47,13 +47,7 @@ _AGREEMENT = "distance_correlation: agreement with the teacher, the rank correla
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the command. The same command resumes an interrupted demo, to the same table.
-
-    Raises:
-        ValueError: The data cannot be used.
-        OSError: The output folder cannot be written, or holds another demo or something else.
-        SystemExit: With 1, if a run failed.
-    """
+    """Run the command; ``SystemExit(1)`` if a run failed. The same command resumes, to the same table."""
     options = _parser().parse_args(args)
     out, console = options.out, new_console()
     with common.resumable("demo", args) as command:

@@ -22,12 +22,7 @@ from lightning_rkd.export.write import FORMATS, export
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        ValueError: The configuration or the checkpoint does not fit.
-        OSError: A file is missing, or the output folder holds something else.
-    """
+    """Run the command; ``SystemExit(1)`` if a format could not be exported."""
     options = _parser().parse_args(list(args))
     config_path = options.config or _find_config(options.run)
     checkpoint = options.ckpt_path or options.run / "last.ckpt"

@@ -19,14 +19,9 @@ def render(
     dark: Mapping[str, Figure],
     **texts: str,
 ) -> str:
-    """Fill ``report.html``.
+    """The page: ``report.html`` with a table, notes below it, figures for light and dark paper, and plain texts.
 
-    Args:
-        table: Rows of cells; the first holds the headings.
-        notes: Paragraphs below the table.
-        light: Figures for light paper, by their places.
-        dark: The same for dark paper.
-        **texts: Plain texts, by their places.
+    The first row of the table holds the headings; figures and texts are given by their places in the page.
     """
     head, *body = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table)
     rows = "\n".join(f"<tr>{row}</tr>" for row in body)

@@ -115,10 +115,7 @@ def train(
     images: Images | None = None,
     resume: Path | None = None,
 ) -> Trained:
-    """Train a configuration, and leave ``config.yaml`` and ``last.ckpt`` in the folder.
-
-    The arguments are those of :func:`prepare`; ``resume`` is a checkpoint to continue from.
-    """
+    """Train a configuration (see :func:`prepare`), from a checkpoint to ``resume`` if there is one."""
     cli = prepare(config, folder, seed, callbacks, images)
     with _quiet():
         start = time.perf_counter()
@@ -185,11 +182,7 @@ def run(
 
 
 def read_finished(network: str, folder: Path, seed: int, identity: str) -> Run | None:
-    """The finished run of that identity in a folder.
-
-    Raises:
-        ValueError: Its file is damaged.
-    """
+    """The finished run of that identity in a folder; a damaged file is a ``ValueError``."""
     kept = _read_if_same(folder / RESULT, identity)
     return None if kept is None else Run(network, seed, **{name: kept[name] for name in _KEPT})
 

@@ -41,8 +41,8 @@ def run_all(
         tasks: Tasks; a teacher's stands before those of its students.
         out: Output folder.
         jobs: Number of processes.
-        console: Where progress and failures are printed.
-        commit: Kept with the results.
+        console: Console for progress and failures.
+        commit: Commit that is kept with the results.
 
     Returns:
         By the tasks' folders, the run or its failure.
