@@ -107,7 +107,7 @@ def row(name: str, cls: type[Any]) -> str:
 
 
 def entry(name: str, cls: type[Any]) -> str:
-    """What the page says of one method."""
+    """The section about one method."""
     reference: Reference = cls.reference
     loss = issubclass(cls, RelationalLoss)
     own = loss and bool(cls.needed_sizes)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import lightning_rkd.losses
+from lightning_rkd.losses.references import bibliography
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -31,6 +32,11 @@ def test_every_method_has_an_equation_a_paper_and_a_bibtex_entry_of_its_own() ->
         assert "```bibtex\n@" in page.entry(name, cls), name
         assert cls.reference.citation, name
         assert not any(mark in page.entry(name, cls) for mark in (":math:", ":class:", ":func:")), name
+
+
+def test_every_entry_of_the_bibliography_belongs_to_a_method() -> None:
+    page = gallery()
+    assert {cls.reference.key for cls in (page.losses() | page.schemes()).values()} == set(bibliography())
 
 
 def test_a_reconstruction_is_called_one() -> None:

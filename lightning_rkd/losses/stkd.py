@@ -35,10 +35,9 @@ def similarity_transfer(
         raise ValueError(
             f"STKD: with form {form!r} the teacher must see {sees}: MixUp(clean_teacher={mix.teacher_mixed})"
         )
-    mixed = None
-    if share < 1 or form == "wrong classes":
-        mixed = _mixed_labels(labels, mix, student)
+    mixed = _mixed_labels(labels, mix, student) if share < 1 or form == "wrong classes" else None
     z, t = student / temperature, teacher.detach() / temperature
+    target = None
     if form == "blended":
         if mix.partners.device.type == "cpu" and not 0 <= int(mix.partners.min()) <= int(mix.partners.max()) < len(t):
             raise ValueError(
@@ -50,9 +49,7 @@ def similarity_transfer(
     elif form == "wrong classes" and mixed is not None:
         never = torch.finfo(z.dtype).min / 2  # probability 0, and no NaN where all classes are right
         z, t = (x.masked_fill(mixed > 0, never) for x in (z, t))
-        target = t.softmax(1)
-    else:
-        target = t.softmax(1)
+    target = t.softmax(1) if target is None else target
     imitation = temperature**2 * F.kl_div(z.log_softmax(1), target, reduction="batchmean")
     if share == 1 or mixed is None:
         return imitation

@@ -1,1 +1,1 @@
-"""What several losses share: state that changes from step to step, memory banks, projectors."""
+"""Parts that several losses share: memory banks, queues, projectors, checks."""
