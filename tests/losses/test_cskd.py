@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_rkd.losses.cskd import ClassSimilarityKD, CosineTemperatureKD, cosine_temperatures
+from lightning_rkd.losses.cskd import ClassSimilarityKD, CosineTemperatureKD, class_similarity, cosine_temperatures
 from tests.oracles import cskd as oracle
 from tests.oracles.differences import central_differences
 
@@ -68,3 +68,10 @@ def test_the_same_logits_have_loss_zero(loss):
 def test_a_low_temperature_above_the_high_one_is_refused():
     with pytest.raises(ValueError, match="low must not exceed high, got low=6 and high=2"):
         CosineTemperatureKD(6, 2)
+
+
+def test_a_class_whose_probabilities_underflow_keeps_its_direction():
+    student, teacher = torch.randn(2, 6, 4)
+    student[:, 0] -= 120  # below the smallest number of float32, at temperature 1
+    expected = class_similarity(student.double(), teacher.double(), temperature=1.0)
+    torch.testing.assert_close(class_similarity(student, teacher, temperature=1.0).double(), expected)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.losses import CRCD, CRD, crcd, crd
+from lightning_rkd.losses import CRCD, CRD, HolisticKD, crcd, crd
 from lightning_rkd.losses.parts.memory import MemoryBank
 from lightning_rkd.losses.parts.memory_contrast import MemoryContrast
 from lightning_rkd.utils.distributed import gather_rows
@@ -194,3 +194,9 @@ def test_indices_and_the_size_of_the_data_set_are_required():
         CRD(num_samples=50)(torch.ones(1, 3), torch.ones(1, 3))
     with pytest.raises(ValueError, match="num_samples"):
         CRD()(torch.ones(1, 3), torch.ones(1, 3), indices=torch.tensor([0]))
+
+
+@pytest.mark.parametrize("cls", [CRD, CRCD, HolisticKD])
+def test_the_memories_of_student_and_teacher_start_at_different_points(cls):
+    loss = cls(4, 6, 12)
+    assert not torch.equal(loss.student_memory.rows, loss.teacher_memory.rows)

@@ -78,3 +78,11 @@ def test_a_student_that_turns_and_scales_the_teacher_has_no_loss():
 def test_maps_that_do_not_pair_up_are_refused():
     with pytest.raises(ValueError, match="SimilarityPreserving: 1 feature maps of the student and 2 of the teacher"):
         SimilarityPreserving(reads="feature_maps")(maps(3, (2, 2, 2)), maps(3, (2, 2, 2), (2, 2, 2)))
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_extreme_scales_keep_the_directions_of_the_gram_matrix(scale):
+    student, teacher = torch.randn(5, 3), torch.randn(5, 4)
+    torch.testing.assert_close(
+        SimilarityPreserving()(scale * student, teacher), SimilarityPreserving()(student, teacher)
+    )
