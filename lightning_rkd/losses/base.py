@@ -1,4 +1,4 @@
-"""The contract that every loss keeps."""
+"""The base class of losses: checks and casts of inputs around a ``forward`` in plain maths."""
 
 from __future__ import annotations
 
@@ -28,37 +28,10 @@ class NonFiniteError(ValueError):
 
 
 class RelationalLoss(Weighable, LazyModule):
-    r"""Base of all losses: compares the outputs of a student and a teacher for the same N samples.
+    r"""Base class of losses that compare the outputs of a student and a teacher for the same N samples.
 
-    A subclass implements ``forward(self, student, teacher)`` as plain maths. Further inputs are keyword-only parameters
-    of ``forward``: ``labels`` ((N,) or soft (N, K)), ``indices`` (N,), ``view`` (N,), ``epoch`` (int), ``mix`` and
-    ``shard``. A call checks the outputs of both networks, casts them to float32 (float64 stays), detaches the teacher
-    and disables autocast.
-
-    Class attributes:
-        reads: The field of :class:`~lightning_rkd.utils.types.Outputs` that ``forward`` receives of both networks; or a
-            tuple of fields, for which ``forward`` receives two ``Outputs``.
-        gather: Whether the loss relates samples to one another. ``False`` marks a mean of per-sample terms,
-            which the engine does not gather over ranks.
-        invariances: Changes of the student's or the teacher's outputs that leave the value unchanged:
-            ``"translation"`` (one vector added to all rows), ``"rotation"``, ``"scale"`` (all rows times a positive
-            number), ``"row scale"`` (each row times its own), ``"row shift"`` (a constant added to each row).
-        reference: The paper of the method, its provenance, and the published weight and result, for the gallery;
-            optional. ``bibtex`` is the entry of the paper.
-
-    Parameters and buffers of a loss (projections, memories) are made in a method ``build``, whose parameters name the
-    sizes they need: ``student_dim``, ``teacher_dim`` (columns of the embedding or the logits; for maps a tuple of
-    channels), ``num_classes``, ``num_samples`` (of the training set). ``__init__`` ends with :meth:`set_sizes`, which
-    builds if all sizes are known; otherwise ``DistillationModule`` does so before optimizers are made, or else the
-    first call. They stay in float32 (float64), whatever the precision of training.
-
-    Another package registers its losses by entry points of the group ``lightning_rkd.losses``; the command line then
-    knows them by their short names.
-
-    Raises:
-        TypeError: A class or a call that uses a name that does not exist.
-        ValueError: Outputs that do not fit (rank, batch size, device, empty), hold NaN or infinity, or give a loss that
-            overflows (the last two on a CPU; on other devices the engine finds them without stopping the step).
+    A loss is a ``forward`` in plain maths. Calling the loss checks the outputs of both networks, casts them to float32
+    (float64 stays), detaches the teacher and disables autocast.
 
     Example:
         >>> class MeanGap(RelationalLoss):
@@ -66,6 +39,43 @@ class RelationalLoss(Weighable, LazyModule):
         ...         return (student.mean() - teacher.mean()).abs()
         >>> MeanGap()(torch.zeros(4, 2), torch.ones(4, 8))
         tensor(1.)
+
+    Class attributes:
+        reads: Field of :class:`~lightning_rkd.utils.types.Outputs` that ``forward`` receives from both networks:
+            ``"embedding"`` (default), ``"logits"``, ``"feature_maps"`` or ``"classifier"``. With a tuple of fields,
+            ``forward`` receives two ``Outputs``.
+        gather: ``True`` (default) for a loss that relates samples to one another: it receives the rows of all ranks.
+            ``False`` for a mean of per-sample terms, which each rank computes from its own rows.
+        invariances: Changes of the student's or the teacher's outputs that leave the value unchanged:
+            ``"translation"`` (one vector added to all rows), ``"rotation"``, ``"scale"`` (all rows times a positive
+            number), ``"row scale"`` (each row times its own), ``"row shift"`` (a constant added to each row).
+        reference: :class:`~lightning_rkd.losses.references.Reference` of the method: paper, provenance, and published
+            weight and result, for the gallery. ``bibtex`` is the BibTeX entry of the paper.
+
+    Further inputs are keyword-only parameters of ``forward``, optional if they have a default:
+
+    - ``labels``: class of each row, (N,), or soft labels, (N, K)
+    - ``indices``: row of each sample in the training set, (N,)
+    - ``view``: number of each row's augmented view of its sample, (N,)
+    - ``epoch``: number of the epoch
+    - ``mix``: :class:`~lightning_rkd.utils.types.Mix`, the record of a mixed batch
+    - ``shard``: :class:`~lightning_rkd.utils.distributed.Shard`, which splits the work on a gathered batch over ranks
+
+    A loss with parameters or buffers (projectors, memory banks) creates them in a method ``build``, whose parameters
+    name the sizes it needs: ``student_dim``, ``teacher_dim`` (columns of the embedding or the logits; for feature maps
+    a tuple of channels), ``num_classes``, ``num_samples`` (of the training set). Its ``__init__`` ends with
+    :meth:`set_sizes`, which calls ``build`` if all sizes are given. Otherwise ``DistillationModule`` infers the sizes
+    before optimizers are created, or else the first call does. The tensors stay in float32 (float64) in any training
+    precision.
+
+    Another package registers its losses by entry points of the group ``lightning_rkd.losses``; the command line then
+    accepts their short names.
+
+    Raises:
+        TypeError: A class attribute or a parameter of ``forward`` that does not exist, or a call with inputs that
+            ``forward`` does not take.
+        ValueError: Outputs that do not fit (rank, batch size, device, empty), hold NaN or infinity, or give a loss that
+            overflows. The last two are checked on a CPU; on other devices the engine detects them.
     """
 
     gather: bool = True
@@ -82,21 +92,21 @@ class RelationalLoss(Weighable, LazyModule):
             raise TypeError(f"{cls.__name__}.reads must name fields of Outputs {sorted(FIELDS)}, got {cls.reads!r}")
         parameters = inspect.signature(cls.forward).parameters
         by_position = [*parameters][3:]  # behind self, student and teacher
-        asked = {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        if misplaced := CONTEXT & set(by_position) - set(asked):
+        keywords = {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        if misplaced := CONTEXT & set(by_position) - set(keywords):
             raise TypeError(
                 f"{cls.__name__}.forward takes {sorted(misplaced)} by position, but such inputs are keyword-only "
                 f"parameters: forward(self, student, teacher, *, {', '.join(sorted(misplaced))})"
             )
-        unknown = set(asked) - CONTEXT
+        unknown = set(keywords) - CONTEXT
         if unknown:
             raise TypeError(
                 f"{cls.__name__}.forward takes {sorted(unknown)}, but a loss may only take {sorted(CONTEXT)}"
             )
         if not set(cls.invariances) <= INVARIANCES:
             raise TypeError(f"{cls.__name__}.invariances must be among {sorted(INVARIANCES)}, got {cls.invariances}")
-        cls.needs = frozenset(asked)
-        cls.required = frozenset(n for n, p in asked.items() if p.default is inspect.Parameter.empty)
+        cls.needs = frozenset(keywords)
+        cls.required = frozenset(n for n, p in keywords.items() if p.default is inspect.Parameter.empty)
 
     forward: Callable[..., Tensor]
 
@@ -121,7 +131,7 @@ class RelationalLoss(Weighable, LazyModule):
             _check_finite(pairs, (s, t), name)
         if not context.keys() <= _UNCHECKED:
             context = check_context(context, len(first), field, device, name)
-        # float32 at least; two different precisions meet at the higher one, unless the loss has tensors of its own
+        # float32 at least, the higher of two precisions, or that of the loss's own tensors
         dtype = torch.float32
         for _, a, b in pairs:
             dtype = torch.promote_types(dtype, torch.promote_types(a.dtype, b.dtype))
@@ -150,7 +160,7 @@ _PRECISIONS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.flo
 
 
 def _check_pairs(pairs: list[tuple[str, Any, Any]], name: str) -> None:
-    """Refuse what is no floating-point tensor of a row per sample, or does not fit the other network's."""
+    """Refuse inputs that are not floating-point tensors with a row per sample, or do not fit the other network's."""
     first = pairs[0][1]
     for field, student, teacher in pairs:
         for network, x in (("student", student), ("teacher", teacher)):
@@ -191,7 +201,7 @@ def _check_pairs(pairs: list[tuple[str, Any, Any]], name: str) -> None:
 
 
 def _check_finite(pairs: list[tuple[str, Tensor, Tensor]], both: tuple[Any, Any], name: str) -> None:
-    """Refuse NaN and infinity; on a CPU only, since other devices would be waited for."""
+    """Refuse NaN and infinity; called on a CPU only, since it would wait for other devices."""
     for _, student, teacher in pairs:
         for network, x in (("student", student), ("teacher", teacher)):
             finite = torch.isfinite(x.detach())
@@ -207,7 +217,7 @@ def _check_finite(pairs: list[tuple[str, Tensor, Tensor]], both: tuple[Any, Any]
 
 
 def _overflow_error(value: Tensor, pairs: list[tuple[str, Tensor, Tensor]], loss: nn.Module) -> NonFiniteError:
-    """The error for a loss that is not finite although its inputs are."""
+    """Error for a loss that is not finite although its inputs are."""
     name = type(loss).__name__
     for own, x in (*loss.named_parameters(), *loss.named_buffers()):
         if not torch.isfinite(x).all():
@@ -224,7 +234,7 @@ def _overflow_error(value: Tensor, pairs: list[tuple[str, Tensor, Tensor]], loss
 
 
 def _cast(value: Any, dtype: torch.dtype, detach: bool = False) -> Any:
-    """Inputs in another precision and, to ``detach``, without gradient."""
+    """Cast inputs and, with ``detach``, detach them."""
     if isinstance(value, Tensor):
         if not torch.compiler.is_compiling() and value.is_inference() and not torch.is_inference_mode_enabled():
             value = value.clone()  # inference tensors cannot be saved for backward

@@ -1,4 +1,4 @@
-"""Inputs of a loss: selecting the features that it reads, and checking labels, indices, views and mixes."""
+"""Inputs of losses: selection of the features that a loss reads, and checks of labels, indices, view and mix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_rkd.utils.types import Mix, Outputs
 
 Features = Tensor | Sequence[Tensor] | Outputs | Mapping[str, Outputs]
-"""Features of one network: the value that a loss reads, or ``Outputs`` (by tap) to select it from."""
+"""Features of one network: the value that a loss reads, or ``Outputs``, also by tap, that contain it."""
 
 FIELDS = frozenset({"embedding", "logits", "feature_maps", "classifier"})
 
@@ -24,10 +24,10 @@ _CURES = {
 
 
 def resolve_taps(taps: Sequence[str], tap: str | None, reads: str | tuple[str, ...], *, who: str) -> dict[str, str]:
-    """The tap from which each field is read: the named one, else the only one, else those named like the fields.
+    """Tap of each field that a loss reads: the tap named by the user, else the only one, else that of the field's name.
 
     Raises:
-        ValueError: There is no such tap, or several to choose from.
+        ValueError: The tap does not exist, or there are several to choose from.
 
     Example:
         >>> resolve_taps(["logits", "embedding"], None, "logits", who="SoftTarget")
@@ -49,25 +49,25 @@ def resolve_taps(taps: Sequence[str], tap: str | None, reads: str | tuple[str, .
 
 
 def select_tap(features: Any, tap: str | None, reads: str | tuple[str, ...], *, who: str) -> Any:
-    """The outputs at a tap out of a mapping of taps, see :func:`resolve_taps`; anything else is returned as it is."""
+    """Select the outputs at a tap as :func:`resolve_taps` does; features that are not a mapping are returned as is."""
     if not isinstance(features, Mapping):
         return features
     return combine_fields(features, resolve_taps(list(features), tap, reads, who=who))
 
 
 def combine_fields(features: Mapping[str, Outputs], taps: Mapping[str, str]) -> Outputs:
-    """Fields of several taps as one ``Outputs``; all of one tap where they lie there."""
+    """Combine fields of several taps in one ``Outputs``."""
     if len(set(taps.values())) == 1:
         return features[next(iter(taps.values()))]
     return Outputs(**{field: getattr(features[tap], field) for field, tap in taps.items()})
 
 
 def select_fields(features: Any, reads: str | tuple[str, ...], *, who: str) -> Any:
-    """The value that a loss reads: a field of ``Outputs``, or the bare value it was given.
+    """Select the value that a loss reads: a field of ``Outputs``, ``Outputs`` for several fields, or a bare value.
 
     Raises:
-        ValueError: The tapped layer lacks a field.
-        TypeError: The loss reads several fields, but was given a bare value.
+        ValueError: The tapped layer does not provide a field.
+        TypeError: A bare value for a loss that reads several fields.
     """
     if isinstance(features, Mapping):
         features = select_tap(features, None, reads, who=who)
@@ -83,11 +83,11 @@ def select_fields(features: Any, reads: str | tuple[str, ...], *, who: str) -> A
 
 
 def pair_tensors(student: Any, teacher: Any, reads: str | tuple[str, ...], name: str) -> list[tuple[str, Any, Any]]:
-    """All (field, student tensor, teacher tensor) that a loss compares.
+    """Pair the tensors that a loss compares, as (field, student tensor, teacher tensor).
 
     Raises:
-        TypeError: Something else than tensors where tensors belong.
-        ValueError: Unequally many feature maps, or nothing to compare.
+        TypeError: A single tensor instead of a list of feature maps, or a value of another type.
+        ValueError: Unequal numbers of feature maps, or nothing to compare.
     """
     if isinstance(student, Outputs):
         found = [(f, getattr(student, f), getattr(teacher, f)) for f in ("embedding", "logits")]
@@ -122,20 +122,20 @@ def _pair_maps(student: Sequence[Any], teacher: Sequence[Any], name: str) -> lis
 
 
 def check_context(context: dict[str, Any], rows: int, field: str, device: torch.device, name: str) -> dict[str, Any]:
-    """Labels, indices and views as int64, refused where they do not fit the batch.
+    """Check labels, indices, view and mix, and convert whole numbers to int64.
 
-    Values on other devices than the CPU are not checked, since the host would have to wait for them.
+    Values are checked on a CPU only, since the host would have to wait for other devices.
 
     Args:
         context: Keyword arguments of the loss.
-        rows: N.
+        rows: Number of samples N.
         field: Name of the field that the loss reads, for messages.
         device: Device of the features.
         name: Name of the loss, for messages.
 
     Raises:
-        TypeError: Something is no tensor, or of a type that it cannot be.
-        ValueError: Another number of rows, another device, numbers that are not finite.
+        TypeError: An input is not a tensor, or has the wrong dtype.
+        ValueError: An input has another number of rows, is on another device, or is not finite.
 
     Example:
         >>> narrow = torch.tensor([1, 0], dtype=torch.uint8)

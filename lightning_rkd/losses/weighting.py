@@ -17,7 +17,7 @@ Weight = float | Callable[[int], float]
 
 
 def evaluate_weight(weight: Weight, epoch: int) -> float:
-    """The value of a weight in an epoch.
+    """Value of a weight in an epoch.
 
     Example:
         >>> evaluate_weight(2, epoch=0), evaluate_weight(lambda epoch: 0.5 * epoch, epoch=3)
@@ -32,8 +32,8 @@ class Term:
 
     Attributes:
         loss: The loss.
-        weight: Its weight.
-        tap: Name of the tap it reads; ``None`` reads the only tap, or the tap named like the field that the loss reads.
+        weight: Weight of the loss, a number or a function of the epoch.
+        tap: Name of the tap that the loss reads; ``None`` selects the only tap, or the tap of the field's name.
     """
 
     loss: Any
@@ -45,7 +45,7 @@ class Weighable(nn.Module):
     """A module that can be weighted, added and read at a named tap; each gives a :class:`LossSum`."""
 
     def at(self, tap: str) -> LossSum:
-        """Read every loss at the tap of that name: ``RKD().at("layer3")``."""
+        """Read at a named tap: ``RKD().at("layer3")``."""
         return LossSum(self, tap=tap)
 
     def __mul__(self, weight: Weight) -> LossSum:
@@ -61,11 +61,11 @@ class Weighable(nn.Module):
 
 
 class LossSum(Weighable):
-    """Weighted sum of losses, a plain container: every loss checks and casts its own inputs.
+    """Weighted sum of losses, each of which checks and casts its own inputs.
 
     Args:
-        losses: A loss, a list of losses or sums, which are named after their classes (``RKDDistance`` is logged as
-            ``rkd_distance``), or a mapping from the name under which a loss is logged to a loss or weighted loss.
+        losses: A loss, a list of losses or sums, or a mapping from log names to losses or weighted losses. Without a
+            mapping, losses are named after their classes: ``RKDDistance`` is logged as ``rkd_distance``.
         weight: Weight of all terms, a number or a function of the epoch.
         tap: Name of the tap that all losses read.
 
@@ -73,8 +73,8 @@ class LossSum(Weighable):
         terms: Loss, weight and tap of every term, by name.
 
     Raises:
-        TypeError: An entry that is no loss, or a weight that is neither a number nor a function.
-        ValueError: No loss, or a name that a module cannot have.
+        TypeError: An entry is not a loss, or a weight is neither a number nor a function.
+        ValueError: There is no loss, or a name cannot be that of a submodule.
 
     Example:
         >>> from lightning_rkd.losses.base import RelationalLoss
@@ -115,7 +115,7 @@ class LossSum(Weighable):
             raise ValueError(f"a loss cannot have that name, {error.args[0]}; choose another") from None
 
     def forward(self, student: Any, teacher: Any, *, epoch: int = 0, **context: Any) -> Tensor:
-        """Compute the weighted sum; each loss receives the part of the context that it takes."""
+        """Compute the weighted sum; each loss receives those further inputs that it takes."""
         known = frozenset().union(*(term.loss.needs for term in self.terms.values()))
         if unknown := context.keys() - known:
             raise TypeError(f"no loss of this sum uses {sorted(unknown)}; together they take {sorted(known)}")
@@ -136,7 +136,7 @@ class LossSum(Weighable):
 
 
 def terms_of(loss: Weighable | Mapping[str, Weighable]) -> dict[str, Term]:
-    """Loss, weight and tap of every term of a loss, a sum or a dict of losses, by log name.
+    """Terms of a loss, a sum or a dict of losses, by log name.
 
     Example:
         >>> from lightning_rkd.losses.base import RelationalLoss
@@ -155,7 +155,7 @@ def terms_of(loss: Weighable | Mapping[str, Weighable]) -> dict[str, Term]:
 
 
 def multiply_weights(a: Weight, b: Weight) -> Weight:
-    """The product of two weights, each a number or a function of the epoch."""
+    """Multiply two weights, each a number or a function of the epoch."""
     return _Product(a, b) if callable(a) or callable(b) else float(a) * float(b)
 
 
@@ -176,7 +176,7 @@ def _single_term(name: str, loss: Any) -> Term:
 
 
 def _name_terms(terms: Sequence[Term]) -> dict[str, Term]:
-    """Terms by the names of their classes in snake case, with tap and number where these are needed."""
+    """Name terms after their classes in snake case, followed by the tap and, for repeated names, a number."""
     named: dict[str, Term] = {}
     for term in terms:
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", type(term.loss).__name__).lower()
