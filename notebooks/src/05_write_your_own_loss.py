@@ -169,7 +169,7 @@ trainer = L.Trainer(
     enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, accelerator="cpu",
 )  # fmt: skip
 trainer.fit(module, data)
-print("a map of its own, found by itself:", tuple(module.loss.map.weight.shape))
+print("shape of the map:", tuple(module.loss.map.weight.shape))
 
 # %% [markdown]
 # ## From YAML
