@@ -115,7 +115,7 @@ def test_defaults_suit_this_library(capsys: pytest.CaptureFixture[str]) -> None:
     assert config["checkpoint"]["filename"] == "last"
 
 
-def test_printing_the_configuration_builds_no_teacher_and_knows_short_names(
+def test_printing_a_configuration_builds_no_teacher_and_knows_short_names(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     teacher = ["--model.teacher", "Teacher", "--model.teacher.network", "tests.cli.test_main.never_built"]
@@ -178,7 +178,7 @@ def test_broken_yaml_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "Problems parsing config" in error
 
 
-def test_an_output_folder_that_cannot_be_written_is_refused_before_training(
+def test_an_output_folder_that_is_not_writable_is_refused_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")

@@ -96,7 +96,7 @@ def test_one_that_must_not_be_moved_is_not() -> None:
 
 
 @pytest.mark.parametrize("last", [0, 1])
-def test_modes_come_back_when_a_second_teacher_of_the_network_has_seen_it_teach(last: int) -> None:
+def test_modes_are_restored_when_two_teachers_share_a_network(last: int) -> None:
     network = nets.teacher(dropout=0.5).train()
     teachers = [Teacher(network), Teacher(network)]
     teachers[0].attach(None)

@@ -86,7 +86,7 @@ def distances(parts: list[tuple[float, Tensor]]) -> Tensor:
 
 
 @pytest.mark.parametrize("face", FACES)
-def test_averaged_relations_have_the_gradient_of_the_relations_written_by_hand(face: str) -> None:
+def test_averaged_relations_have_the_gradient_of_the_loss_written_by_hand(face: str) -> None:
     first, second = (network.double().eval() for network in pair())
 
     def by_hand(embedding: Tensor, x: Tensor) -> Tensor:
@@ -162,9 +162,7 @@ class Stops(pl.Callback):
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", ["one", *COMBINE])
-def test_it_teaches_in_the_precision_of_the_student_and_comes_back_as_it_was(
-    kind: Any, precision: str, face: str
-) -> None:
+def test_it_runs_in_the_precision_of_the_student_and_is_restored(kind: Any, precision: str, face: str) -> None:
     networks = pair()
     before = [toys.snapshot(network) for network in networks]
     teacher = networks[1] if kind == "one" else EnsembleTeacher(networks, combine=kind)
@@ -181,9 +179,7 @@ def test_it_teaches_in_the_precision_of_the_student_and_comes_back_as_it_was(
 
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("combine", COMBINE)
-def test_no_teacher_of_an_ensemble_is_in_a_checkpoint_an_optimizer_or_an_average(
-    combine: Any, face: str, tmp_path: Path
-) -> None:
+def test_no_ensemble_member_is_in_a_checkpoint_optimizer_or_average(combine: Any, face: str, tmp_path: Path) -> None:
     networks = pair()
     module, callbacks = taught(face, EnsembleTeacher(networks, combine=combine), RKD())
     own = {id(p) for network in networks for p in network.parameters()}
@@ -226,7 +222,7 @@ class TrainsACopy(pl.Callback):
 
 
 @pytest.mark.parametrize("kind", ["one", *COMBINE])
-def test_a_copy_trained_in_the_middle_of_a_fit_does_not_take_the_teacher_away(kind: Any) -> None:
+def test_training_a_copy_during_a_fit_does_not_take_the_teacher_away(kind: Any) -> None:
     networks = pair()
     before = [toys.snapshot(network) for network in networks]
     teacher = networks[1] if kind == "one" else EnsembleTeacher(networks, combine=kind)

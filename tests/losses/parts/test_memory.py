@@ -21,7 +21,7 @@ def unit(n: int, d: int) -> Tensor:
     return F.normalize(torch.randn(n, d, dtype=torch.float64), dim=1)
 
 
-def test_the_bank_starts_with_rows_of_length_one_that_depend_on_the_seed_alone():
+def test_the_bank_starts_with_unit_rows_that_depend_on_the_seed_alone():
     torch.manual_seed(1)
     first = MemoryBank(20, 6, seed=3).rows
     torch.manual_seed(2)
@@ -62,7 +62,7 @@ def test_negatives_are_all_other_samples_equally_often():
         assert all(850 < n < 1150 for n in counts.values())
 
 
-def test_negatives_are_of_other_classes_or_of_samples_whose_class_is_not_known_yet():
+def test_negatives_are_of_other_classes_or_of_classes_not_known_yet():
     bank = MemoryBank(10, 3)
     bank.update(torch.tensor([0, 1, 2, 3]), unit(4, 3), 0.5, labels=torch.tensor([7, 8, 7, -1]))
     drawn = bank.draw(torch.tensor([5, 1, 3]), 5000, labels=torch.tensor([7, 8, -1]))
@@ -89,7 +89,7 @@ def test_negatives_follow_the_sample_and_not_its_row():
         assert torch.equal(bank.draw(indices[order], 40, None if classes is None else classes[order]), drawn[order])
 
 
-def test_negatives_change_with_every_update_and_with_the_seed_and_with_nothing_else():
+def test_negatives_depend_on_the_number_of_updates_and_the_seed_alone():
     bank, indices = MemoryBank(1000, 3), torch.tensor([1, 2])
     first = bank.draw(indices, 20)
     torch.manual_seed(5)
@@ -249,7 +249,7 @@ def test_noise_contrastive_estimation_is_that_of_the_loops(rows, negatives):
     )
 
 
-def test_noise_contrastive_estimation_is_finite_where_the_exponentials_are_not():
+def test_noise_contrastive_estimation_is_finite_where_exponentials_are_not():
     scores = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], requires_grad=True)
     value = nce(scores, 3.0, 20)
     value.backward()
