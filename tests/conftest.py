@@ -1,7 +1,5 @@
 """Shared fixtures: seeded tests, and two processes on demand."""
 
-from __future__ import annotations
-
 import gc
 import os
 from collections.abc import Iterator

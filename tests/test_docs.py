@@ -1,7 +1,5 @@
 """The documentation's examples run as they stand, its commands exist, and its site is built without a warning."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess

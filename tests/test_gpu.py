@@ -1,7 +1,5 @@
 """What only a GPU can show; without one everything here is skipped, and tests beside the code say the rest."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Iterator

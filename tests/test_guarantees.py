@@ -1,7 +1,5 @@
 """The page of guarantees names tests that exist, and pages that exist."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """An installation without extras: what needs an extra names it, and nothing else imports its packages."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

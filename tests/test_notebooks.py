@@ -1,7 +1,5 @@
 """The notebooks are what their sources say, show what they should, and run from top to bottom."""
 
-from __future__ import annotations
-
 import doctest
 import importlib.util
 import re

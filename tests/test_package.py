@@ -1,7 +1,5 @@
 """What a user of the installed package relies on: cheap imports, names that exist, a wheel that is complete."""
 
-from __future__ import annotations
-
 import doctest
 import importlib.util
 import os

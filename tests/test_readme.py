@@ -1,7 +1,5 @@
 """The README's examples run as they stand, and its first promise holds bit for bit."""
 
-from __future__ import annotations
-
 import copy
 import re
 from pathlib import Path

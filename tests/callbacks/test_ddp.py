@@ -1,7 +1,5 @@
 """Two devices under a real Trainer are one device with the whole batch."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterator

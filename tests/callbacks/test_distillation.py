@@ -1,7 +1,5 @@
 """The callback leaves no trace, refuses what cannot work, and gives losses what they ask for."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import signal

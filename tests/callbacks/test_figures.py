@@ -1,7 +1,5 @@
 """Figures of validation samples reach every logger, from both faces, and disturb nothing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

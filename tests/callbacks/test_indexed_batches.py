@@ -1,7 +1,5 @@
 """Indexed loaders fit modules that know nothing of them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

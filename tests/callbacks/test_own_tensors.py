@@ -1,7 +1,5 @@
 """Losses with parameters or memories: the callback trains, saves and synchronises them as the module itself would."""
 
-from __future__ import annotations
-
 import operator
 import warnings
 from pathlib import Path

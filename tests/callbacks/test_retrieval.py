@@ -1,7 +1,5 @@
 """RetrievalEvaluation measures any module, once per sample, and leaves no trace."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The campaign of kills sees every difference between what a resumed run leaves and what an unbroken one does."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Real processes are killed, and one of two ranks fails: everything ends, and the same command resumes."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

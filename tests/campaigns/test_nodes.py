@@ -1,7 +1,5 @@
 """Two machines are one machine with two devices, and one device with the whole batch; and fail together."""
 
-from __future__ import annotations
-
 import csv
 import os
 import shutil

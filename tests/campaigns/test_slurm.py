@@ -1,7 +1,5 @@
 """Under SLURM a job that is told to end saves, is requeued, and continues."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

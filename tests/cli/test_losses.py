@@ -1,7 +1,5 @@
 """Every loss trains the student for glyphs through the real command line, by its bare name."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

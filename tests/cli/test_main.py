@@ -1,7 +1,5 @@
 """The command line: recipes by name, habits of the trainer, and one clear error for every mistake."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

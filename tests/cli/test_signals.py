@@ -1,7 +1,5 @@
 """SIGTERM and dying ranks: every process ends, soon, and says so with its exit code."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """One step of the engine without a Trainer: what it shows, which terms it makes, what it reports."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import warnings

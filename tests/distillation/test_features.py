@@ -1,7 +1,5 @@
 """Every form of layer is read, nothing after the layer changes what was read, and nothing stays behind."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Iterator

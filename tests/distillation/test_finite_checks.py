@@ -1,7 +1,5 @@
 """NaN and infinity in losses and weights end training before they reach a checkpoint."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

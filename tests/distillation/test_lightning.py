@@ -1,7 +1,5 @@
 """What a Trainer must respect of losses that live inside a module: DDP's buffers, averages, sharded parameters."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

@@ -1,7 +1,5 @@
 """What devices tell one another in a step is what the page on scaling says."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Class-oriented self-distillation: the terms, the triplets, the memory, and what is refused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Online branches: the equation, that diversity does something, and what is refused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

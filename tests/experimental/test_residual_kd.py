@@ -1,7 +1,5 @@
 """Residual distillation: its two terms, who learns from which, and what it refuses."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Exports give the numbers of the student, and need neither teacher nor Lightning."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 A package of an extra that the library imports without naming the extra is an error, as everywhere.
 """
 
-from __future__ import annotations
-
 import doctest
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """One student, taught through either face or by hand, and the gradients of every step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

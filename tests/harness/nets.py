@@ -1,7 +1,5 @@
 """Tiny networks, losses and data, and how to compare them; without Lightning, so that ranks start fast."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Two machines on one: network namespaces joined by a cable, in which nothing else can be reached."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The command line and scripts in processes of their own."""
 
-from __future__ import annotations
-
 import multiprocessing as mp
 import os
 import runpy

@@ -1,7 +1,5 @@
 """Two real processes for the tests: a pool that joins one gloo group on loopback and lives as long as the session."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing as mp
 import os

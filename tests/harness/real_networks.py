@@ -1,11 +1,9 @@
 """Numbers as no paper shows them but users do: the troubles of one network's batch, drawn by hypothesis."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from hypothesis import strategies as st
@@ -54,7 +52,7 @@ class Wild:
     layout: str = "contiguous"
     seed: int = 0
 
-    def another(self, number: int) -> Wild:
+    def another(self, number: int) -> Self:
         """The same troubles with other numbers."""
         return replace(self, seed=self.seed + number)
 

@@ -1,7 +1,5 @@
 """Tiny data sets in the layouts of the official archives; they need ``check=False``, for they are not whole."""
 
-from __future__ import annotations
-
 import pickle
 import re
 from collections.abc import Callable

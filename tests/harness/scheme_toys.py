@@ -1,7 +1,5 @@
 """Small images of three classes, networks that tell them apart in a few steps, and every scheme ready to train them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

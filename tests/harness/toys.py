@@ -1,7 +1,5 @@
 """Tiny modules and trainers, small enough that a fit costs milliseconds; and all of ``nets``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the contract suite must know of a loss that is not a matter of its users."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 

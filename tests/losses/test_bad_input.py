@@ -1,7 +1,5 @@
 """Bad input at volume: every exported loss gives the value of float64 with its gradient, or says what is wrong."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

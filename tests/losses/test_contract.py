@@ -1,7 +1,5 @@
 """What every loss promises, checked for whatever ``lightning_rkd.losses`` exports: a new loss is covered untouched."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import pickle

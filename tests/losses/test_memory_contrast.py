@@ -1,7 +1,5 @@
 """CRD and CRCD, which share projections, memories and the noise-contrastive loss."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """On a GPU no loss lets the host wait for the device: tested without one, on tensors that have no values."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from typing import Any

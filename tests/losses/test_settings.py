@@ -1,7 +1,5 @@
 """Settings of all losses: values out of range are refused by the name of loss and setting, all others are printed."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """A loss of another package: ten lines and an entry point, known to the command line by its short name."""
 
-from __future__ import annotations
-
 import csv
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """Bad input at volume: both metrics give what exact arithmetic gives at any magnitude, or say what is wrong."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """Few-shot accuracy: equal to plain loops, drawn by index and label alone, and clear about classes that are small."""
 
-from __future__ import annotations
-
 import pickle
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Metrics are updated by the names of their parameters, and missing ones are named."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Metrics on 1, 2 and 4 ranks: the same totals to the last digit, the rows spread out, and errors on all ranks."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from typing import Any

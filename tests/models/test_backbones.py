@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import inspect
 from urllib.error import URLError
 

@@ -1,7 +1,5 @@
 """Networks for small images: as large as published and as a formula says, with stages that can be named."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """A classifier on an embedding network, read everywhere by one tap."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """The prototypical loss against plain loops."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Promises of every training scheme: it learns, saves, resumes, trains in half precision and on several devices."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import os

@@ -1,7 +1,5 @@
 """DistillationModule: what it trains, saves, resumes, evaluates, and refuses."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

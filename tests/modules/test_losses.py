@@ -1,7 +1,5 @@
 """Losses with tensors of their own in ``DistillationModule``, balanced weights, views and task rows."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Both stages of MHGD under a real Trainer: what they learn, clip, save, resume and refuse; and two devices as one."""
 
-from __future__ import annotations
-
 import copy
 import os
 from collections.abc import Iterator

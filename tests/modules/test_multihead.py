@@ -1,7 +1,5 @@
 """Multi-head distillation: its equation, its heads, and what it refuses."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Agreement of two geometries by plain loops and scipy."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Inter-class similarity in loops over images and pairs of classes."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Attention transfer in loops over samples and places."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -3,8 +3,6 @@
 Written from the equations in the published code named by each scheme; logits are lists of rows of floats.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

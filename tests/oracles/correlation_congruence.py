@@ -1,7 +1,5 @@
 """Correlation congruence, pair by pair: the paper's kernel form, torchdistill's and RepDistiller's."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

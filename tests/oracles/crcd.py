@@ -1,7 +1,5 @@
 """CRCD's feature relation by plain loops, from crcd/criterion.py and crcd/memory.py of Lechatelia/CRCD."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """CRD by plain loops, from crd/criterion.py and crd/memory.py of HobbitLong/RepDistiller."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

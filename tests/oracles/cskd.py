@@ -1,7 +1,5 @@
 """Class similarity and cosine-weighted temperatures in loops."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from tests.oracles.sample_contrastive import cosine

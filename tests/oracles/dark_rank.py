@@ -1,7 +1,5 @@
 """DarkRank, query by query: the likelihood of the teacher's list, and the divergence over all orders of it."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

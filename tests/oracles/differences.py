@@ -1,7 +1,5 @@
 """Gradients of the loops, by central differences."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """DIST in loops: Pearson's correlation of every row and of every column, 1e-8 added to the denominator."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Embedding matching in loops."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Few-shot accuracy by plain loops."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

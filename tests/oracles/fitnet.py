@@ -1,7 +1,5 @@
 """Hints in loops: a 1 x 1 convolution, then the mean squared error."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -1,7 +1,5 @@
 """Graph knowledge distillation, edge by edge, in the order of the authors' code: normalise, mask, thin out, power."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

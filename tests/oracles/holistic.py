@@ -1,7 +1,5 @@
 """Holistic distillation by plain loops, from distiller_zoo/GNN.py of wyc-ruiker/HKD and DGL's TAGConv."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Inter-channel correlation by plain loops: convolution, batch normalisation, Gram matrix, unit rows."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Instance relationship graphs as the authors' Caffe layers compute them, loop by loop."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

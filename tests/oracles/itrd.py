@@ -1,7 +1,5 @@
 """Information theoretic distillation by plain loops over columns and pairs of samples."""
 
-from __future__ import annotations
-
 import math
 import statistics
 

@@ -1,7 +1,5 @@
 """What contrastive losses with memories share, by plain loops in float64."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """MHGD as the authors' code computes it, in numpy's SVD and plain loops."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

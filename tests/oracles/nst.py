@@ -1,7 +1,5 @@
 """Neuron selectivity transfer: the squared MMD of the paper as sums over pairs of channels of one sample's map."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

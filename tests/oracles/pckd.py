@@ -1,7 +1,5 @@
 """PCKD as the authors' code computes it (losses.py, loops.py), one row and one pair at a time."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

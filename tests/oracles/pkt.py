@@ -1,7 +1,5 @@
 """Probabilistic knowledge transfer, pair by pair: as in the authors' code, and over distinct pairs as in the paper."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

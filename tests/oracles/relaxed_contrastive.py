@@ -1,7 +1,5 @@
 """Relaxed contrastive loss, pair by pair."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

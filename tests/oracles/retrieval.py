@@ -1,7 +1,5 @@
 """Retrieval by plain loops over float64 distances: slow, and obviously right."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

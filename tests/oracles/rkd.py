@@ -1,7 +1,5 @@
 """RKD as written in the paper: plain loops over pairs and triplets, and the authors' tensor formulas in autograd."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

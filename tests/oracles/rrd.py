@@ -1,7 +1,5 @@
 """Relational representation distillation by plain loops over samples and the rows of the queue."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

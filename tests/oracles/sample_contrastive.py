@@ -1,7 +1,5 @@
 """Sample-wise contrastive distillation in loops: each teacher row against all student rows."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Similarity-preserving distillation as written in the paper: row-normalised Gram matrices, entry by entry."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Hinton's soft targets in loops: divergence of softened probabilities, times the temperature squared."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

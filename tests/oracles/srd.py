@@ -1,7 +1,5 @@
 """SRD in loops: standardise every column, sum the fourth powers of the differences, take the logarithm."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

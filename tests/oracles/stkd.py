@@ -1,7 +1,5 @@
 """The reconstruction of similarity transfer as its docstring writes it, sample by sample."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Tanimoto distillation, pair by pair."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -1,7 +1,5 @@
 """Transformed teacher matching in loops: powers of probabilities, as the paper writes them."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """VkD by plain loops: Gram-Schmidt, layer norm, smooth L1."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

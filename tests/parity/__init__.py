@@ -5,8 +5,6 @@ at the end, lie apart. ``cells.py`` lists the cells, ``test_parity.py`` holds ea
 ``python -m tests.parity`` writes the page ``docs/parity.md``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Measures every cell and writes ``docs/parity.md``: ``python -m tests.parity``."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import logging

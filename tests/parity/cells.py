@@ -1,7 +1,5 @@
 """The cells: callback and module on one device, then both on two."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable

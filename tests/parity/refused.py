@@ -1,7 +1,5 @@
 """What cannot be the same computation is refused, with a message that says what to do instead."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Any

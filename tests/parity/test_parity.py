@@ -1,7 +1,5 @@
 """Distillation attached from outside is the same computation as the loss written by hand, in every way to train."""
 
-from __future__ import annotations
-
 import multiprocessing
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Modules as users write them: each step a way of its own, with a place where a loss may be written in by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pictures: the right panels, right and wrong told apart, and no global state."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files are written atomically, and damage is found before anything is read."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -1,7 +1,5 @@
 """Every private name of PyTorch and Lightning that the package uses, so that a new release breaks here first."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from importlib import import_module

@@ -1,7 +1,5 @@
 """Student's interval against a paired t-test."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What a loader yields becomes a Batch, or an error that says why not."""
 
-from __future__ import annotations
-
 from collections import UserDict, namedtuple
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command that caches a teacher: resumed, repeated, refused, and read by a recipe."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

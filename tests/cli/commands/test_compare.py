@@ -1,7 +1,5 @@
 """``lightning-rkd compare``, on few glyphs."""
 
-from __future__ import annotations
-
 import csv
 import os
 import signal

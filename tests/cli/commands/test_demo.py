@@ -1,7 +1,5 @@
 """The demo on miniature settings: its files, the errors, and resuming after an interruption."""
 
-from __future__ import annotations
-
 import csv
 import signal
 import time

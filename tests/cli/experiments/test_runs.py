@@ -1,7 +1,5 @@
 """A run of an experiment is a run of ``fit``: same start, resolved configuration, resumed to the same digits."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

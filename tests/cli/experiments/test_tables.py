@@ -1,7 +1,5 @@
 """Tables state mean and spread over seeds, and are read back from CSV unrounded."""
 
-from __future__ import annotations
-
 import csv
 import statistics
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Workers perform calls in processes that never outlive the one that started them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

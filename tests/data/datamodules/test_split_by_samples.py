@@ -1,7 +1,5 @@
 """Data modules whose parts hold the same classes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Batch transforms in DistillationModule: what a training with them computes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A cached teacher gives the outputs of the live one for the indices of a batch, or an error with the cure."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle

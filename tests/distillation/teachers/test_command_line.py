@@ -1,7 +1,5 @@
 """Teachers in YAML, with their weights as paths, through the real command line, callback and module."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from pathlib import Path

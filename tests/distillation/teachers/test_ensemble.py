@@ -1,7 +1,5 @@
 """Several teachers: what they show together, what may be asked of them, and that each comes back as it was."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

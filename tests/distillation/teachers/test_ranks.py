@@ -1,7 +1,5 @@
 """Teachers over two processes: all ranks learn from the same ones, and two devices learn what one does."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The teacher teaches, stays frozen, and comes back as it was."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from typing import Any

@@ -1,7 +1,5 @@
 """Teachers of every kind under a Trainer, through both faces, against the loss written by hand."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

@@ -1,7 +1,5 @@
 """Weights are loaded from intact files that fit, or not at all."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The angle kernel for the CPU: the same as the tiles and as the formula, at every size."""
 
-from __future__ import annotations
-
 import multiprocessing
 
 import pytest

@@ -1,7 +1,5 @@
 """The angle kernel for GPUs: run by Triton's interpreter, compiled for real chips, run on one where there is one."""
 
-from __future__ import annotations
-
 import logging
 import os
 import subprocess

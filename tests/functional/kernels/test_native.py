@@ -1,7 +1,5 @@
 """Native kernels are optional."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Ranges of a loop on several threads."""
 
-from __future__ import annotations
-
 import os
 import threading
 
