@@ -70,7 +70,9 @@ def main(args: Sequence[str]) -> None:
         )
         table, failed = compare(comparison, out, console, command)
         if not failed:
-            console.print(f"{_AGREEMENT}\n{_verdict(table)}\nDrawing the pictures.")
+            words = f"{_AGREEMENT}\n{_verdict(table)}\n"
+            console.print(f"{words}Drawing the pictures.")
+            write_whole(out / "table.md", (out / "table.md").read_bytes() + f"\n{words}".encode())
             things = "glyphs" if options.data is None else "classes"
             embeddings = _embed(comparison, data, out)
             light, dark = (_draw(embeddings, table, data, things, dark) for dark in (False, True))

@@ -131,7 +131,7 @@ def _example(shape: str | None, config: dict[str, Any], path: Path) -> tuple[Ten
             raise argparse.ArgumentError(None, f"--input: expected a shape such as 3,32,32, got {shape!r}") from None
     try:
         parser, parsed = _parse(ImageDataModule, "data", config["data"])
-        data: ImageDataModule = parser.instantiate_classes(parsed).data
+        data: ImageDataModule = parser.instantiate(parsed).data
         data.prepare_data()
         data.setup("test")
         scaling = {name: getattr(data.root, name).flatten().tolist() for name in ("mean", "std")}
@@ -154,7 +154,7 @@ def _collect_facts(
         if kept["weights"] == weights:  # the scores of other weights do not count
             about = [kept["about"][key] for key in ("date", "hardware") if kept["about"].get(key)]
             scores, measured = kept["scores"], ", ".join(["On the run's test data, after the last step", *about]) + "."
-    taught = model.get("teacher") is not None
+    taught = model.get("teacher") is not None and model.get("loss") is not None  # a teacher alone is only compared with
     arguments = (("loss", "weight", "balance") if taught else ()) + ("task_loss", "task_weight")
     return Facts(
         name=name or checkpoint.parent.name or "student",
