@@ -1,7 +1,5 @@
 """The gallery page is what the classes say, and says all that it promises."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +23,7 @@ def test_the_page_is_up_to_date() -> None:
     assert (DOCS / "losses.md").read_text(encoding="utf-8") == gallery().page(), "run python docs/gallery.py"
 
 
-def test_every_method_has_an_equation_a_paper_and_a_bibtex_entry_of_its_own() -> None:
+def test_every_method_has_its_equation_paper_and_bibtex_entry() -> None:
     page = gallery()
     for name, cls in (page.losses() | page.schemes()).items():
         assert page.equation(cls), name

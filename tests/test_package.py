@@ -101,6 +101,13 @@ def test_wheel_built_from_the_source_archive_is_complete(tmp_path: Path) -> None
     assert any(name.endswith("licenses/LICENSE") for name in packed)
 
 
+def test_names_of_tests_have_at_most_70_characters() -> None:
+    names = [
+        name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    ]
+    assert [name for name in names if len(name) > 70] == []
+
+
 LOSS, EXPORT = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M | re.S)
 (ENTRY,) = re.findall(r"^```bibtex\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M | re.S)
 

@@ -1,7 +1,5 @@
 """Every recipe runs through the real command line, says what it is, and fits its neighbours."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Training through the command line when things go wrong: the last checkpoint is whole, the error clear, no exit 0."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -166,7 +164,7 @@ def test_a_kill_while_a_checkpoint_is_written_keeps_the_one_before() -> None:
     assert {path.name for path in Path("run").iterdir()} == {"config.yaml", "last.ckpt"}
 
 
-def test_a_configuration_that_is_being_written_does_not_harm_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_of_a_configuration_keeps_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     from jsonargparse import ArgumentParser
 
     def half(self: Any, config: Any, path: str, **kwargs: Any) -> None:

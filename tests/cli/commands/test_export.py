@@ -1,7 +1,5 @@
 """``lightning-rkd export``, run for real on a run of a few steps."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The report is one file that a browser displays completely: no request, no error, no overflow, light and dark."""
 
-from __future__ import annotations
-
 import html
 import json
 import re
