@@ -25,7 +25,7 @@ from lightning_rkd.cli.signals import forward_sigterm
 from lightning_rkd.data.loaders import list_loaders
 from lightning_rkd.utils.distributed import gather_objects, run_on_all_ranks
 from lightning_rkd.utils.files import check_file, write_whole
-from lightning_rkd.utils.private import deals_rows_out
+from lightning_rkd.utils.private import replaces_samplers
 
 
 class TrainingCLI(LightningCLI):
@@ -192,7 +192,7 @@ class _RowsPerRank(pl.Callback):
     """Refuses training loaders that give all ranks the same rows."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.world_size == 1 or deals_rows_out(trainer):
+        if trainer.world_size == 1 or replaces_samplers(trainer):
             return
         for loader in list_loaders(trainer.train_dataloader):
             plain = type(getattr(loader, "batch_sampler", None)) is BatchSampler

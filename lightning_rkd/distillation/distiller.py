@@ -55,11 +55,7 @@ class BoundLoss:
 
     @classmethod
     def bind(cls, name: str, term: Term, student_taps: Collection[str], teacher_taps: Collection[str]) -> BoundLoss:
-        """Resolve the taps that a term reads.
-
-        Raises:
-            ValueError: A tap does not exist, or there are several to choose from.
-        """
+        """Resolve the taps that a term reads."""
         loss, both = term.loss, (list(student_taps), list(teacher_taps))
         student, teacher = (resolve_taps(taps, term.tap, loss.reads, who=name) for taps in both)
         return cls(name, loss, term.weight, student, teacher, loss.needs - {"epoch", "shard"})
@@ -225,16 +221,7 @@ class Distiller:
             self.teacher.check_same_on_ranks(group)
 
     def prepare_data(self, loaders: Any, unpack: Callable[[Any], Batch], *, train: bool = True) -> None:
-        """Let the teacher check the loaders of a run, or read from them, after :meth:`prepare`. Collective.
-
-        Args:
-            loaders: Loaders of the training set, or, with ``train=False``, of an evaluation.
-            unpack: Function from what they yield to a batch.
-            train: Whether these are training data.
-
-        Raises:
-            ValueError: A cached teacher does not belong to these data.
-        """
+        """Call the teacher's :meth:`~.BaseTeacher.prepare_data`, after :meth:`prepare`. Collective."""
         if self._teaching and self.teacher is not None:
             self.teacher.prepare_data(loaders, unpack, self.group, train=train)
 
@@ -327,19 +314,11 @@ class Distiller:
                 reader.on = True
 
     def finish(self) -> None:
-        """Report the checks of the last steps, at the end of training; waits for the device.
-
-        Raises:
-            NonFiniteError: NaN or infinity in one of the steps.
-        """
+        """Raise ``NonFiniteError`` if the last steps had NaN or infinity; called at the end of training."""
         self._checks.report(wait=True)
 
     def check_losses(self, losses: Mapping[str, Tensor], step: int) -> None:
-        """Check losses of a step, at once on a CPU and one step late on other devices.
-
-        Raises:
-            NonFiniteError: A loss is NaN or infinite.
-        """
+        """Raise ``NonFiniteError`` if a loss is not finite, at once on a CPU and one step late on other devices."""
         self._checks.check_losses(losses, step)
 
     def collect(self, batch: Batch | None, *, teach: bool = True) -> StepFeatures:

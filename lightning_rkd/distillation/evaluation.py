@@ -22,13 +22,6 @@ class Evaluation:
         loaders: Loaders of this rank: one, a mapping, a sequence, or Lightning's ``CombinedLoader``.
         ranks: Number of ranks that evaluate.
         device: Device of the metrics.
-
-    Example:
-        >>> from torchmetrics import MeanSquaredError
-        >>> evaluation = Evaluation({"error": MeanSquaredError()}, [range(3), range(2)], 1, "cpu")
-        >>> evaluation.update(1, Outputs(logits=torch.tensor([1.0, 3.0])), Batch(None, labels=torch.tensor([1, 1])))
-        >>> evaluation.metrics[1]["error"].compute()
-        tensor(2.)
     """
 
     def __init__(self, metrics: Mapping[str, Metric], loaders: Any, ranks: int, device: torch.device | str) -> None:

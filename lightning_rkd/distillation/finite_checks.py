@@ -57,11 +57,7 @@ class FiniteChecks:
         self._send(bad, partial(_report_losses, list(losses), step))
 
     def report(self, *, wait: bool = False) -> None:
-        """Report the flags that have arrived; with ``wait``, wait for all flags.
-
-        Raises:
-            NonFiniteError: NaN or infinity; the message names network, row and step.
-        """
+        """Raise errors and warnings for the flags that have arrived; with ``wait``, wait for all flags."""
         waiting, self.waiting = self.waiting, []
         for flags, event, report in waiting:
             if event is not None and wait:
@@ -130,9 +126,6 @@ def refuse_broken_weights(module: nn.Module, step: int) -> None:
     """Refuse to checkpoint weights with NaN, which would replace the last good checkpoint.
 
     A gradient can be NaN although every loss is finite, and the checks of the next step come after the checkpoint.
-
-    Raises:
-        NonFiniteError: A parameter holds NaN or infinity.
     """
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and not parameter.detach().isfinite().all():

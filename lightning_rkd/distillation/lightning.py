@@ -65,16 +65,6 @@ def exclude_from_ddp_broadcast(module: nn.Module) -> Callable[[], None]:
 
     Returns:
         Function that undoes it.
-
-    Example:
-        >>> class Steps(StepState):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.register_buffer("count", torch.zeros(1))
-        >>> host = nn.Sequential(nn.BatchNorm1d(2), Steps())
-        >>> undo = exclude_from_ddp_broadcast(host)
-        >>> host._ddp_params_and_buffers_to_ignore
-        ['1.count']
     """
     inside = [(at, m) for at, m in module.named_modules() if isinstance(m, StepState)]
     own = {f"{at}.{name}" for at, m in inside for name, _ in m.named_buffers()}
@@ -82,11 +72,7 @@ def exclude_from_ddp_broadcast(module: nn.Module) -> Callable[[], None]:
 
 
 def refuse_lbfgs(optimizers: Iterable[torch.optim.Optimizer], stateful_losses: Sequence[str]) -> None:
-    """Refuse LBFGS with stateful losses: it evaluates a step several times, and each evaluation changes their state.
-
-    Raises:
-        ValueError: One of the optimizers is LBFGS, and there are stateful losses.
-    """
+    """Refuse LBFGS with stateful losses: it evaluates a step several times, and each evaluation changes their state."""
     if stateful_losses and any(isinstance(o, torch.optim.LBFGS) for o in optimizers):
         raise ValueError(
             f"the losses {list(stateful_losses)} remember every evaluation of a step, and LBFGS evaluates each several "
@@ -98,9 +84,6 @@ def refuse_averages(callbacks: Iterable[Any], cure: str) -> None:
     """Refuse callbacks that copied the module for averaged weights before the losses' tensors joined it.
 
     Weights are averaged tensor by tensor, in order: tensors that join later would be left out, or shift the others.
-
-    Raises:
-        ValueError: One of the callbacks holds such a copy.
     """
     for callback in callbacks:
         if any(isinstance(x, AveragedModel) or is_copy_of_training_module(x) for x in vars(callback).values()):
@@ -114,9 +97,6 @@ def refuse_unsynchronised(distiller: Distiller, strategy: Any) -> None:
 
     FSDP2 synchronises only modules that were sharded. Other parameters stay equal on all ranks only if their gradient
     is the same on all, which holds for a loss that receives the rows of all ranks.
-
-    Raises:
-        ValueError: Ranks would train different parameters, or parts of parameters.
     """
     if not has_mesh(strategy):
         return

@@ -83,12 +83,7 @@ def select_fields(features: Any, reads: str | tuple[str, ...], *, who: str) -> A
 
 
 def pair_tensors(student: Any, teacher: Any, reads: str | tuple[str, ...], name: str) -> list[tuple[str, Any, Any]]:
-    """Pair the tensors that a loss compares, as (field, student tensor, teacher tensor).
-
-    Raises:
-        TypeError: A single tensor instead of a list of feature maps, or a value of another type.
-        ValueError: Unequal numbers of feature maps, or nothing to compare.
-    """
+    """Pair the tensors that a loss compares, as (field, student tensor, teacher tensor)."""
     if isinstance(student, Outputs):
         found = [(f, getattr(student, f), getattr(teacher, f)) for f in ("embedding", "logits")]
         found = [pair for pair in found if pair[1] is not None and pair[2] is not None]
@@ -136,11 +131,6 @@ def check_context(context: dict[str, Any], rows: int, field: str, device: torch.
     Raises:
         TypeError: An input is not a tensor, or has the wrong dtype.
         ValueError: An input has another number of rows, is on another device, or is not finite.
-
-    Example:
-        >>> narrow = torch.tensor([1, 0], dtype=torch.uint8)
-        >>> check_context({"labels": narrow}, 2, "logits", torch.device("cpu"), "KD")
-        {'labels': tensor([1, 0])}
     """
     checked = dict(context)
     for key in ("labels", "indices", "view"):

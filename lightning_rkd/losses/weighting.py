@@ -17,12 +17,7 @@ Weight = float | Callable[[int], float]
 
 
 def evaluate_weight(weight: Weight, epoch: int) -> float:
-    """Value of a weight in an epoch.
-
-    Example:
-        >>> evaluate_weight(2, epoch=0), evaluate_weight(lambda epoch: 0.5 * epoch, epoch=3)
-        (2.0, 1.5)
-    """
+    """Value of a weight in an epoch."""
     return float(weight(epoch)) if callable(weight) else float(weight)
 
 
@@ -136,15 +131,7 @@ class LossSum(Weighable):
 
 
 def terms_of(loss: Weighable | Mapping[str, Weighable]) -> dict[str, Term]:
-    """Terms of a loss, a sum or a dict of losses, by log name.
-
-    Example:
-        >>> from lightning_rkd.losses.base import RelationalLoss
-        >>> class Gap(RelationalLoss):
-        ...     def forward(self, student, teacher): ...
-        >>> {name: term.weight for name, term in terms_of(25 * Gap()).items()}
-        {'gap': 25.0}
-    """
+    """Terms of a loss, a sum or a dict of losses, by log name."""
     if isinstance(loss, Mapping):
         return LossSum(loss).terms
     if isinstance(loss, LossSum):

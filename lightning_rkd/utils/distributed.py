@@ -21,24 +21,14 @@ T = TypeVar("T")
 
 
 def rank_and_size(group: Group = None) -> tuple[int, int]:
-    """Rank of this process and number of processes in a group; ``(0, 1)`` without a process group.
-
-    Example:
-        >>> rank_and_size()
-        (0, 1)
-    """
+    """Rank of this process and number of processes in a group; ``(0, 1)`` without a process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
 
 
 def gather_objects(value: T, group: Group = None) -> list[T]:
-    """Gather a small picklable value from every rank, in rank order. Collective: every rank must call it.
-
-    Example:
-        >>> gather_objects("here")
-        ['here']
-    """
+    """Gather a small picklable value from every rank, in rank order. Collective: every rank must call it."""
     _, size = rank_and_size(group)
     every = [value] * size
     if size > 1:
@@ -80,12 +70,7 @@ def run_on_all_ranks(work: Callable[[], T], group: Group = None) -> T:
 
 
 def gather_row_counts(rows: int, device: torch.device | str = "cpu", group: Group = None) -> list[int]:
-    """Number of rows on every rank, in rank order. ``device`` must suit the backend: CPU for gloo, CUDA for NCCL.
-
-    Example:
-        >>> gather_row_counts(3)
-        [3]
-    """
+    """Number of rows on every rank, in rank order. ``device`` must suit the backend: CPU for gloo, CUDA for NCCL."""
     _, size = rank_and_size(group)
     if size == 1:
         return [rows]
@@ -140,12 +125,7 @@ def gather_rows(x: Tensor, counts: list[int] | None = None, group: Group = None)
 
 
 def sum_over_ranks(x: Tensor, group: Group = None) -> Tensor:
-    """Sum a tensor over ranks, in place and without gradient, and return it.
-
-    Example:
-        >>> sum_over_ranks(torch.ones(2))
-        tensor([1., 1.])
-    """
+    """Sum a tensor over ranks, in place and without gradient, and return it."""
     _, size = rank_and_size(group)
     if size > 1:
         dist.all_reduce(x, group=group)
@@ -242,20 +222,11 @@ def data_parallel_group(strategy: Any) -> Group:
 
     ``None``, the group of all ranks, except for a model-parallel mesh, whose tensor-parallel ranks hold the same rows:
     there it is the group of the mesh dimension ``data_parallel``.
-
-    Example:
-        >>> data_parallel_group(object()) is None
-        True
     """
     return strategy.device_mesh["data_parallel"].get_group() if has_mesh(strategy) else None
 
 
 def has_mesh(strategy: Any) -> bool:
-    """Whether a Lightning strategy arranges its ranks in a model-parallel mesh.
-
-    Example:
-        >>> has_mesh(object())
-        False
-    """
+    """Whether a Lightning strategy arranges its ranks in a model-parallel mesh."""
     mesh = getattr(strategy, "device_mesh", None)
     return "data_parallel" in (getattr(mesh, "mesh_dim_names", None) or ())

@@ -141,11 +141,6 @@ def replaces_samplers(trainer: pl.Trainer) -> bool:
     return bool(connector.is_distributed and connector.use_distributed_sampler)
 
 
-def deals_rows_out(trainer: pl.Trainer) -> bool:
-    """Whether Lightning puts distributed samplers over loaders: an argument of the Trainer, which keeps it private."""
-    return bool(trainer._accelerator_connector.use_distributed_sampler)
-
-
 def set_sigterm_handler(trainer: pl.Trainer, handler: Callable[[int, FrameType | None], None]) -> Any:
     """Replace Lightning's own SIGTERM handler, which waits for other ranks; returns the object that notes the signal.
 

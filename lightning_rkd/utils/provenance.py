@@ -11,12 +11,7 @@ import torch
 
 
 def hardware(device: str) -> str:
-    """Name of the GPU (``"cuda"``), or of the processor with the number of its cores.
-
-    Example:
-        >>> hardware("cpu").endswith(" cores")
-        True
-    """
+    """Name of the GPU (``"cuda"``), or of the processor with the number of its cores."""
     if device == "cuda":
         return str(torch.cuda.get_device_name())
     try:
@@ -28,12 +23,7 @@ def hardware(device: str) -> str:
 
 
 def commit(folder: Path) -> str:
-    """Commit of the git checkout that tracks a folder's files, with a + if files are modified; otherwise ``""``.
-
-    Example:
-        >>> commit(Path("no such folder"))
-        ''
-    """
+    """Commit of the git checkout that tracks a folder's files, with a + if files are modified; otherwise ``""``."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(folder), *args]

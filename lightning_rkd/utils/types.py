@@ -72,13 +72,7 @@ class Outputs:
     classifier: tuple[Tensor, Tensor | None] | None = None
 
     def tensors(self, reads: str | tuple[str, ...] = ("embedding", "logits", "feature_maps")) -> list[Tensor]:
-        """All tensors of the given fields that have a row per sample, which excludes the classifier.
-
-        Example:
-            >>> import torch
-            >>> len(Outputs(embedding=torch.ones(2, 3), feature_maps=[torch.ones(2, 3, 4, 4)]).tensors())
-            2
-        """
+        """All tensors of the given fields that have a row per sample, which excludes the classifier."""
         fields = (reads,) if isinstance(reads, str) else reads
         found = []
         if "embedding" in fields and self.embedding is not None:
@@ -90,13 +84,7 @@ class Outputs:
         return found
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Outputs:
-        """Apply a function to every tensor except those of the classifier.
-
-        Example:
-            >>> import torch
-            >>> Outputs(embedding=torch.ones(2, 3)).map(torch.neg).embedding[0]
-            tensor([-1., -1., -1.])
-        """
+        """Apply a function to every tensor except those of the classifier."""
         return Outputs(
             embedding=None if self.embedding is None else function(self.embedding),
             logits=None if self.logits is None else function(self.logits),
@@ -106,16 +94,7 @@ class Outputs:
 
 
 def first_tensor(outputs: Mapping[str, Outputs]) -> Tensor:
-    """First tensor in the outputs of a network.
-
-    Raises:
-        ValueError: There is none.
-
-    Example:
-        >>> import torch
-        >>> first_tensor({"": Outputs(embedding=torch.zeros(2, 3))}).shape
-        torch.Size([2, 3])
-    """
+    """First tensor in the outputs of a network; raises ``ValueError`` if there is none."""
     for one in outputs.values():
         for x in one.tensors():
             return x
@@ -123,13 +102,7 @@ def first_tensor(outputs: Mapping[str, Outputs]) -> Tensor:
 
 
 def count_rows(outputs: Mapping[str, Outputs]) -> int:
-    """Number of rows in the outputs of a network.
-
-    Example:
-        >>> import torch
-        >>> count_rows({"": Outputs(embedding=torch.zeros(2, 3))})
-        2
-    """
+    """Number of rows in the outputs of a network."""
     return len(first_tensor(outputs))
 
 
@@ -205,10 +178,5 @@ def unpack(
 
 
 def call_network(network: Callable[..., Any], inputs: Any) -> Any:
-    """Call a network with the inputs of a batch; the entries of a mapping are passed as keywords.
-
-    Example:
-        >>> call_network(dict, {"x": 1})
-        {'x': 1}
-    """
+    """Call a network with the inputs of a batch; the entries of a mapping are passed as keywords."""
     return network(**inputs) if isinstance(inputs, Mapping) else network(inputs)

@@ -96,7 +96,6 @@ def test_a_fit_goes_through_every_private_name_of_the_trainer() -> None:
     connector = private.set_sigterm_handler(trainer, lambda *_: None)
     assert connector.received_sigterm is False
     assert private.replaces_samplers(trainer) is False, "one device"
-    assert private.deals_rows_out(trainer) == trainer._accelerator_connector.use_distributed_sampler
     trainer.fit(module, toys.loader())
     assert isinstance(module.seen["loader"], DataLoader)
     assert trainer.global_step == 2, "the wrapped loader has two batches"

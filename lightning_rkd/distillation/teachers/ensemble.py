@@ -23,11 +23,7 @@ T = TypeVar("T")
 
 
 def join_outputs(outputs: Sequence[Outputs], weights: Sequence[float]) -> Outputs:
-    """Join the embeddings of several teachers by :func:`joint_embedding`; empty if one of them has no embedding.
-
-    Raises:
-        ValueError: Unequal numbers of rows.
-    """
+    """Join the embeddings of several teachers by :func:`joint_embedding`; empty if one of them has no embedding."""
     embeddings = [x for x in (one.embedding for one in outputs) if x is not None and x.ndim == 2]
     if len(embeddings) < len(outputs):
         return Outputs()
@@ -193,11 +189,7 @@ class EnsembleTeacher(BaseTeacher):
             teacher.prepare_data(loaders, unpack, group, train=train)
 
     def taps(self, layer: Layer | None) -> frozenset[str]:
-        """Names of the taps, which must be the same for all teachers.
-
-        Raises:
-            ValueError: They differ.
-        """
+        """Names of the taps; raises ``ValueError`` if they are not the same for all teachers."""
         taps = {name: teacher.taps(self._layer(name, layer)) for name, teacher in self.teachers.items()}
         first, *others = taps.values()
         if any(other != first for other in others):

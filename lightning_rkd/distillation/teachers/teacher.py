@@ -81,10 +81,7 @@ class Teacher(BaseTeacher):
         self._saved_state, self._prepared = None, False
 
     def to(self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None) -> bool:
-        """Cast the network with ``convert`` and move it; :meth:`detach` undoes both.
-
-        Returns:
-            Whether this is the first call since :meth:`attach`; later calls do nothing.
+        """Cast the network with ``convert`` and move it, once after :meth:`attach`; :meth:`detach` undoes both.
 
         Raises:
             RuntimeError: The teacher has not been attached.
@@ -140,13 +137,7 @@ class Teacher(BaseTeacher):
         """Accept any loss."""
 
     def check_same_on_ranks(self, group: Group = None) -> None:
-        """Compare a checksum of the weights over ranks, since DDP does not broadcast the teacher. Collective.
-
-        The parts of sharded tensors differ between ranks and are left out.
-
-        Raises:
-            RuntimeError: Ranks hold different teachers.
-        """
+        """Raise ``RuntimeError`` if a checksum of the weights (of unsharded ones) differs between ranks. Collective."""
         tensors = list(_whole_tensors(self.network))
         if not tensors or rank_and_size(group)[1] == 1:
             return
