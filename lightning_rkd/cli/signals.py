@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-from lightning_rkd.utils.private import set_sigterm_handler
-
 PARENT = "LIGHTNING_RKD_FIRST_RANK"
 """Environment variable with the id of the process that started a rank."""
 
@@ -70,6 +68,7 @@ def forward_sigterm(trainer: pl.Trainer) -> None:
 
     Lightning's handler enters a collective wherever the ranks happen to be, so that some of them wait for ever.
     """
+    from lightning_rkd.utils.private import set_sigterm_handler  # imports PyTorch, which --help does without
 
     def notify(signum: int, frame: FrameType | None) -> None:
         if not connector.received_sigterm and trainer.strategy.launcher is not None:
