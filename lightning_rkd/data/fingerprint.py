@@ -21,16 +21,11 @@ def describe_dataset(dataset: Any) -> dict[str, str]:
     The content is a checksum of the tensors, arrays and lists of integers among its attributes (of a part of the rows
     above 256 MiB); paths do not count. Only an :class:`~lightning_rkd.data.AugmentedSubset` with a number of ``views``
     counts as augmentation.
-
-    Example:
-        >>> from torch.utils.data import Subset, TensorDataset
-        >>> about = describe_dataset(Subset(TensorDataset(torch.arange(3)), [2]))
-        >>> about["class"], about["length"], about["transform"]
-        ('torch.utils.data.dataset.TensorDataset', '3', 'none')
     """
     root, subset = find_root(dataset), find_views(dataset)
     attributes = sorted(getattr(root, "__dict__", {}).items())
     transforms = [f"{k}={without_addresses(repr(v))}" for k, v in attributes if "transform" in k and v is not None]
+    augmentation = "none" if subset is None else f"{subset.augment!r}, seed {subset.seed}, {subset.views} views"
     digest = hashlib.sha256()
     for name, value in attributes:
         for array in _arrays(value):
@@ -42,9 +37,7 @@ def describe_dataset(dataset: Any) -> dict[str, str]:
         "length": str(len(root)),
         "transform": "; ".join(transforms) or "none",
         "content": digest.hexdigest()[:32],
-        "augmentation": f"{subset.augment!r}, seed {subset.seed}, {subset.views} views"
-        if subset is not None
-        else "none",
+        "augmentation": augmentation,
     }
 
 

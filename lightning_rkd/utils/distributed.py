@@ -39,22 +39,8 @@ def gather_objects(value: T, group: Group = None) -> list[T]:
 def run_on_all_ranks(work: Callable[[], T], group: Group = None) -> T:
     """Run a function that may fail on some ranks only, for example on a machine without the file, and fail on all.
 
-    Without this, the other ranks would wait in their next collective operation. Collective: every rank must call it.
-
-    Args:
-        work: Function to run.
-        group: Process group.
-
-    Returns:
-        Result of ``work`` on this rank.
-
-    Raises:
-        RuntimeError: ``work`` failed on another rank; the message names the rank and its machine. An error on this rank
-            is raised unchanged.
-
-    Example:
-        >>> run_on_all_ranks(lambda: 5)
-        5
+    Without this, the other ranks would wait in their next collective operation. An error on this rank is raised
+    unchanged, one on another rank as ``RuntimeError`` with the rank and its machine. Collective.
     """
     error: Exception | None = None
     try:
@@ -74,10 +60,10 @@ def gather_row_counts(rows: int, device: torch.device | str = "cpu", group: Grou
     _, size = rank_and_size(group)
     if size == 1:
         return [rows]
-    local = torch.tensor([rows], dtype=torch.int64, device=device)
-    every = [torch.empty_like(local) for _ in range(size)]
-    dist.all_gather(every, local, group=group)
-    return [int(n) for n in torch.cat(every).tolist()]
+    every = torch.zeros(size, dtype=torch.int64, device=device)
+    dist.all_gather(list(every.split(1)), torch.full_like(every[:1], rows), group=group)
+    counts: list[int] = every.tolist()
+    return counts
 
 
 class _GatherRows(torch.autograd.Function):
@@ -137,21 +123,9 @@ def broadcast_blocks(
 ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """Iterate over the rows of all ranks in blocks that are broadcast from rank to rank.
 
-    All ranks receive the same blocks in the same order: the rows of rank 0, then those of rank 1, and so on. A rank
-    never holds more than its own rows and one block.
-
-    Args:
-        parts: Tensors with the same number of local rows, for example embeddings and labels. The number of rows may
-            differ between ranks and be 0; trailing shapes and dtypes must be the same.
-        block: Maximum number of rows in a block.
-        group: Process group.
-
-    Yields:
-        Global number of the block's first row, and the block of each part.
-
-    Example:
-        >>> [(start, tuple(b.tolist())) for start, (b,) in broadcast_blocks((torch.arange(5),), 2)]
-        [(0, (0, 1)), (2, (2, 3)), (4, (4,))]
+    The parts are tensors with the same number of local rows, which may differ between ranks and be 0. All ranks receive
+    the same blocks of at most ``block`` rows in rank order, each with the global number of its first row. A rank never
+    holds more than its own rows and one block.
     """
     rank, size = rank_and_size(group)
     counts = gather_row_counts(parts[0].shape[0], parts[0].device, group)
@@ -171,18 +145,9 @@ def broadcast_blocks(
 
 
 def fetch_rows(parts: tuple[Tensor, ...], numbers: Tensor, block: int, group: Group = None) -> tuple[Tensor, ...]:
-    """Copy rows from any ranks. Collective: every rank must call it, even if it needs no rows.
+    """Copy rows from any ranks by their global numbers (M,). Collective, even for a rank that needs no rows.
 
-    Args:
-        parts: Tensors with the same number of local rows, as for :func:`broadcast_blocks`.
-        numbers: Numbers of the rows to copy, counted over all ranks in rank order, shape (M,). They may repeat, and
-            differ between ranks.
-        block: Maximum number of rows in a block.
-        group: Process group.
-
-    Example:
-        >>> fetch_rows((torch.tensor([5.0, 6.0, 7.0]),), torch.tensor([2, 0, 2]), block=2)
-        (tensor([7., 5., 7.]),)
+    The parts are those of :func:`broadcast_blocks`; the numbers may repeat, and differ between ranks.
     """
     found = tuple(p.new_empty((len(numbers), *p.shape[1:])) for p in parts)
     for start, blocks in broadcast_blocks(parts, block, group):

@@ -15,18 +15,6 @@ def write_whole(path: str | os.PathLike[str], content: bytes | memoryview) -> No
     """Write a file atomically: after a crash the file holds either the old or the new content.
 
     The bytes are written to ``.<name>.part`` in the same folder, flushed to the disk, and renamed.
-
-    Raises:
-        OSError: The file could not be written, for example because the disk is full; the old content is kept.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder, "notes.txt")
-        ...     write_whole(path, b"old")
-        ...     write_whole(path, b"new")
-        ...     path.read_bytes(), [p.name for p in Path(folder).iterdir()]
-        (b'new', ['notes.txt'])
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
@@ -58,10 +46,8 @@ def _flush_folder(folder: Path) -> None:
 def check_file(path: str | os.PathLike[str]) -> None:
     """Verify the checksums inside a file written by ``torch.save``, which ``torch.load`` ignores.
 
-    Files of other formats pass, since ``torch.load`` refuses them itself.
-
-    Raises:
-        ValueError: The file is cut short or damaged, or of the format before torch 1.6, which has no checksums.
+    The format before torch 1.6, which has no checksums, is refused; other formats pass, since ``torch.load`` refuses
+    them itself.
     """
     with Path(path).open("rb") as file:
         start = file.read(len(_LEGACY))
@@ -86,23 +72,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
 
 
 def check_sum(path: str | os.PathLike[str]) -> bool:
-    """Verify a file against the SHA-256 in ``<name>.sha256``, as ``sha256sum`` writes it, if that file exists.
-
-    Returns:
-        Whether it exists.
-
-    Raises:
-        ValueError: The file has another SHA-256.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path, beside = Path(folder, "x"), Path(folder, "x.sha256")
-        ...     _, before = path.write_bytes(b"content"), check_sum(path)
-        ...     _ = beside.write_text(f"{hashlib.sha256(b'content').hexdigest()}  x")
-        ...     before, check_sum(path)
-        (False, True)
-    """
+    """Verify a file against the SHA-256 that ``sha256sum`` wrote to ``<name>.sha256``; ``False`` if there is none."""
     path = Path(path)
     beside = path.with_name(f"{path.name}.sha256")
     if not beside.is_file():

@@ -16,15 +16,6 @@ def lazy_attributes(package: str) -> tuple[Callable[[str], Any], Callable[[], li
 
     The names are those that its ``__init__.py`` imports under ``if TYPE_CHECKING:``, where type checkers and editors
     read them, so each is written once.
-
-    Args:
-        package: The package's ``__name__``.
-
-    Example:
-        >>> import lightning_rkd
-        >>> get, _, names = lazy_attributes("lightning_rkd")
-        >>> get("RKD").__module__, "RKD" in names
-        ('lightning_rkd.losses.rkd', True)
     """
     loader: Any = sys.modules[package].__spec__.loader  # type: ignore[union-attr] # set while it is imported
     blocks = [node for node in ast.parse(loader.get_source(package)).body if isinstance(node, ast.If)]
@@ -44,21 +35,7 @@ class MissingExtraError(ImportError):
 
 
 def check_installed(*packages: str, extra: str) -> None:
-    """Raise an error that names the extra if one of the packages is not installed.
-
-    Args:
-        packages: Top-level names of the packages; none of them is imported.
-        extra: The extra of this library that installs them.
-
-    Raises:
-        MissingExtraError: A package is missing.
-
-    Example:
-        >>> check_installed("json", "absent", extra="cli")
-        Traceback (most recent call last):
-            ...
-        lightning_rkd.utils.imports.MissingExtraError: absent is not installed: pip install 'lightning-rkd[cli]'
-    """
+    """Raise :class:`MissingExtraError` if a package that the extra installs is missing; none is imported."""
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
@@ -66,11 +43,6 @@ def check_installed(*packages: str, extra: str) -> None:
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import a module of an optional dependency, as :func:`check_installed` allows.
-
-    Example:
-        >>> require("json", extra="cli").__name__
-        'json'
-    """
+    """Import a module of an optional dependency, as :func:`check_installed` allows."""
     check_installed(module.partition(".")[0], extra=extra)
     return import_module(module)

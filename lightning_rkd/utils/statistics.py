@@ -30,12 +30,7 @@ class Difference:
 
 
 def confidence_half_width(values: Sequence[float], confidence: float = 0.95) -> float:
-    r"""Half the width of Student's interval around a mean, :math:`t_{n-1} s / \sqrt n`; ``nan`` for a single value.
-
-    Example:
-        >>> round(confidence_half_width([2.0, 3.0, 1.0]), 3)
-        2.484
-    """
+    r"""Half the width of Student's interval around a mean, :math:`t_{n-1} s / \sqrt n`; ``nan`` for a single value."""
     if len(values) < 2:
         return math.nan
     quantile = float(require("scipy.special", extra="plots").stdtrit(len(values) - 1, 0.5 + confidence / 2))
@@ -45,23 +40,10 @@ def confidence_half_width(values: Sequence[float], confidence: float = 0.95) -> 
 def paired_difference(
     values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95
 ) -> Difference | None:
-    """Difference of two networks over the seeds that both have, with Student's interval.
+    """Difference of values by seed over the seeds that both have, if any, with Student's interval.
 
     Runs of one seed see the same batches and start from the same weights, so their difference varies less than either.
     The interval assumes normally distributed differences; it covers other seeds, not other data.
-
-    Args:
-        values: Values by seed.
-        baseline: Values by seed.
-        confidence: Coverage of the interval.
-
-    Returns:
-        ``None`` if the two share no seed.
-
-    Example:
-        >>> found = paired_difference({0: 3.0, 1: 5.0, 2: 4.0}, {0: 1.0, 1: 2.0, 2: 3.0, 7: 0.0})
-        >>> found.mean, round(found.half_width, 3), found.pairs
-        (2.0, 2.484, 3)
     """
     differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
     if not differences:

@@ -86,8 +86,7 @@ def refuse_differences(found: Plan, wanted: Plan, path: Path) -> None:
 class CacheReader:
     """Rows of a complete cache, read from memory-mapped shards; its plan must have the ``wanted`` parts.
 
-    The manifest is verified at once, a shard when its first row is read; after that only the pages of the requested
-    rows are read.
+    The manifest is verified at once, a shard when its first row is read.
     """
 
     def __init__(self, folder: Path, wanted: Plan) -> None:
@@ -117,12 +116,7 @@ class CacheReader:
         refuse_differences(self.plan, found, self.folder)
 
     def read(self, indices: Tensor, epoch: int = 0) -> dict[str, Tensor]:
-        """Rows of every field, (N, width) each, in float32.
-
-        Args:
-            indices: (N,) int64 on the CPU, rows of the root data set.
-            epoch: Selects the view: epoch modulo ``views``.
-        """
+        """Rows of every field, (N, width) each, in float32; the view is the epoch modulo ``views``."""
         rows, size, view = self.plan["rows"], self.plan["shard_rows"], epoch % self.plan["views"]
         if len(outside := indices[(indices < 0) | (indices >= rows)]):
             raise CacheError(f"the batch has the index {int(outside[0])}, but {self.folder} has rows 0 to {rows - 1}")

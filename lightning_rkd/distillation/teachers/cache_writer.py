@@ -73,25 +73,9 @@ def write_cache(
     """Write a teacher's embeddings and logits for every row of the root data set, and return whether any were missing.
 
     The rows have no augmentation, unless the loader's data set is an :class:`~lightning_rkd.data.AugmentedSubset` with
-    a number of ``views``. Intact shards are kept. The ranks of a process group share the shards; the files are the same
-    as from one process.
-
-    Args:
-        folder: Folder of the cache.
-        teacher: The teacher; it is attached, moved to the device, and detached at the end.
-        layer: Layer where it is read.
-        loader: The training loader, for its data set and ``collate_fn``.
-        unpack: Makes a batch of what the loader yields.
-        dtype: Type of the numbers in the files.
-        device: Device of the teacher.
-        batch_size: Rows in one forward pass of the teacher.
-        shard_rows: Rows in a file; an interrupted run resumes at a file.
-        overwrite: Whether to delete what is in the folder first.
-        group: Process group.
-        progress: Called after each shard with the number of finished rows and of all rows.
-
-    Raises:
-        CacheError: The folder holds another cache, or the data set or teacher cannot be cached.
+    a number of ``views``. Intact shards are kept, so that an interrupted run resumes; ``overwrite`` deletes them first.
+    The ranks of a process group share the shards; the files are the same as from one process. ``progress`` is called
+    after each shard with the number of finished rows and of all rows.
     """
     source, (rank, size) = _RootRows(loader), rank_and_size(group)
 

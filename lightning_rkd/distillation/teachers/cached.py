@@ -91,7 +91,6 @@ class CachedTeacher(BaseTeacher):
         return teacher
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave rows of files out of copies and pickles, which read them again."""
         return self.__dict__ | {"_reader": None, "teacher": copy(self.teacher)}
 
     def attach(self, layer: Layer | None) -> None:

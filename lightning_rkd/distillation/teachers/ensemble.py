@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from functools import reduce
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -27,8 +28,8 @@ def join_outputs(outputs: Sequence[Outputs], weights: Sequence[float]) -> Output
     embeddings = [x for x in (one.embedding for one in outputs) if x is not None and x.ndim == 2]
     if len(embeddings) < len(outputs):
         return Outputs()
-    if len({len(x) for x in embeddings}) > 1:
-        shapes = [tuple(x.shape) for x in embeddings]
+    shapes = [tuple(x.shape) for x in embeddings]
+    if len({rows for rows, _ in shapes}) > 1:
         raise ValueError(
             f"EnsembleTeacher: all teachers must give features of the same samples, got embeddings {shapes}"
         )
@@ -53,9 +54,7 @@ def joint_embedding(embeddings: Sequence[Tensor], weights: Sequence[float]) -> T
         >>> float(torch.pdist(joint_embedding([a, b], [1.0, 1.0])))
         5.0
     """
-    dtype = torch.float32
-    for x in embeddings:
-        dtype = torch.promote_types(dtype, x.dtype)
+    dtype = reduce(torch.promote_types, (x.dtype for x in embeddings), torch.float32)
     return torch.cat([math.sqrt(w) * x.to(dtype) for x, w in zip(embeddings, weights, strict=True)], dim=1)
 
 
@@ -126,20 +125,18 @@ class EnsembleTeacher(BaseTeacher):
         parts = _each("weights", weights, named, 1.0)
         for name, weight in parts.items():
             if not 0 < weight < math.inf:
-                raise ValueError(
-                    f"EnsembleTeacher: the weight of {name!r} must be positive, got {weight}; leave it out"
-                )
+                raise ValueError(f"EnsembleTeacher: weight of {name!r} must be positive, got {weight}; leave it out")
         self.weights = {name: weight / sum(parts.values()) for name, weight in parts.items()}
         self.combine = combine
 
     def __getstate__(self) -> dict[str, Any]:
-        """State of shallow copies and pickles, whose teachers have no hooks."""
         return self.__dict__ | {"teachers": {name: copy(teacher) for name, teacher in self.teachers.items()}}
 
     def attach(self, layer: Layer | None) -> None:
         """Hook every teacher at its own layer, or else at this one."""
         for name, teacher in self.teachers.items():
-            teacher.attach(self._layer(name, layer))
+            own = self.layers[name]
+            teacher.attach(layer if own is None else own)
 
     def detach(self) -> None:
         """Restore all teachers."""
@@ -152,11 +149,7 @@ class EnsembleTeacher(BaseTeacher):
         return any(first)
 
     def outputs(self, batch: Batch, calls: list[Any] | None = None) -> list[TeacherOutput]:
-        """Compute the features of a batch, of each teacher or joined.
-
-        Raises:
-            ValueError: Embeddings cannot be joined: a teacher has none, or the numbers of rows differ.
-        """
+        """Compute the features of a batch, of each teacher or joined."""
         outputs = [
             TeacherOutput(one.features, self.weights[name] * one.weight, f"{name}.{one.name}" if one.name else name)
             for name, teacher in self.teachers.items()
@@ -189,21 +182,16 @@ class EnsembleTeacher(BaseTeacher):
             teacher.prepare_data(loaders, unpack, group, train=train)
 
     def taps(self, layer: Layer | None) -> frozenset[str]:
-        """Names of the taps; raises ``ValueError`` if they are not the same for all teachers."""
-        taps = {name: teacher.taps(self._layer(name, layer)) for name, teacher in self.teachers.items()}
+        """Names of the taps, which must be the same for all teachers."""
+        layers = {name: layer if own is None else own for name, own in self.layers.items()}
+        taps = {name: sorted(teacher.taps(layers[name])) for name, teacher in self.teachers.items()}
         first, *others = taps.values()
         if any(other != first for other in others):
-            names = {name: sorted(each) for name, each in taps.items()}
-            raise ValueError(f"EnsembleTeacher: all teachers must have the same taps, got {names}; name them alike")
-        return first
+            raise ValueError(f"EnsembleTeacher: all teachers must have the same taps, got {taps}; name them alike")
+        return frozenset(first)
 
     def check_loss(self, name: str, loss: RelationalLoss) -> None:
-        """Refuse a loss that does not fit ``combine``.
-
-        Raises:
-            ValueError: With ``"relations"``, the loss reads other fields than embeddings; with ``"losses"``, its
-                tensors belong to one teacher.
-        """
+        """Refuse a loss that does not fit ``combine``."""
         kind = type(loss).__name__
         for teacher in self.teachers.values():
             teacher.check_loss(name, loss)
@@ -219,21 +207,13 @@ class EnsembleTeacher(BaseTeacher):
                 "RelationalDistillation callback of its own"
             )
 
-    def _layer(self, name: str, common: Layer | None) -> Layer | None:
-        own = self.layers[name]
-        return common if own is None else own
-
 
 def _join(teachers: list[TeacherOutput]) -> TeacherOutput:
     """Joint outputs of all teachers; taps without embeddings stay empty."""
     weights = [one.weight for one in teachers]
-    taps = teachers[0].features
-    features = {tap: join_outputs([one.features[tap] for one in teachers], weights) for tap in taps}
+    features = {tap: join_outputs([one.features[tap] for one in teachers], weights) for tap in teachers[0].features}
     if all(outputs.embedding is None for outputs in features.values()):
-        shapes = {
-            one.name: [tuple(x.shape) for outputs in one.features.values() for x in outputs.tensors()]
-            for one in teachers
-        }
+        shapes = {t.name: [tuple(x.shape) for o in t.features.values() for x in o.tensors()] for t in teachers}
         raise ValueError(
             f"EnsembleTeacher(combine='relations') joins embeddings (N, D), but the teachers give {shapes}: name "
             "layers whose output is (N, D), or Tap(layer, read=global_pool)"

@@ -56,16 +56,14 @@ class Teacher(BaseTeacher):
         self._prepared = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """State of shallow copies and pickles, which have no hooks and do not restore the network."""
         return self.__dict__ | {"_reader": None, "_saved_state": None, "_prepared": False}
 
     def attach(self, layer: Layer | None) -> None:
         """Load the weights file, if any, and hook the layer."""
         if not self._loaded:
             assert self.weights is not None
-            run_on_all_ranks(
-                partial(load_weights, self.network, self.weights)
-            )  # the file may be missing on one machine
+            load = partial(load_weights, self.network, self.weights)
+            run_on_all_ranks(load)  # the file may be missing on one machine
             self._loaded = True
         self.detach()
         self._reader = FeatureReader(layer, "teacher")
