@@ -61,7 +61,7 @@ def gather_row_counts(rows: int, device: torch.device | str = "cpu", group: Grou
     if size == 1:
         return [rows]
     every = torch.zeros(size, dtype=torch.int64, device=device)
-    dist.all_gather(list(every.split(1)), torch.full_like(every[:1], rows), group=group)
+    dist.all_gather(list(every.chunk(size)), torch.full_like(every[:1], rows), group=group)
     counts: list[int] = every.tolist()
     return counts
 
