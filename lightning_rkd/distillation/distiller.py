@@ -221,7 +221,7 @@ class Distiller:
             self.teacher.check_same_on_ranks(group)
 
     def prepare_data(self, loaders: Any, unpack: Callable[[Any], Batch], *, train: bool = True) -> None:
-        """Call the teacher's :meth:`~.BaseTeacher.prepare_data`, after :meth:`prepare`. Collective."""
+        """Let the teacher check the loaders of a run, or read from them, after :meth:`prepare`. Collective."""
         if self._teaching and self.teacher is not None:
             self.teacher.prepare_data(loaders, unpack, self.group, train=train)
 

@@ -1,4 +1,4 @@
-"""What Lightning modules and callbacks share: preparing a fit, evaluation, checks of trainers, hyper-parameters."""
+"""Lightning and DDP: preparation of a fit, evaluation, checks of the trainer, hyper-parameters."""
 
 from __future__ import annotations
 

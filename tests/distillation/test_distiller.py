@@ -94,9 +94,9 @@ def test_without_a_loss_there_are_no_terms_and_calls_may_repeat() -> None:
     distiller.start()
     student(X)
     student(-X)
-    shown = distiller.collect(Batch(X), teach=False)
-    assert shown.embedding.embedding.shape == (16, 5)
-    assert (shown.teacher_embedding, shown.views, distiller.compute_terms(shown)) == (None, 2, {})
+    features = distiller.collect(Batch(X), teach=False)
+    assert features.embedding.embedding.shape == (16, 5)
+    assert (features.teacher_embedding, features.views, distiller.compute_terms(features)) == (None, 2, {})
 
 
 def test_a_batch_of_one_gives_a_zero_with_a_graph() -> None:
@@ -117,9 +117,9 @@ def test_taps_that_share_a_map_are_gathered_apart() -> None:
         reads = "feature_maps"
 
     x, y, z = (torch.randn(2, c, 1, 1) for c in (1, 2, 3))
-    shown = {"a": Outputs(feature_maps=[x, y]), "b": Outputs(feature_maps=[x, z])}
+    features = {"a": Outputs(feature_maps=[x, y]), "b": Outputs(feature_maps=[x, z])}
     needs = combine_needs([BoundLoss.bind("maps", Term(Maps(), tap=tap), ["a", "b"], ["a", "b"]) for tap in "ab"])
-    gathered = StepFeatures(Batch(X), shown).gathered(needs, [2], None)
+    gathered = StepFeatures(Batch(X), features).gathered(needs, [2], None)
     for tap, expected in {"a": (x, y), "b": (x, z)}.items():
         maps = gathered.student[tap].feature_maps
         assert maps is not None
@@ -151,8 +151,8 @@ def test_a_teacher_object_may_serve_two_distillers() -> None:
         distiller.start()
     out = student(X)
     network = teacher.network
-    for distiller, shown in ((low, network.first(X)), (high, network(X))):  # type: ignore[operator]
-        torch.testing.assert_close(distiller.compute_terms(distiller.collect(Batch(X)))["rkd"], RKD()(out, shown))
+    for distiller, features in ((low, network.first(X)), (high, network(X))):  # type: ignore[operator]
+        torch.testing.assert_close(distiller.compute_terms(distiller.collect(Batch(X)))["rkd"], RKD()(out, features))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def check_fields(reads: Any, student: Outputs, teacher: Outputs) -> None:
     check(loss, student, teacher)
 
 
-@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("network", ["student", "teacher"])
 @pytest.mark.parametrize(
     ("reads", "field", "shape"),
     [
@@ -210,13 +210,15 @@ def check_fields(reads: Any, student: Outputs, teacher: Outputs) -> None:
         (("logits", "embedding"), "embedding", (6, 2)),
     ],
 )
-def test_infinity_is_found_in_whatever_a_loss_reads(side: str, reads: Any, field: str, shape: tuple[int, ...]) -> None:
-    sides = {name: Outputs(embedding=torch.randn(6, 2), logits=torch.randn(6, 2)) for name in ("student", "teacher")}
+def test_infinity_is_found_in_every_field_a_loss_reads(
+    network: str, reads: Any, field: str, shape: tuple[int, ...]
+) -> None:
+    outputs = {name: Outputs(embedding=torch.randn(6, 2), logits=torch.randn(6, 2)) for name in ("student", "teacher")}
     bad = torch.randn(shape)
     bad[3:] = torch.inf
-    setattr(sides[side], field, bad)
-    with pytest.raises(NonFiniteError, match=f"step 4: loss: the {side}'s output holds NaN or infinity, .* row 3"):
-        check_fields(reads, sides["student"], sides["teacher"])
+    setattr(outputs[network], field, bad)
+    with pytest.raises(NonFiniteError, match=f"step 4: loss: the {network}'s output holds NaN or infinity, .* row 3"):
+        check_fields(reads, outputs["student"], outputs["teacher"])
 
 
 def test_maps_are_watched_too_and_a_classifier_alone_is_not() -> None:

@@ -37,14 +37,14 @@ def by_steps(net: nets.Backbone, x: Tensor) -> dict[str, Tensor]:
 
 def test_a_layers_output_is_read_although_the_next_layer_overwrites_it() -> None:
     net = nets.Backbone()
-    shown = read(net, Tap("first", at="output"), X)
-    assert torch.equal(shown.embedding, by_steps(net, X)["first"])
+    outputs = read(net, Tap("first", at="output"), X)
+    assert torch.equal(outputs.embedding, by_steps(net, X)["first"])
 
 
 def test_the_layers_input_is_read_although_the_layer_writes_over_it() -> None:
     net = nets.Backbone()
-    shown = read(net, Tap("act", at="input"), X)
-    assert torch.equal(shown.embedding, by_steps(net, X)["first"])
+    outputs = read(net, Tap("act", at="input"), X)
+    assert torch.equal(outputs.embedding, by_steps(net, X)["first"])
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -65,10 +65,10 @@ def test_a_tensor_nobody_wrote_to_is_the_layers_own() -> None:
 def test_a_linear_shows_input_output_and_weights() -> None:
     net = nets.Backbone()
     steps = by_steps(net, X)
-    for shown in (read(net, "last", X), read(_Keywords(net.last), "inner", steps["act"])):
-        assert torch.equal(shown.embedding, steps["act"])
-        assert torch.equal(shown.logits, steps["last"])
-        assert shown.classifier == (net.last.weight, net.last.bias)
+    for outputs in (read(net, "last", X), read(_Keywords(net.last), "inner", steps["act"])):
+        assert torch.equal(outputs.embedding, steps["act"])
+        assert torch.equal(outputs.logits, steps["last"])
+        assert outputs.classifier == (net.last.weight, net.last.bias)
 
 
 class _Keywords(nn.Module):
@@ -77,8 +77,8 @@ class _Keywords(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        shown: Tensor = self.inner(input=x)
-        return shown
+        outputs: Tensor = self.inner(input=x)
+        return outputs
 
 
 @pytest.mark.parametrize(
@@ -111,11 +111,11 @@ def test_a_list_gives_maps_and_a_dict_gives_named_taps() -> None:
     reader.attach(net)
     reader.start()
     net(X)
-    shown, calls = reader.collect()
+    outputs, calls = reader.collect()
     assert calls == 1
-    assert torch.equal(shown["logits"].logits, steps["last"])
-    assert torch.equal(shown["hidden"].embedding, steps["act"])
-    assert len(shown["levels"].feature_maps) == 1
+    assert torch.equal(outputs["logits"].logits, steps["last"])
+    assert torch.equal(outputs["hidden"].embedding, steps["act"])
+    assert len(outputs["levels"].feature_maps) == 1
 
 
 def test_maps_of_one_position_are_flattened_and_wider_ones_kept() -> None:
@@ -131,9 +131,9 @@ def test_two_calls_are_concatenated_in_order() -> None:
     reader.attach(net)
     reader.start()
     a, b = net(X), net(-X)
-    shown, calls = reader.collect()
+    outputs, calls = reader.collect()
     assert calls == 2
-    assert torch.equal(shown[""].embedding, torch.cat([a, b]))
+    assert torch.equal(outputs[""].embedding, torch.cat([a, b]))
 
 
 def test_read_gets_what_the_layer_was_called_with_by_keyword() -> None:
@@ -158,9 +158,9 @@ def test_read_may_return_outputs_which_later_writes_do_not_change() -> None:
         return Outputs(embedding=output, feature_maps=[output[:, :, None]])
 
     net = nets.Backbone()
-    shown, expected = read(net, Tap("first", read=both), X), by_steps(net, X)["first"]
-    assert torch.equal(shown.embedding, expected)
-    assert torch.equal(shown.feature_maps[0][:, :, 0], expected)
+    outputs, expected = read(net, Tap("first", read=both), X), by_steps(net, X)["first"]
+    assert torch.equal(outputs.embedding, expected)
+    assert torch.equal(outputs.feature_maps[0][:, :, 0], expected)
 
 
 @pytest.mark.parametrize(("pool", "shape"), [(global_pool, (2, 3)), (mean_pool, (2, 3)), (cls_token, (2, 3, 4, 4))])
@@ -306,10 +306,10 @@ def test_a_new_start_within_a_step_forgets_only_where_a_layer_runs_again(again: 
     if again:
         net(2 * X)
     expected = 2 * X if again else X
-    (seen,), (shown, calls) = inputs.collect(), reader.collect()
+    (seen,), (outputs, calls) = inputs.collect(), reader.collect()
     assert torch.equal(seen, expected)
     assert calls == 1
-    assert torch.equal(shown[""].embedding, by_steps(net, expected)["act"])
+    assert torch.equal(outputs[""].embedding, by_steps(net, expected)["act"])
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_soft_labels_are_taken_as_they_are() -> None:
 
 
 def test_teachers_heads_learn_from_the_labels_alone() -> None:
-    """Their gradient is that of their cross-entropy, whatever the weight of the student's term."""
+    """Their gradient is that of their cross-entropy, for any weight of the student's term."""
     grads = []
     for beta in (0.0, 5.0):
         module = CASE.made(beta=beta)

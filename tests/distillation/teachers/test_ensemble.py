@@ -65,20 +65,20 @@ def terms(teacher: Any, loss: Any, x: Tensor = X, student: nn.Module | None = No
 def test_squared_distances_and_inner_products_add_up_with_the_weights(parts: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     shares = [w / sum(w for w, _, _ in parts) for w, _, _ in parts]
-    shown = [scale * torch.randn(5, width, generator=generator, dtype=torch.float64) for _, width, scale in parts]
-    rows, joined = [x.tolist() for x in shown], joint_embedding(shown, shares).tolist()
+    embeddings = [scale * torch.randn(5, width, generator=generator, dtype=torch.float64) for _, width, scale in parts]
+    rows, joined = [x.tolist() for x in embeddings], joint_embedding(embeddings, shares).tolist()
     for i in range(5):
         for j in range(5):
             squared = sum(w * math.dist(x[i], x[j]) ** 2 for w, x in zip(shares, rows, strict=True))
-            inner = sum(w * float(x[i] @ x[j]) for w, x in zip(shares, shown, strict=True))
+            inner = sum(w * float(x[i] @ x[j]) for w, x in zip(shares, embeddings, strict=True))
             assert math.dist(joined[i], joined[j]) ** 2 == pytest.approx(squared, rel=1e-9)
             assert sum(a * b for a, b in zip(joined[i], joined[j], strict=True)) == pytest.approx(inner, rel=1e-9)
 
 
 def test_cosines_of_rows_of_length_one_are_averaged() -> None:
-    shown = [nn.functional.normalize(torch.randn(6, d, dtype=torch.float64)) for d in (3, 5)]
-    joined = nn.functional.normalize(joint_embedding(shown, [0.75, 0.25]))
-    expected = 0.75 * shown[0] @ shown[0].T + 0.25 * shown[1] @ shown[1].T
+    embeddings = [nn.functional.normalize(torch.randn(6, d, dtype=torch.float64)) for d in (3, 5)]
+    joined = nn.functional.normalize(joint_embedding(embeddings, [0.75, 0.25]))
+    expected = 0.75 * embeddings[0] @ embeddings[0].T + 0.25 * embeddings[1] @ embeddings[1].T
     torch.testing.assert_close(joined @ joined.T, expected)
 
 
@@ -106,13 +106,13 @@ def test_each_teacher_is_read_at_its_own_layer_or_at_the_common_one() -> None:
         "one teacher twice": ({"teachers": [once, once], "layers": [hidden, last]}, None, (b.first(X), b(X))),
         "one network twice": ({"teachers": [b, b], "layers": [hidden, last]}, None, (b.first(X), b(X))),
     }
-    for arguments, common, shown in expected.values():
+    for arguments, common, embeddings in expected.values():
         teacher = EnsembleTeacher(**arguments, combine="losses")
         teacher.attach(common)
-        lessons = teacher.outputs(Batch(X))
+        outputs = teacher.outputs(Batch(X))
         teacher.detach()
-        assert [one.weight for one in lessons] == [0.5, 0.5]
-        for one, embedding in zip(lessons, shown, strict=True):
+        assert [one.weight for one in outputs] == [0.5, 0.5]
+        for one, embedding in zip(outputs, embeddings, strict=True):
             torch.testing.assert_close(one.features[""].embedding, embedding)
 
 
@@ -120,8 +120,8 @@ def test_each_tap_is_joined_by_itself() -> None:
     at = {"low": Tap("first", at="output"), "feature_maps": ["first", "last"], "high": Tap("last", at="output")}
     teacher = EnsembleTeacher([nets.teacher(), wide()], [1, 3])
     teacher.attach(at)
-    (lesson,) = teacher.outputs(Batch(None), calls=[X, -X])
-    assert {tap: None if o.embedding is None else tuple(o.embedding.shape) for tap, o in lesson.features.items()} == {
+    (output,) = teacher.outputs(Batch(None), calls=[X, -X])
+    assert {tap: None if o.embedding is None else tuple(o.embedding.shape) for tap, o in output.features.items()} == {
         "low": (16, 22),
         "feature_maps": None,
         "high": (16, 16),
@@ -132,8 +132,8 @@ def test_ensembles_of_ensembles_multiply_their_shares() -> None:
     inner = EnsembleTeacher({"x": nets.teacher(), "y": wide()}, combine="losses")
     outer = EnsembleTeacher({"in": inner, "out": nets.teacher(seed=3)}, [3, 1], "losses")
     outer.attach(None)
-    lessons = outer.outputs(Batch(X))
-    assert {one.name: one.weight for one in lessons} == {"in.x": 0.375, "in.y": 0.375, "out": 0.25}
+    outputs = outer.outputs(Batch(X))
+    assert {one.name: one.weight for one in outputs} == {"in.x": 0.375, "in.y": 0.375, "out": 0.25}
     outer.detach()
 
 
@@ -355,8 +355,8 @@ def test_one_ensemble_serves_two_distillers_at_two_layers() -> None:
         distiller.attach(student)
         distiller.start()
     out = student(X)
-    for distiller, shown in ((low, (a.first(X), b.first(X))), (high, (a(X), b(X)))):
-        target = sum(t @ t.T for t in shown) / 2
+    for distiller, embeddings in ((low, (a.first(X), b.first(X))), (high, (a(X), b(X)))):
+        target = sum(t @ t.T for t in embeddings) / 2
         ours = distiller.compute_terms(distiller.collect(Batch(X)))["gram"]
         torch.testing.assert_close(ours, nn.functional.mse_loss(out @ out.T, target))
 
@@ -368,10 +368,10 @@ def test_what_it_shows_together_is_what_agreement_is_measured_against() -> None:
         distiller.attach(student)
         distiller.start()
         student(X)
-        shown = distiller.collect(Batch(X)).teacher_embedding
-        assert shown is not None
+        embeddings = distiller.collect(Batch(X)).teacher_embedding
+        assert embeddings is not None
         expected = torch.cat([0.5 * a(X), math.sqrt(0.75) * b(X)], dim=1)
-        torch.testing.assert_close(shown.embedding, expected)
+        torch.testing.assert_close(embeddings.embedding, expected)
 
 
 def test_the_weight_of_a_term_and_of_all_terms_act_on_the_average() -> None:

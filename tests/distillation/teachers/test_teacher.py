@@ -25,9 +25,9 @@ def test_it_teaches_in_eval_mode_without_gradient() -> None:
     network = nets.teacher(dropout=0.5, norm=True).train()
     teacher, expected = Teacher(network), copy.deepcopy(network).eval()(X)
     teacher.attach(None)
-    shown = teacher(Batch(X))[""].embedding
-    assert torch.equal(shown, expected)
-    assert not shown.requires_grad
+    output = teacher(Batch(X))[""].embedding
+    assert torch.equal(output, expected)
+    assert not output.requires_grad
     assert torch.equal(teacher(Batch(-X, teacher_inputs=X))[""].embedding, expected)
     assert torch.equal(teacher(Batch(None), calls=[X, {"x": X}])[""].embedding, torch.cat([expected, expected]))
 

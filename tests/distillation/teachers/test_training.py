@@ -42,7 +42,7 @@ def wide() -> nn.Module:
         return toys.Backbone(dropout=0.5, norm=True, width=12, out=9).train()
 
 
-def shown(network: nn.Module, x: Tensor) -> Tensor:
+def embed(network: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         embedding: Tensor = network(x)
     return embedding
@@ -60,7 +60,7 @@ def test_averaged_losses_have_the_gradient_of_the_average_written_by_hand(face: 
     first, second = (network.eval() for network in pair())
 
     def by_hand(embedding: Tensor, x: Tensor) -> Tensor:
-        return 0.75 * RKD()(embedding, shown(first, x)) + 0.25 * RKD()(embedding, shown(second, x))
+        return 0.75 * RKD()(embedding, embed(first, x)) + 0.25 * RKD()(embedding, embed(second, x))
 
     expected = gradients(User(by_hand))
     module, callbacks = taught(face, EnsembleTeacher(pair(), [3, 1], "losses"), RKD())
@@ -88,7 +88,7 @@ def test_averaged_relations_have_the_gradient_of_the_loss_written_by_hand(face: 
     first, second = (network.double().eval() for network in pair())
 
     def by_hand(embedding: Tensor, x: Tensor) -> Tensor:
-        student, teachers = [(1.0, embedding)], [(0.75, shown(first, x)), (0.25, shown(second, x))]
+        student, teachers = [(1.0, embedding)], [(0.75, embed(first, x)), (0.25, embed(second, x))]
         of_distances = F.smooth_l1_loss(distances(student), distances(teachers), reduction="sum") / len(x) ** 2
         gram = torch.stack([w * t @ t.T for w, t in teachers]).sum(0)
         of_angles = F.smooth_l1_loss(angles(student), angles(teachers))
@@ -107,7 +107,7 @@ def test_teachers_may_be_two_layers_of_one_network(face: str) -> None:
     before, plain = toys.snapshot(network), copy.deepcopy(network).eval()
 
     def by_hand(embedding: Tensor, x: Tensor) -> Tensor:
-        low, high = shown(plain.first, x), shown(plain, x)  # type: ignore[arg-type]
+        low, high = embed(plain.first, x), embed(plain, x)  # type: ignore[arg-type]
         return 0.5 * RKD()(embedding, low) + 0.5 * RKD()(embedding, high)
 
     expected = gradients(User(by_hand))
@@ -125,7 +125,7 @@ def test_a_projector_and_a_memory_see_one_teacher_as_wide_as_all(face: str) -> N
     written = toys.Projected(5, 16), toys.Remembers(16, 40)
 
     def by_hand(embedding: Tensor, x: Tensor) -> Tensor:
-        both = torch.cat([math.sqrt(0.75) * shown(first, x), 0.5 * shown(second, x)], dim=1)
+        both = torch.cat([math.sqrt(0.75) * embed(first, x), 0.5 * embed(second, x)], dim=1)
         return written[0](embedding, both) + written[1](embedding, both, indices=torch.arange(8))
 
     loss = {"projected": toys.Projected(), "remembers": toys.Remembers()}
@@ -201,8 +201,8 @@ def test_agreement_with_an_ensemble_is_that_with_the_joint_embedding() -> None:
         trainer = toys.trainer()
         trainer.fit(module, toys.loader(), toys.loader())
         expected = RelationalAgreement(k=2, triplets=50)
-        joined = torch.cat([0.5 * shown(first, x), math.sqrt(0.75) * shown(second, x)], dim=1)
-        expected.update(shown(module.student.backbone, x), joined)  # type: ignore[union-attr, arg-type]
+        joined = torch.cat([0.5 * embed(first, x), math.sqrt(0.75) * embed(second, x)], dim=1)
+        expected.update(embed(module.student.backbone, x), joined)  # type: ignore[union-attr, arg-type]
         for name, value in expected.compute().items():
             assert float(trainer.callback_metrics[f"val/{name}"]) == pytest.approx(float(value), abs=1e-4)
 
@@ -252,13 +252,13 @@ def test_a_quantised_teacher_teaches_and_is_left_alone(layer: str | None, face: 
     part: Any = network if layer is None else network.first
     assert not isinstance(part, nn.Linear)
     x = toys.Rows(8).x
-    before = shown(network, x)
-    assert 0 < float((before - shown(wide().eval(), x)).abs().max()) < 0.1, "in eight bits it shows about the same"
-    expected = gradients(User(lambda embedding, x: RKD()(embedding, shown(part, x))))
+    before = embed(network, x)
+    assert 0 < float((before - embed(wide().eval(), x)).abs().max()) < 0.1, "in eight bits it gives about the same"
+    expected = gradients(User(lambda embedding, x: RKD()(embedding, embed(part, x))))
     module, callbacks = taught(face, Teacher(network, move=False), RKD(), teacher_layer=layer)
     assert largest(gradients(module, *callbacks), expected) == 0.0
     assert largest(gradients(User()), expected) > 1e-3
-    assert torch.equal(shown(network, x), before)
+    assert torch.equal(embed(network, x), before)
     assert toys.attachments(network) == []
 
 
