@@ -63,12 +63,7 @@ class IndexedBatch:
 
 
 def to_batch(batch: Any, unpack: Callable[[Any], Batch]) -> Batch:
-    """Apply ``unpack`` to a batch, and add the indices of an :class:`IndexedBatch` unless it finds some in the batch.
-
-    Example:
-        >>> to_batch(IndexedBatch(torch.ones(2, 3), torch.tensor([4, 7])), Batch).indices
-        tensor([4, 7])
-    """
+    """Apply ``unpack`` to a batch, and add the indices of an :class:`IndexedBatch` unless the batch holds some."""
     if not isinstance(batch, IndexedBatch):
         return unpack(batch)
     found = unpack(batch.batch)
@@ -137,15 +132,6 @@ def with_indices(loader: DataLoader[Any]) -> DataLoader[Any]:
     return rebuilt
 
 
-@dataclass(slots=True)
-class _Fetched:
-    """The samples of one batch before collating."""
-
-    samples: Any
-    rows: list[int]
-    epoch: int
-
-
 class _WithIndices(Dataset[Any]):
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -153,22 +139,19 @@ class _WithIndices(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.dataset[index], find_root_row(self.dataset, index)
-
-    def __getitems__(self, indices: Sequence[int]) -> _Fetched:
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Any, list[int], int]:
         rows = [find_root_row(self.dataset, i) for i in indices]
         epoch = getattr(indices[0], "epoch", 0) if rows else 0
-        return _Fetched(fetch_samples(self.dataset, indices), rows, epoch)
+        return fetch_samples(self.dataset, indices), rows, epoch
 
 
 class _Collate:
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, fetched: _Fetched) -> IndexedBatch:
-        rows = torch.tensor(fetched.rows, dtype=torch.int64)
-        return IndexedBatch(self.collate(fetched.samples), rows, fetched.epoch)
+    def __call__(self, fetched: tuple[Any, list[int], int]) -> IndexedBatch:
+        samples, rows, epoch = fetched
+        return IndexedBatch(self.collate(samples), torch.tensor(rows, dtype=torch.int64), epoch)
 
 
 def fetch_samples(dataset: Any, indices: Sequence[int]) -> Any:
@@ -184,24 +167,14 @@ def get_collate(loader: DataLoader[Any]) -> Callable[[Any], Any]:
 
 
 def find_root(dataset: Any) -> Any:
-    """The data set below any depth of ``Subset``.
-
-    Example:
-        >>> find_root(Subset(Subset(range(9), [8, 6, 4]), [2, 0]))
-        range(0, 9)
-    """
+    """The data set below any depth of ``Subset``."""
     while isinstance(dataset, Subset | _WithIndices):
         dataset = dataset.dataset
     return dataset
 
 
 def find_root_row(dataset: Any, index: int) -> int:
-    """The row of the root data set that ``dataset[index]`` comes from.
-
-    Example:
-        >>> find_root_row(Subset(Subset(range(9), [8, 6, 4]), [2, 0]), 0)
-        4
-    """
+    """The row of the root data set that ``dataset[index]`` comes from."""
     while True:
         try:
             row = int(index)
@@ -215,12 +188,7 @@ def find_root_row(dataset: Any, index: int) -> int:
 
 
 def count_root_rows(dataset: Any) -> int | None:
-    """Number of rows of the root data set, one more than the largest index; ``None`` where it has no size.
-
-    Example:
-        >>> count_root_rows(Subset(Subset(range(9), [8, 6, 4]), [2, 0]))
-        9
-    """
+    """Number of rows of the root data set, one more than the largest index; ``None`` where it has no size."""
     dataset = find_root(dataset)
     try:
         return None if isinstance(dataset, IterableDataset) else len(dataset)

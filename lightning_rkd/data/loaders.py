@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from lightning_rkd.data.indexing import count_root_rows, fetch_samples, with_indices
+from lightning_rkd.utils.private import tree_leaves, tree_map
 
 
 def list_loaders(loaders: Any) -> list[Any]:
@@ -21,27 +23,16 @@ def list_loaders(loaders: Any) -> list[Any]:
 
 
 def number_batches(loaders: Any) -> Any:
-    """Apply :func:`~lightning_rkd.data.indexing.with_indices` to every loader in a structure.
-
-    Raises:
-        TypeError: A loader that has no rows to number.
-    """
-    if isinstance(getattr(loaders, "iterables", None), Mapping | list | tuple):
-        return type(loaders)(number_batches(loaders.iterables), loaders._mode)
-    if isinstance(loaders, Mapping):
-        return {key: number_batches(loader) for key, loader in loaders.items()}
-    if isinstance(loaders, list | tuple):
-        return type(loaders)(number_batches(loader) for loader in loaders)
-    return with_indices(loaders)
+    """Apply :func:`~lightning_rkd.data.indexing.with_indices` to every loader in a structure."""
+    if not hasattr(loaders, "iterables"):
+        return tree_map(with_indices, loaders)
+    numbered = copy(loaders)
+    numbered.flattened = [with_indices(loader) for loader in loaders.flattened]
+    return numbered
 
 
 def count_samples(loader: Any) -> int | None:
-    """Number of rows of the root data set of a loader; ``None`` where it is not known.
-
-    Example:
-        >>> count_samples(DataLoader(range(9), batch_size=4)), count_samples(DataLoader([range(4)], batch_size=None))
-        (9, None)
-    """
+    """Number of rows of the root data set of a loader; ``None`` where it is not known."""
     batches = isinstance(loader, DataLoader) and loader.batch_sampler is not None  # else a row is a batch already
     return count_root_rows(loader.dataset) if batches else None
 
@@ -50,22 +41,19 @@ def load_first_samples(loaders: Any, count: int = 2) -> Any:
     """A batch of the first samples in the structure of a training batch; ``None`` if a loader is not of the map style.
 
     Neither a sampler nor a worker is started.
-
-    Example:
-        >>> loader = DataLoader(range(5), batch_size=4, shuffle=True)
-        >>> load_first_samples(loader), load_first_samples({"a": loader})
-        (tensor([0, 1]), {'a': tensor([0, 1])})
     """
     loaders = getattr(loaders, "iterables", loaders)
-    if isinstance(loaders, Mapping):
-        batches = {key: load_first_samples(loader, count) for key, loader in loaders.items()}
-        return None if any(batch is None for batch in batches.values()) else batches
-    if isinstance(loaders, list | tuple):
-        parts = [load_first_samples(loader, count) for loader in loaders]
-        return None if not parts or any(part is None for part in parts) else parts
-    if not isinstance(loaders, DataLoader) or count_root_rows(loaders.dataset) is None:
+    batches = [_load_first(loader, count) for loader in tree_leaves(loaders)]
+    if not batches or any(batch is None for batch in batches):
         return None
-    rows = list(range(min(count, len(loaders.dataset))))  # type: ignore[arg-type] # it has a size
-    if loaders.batch_sampler is None:
-        return loaders.collate_fn(loaders.dataset[0]) if rows else None
-    return loaders.collate_fn(fetch_samples(loaders.dataset, rows))
+    remaining = iter(batches)
+    return tree_map(lambda _: next(remaining), loaders)
+
+
+def _load_first(loader: Any, count: int) -> Any:
+    if not isinstance(loader, DataLoader) or count_root_rows(loader.dataset) is None:
+        return None
+    rows = list(range(min(count, len(loader.dataset))))  # type: ignore[arg-type] # it has a size
+    if loader.batch_sampler is None:
+        return loader.collate_fn(loader.dataset[0]) if rows else None
+    return loader.collate_fn(fetch_samples(loader.dataset, rows))

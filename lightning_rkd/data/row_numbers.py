@@ -15,10 +15,6 @@ class RowNumbers:
     """Row numbers of one pass over an evaluation loader on one of several ranks.
 
     A distributed sampler repeats rows to fill its last batch; row numbers allow counting them once.
-
-    Args:
-        loader: The rank's own loader.
-        ranks: Number of ranks; a single one needs no numbers.
     """
 
     def __init__(self, loader: Any, ranks: int) -> None:
@@ -26,17 +22,7 @@ class RowNumbers:
         self.order = _read_order(loader) if ranks > 1 else None
 
     def number(self, batch: Batch, rows: int, device: torch.device, *, needed: bool) -> None:
-        """Set the indices of the next batch if it has none and the sampler's order is known.
-
-        Args:
-            batch: The batch, in the order of the loader.
-            rows: Its number of rows.
-            device: Device of the indices.
-            needed: Whether a metric counts rows by their indices.
-
-        Raises:
-            ValueError: They are needed on several ranks, and unknown.
-        """
+        """Set the indices of the next batch if it has none; an error if a metric needs them and they are unknown."""
         if batch.indices is None and self.order is not None:
             own = self.order[self.position : self.position + rows]
             batch.indices = torch.tensor(own, dtype=torch.int64, device=device)

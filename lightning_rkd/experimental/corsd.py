@@ -37,17 +37,8 @@ def _separable(channels: int, out: int) -> nn.Sequential:
 class RelationNet(nn.Module):
     """Distance of two samples at one stage, between 0 and 1, and their classes.
 
-    Shapes: maps (N, 2C, H, W), the concatenated maps of two samples -> score (N,), logits (N, K).
-
-    Args:
-        widths: 2C of this stage and of every deeper one; separable blocks of stride 2 connect them.
-        hidden: Hidden width of the score.
-        num_classes: K.
-
-    Example:
-        >>> score, logits = RelationNet([8, 16], 8, 5)(torch.ones(2, 8, 6, 6))
-        >>> score.shape, logits.shape
-        (torch.Size([2]), torch.Size([2, 5]))
+    Shapes: maps (N, 2C, H, W), the concatenated maps of two samples -> score (N,), logits (N, K). ``widths`` are 2C of
+    this stage and of every deeper one; separable blocks of stride 2 connect them.
     """
 
     def __init__(self, widths: Sequence[int], hidden: int, num_classes: int) -> None:
@@ -66,22 +57,7 @@ class RelationNet(nn.Module):
 
 
 class ClassMemory(StepState):
-    r"""Running mean of the predictions for every class, :math:`m_c`, initially one-hot.
-
-    Args:
-        num_classes: K.
-
-    Attributes:
-        sums: (K, K), the identity plus the sum of predictions by class.
-        steps: Number of updates.
-
-    Example:
-        >>> memory = ClassMemory(2)
-        >>> memory.update(torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
-        >>> memory.means()
-        tensor([[0.7500, 0.2500],
-                [0.0000, 1.0000]])
-    """
+    """Running mean of the predictions for every class, initially one-hot; ``sums`` is the identity plus their sums."""
 
     on_host: ClassVar[frozenset[str]] = frozenset({"steps"})
     sums: Tensor
@@ -104,18 +80,7 @@ class ClassMemory(StepState):
 
 
 def triplets(labels: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw for every row another one of its class (or itself if there is none), and one of another class.
-
-    Shapes: (N,) -> (N,), (N,), row numbers.
-
-    Raises:
-        ValueError: All rows are of one class (CPU only).
-
-    Example:
-        >>> positive, negative = triplets(torch.tensor([0, 0, 1]), torch.Generator().manual_seed(0))
-        >>> positive.tolist(), negative[:2].tolist()
-        ([1, 0, 2], [2, 2])
-    """
+    """Draw for every row another one of its class (or itself if there is none), and one of another class."""
     same = labels[:, None] == labels
     if labels.device.type == "cpu" and bool(same.all()):
         raise ValueError(
@@ -164,8 +129,10 @@ class RelationNets(RelationalLoss):
         random = generator(self.seed, int(self.memory.steps), labels.device)
         positive, negative = triplets(labels, random)
         halves = F.one_hot(torch.stack([labels, labels[negative]]), student.logits.shape[1]).to(student.logits).mean(0)
-        near = [net(torch.cat([x, x[positive]], dim=1)) for net, x in zip(self.nets, student.feature_maps, strict=True)]
-        far = [net(torch.cat([x, x[negative]], dim=1)) for net, x in zip(self.nets, student.feature_maps, strict=True)]
+        near, far = (
+            [net(torch.cat([x, x[row]], dim=1)) for net, x in zip(self.nets, student.feature_maps, strict=True)]
+            for row in (positive, negative)
+        )
         (p0, p_logits0), (n0, n_logits0) = near[-1], far[-1]
         classes, triplet, scores = [], [], []
         for (p, p_logits), (n, n_logits) in zip(near, far, strict=True):

@@ -12,24 +12,14 @@ from torch.nn import functional as F
 
 from lightning_rkd.distillation.features import Tap, find_layer
 from lightning_rkd.distillation.step import StepFeatures
-from lightning_rkd.losses.parts.checks import check_positive
+from lightning_rkd.losses.parts.checks import check_at_least, check_positive
 from lightning_rkd.losses.references import BibTeX, Reference
 from lightning_rkd.losses.soft_target import soft_target
 from lightning_rkd.modules.distillation import DistillationModule
 
 
 class Branches(nn.Module):
-    """Classifiers behind a common trunk; the output is the mean of their logits.
-
-    Args:
-        branches: The classifiers, each (N, K).
-        trunk: Shared layers before them; ``None`` for none.
-
-    Example:
-        >>> net = Branches([nn.Linear(3, 2), nn.Linear(3, 2)], trunk=nn.ReLU())
-        >>> net(torch.ones(4, 3)).shape, len(net.single(0))
-        (torch.Size([4, 2]), 2)
-    """
+    """Classifiers behind a common trunk; the output is the mean of their logits."""
 
     def __init__(self, branches: Sequence[nn.Module], trunk: nn.Module | None = None) -> None:
         super().__init__()
@@ -40,8 +30,8 @@ class Branches(nn.Module):
         """The mean of the branches' logits, (N, K)."""
         shared = self.trunk(*args, **kwargs)
         logits = [branch(shared) for branch in self.branches]
-        if len({tuple(z.shape) for z in logits}) > 1 or logits[0].ndim != 2:
-            shapes = [tuple(z.shape) for z in logits]
+        shapes = [tuple(z.shape) for z in logits]
+        if len(set(shapes)) > 1 or logits[0].ndim != 2:
             raise ValueError(f"OnlineBranches: every branch must give logits (N, K) of the same classes, got {shapes}")
         return torch.stack(logits).mean(0)
 
@@ -50,40 +40,23 @@ class Branches(nn.Module):
         return nn.Sequential(self.trunk, self.branches[number])
 
 
-def branch_losses(logits: Tensor, labels: Tensor, *, temperature: float = 3.0) -> Tensor:
-    r"""Cross-entropies and soft targets of :class:`OnlineBranches`.
+class BranchLosses(nn.Module):
+    """Cross-entropies of all branches, and soft targets of all branches: logits (N, K, B) -> (2,)."""
 
-    Shapes: logits (N, K, B), labels (N,) or soft labels (N, K) -> (2,): the sum over branches of the cross-entropies,
-    and of the soft targets.
+    def __init__(self, temperature: float = 3.0) -> None:
+        super().__init__()
+        self.temperature = temperature
 
-    Args:
-        logits: Logits of the B branches.
-        labels: Classes.
-        temperature: T.
-
-    Example:
-        >>> branch_losses(torch.tensor([[[0.0, 2.0], [0.0, 0.0]]]), torch.tensor([0]))
-        tensor([0.8201, 0.2422])
-    """
-    branches = logits.unbind(2)
-    ensemble = logits.mean(2)
-    hard = torch.stack([F.cross_entropy(z, labels) for z in branches]).sum()
-    soft = torch.stack([soft_target(z, ensemble, temperature=temperature) for z in branches]).sum()
-    return torch.stack([hard, soft])
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The two sums."""
+        branches, ensemble = logits.unbind(2), logits.mean(2)
+        hard = torch.stack([F.cross_entropy(z, labels) for z in branches]).sum()
+        soft = torch.stack([soft_target(z, ensemble, temperature=self.temperature) for z in branches]).sum()
+        return torch.stack([hard, soft])
 
 
 def classifier_overlap(weights: Sequence[Tensor]) -> Tensor:
-    r"""Overlap of the directions of classifiers, :math:`\sum_{i<j} \lVert W_i^\top W_j \rVert_F`.
-
-    Shapes: each (K, D_i) -> scalar.
-
-    Args:
-        weights: Weights of the classifiers of the same K classes.
-
-    Example:
-        >>> classifier_overlap([torch.eye(2), torch.eye(2), torch.zeros(2, 3)])
-        tensor(1.4142)
-    """
+    r"""Overlap of the directions of classifiers (K, D_i), :math:`\sum_{i<j} \lVert W_i^\top W_j \rVert_F`."""
     pairs = [torch.linalg.vector_norm(a.T @ b) for a, b in combinations(weights, 2)]
     return torch.stack(pairs).sum()
 
@@ -161,51 +134,42 @@ class OnlineBranches(DistillationModule):
         if len({id(p) for b in branches for p in b.parameters()}) < sum(len(list(b.parameters())) for b in branches):
             raise ValueError("OnlineBranches: branches share parameters; build each of its own, share by trunk=...")
         check_positive("OnlineBranches", temperature=temperature)
-        if diversity < 0:
-            raise ValueError(f"OnlineBranches: diversity must be >= 0, got {diversity}")
+        check_at_least("OnlineBranches", 0, diversity=diversity)
         layers: dict[str, Any] = {
             "embedding": Tap("", at="output"),
             "branches": [Tap(f"branches.{number}", at="output") for number in range(len(branches))],
         }
         super().__init__(
             student=Branches(branches, trunk), teacher=None, loss=None, student_layer=layers, teacher_layer=None,
-            input_layer=None, task_loss=_BranchLosses(temperature), task_reads="logits", miner=None, weight=1.0,
+            input_layer=None, task_loss=BranchLosses(temperature), task_reads="logits", miner=None, weight=1.0,
             task_weight=1.0, gather=True, balance=None, log_gradients=False, **kwargs,
         )  # fmt: skip
         self.diversity = diversity
         self._classifiers = [classifier or _last_linear(branch) for branch in branches]
-        for branch in range(len(branches)):
-            self._classifier(branch)
+        self._find_weights()  # to refuse layers of other types
 
     def task(self, features: StepFeatures, output: Any) -> Tensor:
         """Compute all three terms of the equation."""
         logits = features.student["branches"].feature_maps
         assert logits is not None
         hard, soft = super().task(features, torch.stack(logits, dim=2))
-        weights = [self._classifier(number).weight for number in range(len(self.student.branches))]
         with torch.autocast(output.device.type, enabled=False):
-            diverse = self.diversity * classifier_overlap([w.to(hard.dtype) for w in weights])
+            diverse = self.diversity * classifier_overlap([w.to(hard.dtype) for w in self._find_weights()])
         parts = {"train/cross_entropy": hard, "distill/ensemble": soft, "distill/diversity": diverse}
         self.log_dict({name: value.detach() for name, value in parts.items()})
         return torch.stack([*parts.values()]).sum()
 
-    def _classifier(self, branch: int) -> nn.Linear:
-        found = find_layer(self.student.branches[branch], self._classifiers[branch])
-        if isinstance(found, nn.Linear):
-            return found
-        raise ValueError(
-            f"OnlineBranches: {self._classifiers[branch]!r} in branch {branch} is a {type(found).__name__}, but the "
-            "diversity of the branches is that of their Linear classifiers: classifier='<dotted path of a Linear>'"
-        )
-
-
-class _BranchLosses(nn.Module):
-    def __init__(self, temperature: float) -> None:
-        super().__init__()
-        self.temperature = temperature
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return branch_losses(logits, labels, temperature=self.temperature)
+    def _find_weights(self) -> list[Tensor]:
+        weights = []
+        for number, (branch, path) in enumerate(zip(self.student.branches, self._classifiers, strict=True)):
+            layer = find_layer(branch, path)
+            if not isinstance(layer, nn.Linear):
+                raise ValueError(
+                    f"OnlineBranches: {path!r} in branch {number} is a {type(layer).__name__}, but the diversity of "
+                    "the branches is that of their Linear classifiers: classifier='<dotted path of a Linear>'"
+                )
+            weights.append(layer.weight)
+        return weights
 
 
 def _last_linear(branch: nn.Module) -> str:

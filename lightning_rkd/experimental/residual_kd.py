@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,22 +16,7 @@ from lightning_rkd.modules.distillation import DistillationModule
 
 
 class ResidualPair(nn.Module):
-    r"""Two networks whose features are added, :math:`f_S(x) + f_A(x)`, and a classifier on the sum if there is one.
-
-    Args:
-        student: S.
-        assistant: A, whose features have the same shape.
-        head: Classifier on the sum.
-
-    Raises:
-        ValueError: Features of different shapes.
-
-    Example:
-        >>> pair = ResidualPair(nn.Linear(3, 2), nn.Linear(3, 2))
-        >>> x = torch.ones(4, 3)
-        >>> torch.equal(pair(x), pair.student(x) + pair.assistant(x))
-        True
-    """
+    """Two networks whose features are added, and a classifier on the sum if there is one."""
 
     def __init__(self, student: nn.Module, assistant: nn.Module, head: nn.Module | None = None) -> None:
         super().__init__()
@@ -126,40 +111,28 @@ class ResidualKD(DistillationModule):
         }
         super().__init__(
             student=ResidualPair(student, assistant, head), teacher=teacher, task_loss=task_loss,
-            loss={"student": _Mimic(), "assistant": _Residual()}, student_layer=features, input_layer=None,
+            loss={"student": _SquaredError(0), "assistant": _SquaredError(1)}, student_layer=features, input_layer=None,
             teacher_layer={"embedding": target, "feature_maps": [target, target]}, miner=None, gather=True,
             balance=None, log_gradients=False, **kwargs,
         )  # fmt: skip
 
 
-class _Mimic(RelationalLoss):
-    """The first term: features of student and teacher."""
+class _SquaredError(RelationalLoss):
+    """One of the two terms: 0 compares the student with the teacher, 1 the assistant with the student's residual."""
 
     reads = "feature_maps"
     gather = False
     display_name = "ResidualKD"
 
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        _check(student, teacher)
-        return F.mse_loss(student[0], teacher[0])
-
-
-class _Residual(RelationalLoss):
-    """The second term: features of the assistant and the residual of the student, a constant here."""
-
-    reads = "feature_maps"
-    gather = False
-    display_name = "ResidualKD"
+    def __init__(self, term: Literal[0, 1]) -> None:
+        super().__init__()
+        self.term = term
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        _check(student, teacher)
-        return F.mse_loss(student[1], teacher[0] - student[0].detach())
-
-
-def _check(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
-    if student[0].shape != teacher[0].shape:
-        raise ValueError(
-            f"ResidualKD subtracts features, so they need one shape: student and assistant "
-            f"{tuple(student[0].shape)}, teacher {tuple(teacher[0].shape)}; end student and assistant with a layer of "
-            "the teacher's width"
-        )
+        mimic, target = student[0], teacher[0]
+        if mimic.shape != target.shape:
+            raise ValueError(
+                f"ResidualKD subtracts features, so they need one shape: student and assistant {tuple(mimic.shape)}, "
+                f"teacher {tuple(target.shape)}; end student and assistant with a layer of the teacher's width"
+            )
+        return F.mse_loss(student[1], target - mimic.detach()) if self.term else F.mse_loss(mimic, target)

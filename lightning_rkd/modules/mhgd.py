@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -41,14 +41,9 @@ from lightning_rkd.utils.types import Batch, Key, unpack
 
 
 def official_sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    r"""The authors' optimizer for the attention graph: SGD with Nesterov momentum 0.9, rate 0.1, weight decay 1e-3.
+    """The authors' optimizer for the attention graph.
 
-    Their loss contains :math:`5 \cdot 10^{-4} \sum \lVert w \rVert^2` over all weights, biases and norms, without a
-    factor 1/2, which is a weight decay of :math:`10^{-3}`.
-
-    Example:
-        >>> official_sgd([torch.zeros(1)]).defaults["weight_decay"]
-        0.001
+    Their loss contains 5e-4 times the sum of squares of all parameters, without a factor 1/2: a weight decay of 1e-3.
     """
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)
 
@@ -111,9 +106,7 @@ class AttentionGraphEstimator(pl.LightningModule):
 
     def forward(self, vectors: list[Tensor]) -> list[Tensor]:
         """Estimate the vectors of all stages but the first."""
-        assert self.graph is not None
-        estimates: list[Tensor] = self.graph(vectors)
-        return estimates
+        return self.graph(vectors)  # type: ignore[misc, no-any-return] # it is there after setup
 
     def unpack(self, batch: Any) -> Batch:
         """Build the :class:`~lightning_rkd.utils.types.Batch` of a step; override it for batches of another make."""
@@ -133,11 +126,11 @@ class AttentionGraphEstimator(pl.LightningModule):
             self.graph = AttentionGraph([m.shape[-1] for m in self._run_once(stage)], self.heads, self.seed)
 
     def teardown(self, stage: str) -> None:
-        """Hand the teacher back as it was."""
+        """Restore the teacher."""
         self.restore()
 
     def restore(self) -> None:
-        """Take the hooks off, and leave the teacher as it was."""
+        """Remove all hooks and restore the teacher."""
         if self.teacher is not None:
             self.teacher.detach()
 
@@ -168,17 +161,12 @@ class AttentionGraphEstimator(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log ``val/cosine_error``."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Log ``test/cosine_error``."""
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: Any, stage: str) -> None:
-        vectors = self._vectors(batch)
+        """Log ``val/cosine_error`` or ``test/cosine_error``."""
+        stage, vectors = "test" if self.trainer.testing else "val", self._vectors(batch)
         error = self._errors(vectors).mean()
         self.log(f"{stage}/cosine_error", error, prog_bar=True, sync_dist=True, batch_size=len(vectors[0]))
+
+    test_step = validation_step
 
     def _errors(self, vectors: list[Tensor]) -> Tensor:
         """One minus the mean cosine, for every stage but the first."""
@@ -338,23 +326,10 @@ class MHGDModule(DistillationModule):
 
 
 @torch.no_grad()
-def clip_to_task(
-    parameters: list[Tensor], pulls: list[Tensor], part: float, own: set[int] | frozenset[int] = frozenset()
-) -> None:
+def clip_to_task(parameters: list[Tensor], pulls: list[Tensor], part: float, own: Collection[int] = ()) -> None:
     """Add to every parameter's ``grad`` its distillation gradient, clipped at ``part`` of the norm of ``grad``.
 
-    Args:
-        parameters: Parameters that hold the task's gradient in ``grad``.
-        pulls: Their distillation gradients.
-        part: Largest ratio of the two norms.
-        own: ``id`` of parameters without a task gradient, clipped at this part of the mean norm of the others.
-
-    Example:
-        >>> weight = torch.zeros(2, requires_grad=True)
-        >>> weight.grad = torch.tensor([3.0, 4.0])
-        >>> clip_to_task([weight], [torch.tensor([0.0, 100.0])], part=0.5)
-        >>> weight.grad
-        tensor([3.0000, 6.5000])
+    Parameters whose ``id`` is in ``own`` have no task gradient: the mean norm of the others takes its place.
     """
     norms = {id(p): _norm(p.grad) for p in parameters if p.grad is not None and id(p) not in own}
     mean = torch.stack(list(norms.values())).mean() if norms else None

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lightning_rkd.distillation.features import Tap
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.losses.base import RelationalLoss
-from lightning_rkd.losses.parts.checks import check_logits, check_positive
+from lightning_rkd.losses.parts.checks import check_at_least, check_logits, check_positive, check_share
 from lightning_rkd.losses.references import BibTeX, Reference
 from lightning_rkd.losses.soft_target import soft_target
 from lightning_rkd.modules.distillation import DistillationModule
@@ -19,15 +19,7 @@ from lightning_rkd.utils.types import Outputs
 
 
 def soft_and_hard(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float, alpha: float) -> Tensor:
-    r"""Weighted sum of soft targets and cross-entropy, :math:`\alpha T^2 \mathrm{KL} + (1 - \alpha) \mathrm{CE}`.
-
-    Shapes: (N, K), (N, K), labels (N,) or soft labels (N, K) -> scalar.
-
-    Example:
-        >>> zs, zt = torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 0.0]])
-        >>> soft_and_hard(zs, zt, torch.tensor([0]), temperature=4.0, alpha=0.1)
-        tensor(0.8013)
-    """
+    r"""D of :class:`MultiHeadDistillation`, with labels (N,) or soft labels (N, K)."""
     soft = soft_target(student, teacher, temperature=temperature)
     return alpha * soft + (1 - alpha) * F.cross_entropy(student, labels)
 
@@ -35,17 +27,7 @@ def soft_and_hard(student: Tensor, teacher: Tensor, labels: Tensor, *, temperatu
 class MiddleHead(nn.Sequential):
     """Classifier on feature maps: two 3 x 3 convolutions with batch norm and ReLU, mean pooling, two linear layers.
 
-    Shapes: (N, C, H, W) -> (N, K).
-
-    Args:
-        channels: C.
-        num_classes: K.
-        width: Hidden channels.
-        padding: Padding of the first convolution; the second has none.
-
-    Example:
-        >>> MiddleHead(8, 5, width=16)(torch.ones(2, 8, 7, 7)).shape
-        torch.Size([2, 5])
+    Shapes: (N, C, H, W) -> (N, K). ``padding`` is that of the first convolution; the second has none.
     """
 
     def __init__(self, channels: int, num_classes: int, width: int = 256, padding: int = 0) -> None:
@@ -65,19 +47,14 @@ class MiddleHead(nn.Sequential):
         self.smallest = 5 - 2 * padding
 
     def forward(self, maps: Tensor) -> Tensor:
-        """The logits.
-
-        Raises:
-            ValueError: Features that are no maps, or maps too small for the convolutions.
-        """
+        """The logits."""
         if maps.ndim != 4 or min(maps.shape[2:]) < self.smallest:
             raise ValueError(
                 f"MultiHeadDistillation: a head takes maps (N, C, H, W) of at least {self.smallest} x {self.smallest}, "
                 f"got {tuple(maps.shape)}; name convolutional layers, or pass head_padding=1 for small maps"
             )
-        for layer in self:
-            maps = layer(maps)
-        return maps
+        logits: Tensor = super().forward(maps)  # type: ignore[no-untyped-call]
+        return logits
 
 
 class MultiHeadDistillation(DistillationModule):
@@ -161,8 +138,8 @@ class MultiHeadDistillation(DistillationModule):
                 f"teacher_layers, at least one; got {layers[0]} and {layers[1]}"
             )
         check_positive("MultiHeadDistillation", temperature=temperature)
-        if not 0 <= alpha <= 1 or beta < 0:
-            raise ValueError(f"MultiHeadDistillation: alpha is in [0, 1] and beta >= 0, got {alpha} and {beta}")
+        check_share("MultiHeadDistillation", alpha=alpha)
+        check_at_least("MultiHeadDistillation", 0, beta=beta)
         final = _Final(temperature, alpha)
         heads = _Heads(temperature, alpha, beta, head_width, head_padding)
         super().__init__(

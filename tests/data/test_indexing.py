@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDataset, RandomSampler, Subset
 
 from lightning_rkd.data import IndexedBatch, PKBatchSampler, ResumableLoader, with_indices
 from lightning_rkd.data.indexing import to_batch
+from lightning_rkd.data.loaders import number_batches
 from lightning_rkd.utils.types import Batch, unpack
 
 
@@ -102,6 +104,14 @@ def test_negative_indices_count_from_the_end() -> None:
 def test_wrapping_twice_is_wrapping_once() -> None:
     loader = with_indices(DataLoader(Numbers(), 4))
     assert with_indices(loader) is loader
+
+
+def test_loaders_in_a_combined_loader_are_numbered_and_its_mode_stays() -> None:
+    given = CombinedLoader({"a": DataLoader(Numbers(), 20), "b": [DataLoader(Numbers(), 30)]}, "min_size")
+    batches = [batch for batch, *_ in number_batches(given)]
+    assert [len(batch["a"].indices) for batch in batches] == [20] * 4
+    assert [len(batch["b"][0].indices) for batch in batches] == [30, 30, 30, 10]
+    assert not isinstance(next(iter(given))[0]["a"], IndexedBatch)
 
 
 def test_what_has_no_rows_is_refused_with_the_cure() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_rkd.experimental.online_branches import OnlineBranches, branch_losses, classifier_overlap
+from lightning_rkd.experimental.online_branches import BranchLosses, OnlineBranches, classifier_overlap
 from tests.harness import toys
 from tests.harness.scheme_toys import CASES, fit, images, net
 from tests.oracles import classifiers as oracle
@@ -23,7 +23,7 @@ def test_cross_entropies_and_soft_targets_are_those_of_the_equation(rows: int, c
     logits = 2 * torch.randn(rows, 3, count, dtype=torch.float64)
     labels = torch.arange(rows) % 3
     expected = oracle.online([z.tolist() for z in logits.unbind(2)], labels.tolist(), temperature)
-    found = branch_losses(logits, labels, temperature=temperature)
+    found = BranchLosses(temperature)(logits, labels)
     assert found.tolist() == pytest.approx(expected, rel=1e-12)
 
 
@@ -41,7 +41,7 @@ def test_the_overlap_of_nothing_has_a_finite_gradient() -> None:
 def test_the_ensemble_is_a_constant() -> None:
     """Branches learn from one another through the value of the target alone."""
     logits = torch.randn(4, 3, 2, requires_grad=True)
-    (soft,) = branch_losses(logits, torch.arange(4) % 3)[1:]
+    (soft,) = BranchLosses()(logits, torch.arange(4) % 3)[1:]
     (grad,) = torch.autograd.grad(soft, logits)
     first = logits.detach()[..., 0].requires_grad_()
     target = logits.detach().mean(2)
@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "one branch": ({"branches": [net()]}, "at least two branches"),
     "shared": ({"branches": shared()}, "branches share parameters"),
     "temperature": ({"temperature": -1.0}, "temperature must be a positive number"),
-    "diversity": ({"diversity": -1.0}, "diversity must be >= 0"),
+    "diversity": ({"diversity": -1.0}, "diversity must be at least 0"),
     "no classifier": ({"branches": [nn.Conv2d(1, 3, 8), nn.Conv2d(1, 3, 8)]}, "in branch 0 is a Conv2d"),
     "another layer": ({"classifier": "0"}, "'0' in branch 0 is a ReLU"),
 }

@@ -95,7 +95,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no layers": ({"student_layers": [], "teacher_layers": []}, "at least one"),
     "unequally many": ({"student_layers": MIDDLE}, "as many student_layers as teacher_layers"),
     "temperature": ({"temperature": 0.0}, "temperature must be a positive number"),
-    "alpha": ({"alpha": 1.5}, r"alpha is in \[0, 1\]"),
+    "alpha": ({"alpha": 1.5}, "alpha must be between 0 and 1, got 1.5"),
+    "beta": ({"beta": -1.0}, "beta must be at least 0"),
 }
 
 

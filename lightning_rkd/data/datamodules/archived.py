@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -43,17 +43,20 @@ class Listing(NamedTuple):
     official: list[bool] | None = None
     is_query: list[bool] | None = None
 
-    def count_content(self) -> dict[str, int]:
-        """Numbers of images and classes."""
-        return {
-            "images": len(self.paths),
-            "test images": sum(self.official or ()),
-            "queries": sum(self.is_query or ()),
-            "classes": len(self.class_names),
-            "training classes": len(self.train),
-            "validation classes": len(self.validation or ()),
-            "test classes": len(self.test),
-        }
+    @classmethod
+    def from_names(
+        cls,
+        rows: Sequence[tuple[Path, Any]],
+        official: list[bool] | None = None,
+        is_query: list[bool] | None = None,
+        **parts: Collection[Any],
+    ) -> Listing:
+        """Listing of files and the names of their classes, which are numbered in order, and of the classes by part."""
+        names = sorted(set().union(*parts.values()))
+        number = {name: c for c, name in enumerate(names)}
+        numbers: dict[str, Any] = {part: sorted(number[name] for name in chosen) for part, chosen in parts.items()}
+        paths, labels = [path for path, _ in rows], [number[name] for _, name in rows]
+        return cls(paths, labels, [str(name) for name in names], official=official, is_query=is_query, **numbers)
 
 
 class OfficialDataModule(ImageDataModule):
@@ -74,11 +77,15 @@ class OfficialDataModule(ImageDataModule):
         eval_batch_size: Batch size of validation, test and prediction.
         kwargs: Arguments of :class:`~lightning_rkd.data.ImageDataModule`, save for ``test``: the test part is
             published. ``validation`` is a part of the training classes (samples); 0 for none.
+
+    Raises:
+        FileNotFoundError: A missing list, image or archive, or an archive that was unpacked in part.
+        ValueError: A wrong checksum or number of images, a class in two parts, or a damaged image.
     """
 
     title: ClassVar[str]
     counts: ClassVar[Mapping[str, int]]
-    """Published numbers, by the keys of :meth:`Listing.count_content`."""
+    """Published numbers of images and classes."""
     sizes: ClassVar[tuple[int, int]] = (256, 224)
     """Usual ``image_size`` and ``crop_size``."""
     padding: ClassVar[int] = 0
@@ -116,7 +123,16 @@ class OfficialDataModule(ImageDataModule):
         """Download, unpack and check, once per machine."""
         listing = self._listing = self.read_lists()
         if self.check:
-            check_counts(self.title, self.folder, listing.count_content(), self.counts)
+            found = {
+                "images": len(listing.paths),
+                "test images": sum(listing.official or ()),
+                "queries": sum(listing.is_query or ()),
+                "classes": len(listing.class_names),
+                "training classes": len(listing.train),
+                "validation classes": len(listing.validation or ()),
+                "test classes": len(listing.test),
+            }
+            check_counts(self.title, self.folder, found, self.counts)
 
     def load(self) -> LabelledImages:
         """Read the lists, and the images where they are kept in memory."""

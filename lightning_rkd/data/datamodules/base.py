@@ -190,7 +190,12 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Augmented batches, with their indices where a loss of the run needs them."""
-        self._refuse_foreign_sampler()
+        if self.trainer is not None and replaces_samplers(self.trainer):
+            raise ValueError(
+                f"{type(self).__name__} divides its batches among devices itself, and Lightning would put its own "
+                "sampler in between: pass Trainer(use_distributed_sampler=False), or "
+                "--trainer.use_distributed_sampler=false on the command line"
+            )
         assert self.classes_per_batch is not None
         assert self.samples_per_class is not None
         labels, p, k = self.root.labels[self.train_set.indices], self.classes_per_batch, self.samples_per_class
@@ -204,7 +209,8 @@ class ImageDataModule(LightningDataModule, ABC):
             labels, p, k = torch.arange(rows), p * k, 1
         sampler = PKBatchSampler(labels, p, k, self.seed, self.batches_per_epoch)
         loader = ResumableLoader(self.train_set, batch_sampler=sampler, **self._loading())
-        return with_indices(loader) if self._indices_are_needed() else loader
+        parts = (getattr(self.trainer, "lightning_module", None), *getattr(self.trainer, "callbacks", ()))
+        return with_indices(loader) if any(getattr(part, "needs_indices", False) for part in parts) else loader
 
     def val_dataloader(self) -> Any:
         """Validation images with their indices; no loader where there are none."""
@@ -227,18 +233,6 @@ class ImageDataModule(LightningDataModule, ABC):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
-
-    def _indices_are_needed(self) -> bool:
-        parts = (getattr(self.trainer, "lightning_module", None), *getattr(self.trainer, "callbacks", ()))
-        return any(getattr(part, "needs_indices", False) for part in parts)
-
-    def _refuse_foreign_sampler(self) -> None:
-        if self.trainer is not None and replaces_samplers(self.trainer):
-            raise ValueError(
-                f"{type(self).__name__} divides its batches among devices itself, and Lightning would put its own "
-                "sampler in between: pass Trainer(use_distributed_sampler=False), or "
-                "--trainer.use_distributed_sampler=false on the command line"
-            )
 
 
 def _renumbered(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning_rkd.data.datamodules.archived import Listing, OfficialDataModule
+from lightning_rkd.data.datamodules.splits import halve
 from lightning_rkd.data.datasets.archives import Archive, check_md5
 from lightning_rkd.utils.imports import require
 
@@ -27,11 +28,6 @@ class CarsDataModule(OfficialDataModule):
     arguments are those of :class:`~lightning_rkd.data.OfficialDataModule`; ``download`` has no effect, as the
     publisher's addresses are gone.
 
-    Raises:
-        FileNotFoundError: A missing list or archive, or one that was unpacked in part.
-        ImportError: SciPy is not installed.
-        ValueError: A wrong checksum or a wrong number of images; a damaged image.
-
     Reference:
         Krause, Stark, Deng and Fei-Fei 2013, 3D Object Representations for Fine-Grained Categorization; Song, Xiang,
         Jegelka and Savarese 2016, arXiv:1511.06452, for the split by classes.
@@ -43,13 +39,11 @@ class CarsDataModule(OfficialDataModule):
     def read_lists(self) -> Listing:
         """Read ``cars_annos.mat``, or the lists of ``devkit``."""
         rows, names = self._read_two_parts() if (self.folder / "devkit").is_dir() else self._read_one_part()
-        half = len(names) // 2
         return Listing(
             [path for path, _, _ in rows],
             [c - 1 for _, c, _ in rows],
             names,
-            range(half),
-            range(half, len(names)),
+            *halve(names),
             official=[tests for *_, tests in rows] if self.split_by == "samples" else None,
         )
 

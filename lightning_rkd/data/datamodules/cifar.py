@@ -11,7 +11,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from lightning_rkd.data.datamodules.base import ImageDataModule, LabelledImages
-from lightning_rkd.data.datamodules.splits import ClassSplit, hold_out
+from lightning_rkd.data.datamodules.splits import ClassSplit, halve, hold_out
 from lightning_rkd.data.datasets.archives import Archive, check_counts, check_md5
 from lightning_rkd.data.transforms.crop import Crop
 
@@ -95,8 +95,7 @@ class CIFARDataModule(ImageDataModule):
 
     def split(self, data: LabelledImages) -> ClassSplit:
         """The first half of the classes for training and validation, the second half for the test."""
-        classes = range(len(data.class_names))
-        return hold_out(classes[: len(classes) // 2], classes[len(classes) // 2 :], self.validation, self.split_seed)
+        return hold_out(*halve(data.class_names), self.validation, self.split_seed)
 
     def suggest_augment(self, data: LabelledImages) -> Crop:
         """Padding by 4, a random crop, and mirroring half of the images."""

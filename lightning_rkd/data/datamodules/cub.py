@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from lightning_rkd.data.datamodules.archived import Listing, OfficialDataModule
+from lightning_rkd.data.datamodules.splits import halve
 from lightning_rkd.data.datasets.archives import Archive, read_table
 
 ARCHIVE = Archive(
@@ -24,10 +25,6 @@ class CUBDataModule(OfficialDataModule):
     224 x 224; they stay on disk unless ``in_memory`` (2.3 GB). All arguments are those of
     :class:`~lightning_rkd.data.OfficialDataModule`.
 
-    Raises:
-        FileNotFoundError: A missing archive, or one that was unpacked in part.
-        ValueError: A wrong checksum or a wrong number of images; a damaged image.
-
     Reference:
         Wah, Branson, Welinder, Perona and Belongie 2011, The Caltech-UCSD Birds-200-2011 Dataset; Song, Xiang, Jegelka
         and Savarese 2016, arXiv:1511.06452, for the split by classes.
@@ -42,12 +39,10 @@ class CUBDataModule(OfficialDataModule):
         folder = ARCHIVE.unpack(self.folder, needs, self.download, self.check)
         files, classes, trains = (dict(read_table(folder / name, 2)) for name in (needs[0], needs[1], needs[3]))
         names = [name for _, name in read_table(folder / "classes.txt", 2)]
-        half = len(names) // 2
         return Listing(
             [folder / "images" / path for path in files.values()],
             [int(classes[i]) - 1 for i in files],
             names,
-            range(half),
-            range(half, len(names)),
+            *halve(names),
             official=[trains[i] == "0" for i in files] if self.split_by == "samples" else None,
         )

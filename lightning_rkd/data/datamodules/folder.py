@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lightning_rkd.data.datamodules.base import ImageDataModule, LabelledImages
-from lightning_rkd.data.datamodules.splits import ClassSplit, split_classes
+from lightning_rkd.data.datamodules.splits import ClassSplit, check_disjoint, split_classes
 from lightning_rkd.data.datasets.decoding import decode, open_image
 
 _log = logging.getLogger(__name__)
@@ -183,11 +183,6 @@ def _given_split(
                     f"splits: no class matches {pattern!r} under {key!r}; there are {', '.join(names[:8])} ..."
                 )
             chosen[key] += [c for c in found if c not in chosen[key]]
-    keys = list(chosen)
-    for i, a in enumerate(keys):
-        for b in keys[i + 1 :]:
-            if both := set(chosen[a]) & set(chosen[b]):
-                raise ValueError(f"splits: {names[min(both)]!r} is in {a!r} and in {b!r}")
     for key in ("validation", "test"):
         if alone := set(chosen.get(key, ())) & set(single):
             raise ValueError(
@@ -199,7 +194,8 @@ def _given_split(
         order = np.random.default_rng(seed).permutation([c for c in train if c not in set(single)]).tolist()
         chosen["validation"] = order[: max(2, round(validation * len(train)))]
         train = [c for c in train if c not in set(chosen["validation"])]
-    for key, classes in {"train": train, "validation": chosen["validation"], "test": chosen["test"]}.items():
+    split = check_disjoint(ClassSplit(sorted(train), sorted(chosen["validation"]), sorted(chosen["test"])), names)
+    for key, classes in split._asdict().items():
         if len(classes) < 2:
             raise ValueError(f"splits: {len(classes)} classes for {key}, and at least 2 are needed")
-    return ClassSplit(sorted(train), sorted(chosen["validation"]), sorted(chosen["test"]))
+    return split

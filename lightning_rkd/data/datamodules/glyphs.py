@@ -121,8 +121,7 @@ def _load_glyphs(size: int, cache_dir: Path | None) -> tuple[Tensor, str]:
 def render_glyphs(size: int) -> tuple[npt.NDArray[np.uint8], str]:
     """Draw every glyph in every face, white on black, without those that look like an earlier one.
 
-    Returns:
-        Images (classes, faces, size, size), and one character per class.
+    Returns the images (classes, faces, size, size) and one character per class.
     """
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     drawable = [set(FT2Font(str(folder / f"{face}.ttf")).get_charmap()) for face in FACES]
@@ -174,13 +173,9 @@ def _default_cache() -> Path:
 
 
 def _write(path: Path, **arrays: npt.NDArray[np.generic]) -> None:
-    """Write under a temporary name of this process's own, then rename: a reader never finds half a file."""
+    """Write into a temporary folder of this process's own, then move: a reader never finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder, path.name)
+        np.savez_compressed(part, allow_pickle=False, **arrays)
+        os.replace(part, path)

@@ -24,10 +24,6 @@ class InShopDataModule(OfficialDataModule):
     All arguments are those of :class:`~lightning_rkd.data.OfficialDataModule`; ``download`` has no effect, as
     the publisher requires an agreement.
 
-    Raises:
-        FileNotFoundError: A missing list or image.
-        ValueError: A wrong number of images; a piece in two parts; a damaged image.
-
     Reference:
         Liu, Luo, Qiu, Wang and Tang 2016, DeepFashion: Powering Robust Clothes Recognition and Retrieval with Rich
         Annotations, CVPR.
@@ -51,14 +47,7 @@ class InShopDataModule(OfficialDataModule):
         rows = read_table(table, 3, skip=2)  # a number and a heading
         if unknown := {part for *_, part in rows} - {"train", "query", "gallery"}:
             raise ValueError(f"{table} marks images as {sorted(unknown)}; train, query and gallery are known")
-        parts = {part: {item for _, item, mark in rows if mark == part} for part in ("train", "query", "gallery")}
-        names = sorted(set.union(*parts.values()))
-        number = {item: c for c, item in enumerate(names)}
-        return Listing(
-            [base / path for path, _, _ in rows],
-            [number[item] for _, item, _ in rows],
-            names,
-            sorted(number[item] for item in parts["train"]),
-            sorted(number[item] for item in parts["query"] | parts["gallery"]),
-            is_query=[mark == "query" for *_, mark in rows],
-        )
+        train, test = ({item for _, item, mark in rows if (mark == "train") == trains} for trains in (True, False))
+        files = [(base / path, item) for path, item, _ in rows]
+        is_query = [mark == "query" for *_, mark in rows]
+        return Listing.from_names(files, is_query=is_query, train=train, test=test)

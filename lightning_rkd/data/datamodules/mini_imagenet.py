@@ -19,10 +19,6 @@ class MiniImageNetDataModule(OfficialDataModule):
     :class:`~lightning_rkd.data.OfficialDataModule`; ``download`` has no effect, as ImageNet's licence forbids
     passing the images on.
 
-    Raises:
-        FileNotFoundError: A missing list or image.
-        ValueError: A wrong number of images; a class in two lists; a damaged image.
-
     Reference:
         Vinyals, Blundell, Lillicrap, Kavukcuoglu and Wierstra 2016, Matching Networks for One Shot Learning,
         arXiv:1606.04080; Ravi and Larochelle 2017, Optimization as a Model for Few-Shot Learning, ICLR, for the split.
@@ -45,15 +41,6 @@ class MiniImageNetDataModule(OfficialDataModule):
                     "images with the pictures from ImageNet that they name"
                 )
         parts = {part: read_table(path, 2, skip=1, separator=",") for part, path in tables.items()}
-        classes = {part: sorted({label for _, label in rows}) for part, rows in parts.items()}
-        names = sorted({name for part in classes.values() for name in part})
-        number = {name: c for c, name in enumerate(names)}
-        rows = [row for part in parts.values() for row in part]
-        return Listing(
-            [self.folder / "images" / file for file, _ in rows],
-            [number[label] for _, label in rows],
-            names,
-            [number[name] for name in classes["train"]],
-            [number[name] for name in classes["test"]],
-            [number[name] for name in classes["val"]],
-        )
+        classes = {part: {label for _, label in rows} for part, rows in parts.items()}
+        rows = [(self.folder / "images" / file, label) for part in parts.values() for file, label in part]
+        return Listing.from_names(rows, train=classes["train"], test=classes["test"], validation=classes["val"])

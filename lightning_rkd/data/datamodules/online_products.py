@@ -24,10 +24,6 @@ class OnlineProductsDataModule(OfficialDataModule):
     224 x 224; they stay on disk unless ``in_memory`` (23.6 GB). All arguments are those of
     :class:`~lightning_rkd.data.OfficialDataModule`.
 
-    Raises:
-        FileNotFoundError: A missing archive, or one that was unpacked in part.
-        ValueError: A wrong checksum or a wrong number of images; a product in both lists; a damaged image.
-
     Reference:
         Song, Xiang, Jegelka and Savarese 2016, Deep Metric Learning via Lifted Structured Feature Embedding,
         arXiv:1511.06452.
@@ -40,14 +36,6 @@ class OnlineProductsDataModule(OfficialDataModule):
         """Read ``Ebay_train.txt`` and ``Ebay_test.txt``."""
         folder = ARCHIVE.unpack(self.folder, ["Ebay_train.txt", "Ebay_test.txt"], self.download, self.check)
         parts = [read_table(folder / f"Ebay_{part}.txt", 4, skip=1) for part in ("train", "test")]
-        products = [sorted({int(product) for _, product, _, _ in part}) for part in parts]
-        names = sorted({*products[0], *products[1]})
-        number = {product: c for c, product in enumerate(names)}
-        rows = parts[0] + parts[1]
-        return Listing(
-            [folder / path for *_, path in rows],
-            [number[int(product)] for _, product, _, _ in rows],
-            [str(product) for product in names],
-            [number[product] for product in products[0]],
-            [number[product] for product in products[1]],
-        )
+        train, test = ({int(product) for _, product, _, _ in part} for part in parts)
+        rows = [(folder / path, int(product)) for part in parts for _, product, _, path in part]
+        return Listing.from_names(rows, train=train, test=test)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,19 +19,8 @@ class ClassSplit(NamedTuple):
 def split_classes(classes: Sequence[int], validation: float = 0.15, test: float = 0.25, seed: int = 0) -> ClassSplit:
     """Divide classes at random: first the test classes, then the validation classes out of the others.
 
-    Args:
-        classes: The classes.
-        validation: Part of all classes that validate, at least 2 of them.
-        test: Part of all classes that test, at least 2 of them.
-        seed: Not negative. The test classes depend on ``test`` and ``seed`` only.
-
-    Raises:
-        ValueError: Fewer than 2 classes would be left for training, or the parts are not between 0 and 1.
-
-    Example:
-        >>> split = split_classes(range(20))
-        >>> [len(part) for part in split], sorted(sum(split, [])) == list(range(20))
-        ([12, 3, 5], True)
+    ``validation`` and ``test`` are parts of all classes, at least 2 of them. The test classes depend on ``test`` and
+    ``seed`` only.
     """
     _check_parts("classes", validation, test)
     n_test, n_validation = max(2, round(test * len(classes))), max(2, round(validation * len(classes)))
@@ -44,22 +33,7 @@ def split_classes(classes: Sequence[int], validation: float = 0.15, test: float 
 
 
 def hold_out(train: Sequence[int], test: Sequence[int], validation: float = 0.15, seed: int = 0) -> ClassSplit:
-    """Take validation classes at random out of the training classes of a published split.
-
-    Args:
-        train: The training classes.
-        test: The test classes.
-        validation: Part of the training classes that validate, at least 2 of them; 0 trains on all of them, as
-            publications do, without validation.
-        seed: Not negative.
-
-    Raises:
-        ValueError: Fewer than 2 classes would be left for training, or the part is not between 0 and 1.
-
-    Example:
-        >>> [len(part) for part in hold_out(range(100), range(100, 200), 0.1)], hold_out([0, 1], [2, 3], 0)
-        ([90, 10, 100], ClassSplit(train=[0, 1], validation=[], test=[2, 3]))
-    """
+    """Take validation classes, at least 2 or none, at random out of the training classes of a published split."""
     _check_parts("training classes", validation)
     taken = max(2, round(validation * len(train))) if validation else 0
     if len(train) - taken < 2 or len(test) < 1:
@@ -80,23 +54,8 @@ def split_samples(
 ) -> tuple[list[int], list[int], list[int]]:
     """Divide the rows of every class at random, in equal parts: first the test rows, then the validation rows.
 
-    Args:
-        labels: Class of every row.
-        validation: Part of a class's rows that validate, at least 1.
-        test: Part of a class's rows that test, at least 1.
-        seed: Not negative. The test rows depend on ``test`` and ``seed`` only.
-        official: Marks published test rows; then ``validation`` is a part of the others, or 0, and ``test`` has no
-            effect.
-
-    Returns:
-        Rows for training, validation and test, each ascending.
-
-    Raises:
-        ValueError: A class with fewer than 3 rows, or with none left to train; or the parts are not between 0 and 1.
-
-    Example:
-        >>> [len(part) for part in split_samples([0] * 20 + [1] * 10)]
-        [18, 5, 7]
+    ``validation`` and ``test`` are parts of a class's rows, at least 1. The test rows depend on ``test`` and ``seed``
+    only, or are the published ones that ``official`` marks; then ``validation`` is a part of the others, or 0.
     """
     _check_parts("samples", validation, test if official is None else None)
     rows_of: dict[int, list[int]] = {}
@@ -116,12 +75,13 @@ def split_samples(
     return sorted(parts[0]), sorted(parts[1]), sorted(parts[2])
 
 
-def check_disjoint(split: ClassSplit, names: Sequence[str]) -> ClassSplit:
-    """Return the split if its parts share no class and there are classes to train and to test.
+def halve(classes: Sequence[Any]) -> tuple[range, range]:
+    """Numbers of the first and of the second half of the classes."""
+    return range(len(classes) // 2), range(len(classes) // 2, len(classes))
 
-    Raises:
-        ValueError: The message names the class and the parts.
-    """
+
+def check_disjoint(split: ClassSplit, names: Sequence[str]) -> ClassSplit:
+    """Return the split if its parts share no class and there are classes to train and to test."""
     for i, part in enumerate(split._fields):
         for other in split._fields[i + 1 :]:
             if both := set(split[i]) & set(getattr(split, other)):

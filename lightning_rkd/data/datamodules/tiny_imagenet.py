@@ -26,10 +26,6 @@ class TinyImageNetDataModule(OfficialDataModule):
     Training pads by 4, crops 64 x 64 at random and mirrors half of the images. Images are kept in memory (1.4 GB). All
     arguments are those of :class:`~lightning_rkd.data.OfficialDataModule`.
 
-    Raises:
-        FileNotFoundError: A missing archive, or one that was unpacked in part.
-        ValueError: A wrong checksum or a wrong number of images; a damaged image.
-
     Reference:
         Le and Yang 2015, Tiny ImageNet Visual Recognition Challenge.
     """
@@ -45,16 +41,8 @@ class TinyImageNetDataModule(OfficialDataModule):
         needs = ["wnids.txt", "train", "val/val_annotations.txt", "val/images"]
         folder = ARCHIVE.unpack(self.folder, needs, self.download, self.check)
         names = sorted(name for (name,) in read_table(folder / "wnids.txt", 1))
-        number = {name: c for c, name in enumerate(names)}
-        train = [(path, c) for name, c in number.items() for path in sorted((folder / "train" / name).glob("images/*"))]
+        train = [(path, name) for name in names for path in sorted((folder / "train" / name).glob("images/*"))]
         marked = read_table(folder / "val" / "val_annotations.txt", 3)
-        test = [(folder / "val" / "images" / file, number[name]) for file, name, _ in marked]
-        half = len(names) // 2
-        return Listing(
-            [path for path, _ in train + test],
-            [c for _, c in train + test],
-            names,
-            range(half),
-            range(half, len(names)),
-            official=[False] * len(train) + [True] * len(test),
-        )
+        rows = train + [(folder / "val" / "images" / file, name) for file, name, _ in marked]
+        half, official = len(names) // 2, [row >= len(train) for row in range(len(rows))]
+        return Listing.from_names(rows, train=names[:half], test=names[half:], official=official)

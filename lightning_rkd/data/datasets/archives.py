@@ -17,15 +17,7 @@ from torchvision.datasets.utils import calculate_md5, download_url
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive as its publisher offers it.
-
-    Attributes:
-        file: Name of the archive, a .zip, .tgz or .tar.gz.
-        folder: The folder inside it.
-        page: Where people get it.
-        md5: Its checksum, if one is known.
-        url: Its direct address, if there is one.
-    """
+    """An archive (.zip, .tgz or .tar.gz) as its publisher offers it: its name, the folder inside, and the web page."""
 
     file: str
     folder: str
@@ -36,20 +28,8 @@ class Archive:
     def unpack(self, root: Path, needs: Sequence[str] = (), download: bool = False, check: bool = True) -> Path:
         """Find the content in ``root``, or unpack the archive there, downloading it first if asked to.
 
-        Args:
-            root: The folder with the archive, with its folder, or with the content itself.
-            needs: Files and folders without which the content is incomplete.
-            download: Whether to download an archive that is missing.
-            check: Whether to compare the checksum.
-
-        Returns:
-            The folder with the content.
-
-        Raises:
-            FileNotFoundError: No archive, or one that was unpacked in part; the message names what is missing and
-                where to get it.
-            ValueError: A wrong checksum, or a damaged archive.
-            OSError: The archive cannot be downloaded.
+        ``root`` holds the archive, its folder, or the content itself, which is incomplete without the files and folders
+        in ``needs``. Returns the folder with the content.
         """
         for folder in (root / self.folder, root):
             missing = [name for name in needs if not (folder / name).exists()]
@@ -111,11 +91,7 @@ def _unpack(path: Path, root: Path) -> None:
 
 
 def check_md5(path: Path, md5: str | None) -> None:
-    """Compare a file with its published checksum, if there is one.
-
-    Raises:
-        ValueError: They differ.
-    """
+    """Compare a file with its published checksum, if there is one."""
     if md5 is not None and (found := calculate_md5(path)) != md5:
         raise ValueError(
             f"{path} has the MD5 checksum {found} instead of {md5}: it is damaged or another version. Delete it and "
@@ -124,11 +100,7 @@ def check_md5(path: Path, md5: str | None) -> None:
 
 
 def check_counts(name: str, folder: Path, found: Mapping[str, int], expected: Mapping[str, int]) -> None:
-    """Compare numbers of images and classes with the published ones.
-
-    Raises:
-        ValueError: They differ.
-    """
+    """Compare numbers of images and classes with the published ones."""
     if wrong := [f"{found[key]:,} {key} instead of {n:,}" for key, n in expected.items() if found[key] != n]:
         raise ValueError(
             f"{folder} holds {' and '.join(wrong)}, so it is not the whole of {name}: extract the archive again, or "
@@ -137,17 +109,7 @@ def check_counts(name: str, folder: Path, found: Mapping[str, int], expected: Ma
 
 
 def read_table(path: Path, columns: int, skip: int = 0, separator: str | None = None) -> list[list[str]]:
-    """Read the fields of every line that is not empty.
-
-    Args:
-        path: The file.
-        columns: Fields per line; the last one takes the rest of the line.
-        skip: Lines of heading.
-        separator: Between fields; white space by default.
-
-    Raises:
-        ValueError: A line with fewer fields, by its number.
-    """
+    """Read the fields of every line that is not empty, after a heading; the last field takes the rest of the line."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if number <= skip or not line.strip():

@@ -23,15 +23,15 @@ def decode(paths: Sequence[Path], size: int) -> npt.NDArray[np.uint8]:
     return np.stack([convert_channels(pixels, channels) for pixels in images])
 
 
-def decode_into(pixels: npt.NDArray[np.uint8], paths: Sequence[Path]) -> None:
-    """Decode image i into ``pixels[i]``, (C, size, size), where C is 1 or 3, without a second copy of all of them."""
-    channels, size = pixels.shape[1:3]
+def decode_as(paths: Sequence[Path], channels: int, size: int) -> npt.NDArray[np.uint8]:
+    """Decode images into (N, channels, size, size), without a second copy of all of them."""
+    pixels = np.empty((len(paths), channels, size, size), np.uint8)
 
     def fill(i: int) -> None:
         pixels[i] = convert_channels(read_image(paths[i], size), channels)
 
-    for _ in _mapped(fill, range(len(paths))):
-        pass
+    list(_mapped(fill, range(len(paths))))
+    return pixels
 
 
 def find_damaged(paths: Sequence[Path]) -> dict[int, str]:

@@ -7,11 +7,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_rkd.data.datasets.decoding import decode_into, find_damaged
+from lightning_rkd.data.datasets.decoding import decode_as, find_damaged
 
 _log = logging.getLogger(__name__)
 
@@ -47,13 +46,7 @@ class ImageFiles:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Decode rows, any integer tensor (M,), into (M, C, H, W) uint8."""
-        return _decode([self.paths[i] for i in rows.tolist()], self.shape[1:])
-
-
-def _decode(paths: Sequence[Path], shape: Sequence[int]) -> Tensor:
-    pixels = np.empty((len(paths), *shape), np.uint8)
-    decode_into(pixels, paths)
-    return torch.from_numpy(pixels)
+        return torch.from_numpy(decode_as([self.paths[i] for i in rows.tolist()], *self.shape[1:3]))
 
 
 def _file_sizes(paths: Sequence[Path]) -> Tensor:
@@ -74,22 +67,10 @@ def _file_sizes(paths: Sequence[Path]) -> Tensor:
 def load_files(
     paths: Sequence[Path], size: int, channels: int = 3, in_memory: bool = True, skip_damaged: bool = False
 ) -> tuple[Tensor | ImageFiles, Tensor]:
-    """Open images, in memory or on disk.
+    """Open images, decoded now or on access, and return them with the numbers of their files, (M,) int64.
 
-    Args:
-        paths: The files.
-        size: Height and width of the images.
-        channels: 3, or 1 for grey.
-        in_memory: Whether to decode everything now.
-        skip_damaged: Whether to read all files first and leave out those that cannot be decoded, with a warning in
-            the log that names them.
-
-    Returns:
-        The images, and the numbers of their files, (M,) int64.
-
-    Raises:
-        FileNotFoundError: A missing file.
-        ValueError: A damaged file, unless ``skip_damaged``; if not ``in_memory``, on access.
+    Missing files are an error. So are damaged ones, unless ``skip_damaged``, which reads all files first and leaves out
+    those that cannot be decoded, with a warning in the log that names them.
     """
     _file_sizes(paths)
     kept = list(range(len(paths)))
@@ -99,4 +80,4 @@ def load_files(
     chosen = [paths[i] for i in kept]
     if not in_memory:
         return ImageFiles(chosen, size, channels), torch.tensor(kept)
-    return _decode(chosen, (channels, size, size)), torch.tensor(kept)
+    return torch.from_numpy(decode_as(chosen, channels, size)), torch.tensor(kept)

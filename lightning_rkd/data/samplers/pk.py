@@ -51,6 +51,10 @@ class PKBatchSampler(Sampler[list[int]]):
         rank: This process among ``size``; read from the process group at iteration when ``None``.
         size: Number of processes W.
 
+    Attributes:
+        epoch: The epoch whose order the next iteration follows.
+        first_batch: The batch the next iteration begins with: 0, unless :meth:`load_state_dict` restored a position.
+
     Raises:
         ValueError: Sizes below 1, labels that are not N integers, or fewer than :math:`W P` classes.
 
@@ -100,9 +104,7 @@ class PKBatchSampler(Sampler[list[int]]):
         _, first = np.unique(values[order], return_index=True)
         self._samples = len(values)
         self._rows = np.split(order, first[1:])
-        self._epoch = 0
-        self._first_batch = 0
-        self._next_batch = 0
+        self.epoch = self.first_batch = self._next_batch = 0
         self._check_size(self._rank_and_size()[1])
 
     @property
@@ -110,21 +112,11 @@ class PKBatchSampler(Sampler[list[int]]):
         """Itself: Lightning calls ``set_epoch`` on ``batch_sampler.sampler`` and nowhere else."""
         return self
 
-    @property
-    def epoch(self) -> int:
-        """The epoch whose order the next iteration follows."""
-        return self._epoch
-
-    @property
-    def first_batch(self) -> int:
-        """The batch the next iteration begins with: 0, unless :meth:`load_state_dict` restored a position."""
-        return self._first_batch
-
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch. A position that :meth:`load_state_dict` restored is kept if the epoch is the same."""
-        if epoch != self._epoch:
-            self._first_batch = self._next_batch = 0
-        self._epoch = epoch
+        if epoch != self.epoch:
+            self.first_batch = self._next_batch = 0
+        self.epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and next batch, as plain numbers.
@@ -132,12 +124,12 @@ class PKBatchSampler(Sampler[list[int]]):
         Loader workers fetch ahead of the training loop, and this counts what was fetched; the ``state_dict`` of
         :class:`~lightning_rkd.data.resumable_loader.ResumableLoader` counts what was delivered.
         """
-        return {"epoch": self._epoch, "first_batch": self._next_batch}
+        return {"epoch": self.epoch, "first_batch": self._next_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next iteration begin in the middle of an epoch; the ones after it begin at its start again."""
-        self._epoch, self._first_batch = state["epoch"], state["first_batch"]
-        self._next_batch = self._first_batch
+        self.epoch, self.first_batch = state["epoch"], state["first_batch"]
+        self._next_batch = self.first_batch
 
     def __len__(self) -> int:
         """Batches in a whole epoch, on every rank."""
@@ -149,7 +141,7 @@ class PKBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         rank, size = self._rank_and_size()
         self._check_size(size)
-        first, self._first_batch, epoch = self._first_batch, 0, self._epoch
+        first, self.first_batch, epoch = self.first_batch, 0, self.epoch
         mine = range(rank * self.classes_per_batch, (rank + 1) * self.classes_per_batch)
         classes = _deal(len(self._rows), self.classes_per_batch * size, (self.seed, epoch, 0))
         hands: dict[int, Iterator[list[int]]] = {}

@@ -17,22 +17,11 @@ _STEP = 0x9E3779B97F4A7C15
 def keyed_uniform(count: int, *key: int | npt.ArrayLike) -> Tensor:
     """Uniform numbers in [0, 1) that depend on a key alone, by the counter-based generator SplitMix64.
 
-    There is no state, so the order of calls, worker processes and the other rows of a batch do not matter.
-
-    Args:
-        count: Numbers per row.
-        key: Integers or arrays of N integers; broadcast against one another.
-
-    Returns:
-        (N, count), float32.
+    Integers or arrays of N integers, broadcast against one another, give (N, count), float32. There is no state, so the
+    order of calls, worker processes and the other rows of a batch do not matter.
 
     Reference:
         Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
-
-    Example:
-        >>> both = keyed_uniform(3, 42, [5, 6])
-        >>> both.shape, bool((both[1] == keyed_uniform(3, 42, [6])[0]).all())
-        (torch.Size([2, 3]), True)
     """
     words = np.broadcast_arrays(*(np.atleast_1d(np.asarray(word, dtype=np.int64)) for word in key))
     state = np.zeros(words[0].shape, dtype=np.uint64)
@@ -87,7 +76,7 @@ class Augment:
 
         Args:
             images: (N, C, H, W), floating point, full range 0 to 1.
-            key: As in :func:`keyed_uniform`, one row per image.
+            key: Integers, or arrays of N integers.
 
         Returns:
             (N, C, H, W), within 0 to 1. Pixels from outside the image repeat its edge.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,23 +30,17 @@ class SteppedTransform(nn.Module):
         self._step = step + 1
         return step
 
+    def extra_repr(self) -> str:
+        """The settings, for ``print``."""
+        return ", ".join(f"{name}={getattr(self, name)}" for name in inspect.signature(type(self)).parameters)
+
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._step = None
 
 
-def map_tensors(value: Any, function: Callable[[Tensor, str], Tensor], name: str = "inputs") -> Any:
-    """Replace every tensor of a nested structure; mappings become dicts, and other values stay.
-
-    Args:
-        value: A tensor, or a mapping or sequence of values.
-        function: From a tensor and its name in error messages to its replacement.
-        name: Name of the whole in error messages.
-
-    Example:
-        >>> map_tensors({"a": torch.ones(2), "b": [torch.zeros(1), "c"]}, lambda x, name: x + 1)
-        {'a': tensor([2., 2.]), 'b': [tensor([1.]), 'c']}
-    """
+def map_tensors(value: Any, function: Callable[[Tensor, str], Any], name: str = "inputs") -> Any:
+    """Apply a function of a tensor and its name to all tensors of a nested structure; mappings become dicts."""
     if isinstance(value, Tensor):
         return function(value, name)
     if isinstance(value, Mapping):
@@ -56,15 +51,8 @@ def map_tensors(value: Any, function: Callable[[Tensor, str], Tensor], name: str
     return value
 
 
-def iterate_tensors(value: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors of a nested structure.
-
-    Example:
-        >>> [len(x) for x in iterate_tensors({"a": torch.ones(2), "b": [torch.zeros(1), "c"]})]
-        [2, 1]
-    """
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | Sequence) and not isinstance(value, str):
-        for entry in value.values() if isinstance(value, Mapping) else value:
-            yield from iterate_tensors(entry)
+def list_tensors(value: Any) -> list[Tensor]:
+    """List the tensors of a nested structure."""
+    found: list[Tensor] = []
+    map_tensors(value, lambda x, _: found.append(x))
+    return found

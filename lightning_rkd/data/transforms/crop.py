@@ -53,7 +53,7 @@ class Crop:
 
         Args:
             images: (N, C, H, W), floating point.
-            key: As in :func:`~lightning_rkd.data.transforms.augment.keyed_uniform`, one row per image.
+            key: Integers, or arrays of N integers.
 
         Returns:
             (N, C, size, size).

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_rkd.data.transforms.base import SteppedTransform, iterate_tensors, map_tensors
+from lightning_rkd.data.transforms.base import SteppedTransform, list_tensors, map_tensors
 from lightning_rkd.utils.distributed import rank_and_size
 from lightning_rkd.utils.types import Batch, Mix
 
@@ -23,8 +23,8 @@ class MixUp(SteppedTransform):
 
     The draws depend on (seed, rank, step) alone, also in a resumed run.
 
-    Labels: class numbers (N,) are unchanged, unless ``num_classes`` is given; soft labels (N, K)
-    are mixed like the inputs.
+    Labels: class numbers (N,) are unchanged, unless ``num_classes`` is given; soft labels (N, K) are mixed like the
+    inputs.
 
     Args:
         alpha: :math:`\alpha`; below 1 most rows stay nearly pure, 1 draws :math:`\lambda` uniformly.
@@ -74,9 +74,10 @@ class MixUp(SteppedTransform):
             return batch
         if batch.mix is not None:
             raise ValueError("MixUp: the batch is mixed already; use one MixUp")
-        like = next((x for x in iterate_tensors(batch.inputs) if x.is_floating_point() and x.ndim > 0), None)
+        tensors = list_tensors(batch.inputs)
+        like = next((x for x in tensors if x.is_floating_point() and x.ndim > 0), None)
         if like is None:
-            kinds = ", ".join(str(x.dtype) for x in iterate_tensors(batch.inputs)) or type(batch.inputs).__name__
+            kinds = ", ".join(str(x.dtype) for x in tensors) or type(batch.inputs).__name__
             raise TypeError(f"MixUp: the inputs hold no floating-point tensor to mix, but {kinds}")
         mix = self._draw(len(like), like)
         inputs, teacher_inputs = batch.inputs, batch.teacher_inputs
@@ -89,11 +90,6 @@ class MixUp(SteppedTransform):
             mix.labels = batch.labels[mix.partners]
         labels = self._mix_labels(batch.labels, mix)
         return replace(batch, inputs=mixed, teacher_inputs=teacher_inputs, labels=labels, mix=mix)
-
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        names = ("alpha", "num_classes", "per_row", "clean_teacher", "seed")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def _draw(self, n: int, like: Tensor) -> Mix:
         rng = np.random.default_rng([self.seed, rank_and_size()[0], self.count_step()])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.data.transforms.augment import Augment
-from lightning_rkd.data.transforms.base import SteppedTransform, iterate_tensors, map_tensors
+from lightning_rkd.data.transforms.base import SteppedTransform, list_tensors, map_tensors
 from lightning_rkd.utils.distributed import rank_and_size
 from lightning_rkd.utils.types import Batch
 
@@ -117,11 +117,6 @@ class AugmentedViews(SteppedTransform):
         self._checked = True
         return replace(views, task_rows=None) if self.task_on_both else views
 
-    def extra_repr(self) -> str:
-        """The settings, for ``print``."""
-        names = ("augment", "mean", "std", "task_on_both", "seed")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
     def _add_view(self, x: Tensor, name: str, step: int) -> Tensor:
         if x.ndim != 4 or not x.is_floating_point():
             raise TypeError(
@@ -147,10 +142,10 @@ def _make_views(transform: nn.Module, batch: Batch, views: int, function: Callab
         raise ValueError(f"{kind}: the batch is mixed already; make views before you mix")
     if batch.view is not None:
         raise ValueError(f"{kind}: the batch has several views already; use one transform that makes views")
-    first = next(iterate_tensors(batch.inputs), None)
-    if first is None:
+    tensors = list_tensors(batch.inputs)
+    if not tensors:
         raise TypeError(f"{kind}: the inputs hold no images (N, C, H, W), but {type(batch.inputs).__name__}")
-    n, teacher_inputs = len(first), batch.teacher_inputs
+    n, device, teacher_inputs = len(tensors[0]), tensors[0].device, batch.teacher_inputs
 
     def repeat(rows: Tensor | None) -> Tensor | None:
         return None if rows is None else torch.cat([rows] * views)
@@ -162,6 +157,6 @@ def _make_views(transform: nn.Module, batch: Batch, views: int, function: Callab
         labels=repeat(batch.labels),
         indices=repeat(batch.indices),
         is_query=repeat(batch.is_query),
-        view=torch.arange(views, device=first.device).repeat_interleave(n),
-        task_rows=torch.arange(n, device=first.device),
+        view=torch.arange(views, device=device).repeat_interleave(n),
+        task_rows=torch.arange(n, device=device),
     )

@@ -149,7 +149,7 @@ def test_validation_is_drawn_from_the_training_side_where_it_is_not_given(folder
         ({"tset": ["*"]}, r"got \['tset'\]"),
         ({"train": ["*"]}, "under the key test"),
         ({"test": ["nothing*"]}, "no class matches 'nothing\\*' under 'test'"),
-        ({"test": ["part1/*"], "validation": ["*/class1"]}, "'part1/class1' is in 'test' and in 'validation'"),
+        ({"test": ["part1/*"], "validation": ["*/class1"]}, "'part1/class1' is in validation and in test"),
         ({"test": ["part1/class1"]}, "1 classes for test"),
     ],
 )
