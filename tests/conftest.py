@@ -11,12 +11,10 @@ import torch
 from tests.harness.ranks import Ranks
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """One worker of pytest-xdist gets all tests that need two processes, so that these start once."""
-    for item in items:
-        if "ranks" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+    if "ranks" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 def pytest_collection_finish() -> None:
