@@ -21,13 +21,13 @@ demo: $(STAMP) ## distil a small network from a big one and compare (ARGS="--see
 	@$(BIN)/lightning-rkd demo $(ARGS)
 
 test: $(STAMP) ## tests, doctests, notebooks and recipes; all but the campaigns
-	@$(BIN)/python -m pytest -m "not campaign" -n auto --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -m "not campaign" -n auto --dist worksteal $(ARGS)
 
 test-quick: $(STAMP) ## the tests that take at most a few seconds each
-	@$(BIN)/python -m pytest -m "not slow and not campaign" -n auto --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not campaign" -n auto --dist worksteal $(ARGS)
 
 test-all: test ## the same as test, then the campaigns: kills, two machines, SLURM
-	@$(BIN)/python -m pytest -m campaign -n auto --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -m campaign -n auto --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## style, formatting, types and import contracts
 	$(BIN)/ruff check

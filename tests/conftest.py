@@ -11,12 +11,6 @@ import torch
 from tests.harness.ranks import Ranks
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """One worker of pytest-xdist gets all tests that need two processes, so that these start once."""
-    if "ranks" in getattr(item, "fixturenames", ()):
-        item.add_marker(pytest.mark.xdist_group("ranks"))
-
-
 def pytest_collection_finish() -> None:
     """What collection has made stays to the end, so that garbage collection need not look at it in every test."""
     gc.collect()
