@@ -23,7 +23,7 @@ from lightning_rkd.losses.lazy import Size
 from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.losses.weighting import LossSum, Term, Weight, evaluate_weight, terms_of
 from lightning_rkd.utils.distributed import Group, Shard, gather_row_counts, rank_and_size, run_on_all_ranks
-from lightning_rkd.utils.types import Batch, Outputs, count_rows, first_tensor
+from lightning_rkd.utils.types import Batch, Outputs, first_tensor
 
 _CURES = {
     "labels": "but the batch has none: say where they are, labels=...",
@@ -347,9 +347,9 @@ class Distiller:
         if self.inputs is not None and not calls:
             raise CaptureError(f"the input_layer {self.inputs.layer!r} was never called in this step")
         features.teachers = self.teacher.outputs(features.batch, calls)
-        rows = count_rows(student)
+        rows = len(first_tensor(student))
         for teacher in features.teachers:
-            if (count := count_rows(teacher.features)) != rows:
+            if (count := len(first_tensor(teacher.features))) != rows:
                 raise CaptureError(
                     f"the student layer gives {rows} rows in {views} call(s), the {teacher.title} {count}; if the "
                     "student's inputs are not those of the batch, name the layer that receives them: input_layer=..."

@@ -202,8 +202,8 @@ class FeatureReader(_Recorder):
             CaptureError: A tapped layer was never called, or the layers were called unequally often.
         """
         recorded = self._collect_calls()
-        count = len(recorded[0]) if recorded else 0
-        if not count or any(len(calls) != count for calls in recorded):
+        counts = set(map(len, recorded))
+        if len(counts) != 1 or 0 in counts:
             self._refuse(recorded)
         self.rows = [record.rows for record in recorded[0] if record.rows is not None]
         joined = [_join_calls(calls) for calls in recorded]
@@ -215,7 +215,7 @@ class FeatureReader(_Recorder):
                 outputs[name] = Outputs(feature_maps=[x for one in own for x in one.feature_maps or []])
             else:
                 outputs[name] = own[0]
-        return outputs, count
+        return outputs, len(recorded[0])
 
     def _refuse(self, recorded: list[list[Any]]) -> None:
         calls = {f"{tap.layer!r}": len(one) for tap, one in zip(self._all, recorded, strict=True)}

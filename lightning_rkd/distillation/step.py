@@ -14,7 +14,7 @@ from lightning_rkd.distillation.teachers.base import TeacherOutput
 from lightning_rkd.distillation.teachers.ensemble import join_outputs
 from lightning_rkd.losses.inputs import select_tap
 from lightning_rkd.utils.distributed import Group, gather_rows, rank_and_size
-from lightning_rkd.utils.types import Batch, Mix, Outputs, count_rows
+from lightning_rkd.utils.types import Batch, Mix, Outputs, first_tensor
 
 
 class Needs(NamedTuple):
@@ -94,7 +94,7 @@ class StepFeatures:
         """View of each row, numbered call by call, and within a call as in the batch."""
         own = self.batch.view
         if own is None:
-            each = count_rows(self.student) // self.views
+            each = len(first_tensor(self.student)) // self.views
             return torch.arange(self.views, device=device).repeat_interleave(each)
         return torch.cat([own.to(device) + call * (own.max() + 1) for call in range(self.views)])
 

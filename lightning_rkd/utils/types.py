@@ -101,11 +101,6 @@ def first_tensor(outputs: Mapping[str, Outputs]) -> Tensor:
     raise ValueError("the tapped layers give no tensor")
 
 
-def count_rows(outputs: Mapping[str, Outputs]) -> int:
-    """Number of rows in the outputs of a network."""
-    return len(first_tensor(outputs))
-
-
 class QuerySample(NamedTuple):
     """Sample, or batch of samples, of a query/gallery evaluation.
 
