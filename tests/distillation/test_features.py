@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -35,23 +36,12 @@ def by_steps(net: nets.Backbone, x: Tensor) -> dict[str, Tensor]:
     return {"first": first, "act": hidden, "last": net.last(hidden)}
 
 
-def test_a_layers_output_is_read_although_the_next_layer_overwrites_it() -> None:
+@pytest.mark.parametrize("tap", [Tap("first", at="output"), Tap("act", at="input")])
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_features_are_read_although_the_next_layer_overwrites_them(mode: Any, tap: Tap) -> None:
     net = nets.Backbone()
-    outputs = read(net, Tap("first", at="output"), X)
-    assert torch.equal(outputs.embedding, by_steps(net, X)["first"])
-
-
-def test_the_layers_input_is_read_although_the_layer_writes_over_it() -> None:
-    net = nets.Backbone()
-    outputs = read(net, Tap("act", at="input"), X)
-    assert torch.equal(outputs.embedding, by_steps(net, X)["first"])
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_that_holds_in_inference_mode_where_writes_are_not_counted(mode: Any) -> None:
-    net = nets.Backbone()
-    with mode():
-        assert torch.equal(read(net, Tap("first", at="output"), X).embedding, by_steps(net, X)["first"])
+    with mode():  # inference mode does not count writes
+        assert torch.equal(read(net, tap, X).embedding, by_steps(net, X)["first"])
 
 
 def test_a_tensor_nobody_wrote_to_is_the_layers_own() -> None:
@@ -95,11 +85,7 @@ class _Keywords(nn.Module):
 def test_a_layer_may_be_a_path_a_function_or_a_tap(layer: Layer) -> None:
     net = nets.Backbone()
     assert torch.equal(read(net, layer, X).embedding, by_steps(net, X)["act"])
-
-
-def test_none_is_the_networks_own_output() -> None:
-    net = nets.Backbone()
-    assert torch.equal(read(net, None, X).embedding, by_steps(net, X)["last"])
+    assert torch.equal(read(net, None, X).embedding, by_steps(net, X)["last"]), "the network's own output"
 
 
 def test_a_list_gives_maps_and_a_dict_gives_named_taps() -> None:
@@ -184,23 +170,6 @@ def test_an_unknown_layer_is_answered_with_the_near_ones() -> None:
         find_layer(nets.Backbone(), "zzz")
 
 
-class Around(nn.Module):
-    """As torch.compile puts it around a module."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self._orig_mod = network
-
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) if name == "_orig_mod" else getattr(self._orig_mod, name)
-
-
-def test_a_path_reaches_through_what_compiling_puts_around_a_module() -> None:
-    net = nets.Backbone()
-    outer = nn.Sequential(Around(net))
-    assert find_layer(outer, "0.last") is find_layer(outer, "0._orig_mod.last") is net.last
-
-
 def test_a_module_under_two_names_is_found_by_both() -> None:
     net = nets.Backbone()
     net.alias = net.last
@@ -239,11 +208,8 @@ def test_layers_that_run_unequally_often_are_refused() -> None:
 
 
 def test_nothing_is_recorded_while_off_and_nothing_stays_after_detach() -> None:
-    net, reader, inputs = (
-        nets.Backbone(),
-        FeatureReader(["first", Tap("act", at="input")], "student"),
-        InputReader("act"),
-    )
+    net, inputs = nets.Backbone(), InputReader("act")
+    reader = FeatureReader(["first", Tap("act", at="input")], "student")
     reader.attach(net)
     inputs.attach(net)
     net(X)

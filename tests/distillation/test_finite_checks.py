@@ -95,15 +95,26 @@ def test_weights_spoilt_by_a_nan_gradient_in_the_last_step_are_not_saved(face: s
     assert all(x.isfinite().all() for x in kept(tmp_path)["state_dict"].values())
 
 
-def test_flags_of_losses_that_are_under_way_are_reported_later() -> None:
-    class UnderWay:
-        def query(self) -> bool:
-            return False
+class UnderWay:
+    """Stands in for a CUDA event that has not happened until it is waited for."""
 
-        def synchronize(self) -> None: ...
+    waited = False
 
-    watch = FiniteChecks()
-    watch.waiting.append((torch.tensor([False, True]), UnderWay(), partial(_report_losses, ["a", "b"], 3)))
-    watch.report()
-    with pytest.raises(NonFiniteError, match="step 3: b is NaN or infinite"):
-        watch.report(wait=True)
+    def query(self) -> bool:
+        return self.waited
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+@pytest.mark.parametrize("kind", ["losses", "features"])
+def test_flags_under_way_are_reported_when_the_fit_ends(kind: str) -> None:
+    checks = FiniteChecks()
+    flags, report, message = {
+        "losses": ([False, True], partial(_report_losses, ["a", "b"], 3), "step 3: b is NaN or infinite"),
+        "features": ([2, -1, 0, 0], partial(checks._report_features, "rkd", 7), r"step 7: rkd: the student's .* row 2"),
+    }[kind]
+    checks.waiting.append((torch.tensor(flags), UnderWay(), report))
+    checks.report()  # still under way: nothing to report, nothing lost
+    with pytest.raises(NonFiniteError, match=message):
+        checks.report(wait=True)
