@@ -1,6 +1,7 @@
 """Tiny networks, losses and data, and how to compare them; without Lightning, so that ranks start fast."""
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -106,11 +107,21 @@ class Backbone(nn.Module):
         return out
 
 
-def teacher(dropout: float = 0.0, norm: bool = False, seed: int = 7) -> Backbone:
+def teacher(dropout: float = 0.0, norm: bool = False, seed: int = 7, width: int = 10, out: int = 7) -> Backbone:
     """A teacher of another width, the same for the same seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Backbone(dropout, norm, width=10, out=7)
+        return Backbone(dropout, norm, width, out)
+
+
+def quantised(network: nn.Module) -> nn.Module:
+    """Its Linear layers in eight bits, for the CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch announces that this will move to another package
+        from torch.ao.quantization import quantize_dynamic
+
+        done: nn.Module = quantize_dynamic(network.eval(), {nn.Linear}, dtype=torch.qint8)
+    return done
 
 
 class Rows(Dataset[tuple[Tensor, Tensor]]):

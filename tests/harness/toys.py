@@ -22,6 +22,7 @@ from tests.harness.nets import (  # noqa: F401 - all of it is reached from here
     Rows,
     attachments,
     gap,
+    quantised,
     same,
     snapshot,
     teacher,

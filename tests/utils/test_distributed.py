@@ -23,7 +23,6 @@ from lightning_rkd.utils.distributed import (
     gather_row_counts,
     gather_rows,
     rank_and_size,
-    run_on_all_ranks,
     sum_over_ranks,
 )
 from lightning_rkd.utils.types import Batch, Mix
@@ -99,29 +98,16 @@ def test_rows_of_any_rank_are_found_by_number(ranks: Ranks, counts: tuple[int, .
     assert all(found == [] for found, _ in ranks.run(wanted, counts, []))
 
 
-def reading(rank: int, there: tuple[str, str]) -> str:
-    return run_on_all_ranks(Path(there[rank]).read_text)
-
-
-def test_what_fails_on_one_rank_fails_on_all_and_is_named(ranks: Ranks, tmp_path: Path) -> None:
-    present, absent = tmp_path / "present", tmp_path / "absent"
-    present.write_text("content")
-    assert list(ranks.run(reading, (str(present), str(present)))) == ["content", "content"]
-    with pytest.raises(RuntimeError) as failed:
-        ranks.run(reading, (str(present), str(absent)))
-    here, there = str(failed.value).split("rank 1:\n")
-    assert f"RuntimeError: rank 1 (on {socket.gethostname()}): [Errno 2] No such file" in here
-    assert "FileNotFoundError: [Errno 2]" in there
-
-
 def teaching(rank: int, weights: tuple[str, str]) -> None:
     Teacher(nets.teacher(seed=rank), weights=weights[rank]).attach(None)
 
 
 def test_a_weights_file_that_one_machine_lacks_is_an_error_on_all(ranks: Ranks, tmp_path: Path) -> None:
-    torch.save(nets.teacher().state_dict(), tmp_path / "teacher.pt")
+    path = str(tmp_path / "teacher.pt")
+    torch.save(nets.teacher().state_dict(), path)
+    ranks.run(teaching, (path, path))
     with pytest.raises(RuntimeError) as failed:
-        ranks.run(teaching, (str(tmp_path / "teacher.pt"), "nowhere.pt"))
+        ranks.run(teaching, (path, "nowhere.pt"))
     lacking = "the weights file 'nowhere.pt' does not exist"
     here, there = str(failed.value).split("rank 1:\n")
     assert f"RuntimeError: rank 1 (on {socket.gethostname()}): {lacking}" in here
@@ -250,17 +236,12 @@ def mixture(counts: tuple[int, ...]) -> Mix:
     return Mix(partners, torch.linspace(0.1, 0.9, 16), ROWS.y[partners], teacher_mixed=False)
 
 
-def mixed(rank: int, counts: tuple[int, ...], own: int | None = None) -> Tensor:
-    whole, place = (
-        mixture(counts if own is None else (own, 16 - own)),
-        slice(sum(counts[:rank]), sum(counts[: rank + 1])),
-    )
-    local = Mix(
-        whole.partners[place] - place.start, whole.ratio[place], None if whole.labels is None else whole.labels[place]
-    )
-    distiller, student = Distiller(nets.teacher(), Mixed()), nets.Backbone()
+def mixed(rank: int, counts: tuple[int, ...], whole: Mix) -> Tensor:
+    place = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    assert whole.labels is not None
+    local = Mix(whole.partners[place] - place.start, whole.ratio[place], whole.labels[place])
     torch.manual_seed(0)
-    student.load_state_dict(nets.Backbone().state_dict())
+    distiller, student = Distiller(nets.teacher(), Mixed()), nets.Backbone()
     distiller.attach(student)
     distiller.start()
     student(ROWS.x[place])
@@ -269,13 +250,14 @@ def mixed(rank: int, counts: tuple[int, ...], own: int | None = None) -> Tensor:
 
 @pytest.mark.parametrize("counts", [(8, 8), (11, 5)])
 def test_mixtures_are_gathered_with_the_rows(ranks: Ranks, counts: tuple[int, int]) -> None:
-    first, second = ranks.run(mixed, counts)
+    whole = mixture(counts)
+    first, second = ranks.run(mixed, counts, whole)
     assert first == second
-    torch.testing.assert_close(first, mixed(0, (16,), counts[0]))
+    torch.testing.assert_close(first, mixed(0, (16,), whole))
 
 
 def compared(rank: int, kind: str) -> str:
-    network: nn.Module = nets.teacher(norm=True, seed=rank if kind == "weights" else 7)
+    network: Any = nets.teacher(norm=True, seed=rank if "weights" in kind else 7)
     with torch.no_grad():
         if kind == "one bit":
             network.first.bias[0] += 1e-7 * rank * network.first.bias[0].abs()
@@ -283,7 +265,9 @@ def compared(rank: int, kind: str) -> str:
             network.norm.num_batches_tracked += rank
         if kind == "nan":
             network.first.bias[0] = torch.nan
-    teacher = Teacher(nn.Sequential(network, nn.Identity()))
+    if "quantised" in kind:
+        network = nets.quantised(network)
+    teacher = Teacher(nn.Sequential(network, nn.Identity()), move="quantised" not in kind)
     teacher.attach(None)
     teacher.to("cpu", lambda n: n.to(torch.bfloat16) if kind == "half" else n)
     try:
@@ -293,10 +277,13 @@ def compared(rank: int, kind: str) -> str:
     return "same"
 
 
-@pytest.mark.parametrize("kind", ["same", "half", "nan", "weights", "one bit", "a buffer"])
+KINDS = ["same", "half", "nan", "quantised", "weights", "quantised, other weights", "one bit", "a buffer"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_teacher_that_differs_between_ranks_is_refused(ranks: Ranks, kind: str) -> None:
     results = ranks.run(compared, kind)
-    if kind in ("same", "half", "nan"):
+    if kind in KINDS[:4]:
         assert list(results) == ["same", "same"]
     else:
         assert all("the teacher's weights differ between ranks" in result for result in results)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -229,11 +230,6 @@ class Jitters(Dataset[Any]):
         return torch.rand(toys.WIDTH), 0
 
 
-class Streams(IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        return iter(())
-
-
 class Computes(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -248,10 +244,7 @@ def outputs(path: Path, *arguments: Any, **batch: Any) -> Any:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no cache": (
-        lambda p: read(CachedTeacher(p / "none"), [0]),
-        "the cache is missing or incomplete. Write it with lightning-rkd cache",
-    ),
+    "no cache": (lambda p: read(CachedTeacher(p), [0]), "missing or incomplete. Write it with lightning-rkd cache"),
     "too large an index": (lambda p: read(CachedTeacher(cache(p)), [0, 40]), r"index 40, .* rows 0 to 39"),
     "a negative index": (lambda p: read(CachedTeacher(cache(p)), [0, -1]), "has the index -1"),
     "no indices": (outputs, r"with_indices\(loader\)"),
@@ -268,11 +261,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"reads \['feature_maps'\], but a cached teacher holds embeddings and logits",
     ),
     "random data": (lambda p: cache(p, loader=DataLoader(Jitters())), "Jitters returns different first rows"),
-    "streams": (lambda p: cache(p, loader=DataLoader(Streams())), "map-style data set .*, got Streams"),
-    "feature_maps": (
-        lambda p: cache(p, Computes(lambda x: x.view(len(x), -1, 1, 2))),
-        r"an embedding \(N, D\) or logits",
-    ),
+    "streams": (lambda p: cache(p, loader=DataLoader(IterableDataset())), "map-style data set .*, got IterableDataset"),
+    "feature_maps": (lambda p: cache(p, Computes(lambda x: x[:, None, None])), r"an embedding \(N, D\) or logits"),
     "other rows": (lambda p: cache(p, Computes(lambda x: x[:1])), "returned 1 rows for 16 samples"),
     "NaN": (lambda p: cache(p, Computes(lambda x: x * torch.nan)), "row 0 is NaN or infinite"),
     "overflow": (
@@ -327,17 +317,13 @@ def test_a_missing_shard_and_one_of_another_cache_are_named(tmp_path: Path) -> N
 
 
 def test_a_file_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, numbers, original = cache(tmp_path), [], cache_format.read_shard
-
-    def counted(folder: Path, plan: Any, number: int) -> Any:
-        numbers.append(number)
-        return original(folder, plan, number)
-
-    monkeypatch.setattr(cache_format, "read_shard", counted)
-    teacher = CachedTeacher(path)
+    reads = mock.Mock(wraps=cache_format.read_shard)
+    monkeypatch.setattr(cache_format, "read_shard", reads)
+    teacher = CachedTeacher(cache(tmp_path))
+    reads.reset_mock()
     for rows in ([0, 1], [1, 2], [20], [0, 21]):
         read(teacher, rows)
-    assert numbers == [0, 1]
+    assert [call.args[2] for call in reads.call_args_list] == [0, 1]
 
 
 def test_copies_and_pickles_hold_the_path_and_no_rows(tmp_path: Path) -> None:

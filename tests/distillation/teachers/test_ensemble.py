@@ -30,11 +30,9 @@ X = nets.Rows(8).x
 COMBINE = ("relations", "losses")
 
 
-def wide(seed: int = 1) -> nn.Module:
+def wide() -> nn.Module:
     """A teacher of width 9; that of ``nets`` has 7."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nets.Backbone(norm=True, width=12, out=9)
+    return nets.teacher(norm=True, seed=1, width=12, out=9)
 
 
 def half(network: nn.Module) -> nn.Module:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +17,6 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from lightning_rkd.data.indexing import with_indices
-from lightning_rkd.distillation.features import Tap
 from lightning_rkd.distillation.teachers import EnsembleTeacher, Teacher
 from lightning_rkd.losses.rkd import RKD, RKDAngle, RKDDistance
 from lightning_rkd.metrics.agreement import RelationalAgreement
@@ -37,9 +35,7 @@ PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "64-true": 
 
 def wide() -> nn.Module:
     """A teacher of width 9, with dropout and batch norm, handed in in training mode; that of ``toys`` has 7."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return toys.Backbone(dropout=0.5, norm=True, width=12, out=9).train()
+    return toys.teacher(dropout=0.5, norm=True, seed=1, width=12, out=9).train()
 
 
 def embed(network: nn.Module, x: Tensor) -> Tensor:
@@ -99,24 +95,6 @@ def test_averaged_relations_have_the_gradient_of_the_loss_written_by_hand(face: 
     module, callbacks = taught(face, EnsembleTeacher(pair(), [3, 1]), loss)
     assert largest(gradients(module, *callbacks, precision="64-true"), expected) <= 1e-9
     assert largest(gradients(User(), precision="64-true"), expected) > 1e-3
-
-
-@pytest.mark.parametrize("face", FACES)
-def test_teachers_may_be_two_layers_of_one_network(face: str) -> None:
-    network = wide()
-    before, plain = toys.snapshot(network), copy.deepcopy(network).eval()
-
-    def by_hand(embedding: Tensor, x: Tensor) -> Tensor:
-        low, high = embed(plain.first, x), embed(plain, x)  # type: ignore[arg-type]
-        return 0.5 * RKD()(embedding, low) + 0.5 * RKD()(embedding, high)
-
-    expected = gradients(User(by_hand))
-    once = Teacher(network)
-    layers = [Tap("first", at="output"), Tap("last", at="output")]
-    module, callbacks = taught(face, EnsembleTeacher([once, once], combine="losses", layers=layers), RKD())
-    assert largest(gradients(module, *callbacks), expected) <= 1e-6
-    assert toys.same(before, network)
-    assert toys.attachments(network) == []
 
 
 @pytest.mark.parametrize("face", FACES)
@@ -235,20 +213,10 @@ def test_training_a_copy_during_a_fit_does_not_take_the_teacher_away(kind: Any) 
 # Left alone, and compiled
 
 
-def quantised(network: nn.Module) -> nn.Module:
-    """Its Linear layers in eight bits, for the CPU."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch announces that this will move to another package
-        from torch.ao.quantization import quantize_dynamic
-
-        done: nn.Module = quantize_dynamic(network.eval(), {nn.Linear}, dtype=torch.qint8)
-    return done
-
-
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("layer", [None, "first"])
 def test_a_quantised_teacher_teaches_and_is_left_alone(layer: str | None, face: str) -> None:
-    network = quantised(wide())
+    network = toys.quantised(wide())
     part: Any = network if layer is None else network.first
     assert not isinstance(part, nn.Linear)
     x = toys.Rows(8).x

@@ -19,19 +19,21 @@ def prefixed(prefix: str, network: nn.Module, shift: float = 0.0) -> dict[str, T
 
 
 def saved(tmp_path: Path, form: str, network: nn.Module) -> Path:
+    path = tmp_path / f"weights.{'safetensors' if form == 'safetensors' else 'pt'}"
     if form == "safetensors":
-        save_file(network.state_dict(), tmp_path / "weights.safetensors")
-        return tmp_path / "weights.safetensors"
+        save_file(network.state_dict(), path)
+        return path
     forms: dict[str, Any] = {
         "plain": network.state_dict(),
+        "legacy": network.state_dict(),
         "checkpoint": {"epoch": 3, "state_dict": prefixed("student.", network) | {"loss.scale": torch.ones(1)}},
         "deep": {"state_dict": prefixed("net.backbone.", network) | {"net.head.weight": torch.ones(2)}},
         "the student of several": {
             "state_dict": prefixed("a.", network, 1) | prefixed("student.", network) | prefixed("z.", network, 1)
         },
     }
-    torch.save(forms[form], tmp_path / "weights.pt")
-    return tmp_path / "weights.pt"
+    torch.save(forms[form], path, _use_new_zipfile_serialization=form != "legacy")
+    return path
 
 
 @pytest.mark.parametrize("form", ["plain", "checkpoint", "deep", "the student of several", "safetensors"])
@@ -59,15 +61,10 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
         load_weights(network, path)
 
 
-def legacy(path: Path, content: Any) -> Path:
-    torch.save(content, path, _use_new_zipfile_serialization=False)
-    return path
-
-
 @pytest.mark.parametrize("form", ["plain", "safetensors", "legacy"])
 def test_a_flipped_bit_is_found_by_the_sha256_beside_the_file(form: str, tmp_path: Path) -> None:
     network, other = nets.teacher(seed=1), nets.teacher(seed=2)
-    path = legacy(tmp_path / "weights.pt", network.state_dict()) if form == "legacy" else saved(tmp_path, form, network)
+    path = saved(tmp_path, form, network)
     beside = path.with_name(f"{path.name}.sha256")  # as sha256sum writes it
     beside.write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n")
     load_weights(other, path)
@@ -80,7 +77,7 @@ def test_a_flipped_bit_is_found_by_the_sha256_beside_the_file(form: str, tmp_pat
 
 def test_a_file_without_checksums_is_refused_with_the_cure(tmp_path: Path) -> None:
     network, other = nets.teacher(seed=1), nets.teacher(seed=2)
-    path = legacy(tmp_path / "weights.pt", network.state_dict())
+    path = saved(tmp_path, "legacy", network)
     with pytest.raises(ValueError, match=r"before torch 1\.6, .* save it again, torch\.save\(torch\.load\(") as refused:
         load_weights(other, path)
     exec(str(refused.value).split("save it again, ")[1])
