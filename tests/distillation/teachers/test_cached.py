@@ -230,6 +230,11 @@ class Jitters(Dataset[Any]):
         return torch.rand(toys.WIDTH), 0
 
 
+class Streams(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(())
+
+
 class Computes(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -261,7 +266,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"reads \['feature_maps'\], but a cached teacher holds embeddings and logits",
     ),
     "random data": (lambda p: cache(p, loader=DataLoader(Jitters())), "Jitters returns different first rows"),
-    "streams": (lambda p: cache(p, loader=DataLoader(IterableDataset())), "map-style data set .*, got IterableDataset"),
+    "streams": (lambda p: cache(p, loader=DataLoader(Streams())), "map-style data set .*, got Streams"),
     "feature_maps": (lambda p: cache(p, Computes(lambda x: x[:, None, None])), r"an embedding \(N, D\) or logits"),
     "other rows": (lambda p: cache(p, Computes(lambda x: x[:1])), "returned 1 rows for 16 samples"),
     "NaN": (lambda p: cache(p, Computes(lambda x: x * torch.nan)), "row 0 is NaN or infinite"),
