@@ -10,7 +10,6 @@ import pytest
 
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli import recipes
-from lightning_rkd.cli.experiments import plan
 from tests.harness.processes import run_script
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +56,7 @@ def test_a_command_of_the_documentation_names_what_there_is(page: str, line: str
     assert words[0] in known
     config = next((words[i + 1] for i, word in enumerate(words) if word in ("--config", "-c")), None)
     if config is not None and "/" not in config and config not in ("mine.yaml", "RECIPE"):
-        assert config in (plan.names() if words[0] == "compare" else recipes.names()), page
+        assert config in recipes.names("comparison" if words[0] == "compare" else "recipe"), page
 
 
 @pytest.mark.slow

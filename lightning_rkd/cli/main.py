@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
@@ -37,29 +38,12 @@ TRACEBACK = "LIGHTNING_RKD_TRACEBACK"
 """Environment variable; 1 prints the traceback of an error."""
 
 
-class UsageError(ValueError):
-    """The command line is invalid."""
-
-
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        args: The command line without the program's name; ``None`` reads ``sys.argv``.
-
-    Returns:
-        The exit code: 0, 1 after an error, 2 for an invalid command line or configuration, 130 after Ctrl-C, 143 after
-        SIGTERM.
-
-    Example:
-        >>> main(["--version"])
-        0.1.0
-        0
-    """
+    """Run one command; the exit code is 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM."""
     given = list(sys.argv[1:] if args is None else args)
     with at_sigterm() as sigterm:
         code = _exit_code(given)
-    if sigterm.received:  # it may have caused other errors
+    if sigterm.is_set():  # it may have caused other errors
         code = TERMINATED
         print("terminated", file=sys.stderr)
     if code in (130, TERMINATED) and given[:1] == ["fit"]:
@@ -70,8 +54,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(args: list[str]) -> int:
-    from argparse import ArgumentError
-
     try:
         _command(args)
     except KeyboardInterrupt:
@@ -84,7 +66,7 @@ def _exit_code(args: list[str]) -> int:
     except Exception as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
-        usage = isinstance(error, ArgumentError | MissingExtraError | UsageError | recipes.UnknownRecipeError)
+        usage = isinstance(error, ArgumentError | MissingExtraError | recipes.UnknownRecipeError)
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         known = usage or isinstance(error, ValueError | OSError)
         print(f"error: {message if known and message else f'{type(error).__name__}: {message}'}", file=sys.stderr)
@@ -113,7 +95,7 @@ def _command(args: list[str]) -> None:
         known = [*COMMANDS, *TRAINER]
         near = difflib.get_close_matches(first, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(known)}"
-        raise UsageError(f"there is no command {first!r}; {hint}")
+        raise ArgumentError(None, f"there is no command {first!r}; {hint}")
 
 
 def _train(args: list[str]) -> None:

@@ -22,43 +22,21 @@ TERMINATED = 128 + 15
 """Exit code after SIGTERM, as in shells."""
 
 
-class Terminated(SystemExit):
-    """SIGTERM was received."""
-
-    def __init__(self) -> None:
-        super().__init__(TERMINATED)
-
-
-class Sigterm:
-    """State of :func:`at_sigterm`."""
-
-    received = False
-
-
 @contextmanager
-def at_sigterm() -> Iterator[Sigterm]:
-    """Turn SIGTERM into :class:`Terminated`, so that ``finally`` blocks run as after Ctrl-C.
-
-    Example:
-        >>> with at_sigterm() as sigterm:
-        ...     try:
-        ...         signal.raise_signal(signal.SIGTERM)
-        ...     except SystemExit as stop:
-        ...         print(stop.code, sigterm.received)
-        143 True
-    """
-    sigterm = Sigterm()
+def at_sigterm() -> Iterator[threading.Event]:
+    """Turn SIGTERM into ``SystemExit``, so that ``finally`` blocks run as after Ctrl-C; the event says that it came."""
+    received = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
-        yield sigterm
+        yield received
         return
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        sigterm.received = True
-        raise Terminated
+        received.set()
+        sys.exit(TERMINATED)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield sigterm
+        yield received
     finally:
         signal.signal(signal.SIGTERM, before)
 

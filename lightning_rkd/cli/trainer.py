@@ -9,6 +9,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -31,28 +32,10 @@ from lightning_rkd.utils.private import replaces_samplers
 class TrainingCLI(LightningCLI):
     """LightningCLI with short names of classes, complete checkpoints, and errors as exceptions.
 
-    Differences from Lightning's own:
-
-    - ``seed_everything`` is 0, and Lightning adds no distributed sampler to
-      :class:`~lightning_rkd.data.PKBatchSampler`; a training loader that gives all ranks the same rows is refused.
-    - The ``checkpoint`` group configures one ``ModelCheckpoint``, which writes ``last.ckpt`` into
-      ``trainer.default_root_dir`` after every epoch, and ``best.ckpt`` if a ``monitor`` is named, unless the trainer
-      has its own or ``enable_checkpointing`` is false.
-    - Checkpoints and ``config.yaml`` are complete or absent, also after a kill. A checkpoint is verified before it is
-      loaded, and does not replace the configuration.
-    - An output folder that cannot be written is refused before training, on one of several machines as on all.
-    - SIGTERM reaches every rank.
-
-    Args:
-        args: The command line as a list, or a configuration as a dict; ``None`` reads ``sys.argv``.
-        run: Whether there are subcommands, one of which is run. ``False`` builds ``model``, ``datamodule`` and
-            ``trainer``.
-        prog: Name of the program in help texts.
-        callbacks: Callbacks that the saved configuration does not mention.
-        **trainer: Arguments of the trainer that the saved configuration does not mention.
-
-    Raises:
-        argparse.ArgumentError: The configuration is invalid; the message names the entry.
+    The ``checkpoint`` group configures one ``ModelCheckpoint``, which writes ``last.ckpt`` into
+    ``trainer.default_root_dir`` after every epoch, and ``best.ckpt`` if a ``monitor`` is named, unless the trainer has
+    its own or ``enable_checkpointing`` is false. A checkpoint does not replace the configuration. The saved
+    configuration does not mention ``callbacks`` and ``**trainer``, further arguments of the trainer.
     """
 
     def __init__(
@@ -227,12 +210,7 @@ class _CheckAllMachines(pl.Callback):
 
 
 def check_checkpoint(path: str | os.PathLike[str], safe: bool = True) -> None:
-    """Verify the checksums of a checkpoint and, if ``safe``, that it holds nothing but tensors and plain values.
-
-    Raises:
-        FileNotFoundError: It does not exist.
-        ValueError: It is damaged, or no checkpoint.
-    """
+    """Verify the checksums of a checkpoint and, if ``safe``, that it holds nothing but tensors and plain values."""
     if not Path(path).exists():
         raise FileNotFoundError(f"the checkpoint {str(path)!r} does not exist")
     if not Path(path).is_file():
@@ -247,11 +225,7 @@ def check_checkpoint(path: str | os.PathLike[str], safe: bool = True) -> None:
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Create a folder if it does not exist, and verify that files can be written into it.
-
-    Raises:
-        OSError: The folder cannot be created or written.
-    """
+    """Create a folder if it does not exist, and verify that files can be written into it."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -265,25 +239,10 @@ def import_public_classes() -> None:
     import pytorch_metric_learning.losses
     import pytorch_metric_learning.miners  # noqa: F401
 
-    import lightning_rkd
-    import lightning_rkd.data
-    import lightning_rkd.experimental
-    import lightning_rkd.losses
-    import lightning_rkd.metrics
-    import lightning_rkd.models
-    import lightning_rkd.modules
-
-    for package in (
-        lightning_rkd,
-        lightning_rkd.data,
-        lightning_rkd.experimental,
-        lightning_rkd.losses,
-        lightning_rkd.metrics,
-        lightning_rkd.models,
-        lightning_rkd.modules,
-    ):
-        for name in package.__all__:
-            getattr(package, name)
+    for package in ("", ".data", ".experimental", ".losses", ".metrics", ".models", ".modules"):
+        module = import_module(f"lightning_rkd{package}")
+        for name in module.__all__:
+            getattr(module, name)
     for loss in entry_points(group="lightning_rkd.losses"):
         try:
             loss.load()

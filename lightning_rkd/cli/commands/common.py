@@ -12,12 +12,7 @@ from rich.console import Console
 
 
 def seeds(text: str) -> tuple[int, ...]:
-    """Seeds as a number, ``"3"`` for 0, 1 and 2, or as a list, ``"0,3"`` or ``"3,"``.
-
-    Example:
-        >>> seeds("3"), seeds("7,")
-        ((0, 1, 2), (7,))
-    """
+    """Seeds as a number, ``"3"`` for 0, 1 and 2, or as a list, ``"0,3"`` or ``"3,"``."""
     parts = [part for part in text.split(",") if part.strip()]
     numbers = tuple(int(part) for part in parts) if all(part.strip().isdecimal() for part in parts) else ()
     found = tuple(range(numbers[0])) if len(numbers) == 1 and "," not in text else numbers
@@ -34,11 +29,7 @@ def positive(text: str) -> int:
 
 
 def check_folder(out: Path, made_by: str, command: str) -> None:
-    """Refuse an output folder that holds something else than ``made_by``, the file that every output of a command has.
-
-    Raises:
-        FileExistsError: It is a file, or not the output of the command.
-    """
+    """Refuse an output folder with content but without ``made_by``, the file that every output of a command has."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"the output folder {str(out)!r} is a file; choose another one with --out")
     begun = {made_by, f".{made_by}.part"}  # the latter alone if the first write was killed

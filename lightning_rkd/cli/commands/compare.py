@@ -44,7 +44,8 @@ def main(args: Sequence[str]) -> None:
     """Run the command; ``SystemExit(1)`` if a run failed."""
     options = _parser().parse_args(args)
     path = recipes.find(options.config, "comparison")
-    comparison = read(path, seeds=options.seeds, steps=options.steps, settings=_settings(options.set))
+    changes = {} if options.seeds is None else {"seeds": options.seeds}
+    comparison = read(path, options.steps, _settings(options.set), changes)
     out = options.out or Path("runs", "compare", folder_of(path.stem))
     with common.resumable("compare", args) as command:
         common.check_folder(out, MADE_BY, "comparison")
@@ -65,13 +66,7 @@ def compare(
 ) -> tuple[Table, bool]:
     """Train what has not been trained, print and write the table, and return it and whether a run failed.
 
-    Args:
-        comparison: Networks to compare.
-        out: Output folder; runs of an earlier comparison in it are reused where they are the same.
-        console: Console for messages.
-        command: Command for the header of the table.
-        jobs: Number of runs at a time.
-        trials: Choices of values, of which the best on validation data is taken for each network.
+    Of ``trials`` the best on validation data is taken for each network; ``command`` is written above the table.
     """
     start, commit, networks = time.perf_counter(), provenance.commit(Path(__file__).parent), len(comparison.networks)
     console.print(

@@ -124,8 +124,8 @@ examples:
 
 def plan(seeds: Sequence[int], steps: int | None = None, changes: Mapping[str, Any] | None = None) -> Comparison:
     """The comparison ``glyphs_demo``, with changes; the teacher has the first of the seeds."""
-    changes = {"teacher.seed": seeds[0], "baseline": None, **(changes or {})}
-    found = read(recipes.find("glyphs_demo", "comparison"), seeds=seeds, steps=steps, changes=changes)
+    changes = {"seeds": seeds, "teacher.seed": seeds[0], "baseline": None, **(changes or {})}
+    found = read(recipes.find("glyphs_demo", "comparison"), steps, changes=changes)
     return replace(found, networks=tuple(replace(n, folder=FOLDERS[n.name]) for n in found.networks))
 
 

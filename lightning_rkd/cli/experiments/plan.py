@@ -35,9 +35,9 @@ _TEACHER_KEYS = ("recipe", "config", "set", "steps", "seed")
 
 @dataclass(frozen=True)
 class Network:
-    """A row of the table, taught by another row, or from the teacher's cache.
+    """A row of the table: ``config`` lacks the paths of files that other runs write, ``folder`` the seed.
 
-    ``config`` lacks the paths of files that other runs write, ``folder`` the seed; generations share an ``entry``.
+    It is taught by the row ``teacher``, or from that one's cache; the generations of an ``entry`` are several rows.
     """
 
     name: str
@@ -50,16 +50,9 @@ class Network:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Networks that are trained and compared.
+    """Networks that are compared, and the teacher, which is trained once.
 
-    Attributes:
-        title: Title of the table.
-        networks: Rows of the table after the teacher's.
-        seeds: Seeds of all networks but the teacher.
-        teacher, teacher_seed: Network that is trained first, once.
-        baseline: Network that the others are compared with.
-        scores: Columns of the table; ``None`` takes all.
-        select: Score that tuning maximises; the first of ``scores`` by default.
+    ``select`` is the score that tuning maximises; ``scores`` are the columns of the table, by default all.
     """
 
     title: str
@@ -71,10 +64,6 @@ class Comparison:
     scores: tuple[str, ...] | None = None
     select: str | None = None
 
-    def networks_of(self, entry: str) -> list[Network]:
-        """Networks of an entry, generation by generation."""
-        return [network for network in self.networks if network.entry == entry]
-
     def with_settings(self, entry: str, settings: Mapping[str, Any]) -> Comparison:
         """Copy in which the networks of one entry have other settings."""
         changed = (
@@ -84,39 +73,23 @@ class Comparison:
 
 
 def folder_of(name: str) -> str:
-    """A name in the form in which it can stand in a path.
-
-    Example:
-        >>> folder_of("RKD-DA, twice (λ = 2)")
-        'rkd-da-twice-λ-2'
-    """
+    """A name in the form in which it can stand in a path."""
     kept = "".join(c if c.isalnum() or c in "-_." else " " for c in name.lower())
     return "-".join(kept.split()).strip(".-") or "network"
 
 
 def read(
     path: Path,
-    *,
-    seeds: Sequence[int] | None = None,
     steps: int | None = None,
     settings: Mapping[str, Any] | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> Comparison:
-    """Read a comparison.
+    """Read a file, with other steps of all networks, with settings of all, and with changes of the file by dotted path.
 
-    Args:
-        path: The YAML file.
-        seeds: Replace the seeds of the file.
-        steps: Training steps of every network, the teacher included; replaces the steps of the file.
-        settings: Settings of all networks by dotted path, which override the file; the teacher takes all except those
-            of ``model``.
-        changes: Changes of the file by dotted path.
-
-    Raises:
-        ValueError: The file is no comparison; the message names the entry.
+    The teacher takes the settings except those of ``model``.
     """
     try:
-        return _Reader(path, steps, settings or {}, changes or {}).read(seeds)
+        return _Reader(path, steps, settings or {}, changes or {}).read()
     except recipes.UnknownRecipeError:
         raise
     except ValueError as error:
@@ -124,11 +97,7 @@ def read(
 
 
 def check(networks: Iterable[Network]) -> None:
-    """Build every network, so that an invalid configuration is an error before anything is trained.
-
-    Raises:
-        ValueError: A configuration is invalid; the message names the network.
-    """
+    """Build every network, so that an invalid configuration is an error before anything is trained."""
     for network in networks:
         model, config = network.config["model"].get("init_args", {}), network.config
         if model.get("loss") is not None and model.get("teacher") is None:
@@ -153,7 +122,7 @@ class _Reader:
         self.text = with_settings(_mapping(_load(path), "the file", _KEYS), changes)
         self.agreement = bool(self.text.get("agreement"))
 
-    def read(self, seeds: Sequence[int] | None) -> Comparison:
+    def read(self) -> Comparison:
         text = self.text
         entries = _mapping(text.get("networks"), "networks")
         if not entries:
@@ -173,7 +142,7 @@ class _Reader:
         return Comparison(
             str(text.get("title", self.path.stem)),
             tuple(networks),
-            _seeds(seeds if seeds is not None else text.get("seeds", [0, 1, 2])),
+            _seeds(text.get("seeds", 3)),
             teacher,
             int((text.get("teacher") or {}).get("seed", 0)),
             baseline,

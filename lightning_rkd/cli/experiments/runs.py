@@ -1,8 +1,4 @@
-"""Runs that are trained, measured, kept and resumed.
-
-A run is a configuration of ``lightning-rkd fit`` with a seed. :func:`run` leaves the resolved configuration, the
-checkpoint and the scores in its folder, does not repeat a finished run, and resumes an interrupted one.
-"""
+"""Runs that are trained, measured, kept and resumed: configurations of ``lightning-rkd fit``, each with a seed."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +30,6 @@ from lightning_rkd.utils.files import check_file, write_whole
 RESULT = "result.pt"
 """File that a finished run leaves beside its checkpoint."""
 
-_KEPT = ("parameters", "seconds", "scores", "weights", "about")
 _SIGNATURE = "study"  # entry of checkpoints and results that says which run they belong to
 _ORDER = ("seed", "classes_per_batch", "samples_per_class", "batches_per_epoch", "eval_batch_size", "num_workers")
 
@@ -43,8 +38,6 @@ _ORDER = ("seed", "classes_per_batch", "samples_per_class", "batches_per_epoch",
 class Run:
     """A trained and measured network: training time, scores, digest of the weights, and date, hardware and commit."""
 
-    network: str
-    seed: int
     parameters: int = 0
     seconds: float = 0.0
     scores: dict[str, float] = field(default_factory=dict)
@@ -69,14 +62,9 @@ Images = dict[str, LabelledImages]
 def prepare(
     config: Config, folder: Path, seed: int, callbacks: Sequence[pl.Callback] = (), images: Images | None = None
 ) -> TrainingCLI:
-    """Build ``.model``, ``.datamodule`` and ``.trainer`` of a configuration.
+    """Build ``.model``, ``.datamodule`` and ``.trainer`` of a configuration, without validation or logger.
 
-    Args:
-        config: The configuration. Its seeds and output folder are replaced; it runs without validation or logger.
-        folder: Output folder.
-        seed: Seed of initial weights, order and augmentation.
-        callbacks: Callbacks that the saved configuration does not mention.
-        images: Where loaded images are kept from run to run.
+    Its seeds and output folder are replaced. The callbacks are not saved with it; ``images`` keeps what was loaded.
     """
     settings = {"seed_everything": seed, "data.init_args.seed": seed, "trainer.default_root_dir": str(folder)}
     with _quiet():
@@ -129,12 +117,10 @@ def _measure(trained: Trained, split: Split) -> dict[str, float]:
     trainer.limit_val_batches = 1.0  # training ran without validation
     evaluate = trainer.test if split == "test" else trainer.validate
     found = evaluate(trained.module, datamodule=trained.data, verbose=False)
-    values = {name: float(value) for part in found for name, value in part.items()}
-    return {name.removeprefix("test/").removeprefix("val/"): value for name, value in values.items()}
+    return {name.removeprefix("test/").removeprefix("val/"): float(x) for part in found for name, x in part.items()}
 
 
 def run(
-    network: str,
     config: Config,
     folder: Path,
     seed: int,
@@ -148,43 +134,31 @@ def run(
 ) -> Run:
     """Train and measure a network, or resume the same run where it was interrupted.
 
-    A finished run is read from ``result.pt``. Result and checkpoint carry the configuration, the seed and the versions
-    that they belong to; those of other settings in the same folder are replaced.
-
-    Args:
-        network: Name of the network.
-        config, folder, seed, callbacks, images: See :func:`prepare`.
-        teacher: ``weights`` of the teacher's run; ``None`` without a trained teacher.
-        split: Data that the network is measured on.
-        paths: Further settings, which name files without changing what is computed; they may change when resumed.
-        about: Information that is kept with the result.
-
-    Raises:
-        ValueError: A file of the earlier run is damaged; the message names it.
+    The folder keeps the resolved configuration, the checkpoint and the result, which carry the settings that they
+    belong to; those of other settings are replaced. ``teacher`` is ``weights`` of the teacher's run; ``paths`` are
+    further settings that name files without changing what is computed; ``about`` is kept with the result.
     """
     identity = identify(config, seed, teacher)
-    if (found := read_finished(network, folder, seed, identity)) is not None:
+    if (found := read_finished(folder, identity)) is not None:
         return found
-    checkpoint, signature = folder / "last.ckpt", _Signature(identity)
-    begun = _read_if_same(checkpoint, identity)
-    signature.before = 0.0 if begun is None else begun[_SIGNATURE]["seconds"]
-    resume = None if begun is None else checkpoint
+    begun = _read_if_same(folder / "last.ckpt", identity)
+    signature = _Signature(identity, 0.0 if begun is None else begun[_SIGNATURE]["seconds"])
+    resume = None if begun is None else folder / "last.ckpt"
     trained = train(with_settings(config, paths or {}), folder, seed, [*callbacks, signature], images, resume)
     with _quiet():
         scores = _measure(trained, split)
-    student, seconds = trained.module.student, signature.before + trained.seconds
+    student, seconds, content = trained.module.student, signature.before + trained.seconds, io.BytesIO()
     weights = digest(*student.state_dict().values())
-    found = Run(network, seed, count_parameters(student), seconds, scores, weights, dict(about or {}))
-    content = io.BytesIO()
-    torch.save({_SIGNATURE: {"identity": identity}, **{name: getattr(found, name) for name in _KEPT}}, content)
+    found = Run(count_parameters(student), seconds, scores, weights, dict(about or {}))
+    torch.save({_SIGNATURE: {"identity": identity}, **asdict(found)}, content)
     write_whole(folder / RESULT, content.getbuffer())
     return found
 
 
-def read_finished(network: str, folder: Path, seed: int, identity: str) -> Run | None:
+def read_finished(folder: Path, identity: str) -> Run | None:
     """The finished run of that identity in a folder; a damaged file is a ``ValueError``."""
     kept = _read_if_same(folder / RESULT, identity)
-    return None if kept is None else Run(network, seed, **{name: kept[name] for name in _KEPT})
+    return None if kept is None else Run(**{name: value for name, value in kept.items() if name != _SIGNATURE})
 
 
 def identify(config: Config, seed: int, teacher: str | None) -> str:
@@ -196,12 +170,7 @@ def identify(config: Config, seed: int, teacher: str | None) -> str:
 
 
 def digest(*tensors: Tensor) -> str:
-    """Short digest of the content of tensors.
-
-    Example:
-        >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(torch.ones(2))
-        (True, False)
-    """
+    """Short digest of the content of tensors."""
     content = hashlib.sha256()
     for x in tensors:
         content.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -220,8 +189,8 @@ def _read_if_same(path: Path, identity: str) -> dict[str, Any] | None:
 class _Signature(pl.Callback):
     """Writes the identity of a run and its training time into its checkpoints."""
 
-    def __init__(self, identity: str) -> None:
-        self.identity, self.before, self.start = identity, 0.0, 0.0
+    def __init__(self, identity: str, before: float) -> None:
+        self.identity, self.before, self.start = identity, before, 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.start = time.perf_counter()
@@ -235,15 +204,7 @@ class _Signature(pl.Callback):
 
 @torch.no_grad()
 def embed(network: nn.Module, loader: DataLoader[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings (N, D), labels (N,) and indices (N,) of all samples of an indexed loader.
-
-    Example:
-        >>> from torch.utils.data import TensorDataset
-        >>> from lightning_rkd.data import with_indices
-        >>> data = TensorDataset(torch.eye(3), torch.arange(3))
-        >>> embed(nn.Identity(), with_indices(DataLoader(data, batch_size=2)))[1]
-        tensor([0, 1, 2])
-    """
+    """Embeddings (N, D), labels (N,) and indices (N,) of all samples of an indexed loader."""
     network.eval()
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -258,8 +219,7 @@ def embed(network: nn.Module, loader: DataLoader[Any]) -> tuple[Tensor, Tensor, 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence Lightning's notes, which would repeat for every run."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
+    loggers = {logger: logger.level for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))}
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
@@ -267,5 +227,5 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", module=r"lightning\.")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in loggers.items():
             logger.setLevel(level)

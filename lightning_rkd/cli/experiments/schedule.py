@@ -35,22 +35,15 @@ class Failure:
 def run_all(
     tasks: Sequence[Task], out: Path, jobs: int, console: Console, commit: str = ""
 ) -> dict[str, Run | Failure]:
-    """Perform tasks in parallel, each after those that it needs. Finished runs of an earlier call are not repeated.
+    """Perform tasks in parallel, each after those that it needs; return runs and failures by the tasks' folders.
 
-    Args:
-        tasks: Tasks; a teacher's stands before those of its students.
-        out: Output folder.
-        jobs: Number of processes.
-        console: Console for progress and failures.
-        commit: Commit that is kept with the results.
-
-    Returns:
-        By the tasks' folders, the run or its failure.
+    Finished runs of an earlier call are not repeated; a teacher's task stands before those of its students.
     """
     queue, threads = _Queue(tasks, out), max(1, torch.get_num_threads() // jobs)
     idle: list[Worker] = []
     busy: dict[Future[str], tuple[Worker, Task, _Line]] = {}
-    with _display(console) as progress:
+    columns = (TextColumn("{task.description:<24}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         try:
             while True:
                 while len(busy) < jobs and (task := queue.take()) is not None:
@@ -112,23 +105,18 @@ class _Queue:
 
     def read(self, task: Task) -> Run | None:
         identity = runs.identify(task.config, task.seed, self.teacher_of(task))
-        return runs.read_finished(task.network, self.out / task.folder, task.seed, identity)
+        return runs.read_finished(self.out / task.folder, identity)
 
     def finish(self, task: Task, error: str) -> Run | Failure:
         found: Run | Failure | None = None
         if not error:
-            found = Run(task.network, task.seed) if task.split is None else self.read(task)
+            found = Run() if task.split is None else self.read(task)
         if found is None:
             log = task.path(self.out, self.teacher_of(task)) / LOG
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
             found = Failure(task, error or "it left no result", log, "\n".join(lines[-8:]))
         self.results[task.folder] = found
         return found
-
-
-def _display(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:<24}"), BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 class _Line:
@@ -166,11 +154,6 @@ class _Line:
 
 
 def clock(seconds: float) -> str:
-    """Seconds in minutes and seconds.
-
-    Example:
-        >>> clock(5.4), clock(125)
-        ('5 s', '2 min 5 s')
-    """
+    """Seconds in minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -14,12 +14,6 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     """Copy of a configuration with some entries changed, named by their dotted paths.
 
     As on the command line, ``init_args`` may be left out where there is a ``class_path``.
-
-    Example:
-        >>> with_settings({"trainer": {"max_steps": 5}}, {"trainer.max_steps": 9, "data.init_args.seed": 1})
-        {'trainer': {'max_steps': 9}, 'data': {'init_args': {'seed': 1}}}
-        >>> with_settings({"data": {"class_path": "GlyphDataModule"}}, {"data.seed": 1})
-        {'data': {'class_path': 'GlyphDataModule', 'init_args': {'seed': 1}}}
     """
     changed = copy.deepcopy(config)
     for path, value in settings.items():
@@ -42,10 +36,6 @@ def with_steps(config: Config, steps: int) -> Config:
     """Copy that trains for a number of steps, its schedule included.
 
     The steps are divided into epochs of about 50, because a checkpoint is written after each.
-
-    Example:
-        >>> with_steps({"model": {}}, 200)
-        {'model': {}, 'trainer': {'max_epochs': 4}, 'data': {'init_args': {'batches_per_epoch': 50}}}
     """
     epochs = next(n for n in range(max(1, steps // 50), 0, -1) if steps % n == 0)
     settings: dict[str, Any] = {"trainer.max_epochs": epochs, "data.init_args.batches_per_epoch": steps // epochs}

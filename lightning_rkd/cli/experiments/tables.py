@@ -48,25 +48,7 @@ class Row:
 
 @dataclass
 class Table:
-    """Rows of networks, and columns of scores.
-
-    Args:
-        tasks: The runs; rows are in their order.
-        results: By folder, the run or its failure.
-        scores: Columns; ``None`` takes all scores of the students.
-        baseline: Network that the others are compared with.
-
-    Raises:
-        ValueError: No run has one of the scores.
-
-    Example:
-        >>> tasks = [Task("RKD", seed, {}, f"rkd-{seed}") for seed in (0, 1)]
-        >>> runs = {f"rkd-{n}": Run("RKD", n, 4200, 9.0, {"recall": r}) for n, r in enumerate((0.3, 0.5))}
-        >>> print(Table(tasks, runs).to_markdown())
-        | network | parameters | seeds | recall | seconds |
-        |---|---:|---:|---:|---:|
-        | RKD | 4,200 | 2 | 0.400 ± 0.141 | 9 |
-    """
+    """Rows of networks in the order of their tasks, and columns of scores, by default all of the students'."""
 
     tasks: Sequence[Task]
     results: Mapping[str, Run | Failure]

@@ -28,15 +28,10 @@ _images: runs.Images = {}  # of this process
 
 @dataclass(frozen=True)
 class Task:
-    """A training, or the writing of a cache.
+    """A training, or (``split`` is ``None``) the writing of the cache of a teacher's outputs.
 
-    Attributes:
-        network, seed: Name of the network, and seed of the run.
-        config: Configuration, without the paths of files that other tasks write.
-        folder: Folder below the output folder.
-        teacher: Folder of the task that trains the teacher.
-        cache: Task that writes the cache of the teacher's outputs.
-        split: Data that the network is measured on; ``None`` for a cache.
+    ``config`` lacks the paths of files that other tasks write: the teacher's, whose folder is ``teacher``, and the
+    cache's.
     """
 
     network: str
@@ -73,7 +68,6 @@ class Task:
                 return
             device = "cuda" if torch.cuda.is_available() else "cpu"
             runs.run(
-                self.network,
                 self.config,
                 folder,
                 self.seed,

@@ -34,11 +34,7 @@ class Trial:
         return ", ".join(f"{path}={value}" for path, value in self.values.items())
 
     def score(self, results: Mapping[str, Run | Failure], select: str) -> float | None:
-        """Score on validation data; ``None`` if the run failed or the score is not a number.
-
-        Raises:
-            ValueError: There is no such score.
-        """
+        """Score on validation data; ``None`` if the run failed or the score is not a number."""
         run = results[self.task.folder]
         if isinstance(run, Failure):
             return None
@@ -49,17 +45,7 @@ class Trial:
 
 
 def parse(specs: Sequence[str], comparison: Comparison) -> dict[str, dict[str, list[Any]]]:
-    """Values of ``--tune`` by network and path.
-
-    Raises:
-        ValueError: A specification is invalid; the message says what is expected.
-
-    Example:
-        >>> taught = {"model": {"init_args": {"loss": {"class_path": "RKD"}}}}
-        >>> comparison = Comparison("", (Network("RKD", taught, "rkd", "RKD"),), (0,))
-        >>> parse(["RKD.weight=0.5,1", "loss.init_args.angle_weight=2"], comparison)
-        {'RKD': {'weight': [0.5, 1], 'loss.init_args.angle_weight': [2]}}
-    """
+    """Values of ``--tune`` by network and path."""
     entries = {n.entry: n.config["model"].get("init_args", {}).get("loss") for n in comparison.networks}
     wanted: dict[str, dict[str, list[Any]]] = {}
     for spec in specs:
@@ -80,11 +66,7 @@ def parse(specs: Sequence[str], comparison: Comparison) -> dict[str, dict[str, l
 
 
 def plan_trials(wanted: Mapping[str, Mapping[str, Sequence[Any]]], comparison: Comparison) -> list[Trial]:
-    """All combinations of a network's values, each with the first seed; of generations, the first.
-
-    Raises:
-        ValueError: The comparison names no score to select by.
-    """
+    """All combinations of a network's values, each with the first seed; of generations, the first."""
     if wanted and comparison.select is None:
         raise ValueError("--tune needs a score to maximise on validation data: add select: NAME to the file")
     trials = []
@@ -92,13 +74,10 @@ def plan_trials(wanted: Mapping[str, Mapping[str, Sequence[Any]]], comparison: C
         for combination in itertools.product(*paths.values()):
             values = dict(zip(paths, combination, strict=True))
             changed = comparison.with_settings(entry, in_config(values))
-            network = changed.networks_of(entry)[0]
+            network = next(network for network in changed.networks if network.entry == entry)
             trial = Trial(network, values, tasks_of(changed, [network], changed.seeds[:1])[-1])
-            folder = (
-                f"tune/{folder_of(entry)}/{folder_of(' '.join(f'{path} {value}' for path, value in values.items()))}"
-            )
-            task = replace(trial.task, network=f"{network.name} ({trial.label})", folder=folder, split="validation")
-            trials.append(replace(trial, task=task))
+            name, folder = f"{network.name} ({trial.label})", f"tune/{folder_of(entry)}/{folder_of(trial.label)}"
+            trials.append(replace(trial, task=replace(trial.task, network=name, folder=folder, split="validation")))
     return trials
 
 
@@ -108,11 +87,7 @@ def in_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def choose(trials: Sequence[Trial], results: Mapping[str, Run | Failure], select: str) -> dict[str, Trial]:
-    """By entry, the trial with the highest score; entries all of whose trials failed are left out.
-
-    Raises:
-        ValueError: There is no such score.
-    """
+    """By entry, the trial with the highest score; entries all of whose trials failed are left out."""
     chosen: dict[str, tuple[float, Trial]] = {}
     for trial in trials:
         score, entry = trial.score(results, select), trial.network.entry

@@ -23,9 +23,6 @@ class Worker:
     """A process that performs one call at a time, and ends when the connection to this process is closed.
 
     It has an executor of its own, so that a process that dies takes no other process's call with it.
-
-    Args:
-        threads: Threads of PyTorch in the process.
     """
 
     def __init__(self, threads: int) -> None:
@@ -38,8 +35,7 @@ class Worker:
         try:
             return self.executor.submit(_call, function, log, args)
         except BrokenProcessPool as error:  # the process was killed between two calls
-            future: Future[str] = Future()
-            future.set_exception(error)
+            (future := Future[str]()).set_exception(error)
             return future
 
 

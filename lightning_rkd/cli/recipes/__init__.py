@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
 FOLDER = Path(__file__).parent
-"""Folder of the recipes."""
 
 Kind = Literal["recipe", "comparison"]
 
@@ -22,41 +22,20 @@ def _folder(kind: Kind) -> Path:
 
 
 def names(kind: Kind = "recipe") -> list[str]:
-    """Names of all recipes, or of all comparisons, in alphabetical order.
-
-    Example:
-        >>> "glyphs_rkd" in names(), "glyphs_losses" in names("comparison")
-        (True, True)
-    """
+    """Names of all recipes, or of all comparisons, in alphabetical order."""
     return sorted(path.stem for path in _folder(kind).glob("*.yaml"))
 
 
 def about(name: str) -> str:
-    """First sentence of a recipe's header.
-
-    Example:
-        >>> about("glyphs_rkd")
-        'A small student for glyphs, with a triplet loss and relational distillation from the teacher.'
-    """
-    header = []
-    for line in (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        header.append(line.lstrip("# "))
-    sentence, stop, _ = " ".join(header).partition(". ")
+    """First sentence of a recipe's header."""
+    lines = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    header = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    sentence, stop, _ = header.partition(". ")
     return sentence + stop.strip()
 
 
 def find(config: str, kind: Kind = "recipe") -> Path:
-    """Path of a configuration: an existing file, or the recipe of that name.
-
-    Raises:
-        UnknownRecipeError: Neither exists; the message lists the recipes, similar names first.
-
-    Example:
-        >>> find("glyphs_rkd").name
-        'glyphs_rkd.yaml'
-    """
+    """Path of a configuration: an existing file, or the recipe of that name."""
     path, known = Path(config), names(kind)
     if path.is_file():
         return path
@@ -68,15 +47,7 @@ def find(config: str, kind: Kind = "recipe") -> Path:
 
 
 def resolve(args: Sequence[str]) -> list[str]:
-    """Replace the names of recipes after ``--config`` and ``-c`` by their paths.
-
-    Raises:
-        UnknownRecipeError: A name is neither a file nor a recipe.
-
-    Example:
-        >>> resolve(["fit", "--config", "glyphs_rkd"])[2].endswith("recipes/glyphs_rkd.yaml")
-        True
-    """
+    """Replace the names of recipes after ``--config`` and ``-c`` by their paths."""
     resolved: list[str] = []
     for arg in args:
         flag, equals, value = arg.partition("=")

@@ -26,7 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data.init_args.classes_per_batch": 4,
         "trainer.accelerator": "cpu",
     }
-    run("student", with_settings(with_steps(config, 2), settings), folder, 0, None, about={"date": "2026-01-02"})
+    run(with_settings(with_steps(config, 2), settings), folder, 0, None, about={"date": "2026-01-02"})
     return folder
 
 

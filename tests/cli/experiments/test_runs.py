@@ -46,7 +46,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run, runs.Images]:
     """A run of two steps, and the images that it loaded."""
     folder, images = tmp_path_factory.mktemp("run"), runs.Images()
-    return folder, runs.run("student", tiny("glyphs_student"), folder, 1, images=images), images
+    return folder, runs.run(tiny("glyphs_student"), folder, 1, images=images), images
 
 
 def test_fit_trains_the_same_network_from_the_configuration_of_a_run(finished: tuple[Path, Run, Any]) -> None:
@@ -119,17 +119,17 @@ def three_epochs(**settings: Any) -> Config:
 
 
 def digits(run: Run) -> tuple[Any, ...]:
-    return run.network, run.seed, run.parameters, run.scores, run.weights
+    return run.parameters, run.scores, run.weights
 
 
 @pytest.mark.slow
 def test_an_interrupted_run_resumes_from_its_last_epoch_to_the_same_digits() -> None:
     with pytest.raises(ZeroDivisionError):
-        runs.run("student", three_epochs(), Path("stopped"), 1, callbacks=[Stops(at=10)])
+        runs.run(three_epochs(), Path("stopped"), 1, callbacks=[Stops(at=10)])
     assert torch.load("stopped/last.ckpt", weights_only=True)["global_step"] == 8
     assert not Path("stopped", runs.RESULT).exists()
-    counts, whole = Stops(), runs.run("student", three_epochs(), Path("whole"), 1)
-    resumed = runs.run("student", three_epochs(), Path("stopped"), 1, callbacks=[counts])
+    counts, whole = Stops(), runs.run(three_epochs(), Path("whole"), 1)
+    resumed = runs.run(three_epochs(), Path("stopped"), 1, callbacks=[counts])
     assert counts.steps == 4
     assert digits(resumed) == digits(whole)
     assert same(weights("stopped/last.ckpt"), weights("whole/last.ckpt"))
@@ -140,7 +140,7 @@ def test_a_finished_run_is_read_and_not_repeated(
     finished: tuple[Path, Run, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "train", lambda *args, **kwargs: pytest.fail("it trained"))
-    again = runs.run("student", tiny("glyphs_student"), finished[0], 1)
+    again = runs.run(tiny("glyphs_student"), finished[0], 1)
     assert (*digits(again), again.seconds) == (*digits(finished[1]), finished[1].seconds)
 
 
@@ -149,7 +149,7 @@ def test_a_finished_run_is_read_and_not_repeated(
 def test_results_of_other_settings_are_never_used(done: bool) -> None:
     """Another rate, another seed, another teacher: trained from the beginning, as in a folder of its own."""
     try:
-        runs.run("a", three_epochs(), Path("run"), 1, callbacks=[Stops(None if done else 10)])
+        runs.run(three_epochs(), Path("run"), 1, callbacks=[Stops(None if done else 10)])
     except ZeroDivisionError:
         assert not done
     assert Path("run", runs.RESULT).exists() == done
@@ -157,10 +157,10 @@ def test_results_of_other_settings_are_never_used(done: bool) -> None:
     for config, seed, teacher in ((slower, 1, None), (three_epochs(), 2, None), (three_epochs(), 1, "others")):
         counts = Stops(at=6)
         with pytest.raises(ZeroDivisionError):
-            runs.run("b", config, Path("run"), seed, teacher, [counts])
+            runs.run(config, Path("run"), seed, teacher, [counts])
         assert counts.steps == 6, "from the beginning"
-    whole = runs.run("b", slower, Path("own"), 1)
-    assert digits(runs.run("b", slower, Path("run"), 1)) == digits(whole)
+    whole = runs.run(slower, Path("own"), 1)
+    assert digits(runs.run(slower, Path("run"), 1)) == digits(whole)
 
 
 @pytest.mark.parametrize("name", [runs.RESULT, "last.ckpt"])
@@ -173,7 +173,7 @@ def test_a_damaged_file_is_named(name: str, finished: tuple[Path, Run, Any]) -> 
     if name == "last.ckpt":
         Path("run", runs.RESULT).unlink()
     with pytest.raises(ValueError, match=rf"'run/{name}' is damaged"):
-        runs.run("student", tiny("glyphs_student"), Path("run"), 1)
+        runs.run(tiny("glyphs_student"), Path("run"), 1)
 
 
 def test_embedding_keeps_order_and_evaluates_in_eval_mode() -> None:

@@ -13,7 +13,7 @@ from lightning_rkd.cli.experiments.tasks import Task
 
 SCORES = {("teacher", 0): 0.9, ("alone", 0): 0.1, ("alone", 1): 0.3, ("student", 0): 0.2, ("student", 1): 0.5}
 TASKS = [Task(name, seed, {}, f"{name}-{seed}") for name, seed in [*SCORES, ("student", 2), ("broken", 0)]]
-RUNS = {f"{name}-{n}": Run(name, n, 1000, 10.0 + n, {"recall_at_1": r}) for (name, n), r in SCORES.items()}
+RUNS = {f"{name}-{n}": Run(1000, 10.0 + n, {"recall_at_1": r}) for (name, n), r in SCORES.items()}
 FAILED = {task.folder: Failure(task, "out of luck") for task in TASKS if task.folder not in RUNS}
 
 
