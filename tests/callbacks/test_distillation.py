@@ -196,11 +196,6 @@ def test_train_and_unfreeze_do_not_reach_the_teacher() -> None:
     assert toys.same(before, teacher)
 
 
-class Validated(toys.Student):
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.backbone(batch[0])
-
-
 class Product(RelationalLoss):
     """Saves the teacher's tensor for its backward, which an inference tensor would not allow."""
 
@@ -209,6 +204,10 @@ class Product(RelationalLoss):
 
 
 def test_validation_in_inference_mode_does_not_spoil_training() -> None:
+    class Validated(toys.Student):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.backbone(batch[0])
+
     module, teacher = Validated(), toys.teacher(norm=True)
     callback = attached(Product(), teacher)
     toys.trainer(callbacks=[callback]).validate(module, toys.loader(), verbose=False)
@@ -361,13 +360,6 @@ class Returns(toys.Student):
         return [super().training_step(batch, batch_idx)]
 
 
-class OneMore(toys.Manual):
-    """Hands a loss to ``manual_backward`` outside its step, too."""
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.manual_backward(self.head.weight.sum())
-
-
 AT_OUTPUT = {"one": Tap("head", at="output"), "two": "backbone"}
 FAILURES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "unknown layer": (
@@ -494,8 +486,11 @@ def test_a_collapsed_student_is_reported_once() -> None:
 
 
 def test_manual_backward_outside_the_step_is_left_alone() -> None:
-    module = OneMore()
-    toys.fit(module, attached())
+    class OneMore(toys.Manual):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.manual_backward(self.head.weight.sum())
+
+    toys.fit(OneMore(), attached())
 
 
 def test_global_pool_is_the_cure_for_maps() -> None:
@@ -521,3 +516,17 @@ def test_one_teacher_object_serves_two_callbacks_at_two_layers() -> None:
     toys.fit(modules[1], attached(RKD(), teacher_layer=first), attached(RKDAngle(), teacher_layer=last))
     assert toys.gap(*modules) == 0.0
     assert toys.attachments(shared.network) == []
+
+
+def test_steps_may_take_the_batch_alone_of_an_indexed_loader() -> None:
+    class Alone(toys.Student):
+        def training_step(self, batch: Any) -> Any:  # type: ignore[override]
+            x, y = batch
+            return self.loss(x, y)
+
+        def validation_step(self, batch: Any) -> Any:
+            return self.training_step(batch)
+
+    module, loader = Alone(), with_indices(toys.loader())
+    toys.trainer(callbacks=[attached()]).fit(module, loader, loader)
+    assert toys.attachments(module) == []

@@ -79,38 +79,31 @@ def test_both_faces_leave_pictures_beside_the_csv(attached: bool, tmp_path: Path
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [f"{name}-3.png" for name in NAMES]
 
 
-def test_they_are_drawn_after_every_nth_epoch_of_the_first_samples(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-
-    class Counting(Pictures):
-        def draw(
-            self,
-            inputs: Tensor,
-            labels: Tensor,
-            embeddings: dict[str, Tensor],
-            epoch: int,  # type: ignore[override]
-        ) -> dict[str, Figure]:
-            assert list(embeddings) == ["teacher", "student"]
-            assert {len(x) for x in (inputs, labels, *embeddings.values())} == {10}
-            seen.append((epoch, len(inputs)))
-            return {}
-
-    fit(module(), Counting(samples=10, every_n_epochs=2), epochs=4, logger=CSVLogger(tmp_path))
-    assert [epoch for epoch, _ in seen] == [1, 3]
-
-
 class Kept(Pictures):
     """Keeps what it is given to draw."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.given: list[tuple[Any, ...]] = []
+
     def draw(self, *given: Any) -> dict[str, Figure]:  # type: ignore[override]
-        self.given = given
+        self.given.append(given)
         return {}
+
+
+def test_they_are_drawn_after_every_nth_epoch_of_the_first_samples(tmp_path: Path) -> None:
+    kept = Kept(samples=10, every_n_epochs=2)
+    fit(module(), kept, epochs=4, logger=CSVLogger(tmp_path))
+    assert [epoch for *_, epoch in kept.given] == [1, 3]
+    for inputs, labels, embeddings, _ in kept.given:
+        assert list(embeddings) == ["teacher", "student"]
+        assert {len(x) for x in (inputs, labels, *embeddings.values())} == {10}
 
 
 def test_the_drawn_embeddings_are_those_of_the_first_validation_samples(tmp_path: Path) -> None:
     own, kept = module(), Kept(samples=10)
     fit(own, kept, logger=CSVLogger(tmp_path))
-    inputs, labels, embeddings, epoch = kept.given
+    ((inputs, labels, embeddings, epoch),) = kept.given
     x, y = loader().dataset.tensors  # type: ignore[attr-defined]
     assert torch.equal(inputs, x[:10])
     assert torch.equal(labels, y[:10])
@@ -150,7 +143,8 @@ def test_metrics_are_the_same_with_and_without_them(tmp_path: Path) -> None:
 def test_any_precision_is_drawn(precision: str, tmp_path: Path) -> None:
     kept = Kept()
     fit(module(), kept, precision=precision, logger=CSVLogger(tmp_path))
-    assert {x.dtype for x in (kept.given[0], *kept.given[2].values())} == {torch.float32}
+    ((inputs, _, embeddings, _),) = kept.given
+    assert {x.dtype for x in (inputs, *embeddings.values())} == {torch.float32}
 
 
 def test_inputs_that_are_no_images_have_distances_and_angles(tmp_path: Path) -> None:

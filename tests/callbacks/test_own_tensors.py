@@ -25,12 +25,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def attached(loss: RelationalLoss | dict[str, RelationalLoss], **settings: Any) -> RelationalDistillation:
-    return RelationalDistillation(toys.teacher(), loss, student_layer="backbone", **settings)
+    return RelationalDistillation(toys.teacher(), loss, **{"student_layer": "backbone", **settings})
 
 
-def test_parameters_in_no_optimizer_join_the_first_group(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_parameters_in_no_optimizer_join_the_first_group(caplog: pytest.LogCaptureFixture) -> None:
     class Chosen(toys.Student):
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD([*self.backbone.parameters(), *self.head.parameters()], 0.1, momentum=0.9)
@@ -68,27 +66,22 @@ class Split(toys.Manual):
 
 @pytest.mark.parametrize("layer", ["backbone", "backbone.last", "backbone.act", "backbone.drop"])
 def test_the_optimizer_that_trains_the_tapped_layer_takes_the_parameters(layer: str) -> None:
-    sizes = (5, 7) if layer in ("backbone", "backbone.last") else (8, 7)
-    loss = toys.Projected(*sizes)
-    ours = RelationalDistillation(toys.teacher(), loss, student_layer=Tap(layer, at="output"))
-    trainer = toys.fit(Split(), ours)
+    loss = toys.Projected(5 if layer in ("backbone", "backbone.last") else 8, 7)
+    trainer = toys.fit(Split(), attached(loss, student_layer=Tap(layer, at="output")))
     held = {id(p) for p in trainer.optimizers[1].param_groups[0]["params"]}
     assert {id(p) for p in loss.parameters()} <= held
-
-
-BOTH = {"low": "backbone", "high": Tap("head", at="output")}
 
 
 def test_parameters_that_several_optimizers_could_take_are_refused() -> None:
     def loss() -> Any:
         return toys.Projected(5, 7).at("low") + RKD().at("high")
 
-    ours = {"student_layer": BOTH, "teacher_layer": {"low": "", "high": ""}}
+    both = {"low": "backbone", "high": Tap("head", at="output")}
+    ours: dict[str, Any] = {"student_layer": both, "teacher_layer": {"low": "", "high": ""}}
     cure = r"2 of the module's 2 optimizers .* layers \['backbone', 'head'\].* begin with '_distillation_losses_0' to"
     with pytest.raises(ValueError, match=cure):
-        toys.fit(Split(), RelationalDistillation(toys.teacher(), loss(), **ours))
-    given = loss()
-    toys.fit(Split(own=1), RelationalDistillation(toys.teacher(), given, **ours))
+        toys.fit(Split(), attached(loss(), **ours))
+    toys.fit(Split(own=1), attached(loss(), **ours))
 
 
 def test_parameters_that_no_optimizer_could_take_are_refused() -> None:
@@ -100,9 +93,8 @@ def test_parameters_that_no_optimizer_could_take_are_refused() -> None:
         def loss(self, x: Tensor, y: Tensor) -> Tensor:
             return F.cross_entropy(self.head(self.seen(self.backbone(x))), y)
 
-    ours = RelationalDistillation(toys.teacher(), toys.Projected(5, 7), student_layer="seen")
     with pytest.raises(ValueError, match=r"none of the module's 2 optimizers train the tapped layers \['seen'\]"):
-        toys.fit(Parts(), ours)
+        toys.fit(Parts(), attached(toys.Projected(5, 7), student_layer="seen"))
 
 
 def test_nothing_of_the_loss_stays_in_the_module_or_its_checkpoint(tmp_path: Path) -> None:
@@ -187,19 +179,15 @@ def test_a_loss_made_for_other_widths_says_so() -> None:
 
 def test_two_callbacks_with_tensors_of_their_own_live_side_by_side() -> None:
     first, second = toys.Projected(5, 7), toys.Projected(8, 10)
-    inside = RelationalDistillation(
-        toys.teacher(), {"inside": second}, student_layer="backbone.drop", teacher_layer="drop"
-    )
-    both = [attached(first), inside]
-    toys.fit(toys.Student(), *both)
+    inside = attached({"inside": second}, student_layer="backbone.drop", teacher_layer="drop")
+    toys.fit(toys.Student(), attached(first), inside)
     assert toys.gap(first, toys.Projected(5, 7)) > 1e-3
     assert toys.gap(second, toys.Projected(8, 10)) > 1e-4
 
 
 def test_averages_of_weights_work_and_hold_nothing_of_the_loss(tmp_path: Path) -> None:
     saved = tmp_path / "last.ckpt"
-    callbacks = [attached(toys.Projected(5, 7)), WeightAveraging()]
-    toys.fit(toys.Student(), *callbacks).save_checkpoint(saved)
+    toys.fit(toys.Student(), attached(toys.Projected(5, 7)), WeightAveraging()).save_checkpoint(saved)
     assert not [key for key in torch.load(saved, weights_only=True)["state_dict"] if "distill" in key]
 
 
@@ -242,17 +230,14 @@ def test_in_a_distillation_module_averages_of_the_loss_resume_too(tmp_path: Path
 
 
 def test_a_layer_may_be_any_function_also_where_a_loss_is_saved() -> None:
-    callback = RelationalDistillation(
-        toys.teacher(), toys.Projected(5, 7), student_layer=operator.attrgetter("backbone")
-    )
+    callback = attached(toys.Projected(5, 7), student_layer=operator.attrgetter("backbone"))
     assert callback.state_key == "RelationalDistillation(projected at attrgetter)"
 
 
-class Adjustable(toys.Student):
-    lr = 0.1
-
-
 def test_parameters_of_losses_join_the_optimizer_after_a_rate_finder(tmp_path: Path) -> None:
+    class Adjustable(toys.Student):
+        lr = 0.1
+
     loss, finder = toys.Projected(5, 7), LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
     toys.fit(Adjustable(), finder, attached(loss), precision="bf16-true", default_root_dir=tmp_path)
     assert toys.gap(loss, toys.Projected(5, 7)) > 1e-3

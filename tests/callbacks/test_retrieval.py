@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Subset, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
@@ -62,9 +62,9 @@ def test_in_bf16_the_labels_and_counts_stay_whole() -> None:
     trainer.validate(module, loader, verbose=False)
     metric = EmbeddingRetrieval()
     half = Evaluated().bfloat16()
-    x, y = toys.Rows(320).x, toys.Rows(320).y
+    rows = toys.Rows(320)
     with torch.no_grad():
-        metric.update(half.backbone(x.bfloat16()), y)
+        metric.update(half.backbone(rows.x.bfloat16()), rows.y)
     assert float(trainer.callback_metrics["val/recall_at_1"]) == pytest.approx(float(metric.compute()["recall_at_1"]))
 
 
@@ -126,28 +126,23 @@ def test_nothing_is_left_after_an_exception() -> None:
     assert toys.attachments(module) == []
 
 
-class Elsewhere(Evaluated):
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        F.linear(batch[0], self.backbone.first.weight)
+IN_3D = Tap("backbone", read=lambda o, k: o[:, :, None])
 
 
 @pytest.mark.parametrize(
-    ("kind", "callback", "error", "message"),
+    ("layer", "error", "message"),
     [
-        (Evaluated, lambda: RetrievalEvaluation("bakbone"), LayerNotFoundError, "near it: 'backbone'"),
-        (Elsewhere, lambda: RetrievalEvaluation("backbone"), CaptureError, "was never called in this step"),
-        (
-            Evaluated,
-            lambda: RetrievalEvaluation(Tap("backbone", read=lambda o, k: o[:, :, None])),
-            ValueError,
-            r"embeddings must be \(N, D\), got \(8, 5, 1\)",
-        ),
-        (Evaluated, lambda: RetrievalEvaluation(["backbone"]), ValueError, r"needs \['embeddings'\]"),
+        ("bakbone", LayerNotFoundError, "near it: 'backbone'"),
+        (lambda module: module.unused, CaptureError, "was never called in this step"),
+        (IN_3D, ValueError, r"embeddings must be \(N, D\), got \(8, 5, 1\)"),
+        (["backbone"], ValueError, r"needs \['embeddings'\]"),
     ],
 )
-def test_what_cannot_work_fails_with_the_cure(kind: Any, callback: Any, error: Any, message: str) -> None:
+def test_what_cannot_work_fails_with_the_cure(layer: Any, error: Any, message: str) -> None:
+    module = Evaluated()
+    module.unused = nn.Identity()
     with pytest.raises(error, match=message):
-        toys.trainer(callbacks=[callback()]).validate(kind(), toys.loader(), verbose=False)
+        toys.trainer(callbacks=[RetrievalEvaluation(layer)]).validate(module, toys.loader(), verbose=False)
 
 
 # The order of a sampler
