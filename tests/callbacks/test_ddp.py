@@ -1,9 +1,6 @@
 """Two devices under a real Trainer are one device with the whole batch."""
 
-import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +31,10 @@ pytestmark = [
 ]
 
 
-@contextmanager
-def devices(rank: int | None, **settings: Any) -> Iterator[dict[str, Any]]:
-    """Trainer settings for a process of a group that exists already; for ``None`` those of one process."""
-    if rank is None:
-        yield {}
-        return
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")
-    try:
-        yield {
-            "strategy": DDPStrategy(process_group_backend="gloo", **settings),
-            "devices": 2,
-            "use_distributed_sampler": False,
-        }
-    finally:
-        for name in ("LOCAL_RANK", "NODE_RANK"):
-            del os.environ[name]
-
-
 def batches(rank: int | None, counts: tuple[int, int] = (8, 8)) -> DataLoader[Any]:
     """Five batches of sixteen rows, or a rank's part of each."""
     data = toys.Rows(16 * toys.STEPS)
-    start, stop = (0, 16) if rank is None else ((0, counts[0]), (counts[0], 16))[rank]
-    order = [list(range(16 * n + start, 16 * n + stop)) for n in range(toys.STEPS)]
-    return DataLoader(TensorDataset(data.x, data.y), batch_sampler=order)
+    return toys.split(TensorDataset(data.x, data.y), rank, counts)
 
 
 def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -76,7 +53,7 @@ def angles(rank: int | None) -> tuple[int, dict[str, Tensor]]:
         seen[0] += (vertices[1] - vertices[0]) * len(student) ** 2
         return work(student, teacher, vertices, *args, **settings)
 
-    with pytest.MonkeyPatch.context() as patch, devices(rank) as where:
+    with pytest.MonkeyPatch.context() as patch, toys.devices(rank) as where:
         patch.setattr(angles_module, "_sum_triplets", counted)
         module = toys.Student()
         callback = RelationalDistillation(toys.teacher(), RKDAngle(), student_layer="backbone")
@@ -104,7 +81,7 @@ def taught_by(teacher: Any, face: str) -> tuple[pl.LightningModule, list[pl.Call
 def from_cache(rank: int, face: str, folder: str) -> dict[str, Tensor]:
     """What is learnt from what a teacher showed once; both ranks would write the cache, were it not there."""
     module, callbacks = taught_by(CachedTeacher(folder, teacher=toys.teacher()), face)
-    with devices(rank) as where:
+    with toys.devices(rank) as where:
         toys.fit(module, *callbacks, batches=batches(rank), **where)
     return {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -146,7 +123,7 @@ def dealt(rank: int | None, own_sampler: bool = False) -> list[list[int]] | str:
     sampler = PKBatchSampler(LABELS, classes_per_batch=4 if rank is None else 2, samples_per_class=4)
     module = Sees()
     callback = RelationalDistillation(toys.teacher(), RKD(), student_layer="backbone")
-    with devices(rank) as where:
+    with toys.devices(rank) as where:
         settings = where | ({"use_distributed_sampler": True} if own_sampler else {})
         try:
             toys.fit(module, callback, batches=DataLoader(data, batch_sampler=sampler), max_epochs=2, **settings)
@@ -179,7 +156,7 @@ def normalised(rank: int | None, device: str) -> dict[str, Tensor] | str:
     """Train a student with batch norm, on two devices with the statistics of both."""
     module = toys.Student(norm=True)
     callback = RelationalDistillation(toys.teacher(), RKD(), student_layer="backbone")
-    with devices(rank) as where:
+    with toys.devices(rank) as where:
         settings = where | ({} if rank is None else {"sync_batchnorm": True})
         if device == "cuda":
             settings["accelerator"] = "gpu"
@@ -227,7 +204,7 @@ def evaluated(rank: int | None, how: str) -> Any:
         torch.manual_seed(0)
         metrics = {"retrieval": EmbeddingRetrieval(), "agreement": RelationalAgreement(k=3)}
         module, callbacks = DistillationModule(toys.Backbone(), toys.teacher(), RKD(), metrics=metrics), []
-    with devices(rank) as where:
+    with toys.devices(rank) as where:
         trainer = toys.trainer(callbacks=callbacks, **where | {"use_distributed_sampler": True})
         try:
             trainer.validate(module, loader, verbose=False)
@@ -264,7 +241,7 @@ def unequal(rank: int | None, how: str) -> dict[str, float]:
     starts = (range(0, 300, 50), range(0, 250, 50), range(250, 300, 50))[0 if rank is None else rank + 1]
     loader = with_indices(DataLoader(data, batch_sampler=[list(range(a, a + 50)) for a in starts]))
     module, settings = Still(), {"precision": "bf16-true"} if how == "bf16" else {"num_sanity_val_steps": 1}
-    with devices(rank) as where:
+    with toys.devices(rank) as where:
         trainer = toys.trainer(callbacks=[RetrievalEvaluation("backbone")], **where, **settings)
         trainer.validate(module, loader, verbose=False) if how == "bf16" else trainer.fit(module, batches(rank), loader)
         return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}

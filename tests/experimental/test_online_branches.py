@@ -1,7 +1,5 @@
 """Online branches: the equation, that diversity does something, and what is refused."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -11,10 +9,7 @@ from tests.harness import toys
 from tests.harness.scheme_toys import CASES, fit, images, net
 from tests.oracles import classifiers as oracle
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 CASE = CASES["OnlineBranches"]
 
 
@@ -87,28 +82,6 @@ def test_a_named_classifier_is_the_one_kept_diverse() -> None:
         fit(module, batches=list(images())[:1])
         grads.append(module.student.branches[0][2].weight.grad)
     assert not torch.equal(*grads)
-
-
-def shared() -> list[nn.Module]:
-    branch = net()
-    return [branch, nn.Sequential(branch)]
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "one branch": ({"branches": [net()]}, "at least two branches"),
-    "shared": ({"branches": shared()}, "branches share parameters"),
-    "temperature": ({"temperature": -1.0}, "temperature must be a positive number"),
-    "diversity": ({"diversity": -1.0}, "diversity must be at least 0"),
-    "no classifier": ({"branches": [nn.Conv2d(1, 3, 8), nn.Conv2d(1, 3, 8)]}, "in branch 0 is a Conv2d"),
-    "another layer": ({"classifier": "0"}, "'0' in branch 0 is a ReLU"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_work_is_refused(case: str) -> None:
-    settings, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message):
-        CASE.made(**settings)
 
 
 def test_branches_of_different_classes_are_refused() -> None:

@@ -1,13 +1,17 @@
 """Tiny modules and trainers, small enough that a fit costs milliseconds; and all of ``nets``."""
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from lightning_rkd.utils.distributed import rank_and_size
 from tests.harness.nets import (  # noqa: F401 - all of it is reached from here
@@ -119,6 +123,24 @@ def shares(counts: tuple[int, ...]) -> DataLoader[Any]:
     rows = Rows(sum(counts) * STEPS)
     data = TensorDataset(rows.x, rows.y, torch.arange(len(rows)))
     return DataLoader(data, batch_sampler=Shares(counts))
+
+
+@contextmanager
+def devices(rank: int | None, **settings: Any) -> Iterator[dict[str, Any]]:
+    """Trainer settings for a process of a group that exists already; for ``None`` those of one process."""
+    if rank is None:
+        yield {}
+        return
+    with mock.patch.dict(os.environ, LOCAL_RANK=str(rank), NODE_RANK="0"):
+        strategy = DDPStrategy(process_group_backend="gloo", **settings)
+        yield {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
+
+
+def split(data: Dataset[Any], rank: int | None, counts: tuple[int, int]) -> DataLoader[Any]:
+    """Batches of ``sum(counts)`` rows in order, or a rank's part of each."""
+    rows = sum(counts)
+    start, stop = (0, rows) if rank is None else ((0, counts[0]), (counts[0], rows))[rank]
+    return DataLoader(data, batch_sampler=[list(range(n + start, n + stop)) for n in range(0, len(data), rows)])  # type: ignore[arg-type]
 
 
 def trainer(**kwargs: Any) -> pl.Trainer:

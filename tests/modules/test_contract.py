@@ -2,17 +2,14 @@
 
 import copy
 import inspect
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
 
 import lightning_rkd.experimental
 import lightning_rkd.modules
@@ -20,12 +17,9 @@ from lightning_rkd import DistillationModule
 from lightning_rkd.losses.references import Reference
 from tests.harness import toys
 from tests.harness.ranks import Ranks
-from tests.harness.scheme_toys import CASES, CLASSES, SIZE, STEPS, Case, Losses, fit, images, keeps
+from tests.harness.scheme_toys import CASES, CLASSES, MIDDLE, SIZE, STEPS, Case, Losses, fit, images, keeps, net
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_scheme = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 with_a_teacher = [name for name, case in CASES.items() if case.teacher is not None]
 
@@ -136,6 +130,33 @@ def test_it_says_where_it_comes_from(case: Case) -> None:
     assert scheme.reference.citation.split("arXiv:")[1] in inspect.getdoc(scheme)
 
 
+SHARED = [nn.Linear(1, 1)] * 2
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("MultiHeadDistillation", {"student_layers": [], "teacher_layers": []}, "at least one"),
+    ("MultiHeadDistillation", {"student_layers": MIDDLE}, "as many student_layers as teacher_layers"),
+    ("MultiHeadDistillation", {"temperature": 0.0}, "temperature must be a positive number"),
+    ("MultiHeadDistillation", {"alpha": 1.5}, "alpha must be between 0 and 1, got 1.5"),
+    ("MultiHeadDistillation", {"beta": -1.0}, "beta must be at least 0"),
+    ("OnlineBranches", {"branches": [net()]}, "at least two branches"),
+    ("OnlineBranches", {"branches": [nn.Sequential(layer) for layer in SHARED]}, "branches share parameters"),
+    ("OnlineBranches", {"temperature": -1.0}, "temperature must be a positive number"),
+    ("OnlineBranches", {"diversity": -1.0}, "diversity must be at least 0"),
+    ("OnlineBranches", {"branches": [nn.Conv2d(1, 3, 8), nn.Conv2d(1, 3, 8)]}, "in branch 0 is a Conv2d"),
+    ("OnlineBranches", {"classifier": "0"}, "'0' in branch 0 is a ReLU"),
+    ("ResidualKD", {"head": nn.Linear(5, 3)}, "nothing trains the head: pass task_loss="),
+    ("ResidualKD", {"teacher_layer": ["head", "backbone"]}, "name one teacher_layer"),
+    ("CORSD", {"stages": MIDDLE[:1], "channels": [4]}, "two stages at least"),
+    ("CORSD", {"channels": [4]}, "the channels of each"),
+    ("CORSD", {"num_classes": 1}, "at least 2 classes"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), REFUSED)
+def test_settings_that_cannot_work_are_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CASES[name].made(**settings)
+
+
 # Two devices
 
 
@@ -153,20 +174,9 @@ UNNORMALISED: dict[str, Callable[[], dict[str, Any]]] = {
 
 def trained(rank: int | None, name: str, counts: tuple[int, int], normalised: bool = True) -> dict[str, Tensor]:
     """Parameters after the rank's part of every batch, or on one device after whole batches."""
-    start, stop = (0, 12) if rank is None else ((0, counts[0]), (counts[0], 12))[rank]
-    order = [list(range(12 * n + start, 12 * n + stop)) for n in range(STEPS)]
-    batches: DataLoader[Any] = DataLoader(images().dataset, batch_sampler=order)
     module = CASES[name].made(**({} if normalised else UNNORMALISED[name]() | {"optimizer": toys.sgd}))
-    if rank is None:
-        fit(module, batches=batches)
-    else:
-        os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")
-        try:
-            strategy = DDPStrategy(process_group_backend="gloo")
-            fit(module, batches=batches, strategy=strategy, devices=2, use_distributed_sampler=False)
-        finally:
-            for variable in ("LOCAL_RANK", "NODE_RANK"):
-                del os.environ[variable]
+    with toys.devices(rank) as where:
+        fit(module, batches=toys.split(images().dataset, rank, counts), **where)
     return {key: p.detach().clone() for key, p in module.named_parameters()}
 
 

@@ -1,9 +1,7 @@
 """Both stages of MHGD under a real Trainer: what they learn, clip, save, resume and refuse; and two devices as one."""
 
 import copy
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,8 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,12 +25,10 @@ from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.modules.mhgd import clip_to_task
 from tests.harness import toys
 from tests.harness.ranks import Ranks
+from tests.harness.scheme_toys import keeps
 from tests.oracles import mhgd as oracle
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS = ["stage1", "stage2", "stage3"]
 CLASSES = 3
@@ -76,10 +70,6 @@ def images(rows: int, seed: int = 3) -> TensorDataset:
 
 def loader(rows: int = 40, batch_size: int = 8, **kwargs: Any) -> DataLoader[Any]:
     return DataLoader(images(rows), batch_size=batch_size, **kwargs)
-
-
-def keeps(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, filename="last", enable_version_counter=False)
 
 
 def heads_for(channels: tuple[int, ...]) -> AttentionGraph:
@@ -142,23 +132,6 @@ def test_its_checkpoint_is_plain_and_restores_the_graph(tmp_path: Path):
     loaded = AttentionGraphEstimator.load_from_checkpoint(tmp_path / "last.ckpt")
     assert toys.gap(loaded, ours) == 0.0
     assert loaded.graph.channels == (4, 6, 6)
-
-
-def test_a_resumed_stage_1_is_the_uninterrupted_one(tmp_path: Path):
-    whole = estimator()
-    toys.fit(whole, max_epochs=2, batches=loader())
-    toys.fit(estimator(), keeps(tmp_path), max_epochs=1, enable_checkpointing=True, batches=loader())
-    resumed = estimator(seed=0)
-    resuming = toys.trainer(max_epochs=2, enable_checkpointing=True, callbacks=[keeps(tmp_path)])
-    resuming.fit(resumed, loader(), ckpt_path=tmp_path / "last.ckpt")
-    assert toys.gap(resumed, whole) == 0.0
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-def test_stage_1_trains_in_other_precisions(precision):
-    ours = estimator(teacher=net(7, norm=True))
-    trainer = toys.fit(ours, batches=loader(), precision=precision)
-    assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
 def test_indexed_batches_mappings_and_the_test_set_are_understood():
@@ -269,7 +242,7 @@ def test_heads_are_saved_with_the_student_and_need_no_estimator(tmp_path: Path):
     toys.fit(estimator(), keeps(tmp_path / "1"), enable_checkpointing=True, batches=loader())
     first = torch.load(tmp_path / "1" / "last.ckpt", weights_only=True)["state_dict"]
     loss = MHGD(tmp_path / "1" / "last.ckpt")
-    ours = student_module(loss=loss, student=net(0, widths=(3, 6, 6)))
+    ours = adapted(loss=loss)
     toys.fit(ours, keeps(tmp_path / "2"), enable_checkpointing=True, batches=loader(), max_epochs=2)
     second = torch.load(tmp_path / "2" / "last.ckpt", weights_only=True)
     heads = {k: v for k, v in second["state_dict"].items() if ".attention." in k}
@@ -284,8 +257,16 @@ def test_heads_are_saved_with_the_student_and_need_no_estimator(tmp_path: Path):
     assert toys.gap(loaded, ours) == 0.0
 
 
-def test_a_resumed_stage_2_is_the_uninterrupted_one(tmp_path: Path):
-    whole, first, resumed = (student_module(student=net(0, widths=(3, 6, 6))) for _ in range(3))
+def adapted(**kwargs: Any) -> MHGDModule:
+    return student_module(student=net(0, widths=(3, 6, 6)), **kwargs)
+
+
+both_stages = pytest.mark.parametrize("make", [estimator, adapted], ids=["stage 1", "stage 2"])
+
+
+@both_stages
+def test_a_resumed_stage_is_the_uninterrupted_one(tmp_path: Path, make: Any):
+    whole, first, resumed = (make() for _ in range(3))
     torch.manual_seed(0)  # of the adapter
     toys.fit(whole, max_epochs=2, batches=loader())
     torch.manual_seed(0)
@@ -313,10 +294,10 @@ def test_a_step_whose_scaled_gradient_overflows_is_skipped():
     assert toys.gap(ours.student, net(0)) == 0.0
 
 
+@both_stages
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-def test_stage_2_trains_in_other_precisions(precision):
-    ours = student_module(student=net(0, widths=(3, 6, 6)))
-    trainer = toys.fit(ours, batches=loader(), precision=precision)
+def test_both_stages_train_in_other_precisions(precision: Any, make: Any):
+    trainer = toys.fit(make(teacher=net(7, norm=True)), batches=loader(), precision=precision)
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
@@ -331,22 +312,16 @@ def test_logging_gradients_before_clipping_changes_nothing():
     torch.testing.assert_close(weaker["gradient/mhgd"], logged["gradient/mhgd"] / 4)
 
 
-def test_schedulers_step_per_epoch_or_per_step():
-    def halves(optimizer: torch.optim.Optimizer) -> Any:
-        return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-
-    for interval, rate in (("epoch", 0.05 / 2**2), ("step", 0.05 / 2**10)):
-        module = student_module(lr_scheduler=halves, lr_interval=interval)
-        trainer = toys.fit(module, batches=loader(), max_epochs=2)
-        assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
-
-
-def test_a_plateau_lowers_the_rate():
-    def plateau(optimizer: torch.optim.Optimizer) -> ReduceLROnPlateau:
-        return ReduceLROnPlateau(optimizer, "train/loss", factor=0.5, patience=0, mode="max")
-
-    trainer = toys.fit(student_module(lr_scheduler=plateau), batches=loader(), max_epochs=4)
-    assert trainer.optimizers[0].param_groups[0]["lr"] < 0.05
+def test_schedulers_step_per_epoch_or_per_step_or_on_a_plateau():
+    halves = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    plateau = partial(ReduceLROnPlateau, monitor="train/loss", factor=0.5, patience=0, mode="max")
+    rates = []
+    for scheduler, interval in ((halves, "epoch"), (halves, "step"), (plateau, "epoch")):
+        module = student_module(lr_scheduler=scheduler, lr_interval=interval)
+        trainer = toys.fit(module, batches=loader(), max_epochs=2 if scheduler is halves else 4)
+        rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+    assert rates[:2] == pytest.approx([0.05 / 2**2, 0.05 / 2**10])
+    assert rates[2] < 0.05
 
 
 def test_it_is_an_ordinary_loss_with_a_fixed_weight_too():
@@ -356,47 +331,22 @@ def test_it_is_an_ordinary_loss_with_a_fixed_weight_too():
     assert toys.gap(ours.student, net(0)) > 0
 
 
-REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "no loss": ({"loss": None}, {}, "pass loss=... and task_loss=..."),
-    "no task": ({"task_loss": None}, {}, "pass loss=... and task_loss=..."),
-    "balance": ({"balance": 1.0}, {}, "leave balance out"),
-    "no estimator": ({"loss": MHGD()}, {}, "MHGD needs the attention graph of its teacher"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_stage_2_cannot_work_with_is_refused(case):
-    arguments, settings, message = REFUSED[case]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss": None}, "pass loss=... and task_loss=..."),
+        ({"task_loss": None}, "pass loss=... and task_loss=..."),
+        ({"balance": 1.0}, "leave balance out"),
+        ({"loss": MHGD()}, "MHGD needs the attention graph of its teacher"),
+    ],
+    ids=["no loss", "no task", "balance", "no estimator"],
+)
+def test_what_stage_2_cannot_work_with_is_refused(arguments: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        toys.fit(student_module(**arguments), batches=loader(), **settings)
+        toys.fit(student_module(**arguments), batches=loader())
 
 
 # Two devices
-
-
-@contextmanager
-def devices(rank: int | None, **settings: Any) -> Iterator[dict[str, Any]]:
-    """Trainer settings for a process of a group that exists already; for ``None`` those of one process."""
-    if rank is None:
-        yield {}
-        return
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")
-    try:
-        yield {
-            "strategy": DDPStrategy(process_group_backend="gloo", **settings),
-            "devices": 2,
-            "use_distributed_sampler": False,
-        }
-    finally:
-        for name in ("LOCAL_RANK", "NODE_RANK"):
-            del os.environ[name]
-
-
-def share(rank: int | None, counts: tuple[int, int]) -> DataLoader[Any]:
-    """Five batches of sixteen, or a rank's part of each."""
-    start, stop = (0, 16) if rank is None else ((0, counts[0]), (counts[0], 16))[rank]
-    order = [list(range(16 * n + start, 16 * n + stop)) for n in range(5)]
-    return DataLoader(images(80), batch_sampler=order)
 
 
 class Biased(RelationalLoss):
@@ -413,9 +363,9 @@ def trained(rank: int | None, stage: int, counts: tuple[int, int] = (8, 8), **se
     if stage == 2:
         loss = {"mhgd": MHGD(heads_for((4, 6, 6))), "rkd": RKD(), "biased": Biased()}
         module = student_module(student=net(0, widths=(3, 6, 5)), loss=loss)
-    with devices(rank, **settings) as where:
+    with toys.devices(rank, **settings) as where:
         # float64, in which rounding stays invisible: singular vectors that lie close amplify it
-        toys.fit(module, batches=share(rank, counts), max_epochs=2, precision="64-true", **where)
+        toys.fit(module, batches=toys.split(images(80), rank, counts), max_epochs=2, precision="64-true", **where)
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
@@ -429,7 +379,7 @@ def in_stage_2(rank: int, counts: tuple[int, int], settings: dict[str, Any]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("counts", [(8, 8), (11, 5)], ids=["even", "uneven"])
+@pytest.mark.parametrize("counts", [(8, 8), (11, 5)])
 def test_two_devices_learn_the_graph_of_one_with_the_whole_batch(ranks: Ranks, counts):
     first, second = ranks.run(trained, 1, counts)
     assert largest(first, second) == 0.0
@@ -445,7 +395,6 @@ def test_two_devices_learn_the_graph_of_one_with_the_whole_batch(ranks: Ranks, c
         ((8, 8), {"find_unused_parameters": True}),
         ((8, 8), {"gradient_as_bucket_view": True}),
     ],
-    ids=["even", "uneven", "find unused", "bucket view"],
 )
 def test_two_devices_clip_the_gradient_of_the_whole_batch(ranks: Ranks, counts, settings):
     first, second = ranks.run(in_stage_2, counts, settings)

@@ -1,14 +1,21 @@
+import io
 import logging
 import pickle
 import shutil
+import tarfile
+import zipfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from pytorch_metric_learning.losses import TripletMarginLoss
 
+from lightning_rkd import DistillationModule
 from lightning_rkd.data import (
     CarsDataModule,
     CIFARDataModule,
@@ -25,7 +32,9 @@ from lightning_rkd.data import (
 from lightning_rkd.data.datamodules import cifar, cub, omniglot
 from lightning_rkd.data.fingerprint import describe_dataset
 from lightning_rkd.metrics import EmbeddingRetrieval
+from lightning_rkd.models import ConvNet
 from lightning_rkd.utils.types import QuerySample, unpack
+from tests.harness import toys
 from tests.harness.replicas import number_of, replica, shade
 
 REAL = Path(__file__).parents[4] / "shared" / "data"
@@ -33,7 +42,7 @@ REAL = Path(__file__).parents[4] / "shared" / "data"
 MODULES: dict[str, Any] = {
     "cars": CarsDataModule,
     "cars_devkit": CarsDataModule,
-    "cifar10": CIFARDataModule,
+    "cifar10": partial(CIFARDataModule, classes=10),
     "cifar100": CIFARDataModule,
     "cub": CUBDataModule,
     "in_shop": InShopDataModule,
@@ -41,13 +50,13 @@ MODULES: dict[str, Any] = {
     "online_products": OnlineProductsDataModule,
     "tiny_imagenet": TinyImageNetDataModule,
 }
-SMALL = {"image_size": 24, "crop_size": 16}
+every_data_set = pytest.mark.parametrize("name", [*MODULES, "omniglot"])
 
 
 def module(name: str, folder: Path, **settings: Any) -> Any:
     root = folder if folder.exists() else replica(name, folder)
-    extra = {"classes": int(name[5:])} if name.startswith("cifar") else SMALL
-    made = MODULES[name](root, check=False, classes_per_batch=2, samples_per_class=3, **(extra | settings))
+    sizes = {} if name.startswith("cifar") else {"image_size": 24, "crop_size": 16}
+    made = MODULES[name](root, check=False, classes_per_batch=2, samples_per_class=3, **(sizes | settings))
     made.setup()
     return made
 
@@ -143,18 +152,10 @@ def test_a_damaged_image_is_named_and_left_out_only_if_asked(
     assert sum(len(b.batch[1]) for b in data.test_dataloader()) == 35
 
 
-def test_missing_images_are_named(tmp_path: Path) -> None:
-    root = replica("tiny_imagenet", tmp_path / "data")
-    (root / "tiny-imagenet-200" / "val" / "images" / "val_6.JPEG").unlink()
-    with pytest.raises(FileNotFoundError, match=r"val_6\.JPEG is missing, and 1 of 108 images are.*half"):
-        module("tiny_imagenet", root)
-
-
-@pytest.mark.parametrize("name", [*MODULES, "omniglot"])
+@every_data_set
 def test_an_empty_folder_is_told_what_to_get(name: str, tmp_path: Path) -> None:
-    extra = {"classes": int(name[5:])} if name.startswith("cifar") else {}
     with pytest.raises(FileNotFoundError, match=r"there is n.*(get|from) |is missing.*comes? from|is missing: mini"):
-        {**MODULES, "omniglot": OmniglotDataModule}[name](tmp_path, **extra).setup()
+        MODULES.get(name, OmniglotDataModule)(tmp_path).setup()
 
 
 @pytest.mark.parametrize(
@@ -163,6 +164,11 @@ def test_an_empty_folder_is_told_what_to_get(name: str, tmp_path: Path) -> None:
         ("cub", "CUB_200_2011/classes.txt", "classes.txt is missing: CUB_200_2011.tgz seems to be half extracted"),
         ("cifar100", "cifar-100-python/test", "test is missing: cifar-100-python.tar.gz seems to be half extracted"),
         ("tiny_imagenet", "tiny-imagenet-200/wnids.txt", "wnids.txt is missing: tiny-imagenet-200.zip seems"),
+        (
+            "tiny_imagenet",
+            "tiny-imagenet-200/val/images/val_6.JPEG",
+            "val_6.JPEG is missing, and 1 of 108 .* are.*half",
+        ),
         ("online_products", "Stanford_Online_Products/Ebay_test.txt", "Ebay_test.txt is missing"),
         ("mini_imagenet", "val.csv", "val.csv is missing: miniImageNet is train.csv, val.csv and test.csv"),
         ("in_shop", "Eval/list_eval_partition.txt", "list_eval_partition.txt and img.zip from https"),
@@ -176,32 +182,30 @@ def test_half_an_archive_is_no_archive(name: str, gone: str, words: str, tmp_pat
         module(name, root)
 
 
-@pytest.mark.parametrize("name", [*MODULES, "omniglot"])
+@every_data_set
 def test_a_part_of_a_data_set_is_not_taken_for_the_whole(name: str, tmp_path: Path) -> None:
-    root = replica(name, tmp_path / "data")
-    extra = {"classes": int(name[5:])} if name.startswith("cifar") else {}
     with pytest.raises(ValueError, match=r"is not the whole of|MD5 checksum"):
-        {**MODULES, "omniglot": OmniglotDataModule}[name](root, **extra).setup()
+        MODULES.get(name, OmniglotDataModule)(replica(name, tmp_path / "data")).setup()
 
 
 def packed(name: str, folder: Path) -> Path:
     """The replica's archive, as it would be fetched, in a folder of its own."""
-    inner, kind = {"cub": ("CUB_200_2011", "gztar"), "cifar100": ("cifar-100-python", "gztar")}.get(
-        name, ("tiny-imagenet-200", "zip")
-    )
+    inner, suffix = {
+        "cub": ("CUB_200_2011", ".tgz"), "cifar100": ("cifar-100-python", ".tar.gz"),
+        "tiny_imagenet": ("tiny-imagenet-200", ".zip"),
+    }[name]  # fmt: skip
+    kind = "zip" if suffix == ".zip" else "gztar"
     made = shutil.make_archive(str(folder / "made"), kind, replica(name, folder / "whole"), inner)
     (folder / "data").mkdir()
-    file = {"cub": "CUB_200_2011.tgz", "cifar100": "cifar-100-python.tar.gz"}.get(name, "tiny-imagenet-200.zip")
-    return Path(shutil.move(made, folder / "data" / file))
+    return Path(shutil.move(made, folder / "data" / f"{inner}{suffix}"))
 
 
 @pytest.mark.parametrize("name", ["cub", "cifar100", "tiny_imagenet"])
 def test_an_archive_is_unpacked_whole_or_not_at_all(name: str, tmp_path: Path) -> None:
     archive = packed(name, tmp_path)
     content = archive.read_bytes()
-    extra = {"classes": 100} if name == "cifar100" else {}
     with pytest.raises(ValueError, match="MD5 checksum"):
-        MODULES[name](archive.parent, **extra).prepare_data()
+        MODULES[name](archive.parent).prepare_data()
     archive.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="cannot be unpacked"):
         module(name, archive.parent)
@@ -211,13 +215,9 @@ def test_an_archive_is_unpacked_whole_or_not_at_all(name: str, tmp_path: Path) -
 
 
 def test_an_archive_with_paths_outside_leaves_nothing_there(tmp_path: Path) -> None:
-    import io
-    import tarfile
-
     (tmp_path / "data").mkdir()
     with tarfile.open(tmp_path / "data" / "CUB_200_2011.tgz", "w:gz") as made:
-        entry = tarfile.TarInfo("../../escaped.txt")
-        made.addfile(entry, io.BytesIO())
+        made.addfile(tarfile.TarInfo("../../escaped.txt"), io.BytesIO())
     with pytest.raises(ValueError, match="cannot be unpacked"):
         module("cub", tmp_path / "data")
     assert not list(tmp_path.glob("**/escaped.txt"))
@@ -279,24 +279,11 @@ def test_query_marks_reach_the_metric(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_trained_student_is_tested_by_query_and_gallery(tmp_path: Path) -> None:
-    import lightning.pytorch as pl
-    from pytorch_metric_learning.losses import TripletMarginLoss
-
-    from lightning_rkd import DistillationModule
-    from lightning_rkd.models import ConvNet
-
     data = module("in_shop", tmp_path / "data", validation=0.34)
     net = ConvNet(widths=[4, 8], embedding_dim=8, in_channels=3)
-    student = DistillationModule(
-        net,
-        task_loss=TripletMarginLoss(),
-        metrics={"retrieval": EmbeddingRetrieval()},
-        optimizer=lambda p: torch.optim.SGD(p, 0.01),
-    )
-    trainer = pl.Trainer(
-        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=tmp_path,
-    )  # fmt: skip
+    metrics = {"retrieval": EmbeddingRetrieval()}
+    student = DistillationModule(net, task_loss=TripletMarginLoss(), metrics=metrics, optimizer=toys.sgd)
+    trainer = toys.trainer(max_steps=2)
     trainer.fit(student, datamodule=data)
     result = trainer.test(student, datamodule=data, verbose=False)[0]
     net.eval()
@@ -324,12 +311,10 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path: Path) -> None:
 
 def test_cifars_own_pickles_are_read(tmp_path: Path) -> None:
     """Python 2 and NumPy 1 wrote them: byte strings, and an array rebuilt by ``numpy.core.multiarray``."""
-    import numpy as np
-
     array = np.arange(6, dtype=np.uint8).reshape(2, 3)
     raw = array.tobytes()
     text = (
-        b"\x80\x02}(U\x04dataCnumpy.core.multiarray\n_reconstruct\n".replace(b"C", b"c")
+        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n"
         + b"cnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x02K\x03\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
         + b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x06" + raw + b"tbu."
     )  # fmt: skip
@@ -346,12 +331,13 @@ def test_omniglot_turns_characters_into_classes(tmp_path: Path) -> None:
     plain.setup()
     assert len(data.root) == 4 * len(plain.root)
     assert len(data.class_names) == 4 * len(plain.class_names) == 4 * 44
-    rows = {name: row for row, name in reversed([
-        (row, data.class_names[c]) for row, c in enumerate(data.root.labels.tolist())
-    ])}  # fmt: skip
-    upright = data.root.images[rows["Greek/character04/rot000"]]
-    assert torch.equal(data.root.images[rows["Greek/character04/rot090"]], upright.rot90(1, (1, 2)))
-    assert torch.equal(data.root.images[rows["Greek/character04/rot270"]], upright.rot90(3, (1, 2)))
+    labels = data.root.labels.tolist()
+    upright, once, thrice = (
+        data.root.images[labels.index(data.class_names.index(f"Greek/character04/rot{angle}"))]
+        for angle in ("000", "090", "270")
+    )
+    assert torch.equal(once, upright.rot90(1, (1, 2)))
+    assert torch.equal(thrice, upright.rot90(3, (1, 2)))
     assert int(upright[0, 20, 20]) == 0 < int(upright.max())  # paper is black, ink is white
     test = {data.class_names[c] for c in data.root.labels[torch.tensor(data.test_set.indices)].tolist()}
     assert {name.split("/")[0] for name in test} == {"Gurmukhi", "Kannada", "Tibetan"}
@@ -402,8 +388,6 @@ def test_omniglots_archives_are_unpacked_and_their_checksums_compared(tmp_path: 
 
 @pytest.mark.skipif(not (REAL / "omniglot-small.zip").is_file(), reason="no ../shared/data beside this checkout")
 def test_a_part_of_omniglot_is_read(tmp_path: Path) -> None:
-    import zipfile
-
     with zipfile.ZipFile(REAL / "omniglot-small.zip") as archive:
         archive.extractall(tmp_path)
     data = OmniglotDataModule(tmp_path, split="alphabets")

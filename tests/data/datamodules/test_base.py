@@ -4,22 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from lightning_rkd.data import Augment, ImageDataModule, IndexedBatch
 from lightning_rkd.data.datamodules.base import LabelledImages
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*num_workers"),
-    pytest.mark.filterwarnings("ignore:.*lower value for log_every_n_steps"),
-    # Lightning on torch 2.15
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:DeprecationWarning"),
-]
+from lightning_rkd.data.datamodules.splits import split_samples
+from tests.harness import toys
 
 
 class Squares(ImageDataModule):
@@ -61,6 +54,12 @@ def data(workers: int = 0, **settings: Any) -> Squares:
     )
 
 
+def ready(**settings: Any) -> Squares:
+    module = data(**settings)
+    module.setup()
+    return module
+
+
 def fit(
     root: Path, workers: int, ckpt: str | None = None, epochs: int = 3, steps: int = -1, every: int | None = None
 ) -> Net:
@@ -68,10 +67,7 @@ def fit(
     torch.manual_seed(0)
     net = Net()
     saver = ModelCheckpoint(root, save_last=True, every_n_train_steps=every)
-    trainer = Trainer(
-        accelerator="cpu", max_epochs=epochs, max_steps=steps, logger=False, callbacks=[saver],
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=root,
-    )  # fmt: skip
+    trainer = toys.trainer(max_epochs=epochs, max_steps=steps, callbacks=[saver], enable_checkpointing=True)
     trainer.fit(net, datamodule=data(workers), ckpt_path=ckpt, weights_only=True if ckpt else None)
     return net
 
@@ -83,8 +79,7 @@ def batches(module: Squares, epoch: int) -> list[Tensor]:
 
 
 def test_the_three_parts_share_no_class_and_one_numbering() -> None:
-    module = data()
-    module.setup()
+    module = ready()
     parts = [{y for _, y in part} for part in (module.train_set, module.val_set, module.test_set)]
     assert parts == [set(range(12)), set(range(12, 15)), set(range(15, 20))]
     assert module.num_train_classes == 12
@@ -97,46 +92,33 @@ def test_the_three_parts_share_no_class_and_one_numbering() -> None:
     assert module.image_shape == (3, 8, 8)
 
 
-def test_the_division_hangs_on_split_seed_and_not_on_seed() -> None:
-    names = []
-    for settings in ({}, {"seed": 3}, {"split_seed": 3}):
-        module = data(**settings)
-        module.setup()
-        names.append(module.class_names)
-    assert names[0] == names[1] != names[2]
-
-
-def test_validation_classes_come_out_of_the_training_side() -> None:
-    wide, narrow = data(validation=0.3), data(validation=0.15)
-    wide.setup()
-    narrow.setup()
-    assert wide.class_names[-5:] == narrow.class_names[-5:]
+def test_test_classes_depend_on_split_seed_and_neither_on_seed_nor_on_validation() -> None:
+    usual, other, narrow, wide = (
+        ready(**settings).class_names
+        for settings in ({"seed": 3}, {"split_seed": 3}, {"validation": 0.15}, {"validation": 0.3})
+    )
+    assert usual == narrow != other
+    assert wide[-5:] == narrow[-5:]
 
 
 def test_channels_are_normalised_by_the_training_images() -> None:
-    module = data(augment=Augment())
-    module.setup()
+    module = ready(augment=Augment())
     x = torch.stack([x for x, _ in module.train_set])
     assert torch.allclose(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
     assert torch.allclose(x.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5)
 
 
 def test_training_batches_are_the_same_for_any_number_of_workers() -> None:
-    alone, helped = data(0), data(2)
-    alone.setup()
-    helped.setup()
+    alone, helped, other = ready(), ready(num_workers=2), ready(seed=1)
     for epoch in (0, 3):
         for a, b in zip(batches(alone, epoch), batches(helped, epoch), strict=True):
             assert torch.equal(a, b)
     assert not torch.equal(batches(alone, 0)[0], batches(alone, 1)[0])
-    other = data(seed=1)
-    other.setup()
     assert not torch.equal(batches(alone, 0)[0], batches(other, 0)[0])
 
 
 def test_evaluation_batches_name_rows_of_the_root() -> None:
-    module = data()
-    module.setup()
+    module = ready()
     for loader, part in ((module.val_dataloader(), module.val_set), (module.predict_dataloader(), module.test_set)):
         found = list(loader)
         assert torch.cat([b.indices for b in found]).tolist() == part.indices
@@ -145,15 +127,13 @@ def test_evaluation_batches_name_rows_of_the_root() -> None:
 
 
 def test_sizes_left_open_are_chosen_from_the_data() -> None:
-    module = data(classes_per_batch=None, samples_per_class=None)
-    module.setup()
+    module = ready(classes_per_batch=None, samples_per_class=None)
     assert (module.classes_per_batch, module.samples_per_class) == (12, 6)
     assert [x.shape for x in batches(module, 0)] == [(72, 3, 8, 8)]
 
 
 def test_lightnings_own_sampler_is_refused_with_the_cure() -> None:
-    module = data()
-    module.setup()
+    module = ready()
     for distributed, own in ((True, True), (True, False), (False, True)):
         connector = SimpleNamespace(is_distributed=distributed, use_distributed_sampler=own)
         module.trainer = SimpleNamespace(_accelerator_connector=connector)  # type: ignore[assignment]
@@ -167,17 +147,14 @@ def test_lightnings_own_sampler_is_refused_with_the_cure() -> None:
 def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="eval_batch_size must be at least 1"):
         data(eval_batch_size=0)
-    module = data(test=0.9)
     with pytest.raises(ValueError, match="below 1 together"):
-        module.setup()
-    module = data(test=0.84)
+        ready(test=0.9)
     with pytest.raises(ValueError, match="20 classes are too few"):
-        module.setup()
+        ready(test=0.84)
 
 
 def _evaluated(rank: int) -> tuple[list[int], list[list[int]]]:
-    module = data()
-    module.setup()
+    module = ready()
     loader = module.val_dataloader()
     assert isinstance(loader.sampler, DistributedSampler)
     training = [y.tolist() for _, y in module.train_dataloader()]
@@ -187,9 +164,7 @@ def _evaluated(rank: int) -> tuple[list[int], list[list[int]]]:
 @pytest.mark.slow
 def test_devices_share_the_evaluation_rows_and_the_training_classes(ranks: Any) -> None:
     (rows_0, train_0), (rows_1, train_1) = ranks.run(_evaluated)
-    module = data()
-    module.setup()
-    assert sorted({*rows_0, *rows_1}) == sorted(module.val_set.indices)
+    assert sorted({*rows_0, *rows_1}) == sorted(ready().val_set.indices)
     assert len(train_0) == len(train_1)
     assert all(not set(a) & set(b) for a, b in zip(train_0, train_1, strict=True))
 
@@ -214,3 +189,54 @@ def test_a_run_saved_and_resumed_is_the_uninterrupted_run(
     resumed = fit(tmp_path, workers, str(tmp_path / "last.ckpt"), every=every)
     assert resumed.seen == whole.seen[resumes_at:]
     assert torch.equal(whole.net[1].weight, resumed.net[1].weight)
+
+
+# Parts with the same classes
+
+
+def samples(**settings: Any) -> Squares:
+    return ready(split_by="samples", **settings)
+
+
+def test_all_parts_hold_all_classes_and_share_no_row() -> None:
+    module = samples()
+    rows = [list(part.indices) for part in (module.train_set, module.val_set, module.test_set)]
+    assert sorted(row for part in rows for row in part) == list(range(120))
+    assert [set(module.root.labels[torch.tensor(part)].tolist()) for part in rows] == [set(range(20))] * 3
+    assert module.num_train_classes == 20
+    assert module.class_names[3] == "c3"
+
+
+def test_batches_are_all_rows_in_random_order_without_regard_to_classes() -> None:
+    module = samples()
+    batches = [y for _, y in module.train_dataloader()]
+    assert [len(y) for y in batches] == [12] * (len(module.train_set) // 12)
+    assert len({tuple(sorted(y.tolist())) for y in batches}) > 1
+    assert any(len(set(y.tolist())) > 4 for y in batches), "not four classes with three samples each"
+
+
+def test_no_row_comes_twice_in_an_epoch() -> None:
+    sampler = samples().train_dataloader().batch_sampler
+    drawn = [int(i) for batch in sampler for i in batch]
+    assert len(drawn) == len(set(drawn))
+
+
+def test_the_test_rows_do_not_depend_on_the_validation_part() -> None:
+    labels = torch.arange(10).repeat(20).tolist()
+    parts = [split_samples(labels, validation, 0.2, seed=3)[2] for validation in (0.1, 0.4)]
+    assert parts[0] == parts[1]
+    assert split_samples(labels, 0.1, 0.2, seed=4)[2] != parts[0]
+
+
+def test_classes_that_are_too_small_and_parts_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="class 1 has 2 samples, too few"):
+        split_samples([0, 0, 0, 1, 1], 0.2, 0.2)
+    with pytest.raises(ValueError, match="below 1 together"):
+        split_samples([0] * 9, 0.5, 0.5)
+    with pytest.raises(ValueError, match="split_by must be 'classes' or 'samples'"):
+        Squares(split_by="rows")  # type: ignore[arg-type]
+
+
+def test_batches_larger_than_the_training_set_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"= 20 x 50 on 1 device\(s\) need at least 1000 training samples, and there "):
+        samples(classes_per_batch=20, samples_per_class=50).train_dataloader()

@@ -44,16 +44,13 @@ def test_a_class_is_the_folder_that_directly_holds_the_images(folder: Path) -> N
     assert set.union(*parts) == set(range(10))
 
 
-def test_folders_above_all_classes_are_left_out_of_the_names(folder: Path) -> None:
-    assert list(find_images(folder.parent)) == list(find_images(folder))
-
-
 def test_other_and_hidden_files_are_passed_over(folder: Path) -> None:
     picture(folder / ".thumbs" / "a.png")
     picture(folder / "__MACOSX" / "a.png")
     picture(folder / "part0" / "class0" / "._0.png")
     (folder / "part0" / "class0" / "notes.txt").write_text("no image")
     found = find_images(folder)
+    assert list(find_images(folder.parent)) == list(found), "folders above all classes are left out of the names"
     assert len(found) == 10
     assert len(found["part0/class0"]) == 4
 
@@ -158,7 +155,7 @@ def test_impossible_splits_are_refused(folder: Path, splits: dict[str, list[str]
         module(folder, splits=splits)
 
 
-def test_missing_or_empty_folders_are_named(tmp_path: Path) -> None:
+def test_missing_or_empty_folders_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         module(tmp_path / "nowhere")
     (tmp_path / "file").touch()
@@ -167,6 +164,8 @@ def test_missing_or_empty_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no images under .*empty"):
         module(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
+        module(folder, test_root=tmp_path / "nowhere")
 
 
 def test_too_few_classes_are_counted(tmp_path: Path) -> None:
@@ -177,19 +176,15 @@ def test_too_few_classes_are_counted(tmp_path: Path) -> None:
         module(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"no image at all", b""])
-def test_an_unreadable_image_is_named(folder: Path, content: bytes) -> None:
-    (folder / "part0" / "class4" / "2.png").write_bytes(content)
+@pytest.mark.parametrize("content", [b"no image at all", b"", None], ids=["text", "empty", "cut"])
+def test_an_unreadable_image_is_named(folder: Path, content: bytes | None) -> None:
+    path = folder / "part0" / "class4" / "2.png"
+    if content is None:
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40), dtype=np.uint8)).save(path)
+        content = path.read_bytes()[:700]
+    path.write_bytes(content)
     with pytest.raises(ValueError, match=r"part0.class4.2\.png cannot be read as an image"):
         module(folder)
-
-
-def test_a_cut_image_is_named(tmp_path: Path) -> None:
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40), dtype=np.uint8))
-    noise.save(tmp_path / "cut.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:700])
-    with pytest.raises(ValueError, match=r"cut\.png cannot be read as an image"):
-        decode([tmp_path / "cut.png"], 40)
 
 
 def test_a_class_seen_in_two_parts_of_a_data_set_is_refused(tmp_path: Path) -> None:
@@ -216,7 +211,7 @@ def test_handwriting_is_read_whole(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in held.class_names[: held.num_train_classes]}.isdisjoint({"Balinese"})
 
 
-# a folder of its own for the test
+# A folder of its own for the test
 
 
 @pytest.fixture
@@ -261,11 +256,6 @@ def test_a_test_class_needs_no_images_to_train(parts) -> None:
     assert content(data, "test") == {("class6", True), ("class7", True)}
     with pytest.raises(ValueError, match=r"test_root .* holds the class 'class7', which root .* lacks"):
         module(parts[0], test_root=parts[1], split_by="samples")
-
-
-def test_a_missing_folder_for_the_test_is_named(parts) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
-        module(parts[0], test_root=parts[1].parent / "nowhere")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="real images are not here")

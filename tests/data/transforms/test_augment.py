@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_rkd.data import Augment, AugmentedSubset, Draw, ImageSet
+from lightning_rkd.data import Augment, AugmentedSubset, Crop, Draw, ImageSet
 from lightning_rkd.data.transforms.augment import keyed_uniform
 
 ALL = Augment(rotation=20, scale=0.2, shear=0.2, shift=0.1, flip=True, contrast=0.2, noise=0.1)
@@ -43,11 +43,12 @@ def test_keyed_numbers_are_uniform_and_unrelated_between_neighbouring_keys() -> 
     assert abs(torch.corrcoef(torch.stack((numbers[:, 0], numbers[:, 1])))[0, 1]) < 0.02
 
 
+@pytest.mark.parametrize("augment", [ALL, Crop(8, flip=True)])
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 19), min_size=1, max_size=30, unique=True), st.integers(0, 3))
-def test_an_image_is_changed_alike_in_any_batch(rows: list[int], epoch: int) -> None:
+def test_an_image_is_changed_alike_in_any_batch(augment: Augment | Crop, rows: list[int], epoch: int) -> None:
     torch.manual_seed(0)
-    data = AugmentedSubset(image_set(), range(5, 25), ALL, seed=1)
+    data = AugmentedSubset(image_set(), range(5, 25), augment, seed=1)
     together = data.__getitems__([Draw(i, epoch) for i in rows])
     for row, (x, y) in zip(rows, together, strict=True):
         alone, label = data[Draw(row, epoch)]
@@ -55,13 +56,11 @@ def test_an_image_is_changed_alike_in_any_batch(rows: list[int], epoch: int) -> 
         assert y == label == (row + 5) // 4
 
 
-def test_epoch_seed_and_occurrence_each_give_another_version() -> None:
+@pytest.mark.parametrize("augment", [ALL, Crop(8, flip=True)])
+def test_epoch_seed_and_occurrence_each_give_another_version(augment: Augment | Crop) -> None:
     root = image_set()
-    data = AugmentedSubset(root, range(40), ALL, seed=1)
-    versions = [
-        data[Draw(3, 0)], data[Draw(3, 1)], AugmentedSubset(root, range(40), ALL, seed=2)[3],
-        data.__getitems__([Draw(3, 0), Draw(3, 0)])[1],
-    ]  # fmt: skip
+    data, other = (AugmentedSubset(root, range(40), augment, seed) for seed in (1, 2))
+    versions = [data[Draw(3, 0)], data[Draw(3, 1)], other[3], data.__getitems__([Draw(3, 0), Draw(3, 0)])[1]]
     for i, (x, _) in enumerate(versions):
         assert all(not torch.equal(x, other) for other, _ in versions[:i])
 
@@ -85,9 +84,7 @@ def test_a_quarter_turn_is_a_quarter_turn(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("lightning_rkd.data.transforms.augment.keyed_uniform", lambda *_: draws)
     pixels = torch.rand(1, 2, 8, 8)
     turned = Augment(rotation=90)(pixels, 0)
-    assert torch.allclose(turned, pixels.rot90(1, (2, 3)), atol=1e-5) or torch.allclose(
-        turned, pixels.rot90(-1, (2, 3)), atol=1e-5
-    )
+    assert any(torch.allclose(turned, pixels.rot90(turns, (2, 3)), atol=1e-5) for turns in (1, -1))
 
 
 def test_a_shift_moves_by_that_part_of_the_side_and_repeats_the_edge(monkeypatch: pytest.MonkeyPatch) -> None:

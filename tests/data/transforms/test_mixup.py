@@ -1,5 +1,3 @@
-import copy
-import pickle
 from typing import Any
 
 import numpy as np
@@ -10,7 +8,6 @@ from torch.nn import functional as F
 
 from lightning_rkd.data.transforms.mixup import MixUp
 from lightning_rkd.utils.types import Batch
-from tests.harness.ranks import Ranks
 
 
 def batch(n: int = 8, classes: int = 4) -> Batch:
@@ -19,11 +16,6 @@ def batch(n: int = 8, classes: int = 4) -> Batch:
 
 def by_hand(x: Tensor, ratio: Tensor, partners: Tensor) -> Tensor:
     return torch.stack([ratio[i] * x[i] + (1 - ratio[i]) * x[partners[i]] for i in range(len(x))])
-
-
-def drawn(mixup: MixUp, steps: int = 1, n: int = 8) -> list[Tensor]:
-    mixes = [mixup(Batch(torch.zeros(n, 1))).mix for _ in range(steps)]
-    return [torch.cat([mix.partners.double(), mix.ratio.double()]) for mix in mixes]
 
 
 @pytest.mark.parametrize("per_row", [False, True])
@@ -37,15 +29,6 @@ def test_every_row_is_mixed_with_its_partner(per_row):
     assert torch.equal(mixed.mix.labels, given.labels[mixed.mix.partners])
     assert torch.equal(mixed.labels, given.labels)
     assert torch.equal(mixed.indices, given.indices)
-
-
-def test_the_given_batch_is_left_alone():
-    given = batch()
-    before = copy.deepcopy(given)
-    MixUp(num_classes=4)(given)
-    assert given.mix is None
-    assert torch.equal(given.inputs, before.inputs)
-    assert torch.equal(given.labels, before.labels)
 
 
 def test_soft_labels_are_those_of_the_mixture():
@@ -85,56 +68,6 @@ def test_draws_are_those_of_a_generator_seeded_by_seed_rank_and_step():
         mix = mixup(batch()).mix
         assert mix.ratio[0] == np.float32(rng.beta(0.5, 0.5))
         assert mix.partners.tolist() == rng.permutation(8).tolist()
-
-
-def test_the_global_random_states_are_neither_read_nor_moved():
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    first = drawn(MixUp(), 3)
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
-    torch.manual_seed(99)
-    assert all(torch.equal(a, b) for a, b in zip(first, drawn(MixUp(), 3), strict=True))
-
-
-def test_steps_and_seeds_draw_differently():
-    a, b = drawn(MixUp(), 2)
-    (c,) = drawn(MixUp(seed=1))
-    assert not torch.equal(a, b)
-    assert not torch.equal(a, c)
-
-
-@pytest.mark.parametrize("how", ["state", "pickle", "copy"])
-def test_a_saved_mixup_goes_on_where_it_was(how):
-    whole = drawn(MixUp(seed=3), 5)
-    mixup = MixUp(seed=3)
-    drawn(mixup, 3)
-    if how == "state":
-        twin = MixUp(seed=3)
-        drawn(twin)
-        twin.load_state_dict(mixup.state_dict())
-    else:
-        twin = copy.deepcopy(mixup) if how == "copy" else pickle.loads(pickle.dumps(mixup))
-    assert list(mixup.state_dict()) == ["steps"]
-    assert mixup.steps.dtype == torch.int64
-    assert int(mixup.steps) == 3
-    assert all(torch.equal(a, b) for a, b in zip(drawn(twin, 2), whole[3:], strict=True))
-    assert int(twin.steps) == 5
-
-
-def _draw(rank: int) -> list[Tensor]:
-    return drawn(MixUp(), 2)
-
-
-def test_ranks_draw_differently(ranks: Ranks):
-    first, second = ranks.run(_draw)
-    assert all(torch.equal(a, b) for a, b in zip(first, drawn(MixUp(), 2), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_in_evaluation_nothing_is_mixed_and_no_step_counted():
-    mixup, given = MixUp(num_classes=4), batch()
-    assert mixup.eval()(given) is given
-    assert int(mixup.steps) == 0
 
 
 def test_the_teacher_sees_the_same_mixture():
@@ -204,7 +137,3 @@ def test_what_cannot_be_mixed_is_refused_with_the_cure():
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"MixUp: {name} must .*, got {value}"):
         MixUp(**{name: value})
-
-
-def test_settings_show_when_printed():
-    assert str(MixUp(0.2, seed=5)) == "MixUp(alpha=0.2, num_classes=None, per_row=False, clean_teacher=False, seed=5)"

@@ -1,5 +1,4 @@
 import copy
-import pickle
 
 import numpy as np
 import pytest
@@ -39,13 +38,6 @@ def test_labels_and_indices_are_repeated_and_the_batch_is_not_modified(transform
     assert torch.equal(given.inputs, before.inputs)
     bare = transform(Batch(given.inputs))
     assert bare.labels is bare.indices is bare.teacher_inputs is None
-
-
-@both_transforms
-def test_in_evaluation_mode_nothing_happens(transform):
-    given, views = batch(), copy.deepcopy(transform).eval()
-    assert views(given) is given
-    assert int(getattr(views, "steps", 0)) == int(getattr(transform, "steps", 0))
 
 
 @both_transforms
@@ -134,34 +126,6 @@ def test_the_precision_of_the_inputs_stays(dtype):
     torch.testing.assert_close(
         out.inputs[2:].float(), second(AugmentedViews(), Batch(given.inputs.float())), atol=1e-2, rtol=0
     )
-
-
-def test_a_loaded_copied_or_pickled_transform_continues():
-    given, views = batch(), AugmentedViews()
-    second(views, given)
-    loaded = AugmentedViews()
-    loaded.load_state_dict(views.state_dict())
-    twins = [loaded, copy.deepcopy(views), pickle.loads(pickle.dumps(views))]
-    third = [second(views, given) for _ in range(2)]
-    for twin in twins:
-        assert all(torch.equal(second(twin, given), expected) for expected in third)
-    assert int(views.steps) == 3
-
-
-def test_the_global_random_state_is_neither_read_nor_moved():
-    given, before = batch(), torch.get_rng_state()
-    first = second(AugmentedViews(), given)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(99)
-    assert torch.equal(second(AugmentedViews(), given), first)
-
-
-def test_ranks_change_their_images_differently(monkeypatch: pytest.MonkeyPatch):
-    given = batch()
-    alone = second(AugmentedViews(), given)
-    monkeypatch.setattr("lightning_rkd.data.transforms.views.rank_and_size", lambda: (1, 2))
-    assert torch.equal(second(AugmentedViews(), given), STRONG(given.inputs, 0, 1, 0, np.arange(3)))
-    assert not torch.equal(second(AugmentedViews(), given), alone)
 
 
 def test_what_does_not_fit_is_refused_with_the_cure():
