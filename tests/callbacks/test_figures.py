@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd import RKD, DistillationModule, Pictures, RelationalDistillation, RetrievalEvaluation
 from lightning_rkd.callbacks.figures import log_figure
-from tests.callbacks.test_ddp import devices
 from tests.harness.ranks import Ranks
+from tests.harness.toys import devices
 
 NAMES = ["angles", "distances", "map", "neighbours"]
 

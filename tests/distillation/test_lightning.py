@@ -13,7 +13,7 @@ from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.distillation.lightning import exclude_from_ddp_broadcast
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.modules.distillation import DistillationModule
-from tests.callbacks.test_ddp import Sharded, batches, devices, largest
+from tests.callbacks.test_ddp import Sharded, batches, largest
 from tests.harness import toys
 from tests.harness.ranks import Ranks
 from tests.harness.scheme_toys import CASES, fit
@@ -81,7 +81,7 @@ def test_a_callback_that_holds_another_network_has_copied_nothing() -> None:
 
 
 def on_a_mesh(rank: int | None, module: pl.LightningModule, *callbacks: pl.Callback) -> dict[str, Tensor]:
-    with devices(rank) as where:
+    with toys.devices(rank) as where:
         if rank is not None:
             where["strategy"] = ModelParallelStrategy(2, 1, process_group_backend="gloo")
         toys.fit(module, *callbacks, batches=batches(rank), **where)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_rkd import RKD, RelationalDistillation
-from tests.callbacks.test_ddp import batches, devices
+from tests.callbacks.test_ddp import batches
 from tests.harness import toys
 from tests.harness.ranks import Ranks
 
@@ -32,7 +32,7 @@ def counted(rank: int, steps: int) -> dict[str, int]:
 
         return wrapped
 
-    with pytest.MonkeyPatch.context() as patch, devices(rank) as where:
+    with pytest.MonkeyPatch.context() as patch, toys.devices(rank) as where:
         for name in ("all_gather", "all_reduce", "broadcast"):
             patch.setattr(dist, name, watched(name))
         callback = RelationalDistillation(toys.teacher(), RKD(), student_layer="backbone")

@@ -23,7 +23,7 @@ from lightning_rkd.losses.rkd import RKD, RKDDistance
 from lightning_rkd.losses.weighting import terms_of
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.types import Batch, Outputs
-from tests.callbacks.test_ddp import batches, devices
+from tests.callbacks.test_ddp import batches
 from tests.harness import toys
 from tests.harness.ranks import Ranks
 
@@ -182,7 +182,7 @@ def in_two_processes(rank: int | None) -> dict[str, Tensor]:
     ours = module({"p": toys.Projected(), "r": toys.Remembers()})
     ours.student = toys.Backbone()
     torch.manual_seed(3)
-    with devices(rank) as where:
+    with toys.devices(rank) as where:
         toys.fit(ours, batches=with_indices(batches(rank)), **where)
     assert rank is None or ours._ddp_params_and_buffers_to_ignore == ["loss.losses.r.mean.value"]
     return {name: value.clone() for name, value in ours.state_dict().items() if name != "student"}
@@ -199,7 +199,7 @@ def test_on_two_devices_parameters_and_memories_are_those_of_one_device(ranks: R
 def local_memory(rank: int | None) -> str:
     ours = module(toys.Remembers(7, 80), gather=False)
     try:
-        with devices(rank) as where:
+        with toys.devices(rank) as where:
             toys.fit(ours, batches=with_indices(batches(rank)), **where)
     except ValueError as error:
         return str(error)
@@ -310,7 +310,7 @@ def balanced_in_two_processes(rank: int | None) -> dict[str, Tensor]:
     ours = DistillationModule(
         toys.Backbone(), toys.teacher(), RKD(), task_loss=nn.CrossEntropyLoss(), balance=1.0, optimizer=toys.sgd
     )
-    with devices(rank) as where:
+    with toys.devices(rank) as where:
         toys.fit(ours, batches=batches(rank), **where)
     return {name: value.clone() for name, value in ours.state_dict().items()}
 

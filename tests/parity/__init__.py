@@ -20,10 +20,10 @@ from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.method_patch import MethodPatch
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.modules.distillation import DistillationModule
-from tests.callbacks.test_ddp import devices
 from tests.harness import toys
 from tests.harness.faces import Net
 from tests.harness.ranks import Ranks
+from tests.harness.toys import devices
 from tests.parity.users import ByHand
 
 How = Literal["ours", "hand", "without"]

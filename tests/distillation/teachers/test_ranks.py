@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_rkd.distillation.teachers import EnsembleTeacher, Teacher
 from lightning_rkd.losses.rkd import RKD
-from tests.callbacks.test_ddp import batches, devices, largest
+from tests.callbacks.test_ddp import batches, largest
 from tests.distillation.teachers.test_training import wide
 from tests.harness import toys
 from tests.harness.faces import FACES, taught
@@ -22,7 +22,7 @@ pytestmark = [
 
 def fitted(rank: int | None, face: str, teacher: Any, loss: Any, counts: tuple[int, int] = (8, 8)) -> dict[str, Tensor]:
     module, callbacks = taught(face, teacher, loss)
-    with devices(rank) as where:
+    with toys.devices(rank) as where:
         toys.fit(module, *callbacks, batches=batches(rank, counts), **where)
     return {name: x.clone() for name, x in module.student.state_dict().items()}  # type: ignore[union-attr]
 
@@ -54,7 +54,7 @@ def differing(rank: int, face: str, kind: str) -> str:
     network = toys.teacher(seed=rank)
     teacher: Any = Teacher(network, move=False) if kind == "left alone" else EnsembleTeacher([wide(), network])
     module, callbacks = taught(face, teacher, RKD())
-    with devices(rank) as where:
+    with toys.devices(rank) as where:
         try:
             toys.fit(module, *callbacks, batches=batches(rank), **where)
         except RuntimeError as error:
