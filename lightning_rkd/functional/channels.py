@@ -36,14 +36,15 @@ def flatten_channels(x: Tensor, *, who: str = "flatten_channels") -> Tensor:
 def flatten_positions(x: Tensor, *, who: str = "flatten_positions") -> Tensor:
     """Positions of a feature map as vectors of C channels; the transpose of :func:`flatten_channels`.
 
-    Shapes: (N, C, H, W) -> (N, H W, C); tokens (N, T, C) unchanged; (N, C) -> (N, 1, C).
+    Shapes: (N, C, H, W) -> (N, H W, C), likewise with any number of spatial dimensions; tokens (N, T, C) unchanged;
+    (N, C) -> (N, 1, C).
 
     Example:
         >>> import torch
         >>> flatten_positions(torch.zeros(2, 8, 4, 4)).shape
         torch.Size([2, 16, 8])
     """
-    return flatten_channels(x, who=who).transpose(1, 2)
+    return flatten_channels(x.flatten(3) if x.ndim > 4 else x, who=who).transpose(1, 2)
 
 
 def unit_channels(x: Tensor) -> Tensor:

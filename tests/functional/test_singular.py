@@ -109,6 +109,8 @@ def test_the_first_vector_of_a_map_behind_a_relu_has_no_negative_entry():
 def test_positions_come_before_channels():
     maps = torch.randn(2, 3, 4, 5)
     assert torch.equal(flatten_positions(maps)[1, 7], maps[1, :, 1, 2])
+    videos = torch.randn(2, 3, 4, 5, 6)
+    assert torch.equal(flatten_positions(videos)[1, 44], videos[1, :, 1, 2, 2])
     tokens = torch.randn(2, 6, 3)
     assert torch.equal(flatten_positions(tokens), tokens)
     rows = torch.randn(2, 3)
