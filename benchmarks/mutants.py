@@ -3,9 +3,10 @@
     python benchmarks/mutants.py --number 60 --seed 0
 
 A mutant changes one operator, comparison, constant, ``not`` or the order of two arguments in losses, metrics,
-functional, distillation or callbacks. Its own tests run first (``losses/pkt.py``: ``tests/losses/test_pkt.py`` and the
-examples in its docstrings), then those of its folder, then those of the engine and parity. A test that fails, or that
-does not end, kills it. Survivors are listed at the end: each is a missing test, or a change that makes no difference.
+functional, distillation or callbacks. Its own tests run first (``losses/pkt.py``: ``tests/losses/test_pkt.py``,
+``test_oracles.py`` and the examples in its docstrings), then those of its folder, then those of the engine and parity.
+A test that fails, or that does not end, kills it.
+Survivors are listed at the end: each is a missing test, or a change that makes no difference.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def tests_for(mutant: Mutant, tree: Path) -> list[list[str]]:
     folder = Path("tests", *path.parts[1:-1])
     while not (tree / folder).is_dir():
         folder = folder.parent
-    own = [str(f.relative_to(tree)) for f in (tree / folder).glob(f"test_{path.stem.strip('_')}.py")]
+    names = (f"test_{path.stem.strip('_')}.py", "test_oracles.py")
+    own = [str(folder / name) for name in names if (tree / folder / name).is_file()]
     top = f"tests/{path.parts[1]}"
     return [[*own, mutant.file], [top], [part for part in LAST if part != top]]
 

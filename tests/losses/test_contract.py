@@ -231,6 +231,15 @@ def test_the_declared_invariances_hold_and_no_other(cls):
     assert held == set(sample.loss.invariances)
 
 
+@pytest.mark.parametrize("cls", [cls for cls in every_loss.args[1] if "feature_maps" in fields(cls)], ids=str)
+def test_tokens_give_the_loss_of_the_map_with_the_same_numbers(cls):
+    sample = Sample(cls)
+    expected = sample.value()
+    for outputs in (sample.student, sample.teacher):
+        outputs["feature_maps"] = [x.flatten(2).mT for x in outputs.get("feature_maps", [])]
+    torch.testing.assert_close(sample.value(), expected)
+
+
 @every_loss
 def test_autocast_changes_neither_value_nor_gradient(cls):
     sample = Sample(cls)

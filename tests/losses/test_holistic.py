@@ -10,7 +10,8 @@ from lightning_rkd.utils.distributed import gather_rows
 from lightning_rkd.utils.types import Outputs
 from tests.harness.ranks import Ranks
 from tests.oracles import holistic as oracle
-from tests.oracles.memory import project, renewed
+from tests.oracles.memory import renewed
+from tests.oracles.vectors import project
 
 
 def small(**settings) -> HolisticKD:

@@ -16,7 +16,8 @@ from lightning_rkd.utils.distributed import gather_rows
 from tests.harness.ranks import Ranks
 from tests.oracles import crcd as crcd_oracle
 from tests.oracles import crd as crd_oracle
-from tests.oracles.memory import dot, project, renewed
+from tests.oracles.memory import renewed
+from tests.oracles.vectors import dot, project
 
 both = pytest.mark.parametrize("cls", [CRD, CRCD])
 

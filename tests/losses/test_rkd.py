@@ -70,19 +70,6 @@ def test_the_loss_is_that_of_the_loops(loss, loops, formula, reduction, n, d, se
 
 
 @BOTH
-def test_the_gradient_is_that_of_central_differences_of_the_loops(loss, loops, formula):
-    student, teacher = np.random.default_rng(0).normal(size=(2, 5, 3))
-    grad = gradient(loss, torch.from_numpy(student), torch.from_numpy(teacher))
-    step = 1e-6
-    for i, k in np.ndindex(*student.shape):
-        up, down = student.copy(), student.copy()
-        up[i, k] += step
-        down[i, k] -= step
-        slope = (loops(up, teacher) - loops(down, teacher)) / (2 * step)
-        assert float(grad[i, k]) == pytest.approx(slope, rel=1e-5, abs=1e-9)
-
-
-@BOTH
 @pytest.mark.parametrize("n", [2, 3, 12])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 @pytest.mark.parametrize(
@@ -178,12 +165,6 @@ def test_rkd_is_the_weighted_sum_of_its_parts_in_value_and_gradient():
     together, parts = RKD(25, 50), 25 * RKDDistance() + 50 * RKDAngle()
     torch.testing.assert_close(together(student, teacher), parts(student, teacher))
     torch.testing.assert_close(gradient(together, student, teacher), gradient(parts, student, teacher))
-
-
-@BOTH
-def test_batches_of_different_sizes_are_refused(loss, loops, formula):
-    with pytest.raises(ValueError, match="3"):
-        loss(torch.randn(3, 2), torch.randn(4, 2))
 
 
 @pytest.mark.slow

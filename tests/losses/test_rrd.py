@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from lightning_rkd.losses import RRD
 from tests.oracles import rrd as oracle
+from tests.oracles.vectors import project
 
 
 def small(**kwargs: float) -> RRD:
@@ -14,10 +15,10 @@ def small(**kwargs: float) -> RRD:
 
 
 def by_loops(loss: RRD, student: torch.Tensor, teacher: torch.Tensor, queue: list[list[float]]) -> float:
-    def project(x: torch.Tensor, linear: torch.nn.Linear) -> list[list[float]]:
-        return oracle.project(x.numpy(), linear.weight.detach().numpy(), linear.bias.detach().numpy())
-
-    s, t = project(student, loss.student_projector.linear), project(teacher, loss.teacher_projector.linear)
+    layers = loss.student_projector.linear, loss.teacher_projector.linear
+    s, t = (
+        project(m.weight.tolist(), m.bias.tolist(), x.tolist()) for m, x in zip(layers, (student, teacher), strict=True)
+    )
     queue += t
     return oracle.rrd(s, t, queue[-5:], loss.student_temperature, loss.teacher_temperature)
 

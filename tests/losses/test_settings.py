@@ -1,14 +1,20 @@
-"""Settings of all losses: values out of range are refused by the name of loss and setting, all others are printed."""
+"""Settings and inputs that losses refuse, by name and with the cure, and settings that they print."""
 
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from lightning_rkd import experimental, losses
+from lightning_rkd.losses.attention_transfer import attention_transfer
+from lightning_rkd.losses.embed_distill import embedding_distance
+from lightning_rkd.losses.ickd import inter_channel_correlation
 from lightning_rkd.losses.lazy import SIZES
+from lightning_rkd.losses.rkd import rkd_angle, rkd_distance
+from lightning_rkd.losses.soft_target import soft_target
 from tests.losses.properties import properties
 from tests.losses.test_contract import every_class, exported
 
@@ -76,16 +82,84 @@ def test_all_settings_are_printed(cls):
             assert f"{name}={parameter.default!r}" in printed
 
 
-ON_LOGITS = [c for c in exported() if c.reads == "logits" and not c.required and not properties(c).dense]
+IMPOSSIBLE: list[tuple[type[Any], dict[str, Any], str]] = [
+    (losses.CosineTemperatureKD, {"low": 6, "high": 2}, "low must not exceed high, got low=6 and high=2"),
+    (losses.FitNetHint, {"student_dim": 3, "teacher_dim": 4}, r"lists the channels of every map, got 3; pass \[3\]"),
+    (losses.FitNetHint, {"student_dim": (3, 5), "teacher_dim": (4,)}, r"compared in pairs, got channels \(3, 5\)"),
+    (losses.ICKD, {"student_dim": 64, "teacher_dim": [64]}, r"lists the channels of every map, got 64; pass \[64\]"),
+    (losses.ICKD, {"student_dim": [1, 2], "teacher_dim": [1]}, "2 maps of the student do not go with 1"),
+    (losses.MHGD, {"student_dim": [4], "teacher_dim": 5}, r"lists the channels of every map, got 5; pass \[5\]"),
+    (losses.SoftDarkRank, {"length": 8}, r"length must be at most 7, .* got 8; HardDarkRank"),
+]
 
 
-@pytest.mark.parametrize("cls", ON_LOGITS)
-def test_different_class_counts_are_refused_with_the_cure(cls):
-    with pytest.raises(ValueError, match=f"{cls.__name__}: the student has 5 classes, the teacher 7, .*embeddings"):
-        cls()(torch.randn(3, 5), torch.randn(3, 7))
+@pytest.mark.parametrize(("cls", "settings", "message"), IMPOSSIBLE, ids=lambda x: getattr(x, "__name__", str(x)))
+def test_settings_that_do_not_go_together_are_refused(cls, settings, message):
+    with pytest.raises((TypeError, ValueError), match=f"{cls.__name__}: .*{message}|{message}"):
+        cls(**settings)
 
 
-@pytest.mark.parametrize("cls", [losses.ClassSimilarityKD, losses.CosineTemperatureKD, losses.SampleContrastiveKD])
-def test_dense_logits_are_refused_by_losses_on_whole_images(cls):
-    with pytest.raises(ValueError, match=rf"{cls.__name__}: .* must be \(N, K\), got \(2, 5, 3, 3\); pool"):
-        cls()(torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3))
+LOGITS = [c for c in exported() if c.reads == "logits" and not c.required and not properties(c).dense]
+WHOLE_IMAGES = [losses.ClassSimilarityKD, losses.CosineTemperatureKD, losses.SampleContrastiveKD]
+VECTORS = r"maps \(N, C, H, W\) or tokens .*\(4, .*; tap layers before pooling"
+AT, NST = losses.AttentionTransfer(), losses.NST()
+MISFITS: list[tuple[Callable[..., Any], Any, Any, str]] = [
+    *((c(), (3, 5), (3, 7), f"{c.__name__}: the student has 5 classes, the teacher 7, .*embeddings") for c in LOGITS),
+    *((c(), (2, 5, 3, 3), (2, 5, 3, 3), rf"{c.__name__}: .* must be \(N, K\), got .*; pool") for c in WHOLE_IMAGES),
+    (experimental.AICSD(), (3, 5), (3, 5), r"AICSD: the student's logits must be \(N, K, H, W\), got \(3, 5\); read"),
+    (experimental.AICSD(), (3, 5, 2, 2), (3, 7, 2, 2), "AICSD: the student has 5 classes, the teacher 7"),
+    (experimental.AICSD(), (3, 5, 2, 2), (3, 5, 4, 4), r"AICSD: .*\(3, 5, 2, 2\).*\(3, 5, 4, 4\).*resize one of them"),
+    (AT, [(2, 9, 3)], [(2, 16, 3)], "AttentionTransfer, map 0: the layers must give .*tap layers"),
+    (AT, [(2, 3, 4, 4)], [(2, 16, 3)], "AttentionTransfer, map 0: the layers must give .*tap layers"),
+    (AT, [(2, 3)], [(2, 3)], "AttentionTransfer, map 0: the layers must give .*tap layers"),
+    (attention_transfer, [(2, 3, 4, 4)] * 2, [(2, 3, 4, 4)], "AttentionTransfer: 2 maps of the student, but 1"),
+    (losses.CorrelationCongruence("rows"), (4, 3), (4, 5), r"form='rows' .* got 3 .* and 5 .*form='kernel'"),
+    (losses.EmbedDistill(projection=False), (2, 3), (2, 4), "3 wide, the teacher's 4; leave projection=False out"),
+    (embedding_distance, (2, 3), (2, 4), r"EmbedDistill: .*\(2, 3\).*\(2, 4\).*projection"),
+    (
+        losses.FitNetHint(),
+        [(2, 3, 4, 4)],
+        [(2, 4, 2, 2)],
+        r"FitNetHint: maps\[0\] .*\(2, 3, 4, 4\) and \(2, 4, 2, 2\); tap layers",
+    ),
+    (losses.FitNetHint(), [(2, 3, 4, 4, 4)], [(2, 3, 4, 4, 4)], r"FitNetHint: maps\[0\] must be \(N, C, H, W\) or"),
+    (losses.FitNetHint(), [(2, 3, 4, 4)], [(2, 16, 4)], r"FitNetHint: maps\[0\]"),
+    (
+        losses.FitNetHint(),
+        [(2, 3, 4, 4)] * 2,
+        [(2, 4, 4, 4)],
+        "FitNetHint: 2 feature maps of the student and 1 of the teacher",
+    ),
+    (losses.GraphKD(edges="within"), (4, 2), (4, 2), r"GraphKD: edges='within' needs labels: pass labels=\.\.\."),
+    (losses.GraphKD(neighbours=4), (4, 2), (4, 2), "neighbours=4.* at least 5 samples, got a batch of 4; lower"),
+    (losses.ICKD(), [(1, 2, 1, 1)], [(1, 2, 1, 1)], "needs more than one position, got a map .*drop_last=True"),
+    (
+        losses.ICKD([2], [2]),
+        [(2, 3, 2, 2)],
+        [(2, 2, 2, 2)],
+        r"made for student_dim=\(2,\), but received student_dim=\(3,",
+    ),
+    *(
+        (losses.ICKD(), [s], [t], VECTORS)
+        for s, t in (((4, 2), (4, 3, 2, 2)), ((4, 2, 2, 2), (4, 3)), ((4, 2), (4, 3)))
+    ),
+    (inter_channel_correlation, (1, 2, 3), (1, 3, 3), "ICKD compares equally many channels"),
+    (NST, [(2, 5, 3)], [(2, 4, 3)], "equally many tokens .* drop class tokens"),
+    (NST, [(2, 4, 3)], [(2, 3, 2, 2)], r"must give maps .* got \(2, 4, 3\) and \(2, 3, 2, 2\)"),
+    (NST, [(2, 4)], [(2, 4)], "must give maps .* tap layers before pooling"),
+    (rkd_distance, (3, 2), (4, 2), "3"),
+    (rkd_angle, (3, 2), (4, 2), "3"),
+    (losses.SRD(3, 2), (5, 4), (5, 2), "SRD was made for student_dim=3, but received student_dim=4"),
+    (soft_target, (3, 5, 4), (3, 5, 4), r"must be \(N, K\) or \(N, K, H, W\), got \(3, 5, 4\)"),
+    (soft_target, (3, 5, 4, 4), (3, 5, 2, 2), "same shape.*resize one"),
+    (soft_target, (3, 5), (3, 5, 2, 2), "same shape"),
+    (soft_target, (3, 5), (4, 5), "same shape"),
+    (experimental.Tanimoto("sample"), (3, 4), (3, 7), "form='sample' .* got 4 .* and 7 .*form='matrix'"),
+]
+
+
+@pytest.mark.parametrize(("loss", "student", "teacher", "message"), MISFITS, ids=str)
+def test_inputs_that_do_not_fit_are_refused_with_the_cure(loss, student, teacher, message):
+    inputs = ([*map(torch.randn, x)] if isinstance(x, list) else torch.randn(x) for x in (student, teacher))
+    with pytest.raises(ValueError, match=message):
+        loss(*inputs)

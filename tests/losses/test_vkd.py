@@ -1,19 +1,8 @@
-import numpy as np
 import pytest
 import torch
 
 from lightning_rkd.losses import VkD
 from lightning_rkd.losses.vkd import orthonormal
-from tests.oracles import vkd as oracle
-
-
-@pytest.mark.parametrize(("ds", "dt"), [(2, 5), (3, 3), (5, 2)])
-def test_the_loss_is_that_of_the_loops_whichever_side_is_wider(ds, dt):
-    rng = np.random.default_rng(0)
-    s, t, m = 2 * rng.normal(size=(4, ds)), rng.normal(size=(4, dt)), rng.normal(size=(dt, ds))
-    loss = VkD(ds, dt).double()
-    loss.matrix.data = torch.from_numpy(m)
-    assert loss(torch.from_numpy(s), torch.from_numpy(t)).item() == pytest.approx(oracle.vkd(s, t, m), rel=1e-9)
 
 
 @pytest.mark.parametrize(("ds", "dt"), [(2, 5), (3, 3), (5, 2)])
@@ -36,9 +25,3 @@ def test_angles_and_lengths_of_a_narrower_student_survive_the_projection():
     x = torch.randn(5, 3, dtype=torch.float64)
     y = x @ orthonormal(torch.randn(8, 3, dtype=torch.float64)).T
     torch.testing.assert_close(y @ y.T, x @ x.T)
-
-
-def test_the_gradient_of_the_matrix_is_that_of_differences():
-    s, t = torch.randn(3, 2, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
-    m = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda m: (s @ orthonormal(m).T - t).square().sum(), m)

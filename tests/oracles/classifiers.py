@@ -6,29 +6,19 @@ Written from the equations in the published code named by each scheme; logits ar
 import math
 from typing import Any
 
+from tests.oracles.soft_target import soft_target
+from tests.oracles.vectors import dot, softmax, squares
+
 Rows = list[list[float]]
 
 
-def softmax(row: list[float], temperature: float = 1.0) -> list[float]:
-    highest = max(row)
-    powers = [math.exp((z - highest) / temperature) for z in row]
-    return [p / sum(powers) for p in powers]
-
-
 def cross_entropy(logits: Rows, labels: list[int]) -> float:
-    total = 0.0
-    for row, label in zip(logits, labels, strict=True):
-        total -= math.log(softmax(row)[label])
-    return total / len(logits)
+    return -sum(math.log(softmax(row)[label]) for row, label in zip(logits, labels, strict=True)) / len(logits)
 
 
 def divergence(student: Rows, teacher: Rows, temperature: float) -> float:
     """KL of the teacher's softened probabilities from the student's, mean over rows, without T squared."""
-    total = 0.0
-    for zs, zt in zip(student, teacher, strict=True):
-        for p, q in zip(softmax(zt, temperature), softmax(zs, temperature), strict=True):
-            total += p * math.log(p / q)
-    return total / len(student)
+    return soft_target(student, teacher, temperature) / temperature**2
 
 
 def soft_and_hard(student: Rows, teacher: Rows, labels: list[int], temperature: float, alpha: float) -> float:
@@ -94,10 +84,7 @@ def relations(
 
 def squared(a: Rows, b: Rows) -> float:
     """Mean over samples of squared distances, divided by the number of features."""
-    total = 0.0
-    for x, y in zip(a, b, strict=True):
-        total += sum((p - q) ** 2 for p, q in zip(x, y, strict=True)) / len(x)
-    return total / len(a)
+    return sum(squares(x, y) / len(x) for x, y in zip(a, b, strict=True)) / len(a)
 
 
 def judged(
@@ -118,7 +105,7 @@ def judged(
     for choice in (labels, others):
         for z, c in zip(logits, choice, strict=True):
             pair = softmax(z) + memory[c]
-            values.append(sum(w * x for w, x in zip(judge["weights"], pair, strict=True)) + judge["bias"])
+            values.append(dot(judge["weights"], pair) + judge["bias"])
     mean, var = judge["mean"], judge["var"]
     if mean is None:
         mean = sum(values) / len(values)

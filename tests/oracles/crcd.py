@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from tests.oracles.memory import Row, Rows, dot, nce, unit
+from tests.oracles.memory import nce
+from tests.oracles.vectors import Row, Rows, dot, unit
 
 
 def relation(x: Row, anchor: Row) -> list[float]:

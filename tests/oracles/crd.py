@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from tests.oracles.memory import Rows, dot, nce
+from tests.oracles.memory import nce
+from tests.oracles.vectors import Rows, dot
 
 
 def crd(features: Rows, memory: Rows, which: Sequence[Sequence[int]], temperature: float, z: float) -> float:

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from tests.oracles.sample_contrastive import cosine
-from tests.oracles.soft_target import softmax
+from tests.oracles.vectors import cosine, softmax
 
 
 def columns(student: np.ndarray, teacher: np.ndarray, temperatures: list[float]) -> float:
@@ -20,7 +19,7 @@ def class_similarity(student: np.ndarray, teacher: np.ndarray, temperature: floa
 
 
 def temperatures(student: np.ndarray, teacher: np.ndarray, low: float = 2.0, high: float = 6.0) -> list[float]:
-    c = [cosine(np.array(softmax(a, 1)), np.array(softmax(b, 1))) for a, b in zip(student, teacher, strict=True)]
+    c = [cosine(softmax(a), softmax(b)) for a, b in zip(student, teacher, strict=True)]
     if max(c) == min(c):
         return [low] * len(c)
     return [(high - low) / (min(c) - max(c)) * (v - max(c)) + low for v in c]

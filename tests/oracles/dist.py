@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from tests.oracles.soft_target import softmax
+from tests.oracles.vectors import softmax
 
 
 def pearson(a: list[float], b: list[float]) -> float:

@@ -4,12 +4,14 @@ import math
 
 import numpy as np
 
-from tests.oracles.sample_contrastive import cosine
+from tests.oracles.vectors import cosine
 
 
 def embed_distill(student: np.ndarray, teacher: np.ndarray, distance: str = "l2") -> float:
     """Of embeddings that are equally wide."""
-    pairs = list(zip(student, teacher, strict=True))
-    if distance == "cosine":
-        return sum(1 - cosine(s, t) for s, t in pairs) / len(pairs)
-    return sum(math.dist(s, t) for s, t in pairs) / len(pairs)
+    gap = math.dist if distance == "l2" else lambda s, t: 1 - cosine(s, t)
+    return sum(gap(s, t) for s, t in zip(student, teacher, strict=True)) / len(student)
+
+
+def projected(student: np.ndarray, teacher: np.ndarray, p: dict[str, np.ndarray], distance: str = "l2") -> float:
+    return embed_distill(student @ p["project.weight"].T + p["project.bias"], teacher, distance)

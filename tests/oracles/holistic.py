@@ -3,28 +3,21 @@
 import math
 from collections.abc import Sequence
 
-from tests.oracles.memory import Row, Rows, dot, linear, unit
+from tests.oracles.vectors import Row, Rows, cosine, dot, linear, softmax, unit
 
 
 def info_nce(features: Rows, partners: Rows, memory: Rows, which: Sequence[Sequence[int]], temperature: float) -> float:
     total = 0.0
     for v, partner, chosen in zip(features, partners, which, strict=True):
-        scores = [dot(v, partner) / temperature, *(dot(v, memory[j]) / temperature for j in chosen)]
-        highest = max(scores)
-        total += highest + math.log(math.fsum(math.exp(s - highest) for s in scores)) - scores[0]
+        total -= math.log(softmax([dot(v, partner), *(dot(v, memory[j]) for j in chosen)], temperature)[0])
     return total / len(features)
 
 
 def neighbours(logits: Rows, k: int) -> list[list[int]]:
     """Of each sample the k with the nearest predictions, itself first."""
-    predictions = []
-    for z in logits:
-        exponentials = [math.exp(x - max(z)) for x in z]
-        predictions.append([e / math.fsum(exponentials) for e in exponentials])
-    n = len(logits)
-    distances = [[-1.0 if i == j else 1 - dot(unit(predictions[i]), unit(predictions[j])) for j in range(n)]
-                 for i in range(n)]  # fmt: skip
-    return [sorted(range(n), key=lambda j, i=i: distances[i][j])[:k] for i in range(n)]
+    predictions, rows = [softmax(z) for z in logits], range(len(logits))
+    nearness = [[2.0 if i == j else cosine(predictions[i], predictions[j]) for j in rows] for i in rows]
+    return [sorted(rows, key=lambda j, i=i: -nearness[i][j])[:k] for i in rows]
 
 
 def tag_conv(x: Rows, into: Sequence[Sequence[int]], weight: Rows, bias: Row) -> list[list[float]]:

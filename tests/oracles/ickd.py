@@ -1,41 +1,37 @@
 """Inter-channel correlation by plain loops: convolution, batch normalisation, Gram matrix, unit rows."""
 
-import math
-
 import numpy as np
 
+from tests.oracles.vectors import dot, squares, standardised, unit
 
-def embed(maps: np.ndarray, weight: np.ndarray, eps: float = 1e-5) -> np.ndarray:
-    """A 1 x 1 convolution with ``weight`` (C_t, C_s) on (N, C_s, P), then batch normalisation, unit scale, no shift."""
+
+def embed(maps: np.ndarray, weight: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """A 1 x 1 convolution with ``weight`` (C_t, C_s) on (N, C_s, P), then batch normalisation."""
     n, _, p = maps.shape
     out = np.zeros((n, len(weight), p))
-    for i in range(n):
-        for c in range(len(weight)):
-            for x in range(p):
-                out[i, c, x] = sum(float(w) * float(v) for w, v in zip(weight[c], maps[i, :, x], strict=True))
-    for c in range(len(weight)):
-        values = out[:, c].reshape(-1)
-        mean = sum(values) / len(values)
-        variance = sum((v - mean) ** 2 for v in values) / len(values)
-        out[:, c] = (out[:, c] - mean) / math.sqrt(variance + eps)
+    for c, row in enumerate(weight):
+        values = [dot(row, maps[i, :, x]) for i in range(n) for x in range(p)]
+        out[:, c] = scale[c] * np.reshape(standardised(values, 1e-5), (n, p)) + shift[c]
     return out
 
 
 def correlation(channels: np.ndarray) -> list[list[float]]:
-    """Rows of the Gram matrix of one sample's channels (C, P), each of length 1 (or 0)."""
-    gram = [[sum(float(x) * float(y) for x, y in zip(a, b, strict=True)) for b in channels] for a in channels]
-    rows = []
-    for row in gram:
-        length = math.sqrt(sum(v * v for v in row))
-        rows.append([v / length if length > 0 else 0.0 for v in row])
-    return rows
+    """Rows of the Gram matrix of one sample's channels (C, P), each of unit norm (or 0)."""
+    return [unit([dot(a, b) for b in channels]) for a in channels]
 
 
 def ickd(student: np.ndarray, teacher: np.ndarray) -> float:
     """Of embedded (N, C, P_s) and (N, C, P_t)."""
     n, c = student.shape[:2]
+    pairs = [pair for s, t in zip(student, teacher, strict=True)
+             for pair in zip(correlation(s), correlation(t), strict=True)]  # fmt: skip
+    return sum(squares(*pair) for pair in pairs) / (n * c)
+
+
+def ickd_of_maps(students: list[np.ndarray], teachers: list[np.ndarray], parameters: dict[str, np.ndarray]) -> float:
     total = 0.0
-    for s, t in zip(student, teacher, strict=True):
-        for a, b in zip(correlation(s), correlation(t), strict=True):
-            total += sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
-    return total / (n * c)
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        weight, scale, shift = (parameters[f"embed.{i}.{name}"] for name in ("0.weight", "1.weight", "1.bias"))
+        s = embed(s.reshape(*s.shape[:2], -1), weight[:, :, 0], scale, shift)
+        total += ickd(s, t.reshape(*t.shape[:2], -1))
+    return total

@@ -2,32 +2,30 @@
 
 import numpy as np
 
+from tests.oracles.vectors import squares
+
 
 def pooled(maps: np.ndarray) -> np.ndarray:
     n, c = maps.shape[:2]
     return np.array([[sum(maps[i, k].reshape(-1)) / maps[i, k].size for k in range(c)] for i in range(n)])
 
 
-def squared(a: np.ndarray, b: np.ndarray) -> float:
-    return sum((float(x) - float(y)) ** 2 for x, y in zip(a, b, strict=True))
-
-
 def edge_map(x: np.ndarray) -> list[list[float]]:
     """Squared distances between the samples over the largest of them."""
-    d = [[squared(a, b) for b in x] for a in x]
+    d = [[squares(a, b) for b in x] for a in x]
     largest = max(v for row in d for v in row) or 1.0
     return [[v / largest for v in row] for row in d]
 
 
 def moved(before: np.ndarray, after: np.ndarray) -> list[float]:
     """Squared distance between a sample's two features over the largest in the batch."""
-    d = [squared(a, b) for a, b in zip(before, after, strict=True)]
+    d = [squares(a, b) for a, b in zip(before, after, strict=True)]
     largest = max(d) or 1.0
     return [v / largest for v in d]
 
 
 def vertices(s: np.ndarray, t: np.ndarray) -> float:
-    return sum(squared(a, b) for a, b in zip(s, t, strict=True)) / (2 * len(s))
+    return sum(squares(a, b) for a, b in zip(s, t, strict=True)) / (2 * len(s))
 
 
 def edges(s: np.ndarray, t: np.ndarray) -> float:

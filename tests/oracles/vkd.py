@@ -25,8 +25,8 @@ def projection(matrix: np.ndarray) -> np.ndarray:
     return np.array(gram_schmidt(matrix.T.tolist())).T
 
 
-def vkd(student: np.ndarray, teacher: np.ndarray, matrix: np.ndarray) -> float:
-    p, total = projection(matrix), 0.0
+def vkd(student: np.ndarray, teacher: np.ndarray, parameters: dict[str, np.ndarray]) -> float:
+    p, total = projection(parameters["matrix"]), 0.0
     for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
         mean = sum(t) / len(t)
         spread = math.sqrt(sum((x - mean) ** 2 for x in t) / len(t) + 1e-5)

@@ -1,0 +1,282 @@
+"""Losses against their equations in plain loops, and against values of published code."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_rkd import losses
+from lightning_rkd.experimental import AICSD, Tanimoto
+from tests.losses.properties import properties
+from tests.oracles import (
+    aicsd,
+    attention_transfer,
+    correlation_congruence,
+    cskd,
+    dark_rank,
+    dist,
+    embed_distill,
+    fitnet,
+    graph_kd,
+    ickd,
+    itrd,
+    nst,
+    pkt,
+    relaxed_contrastive,
+    rkd,
+    sample_contrastive,
+    similarity_preserving,
+    soft_target,
+    srd,
+    tanimoto,
+    ttm,
+    vkd,
+)
+from tests.oracles.differences import check_against_loops
+from tests.oracles.vectors import average_pool
+
+Shape = tuple[int, ...]
+Maps = list[np.ndarray]
+
+
+class Case(NamedTuple):
+    """A loss, its loops with the same settings, and shapes of student and teacher, of each map if it reads several."""
+
+    cls: Any
+    loops: Callable[..., float]
+    shapes: list[Any]
+    settings: Sequence[dict[str, Any]] = ({},)
+    scale: float = 1.0
+    context: dict[str, Tensor] | None = None
+
+
+def equal(*shapes: Shape) -> list[tuple[Shape, Shape]]:
+    return [(shape, shape) for shape in shapes]
+
+
+def summed(loops: Callable[..., float], students: Maps, teachers: Maps, **settings: Any) -> float:
+    """Over pairs of maps, the larger one of each averaged to the smaller."""
+    total = 0.0
+    for pair in zip(students, teachers, strict=True):
+        size = np.minimum(*(x.shape[2:] for x in pair))
+        total += loops(*(average_pool(x, *size) for x in pair), **settings)
+    return total
+
+
+def dense(loops: Callable[..., float], *logits: np.ndarray, **settings: Any) -> float:
+    """Every pixel is a sample."""
+    return loops(*(z.transpose(0, 2, 3, 1).reshape(-1, z.shape[1]) for z in logits), **settings)
+
+
+def of_classes(student: np.ndarray, teacher: np.ndarray, edges: str, neighbours: int | None) -> float:
+    """The edges within the classes of LABELS, or between them."""
+    same = (LABELS[:, None] == LABELS).double().numpy()
+    return graph_kd.graph_kd([student], [teacher], same if edges == "within" else 1 - same, neighbours)
+
+
+def one_layer(loops: Callable[..., float], student: np.ndarray, teacher: np.ndarray, **settings: Any) -> float:
+    return loops([student], [teacher], **settings)
+
+
+LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 2])
+LOGITS = equal((1, 3), (2, 2), (7, 3), (5, 8))
+PIXELS = equal((2, 4, 3, 2))
+ROWS = [((1, 3), (1, 4)), ((2, 1), (2, 3)), ((3, 4), (3, 2)), ((7, 4), (7, 3))]
+PAIRS = ROWS[1:]
+MAPS: list[list[tuple[Shape, Shape]]] = [
+    [((1, 1, 2, 2), (1, 1, 2, 2))],
+    [((3, 4, 4, 2), (3, 2, 2, 2))],
+    [((2, 2, 2, 3), (2, 3, 2, 3)), ((2, 3, 1, 2), (2, 2, 1, 4))],
+]
+LAYERS = [[((5, 2, 2, 2), (5, 3, 1, 2)), ((5, 3, 1, 1), (5, 2, 4))]]
+EXPONENTS = [{"exponent": x} for x in (0.1, 0.5, 1.0)]
+REDUCTIONS = [{"reduction": "official"}, {"reduction": "distinct"}]
+RANKS = [{}, {"alpha": 0.5, "beta": 1.0, "length": 3}, {"alpha": 12.25, "beta": 1.5, "length": 2}]
+CASES = [
+    Case(AICSD, aicsd.aicsd, equal((1, 2, 1, 3), (2, 5, 4, 1), (3, 4, 2, 2)), scale=3),
+    Case(
+        losses.AttentionTransfer,
+        partial(summed, attention_transfer.attention_transfer),
+        MAPS,
+        [{"power": x} for x in (1.0, 2.0, 4.0)],
+    ),
+    Case(losses.ClassSimilarityKD, cskd.class_similarity, LOGITS, [{}, {"temperature": 1.0, "scale": 0.5}], 3),
+    Case(
+        losses.CosineTemperatureKD,
+        cskd.cosine_temperature,
+        LOGITS,
+        [{}, {"low": 1.0, "high": 1.0}, {"low": 1.0, "high": 3.0, "scale": 0.5}],
+        3,
+    ),
+    Case(
+        losses.CorrelationCongruence,
+        correlation_congruence.correlation_congruence,
+        PAIRS,
+        [
+            {"form": form, "gamma": gamma, "order": order}
+            for form in ("kernel", "norm")
+            for gamma, order in ((0.4, 2), (0.1, 1), (2.0, 5))
+        ],
+    ),
+    Case(
+        losses.CorrelationCongruence,
+        correlation_congruence.correlation_congruence,
+        equal((2, 1), (7, 5)),
+        [{"form": "rows"}],
+    ),
+    Case(losses.DIST, dist.dist, LOGITS[1:], [{}, {"inter_weight": 2.0, "intra_weight": 0.5, "temperature": 4.0}], 3),
+    Case(losses.DIST, partial(dense, dist.dist), PIXELS),
+    Case(losses.EmbedDistill, embed_distill.embed_distill, LOGITS, [{"distance": d} for d in ("l2", "cosine")]),
+    Case(losses.EmbedDistill, embed_distill.projected, ROWS, [{"distance": d} for d in ("l2", "cosine")]),
+    Case(
+        losses.FitNetHint,
+        fitnet.hints,
+        [*MAPS[:1], [MAPS[2][0], ((2, 1, 1, 2), (2, 2, 1, 2))]],
+        [{"relu": False}, {"relu": True}],
+    ),
+    Case(losses.GraphKD, partial(one_layer, graph_kd.graph_kd), ROWS, [{"power": x} for x in (1, 2, 3)]),
+    Case(losses.GraphKD, partial(one_layer, graph_kd.graph_kd), ROWS[3:], [{"neighbours": x} for x in (1, 2, 6)]),
+    Case(
+        losses.GraphKD,
+        of_classes,
+        ROWS[3:],
+        [{"edges": edges, "neighbours": x} for edges in ("within", "between") for x in (1, 2, 6, None)],
+        context={"labels": LABELS},
+    ),
+    Case(losses.GraphKD, graph_kd.graph_kd, LAYERS, [{"reads": "feature_maps"}]),
+    Case(losses.HardDarkRank, dark_rank.hard, PAIRS, RANKS, 0.5),
+    Case(losses.SoftDarkRank, dark_rank.soft, PAIRS, RANKS, 0.5),
+    Case(losses.ICKD, ickd.ickd_of_maps, MAPS),
+    Case(losses.ITRD, itrd.itrd, [*PAIRS, *LOGITS[2:]], [{}, {"correlation_weight": 0.7, "mutual_weight": 0.3}]),
+    Case(losses.ITRD, itrd.itrd, PAIRS[2:], [{"alpha": x} for x in (1.01, 3.0)]),
+    Case(losses.NST, partial(summed, nst.nst), MAPS, [{"kernel": k} for k in ("polynomial", "linear", "gaussian")]),
+    Case(losses.PKT, pkt.pkt, [ROWS[0], ((2, 4), (2, 2)), *ROWS[2:]], REDUCTIONS),
+    Case(losses.RelaxedContrastive, relaxed_contrastive.relaxed_contrastive, ROWS),
+    Case(
+        losses.RelaxedContrastive,
+        relaxed_contrastive.relaxed_contrastive,
+        ROWS[2:],
+        [{"sigma": 0.3, "delta": 1.5}, {"sigma": 4.0, "delta": 0.5}],
+    ),
+    Case(losses.RKDDistance, rkd.rkd_distance, ROWS, REDUCTIONS),
+    Case(losses.RKDAngle, rkd.rkd_angle, ROWS, REDUCTIONS),
+    Case(losses.SampleContrastiveKD, sample_contrastive.sample_contrastive, LOGITS, [{}, {"temperature": 0.1}]),
+    Case(losses.SimilarityPreserving, partial(one_layer, similarity_preserving.similarity_preserving), ROWS),
+    Case(losses.SimilarityPreserving, similarity_preserving.similarity_preserving, LAYERS, [{"reads": "feature_maps"}]),
+    Case(losses.SoftTarget, soft_target.soft_target, LOGITS, [{"temperature": x} for x in (1.0, 4.0, 16.0)], 3),
+    Case(losses.SoftTarget, partial(dense, soft_target.soft_target), PIXELS, [{"temperature": 2.0}]),
+    Case(losses.SRD, srd.srd, PAIRS, [{}, {"power": 2.0, "eps": 0.1}]),
+    Case(Tanimoto, tanimoto.tanimoto, ROWS),
+    Case(Tanimoto, tanimoto.tanimoto, LOGITS, [{"form": "sample"}]),
+    Case(losses.TTM, ttm.ttm, [*LOGITS, ((1, 1), (1, 1))], EXPONENTS, 3),
+    Case(losses.TTM, partial(dense, ttm.ttm), PIXELS),
+    Case(losses.WTTM, ttm.wttm, [*LOGITS, ((1, 1), (1, 1))], EXPONENTS, 3),
+    Case(losses.WTTM, partial(dense, ttm.wttm), PIXELS),
+    Case(losses.VkD, vkd.vkd, [((4, 2), (4, 5)), ((4, 3), (4, 3)), ((4, 5), (4, 2))]),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.cls.__name__)
+
+
+def networks(case: Case, shapes: Any) -> tuple[Maps, Maps]:
+    rng = np.random.default_rng(0)
+    pairs = shapes if isinstance(shapes, list) else [shapes]
+    student, teacher = ([case.scale * rng.normal(size=shape) for shape in each] for each in zip(*pairs, strict=True))
+    return student, teacher
+
+
+def compare(case: Case, settings: dict[str, Any], *inputs: Maps, gradient: bool = True) -> None:
+    loops = partial(case.loops, **{k: v for k, v in settings.items() if k != "reads"})
+    check_against_loops(case.cls(**settings), loops, *inputs, gradient=gradient, **(case.context or {}))
+
+
+@every_case
+def test_value_and_gradients_are_those_of_the_loops(case):
+    for settings, shapes in product(case.settings, case.shapes):
+        exact = properties(case.cls).exact_gradient and settings != {"kernel": "gaussian"}
+        compare(case, settings, *networks(case, shapes), gradient=exact)
+
+
+@every_case
+@pytest.mark.parametrize("change", ["zero", "zero channel", "equal"])
+def test_zero_and_equal_rows_have_the_value_of_the_loops(case, change):
+    clear = [s for s in case.settings if change != "equal" or "neighbours" not in s]  # equal rows are equally near
+    for settings, changed in product(clear, ([0], [1], [0, 1])):
+        inputs = networks(case, case.shapes[-1])
+        for x in (x for network in changed for x in inputs[network]):
+            x[(-1, 0) if change == "zero channel" else -1] = 0 if "zero" in change else x[0]
+        compare(case, settings, *inputs, gradient=False)
+
+
+@every_case
+def test_a_collapsed_student_has_the_value_of_the_loops(case):
+    student, teacher = networks(case, case.shapes[-1])
+    compare(case, case.settings[0], [x[:1].repeat(len(x), 0) for x in student], teacher, gradient=False)
+
+
+def det(n: int, d: int, a: float, b: float) -> Tensor:
+    i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(d, dtype=torch.float64)
+    return torch.sin(a * i + b * j + 0.3 * i * j)
+
+
+EMBEDDINGS = det(6, 4, 0.7, 1.1), det(6, 8, 1.3, 0.5)
+SCORES = 3 * det(6, 5, 0.9, 0.4), 3 * det(6, 5, 0.2, 1.7)
+
+
+@pytest.mark.parametrize(
+    ("loss", "inputs", "value"),
+    [
+        (losses.DIST(intra_weight=0), SCORES, 1.1095336949342),
+        (losses.DIST(inter_weight=0), SCORES, 0.9892270493859574),
+        (losses.DIST(2, 3), SCORES, 2 * 1.1095336949342 + 3 * 0.9892270493859574),
+        (losses.GraphKD(), tuple(x.abs() for x in EMBEDDINGS), 0.03740563312827122),
+        (losses.HardDarkRank(), EMBEDDINGS, 71.57415386419008),  # of Park et al.
+        (losses.PKT(), EMBEDDINGS, 0.03384769277351432),
+        (losses.SampleContrastiveKD(), SCORES, 1.8028825278286948),
+        (losses.SimilarityPreserving(), EMBEDDINGS, 0.20920699241366073),
+    ],
+    ids=str,
+)
+def test_values_are_those_of_published_code(loss, inputs, value):
+    assert float(loss(*inputs)) == pytest.approx(value, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "value"),
+    [
+        (AICSD(), (2, 3, 4, 4), 1 / 3),  # of each of the teacher's three rows of unit norm
+        (losses.AttentionTransfer(), (2, 3, 2, 2), 1 / 4),  # the teacher's attention has unit norm, over four places
+        (losses.EmbedDistill(distance="cosine"), (2, 3), 1),
+        (losses.ICKD(), (4, 3, 3, 3), 1),
+        (losses.SampleContrastiveKD(), (3, 4), math.log(3)),
+    ],
+    ids=str,
+)
+def test_directions_of_zeros_are_zero_and_pass_no_gradient(loss, shape, value):
+    student, teacher = torch.zeros(shape, requires_grad=True), torch.randn(shape)
+    ours = loss(*(([student], [teacher]) if loss.reads == "feature_maps" else (student, teacher)))
+    ours.backward()
+    assert ours.item() == pytest.approx(value)
+    assert torch.equal(student.grad, torch.zeros(shape))
+
+
+@pytest.mark.parametrize("loss", [losses.SoftTarget(1.0), losses.TTM(), losses.WTTM()], ids=str)
+def test_probabilities_that_underflow_leave_loss_and_gradient_finite(loss):
+    student, teacher = torch.tensor([[-1e4, 1e4, 0.0]], requires_grad=True), torch.tensor([[1e4, -1e4, 0.0]])
+    value = loss(student, teacher)
+    value.backward()
+    assert value.item() == pytest.approx(2e4) if isinstance(loss, losses.SoftTarget) else torch.isfinite(value)
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.ClassSimilarityKD(), losses.CosineTemperatureKD(), losses.SoftTarget()], ids=str
+)
+def test_the_same_logits_have_loss_zero(loss):
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    assert abs(loss(logits, logits).item()) < 1e-12
