@@ -123,7 +123,7 @@ def checked(claim: Claim, scores: Mapping[str, Mapping[str, Mapping[int, float]]
 
 def verdict(found: Difference) -> str:
     """Whether a claim holds here."""
-    if math.isnan(found.half_width) or found.low <= 0 <= found.high:
+    if math.isnan(found.low) or found.low <= 0 <= found.high:
         return "not decided, " + ("better" if found.mean > 0 else "worse") + " on average"
     return "**holds**" if found.low > 0 else "**does not hold**"
 

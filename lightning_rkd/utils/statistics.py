@@ -5,28 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lightning_rkd.utils.imports import require
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Mean of paired differences, and half the width of its interval (``nan`` for a single pair)."""
+class Difference(NamedTuple):
+    """Mean of paired differences, and the ends of its interval (``nan`` for a single pair)."""
 
     mean: float
-    half_width: float
-    pairs: int
-
-    @property
-    def low(self) -> float:
-        """Lower end of the interval."""
-        return self.mean - self.half_width
-
-    @property
-    def high(self) -> float:
-        """Upper end of the interval."""
-        return self.mean + self.half_width
+    low: float
+    high: float
 
 
 def confidence_half_width(values: Sequence[float], confidence: float = 0.95) -> float:
@@ -48,5 +37,5 @@ def paired_difference(
     differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
     if not differences:
         return None
-    half_width = confidence_half_width(differences, confidence)
-    return Difference(statistics.fmean(differences), half_width, len(differences))
+    mean, half_width = statistics.fmean(differences), confidence_half_width(differences, confidence)
+    return Difference(mean, mean - half_width, mean + half_width)

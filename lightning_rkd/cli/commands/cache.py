@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lightning_rkd.cli import recipes
+from lightning_rkd.cli.commands import common
 from lightning_rkd.cli.trainer import TrainingCLI, check_writable
 from lightning_rkd.distillation.teachers import CachedTeacher, Teacher
 from lightning_rkd.distillation.teachers.cache_writer import write_cache
@@ -68,13 +69,11 @@ def _cache(own: argparse.Namespace, config: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lightning-rkd cache",
-        description="Write the outputs of a recipe's teacher for every row of the data set, to be read by "
-        "CachedTeacher. An interrupted run resumes; a complete cache is verified. Under torchrun the processes share "
-        "the work.",
-        epilog="Any other option changes the recipe, as for fit.",
-        allow_abbrev=False,
+    parser = common.new_parser(
+        "cache",
+        "Write the outputs of a recipe's teacher for every row of the data set, to be read by CachedTeacher. An "
+        "interrupted run resumes; a complete cache is verified. Under torchrun the processes share the work.",
+        "Any other option changes the recipe, as for fit.",
     )
     parser.add_argument("--config", "-c", metavar="RECIPE", action="append", help="recipe with teacher and data")
     parser.add_argument("--out", type=Path, help="folder (default: CachedTeacher's, or teacher_cache in the run's)")

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+
+
+def new_parser(command: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Parser of a command, whose help keeps the lines of the epilog."""
+    return argparse.ArgumentParser(
+        prog=f"lightning-rkd {command}",
+        description=textwrap.fill(description, 100),
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def new_console() -> Console:
+    """Console that does not wrap tables where the output is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def seeds(text: str) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,22 +48,24 @@ def main(args: Sequence[str]) -> None:
     out = options.out or Path("runs", "compare", folder_of(path.stem))
     with common.resumable("compare", args) as command:
         common.check_folder(out, MADE_BY, "comparison")
-        trials = tuning.plan_trials(tuning.parse(options.tune, comparison), comparison)
+        trials = tuning.plan_trials(options.tune, comparison)
         teachers = [] if comparison.teacher is None else [comparison.teacher]
         check([*teachers, *comparison.networks, *(trial.network for trial in trials)])
         check_writable(out)
-        write_whole(out / MADE_BY, _describe(comparison, options.tune).encode())
-        console = new_console()
-        _, failed = compare(comparison, out, console, command, options.jobs, trials)
+        configs = {network.name: network.config for network in (*teachers, *comparison.networks)}
+        about = {"made_by": command, "lightning_rkd": __version__, "torch": str(torch.__version__), "networks": configs}
+        write_whole(out / MADE_BY, yaml.safe_dump(about, sort_keys=False, allow_unicode=True).encode())
+        console = common.new_console()
+        table = compare(comparison, out, console, command, options.jobs, trials)
         common.print_files(console, out, FILES)
-    if failed:
+    if table.failures:
         raise SystemExit(1)
 
 
 def compare(
     comparison: Comparison, out: Path, console: Console, command: str, jobs: int = 1, trials: Sequence[Trial] = ()
-) -> tuple[Table, bool]:
-    """Train what has not been trained, print and write the table, and return it and whether a run failed.
+) -> Table:
+    """Train what has not been trained, print and write the table, and return it.
 
     Of ``trials`` the best on validation data is taken for each network; ``command`` is written above the table.
     """
@@ -86,14 +87,14 @@ def compare(
     tasks = tasks_of(comparison, comparison.networks, comparison.seeds)
     results = run_all(tasks, out, jobs, console, commit)
     table = Table(tasks, results, comparison.scores, comparison.baseline)
-    failures = [result for result in results.values() if isinstance(result, Failure)]
     parts = [f"# {comparison.title}", _header(comparison, results, command), table.to_markdown(), table.caption]
     if tuned:
         seed = comparison.seeds[0]
         parts.append(f"Chosen on validation data with seed {seed}, by {comparison.select} (tune.csv):")
         parts.append("\n".join(tuned))
-    if failures:
-        parts.append("Failed:\n\n" + "\n".join(f"- {f.task.name} (`{f.task.folder}`): {f.error}" for f in failures))
+    if table.failures:
+        failures = "\n".join(f"- {f.task.name} (`{f.task.folder}`): {f.error}" for f in table.failures)
+        parts.append(f"Failed:\n\n{failures}")
     write_whole(out / "table.md", ("\n\n".join(parts) + "\n").encode())
     table.write_csv(out)
     plotted = [score for score in table.columns if any(row.values.get(score) for row in table.rows)][:3]
@@ -101,17 +102,17 @@ def compare(
         values = {row.network: {s: list(row.values.get(s, {}).values()) for s in plotted} for row in table.rows}
         plot = plots.comparison(values, baseline=comparison.baseline, title=comparison.title)
         write_whole(out / "plot.png", to_png(plot))
-    _print(table, failures, console)
+    _print(table, console)
     console.print(f"It took {clock(time.perf_counter() - start)}.")
-    return table, bool(failures)
+    return table
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lightning-rkd compare",
-        description="Train several networks with several seeds, and compare them in one table: mean, spread, and the "
-        "difference to a baseline, seed by seed, with its 95 %% interval. Finished runs are not repeated.",
-        epilog=f"""\
+    parser = common.new_parser(
+        "compare",
+        "Train several networks with several seeds, and compare them in one table: mean, spread, and the difference to "
+        "a baseline, seed by seed, with its 95 %% interval. Finished runs are not repeated.",
+        f"""\
 comparisons that come with the package:
   {", ".join(recipes.names("comparison"))}
 
@@ -120,8 +121,6 @@ examples:
   lightning-rkd compare --config mine.yaml --jobs 4 --seeds 5
   lightning-rkd compare --config glyphs_losses --tune PKT.weight=3000,30000 --tune RKD-DA.weight=0.5,1,2
   lightning-rkd compare --config glyphs_losses --steps 50 --set trainer.accelerator=cpu --out runs/trial""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--config", "-c", required=True, metavar="NAME|FILE", help="comparison, in YAML")
@@ -136,11 +135,6 @@ examples:
     return parser
 
 
-def new_console() -> Console:
-    """Console that does not wrap tables where the output is no terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-
-
 def _settings(given: Sequence[str]) -> dict[str, Any]:
     found = {}
     for text in given:
@@ -149,21 +143,6 @@ def _settings(given: Sequence[str]) -> dict[str, Any]:
             raise argparse.ArgumentError(None, f"--set: expected PATH=VALUE, got {text!r}")
         found[path] = yaml.safe_load(value)
     return found
-
-
-def _describe(comparison: Comparison, tune: Sequence[str]) -> str:
-    about = {
-        "made_by": "lightning-rkd compare",
-        "lightning_rkd": __version__,
-        "torch": str(torch.__version__),
-        "title": comparison.title,
-        "seeds": list(comparison.seeds),
-        "baseline": comparison.baseline,
-        "tune": list(tune),
-        "networks": {network.name: network.config for network in comparison.networks},
-        "teacher": None if comparison.teacher is None else comparison.teacher.config,
-    }
-    return yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
 
 
 def _choose(
@@ -196,7 +175,7 @@ def _header(comparison: Comparison, results: Mapping[str, Run | Failure], comman
     return "\n".join(f"- {name}: {text}" for name, text in lines.items() if text)
 
 
-def _print(table: Table, failures: Sequence[Failure], console: Console) -> None:
+def _print(table: Table, console: Console) -> None:
     printed = rich.table.Table()
     for number, heading in enumerate(table.headings):
         printed.add_column(heading, justify="right" if number else "left")
@@ -204,9 +183,9 @@ def _print(table: Table, failures: Sequence[Failure], console: Console) -> None:
         printed.add_row(*table.cells(row))
     console.print(printed)
     console.print(table.caption, markup=False)
-    for failure in failures:
+    for failure in table.failures:
         console.print(f"\nFAILED: {failure.task.name}: {failure.error}", markup=False, soft_wrap=True)
         if failure.tail:
             console.print(f"the last lines of {failure.log}:\n{failure.tail}", markup=False, soft_wrap=True)
-    if failures:
+    if table.failures:
         console.print("\nThe same command tries the failed runs again, and keeps the finished ones.")

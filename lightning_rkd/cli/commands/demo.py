@@ -18,7 +18,8 @@ from torch import Tensor
 from lightning_rkd import __version__, plots
 from lightning_rkd.cli import recipes
 from lightning_rkd.cli.commands import common
-from lightning_rkd.cli.commands.compare import FILES, compare, new_console
+from lightning_rkd.cli.commands.compare import FILES, compare
+from lightning_rkd.cli.commands.export import load_student
 from lightning_rkd.cli.experiments.plan import TEACHER, Comparison, read
 from lightning_rkd.cli.experiments.report import render, to_png
 from lightning_rkd.cli.experiments.runs import digest, embed
@@ -49,7 +50,7 @@ _AGREEMENT = "distance_correlation: agreement with the teacher, the rank correla
 def main(args: Sequence[str]) -> None:
     """Run the command; ``SystemExit(1)`` if a run failed. The same command resumes, to the same table."""
     options = _parser().parse_args(args)
-    out, console = options.out, new_console()
+    out, console = options.out, common.new_console()
     with common.resumable("demo", args) as command:
         common.check_folder(out, MADE_BY, "demo")
         recipe = yaml.safe_load(recipes.find("glyphs_teacher").read_text(encoding="utf-8"))
@@ -68,8 +69,8 @@ def main(args: Sequence[str]) -> None:
             f"Training one teacher, and for each of {len(options.seeds)} seeds a student alone and the same student "
             "with RKD-DA." + ("" if options.steps else f" With three seeds it takes {duration} on 2 CPU cores.")
         )
-        table, failed = compare(comparison, out, console, command)
-        if not failed:
+        table = compare(comparison, out, console, command)
+        if not table.failures:
             words = f"{_AGREEMENT}\n{_verdict(table)}\n"
             console.print(f"{words}Drawing the pictures.")
             write_whole(out / "table.md", (out / "table.md").read_bytes() + f"\n{words}".encode())
@@ -96,21 +97,19 @@ def main(args: Sequence[str]) -> None:
                 "relations.png": "distances between images in the networks' embeddings",
             }
             common.print_files(console, out, files | FILES)
-    if failed:
+    if table.failures:
         raise SystemExit(1)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lightning-rkd demo",
-        description="Train a teacher, a student alone and the same student with relational distillation (RKD-DA), and "
-        "compare them on classes that none of them has seen. The same command resumes an interrupted demo.",
-        epilog="""\
+    parser = common.new_parser(
+        "demo",
+        "Train a teacher, a student alone and the same student with relational distillation (RKD-DA), and compare them "
+        "on classes that none of them has seen. The same command resumes an interrupted demo.",
+        """\
 examples:
   lightning-rkd demo
   lightning-rkd demo --data photos --seeds 5 --out runs/photos""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     images = "images, each in a folder that is its class (default: glyphs of many scripts, no download)"
@@ -203,9 +202,7 @@ def _embed(comparison: Comparison, data: ImageDataModule, out: Path) -> dict[str
     for network in (comparison.teacher, *comparison.networks):
         student = ConvNet(**network.config["model"]["init_args"]["student"]["init_args"])
         folder = out / (TEACHER if network.name == TEACHER else f"{network.folder}-{comparison.seeds[0]}")
-        state = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True)["state_dict"]
-        own = {name.removeprefix("student."): x for name, x in state.items() if name.startswith("student.")}
-        student.load_state_dict(own)
+        load_student(student, folder / "last.ckpt")
         found[network.name] = embed(student, data.test_dataloader())[0]
     return found
 

@@ -10,9 +10,9 @@ from typing import Any
 import jsonargparse
 import torch
 import yaml
-from rich.console import Console
 from torch import Tensor
 
+from lightning_rkd.cli.commands import common
 from lightning_rkd.cli.experiments.runs import RESULT, digest
 from lightning_rkd.cli.trainer import check_checkpoint, import_public_classes
 from lightning_rkd.data.datamodules.base import ImageDataModule
@@ -44,7 +44,7 @@ def main(args: Sequence[str]) -> None:
     parser, parsed = _parse(torch.nn.Module, "student", model["student"])
     student: dict[str, Any] = yaml.safe_load(parser.dump(parsed))["student"]
     network = build_network(student)
-    _load_student(network, checkpoint)
+    load_student(network, checkpoint)
     example, scaling = _example(options.input, config, config_path)
     facts = _collect_facts(options.name, config, model, checkpoint, digest(*network.state_dict().values()))
     done = export(
@@ -57,7 +57,7 @@ def main(args: Sequence[str]) -> None:
         facts=facts,
         overwrite=options.overwrite,
     )
-    console = Console(highlight=False)
+    console = common.new_console()
     console.print(f"Files in {done.folder}:", markup=False, soft_wrap=True)
     for name, size in done.files.items():
         console.print(f"  {name:<22} {size:>12,} bytes")
@@ -70,16 +70,14 @@ def main(args: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lightning-rkd export",
-        description="Export the student of a run: its weights and configuration, a program for PyTorch and one in "
-        "ONNX, each compared with the student, and a model card. They need neither teacher nor Lightning.",
-        epilog="""\
+    parser = common.new_parser(
+        "export",
+        "Export the student of a run: its weights and configuration, a program for PyTorch and one in ONNX, each "
+        "compared with the student, and a model card. They need neither teacher nor Lightning.",
+        """\
 examples:
   lightning-rkd export runs/demo/rkd-0 --out exported
   lightning-rkd export --config mine.yaml --ckpt_path runs/mine/best.ckpt --out exported --formats torch,onnx""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("run", type=Path, nargs="?", default=Path(), help="folder of a run (default: the current one)")
@@ -108,7 +106,7 @@ def _parse(base: type, name: str, description: dict[str, Any]) -> tuple[jsonargp
     return parser, parser.parse_object({name: description})
 
 
-def _load_student(network: torch.nn.Module, path: Path) -> None:
+def load_student(network: torch.nn.Module, path: Path) -> None:
     """Load the student's weights from a checkpoint of the module."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or "state_dict" not in state:

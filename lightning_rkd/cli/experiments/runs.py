@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -45,26 +45,16 @@ class Run:
     about: dict[str, str] = field(default_factory=dict)
 
 
-class Trained(NamedTuple):
-    """A trained module, its data, and the training time in seconds."""
-
-    module: DistillationModule
-    data: ImageDataModule
-    seconds: float
-
-
 Split = Literal["test", "validation"]
 
-Images = dict[str, LabelledImages]
-"""The images that were loaded last, kept for the next run that reads the same data."""
+_images: dict[str, LabelledImages] = {}
+"""The images that were loaded last, for the next run in this process that reads the same data."""
 
 
-def prepare(
-    config: Config, folder: Path, seed: int, callbacks: Sequence[pl.Callback] = (), images: Images | None = None
-) -> TrainingCLI:
+def prepare(config: Config, folder: Path, seed: int, callbacks: Sequence[pl.Callback] = ()) -> TrainingCLI:
     """Build ``.model``, ``.datamodule`` and ``.trainer`` of a configuration, without validation or logger.
 
-    Its seeds and output folder are replaced. The callbacks are not saved with it; ``images`` keeps what was loaded.
+    Its seeds and output folder are replaced; the callbacks are not saved with it.
     """
     settings = {"seed_everything": seed, "data.init_args.seed": seed, "trainer.default_root_dir": str(folder)}
     with _quiet():
@@ -77,46 +67,40 @@ def prepare(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    if images is not None and isinstance(cli.datamodule, ImageDataModule):
-        _share_images(cli.datamodule, config["data"], images)
+    if isinstance(cli.datamodule, ImageDataModule):
+        _share_images(cli.datamodule, config["data"])
     return cli
 
 
-def _share_images(data: ImageDataModule, config: Config, images: Images) -> None:
+def _share_images(data: ImageDataModule, config: Config) -> None:
     arguments = {name: value for name, value in config.get("init_args", {}).items() if name not in _ORDER}
     key, load = json.dumps({**config, "init_args": arguments}, sort_keys=True, default=str), data.load
 
     def load_once() -> LabelledImages:
-        if key not in images:
-            images.clear()  # two data sets may not fit into memory
-            images[key] = load()
-        return images[key]
+        if key not in _images:
+            _images.clear()  # two data sets may not fit into memory
+            _images[key] = load()
+        return _images[key]
 
     data.load = load_once  # type: ignore[method-assign]
 
 
 def train(
-    config: Config,
-    folder: Path,
-    seed: int,
-    callbacks: Sequence[pl.Callback] = (),
-    images: Images | None = None,
-    resume: Path | None = None,
-) -> Trained:
-    """Train a configuration (see :func:`prepare`), from a checkpoint to ``resume`` if there is one."""
-    cli = prepare(config, folder, seed, callbacks, images)
+    config: Config, folder: Path, seed: int, callbacks: Sequence[pl.Callback] = (), resume: Path | None = None
+) -> tuple[DistillationModule, ImageDataModule, float]:
+    """Train a configuration (see :func:`prepare`); return the module, its data and the training time in seconds."""
+    cli = prepare(config, folder, seed, callbacks)
     with _quiet():
         start = time.perf_counter()
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume)
-    return Trained(cli.model, cli.datamodule, time.perf_counter() - start)
+    return cli.model, cli.datamodule, time.perf_counter() - start
 
 
-def _measure(trained: Trained, split: Split) -> dict[str, float]:
+def _measure(module: DistillationModule, data: ImageDataModule, split: Split) -> dict[str, float]:
     """Scores of the module's metrics on one part of the data; the other part is not read."""
-    trainer = trained.module.trainer
-    trainer.limit_val_batches = 1.0  # training ran without validation
-    evaluate = trainer.test if split == "test" else trainer.validate
-    found = evaluate(trained.module, datamodule=trained.data, verbose=False)
+    module.trainer.limit_val_batches = 1.0  # training ran without validation
+    evaluate = module.trainer.test if split == "test" else module.trainer.validate
+    found = evaluate(module, datamodule=data, verbose=False)
     return {name.removeprefix("test/").removeprefix("val/"): float(x) for part in found for name, x in part.items()}
 
 
@@ -126,7 +110,6 @@ def run(
     seed: int,
     teacher: str | None = None,
     callbacks: Sequence[pl.Callback] = (),
-    images: Images | None = None,
     *,
     split: Split = "test",
     paths: Mapping[str, Any] | None = None,
@@ -142,14 +125,14 @@ def run(
     if (found := read_finished(folder, identity)) is not None:
         return found
     begun = _read_if_same(folder / "last.ckpt", identity)
-    signature = _Signature(identity, 0.0 if begun is None else begun[_SIGNATURE]["seconds"])
-    resume = None if begun is None else folder / "last.ckpt"
-    trained = train(with_settings(config, paths or {}), folder, seed, [*callbacks, signature], images, resume)
+    before, resume = (0.0, None) if begun is None else (begun[_SIGNATURE]["seconds"], folder / "last.ckpt")
+    callbacks = [*callbacks, _Signature(identity, before)]
+    module, data, seconds = train(with_settings(config, paths or {}), folder, seed, callbacks, resume)
     with _quiet():
-        scores = _measure(trained, split)
-    student, seconds, content = trained.module.student, signature.before + trained.seconds, io.BytesIO()
-    weights = digest(*student.state_dict().values())
-    found = Run(count_parameters(student), seconds, scores, weights, dict(about or {}))
+        scores = _measure(module, data, split)
+    parameters, weights = count_parameters(module.student), digest(*module.student.state_dict().values())
+    found = Run(parameters, before + seconds, scores, weights, dict(about or {}))
+    content = io.BytesIO()
     torch.save({_SIGNATURE: {"identity": identity}, **asdict(found)}, content)
     write_whole(folder / RESULT, content.getbuffer())
     return found

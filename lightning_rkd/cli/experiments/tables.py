@@ -66,6 +66,7 @@ class Table:
             for name, value in {**run.scores, SECONDS: run.seconds}.items():
                 row.values.setdefault(name, {})[task.seed] = value
         self.rows = list(rows.values())
+        self.failures = [result for result in self.results.values() if isinstance(result, Failure)]
         self.known = list(dict.fromkeys(name for row in self.rows for name in row.values if name != SECONDS))
         students = [name for row in self.rows if row.network != TEACHER for name in row.values if name != SECONDS]
         self.columns = list(dict.fromkeys(students) if self.scores is None else self.scores)
@@ -92,7 +93,7 @@ class Table:
             found.append("" if math.isnan(mean) else f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}"))
             if self.baseline is not None:
                 d = row.differences.get(score)
-                interval = "" if d is None or math.isnan(d.half_width) else f" [{d.low:+.3f}, {d.high:+.3f}]"
+                interval = "" if d is None or math.isnan(d.low) else f" [{d.low:+.3f}, {d.high:+.3f}]"
                 found.append("" if d is None else f"{d.mean:+.3f}{interval}")
         return [*found, f"{row.mean(SECONDS):.0f}"]
 
@@ -121,8 +122,7 @@ class Table:
         for row in self.rows:
             line: list[object] = [row.network, row.parameters, row.seeds, row.failed]
             for score in self.known:
-                d = row.differences.get(score) or Difference(math.nan, math.nan, 0)
-                line += [row.mean(score), row.spread(score), d.mean, d.low, d.high]
+                line += [row.mean(score), row.spread(score), *row.differences.get(score, [math.nan] * 3)]
             table.append([*line, row.mean(SECONDS)])
         write_csv(table, out / "table.csv")
         table = [["network", "seed", "folder", "parameters", *self.known, SECONDS, "error"]]

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,6 @@ from lightning_rkd.cli.experiments.workers import report
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.distillation.teachers.cache_writer import write_cache
 from lightning_rkd.utils.provenance import hardware
-
-_images: runs.Images = {}  # of this process
 
 
 @dataclass(frozen=True)
@@ -67,21 +66,12 @@ class Task:
                 _write_cache(with_settings(self.config, paths), folder, self.seed)
                 return
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            runs.run(
-                self.config,
-                folder,
-                self.seed,
-                teacher,
-                [_Progress()],
-                _images,
-                split=self.split,
-                paths=paths,
-                about={"date": f"{datetime.date.today()}", "hardware": hardware(device), "commit": commit},
-            )
+            about = {"date": f"{datetime.date.today()}", "hardware": hardware(device), "commit": commit}
+            run = partial(runs.run, split=self.split, paths=paths, about=about)
+            run(self.config, folder, self.seed, teacher, [_Progress()])
         finally:
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
 
 def tasks_of(comparison: Comparison, networks: Sequence[Network], seeds: Sequence[int]) -> list[Task]:
@@ -113,7 +103,7 @@ def _cache_task(comparison: Comparison, network: Network, seed: int) -> Task:
 
 
 def _write_cache(config: Config, folder: Path, seed: int) -> None:
-    cli = runs.prepare(config, folder, seed, images=_images)
+    cli = runs.prepare(config, folder, seed)
     distiller = cli.model.distiller
     assert isinstance(distiller.teacher, Teacher)
     cli.datamodule.prepare_data()

@@ -44,8 +44,8 @@ class Trial:
         return run.scores[select] if run.scores[select] == run.scores[select] else None
 
 
-def parse(specs: Sequence[str], comparison: Comparison) -> dict[str, dict[str, list[Any]]]:
-    """Values of ``--tune`` by network and path."""
+def _parse(specs: Sequence[str], comparison: Comparison) -> dict[str, dict[str, list[Any]]]:
+    """Values by network and path."""
     entries = {n.entry: n.config["model"].get("init_args", {}).get("loss") for n in comparison.networks}
     wanted: dict[str, dict[str, list[Any]]] = {}
     for spec in specs:
@@ -65,12 +65,12 @@ def parse(specs: Sequence[str], comparison: Comparison) -> dict[str, dict[str, l
     return wanted
 
 
-def plan_trials(wanted: Mapping[str, Mapping[str, Sequence[Any]]], comparison: Comparison) -> list[Trial]:
-    """All combinations of a network's values, each with the first seed; of generations, the first."""
-    if wanted and comparison.select is None:
+def plan_trials(specs: Sequence[str], comparison: Comparison) -> list[Trial]:
+    """All combinations of a network's values of ``--tune``, each with the first seed; of generations, the first."""
+    if specs and comparison.select is None:
         raise ValueError("--tune needs a score to maximise on validation data: add select: NAME to the file")
     trials = []
-    for entry, paths in wanted.items():
+    for entry, paths in _parse(specs, comparison).items():
         for combination in itertools.product(*paths.values()):
             values = dict(zip(paths, combination, strict=True))
             changed = comparison.with_settings(entry, in_config(values))
