@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,21 +17,14 @@ import torch
 
 from lightning_rkd.cli import main as cli
 from tests.cli.commands.test_compare import runs, written
-from tests.cli.test_recipes import PROGRAM, tiny
+from tests.cli.conftest import _own_folder  # noqa: F401 # a fixture
+from tests.cli.test_recipes import tiny
 from tests.harness.processes import GLYPHS, end_of, start
 
 pytestmark = pytest.mark.campaign
 
 TWO = [*GLYPHS, "--data.batches_per_epoch=3", "--trainer.max_epochs=4", "--trainer.default_root_dir=run"]
 TWO += ["--trainer.devices=2", "--trainer.strategy=ddp"]
-
-
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 class Fails(pl.Callback):
@@ -68,13 +62,12 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     fit = ["fit", "--config", "glyphs_rkd", *options]
 
     def process(folder: str, *extra: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*PROGRAM, *fit, "--trainer.default_root_dir", folder, *extra])
+        program = [sys.executable, "-m", "lightning_rkd.cli"]
+        return subprocess.Popen([*program, *fit, "--trainer.default_root_dir", folder, *extra])
 
-    slow = json.dumps(
-        {"class_path": "tests.campaigns.test_kills.Slowly", "init_args": {"file": str(tmp_path / "epoch")}}
-    )
+    slow = {"class_path": "tests.campaigns.test_kills.Slowly", "init_args": {"file": str(tmp_path / "epoch")}}
     whole = process("whole")
-    killed = process("killed", f"--trainer.callbacks+={slow}")
+    killed = process("killed", f"--trainer.callbacks+={json.dumps(slow)}")
     while killed.poll() is None and not (tmp_path / "epoch").exists():
         time.sleep(0.02)
     os.kill(killed.pid, signal.SIGKILL)

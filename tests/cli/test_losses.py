@@ -1,7 +1,6 @@
 """Every loss trains the student for glyphs through the real command line, by its bare name."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -46,12 +45,6 @@ def names() -> list[str]:
     found = {name: getattr(lightning_rkd.losses, name) for name in lightning_rkd.losses.__all__}
     classes = {n: c for n, c in found.items() if isinstance(c, type) and issubclass(c, RelationalLoss)}
     return sorted(n for n, c in classes.items() if c is not RelationalLoss)
-
-
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))  # glyphs are rendered once
 
 
 @pytest.mark.parametrize("name", names())

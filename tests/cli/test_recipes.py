@@ -1,8 +1,6 @@
 """Every recipe runs through the real command line, says what it is, and fits its neighbours."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,6 @@ from lightning_rkd.cli import main as cli
 from lightning_rkd.cli import recipes
 from lightning_rkd.data import GlyphDataModule
 from tests.harness.replicas import replica
-
-PROGRAM = [sys.executable, "-c", "import sys; from lightning_rkd.cli.main import main; sys.exit(main())"]
 
 TINY = [
     "--data.eval_batch_size=64",
@@ -42,13 +38,6 @@ REPLICAS = {
     "MiniImageNetDataModule": ("mini_imagenet", 18, 20),
 }
 """Of the published data sets: name, classes and images of a class; episodes need many."""
-
-
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))  # glyphs are rendered once
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # processes that share few cores
 
 
 def loaded(name: str) -> dict[str, Any]:
@@ -116,10 +105,6 @@ def images() -> None:
             Image.fromarray(pixels.astype(np.uint8)).save(Path("images", str(number), f"{picture}.png"))
 
 
-def run(args: list[str], own_process: bool) -> int:
-    return subprocess.run([*PROGRAM, *args], timeout=300).returncode if own_process else cli.main(args)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_recipe_of_a_published_data_set_takes_a_step_on_a_replica(name: str) -> None:
@@ -128,8 +113,8 @@ def test_recipe_of_a_published_data_set_takes_a_step_on_a_replica(name: str) -> 
         estimator = name.replace("student", "estimator")
         stage = [o for o in options if "fast_dev_run" not in o]
         stage += ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
-        assert run(["fit", "--config", estimator, *stage], False) == 0
-    assert run(["fit", "--config", name, *options], False) == 0
+        assert cli.main(["fit", "--config", estimator, *stage]) == 0
+    assert cli.main(["fit", "--config", name, *options]) == 0
 
 
 def test_metric_learning_recipes_differ_by_their_data_alone() -> None:
@@ -170,37 +155,32 @@ def test_glyphs_have_the_images_that_the_episodes_of_a_recipe_draw(name: str) ->
 PAIRS = {"resnet32x4": "resnet8x4", "wrn40_2": "wrn16_2", "resnet56": "resnet20", "vgg13": "vgg8"}
 
 
+LOSSES = ("SimilarityPreserving", "SoftTarget", "AttentionTransfer", "CRD", "PKT")
+WIDTHS = [f"--model.student.init_args.embedding_dim={dim}" for dim in (16, 64)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "other",
-    ["SimilarityPreserving", "SoftTarget", "AttentionTransfer", "CRD", "PKT"],
+    ("name", "option"),
+    [("cifar100_resnet56_resnet20", f"--model.loss={loss}") for loss in LOSSES]
+    + [("cub_resnet50_resnet18", width) for width in WIDTHS],
 )
-def test_other_rows_of_the_table_are_chosen_by_the_loss(other: str) -> None:
-    name = "cifar100_resnet56_resnet20"
-    assert run(["fit", "--config", name, *miniature(name), "--model.loss", other, "--model.weight=0.9"], False) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dim", [16, 64])
-def test_students_of_other_widths_are_one_option_away(dim: int) -> None:
-    name = "cub_resnet50_resnet18"
-    options = [f"--model.student.init_args.embedding_dim={dim}", "--model.loss=RKDDistance"]
-    assert run(["fit", "--config", name, *miniature(name), *options], False) == 0
+def test_other_losses_and_students_of_other_widths_are_one_option_away(name: str, option: str) -> None:
+    assert cli.main(["fit", "--config", name, *miniature(name), option]) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_recipe_fits_and_tests(name: str, tmp_path: Path) -> None:
-    own_process = name == OURS[0]
     if name.endswith("mhgd_student"):  # reads what its first stage left
         estimator = name.replace("student", "estimator")
-        assert run(["fit", "--config", estimator, *tiny(estimator)], own_process) == 0
-    assert run(["fit", "--config", name, *tiny(name)], own_process) == 0
+        assert cli.main(["fit", "--config", estimator, *tiny(estimator)]) == 0
+    assert cli.main(["fit", "--config", name, *tiny(name)]) == 0
     checkpoint = Path(loaded(name)["trainer"]["default_root_dir"]) / "last.ckpt"
     state = torch.load(checkpoint, weights_only=True)
     assert state["global_step"] == 4
     assert not [key for key in state["state_dict"] if key.startswith("teacher") or ".network." in key]
-    assert run(["test", "--config", name, *tiny(name), "--ckpt_path", str(checkpoint)], False) == 0
+    assert cli.main(["test", "--config", name, *tiny(name), "--ckpt_path", str(checkpoint)]) == 0
     measured = list(tmp_path.glob("runs/*/lightning_logs/*/metrics.csv"))
     assert any("test/" in path.read_text() for path in measured)
 

@@ -14,13 +14,6 @@ from lightning_rkd.cli import main as cli
 from lightning_rkd.cli.signals import PARENT, at_sigterm, end_with_first_rank
 
 
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-
-
 def test_a_rank_ends_after_the_process_that_started_it() -> None:
     """Also where the main thread waits in a collective, or for ranks that will never come."""
     rank = """

@@ -27,11 +27,8 @@ FIT = ["fit", "--config", "glyphs_student", *TINY]
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))  # glyphs are rendered once
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many as here, or sums are rounded otherwise
-    torch.set_num_threads(1)
+def _limits() -> Iterator[None]:
+    torch.set_num_threads(1)  # as many as in other processes, or sums are rounded otherwise
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -210,7 +207,7 @@ def test_rows_that_nobody_deals_out_are_refused_on_two_devices_only() -> None:
     dealt = DataLoader(rows, sampler=DistributedSampler(rows, num_replicas=2, rank=0))
 
     def look(loader: Any, devices: int = 2, lightnings: bool = False) -> None:
-        connector = SimpleNamespace(use_distributed_sampler=lightnings)
+        connector = SimpleNamespace(use_distributed_sampler=lightnings, is_distributed=devices > 1)
         trainer: Any = SimpleNamespace(
             world_size=devices, train_dataloader=loader, _accelerator_connector=connector, max_epochs=1
         )

@@ -38,13 +38,6 @@ FILE: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))  # glyphs are rendered once
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 def written(**changes: Any) -> str:
     Path("mine.yaml").write_text(yaml.safe_dump(FILE | changes, sort_keys=False))
     return "mine.yaml"
@@ -112,9 +105,7 @@ def test_tuning_does_not_read_the_test_data(monkeypatch) -> None:
     monkeypatch.setattr(tasks, "report", lambda *progress: None)
     changes = {"teacher": None, "recipe": "glyphs_student", "networks": {"alone": {"loss": None}}}
     comparison = plan.read(Path(written(**changes)))
-    trials = tuning.plan_trials(
-        tuning.parse(["alone.model.init_args.optimizer.init_args.lr=0.01,0.02"], comparison), comparison
-    )
+    trials = tuning.plan_trials(["alone.model.init_args.optimizer.init_args.lr=0.01,0.02"], comparison)
     assert [trial.values for trial in trials] == [{"model.init_args.optimizer.init_args.lr": lr} for lr in (0.01, 0.02)]
     for trial in trials:
         trial.task.perform(Path("out"), None, "")

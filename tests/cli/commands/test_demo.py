@@ -3,7 +3,6 @@
 import csv
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,6 @@ LEFT = {
     "report.html", "table.md", "table.csv", "runs.csv", "demo.yaml", "neighbours.png", "relations.png", "plot.png",
     "teacher", "alone-4", "rkd-4",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # processes that share few cores
-    yield
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning turns it off after Ctrl-C
 
 
 @pytest.fixture

@@ -20,12 +20,6 @@ from lightning_rkd.data import GlyphDataModule, with_indices
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 
 
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))  # glyphs are rendered once
-
-
 def tiny(recipe: str, steps: int = 2, **settings: Any) -> Config:
     config = yaml.safe_load((recipes.FOLDER / f"{recipe}.yaml").read_text())
     data = {"max_classes": 20, "image_size": 12, "classes_per_batch": 4, "batches_per_epoch": steps}
@@ -43,13 +37,13 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run, runs.Images]:
-    """A run of two steps, and the images that it loaded."""
-    folder, images = tmp_path_factory.mktemp("run"), runs.Images()
-    return folder, runs.run(tiny("glyphs_student"), folder, 1, images=images), images
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, runs.run(tiny("glyphs_student"), folder, 1)
 
 
-def test_fit_trains_the_same_network_from_the_configuration_of_a_run(finished: tuple[Path, Run, Any]) -> None:
+def test_fit_trains_the_same_network_from_the_configuration_of_a_run(finished: tuple[Path, Run]) -> None:
     folder = finished[0]
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "last.ckpt", runs.RESULT}
     moved = ["--trainer.default_root_dir", "second", "--trainer.enable_progress_bar", "false"]
@@ -71,26 +65,24 @@ def test_all_networks_start_from_the_same_student_and_see_the_same_batches() -> 
     assert not same(alone, other)
 
 
-def test_images_are_loaded_once_for_runs_of_the_same_data(
-    finished: tuple[Path, Run, runs.Images], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = dict(finished[2])
-    (loaded,) = images.values()
+def test_images_are_loaded_once_for_runs_of_the_same_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def data(**settings: int) -> GlyphDataModule:
+        changed = {f"data.init_args.{name}": value for name, value in settings.items()}
+        found: GlyphDataModule = runs.prepare(tiny("glyphs_student", **changed), Path("run"), 0).datamodule
+        found.setup()
+        return found
+
+    loaded = data()
     monkeypatch.setattr(GlyphDataModule, "load", lambda self: 1 / 0)
-    ordered = {"data.init_args.batches_per_epoch": 1, "data.init_args.seed": 7}
-    same_data = runs.prepare(tiny("glyphs_student", **ordered), Path("run"), 0, images=images).datamodule
-    same_data.setup()
-    assert same_data.root.images is loaded.images
+    assert data(batches_per_epoch=1, seed=7).root.images is loaded.root.images
     with pytest.raises(ZeroDivisionError):
-        runs.prepare(
-            tiny("glyphs_student", **{"data.init_args.max_classes": 18}), Path("run"), 0, images=images
-        ).datamodule.setup()
-    assert not images, "the old images are released first"
+        data(max_classes=18)
+    assert not runs._images, "the old images are released first"
 
 
-def test_scores_are_those_of_the_unseen_classes(finished: tuple[Path, Run, runs.Images]) -> None:
-    folder, run, images = finished
-    built = runs.prepare(tiny("glyphs_student"), Path("run"), 1, images=images)
+def test_scores_are_those_of_the_unseen_classes(finished: tuple[Path, Run]) -> None:
+    folder, run = finished
+    built = runs.prepare(tiny("glyphs_student"), Path("run"), 1)
     data, student = built.datamodule, built.model.student
     built.model.load_state_dict(torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
     data.setup("test")
@@ -136,9 +128,7 @@ def test_an_interrupted_run_resumes_from_its_last_epoch_to_the_same_digits() -> 
     assert resumed.seconds > 0
 
 
-def test_a_finished_run_is_read_and_not_repeated(
-    finished: tuple[Path, Run, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_run_is_read_and_not_repeated(finished: tuple[Path, Run], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "train", lambda *args, **kwargs: pytest.fail("it trained"))
     again = runs.run(tiny("glyphs_student"), finished[0], 1)
     assert (*digits(again), again.seconds) == (*digits(finished[1]), finished[1].seconds)
@@ -164,7 +154,7 @@ def test_results_of_other_settings_are_never_used(done: bool) -> None:
 
 
 @pytest.mark.parametrize("name", [runs.RESULT, "last.ckpt"])
-def test_a_damaged_file_is_named(name: str, finished: tuple[Path, Run, Any]) -> None:
+def test_a_damaged_file_is_named(name: str, finished: tuple[Path, Run]) -> None:
     shutil.copytree(finished[0], "run")
     path = Path("run", name)
     content = bytearray(path.read_bytes())
