@@ -1,4 +1,4 @@
-"""What only a GPU can show; without one everything here is skipped, and tests beside the code say the rest."""
+"""Tests that need a GPU; without one everything here is skipped."""
 
 import copy
 import dataclasses
@@ -69,23 +69,25 @@ def test_a_loss_agrees_with_the_cpu_and_the_host_does_not_wait(cls):
         assert values[1] == pytest.approx(float(values[0]), rel=1e-3, abs=1e-5)
 
 
+def value_and_gradient(
+    x: Tensor, y: Tensor, device: str, dtype: torch.dtype, reduction: Any = "official"
+) -> tuple[float, Tensor]:
+    own, y = x.to(device).requires_grad_(), y.to(device)
+    loss = angle_loss(squared_distances(own), squared_distances(y), reduction=reduction, dtype=dtype)
+    (grad,) = torch.autograd.grad(loss, own)
+    return float(loss.detach()), grad.cpu()
+
+
 @pytest.mark.parametrize("reduction", ["official", "distinct"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 31, 64, 100, 257, 1000])
 def test_the_angle_kernel_agrees_with_the_cpu(n, dtype, tolerance, reduction):
-    x, y = (torch.randn(n, d, dtype=torch.float64) for d in (16, 32))
-    results = []
-    for device in ("cpu", "cuda"):
-        own = x.to(device).requires_grad_()
-        loss = angle_loss(
-            squared_distances(own), squared_distances(y.to(device)), reduction=reduction,
-            dtype=torch.float64 if device == "cpu" else dtype,
-        )  # fmt: skip
-        (grad,) = torch.autograd.grad(loss, own)
-        results.append((float(loss.detach()), grad.cpu()))
+    both = [torch.randn(n, d, dtype=torch.float64) for d in (16, 32)]
+    expected, expected_grad = value_and_gradient(*both, "cpu", torch.float64, reduction)
+    value, grad = value_and_gradient(*both, "cuda", dtype, reduction)
     assert not kernels._failed
-    assert abs(results[1][0] - results[0][0]) <= tolerance * abs(results[0][0])
-    assert (results[1][1] - results[0][1]).norm() <= tolerance * results[0][1].norm() + 1e-15
+    assert abs(value - expected) <= tolerance * abs(expected)
+    assert (grad - expected_grad).norm() <= tolerance * expected_grad.norm() + 1e-15
 
 
 def test_the_angle_kernel_is_exact_for_duplicates_and_near_rows():
@@ -94,22 +96,15 @@ def test_the_angle_kernel_is_exact_for_duplicates_and_near_rows():
     y[2] = y[3] + 1e-4 * y[2]
     x[4] = x[3] + 1e-5 * x[4]
     y[6] = y[5]
-    grads = []
-    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
-        own = x.to(device).requires_grad_()
-        loss = angle_loss(squared_distances(own), squared_distances(y.to(device)), dtype=dtype)
-        grads.append(torch.autograd.grad(loss, own)[0].cpu())
+    _, expected = value_and_gradient(x, y, "cpu", torch.float64)
+    _, grad = value_and_gradient(x, y, "cuda", torch.float32)
     for rows in (slice(0, 2), slice(2, 7), slice(7, None)):
-        assert (grads[1][rows] - grads[0][rows]).norm() <= 1e-4 * grads[0][rows].norm()
+        assert (grad[rows] - expected[rows]).norm() <= 1e-4 * expected[rows].norm()
 
 
 def test_the_angle_kernel_gives_the_same_bits_twice():
-    x, y = (torch.randn(300, d, device="cuda") for d in (16, 32))
-    grads = []
-    for _ in range(2):
-        own = x.clone().requires_grad_()
-        angle_loss(squared_distances(own), squared_distances(y)).backward()
-        grads.append(own.grad)
+    both = [torch.randn(300, d) for d in (16, 32)]
+    grads = [value_and_gradient(*both, "cuda", torch.float32)[1] for _ in range(2)]
     assert torch.equal(*grads)
 
 
@@ -124,28 +119,27 @@ def test_compiled_the_loss_is_the_same():
     assert (grads[1] - grads[0]).norm() <= 1e-5 * grads[0].norm()
 
 
+def computed(metric: Any, device: str, *columns: Tensor) -> dict[str, float]:
+    metric = metric.to(device)
+    metric.update(*(column.to(device) for column in columns))
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_retrieval_is_the_same_to_the_last_digit(distance, dtype):
     labels = torch.arange(3000) % 300
     rows = (torch.randn(300, 32)[labels] + 2 * torch.randn(3000, 32)).to(dtype)
     rows[7] = rows[8]
-    values = []
-    for device in ("cpu", "cuda"):
-        metric = EmbeddingRetrieval(k=(1, 5), distance=distance).to(device)
-        metric.update(rows.to(device), labels.to(device))
-        values.append({name: float(value) for name, value in metric.compute().items()})
-    assert values[0] == values[1]
+    cpu, gpu = (computed(EmbeddingRetrieval((1, 5), distance), device, rows, labels) for device in ("cpu", "cuda"))
+    assert cpu == gpu
 
 
 def test_agreement_is_the_same():
-    student, teacher = torch.randn(2000, 16), torch.randn(2000, 32)
-    values = []
-    for device in ("cpu", "cuda"):
-        metric = RelationalAgreement().to(device)
-        metric.update(student.to(device), teacher.to(device))
-        values.append({name: float(value) for name, value in metric.compute().items()})
-    assert values[1] == pytest.approx(values[0], abs=1e-6)
+    both = torch.randn(2000, 16), torch.randn(2000, 32)
+    assert computed(RelationalAgreement(), "cuda", *both) == pytest.approx(
+        computed(RelationalAgreement(), "cpu", *both), abs=1e-6
+    )
 
 
 class Plain(pl.LightningModule):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
-from lightning_rkd.export.latency import Latency
 from lightning_rkd.utils.provenance import hardware
 
 
@@ -40,7 +42,7 @@ def model_card(
     config: Mapping[str, Any],
     facts: Facts,
     sizes: Mapping[str, int],
-    times: Sequence[Latency],
+    times: Sequence[tuple[str, int, float]],
     differences: Mapping[str, float],
     tolerance: float,
     failed: Mapping[str, str],
@@ -78,7 +80,7 @@ def model_card(
             f"largest output; {tolerance:.0e} is allowed)."
         )
     lines += [f"Not exported: {name}, because {why}" for name, why in failed.items()]
-    rows = [[t.program, str(t.batch), f"{t.milliseconds:.2f}"] for t in times]
+    rows = [[program, str(batch), f"{milliseconds:.2f}"] for program, batch, milliseconds in times]
     threads = torch.get_num_threads()
     lines.append(
         f"## Latency\n\nMedian milliseconds of a call, {hardware('cpu')}, {threads} thread{'s'[: threads != 1]}, "
@@ -98,12 +100,7 @@ _HOW = {
 
 
 def describe(value: Any) -> str:
-    """Part of a configuration as YAML for the card, without arguments that are ``None``.
-
-    Example:
-        >>> describe({"weight": 1.0, "teacher": None})
-        'weight: 1.0\\n'
-    """
+    """Part of a configuration as YAML for the card, without arguments that are ``None``."""
     return "" if value is None else yaml.safe_dump(_drop_none(value), sort_keys=False, allow_unicode=True)
 
 
@@ -130,3 +127,24 @@ def _join_paragraphs(lines: Sequence[str]) -> str:
     for before, line in itertools.pairwise(lines):
         text += ("\n" if before.startswith("- ") and line.startswith("- ") else "\n\n") + line
     return text
+
+
+def measure_latency(network: nn.Module, example: Tensor, onnx: Path) -> list[tuple[str, int, float]]:
+    """Median milliseconds of a call by program and batch size, of the network and of its ONNX program if it exists."""
+    programs: dict[str, Callable[[Tensor], object]] = {"PyTorch": network}
+    if onnx.is_file():
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        programs["onnxruntime"] = lambda x: session.run(None, {name: x.numpy()})
+    found = []
+    for program, call in programs.items():
+        for batch in (1, 32):
+            x = example.expand(batch, *example.shape[1:]).contiguous()
+            timer = Timer("call(x)", globals={"call": call, "x": x}, num_threads=torch.get_num_threads())
+            with torch.inference_mode():
+                found.append((program, batch, 1000 * timer.blocked_autorange(min_run_time=0.2).median))
+    return found

@@ -51,9 +51,7 @@ def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
     path = folder / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds no {WEIGHTS}: it was exported without the format 'safetensors'")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != config["files"][WEIGHTS]:
+    if sha256(path) != config["files"][WEIGHTS]:
         raise ValueError(f"{str(path)!r} is damaged, or of another student: its SHA-256 is not that of {CONFIG}")
     if network is None:
         if config["network"] is None:
@@ -70,12 +68,7 @@ def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read ``config.json`` of an export.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It was not written by an export.
-    """
+    """Read ``config.json`` of an export."""
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} holds no exported student: there is no {CONFIG} in it")
@@ -89,16 +82,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_weights(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load tensors into a network, which adopts their precision.
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    Example:
-        >>> import torch
-        >>> net = nn.Linear(1, 1, bias=False)
-        >>> load_weights(net, {"weight": torch.ones(1, 1, dtype=torch.float64)})
-        >>> net.weight.dtype
-        torch.float64
-    """
+
+def load_weights(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load tensors into a network, which adopts their precision."""
     for name, own in (*network.named_parameters(), *network.named_buffers()):
         if name in tensors:
             own.data = own.data.to(tensors[name].dtype)
@@ -109,13 +100,6 @@ def build_network(description: dict[str, Any]) -> nn.Module:
     """Build a network from a class path and its arguments, which may be such descriptions themselves.
 
     ``weights`` of torchvision's models are dropped, so that nothing is downloaded.
-
-    Raises:
-        ValueError: There is no such class, it does not take the arguments, or it builds no network.
-
-    Example:
-        >>> build_network({"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 3}})
-        Linear(in_features=2, out_features=3, bias=True)
     """
     network = _build(description)
     if not isinstance(network, nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import json
 import logging
@@ -21,24 +20,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_rkd.export.card import Facts, model_card
-from lightning_rkd.export.latency import measure_latency
-from lightning_rkd.export.read import CONFIG, WEIGHTS, build_network, load_weights, read_config
+from lightning_rkd.export.card import Facts, measure_latency, model_card
+from lightning_rkd.export.read import CONFIG, WEIGHTS, build_network, load_weights, read_config, sha256
 
 FORMATS = {"safetensors": WEIGHTS, "torch": "student.pt2", "onnx": "student.onnx"}
 """File of each format."""
 
-CARD = "README.md"
-"""The model card."""
-
-TOLERANCE = 1e-4
-"""Largest allowed difference of an exported program from the student, in units of its largest output."""
-
-BATCHES = (1, 2, 7)
-"""Sizes of the random batches on which programs are compared with the student."""
-
+_CARD = "README.md"
+_TOLERANCE = 1e-4  # largest difference of an exported program from the student, in units of its largest output
+_BATCHES = (1, 2, 7)  # sizes of the random batches on which programs are compared with the student
 Program = Callable[[Tensor], Tensor]
-"""An exported program as a function of a batch."""
 
 
 class ExportError(RuntimeError):
@@ -136,13 +127,13 @@ def export(
             "output": {"shape": ["N", *outputs.shape[1:]], "dtype": str(outputs.dtype).removeprefix("torch.")},
             "parameters": sum(p.numel() for p in network.parameters()),
             "versions": {"lightning-rkd": version("lightning-rkd"), "torch": str(torch.__version__)},
-            "files": {path.name: _sha256(path) for path in sorted(place.iterdir())},
+            "files": {path.name: sha256(path) for path in sorted(place.iterdir())},
         }
         (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         times = measure_latency(network, example, place / FORMATS["onnx"])
         sizes = {path.name: path.stat().st_size for path in sorted(place.iterdir())}
-        card = model_card(config, facts, sizes, times, differences, TOLERANCE, failed)
-        (place / CARD).write_text(card, encoding="utf-8")
+        card = model_card(config, facts, sizes, times, differences, _TOLERANCE, failed)
+        (place / _CARD).write_text(card, encoding="utf-8")
         _move(place, folder)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Exported(folder, sizes, differences, failed)
@@ -184,31 +175,19 @@ def _write_formats(
             failed[name] = str(error)
             path.unlink(missing_ok=True)
             continue
-        if not difference <= TOLERANCE:
+        if not difference <= _TOLERANCE:
             cure = f"leave the format {name!r} out"
             if name == "safetensors":
                 cure = "build describes a network that computes something else"
             raise ExportError(
                 f"{path.name} gives other numbers than the student: they differ by {difference:.1e} of its largest "
-                f"output, and {TOLERANCE:.0e} is allowed. Nothing was written; {cure}"
+                f"output, and {_TOLERANCE:.0e} is allowed. Nothing was written; {cure}"
             )
         if name != "safetensors":
             differences[name] = difference
     if len(failed) == len(set(formats)):
         raise ExportError("; ".join(f"{name}: {why}" for name, why in failed.items()))
     return differences, failed
-
-
-def _report_failure(program: Program) -> Program:
-    """A program whose errors are :class:`ExportError`."""
-
-    def run(x: Tensor) -> Tensor:
-        try:
-            return program(x)
-        except Exception as error:  # a guard of the trace, a missing kernel, a dtype that NumPy does not know
-            raise ExportError(f"its program does not run on a batch of {len(x)}: {_first_line(error)}") from error
-
-    return run
 
 
 def _write_safetensors(rebuilt: nn.Module, network: nn.Module, example: Tensor, path: Path) -> Program:
@@ -220,32 +199,20 @@ def _write_safetensors(rebuilt: nn.Module, network: nn.Module, example: Tensor, 
 def _write_torch(network: nn.Module, example: Tensor, path: Path) -> Program:
     program = _program(network, example)
     torch.export.save(program, path)
-    return _report_failure(torch.export.load(path).module())
+    return torch.export.load(path).module()
 
 
 def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> Program:
-    program = _program(network, example)
-    try:
-        torch.onnx.export(
-            program,
-            (),
-            path,
-            input_names=["input"],
-            output_names=["output"],
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    except Exception as error:  # the exporter has many errors for an operation that it does not know
-        raise ExportError(f"ONNX has no form for this network: {_first_line(error)}") from error
     import onnxruntime
 
+    program, names = _program(network, example), {"input_names": ["input"], "output_names": ["output"]}
     try:
+        torch.onnx.export(program, (), path, **names, dynamo=True, external_data=False, verbose=False)  # type: ignore[arg-type]
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has its own errors
-        raise ExportError(f"onnxruntime cannot run this network: {_first_line(error)}") from error
+    except Exception as error:  # both have many errors for operations and dtypes that they do not know
+        raise ExportError(f"ONNX has no form for this network that onnxruntime runs: {_first_line(error)}") from error
     (name,) = (given.name for given in session.get_inputs())
-    return _report_failure(lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]))
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
 def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
@@ -263,10 +230,17 @@ def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgra
 def _difference(network: nn.Module, program: Program, example: Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    for size in BATCHES:
-        x = _random(example, size, generator)
+    for size in _BATCHES:
+        shape = (size, *example.shape[1:])
+        floating = example.is_floating_point()
+        x = torch.randn(shape, generator=generator) if floating else torch.randint(0, 2, shape, generator=generator)
+        x = x.to(example.dtype)
         with torch.no_grad():
-            expected, found = network(x), program(x)
+            expected = network(x)
+            try:
+                found = program(x)
+            except Exception as error:  # a guard of the trace, a missing kernel, a dtype that NumPy does not know
+                raise ExportError(f"its program does not run on a batch of {size}: {_first_line(error)}") from error
         if not expected.isfinite().all():
             raise ValueError("the student itself gives NaN or infinity on random inputs; nothing was written")
         if expected.shape != found.shape or not found.isfinite().all():
@@ -274,13 +248,6 @@ def _difference(network: nn.Module, program: Program, example: Tensor) -> float:
         expected, found = expected.double(), found.double()
         worst = max(worst, float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12)))
     return worst
-
-
-def _random(example: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    shape = (size, *example.shape[1:])
-    if example.is_floating_point():
-        return torch.randn(shape, generator=generator).to(example.dtype)
-    return torch.randint(0, 2, shape, generator=generator).to(example.dtype)
 
 
 def _outputs(network: nn.Module, example: Tensor) -> Tensor:
@@ -317,7 +284,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{str(folder)!r} holds files that no export made; choose another folder") from None
     if not overwrite:
         raise FileExistsError(f"{str(folder)!r} holds an earlier export; choose another folder, or overwrite it")
-    others = sorted({path.name for path in folder.iterdir()} - {CONFIG, CARD, *FORMATS.values()})
+    others = sorted({path.name for path in folder.iterdir()} - {CONFIG, _CARD, *FORMATS.values()})
     if others:
         raise FileExistsError(
             f"{str(folder)!r} also holds {', '.join(others)}, which no export made: move it away first"
@@ -336,23 +303,15 @@ def _rebuild(build: Mapping[str, Any], network: nn.Module) -> nn.Module:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the logs and warnings of the exporters."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from lightning_rkd.functional.channels import flatten_channels as flatten_channels
     from lightning_rkd.functional.channels import flatten_positions as flatten_positions
     from lightning_rkd.functional.channels import unit_channels as unit_channels
-    from lightning_rkd.functional.columns import centre_columns as centre_columns
     from lightning_rkd.functional.distances import distance_loss as distance_loss
     from lightning_rkd.functional.distances import pairwise_distances as pairwise_distances
     from lightning_rkd.functional.distances import safe_sqrt as safe_sqrt
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_rkd.functional.ranks import log_probability_of_order as log_probability_of_order
     from lightning_rkd.functional.ranks import nearest_samples as nearest_samples
     from lightning_rkd.functional.ranks import permutations as permutations
+    from lightning_rkd.functional.scales import centre_columns as centre_columns
     from lightning_rkd.functional.scales import limit_magnitude as limit_magnitude
     from lightning_rkd.functional.scales import power_of_two as power_of_two
     from lightning_rkd.functional.scales import squares_in_range as squares_in_range

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_rkd.functional._kernels.units import NEAR, in_units_of_mean
+NEAR = 1e-5
+"""Part of the largest squared distance below which the cosines at a pair are wrong in float32."""
 
 _TILE = 2**19  # triplets in a tile: four float32 buffers of it stay in cache
 _EDGE = 128
@@ -23,33 +24,17 @@ def loss_and_gradient(
     factor: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of the Huber terms of all triplets at the given vertices, and its gradient to ``student``.
+    """Sum of the Huber terms of all triplets at the vertices from the first to before the last, and its gradient.
 
-    Args:
-        student: (N, N) squared distances, symmetric, with a zero diagonal.
-        teacher: The same for the teacher.
-        vertices: First vertex, and the one after the last.
-        dtype: Precision of the cosines on the CPU; other devices use the precision of the distances.
-        official: Include i = k, where the cosine is 1, or 0 if j and i are duplicates.
-        factor: Multiplies sum and gradient.
-        with_gradient: Compute the gradient too.
-
-    Returns:
-        A scalar, and an (N, N) matrix or ``None``, in the precision of the distances.
-
-    Example:
-        >>> right = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 2.0], [1.0, 2.0, 0.0]])
-        >>> total, _ = loss_and_gradient(
-        ...     right, 1 - torch.eye(3), (0, 3), torch.float32, official=True, factor=1.0, with_gradient=False
-        ... )
-        >>> round(float(total), 4)
-        0.3358
+    Squared distances are symmetric with a zero diagonal. ``dtype`` is the precision of the cosines on the CPU; other
+    devices use that of the distances. ``official`` includes i = k, where the cosine is 1, or 0 if j and i are
+    duplicates. ``factor`` multiplies sum and gradient.
     """
     n, exact = len(student), student.dtype
     if student.device.type != "cpu":
         dtype = exact
-    student, inverse, scale = in_units_of_mean(student)
-    teacher, inverse_t, _ = in_units_of_mean(teacher)
+    student, inverse, scale = _in_units_of_mean(student)
+    teacher, inverse_t, _ = _in_units_of_mean(teacher)
     near = None if dtype == exact else _near_pairs(student, inverse, teacher, inverse_t)
     kinds = {dtype} if near is None else {dtype, exact}
     networks = {kind: (_Distances(student, inverse, kind), _Distances(teacher, inverse_t, kind)) for kind in kinds}
@@ -94,6 +79,13 @@ def loss_and_gradient(
     if not with_gradient:
         return total, None
     return total, at_weight.sub_(at_cosine.mul_(inverse).mul_(inverse)).mul_(factor / scale)
+
+
+def _in_units_of_mean(squared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared distances divided by their mean, which keeps float32 in range; inverse distances (0 for 0); the mean."""
+    mean = squared.mean().clamp_(min=torch.finfo(squared.dtype).tiny)
+    squared = squared / mean
+    return squared, squared.rsqrt().nan_to_num_(posinf=0), mean
 
 
 class _Distances:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_rkd.functional import angle_tiles
 from lightning_rkd.functional._kernels import give_up, native
-from lightning_rkd.functional.derivatives import second_derivative_error
+from lightning_rkd.functional.distances import second_derivative_error
 from lightning_rkd.utils.distributed import Shard
 from lightning_rkd.utils.private import disable_compilation
 
@@ -66,9 +66,6 @@ def angle_loss(
             :math:`\frac{1}{m} \left(1 - \frac{m}{N}\right) \frac{1}{N - 1} \sum_j (\ell_j - L)^2`. ``None``
             computes all vertices.
         dtype: Precision of the cosines and of the result.
-
-    Returns:
-        Scalar of type ``dtype``.
 
     Raises:
         ValueError: Unknown reduction, a sample of no vertices, or matrices that are not both (N, N).
@@ -129,32 +126,20 @@ def _loss_and_gradient(
     order, share = None, 1.0
     if sample is not None and sample < n and stop > start:
         own = sample * (stop - start) // n or 1
-        order, share = _shuffled(start, stop, n, student.device), (stop - start) / own
+        order, share = torch.arange(n, device=student.device), (stop - start) / own
+        order[start:stop] = start + torch.randperm(stop - start, device=student.device)
         stop = start + own
         student, teacher = student[order][:, order], teacher[order][:, order]
-    count = n**3 if reduction == "official" else max(1, n * (n - 1) * (n - 2))
-    total, grad = _sum_triplets(
-        student,
-        teacher,
-        (start, stop),
-        dtype,
-        official=reduction == "official",
-        factor=share / count,
-        with_gradient=with_gradient,
-    )
+    official = reduction == "official"
+    count = n**3 if official else max(1, n * (n - 1) * (n - 2))
+    settings = {"official": official, "factor": share / count, "with_gradient": with_gradient}
+    total, grad = _sum_triplets(student, teacher, (start, stop), dtype, **settings)
     if grad is not None and order is not None:
         grad = torch.empty_like(grad).index_put_((order[:, None], order), grad)
     if shard is not None:
         total = shard.sum(total)
         grad = None if grad is None else shard.sum(grad)
     return total.to(dtype), grad
-
-
-def _shuffled(start: int, stop: int, n: int, device: torch.device) -> Tensor:
-    """Numbers of all rows, with the range from start to stop in random order."""
-    order = torch.arange(n, device=device)
-    order[start:stop] = start + torch.randperm(stop - start, device=device)
-    return order
 
 
 def _sum_triplets(student: Tensor, teacher: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
@@ -175,17 +160,8 @@ def _sum_triplets(student: Tensor, teacher: Tensor, *args: Any, **settings: Any)
 
 class _AngleLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        reduction: Reduction,
-        shard: Shard | None,
-        sample: int | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        with_gradient = ctx.needs_input_grad[0]
-        loss, grad = _loss_and_gradient(student, teacher, reduction, shard, sample, dtype, with_gradient)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        loss, grad = _loss_and_gradient(*(*arguments, ctx.needs_input_grad[0]))
         if grad is not None:
             ctx.save_for_backward(grad)
         return loss
@@ -233,13 +209,9 @@ def _shapes(
     return student.new_empty((), dtype=dtype), torch.empty_like(student) if with_gradient else student.new_empty(0)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
-
-
 def _pull(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
     return grad * grads[0], None, None, None, None, None
 
 
-_operator.register_autograd(_pull, setup_context=_keep)
+_operator.register_autograd(_pull, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.functional._kernels import give_up, native
-from lightning_rkd.functional.derivatives import second_derivative_error
 
 DUPLICATE = 1e-13
 """Two rows with squared distance up to this part of the sum of their squared norms (centred) count as duplicates."""
@@ -37,9 +36,6 @@ def squared_distances(x: Tensor) -> Tensor:
 
     Args:
         x: Embeddings, any floating dtype.
-
-    Returns:
-        Symmetric (N, N) tensor.
 
     Example:
         >>> squared_distances(torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 4.0]])).tolist()
@@ -68,12 +64,6 @@ def pairwise_distances(x: Tensor) -> Tensor:
 
     Shapes: (N, D) -> (N, N), float64 as in :func:`squared_distances`.
 
-    Args:
-        x: Embeddings, any floating dtype.
-
-    Returns:
-        Symmetric (N, N) tensor.
-
     Example:
         >>> pairwise_distances(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist()
         [[0.0, 5.0], [5.0, 0.0]]
@@ -99,7 +89,7 @@ def distance_loss(squared_student: Tensor, squared_teacher: Tensor, *, count: in
         count: n, what the sum is divided by.
 
     Raises:
-        RuntimeError: A second derivative is asked for.
+        RuntimeError: The backward pass runs with ``create_graph=True``.
 
     Reference:
         Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
@@ -111,6 +101,14 @@ def distance_loss(squared_student: Tensor, squared_teacher: Tensor, *, count: in
         tensor(0.0139)
     """
     return _DistanceLoss.apply(squared_student, squared_teacher.detach(), count)  # type: ignore[no-any-return]
+
+
+def second_derivative_error(name: str) -> RuntimeError:
+    """Error for a backward pass of ``name`` with ``create_graph=True``, where no second derivative exists."""
+    return RuntimeError(
+        f"{name} has a first derivative only: its backward pass ran with create_graph=True, and the second "
+        "derivative would be left out silently"
+    )
 
 
 class _SquaredDistances(torch.autograd.Function):

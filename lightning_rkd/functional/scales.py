@@ -1,4 +1,4 @@
-"""Scaling that keeps squares in the range of floating point: division by powers of two, which never rounds."""
+"""Scaling and centring without loss of digits: division by powers of two never rounds and keeps squares in range."""
 
 from __future__ import annotations
 
@@ -19,12 +19,7 @@ def to_float64(x: Tensor) -> Tensor:
 
 
 def smallest_norm(dtype: torch.dtype) -> float:
-    """Norm below which a row counts as zero, since the gradient of its direction would come close to overflow.
-
-    Example:
-        >>> f"{smallest_norm(torch.float32):.1e}"
-        '1.2e-35'
-    """
+    """Norm below which a row counts as zero, since the gradient of its direction would come close to overflow."""
     return 1024 * torch.finfo(dtype).tiny
 
 
@@ -50,12 +45,7 @@ def squares_in_range(lengths: Tensor, rows: Tensor) -> bool:
 
 
 def far_above_rounding(differences: Tensor) -> bool:
-    """Check that differences of numbers of about 1 have digits left; only on the CPU, as :func:`squares_in_range`.
-
-    Example:
-        >>> far_above_rounding(torch.tensor([0.5, 0.1])), far_above_rounding(torch.tensor([0.5, 1e-6]))
-        (True, False)
-    """
+    """Check that differences of numbers of about 1 have digits left; only on the CPU, as :func:`squares_in_range`."""
     if differences.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return bool(differences.detach().min() > torch.finfo(differences.dtype).eps ** 0.5)
@@ -94,3 +84,21 @@ def limit_magnitude(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(x.detach().abs().amax() < _LARGE):
         return x
     return x / (power_of_two(x, dim) / _LARGE).clamp(min=1)
+
+
+def centre_columns(x: Tensor) -> Tensor:
+    r"""Columns minus their means; constant columns become exact zeros, however far from 0 they are.
+
+    .. math:: x_{nd} - \frac{1}{N} \sum_m x_{md}
+
+    The first row is subtracted first, because the rounded mean of equal numbers need not be that number.
+
+    Shapes: (N, D) -> (N, D), float64 (float32 on MPS).
+
+    Example:
+        >>> centre_columns(torch.tensor([[1.0, 0.1], [2.0, 0.1], [6.0, 0.1]])).tolist()
+        [[-2.0, 0.0], [-1.0, 0.0], [3.0, 0.0]]
+    """
+    rows = to_float64(x)
+    rows = rows - rows[:1].detach()
+    return rows - rows.mean(0)

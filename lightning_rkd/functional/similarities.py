@@ -49,9 +49,6 @@ def row_norms(x: Tensor) -> Tensor:
 
     Shapes: (N, D) -> (N,).
 
-    Args:
-        x: Embeddings, or differences of them.
-
     Example:
         >>> row_norms(torch.tensor([[3e30, 4e30], [0.0, 0.0]]))
         tensor([5.0000e+30, 0.0000e+00])

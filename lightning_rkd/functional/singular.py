@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.functional.derivatives import second_derivative_error
+from lightning_rkd.functional.distances import second_derivative_error
 from lightning_rkd.functional.scales import smallest_norm
 
 

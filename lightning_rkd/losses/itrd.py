@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.functional.columns import centre_columns
-from lightning_rkd.functional.scales import smallest_norm
+from lightning_rkd.functional.scales import centre_columns, smallest_norm
 from lightning_rkd.functional.similarities import cosine_similarities
 from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_positive

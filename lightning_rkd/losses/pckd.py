@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.functional.columns import centre_columns
-from lightning_rkd.functional.scales import limit_magnitude
+from lightning_rkd.functional.scales import centre_columns, limit_magnitude
 from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_classes, check_logits, check_positive
 from lightning_rkd.losses.parts.projector import Projector

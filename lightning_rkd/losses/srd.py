@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.functional.columns import centre_columns
+from lightning_rkd.functional.scales import centre_columns
 from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_at_least, check_positive
 

@@ -8,20 +8,9 @@ from math import isqrt
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Sizes of blocks for rows of a width and a budget; at least one row, whatever the budget.
+    """Sizes of blocks for rows of a width and a budget in bytes; at least one row, whatever the budget.
 
     Sizes count the most bytes that any operation of the search holds at the same time, in float64.
-
-    Args:
-        memory: Budget in bytes.
-        dim: Width of the rows.
-
-    Example:
-        >>> sizes = BlockSizes(128 * 2**20, dim=128)
-        >>> sizes.rows, sizes.scores(width=9), sizes.queries(width=9)
-        (1024, (1024, 1024), 48489)
-        >>> BlockSizes(1, dim=128).scores(width=9)
-        (1, 1)
     """
 
     memory: int

@@ -75,18 +75,9 @@ class Faiss:
     def search(
         self, gallery: Gallery, rows: Tensor, own: Tensor, queries: Tensor, width: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Find the nearest gallery rows of queries, block by block.
+        """Yield queries with (q, width) scores and places of their nearest gallery rows; infinity where they are few.
 
-        Args:
-            gallery: The gallery.
-            rows: (N, D) rows that contain the queries.
-            own: (N,) position in the gallery of each row itself, which it must not find, or -1.
-            queries: (Q,) numbers of the queries among the rows.
-            width: Neighbours to find.
-
-        Yields:
-            Queries, and (q, width) scores and places of their neighbours, nearest first, ties by place; infinity where
-            there are fewer.
+        ``queries`` are numbers of rows, and ``own`` is the position of each row itself in the gallery, or -1.
         """
         with _use_threads_of_pytorch():
             frame = gallery.frame()

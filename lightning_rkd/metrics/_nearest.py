@@ -28,18 +28,6 @@ class Nearest:
 
     In CPU memory the kernel ``functional._kernels.scan`` does the work where numba is installed; the pairs are the same
     without it.
-
-    Args:
-        queries: Number of queries.
-        width: Number of pairs to keep per query.
-        dtype: Precision of the scores.
-        device: Device of the scores.
-
-    Example:
-        >>> nearest = Nearest(1, 2, torch.float32, torch.device("cpu"))
-        >>> nearest.offer(torch.tensor([[5.0, 3.0, 3.0]]), torch.tensor([7, 9, 8]))
-        >>> nearest.in_order()
-        (tensor([[3., 3.]]), tensor([[8, 9]]))
     """
 
     def __init__(self, queries: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -97,8 +85,7 @@ class Nearest:
     def in_order(self) -> tuple[Tensor, Tensor]:
         """Scores and places, (queries, width) each, nearest first, ties by place."""
         if self._kept:
-            scores, places = self._kept.in_order()
-            return scores, places
+            return self._kept.in_order()  # type: ignore[no-any-return]
         if len(self.scores):
             self._merge()
         places, by_place = self.places.sort(dim=1)
@@ -120,18 +107,10 @@ def _hits(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Gallery:
-    """The gallery rows of this rank, and their places among those of all ranks.
-
-    Args:
-        rows: Local rows in the precision they are stored in.
-        places: Place of every gallery row (of all ranks, in rank order) in the order that decides ties.
-        cosine: Compare directions.
-        sizes: Sizes of the blocks in which queries and gallery are compared.
-        group: Process group.
-    """
+    """The gallery rows of this rank, in the precision they are stored in, and the places of those of all ranks."""
 
     rows: Tensor
-    places: Tensor
+    places: Tensor  # of the gallery rows of all ranks, in rank order, in the order that decides ties
     cosine: bool
     sizes: BlockSizes
     group: Any = None
@@ -162,18 +141,10 @@ class Gallery:
     def search(
         self, queries: Tensor, own: Tensor, width: int, dtype: torch.dtype, frame: Frame | None
     ) -> list[Nearest]:
-        """Compare the local queries with the whole gallery in one pass; every rank must take part, even without query.
+        """Neighbours of consecutive blocks of the local queries in the whole gallery; every rank must take part.
 
-        Args:
-            queries: Rows of the queries.
-            own: Position in the gallery of each query, which it must not find; -1 where it is not there.
-            width: Neighbours to keep.
-            dtype: Precision of the products.
-            frame: From :meth:`frame`: scores are ``|g|^2 - 2 q.g`` of points in that frame. ``None``: scores are
-                exact distances.
-
-        Returns:
-            The neighbours of consecutive blocks of queries.
+        ``own`` is the position in the gallery of each query, which it must not find, or -1. Scores are
+        ``|g|^2 - 2 q.g`` of points in the frame, or exact distances without one.
         """
         lines, columns = self.sizes.scores(width)
         lines, columns = min(lines, max(1, len(queries))), min(columns, len(self.places))
@@ -202,10 +173,7 @@ class Gallery:
         return nearest
 
     def measure_pairs(self, rows: Tensor, which: Tensor, places: Tensor) -> Tensor:
-        """Exact distances between ``rows[which]`` and the gallery rows at ``places``, (P,) each.
-
-        It takes another pass over the gallery: every rank must take part, even without pairs.
-        """
+        """Exact distances between ``rows[which]`` and the gallery rows at ``places``; every rank must take part."""
         positions = self.places.argsort()[places]
         found = torch.zeros(len(which), dtype=torch.float64, device=rows.device)
         for start, (block,) in broadcast_blocks((self.rows,), self.sizes.rows, self.group):
@@ -227,17 +195,9 @@ def find_close_calls(
     roundoff, in whatever order the product sums. Two scores more than :math:`2 \varepsilon` apart are in their true
     order; a chain of closer ones may be permuted, which matters only if it holds both relevant and irrelevant rows.
 
-    Args:
-        scores: (Q, C) ascending.
-        relevant: (Q, C) bool.
-        needed: (Q,) number of first places that count; at least 1, at most the finite scores.
-        lengths: (Q,) norm of each query in the frame.
-        columns: D, the number of terms of a product.
-
-    Returns:
-        (Q,) mask of settled queries, whose sequence of relevant and irrelevant rows is proven; (Q,) mask of unresolved
-        ones, whose uncertain part may reach beyond the neighbours kept; (Q, C) ascending numbers of chains of
-        neighbours, within which the order is not proven; (Q, C) mask of chains with relevant and irrelevant rows.
+    ``scores`` (Q, C) ascend, ``needed`` (Q,) first places count, ``lengths`` (Q,) are the queries' norms. Returns (Q,)
+    masks of settled queries, whose sequence of relevant and irrelevant rows is proven, and of unresolved ones, whose
+    uncertain part may reach beyond the neighbours kept; (Q, C) numbers of chains, and a mask of chains with both.
     """
     u = torch.finfo(scores.dtype).eps / 2
     last = scores.gather(1, (needed - 1)[:, None])[:, 0].double()

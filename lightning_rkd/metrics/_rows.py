@@ -20,19 +20,12 @@ _OPTIONAL = ("indices", "is_query")
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """The samples of all ranks, each once: rows stay on their rank, integers are known to all.
+    """The samples of all ranks, each once: rows stay on their rank, integers are known to all."""
 
-    Attributes:
-        rows: Local rows, one tensor per state.
-        columns: Integers of all samples in rank order by name; optional columns may be absent.
-        keys: Index of every sample, or its number where there are no indices; decides order and ties.
-        first: Number of the first local sample in rank order.
-    """
-
-    rows: tuple[Tensor, ...]
-    columns: dict[str, Tensor]
-    keys: Tensor
-    first: int
+    rows: tuple[Tensor, ...]  # local, one tensor per state
+    columns: dict[str, Tensor]  # of all samples in rank order
+    keys: Tensor  # index of every sample, or its number where there are no indices; decides order and ties
+    first: int  # number of the first local sample in rank order
 
     @property
     def own(self) -> slice:
@@ -45,10 +38,6 @@ class RowMetric(Metric):
 
     torchmetrics does not synchronise the states: ``compute`` exchanges only integers and blocks of rows. ``forward``
     only updates, since the value of a single batch would cost a search and mean little.
-
-    Args:
-        distance: ``"euclidean"`` or ``"cosine"``.
-        store_dtype: Precision in which rows are kept; ``None`` keeps the precision of the input.
     """
 
     full_state_update: bool = False
@@ -235,14 +224,7 @@ def agree(
 ) -> tuple[tuple[Tensor, ...], list[int], tuple[bool, ...]]:
     """Compare widths, dtypes and columns of all ranks before any exchange, so that errors are raised on all of them.
 
-    Args:
-        rows: Local rows of every state; ``None`` on a rank without updates.
-        given: Whether this rank has each column of integers.
-        device: Device of the exchange.
-        group: Process group.
-
-    Returns:
-        The local rows in a common dtype, the number of rows of every rank, and the columns that there are.
+    Returns the local rows in a common dtype, the number of rows of every rank, and the columns that there are.
     """
     held = [x for x in rows if x is not None]
     line = [len(held[0]) if held else -1, *map(int, given)]
@@ -272,12 +254,7 @@ def agree(
 
 
 def first_of_each(keys: Tensor) -> Tensor:
-    """Mask of the first occurrence of every key.
-
-    Example:
-        >>> first_of_each(torch.tensor([3, 1, 3, 1, 2])).tolist()
-        [True, True, False, False, True]
-    """
+    """Mask of the first occurrence of every key."""
     _, which = torch.unique(keys, return_inverse=True)
     order = which.argsort(stable=True)
     new = torch.ones_like(order, dtype=torch.bool)
@@ -286,23 +263,13 @@ def first_of_each(keys: Tensor) -> Tensor:
 
 
 def rank_keys(keys: Tensor) -> Tensor:
-    """Place of every key in ascending order; equal keys keep their order.
-
-    Example:
-        >>> rank_keys(torch.tensor([30, 10, 20])).tolist()
-        [2, 0, 1]
-    """
+    """Place of every key in ascending order; equal keys keep their order."""
     order = keys.argsort(stable=True)
     return torch.empty_like(order).index_put_((order,), torch.arange(len(order), device=order.device))
 
 
 def as_points(rows: Tensor, cosine: bool) -> Tensor:
-    """Rows in float64; for the cosine unit rows, rounded to float32 unless they come in float64. Zero rows stay zero.
-
-    Example:
-        >>> as_points(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), cosine=True)[1].tolist()
-        [0.0, 0.0]
-    """
+    """Rows in float64; for the cosine unit rows, rounded to float32 unless they come in float64; zero rows stay."""
     x = rows.double()
     if cosine:
         x = x / x.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)

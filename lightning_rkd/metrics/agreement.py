@@ -166,12 +166,7 @@ class RelationalAgreement(RowMetric):
 
 
 def draw_triplets(n: int, count: int, generator: torch.Generator) -> Tensor:
-    """Uniformly random ordered triplets (i, j, k) of distinct numbers below n, as (3, count).
-
-    Example:
-        >>> draw_triplets(3, 2, torch.Generator().manual_seed(0)).sort(dim=0).values.tolist()
-        [[0, 0], [1, 1], [2, 2]]
-    """
+    """Uniformly random ordered triplets (i, j, k) of distinct numbers below n, as (3, count)."""
     i, j, k = (torch.randint(n - taken, (count,), generator=generator) for taken in range(3))
     j = j + (j >= i)  # skip what is taken
     k = k + (k >= torch.minimum(i, j))
@@ -179,12 +174,7 @@ def draw_triplets(n: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def angles(i: Tensor, j: Tensor, k: Tensor) -> Tensor:
-    """Angles in degrees (M,) at j between the legs to i and k, rows of (M, D); 90 where a leg has length 0.
-
-    Example:
-        >>> angles(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2), torch.tensor([[3.0, 3.0]]))
-        tensor([45.])
-    """
+    """Angles in degrees (M,) at j between the legs to i and k, rows of (M, D); 90 where a leg has length 0."""
     a, b = (torch.nn.functional.normalize(leg, dim=1, eps=torch.finfo(leg.dtype).tiny) for leg in (i - j, k - j))
     angle = torch.rad2deg(2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1)))  # accurate near 0 and 180 too
     bare = (i == j).all(dim=1) | (k == j).all(dim=1)
@@ -192,12 +182,7 @@ def angles(i: Tensor, j: Tensor, k: Tensor) -> Tensor:
 
 
 def average_ranks(sorted_values: Tensor) -> Tensor:
-    """Ranks from 0 of the ascending values of each row; equal values share their mean rank.
-
-    Example:
-        >>> average_ranks(torch.tensor([[1.0, 2.0, 2.0, 5.0]]))
-        tensor([[0.0000, 1.5000, 1.5000, 3.0000]], dtype=torch.float64)
-    """
+    """Ranks from 0 of the ascending values of each row; equal values share their mean rank."""
     place = torch.arange(sorted_values.shape[1], device=sorted_values.device).expand_as(sorted_values)
     step = sorted_values.diff(dim=1) != 0
     edge = step.new_ones(len(step), 1)

@@ -87,19 +87,12 @@ class FewShotAccuracy(RowMetric):
         store_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(distance, store_dtype)
-        given = {
-            "ways": ways,
-            "shots": shots,
-            "queries": queries,
-            "episodes": episodes,
-            "working_memory": working_memory,
-        }
-        for name, value in given.items():
-            least = 2 if name in ("ways", "episodes") else 1
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         self.ways, self.shots, self.queries, self.episodes = ways, shots, queries, episodes
         self.seed, self.working_memory = seed, working_memory
+        for name, least in {"ways": 2, "shots": 1, "queries": 1, "episodes": 2, "working_memory": 1}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
     def update(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
         """Add N rows.
@@ -137,22 +130,7 @@ class FewShotAccuracy(RowMetric):
 
 
 def draw_episodes(labels: Tensor, ways: int, samples: int, episodes: int, seed: int) -> Tensor:
-    """Draw E episodes without replacement, as (E, ways, samples) places in ``labels``.
-
-    Args:
-        labels: (N,) classes.
-        ways: Number of classes of an episode.
-        samples: Number of samples of a class.
-        episodes: E.
-        seed: Seed of the draw.
-
-    Raises:
-        ValueError: Fewer classes than ``ways``, or classes with fewer samples than ``samples``.
-
-    Example:
-        >>> draw_episodes(torch.tensor([7, 8, 7, 8]), ways=2, samples=2, episodes=1, seed=0).sort().values.tolist()
-        [[[0, 2], [1, 3]]]
-    """
+    """Draw E episodes without replacement, as (E, ways, samples) places in ``labels``."""
     order = labels.cpu().argsort(stable=True)
     classes, sizes = torch.unique(labels.cpu(), return_counts=True)
     if len(classes) < ways:
@@ -168,26 +146,14 @@ def draw_episodes(labels: Tensor, ways: int, samples: int, episodes: int, seed: 
     generator = torch.Generator().manual_seed(seed)
 
     def some(n: int, count: int) -> list[int]:
-        drawn: list[int] = torch.randperm(n, generator=generator)[:count].tolist()
-        return drawn
+        return torch.randperm(n, generator=generator)[:count].tolist()
 
-    return torch.stack(
-        [
-            torch.stack([members[c][some(len(members[c]), samples)] for c in some(len(classes), ways)])
-            for _ in range(episodes)
-        ]
-    )
+    drawn = [members[c][some(len(members[c]), samples)] for _ in range(episodes) for c in some(len(classes), ways)]
+    return torch.stack(drawn).view(episodes, ways, samples)
 
 
 def count_correct(rows: Tensor, shots: int, cosine: bool = False) -> Tensor:
-    """Number of queries of an episode that are nearest to the prototype of their class.
-
-    Shapes: (W, shots + queries, D), support samples first -> integer scalar.
-
-    Example:
-        >>> count_correct(torch.tensor([[[0.0], [1.0], [9.0]], [[5.0], [6.0], [4.0]]]), shots=1)  # 9 lies near 5
-        tensor(3)
-    """
+    """Queries nearest to the prototype of their class, in an episode (W, shots + queries, D) with the support first."""
     ways, samples, _ = rows.shape
     x = as_points(rows.flatten(0, 1), cosine).view(ways, samples, -1)
     prototypes = x[:, 0].clone()

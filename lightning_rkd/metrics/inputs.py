@@ -12,19 +12,9 @@ from lightning_rkd.utils.types import Batch, Outputs
 
 
 def update_parameters(metric: Metric) -> dict[str, bool]:
-    """Names of the parameters of ``metric.update``; true where they are required.
-
-    Example:
-        >>> from torchmetrics.classification import BinaryAccuracy
-        >>> update_parameters(BinaryAccuracy())
-        {'preds': True, 'target': True}
-    """
+    """Names of the parameters of ``metric.update``; true where they are required."""
     parameters = inspect.signature(metric.update).parameters.values()
-    return {
-        p.name: p.default is inspect.Parameter.empty
-        for p in parameters
-        if p.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    }
+    return {p.name: p.default is p.empty for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def update_metric(metric: Metric, student: Outputs, batch: Batch, teacher: Outputs | None = None) -> None:
@@ -32,17 +22,6 @@ def update_metric(metric: Metric, student: Outputs, batch: Batch, teacher: Outpu
 
     ``embeddings`` and ``student`` receive the student's embedding, ``teacher`` the teacher's, ``preds`` the student's
     logits, ``labels`` and ``target`` the labels, ``indices`` and ``is_query`` those of the batch.
-
-    Raises:
-        ValueError: A required parameter has another name, or its value is missing.
-
-    Example:
-        >>> import torch
-        >>> from torchmetrics.classification import MulticlassAccuracy
-        >>> metric = MulticlassAccuracy(num_classes=2)
-        >>> update_metric(metric, Outputs(logits=torch.tensor([[2.0, 1.0]])), Batch(None, labels=torch.tensor([0])))
-        >>> metric.compute()
-        tensor(1.)
     """
     values = {
         "embeddings": student.embedding,
@@ -66,18 +45,7 @@ def update_metric(metric: Metric, student: Outputs, batch: Batch, teacher: Outpu
 
 
 def compute_metrics(metrics: Mapping[str, Metric], prefix: str) -> dict[str, Any]:
-    """Compute all metrics under ``<prefix>/<key>``: the keys of a dict result, else the name of the metric.
-
-    Raises:
-        ValueError: Two metrics give the same key.
-
-    Example:
-        >>> import torch
-        >>> from torchmetrics import MeanMetric
-        >>> mean = MeanMetric(); mean.update(torch.tensor(2.0))
-        >>> compute_metrics({"loss": mean}, "val")
-        {'val/loss': tensor(2.)}
-    """
+    """Compute all metrics under ``<prefix>/<key>``: the keys of a dict result, else the name of the metric."""
     values: dict[str, Any] = {}
     for name, metric in metrics.items():
         result = metric.compute()

@@ -164,27 +164,17 @@ class EmbeddingRetrieval(RowMetric):
 
 @dataclass(frozen=True)
 class _Search:
-    """The search of one rank for its queries.
-
-    Attributes:
-        rows, labels, relevant, position: Local rows; their labels; the number of gallery rows of their class; their own
-            positions in the gallery, or -1.
-        gallery, label_at: The gallery, and the label at each place of the order that decides ties.
-        widest: Largest number of neighbours that a query of any rank needs.
-        k: Of recall at k.
-        one: Integer that stands for 1 in the sums, as large as sums over all rows allow: sums of integers do not depend
-            on their order.
-    """
+    """The search of one rank for its queries; rows, labels and so on are local."""
 
     rows: Tensor
     labels: Tensor
-    relevant: Tensor
-    position: Tensor
+    relevant: Tensor  # number of gallery rows of the class of each row
+    position: Tensor  # of each row in the gallery, or -1
     gallery: Gallery
-    label_at: Tensor
-    widest: int
+    label_at: Tensor  # at each place of the order that decides ties
+    widest: int  # largest number of neighbours that a query of any rank needs
     k: Sequence[int]
-    one: int
+    one: int  # stands for 1 in the sums, as large as they allow: sums of integers do not depend on their order
 
     def exact(self, queries: Tensor) -> Tensor:
         """:meth:`sum_scores` of queries, given as local row numbers, by their exact neighbours."""

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from lightning_rkd.models.cifar import CIFARVGG as CIFARVGG
     from lightning_rkd.models.cifar import CIFARResNet as CIFARResNet
     from lightning_rkd.models.cifar import CIFARWideResNet as CIFARWideResNet
-    from lightning_rkd.models.conv4 import Conv4 as Conv4
     from lightning_rkd.models.heads import Classified as Classified
     from lightning_rkd.models.heads import Embedded as Embedded
     from lightning_rkd.models.heads import EmbeddingHead as EmbeddingHead
     from lightning_rkd.models.heads import L2Normalize as L2Normalize
     from lightning_rkd.models.heads import count_parameters as count_parameters
     from lightning_rkd.models.prototypes import PrototypicalLoss as PrototypicalLoss
+    from lightning_rkd.models.small import Conv4 as Conv4
     from lightning_rkd.models.small import ConvNet as ConvNet
 
 __getattr__, __dir__, __all__ = lazy_attributes(__name__)

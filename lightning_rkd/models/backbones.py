@@ -76,20 +76,18 @@ def _build(name: str, weights: str | None) -> nn.Module:
     if weights is None:
         # these two warn unless told how to initialise
         extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-        fresh: nn.Module = models.get_model(name, weights=None, **extra)
-        return fresh
+        return models.get_model(name, weights=None, **extra)  # type: ignore[no-any-return]
     entries = models.get_model_weights(name)
     if weights not in entries.__members__:
         raise ValueError(f"{name} has no weights {weights!r}; there are {', '.join(entries.__members__)}")
     entry = entries[weights]
     try:
-        pretrained: nn.Module = models.get_model(name, weights=entry)
+        return models.get_model(name, weights=entry)  # type: ignore[no-any-return]
     except OSError as error:  # URLError among them
         raise RuntimeError(
             f"the weights {entry} of {name} could not be fetched from {entry.url} ({error}): put the file into "
             "$TORCH_HOME/hub/checkpoints, or pass weights=None to start at random"
         ) from error
-    return pretrained
 
 
 def _last_linear(name: str, backbone: nn.Module) -> tuple[str, nn.Linear]:

@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_rkd.models.small import convolutions
+
 _VGG_WIDTHS = (64, 128, 256, 512, 512)
 _VGG_CONVOLUTIONS = {
-    8: (1, 1, 1, 1, 1),
-    11: (1, 1, 2, 2, 2),
-    13: (2, 2, 2, 2, 2),
-    16: (2, 2, 3, 3, 3),
-    19: (2, 2, 4, 4, 4),
-}
+    8: (1, 1),
+    11: (1, 2),
+    13: (2, 2),
+    16: (2, 3),
+    19: (2, 4),
+}  # of the first two stages, of the others
 
 
 class CIFARResNet(nn.Module):
@@ -56,9 +58,7 @@ class CIFARResNet(nn.Module):
             raise ValueError(f"channels must be four, of the first convolution and the stages, got {tuple(channels)}")
         stem, *widths = channels
         blocks = (depth - 2) // 6
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem), nn.ReLU(inplace=True)
-        )
+        self.stem = nn.Sequential(*convolutions(in_channels, stem, bias=False))
         self.stage1 = _stack(_Block, stem, widths[0], blocks, stride=1)
         self.stage2 = _stack(_Block, widths[0], widths[1], blocks, stride=2)
         self.stage3 = _stack(_Block, widths[1], widths[2], blocks, stride=2)
@@ -68,8 +68,7 @@ class CIFARResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> embeddings (N, D)."""
-        embedding: Tensor = self.pool(self.stage3(self.stage2(self.stage1(self.stem(images)))))
-        return embedding
+        return self.pool(self.stage3(self.stage2(self.stage1(self.stem(images)))))  # type: ignore[no-any-return]
 
 
 class CIFARWideResNet(nn.Module):
@@ -119,8 +118,7 @@ class CIFARWideResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) -> embeddings (N, D)."""
         maps = self.stage3(self.stage2(self.stage1(self.stem(images))))
-        embedding: Tensor = self.pool(self.norm(maps))
-        return embedding
+        return self.pool(self.norm(maps))  # type: ignore[no-any-return]
 
 
 class CIFARVGG(nn.Module):
@@ -156,7 +154,9 @@ class CIFARVGG(nn.Module):
         if depth not in _VGG_CONVOLUTIONS:
             raise ValueError(f"depth must be one of {', '.join(map(str, _VGG_CONVOLUTIONS))}, got {depth}")
         channels = (in_channels, *_VGG_WIDTHS[:-1])
-        stages = [_vgg_stage(*sizes) for sizes in zip(channels, _VGG_WIDTHS, _VGG_CONVOLUTIONS[depth], strict=True)]
+        first, others = _VGG_CONVOLUTIONS[depth]
+        sizes = zip(channels, _VGG_WIDTHS, (first, first, others, others, others), strict=True)
+        stages = [nn.Sequential(*convolutions(*size)) for size in sizes]
         self.stage1, self.stage2, self.stage3, self.stage4, self.stage5 = stages
         self.halve = nn.MaxPool2d(2)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -171,8 +171,7 @@ class CIFARVGG(nn.Module):
         maps = self.stage4(maps)
         if min(images.shape[-2:]) >= 64:
             maps = self.halve(maps)
-        embedding: Tensor = self.pool(self.stage5(maps))
-        return embedding
+        return self.pool(self.stage5(maps))  # type: ignore[no-any-return]
 
 
 class _Block(nn.Module):
@@ -211,14 +210,6 @@ def _stack(
     block: Callable[[int, int, int], nn.Module], channels: int, width: int, blocks: int, stride: int
 ) -> nn.Sequential:
     return nn.Sequential(block(channels, width, stride), *(block(width, width, 1) for _ in range(blocks - 1)))
-
-
-def _vgg_stage(channels: int, width: int, convolutions: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for i in range(convolutions):
-        conv = nn.Conv2d(channels if i == 0 else width, width, 3, padding=1)
-        layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers)
 
 
 def _initialise(network: nn.Module) -> None:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 class L2Normalize(nn.Module):
-    r"""Scales rows to unit norm: :math:`x / \max(\lVert x \rVert_2, \varepsilon)`, computed in float32 at least.
+    r"""Scales rows to unit norm: :math:`x / \max(\lVert x \rVert_2, 10^{-12})`, computed in float32 at least.
 
     Shapes: (N, D) -> (N, D).
 
@@ -17,18 +17,10 @@ class L2Normalize(nn.Module):
         tensor([[0.6000, 0.8000]])
     """
 
-    def __init__(self, eps: float = 1e-12) -> None:
-        super().__init__()
-        self.eps = eps
-
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the rows."""
         wide = x if x.element_size() >= 4 else x.float()  # squares of half precision overflow
-        return F.normalize(wide, dim=-1, eps=self.eps).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        """Settings for ``print``."""
-        return f"eps={self.eps}"
+        return F.normalize(wide, dim=-1).to(x.dtype)
 
 
 class EmbeddingHead(nn.Sequential):
@@ -90,8 +82,7 @@ class Embedded(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Embeddings (N, D)."""
-        embedding: Tensor = self.head(self.backbone(inputs))
-        return embedding
+        return self.head(self.backbone(inputs))  # type: ignore[no-any-return]
 
 
 class Classified(nn.Module):
@@ -132,8 +123,7 @@ class Classified(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits (N, K)."""
-        logits: Tensor = self.classifier(self.backbone(inputs))
-        return logits
+        return self.classifier(self.backbone(inputs))  # type: ignore[no-any-return]
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -7,55 +7,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def prototypical_loss(embeddings: Tensor, labels: Tensor, shots: int = 1) -> Tensor:
+class PrototypicalLoss(nn.Module):
     r"""Cross entropy of the rows of a P-by-K batch, classified by the prototypes of the first few rows of each class.
 
     .. math:: L = -\frac{1}{|Q|} \sum_{q \in Q} \log \frac{\exp(-\lVert s_q - c_{y_q} \rVert^2)}
         {\sum_k \exp(-\lVert s_q - c_k \rVert^2)}, \qquad c_k = \frac{1}{|S_k|} \sum_{i \in S_k} s_i
 
     with :math:`S_k` the first ``shots`` rows of class k and Q all other rows: each batch is an episode of P ways and
-    ``shots`` shots.
+    ``shots`` shots. As a task loss: ``DistillationModule(task_loss=PrototypicalLoss(5))``.
 
-    Shapes: (N, D), (N,) -> scalar.
-
-    Args:
-        embeddings: Embeddings of the batch.
-        labels: Classes of the rows.
-        shots: Number of rows of a class that make its prototype.
-
-    Raises:
-        ValueError: No class has more than ``shots`` rows.
-
-    Reference:
-        Snell, Swersky and Zemel 2017, Prototypical Networks for Few-shot Learning, arXiv:1703.05175.
-
-    Example:
-        >>> import torch
-        >>> rows = torch.tensor([[0.0], [2.0], [0.0], [2.0]])
-        >>> prototypical_loss(rows, torch.tensor([0, 1, 0, 1]))
-        tensor(0.0181)
-    """
-    classes, member = torch.unique(labels, return_inverse=True)
-    membership = F.one_hot(member, len(classes))
-    place = membership.cumsum(0).gather(1, member[:, None]).squeeze(1) - 1  # of a row within its class
-    support = place < shots
-    if bool(support.all()):
-        raise ValueError(
-            f"PrototypicalLoss: no class has more than shots={shots} rows in this batch, so none is left to classify: "
-            "draw more samples per class"
-        )
-    chosen = (membership * support[:, None]).to(embeddings.dtype)
-    prototypes = chosen.T @ embeddings / chosen.sum(0)[:, None]
-    queries = embeddings[~support]
-    squared = (queries[:, None] - prototypes).square().sum(2)
-    return F.cross_entropy(-squared, member[~support])
-
-
-class PrototypicalLoss(nn.Module):
-    """:func:`prototypical_loss` as a task loss: ``DistillationModule(task_loss=PrototypicalLoss(5))``.
+    Shapes: embeddings (N, D), labels (N,) -> scalar.
 
     Args:
         shots: Number of rows of a class that make its prototype, at least 1.
+
+    Raises:
+        ValueError: ``shots`` is below 1; in a call, no class has more than ``shots`` rows.
+
+    Reference:
+        Snell, Swersky and Zemel 2017, Prototypical Networks for Few-shot Learning, arXiv:1703.05175.
 
     Example:
         >>> import torch
@@ -72,7 +42,19 @@ class PrototypicalLoss(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss."""
-        return prototypical_loss(embeddings, labels, self.shots)
+        classes, member = torch.unique(labels, return_inverse=True)
+        membership = F.one_hot(member, len(classes))
+        place = membership.cumsum(0).gather(1, member[:, None]).squeeze(1) - 1  # of a row within its class
+        support = place < self.shots
+        if bool(support.all()):
+            raise ValueError(
+                f"PrototypicalLoss: no class has more than shots={self.shots} rows in this batch, so none is left to "
+                "classify: draw more samples per class"
+            )
+        chosen = (membership * support[:, None]).to(embeddings.dtype)
+        prototypes = chosen.T @ embeddings / chosen.sum(0)[:, None]
+        squared = (embeddings[~support][:, None] - prototypes).square().sum(2)
+        return F.cross_entropy(-squared, member[~support])
 
     def extra_repr(self) -> str:
         """Settings for ``print``."""

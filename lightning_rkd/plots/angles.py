@@ -9,18 +9,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_rkd.plots.inputs import check_embeddings
-from lightning_rkd.plots.style import COLOURS, DASHES, finish_lines, get_theme, new_figure
+from lightning_rkd.plots.style import COLOURS, DASHES, check_embeddings, finish_lines, get_theme, new_figure
 
 _EDGES = np.linspace(0, 180, 61)
 
 
 def angles(
-    embeddings: Mapping[str, Tensor],
-    triplets: int = 20_000,
-    seed: int = 0,
-    title: str = "",
-    dark: bool = False,
+    embeddings: Mapping[str, Tensor], triplets: int = 20_000, seed: int = 0, title: str = "", dark: bool = False
 ) -> Figure:
     """Plot histograms of the angles of random triplets in each network, and their mean gap to the first network.
 
@@ -47,16 +42,15 @@ def angles(
         raise ValueError(f"nothing to show: {count} samples, and an angle takes three")
     look = get_theme(dark)
     rows = _draw_triplets(count, triplets, seed)
-    degrees = {name: _degrees(x, rows) for name, x in plain.items()}
+    degrees = [(name.partition("\n")[0], _degrees(x, rows)) for name, x in plain.items()]
     figure = new_figure(9.0, 4.6, look)
     ax = figure.subplots()
-    first, reference = next(iter(degrees.items()))
-    for n, (name, found) in enumerate(degrees.items()):
-        label = _first_line(name)
+    first, reference = degrees[0]
+    for n, (label, found) in enumerate(degrees):
         if n:
-            both = np.isfinite(found) & np.isfinite(reference)
-            gap = np.abs(found - reference)[both].mean() if both.any() else np.nan
-            label += f", {gap:.1f}\N{DEGREE SIGN} from {_first_line(first)} on average"
+            gaps = np.abs(found - reference)
+            gap = gaps[np.isfinite(gaps)].mean() if np.isfinite(gaps).any() else np.nan
+            label += f", {gap:.1f}\N{DEGREE SIGN} from {first} on average"
         shares = np.histogram(found, bins=_EDGES)[0] / max(1, np.isfinite(found).sum()) / (_EDGES[1] - _EDGES[0])
         ax.stairs(
             shares, _EDGES, linewidth=2, label=label, color=COLOURS[n % len(COLOURS)], linestyle=DASHES[n % len(DASHES)]
@@ -66,10 +60,6 @@ def angles(
     ax.set_xlabel("angle in degrees", fontsize=11)
     ax.set_ylabel("share of triplets per degree", fontsize=11)
     return finish_lines(figure, [ax], title, look)
-
-
-def _first_line(name: str) -> str:
-    return name.splitlines()[0] if name else ""
 
 
 def _draw_triplets(n: int, count: int, seed: int) -> Tensor:

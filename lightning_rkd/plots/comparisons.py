@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from lightning_rkd.plots.style import RIGHT, WRONG, get_theme, new_figure, style_axes
+from lightning_rkd.plots.style import RIGHT, WRONG, add_title, get_theme, new_figure, style_axes
 from lightning_rkd.utils.statistics import confidence_half_width
 
 
@@ -64,7 +64,6 @@ def comparison(
         ax.set_ylim(len(names) - 0.4, -0.6)
         ax.set_yticks(range(len(names)), names)
         style_axes(ax, look, "x")
-    if title:
-        figure.suptitle(title, fontsize=13, color=look.ink)
+    add_title(figure, title, look)
     figure.tight_layout()
     return figure

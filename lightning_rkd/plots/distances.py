@@ -10,8 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_rkd.plots.inputs import check_embeddings
-from lightning_rkd.plots.style import add_title, get_theme, new_figure
+from lightning_rkd.plots.style import add_title, check_embeddings, get_theme, hide_ticks, new_figure
 
 
 def relations(
@@ -70,11 +69,10 @@ def relations(
             ax.axhline(start - 0.5, color="white", linewidth=0.5, alpha=0.6)
             ax.axvline(start - 0.5, color="white", linewidth=0.5, alpha=0.6)
         ax.set_title(name, fontsize=12, color=look.ink, loc="left", pad=6, linespacing=1.3)
-        ax.set_xticks([])
-        ax.set_yticks(centres if names and i == 0 else [], names if names and i == 0 else [], fontsize=9)
-        ax.tick_params(length=0, labelcolor=look.ink)
-        for spine in ax.spines.values():
-            spine.set_visible(False)
+        hide_ticks(ax)
+        if names and i == 0:
+            ax.set_yticks(centres, names, fontsize=9)
+            ax.tick_params(length=0, labelcolor=look.ink)
     scale = figure.add_axes(((12 - bar + 0.14) / 12, 0.25 / height, 0.14 / 12, size / height))
     colours = figure.colorbar(image, cax=scale)
     colours.set_label("distance / mean distance", fontsize=10, color=look.ink)

@@ -9,10 +9,10 @@ import torch
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
-from lightning_rkd.plots.inputs import check_embeddings, to_pixels
-from lightning_rkd.plots.style import COLOURS, add_title, get_theme, new_figure
+from lightning_rkd.plots.style import COLOURS, add_title, check_embeddings, get_theme, hide_ticks, new_figure, to_pixels
 
 
 def embedding_map(
@@ -55,7 +55,7 @@ def embedding_map(
     rows, numbers = _chosen(labels, max_classes, samples_per_class)
     thumbnails = to_pixels(images[rows])
     maps = [_plane(x[rows]) for x in plain.values()]
-    maps = [maps[0], *(_onto(own, maps[0]) for own in maps[1:])]
+    maps = [maps[0], *(own @ orthogonal_procrustes(own, maps[0])[0] for own in maps[1:])]
     reach = float(np.quantile(np.abs(np.stack(maps)), 0.98)) or 1.0
     maps = [own.clip(-reach, reach) for own in maps]
     size = 12.0 / max(2, len(maps))
@@ -63,10 +63,11 @@ def embedding_map(
     figure = new_figure(size * len(maps), size + top, look)
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
     zoom = 22 / max(thumbnails.shape[1:3])
+    interpolation = "nearest" if zoom >= 1 else "antialiased"  # sharp pixels where images grow
     for ax, name, places in zip(panels, embeddings, maps, strict=True):
         for picture, place, number in zip(thumbnails, places, numbers, strict=True):
             box = AnnotationBbox(
-                OffsetImage(picture, zoom=zoom, cmap="gray", norm=Normalize(0, 1), interpolation=_fits(zoom)),
+                OffsetImage(picture, zoom=zoom, cmap="gray", norm=Normalize(0, 1), interpolation=interpolation),
                 (float(place[0]), float(place[1])),
                 pad=0.12,
                 bboxprops={"edgecolor": COLOURS[number], "linewidth": 2, "facecolor": COLOURS[number]},
@@ -76,20 +77,12 @@ def embedding_map(
         ax.set_ylim(-1.12 * reach, 1.12 * reach)
         ax.set_aspect("equal")
         ax.set_facecolor(look.paper)
-        ax.set_xticks([])
-        ax.set_yticks([])
-        for spine in ax.spines.values():
-            spine.set_color(look.grid)
+        hide_ticks(ax, look.grid)
         ax.set_title(name, fontsize=12, color=look.ink, loc="left", linespacing=1.3)
     height = figure.get_figheight()
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - top / height, wspace=0.03)
     add_title(figure, title, look)
     return figure
-
-
-def _fits(zoom: float) -> str:
-    """Sharp pixels where images grow, smooth ones where they shrink."""
-    return "nearest" if zoom >= 1 else "antialiased"
 
 
 def _chosen(labels: Tensor, max_classes: int, samples_per_class: int) -> tuple[Tensor, list[int]]:
@@ -115,10 +108,3 @@ def _plane(x: Tensor) -> np.ndarray:
     flat /= flat.square().mean().sqrt().clamp_min(1e-12)
     found: np.ndarray = flat.numpy()
     return found
-
-
-def _onto(places: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Rotate and mirror places onto a target (orthogonal Procrustes)."""
-    u, _, v = np.linalg.svd(places.T @ target)
-    turned: np.ndarray = places @ (u @ v)
-    return turned

@@ -12,10 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from lightning_rkd.plots.inputs import check_embeddings, to_pixels
-from lightning_rkd.plots.style import RIGHT, WRONG, add_title, get_theme, new_figure
-
-_SIGNS = {True: ("\N{CHECK MARK}", RIGHT), False: ("\N{MULTIPLICATION SIGN}", WRONG)}
+from lightning_rkd.plots.style import MARKS, add_title, check_embeddings, get_theme, hide_ticks, new_figure, to_pixels
 
 
 def neighbours(
@@ -58,8 +55,10 @@ def neighbours(
         raise ValueError(f"nothing to show: {len(queries)} queries, {k} neighbours")
     if unknown := [query for query in queries if not 0 <= query < len(labels)]:
         raise ValueError(f"queries must be rows between 0 and {len(labels) - 1}, got {unknown}")
-    rows = torch.tensor(queries)
-    found = {name: _nearest(x, rows, k) for name, x in plain.items()}
+    distances = {name: torch.cdist(x[queries], x) for name, x in plain.items()}
+    for far in distances.values():
+        far[torch.arange(len(queries)), queries] = torch.inf
+    found = {name: far.topk(k, largest=False).indices for name, far in distances.items()}
     pixels = to_pixels(images)
 
     gap = 0.45
@@ -86,7 +85,7 @@ def neighbours(
             for n in range(k):
                 ax = figure.add_subplot(grid[i, 2 + j * (k + 1) + n])
                 row = int(nearest[i, n])
-                sign, colour = _SIGNS[bool(labels[row] == labels[query])]
+                sign, colour = MARKS[bool(labels[row] == labels[query])]
                 _draw_image(ax, pixels[row], colour, sign)
                 if i == 0 and n == 0:
                     ax.set_title(name, fontsize=12, color=look.ink, loc="left", pad=9, linespacing=1.3)
@@ -96,31 +95,16 @@ def neighbours(
 
 def _draw_image(ax: Axes, picture: npt.NDArray[np.float32], colour: str, sign: str) -> None:
     ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest" if picture.shape[0] < 64 else "antialiased")
-    ax.set_xticks([])
-    ax.set_yticks([])
-    for spine in ax.spines.values():
-        spine.set_color(colour)
-        spine.set_linewidth(2.5 if sign else 1)
+    hide_ticks(ax, colour, width=2.5 if sign else 1)
     if sign:
         ax.add_patch(Rectangle((0.7, 0), 0.3, 0.3, transform=ax.transAxes, facecolor=colour, linewidth=0))
         text = ax.text(0.85, 0.14, sign, transform=ax.transAxes, ha="center", va="center", fontsize=9)
         text.set(color="white", fontweight="bold")
 
 
-def _nearest(x: Tensor, queries: Tensor, k: int) -> Tensor:
-    distances = torch.cdist(x[queries], x)
-    distances[torch.arange(len(queries)), queries] = torch.inf
-    return distances.topk(k, largest=False).indices
-
-
 def _draw_queries(labels: Tensor, count: int) -> list[int]:
     """Rows of different classes with at least two samples."""
     order = np.random.default_rng(0).permutation(len(labels))
-    classes, sizes = np.unique(labels.numpy(), return_counts=True)
-    left = set(classes[sizes > 1].tolist())
-    queries = []
-    for row in order.tolist():
-        if (label := int(labels[row])) in left:
-            left.remove(label)
-            queries.append(row)
-    return queries[:count]
+    _, first, sizes = np.unique(labels.numpy()[order], return_index=True, return_counts=True)
+    queries: list[int] = order[np.sort(first[sizes > 1])[:count]].tolist()
+    return queries

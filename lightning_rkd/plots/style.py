@@ -1,16 +1,22 @@
-"""Colours that suit colour-blind readers, on light and dark backgrounds."""
+"""Shared by the figures: colours that suit colour-blind readers, axes, titles, and checks before drawing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
 RIGHT, WRONG = "#0072b2", "#d55e00"
 """Blue and vermilion of Okabe and Ito's palette."""
+
+MARKS = {True: ("\N{CHECK MARK}", RIGHT), False: ("\N{MULTIPLICATION SIGN}", WRONG)}
+"""Sign and colour of right and wrong."""
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#888888")
 """Okabe and Ito's palette with a darker yellow, and grey for black, so that all show on white and on black."""
@@ -19,8 +25,7 @@ DASHES = ((0, ()), (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 """Dash patterns of lines, which differ by colour and pattern."""
 
 
-@dataclass(frozen=True)
-class Theme:
+class Theme(NamedTuple):
     """Colours of text, grid lines and background."""
 
     ink: str
@@ -32,12 +37,7 @@ _LIGHT, _DARK = Theme("#222222", "#dddddd", "#ffffff"), Theme("#e8e8e8", "#3d3d3
 
 
 def get_theme(dark: bool) -> Theme:
-    """Colours for a light or a dark background.
-
-    Example:
-        >>> get_theme(dark=True).paper, get_theme(dark=False).paper
-        ('#16181d', '#ffffff')
-    """
+    """Colours for a light or a dark background."""
     return _DARK if dark else _LIGHT
 
 
@@ -61,6 +61,14 @@ def style_axes(ax: Axes, look: Theme, grid: str | None = "both") -> None:
         spine.set_visible(False)
 
 
+def hide_ticks(ax: Axes, colour: str = "none", width: float = 1) -> None:
+    """Remove the ticks, and give the frame a colour and a width."""
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set(color=colour, linewidth=width)
+
+
 def add_title(figure: Figure, title: str, look: Theme) -> None:
     """Add a title at the top left."""
     if title:
@@ -76,3 +84,33 @@ def finish_lines(figure: Figure, axes: Sequence[Axes], title: str, look: Theme) 
     add_title(figure, title, look)
     figure.tight_layout()
     return figure
+
+
+def check_embeddings(embeddings: Mapping[str, Tensor], **others: Tensor) -> dict[str, Tensor]:
+    """Embeddings without gradients, in float64, on the CPU; refuses what cannot be drawn."""
+    if not embeddings:
+        raise ValueError("nothing to show: no embeddings")
+    lengths = {name: len(x) for name, x in {**others, **embeddings}.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{', '.join([*others, 'embeddings'])} are of different lengths: {lengths}")
+    plain = {name: x.detach().double().cpu() for name, x in embeddings.items()}
+    for name, x in plain.items():
+        if x.ndim != 2:
+            raise ValueError(f"embeddings must be (N, D), got {tuple(x.shape)} of {name!r}")
+        if len(x) < 2:
+            raise ValueError(f"nothing to show: {len(x)} samples")
+        if not (finite := x.isfinite().all(1)).all():
+            raise ValueError(
+                f"the embeddings of {name!r} hold NaN or infinity, first in row {int(finite.int().argmin())}, and "
+                "cannot be drawn"
+            )
+    return plain
+
+
+def to_pixels(images: Tensor) -> npt.NDArray[np.float32]:
+    """Images (N, C, H, W), uint8 or in 0 to 1 -> (N, H, W) or (N, H, W, 3) in 0 to 1."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images must be (N, 1, H, W) or (N, 3, H, W), got {tuple(images.shape)}")
+    pixels = images.float() if images.is_floating_point() else images.float() / 255
+    array: npt.NDArray[np.float32] = pixels.clamp(0, 1).movedim(1, 3).squeeze(3).cpu().numpy()
+    return array

@@ -114,16 +114,6 @@ def test_an_outlier_does_not_spoil_the_gradient_of_the_others():
 
 
 @both_ways
-@pytest.mark.parametrize("scale", [1e-15, 1e15])
-def test_tiny_and_huge_embeddings_stay_in_range(scale):
-    student, teacher = torch.randn(9, 4), torch.randn(9, 4)
-    value, grad = loss_and_gradient(ours, student, teacher)
-    scaled, scaled_grad = loss_and_gradient(ours, student * scale, teacher / scale)
-    torch.testing.assert_close(scaled, value, rtol=1e-4, atol=0)
-    torch.testing.assert_close(scaled_grad * scale, grad, rtol=1e-3, atol=1e-6)
-
-
-@both_ways
 def test_the_teacher_gets_no_gradient_and_without_need_none_is_computed():
     teacher = torch.randn(6, 4, requires_grad=True)
     student = torch.randn(6, 4)
@@ -132,16 +122,6 @@ def test_the_teacher_gets_no_gradient_and_without_need_none_is_computed():
     assert teacher.grad is None
     with torch.inference_mode():
         assert torch.isfinite(ours(student, teacher))
-
-
-@both_ways
-def test_autocast_does_not_change_the_value():
-    student, teacher = torch.randn(9, 4), torch.randn(9, 6)
-    plain = loss_and_gradient(ours, student, teacher)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = loss_and_gradient(ours, student, teacher)
-    assert torch.equal(plain[0], cast[0])
-    assert torch.equal(plain[1], cast[1])
 
 
 def test_matrices_that_do_not_fit_are_named():

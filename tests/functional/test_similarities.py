@@ -4,27 +4,20 @@ from torch.nn import functional as F
 
 from lightning_rkd.functional.similarities import (
     cosine_similarities,
-    flatten_layers,
     tanimoto_coefficients,
     tanimoto_of_pairs,
     unit_rows,
 )
 
 
-def test_unit_rows_are_those_of_pytorch():
-    x = torch.randn(6, 4, dtype=torch.float64)
-    torch.testing.assert_close(unit_rows(x), F.normalize(x, dim=1), rtol=1e-14, atol=0)
-    torch.testing.assert_close(unit_rows(x, eps=0.5).norm(dim=1), x.norm(dim=1) / (x.norm(dim=1) + 0.5))
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e25])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e25])
 def test_epsilon_is_added_to_the_norm_of_rows_of_any_scale(scale):
     x = torch.randn(4, 3) * scale
     norms = x.double().norm(dim=1, keepdim=True)
     torch.testing.assert_close(unit_rows(x, eps=scale).double(), x.double() / (norms + scale), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-30, 1e-18, 1e18, 1e30])
+@pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-30, 1e-18, 1.0, 1e18, 1e30])
 def test_rows_of_any_length_have_their_direction_and_finite_gradients(scale):
     x = torch.randn(5, 3)
     x[1:3] *= scale
@@ -45,12 +38,6 @@ def test_cosines_are_those_of_pytorch_and_zero_for_zero_rows():
     torch.testing.assert_close(cosine_similarities(x), F.cosine_similarity(x[:, None], x[None], dim=2))
     x[2] = 0
     assert not cosine_similarities(x)[2].any()
-
-
-def test_tanimoto_coefficients_tell_lengths_apart_where_cosines_do_not():
-    x = torch.tensor([[1.0, 1.0], [3.0, 3.0]], dtype=torch.float64)
-    assert float(cosine_similarities(x)[0, 1]) == pytest.approx(1)
-    assert float(tanimoto_coefficients(x)[0, 1]) == pytest.approx(6 / (2 + 18 - 6))
 
 
 def test_tanimoto_coefficients_lie_between_minus_a_third_and_one():
@@ -76,9 +63,3 @@ def test_two_zero_rows_are_equal_and_pass_no_gradient():
     t.sum().backward()
     assert t.tolist() == [[1, 0, 0], [0, 1, 1], [0, 1, 1]]
     assert torch.isfinite(x.grad).all()
-
-
-def test_an_embedding_is_one_layer_and_maps_are_several():
-    embedding, tokens = torch.randn(4, 7), torch.randn(4, 5, 3)
-    assert flatten_layers(embedding)[0].equal(embedding)
-    assert [tuple(x.shape) for x in flatten_layers((embedding, tokens))] == [(4, 7), (4, 15)]

@@ -1,4 +1,3 @@
-import pickle
 from typing import Any
 
 import pytest
@@ -81,13 +80,6 @@ def test_a_moved_turned_and_scaled_teacher_agrees_fully() -> None:
     )
 
 
-def test_an_unrelated_student_agrees_by_chance_only() -> None:
-    result = evaluate(torch.randn(400, 8), torch.randn(400, 8))
-    assert result["neighbour_overlap_at_10"] < 0.05
-    assert abs(result["distance_correlation"]) < 0.25
-    assert result["angle_gap"] > 10
-
-
 def test_a_collapsed_student_correlates_by_zero_and_nothing_is_nan() -> None:
     result = evaluate(torch.ones(50, 3), torch.randn(50, 4))
     assert result["distance_correlation"] == 0.0
@@ -120,17 +112,6 @@ def test_small_working_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # as a torchmetrics.Metric, and mistakes
-
-
-def test_state_survives_pickling_and_half_precision() -> None:
-    student, teacher = pair(300)
-    expected = evaluate(student.bfloat16(), teacher.bfloat16(), torch.arange(300))
-    metric = RelationalAgreement()
-    metric.update(student, teacher, torch.arange(300))
-    metric = pickle.loads(pickle.dumps(metric)).to(torch.bfloat16)
-    assert {name: float(value) for name, value in metric.compute().items()} == expected
-    metric.reset()
-    assert metric.student == metric.teacher == metric.indices == []
 
 
 def test_mistakes_are_named() -> None:

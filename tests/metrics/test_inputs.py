@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_rkd.metrics.inputs import compute_metrics, update_metric, update_parameters
+from lightning_rkd.metrics.inputs import compute_metrics, update_metric
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.utils.types import Batch, Outputs
 
@@ -44,16 +44,6 @@ def test_ours_and_those_of_torchmetrics_are_fed_alike() -> None:
         "val/r_precision",
         "val/recall_at_1",
     ]
-
-
-def test_update_parameters_sees_through_the_wrapping_of_update() -> None:
-    assert update_parameters(Keeps()) == {
-        "student": True,
-        "teacher": True,
-        "preds": True,
-        "indices": False,
-        "is_query": False,
-    }
 
 
 @pytest.mark.parametrize(

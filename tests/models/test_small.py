@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lightning_rkd.distillation.features import read
 from lightning_rkd.models import ConvNet, EmbeddingHead, L2Normalize, count_parameters
 
 
@@ -13,19 +14,10 @@ def test_any_image_size_gives_embeddings(pixels: int, channels: int) -> None:
 
 def test_layers_are_named() -> None:
     net = ConvNet(widths=(4, 6, 8), embedding_dim=10, pool=2)
-    shapes = {}
-    for name in ("backbone.stage1", "backbone.stage2", "backbone.stage3", "backbone", "head"):
-        net.get_submodule(name).register_forward_hook(
-            lambda module, args, out, name=name: shapes.update({name: tuple(out.shape)})
-        )
-    net(torch.randn(2, 1, 28, 28))
-    assert shapes == {
-        "backbone.stage1": (2, 4, 28, 28),
-        "backbone.stage2": (2, 6, 14, 14),
-        "backbone.stage3": (2, 8, 7, 7),
-        "backbone": (2, 32),
-        "head": (2, 10),
-    }
+    images = torch.randn(2, 1, 28, 28)
+    maps = read(net, ["backbone.stage1", "backbone.stage2", "backbone.stage3"], images).feature_maps
+    assert [tuple(m.shape) for m in maps] == [(2, 4, 28, 28), (2, 6, 14, 14), (2, 8, 7, 7)]
+    assert [read(net, name, images).embedding.shape[1] for name in ("backbone", "head")] == [32, 10]
 
 
 def test_the_default_is_a_teacher_of_174_thousand_parameters() -> None:

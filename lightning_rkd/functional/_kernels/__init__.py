@@ -22,10 +22,6 @@ def native(name: str) -> ModuleType | None:
     """Module of this package by its file name, or ``None`` where numba or Triton are missing or do not work.
 
     The first call compiles, which takes seconds, or reads what an earlier process compiled; call it before timing.
-
-    Example:
-        >>> native("no_such_kernel") is None
-        True
     """
     if not name or name in _failed or os.environ.get(SWITCH) == "0":
         return None
@@ -46,10 +42,11 @@ def give_up(name: str, error: Exception) -> None:
 
 
 def load(device: torch.device | str) -> None:
-    """Compile the kernels of the losses for a device before the first step."""
-    kind = torch.device(device).type
-    if kind in ("cpu", "cuda"):
-        for name in ("distance", "angle"):
-            kernel = native(f"{name}_{kind}")
-            if kernel is not None and kind == "cuda":  # Triton compiles at the first launch
-                kernel.launch_once(torch.device(device))
+    """Compile the kernels of the losses for a device before the first step, by calls with and without gradient."""
+    from lightning_rkd.functional import angle_loss, squared_distances
+
+    if torch.device(device).type in ("cpu", "cuda"):
+        rows = torch.eye(64, device=device, requires_grad=True)
+        with torch.enable_grad():
+            torch.autograd.grad(angle_loss(squared_distances(rows), squared_distances(rows)), rows)
+        angle_loss(squared_distances(rows.detach()), squared_distances(rows.detach()))

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import boolean, float32, float64, int64
 from torch import Tensor
 
 from lightning_rkd.functional._kernels.jit import compiled
 from lightning_rkd.functional._kernels.threads import in_ranges, shares
-from lightning_rkd.functional._kernels.units import NEAR
+from lightning_rkd.functional.angle_tiles import NEAR
 
 _SQUARE = range(24, 200)  # batch sizes for which all triplets in long loops are faster than half of them in short ones
 _TRIPLETS = 4_000_000  # least share of a thread: PyTorch's threads hold the cores for a while after their own work
 _ROWS, _COLUMNS = 128, 512  # tile of three matrices that stays in a core's cache
 
-_EXACT = float64[:, ::1]
 _Array = np.ndarray
 
 
@@ -42,7 +40,7 @@ def loss_and_gradient(
     parts = 1 if stop - start < 2 * smallest else shares(stop - start, smallest)
     squared_s, squared_t = (squared.detach().to(torch.float64).contiguous().numpy() for squared in (student, teacher))
     own, given = np.empty((2, 3, n, n), kind)  # squared distances, their inverse roots, their roots
-    units = np.empty((2, 3))  # mean, smallest but 0, largest
+    units = np.empty((2, 4))  # mean, smallest but 0, largest, number of zeros
 
     def prepare(part: int, first: int, last: int) -> None:
         for squared, network, unit in ((squared_s, own, units[0]), (squared_t, given, units[1]))[first:last]:
@@ -53,19 +51,14 @@ def loss_and_gradient(
     else:
         in_ranges(prepare, 2, 2)
     limit_s, limit_t = NEAR * units[:, 2]
-    near = np.zeros((n, n) if kind is np.float32 and (units[0, 1] < limit_s or units[1, 1] < limit_t) else (0, 0), bool)
-    if len(near):
-        _leave_out_near(squared_s, squared_t, limit_s, limit_t, near, own, given)
+    near = np.zeros((0, 0), bool)
+    if kind is np.float32 and (units[0, 1] < limit_s or units[1, 1] < limit_t):  # their cosines are 0 in both networks
+        near = ((squared_s > 0) & (squared_s < limit_s)) | ((squared_t > 0) & (squared_t < limit_t))
+        own[1:, near] = given[1:, near] = 0
     totals = np.zeros(parts)
-    alone = 0.5 * _unlike(squared_s, squared_t, start, stop) if official else 0.0
-    if not with_gradient and not len(near):
-
-        def add_losses(part: int, first: int, last: int) -> None:
-            totals[part] = _losses(own, given, start + first, start + last)
-
-        in_ranges(add_losses, stop - start, parts)
-        return torch.tensor(factor * (2 * totals.sum() + alone), dtype=torch.float64), None
-
+    alone = 0.0
+    if official and (units[0, 3] > n or units[1, 3] > n):  # duplicates in one network only
+        alone = 0.5 * ((squared_s[start:stop] > 0) != (squared_t[start:stop] > 0)).sum()
     across = np.zeros((parts, n, n), kind)  # gradient to the distance opposite the vertex, summed over vertices
     at = np.zeros((2, n, n), kind)  # gradient to the distances at the vertex, through the weight and the cosine
     exact = np.zeros((parts, *near.shape))
@@ -74,14 +67,15 @@ def loss_and_gradient(
     def add_terms(part: int, first: int, last: int) -> None:
         totals[part] = terms(own, given, start + first, start + last, across[part], at)
         if len(near):
-            totals[part] += _near_terms(
-                squared_s, squared_t, units[0, 0], units[1, 0], near, start + first, start + last, exact[part]
-            )
+            totals[part] += _near_terms(squared_s, squared_t, units, near, start + first, start + last, exact[part])
 
     if parts == 1:
         add_terms(0, 0, stop - start)
     else:
         in_ranges(add_terms, stop - start, parts)
+    total = torch.tensor(factor * (2 * totals.sum() + alone), dtype=torch.float64)
+    if not with_gradient:
+        return total, None
     gradient = np.empty((n, n))
 
     def put_together(part: int, first: int, last: int) -> None:
@@ -92,26 +86,20 @@ def loss_and_gradient(
         put_together(0, 0, n)
     else:
         in_ranges(put_together, n, parts)
-    return torch.tensor(factor * (2 * totals.sum() + alone), dtype=torch.float64), torch.from_numpy(gradient)
+    return total, torch.from_numpy(gradient)
 
 
-def _kinds(arguments: str) -> list[tuple[object, ...]]:
-    """Signatures in float32 and float64: m and c have two and three axes of that type, M is float64, i an integer."""
-    fixed = {"i": int64, "d": float64, "M": float64[:, ::1], "C": float64[:, :, ::1], "V": float64[::1]}
-    kinds = ({"m": kind[:, ::1], "c": kind[:, :, ::1], **fixed} for kind in (float32, float64))
-    return [tuple(types[letter] for letter in arguments) for types in kinds]
-
-
-@compiled(*_kinds("McV"))
+@compiled("d2 f3 d1")
 def _in_units_of_mean(squared: _Array, network: _Array, unit: _Array) -> None:
     """Squared distances divided by their mean, which keeps float32 in range, inverse roots (0 for 0), and roots."""
     n = len(squared)
-    total, smallest, largest = 0.0, np.inf, 0.0
+    total, smallest, largest, zeros = 0.0, np.inf, 0.0, 0
     for i in range(n):
         for k in range(n):
             value = squared[i, k]
             total += value
             largest = max(largest, value)
+            zeros += value == 0
             if 0 < value < smallest:
                 smallest = value
     mean = max(total / (n * n), 2.3e-308) if total == total else total
@@ -122,34 +110,10 @@ def _in_units_of_mean(squared: _Array, network: _Array, unit: _Array) -> None:
             network[0, i, k] = value
             network[1, i, k] = 0.0 if value == 0 else 1 / root
             network[2, i, k] = root
-    unit[0], unit[1], unit[2] = mean, smallest, largest
+    unit[0], unit[1], unit[2], unit[3] = mean, smallest, largest, zeros
 
 
-@compiled((_EXACT, _EXACT, float64, float64, boolean[:, ::1], float32[:, :, ::1], float32[:, :, ::1]))
-def _leave_out_near(
-    squared_s: _Array, squared_t: _Array, limit_s: float, limit_t: float, near: _Array, own: _Array, given: _Array
-) -> None:
-    """Mark pairs that are near in either network, and make every cosine at them 0 in both."""
-    n = len(near)
-    for i in range(n):
-        for k in range(n):
-            near[i, k] = 0 < squared_s[i, k] < limit_s or 0 < squared_t[i, k] < limit_t
-            if near[i, k]:
-                own[1:, i, k] = 0
-                given[1:, i, k] = 0
-
-
-@compiled((_EXACT, _EXACT, int64, int64))
-def _unlike(squared_s: _Array, squared_t: _Array, start: int, stop: int) -> int:
-    """Number of pairs that are duplicates in one network only."""
-    count = 0
-    for j in range(start, stop):
-        for i in range(len(squared_s)):
-            count += (squared_s[j, i] > 0) != (squared_t[j, i] > 0)
-    return count
-
-
-@compiled(*_kinds("cciimc"))
+@compiled("f3 f3 i0 i0 f2 f3")
 def _all_terms(student: _Array, teacher: _Array, start: int, stop: int, across: _Array, at: _Array) -> float:
     """All triplets, both (j, i, k) and (j, k, i), over whole rows."""
     s, rs, ds = student[0], student[1], student[2]
@@ -186,7 +150,7 @@ def _all_terms(student: _Array, teacher: _Array, start: int, stop: int, across: 
     return 0.5 * total
 
 
-@compiled(*_kinds("cciimc"))
+@compiled("f3 f3 i0 i0 f2 f3")
 def _half_terms(student: _Array, teacher: _Array, start: int, stop: int, across: _Array, at: _Array) -> float:
     """Triplets with k < i, which stand for their mirror images too, tile by tile."""
     s, rs, ds = student[0], student[1], student[2]
@@ -223,41 +187,12 @@ def _half_terms(student: _Array, teacher: _Array, start: int, stop: int, across:
     return total
 
 
-@compiled(*_kinds("ccii"))
-def _losses(student: _Array, teacher: _Array, start: int, stop: int) -> float:
-    """The loss without gradient, of triplets with k < i."""
-    s, rs, ds = student[0], student[1], student[2]
-    t, rt, dt = teacher[0], teacher[1], teacher[2]
-    n, total = len(s), 0.0
-    one, half = s.dtype.type(1), s.dtype.type(0.5)
-    for j in range(start, stop):
-        sj, rsj, dsj, tj, rtj, dtj = s[j], rs[j], ds[j], t[j], rt[j], dt[j]
-        for i in range(n):
-            si, ti = s[i], t[i]
-            a, b, h, q = sj[i], tj[i], rsj[i] * half, rtj[i] * half
-            loss = s.dtype.type(0)
-            for k in range(i):
-                e = h * ((a - si[k]) * rsj[k] + dsj[k]) - q * ((b - ti[k]) * rtj[k] + dtj[k])
-                g = one if e > one else e
-                g = -one if g < -one else g
-                loss += g * (e - half * g)
-            total += loss
-    return total
-
-
-@compiled((_EXACT, _EXACT, float64, float64, boolean[:, ::1], int64, int64, _EXACT))
+@compiled("d2 d2 d2 b2 i0 i0 d2")
 def _near_terms(
-    squared_s: _Array,
-    squared_t: _Array,
-    mean_s: float,
-    mean_t: float,
-    near: _Array,
-    start: int,
-    stop: int,
-    gradient: _Array,
+    squared_s: _Array, squared_t: _Array, units: _Array, near: _Array, start: int, stop: int, gradient: _Array
 ) -> float:
     """Triplets in which a corner is near the vertex, with their gradient."""
-    n, total = len(near), 0.0
+    n, total, mean_s, mean_t = len(near), 0.0, units[0, 0], units[1, 0]
     for j in range(start, stop):
         for k in range(n):
             if not near[j, k]:
@@ -281,7 +216,7 @@ def _near_terms(
     return total
 
 
-@compiled(*_kinds("cdcCMddiiM"))
+@compiled("f3 d0 f3 d3 d2 d0 d0 i0 i0 d2")
 def _put_together(
     across: _Array,
     twice: float,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.functional._kernels.units import NEAR
+from lightning_rkd.functional.angle_tiles import NEAR
 
 _ACROSS = {"TILE_I": 32, "TILE_K": 32, "UNROLL": 4, "num_warps": 2}
 _AT = {"TILE_J": 32, "TILE_I": 32, "UNROLL": 4, "num_warps": 2}
@@ -59,7 +59,7 @@ def loss_and_gradient(
     )
     for again in (False,) if wide else (False, True):
         wanted = found.amax() if again else s  # read on the device
-        matrices = (fast, s, t, *units, near, wanted, scale, gradient)
+        matrices = (fast, s, t, *units[::2], near, wanted, scale, gradient)
         common: dict[str, Any] = {"NEAR": again, "WIDE": wide or again}
         grid = (n // _ACROSS["TILE_I"], n // _ACROSS["TILE_K"])
         place = tiles + blocks * again
@@ -69,15 +69,6 @@ def loss_and_gradient(
             grid = (triton.cdiv(stop, _AT["TILE_J"]) - first, n // _AT["TILE_I"])
             _at_vertices[grid](*matrices, first, *limits, **_AT, **common)
     return losses.sum(), gradient[:size, :size] if with_gradient else None
-
-
-def launch_once(device: torch.device) -> None:
-    """Compile for float32, with and without gradient."""
-    squared = 1 - torch.eye(_PADDED, dtype=torch.float64, device=device)
-    for with_gradient in (True, False):
-        loss_and_gradient(
-            squared, squared, (0, _PADDED), torch.float32, official=True, factor=1.0, with_gradient=with_gradient
-        )
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -178,9 +169,7 @@ def _across(  # type: ignore[no-untyped-def]
     s,
     t,
     mean_s,
-    largest_s,
     mean_t,
-    largest_t,
     near,
     wanted,
     scale,
@@ -245,9 +234,7 @@ def _at_vertices(  # type: ignore[no-untyped-def]
     s,
     t,
     mean_s,
-    largest_s,
     mean_t,
-    largest_t,
     near,
     wanted,
     scale,

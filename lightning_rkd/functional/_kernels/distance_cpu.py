@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import float32, float64, int64
 from torch import Tensor
 
 from lightning_rkd.functional._kernels.jit import compiled
@@ -18,7 +17,6 @@ _PRODUCTS = 4_000_000  # multiplications that are worth a thread
 _TILE = 96  # rows that stay in a core's cache while others pass; a multiple of 3
 
 _Array = np.ndarray
-_EXACT = float64[:, ::1]
 
 
 def centred(x: Tensor) -> Tensor:
@@ -60,7 +58,7 @@ def pulled(pull: Tensor, rows: Tensor) -> Tensor:
     return result
 
 
-@compiled(*((kind[:, ::1], float64[:, ::1]) for kind in (float32, float64)))
+@compiled("f2 d2")
 def _centre(x: _Array, rows: _Array) -> None:
     n, width = x.shape
     mean = np.zeros(width)
@@ -73,7 +71,7 @@ def _centre(x: _Array, rows: _Array) -> None:
             rows[i, d] = x[i, d] - mean[d]
 
 
-@compiled((_EXACT, _EXACT, int64, int64))
+@compiled("d2 d2 i0 i0")
 def _gram(x: _Array, out: _Array, part: int, parts: int) -> None:
     """Inner products of rows with earlier rows and themselves; every ``parts``-th four of them."""
     n, width = x.shape
@@ -113,7 +111,7 @@ def _gram(x: _Array, out: _Array, part: int, parts: int) -> None:
                     out[row, column] = total
 
 
-@compiled((_EXACT, float64))
+@compiled("d2 d0")
 def _from_lower(gram: _Array, duplicate: float) -> None:
     n = len(gram)
     norms = np.empty(n)
@@ -127,7 +125,7 @@ def _from_lower(gram: _Array, duplicate: float) -> None:
         gram[i, i] = 0.0
 
 
-@compiled((_EXACT, _EXACT))
+@compiled("d2 d2")
 def _laplacian(pull: _Array, result: _Array) -> None:
     """Matrix whose product with the rows is their gradient, from the gradient of their squared distances."""
     n = len(pull)
@@ -140,7 +138,7 @@ def _laplacian(pull: _Array, result: _Array) -> None:
         result[i, i] += total
 
 
-@compiled((_EXACT, _EXACT, _EXACT, int64, int64))
+@compiled("d2 d2 d2 i0 i0")
 def _product(a: _Array, x: _Array, out: _Array, start: int, stop: int) -> None:
     """Add some rows of the product of two matrices."""
     n, width = x.shape

@@ -34,12 +34,6 @@ def pulled(pull: Tensor, rows: Tensor) -> Tensor:
     return laplacian @ rows
 
 
-def launch_once(device: torch.device) -> None:
-    """Compile the kernels by running them once."""
-    rows = torch.eye(_TILE, dtype=torch.float64, device=device)
-    pulled(squared(rows, 0.0), rows)
-
-
 @triton.jit
 def _from_gram(gram, squared, n, DUPLICATE: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)

@@ -13,33 +13,27 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
 
-def compiled(*signatures: Any) -> Callable[[Function], Function]:
-    """Compile a function for these argument types at once, or read it from the cache of an earlier process.
+_TYPES = {"i": numba.int64, "b": numba.boolean, "s": numba.float32, "d": numba.float64}
 
+
+def compiled(codes: str) -> Callable[[Function], Function]:
+    """Compile a function at once for types such as ``"f2 d0 i1"``, or read it from the cache of an earlier process.
+
+    A letter is a type (int64, boolean, single, double, and f for single and double in turn), a digit the dimensions.
     The function runs without the interpreter's lock on one thread, see ``threads``: numba's parallel loops would end
     a forked process, such as a data loader's worker.
-
-    Args:
-        signatures: numba types of the arguments, one tuple per signature.
-
-    Example:
-        >>> @compiled((numba.float64[::1],))
-        ... def mean(x):
-        ...     total = 0.0
-        ...     for value in x:
-        ...         total += value
-        ...     return total / len(x)
-        >>> import numpy as np
-        >>> mean(np.arange(4.0))
-        1.5
     """
+    signatures = []
+    for real in (numba.float32, numba.float64) if "f" in codes else (None,):
+        kinds = [((_TYPES | {"f": real})[code[0]], int(code[1])) for code in codes.split()]
+        signatures.append(tuple(numba.types.Array(kind, n, "C") if n else kind for kind, n in kinds))
 
     def compile_(function: Function) -> Function:
         settings: dict[str, Any] = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
         try:
-            made = numba.njit(list(signatures), cache=True, **settings)(function)
+            made = numba.njit(signatures, cache=True, **settings)(function)
         except RuntimeError:  # neither the package's folder nor the user's can be written
-            made = numba.njit(list(signatures), **settings)(function)
+            made = numba.njit(signatures, **settings)(function)
         return cast(Function, made)
 
     return compile_

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import torch
 from torch import Tensor
 
@@ -22,26 +21,12 @@ class Kept:
     Each row has a buffer of one and a half times the width. A candidate before the row's bound, the last pair that can
     stay, is appended; when the buffer is full, a selection in linear time drops the others and tightens the bound. So
     an entry costs one comparison, and a candidate constant time, whatever the width and the number of ties.
-
-    Args:
-        rows: Number of rows.
-        width: How many pairs to keep for each.
-        dtype: ``torch.float32`` or ``torch.float64``.
-
-    Example:
-        >>> kept = Kept(1, 2, torch.float32)
-        >>> kept.offer(torch.tensor([[5.0, 3.0, 3.0]]), torch.tensor([7, 9, 8]))
-        >>> kept.in_order()
-        (tensor([[3., 3.]]), tensor([[8, 9]]))
     """
 
     def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
         self.width = width
         capacity = width + max(_TOGETHER, width // 2)
-        self.scores, self.places = (
-            torch.empty(rows, capacity, dtype=dtype),
-            torch.empty(rows, capacity, dtype=torch.int64),
-        )
+        self.scores, self.places = (torch.empty(rows, capacity, dtype=d) for d in (dtype, torch.int64))
         self.counts = torch.zeros(rows, dtype=torch.int64)
         self.bounds, self.bound_places = torch.full((rows,), torch.inf, dtype=dtype), torch.full((rows,), LAST)
 
@@ -61,24 +46,12 @@ class Kept:
         places = self.places.new_full((len(self.places), self.width), LAST)
         arrays = [x.numpy() for x in (self.scores, self.places, self.counts, scores, places)]
         in_ranges(
-            lambda _, start, stop: _sort(self.width, start, stop, *arrays),
-            len(scores),
-            shares(len(scores), _ROWS),
+            lambda _, start, stop: _sort(self.width, start, stop, *arrays), len(scores), shares(len(scores), _ROWS)
         )
         return scores, places
 
 
-def _signatures(*codes: str) -> list[tuple[Any, ...]]:
-    """Types of arguments in both precisions: "f" is the precision, "i" int64, the digit counts dimensions."""
-    signatures = []
-    for real in (numba.float32, numba.float64):
-        plain = [real if code[0] == "f" else numba.int64 for code in codes]
-        shaped = {"0": lambda t: t, "1": lambda t: t[::1], "2": lambda t: t[:, ::1]}
-        signatures.append(tuple(shaped[code[1]](t) for t, code in zip(plain, codes, strict=True)))
-    return signatures
-
-
-@compiled(*_signatures("f1", "i1", "i0", "i0", "i0"))
+@compiled("f1 i1 i0 i0 i0")
 def _select(scores: Any, places: Any, low: int, high: int, width: int) -> None:
     """Move the ``width`` smallest pairs to the front, among positions ``low`` to ``high`` inclusive (quickselect)."""
     while low < high:
@@ -103,7 +76,7 @@ def _select(scores: Any, places: Any, low: int, high: int, width: int) -> None:
             return
 
 
-@compiled(*_signatures("i0", "i0", "i0", "f2", "i1", "f2", "i2", "i1", "f1", "i1"))
+@compiled("i0 i0 i0 f2 i1 f2 i2 i1 f1 i1")
 def _scan(
     width: int,
     start: int,
@@ -140,7 +113,7 @@ def _scan(
         bounds[row], bound_places[row], counts[row] = bound, bound_place, count
 
 
-@compiled(*_signatures("i0", "i0", "i0", "f2", "i2", "i1", "f2", "i2"))
+@compiled("i0 i0 i0 f2 i2 i1 f2 i2")
 def _sort(
     width: int, start: int, stop: int, scores: Any, places: Any, counts: Any, sorted_scores: Any, sorted_places: Any
 ) -> None:

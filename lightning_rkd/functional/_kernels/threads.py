@@ -12,16 +12,7 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def shares(count: int, smallest: int = 1) -> int:
-    """Number of ranges for ``count`` items: between 1 and ``torch.get_num_threads()``.
-
-    Args:
-        count: Number of items.
-        smallest: Number of items that are worth a thread.
-
-    Example:
-        >>> shares(10, smallest=10)
-        1
-    """
+    """Number of ranges for ``count`` items, of which ``smallest`` are worth a thread, at most PyTorch's threads."""
     return max(1, min(torch.get_num_threads(), count // max(1, smallest)))
 
 
@@ -29,20 +20,7 @@ def in_ranges(work: Callable[[int, int, int], object], count: int, parts: int) -
     """Call ``work(part, start, stop)`` for ``parts`` ranges that cover ``range(count)``, all at the same time.
 
     The first range runs in the calling thread. Threads save time only where ``work`` releases the interpreter's lock,
-    as native code does. After a fork the child makes its own threads.
-
-    Args:
-        work: Called with the number of the range and its limits. An exception is raised here once all ranges are done.
-        count: Number of items.
-        parts: Number of ranges, see :func:`shares`.
-
-    Example:
-        >>> sums = [0, 0]
-        >>> def add(part, start, stop):
-        ...     sums[part] = sum(range(start, stop))
-        >>> in_ranges(add, 10, parts=2)
-        >>> sums
-        [10, 35]
+    as native code does. An exception is raised once all ranges are done. After a fork the child makes its own threads.
     """
     limits = [count * part // parts for part in range(parts + 1)]
     others = [_submit(work, part, limits[part], limits[part + 1]) for part in range(1, parts)]
@@ -61,10 +39,5 @@ def _submit(work: Callable[[int, int, int], object], *args: int) -> Future[objec
     return _pool.submit(work, *args)
 
 
-def _forget() -> None:
-    global _pool
-    _pool = None
-
-
 if hasattr(os, "register_at_fork"):  # the child inherits the pool but not its threads
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=lambda: globals().update(_pool=None))

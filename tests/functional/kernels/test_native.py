@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from lightning_rkd.functional import _kernels as kernels
-
 PROGRAM = """
 import sys
 {before}
@@ -22,14 +20,8 @@ print(native("angle_cpu") is not None, "numba" in sys.modules, f"{{loss:.6f}} {{
 
 
 def run(before: str = "", **environment: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(before=before)],
-        env=os.environ | environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout.split(maxsplit=2)
+    command, environment = [sys.executable, "-c", PROGRAM.format(before=before)], os.environ | environment
+    return subprocess.check_output(command, env=environment, text=True).split(maxsplit=2)
 
 
 @pytest.mark.slow
@@ -49,14 +41,3 @@ def test_without_numba_or_with_a_broken_one_the_result_is_the_same(tmp_path):
 def test_where_nothing_can_be_kept_kernels_are_compiled_all_the_same(tmp_path):
     before = "import numba.core.caching as c; c.CacheImpl._locator_classes = []; c._CacheImpl = c.CacheImpl"
     assert run(before)[0] == "True"
-
-
-def test_a_kernel_is_looked_for_once(monkeypatch):
-    asked: list[str] = []
-    monkeypatch.setattr(kernels, "import_module", asked.append)
-    kernels.native.cache_clear()
-    try:
-        assert kernels.native("angle_cpu") is kernels.native("angle_cpu")
-        assert asked == ["lightning_rkd.functional._kernels.angle_cpu"]
-    finally:
-        kernels.native.cache_clear()

@@ -24,31 +24,19 @@ def by_sorting(scores: Tensor, places: Tensor, width: int) -> tuple[Tensor, Tens
     return found
 
 
-def in_blocks(nearest: Nearest, scores: Tensor, places: Tensor, block: int) -> tuple[Tensor, Tensor]:
+@pytest.fixture(params=[scan, None], ids=["native", "PyTorch"], autouse=True)
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_nearest, "native", lambda name: request.param)
+    assert (Nearest(1, 1, torch.float32, torch.device("cpu"))._kept is None) == (request.param is None)
+
+
+def check(scores: Tensor, width: int, block: int, places: Tensor | None = None) -> None:
+    places = torch.randperm(scores.shape[1]) if places is None else places
+    nearest = Nearest(len(scores), width, scores.dtype, scores.device)
     for part, where in zip(scores.split(block, dim=1), places.split(block), strict=True):
         nearest.offer(part.clone(), where)
-    return nearest.in_order()
-
-
-def same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
-    return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
-
-
-@pytest.fixture(params=["native", "PyTorch"], autouse=True)
-def way(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def found_this_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_nearest, "native", lambda name: scan if way == "native" else None)
-    assert (Nearest(1, 1, torch.float32, torch.device("cpu"))._kept is not None) == (way == "native")
-
-
-def check(scores: Tensor, width: int, block: int) -> None:
-    places = torch.randperm(scores.shape[1])
-    nearest = Nearest(len(scores), width, scores.dtype, scores.device)
-    assert same(in_blocks(nearest, scores, places, block), by_sorting(scores, places, width))
+    for found, expected in zip(nearest.in_order(), by_sorting(scores, places, width), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -64,16 +52,6 @@ def test_the_order_in_which_scores_come_does_not_matter(descending: bool, width:
     check(torch.rand(3, 700).sort(dim=1, descending=descending).values, width, 64)
 
 
-def test_fewer_columns_than_places_leave_infinity_behind() -> None:
-    check(torch.rand(2, 5), 9, 2)
-
-
-def test_an_infinite_score_comes_after_all_others() -> None:
-    scores = torch.rand(4, 50)
-    scores[:, ::3] = torch.inf
-    check(scores, 45, 16)
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     data=st.data(),
@@ -83,18 +61,15 @@ def test_an_infinite_score_comes_after_all_others() -> None:
     block=st.integers(1, 40),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-@pytest.mark.parametrize("kernel", [scan])
-def test_any_scores_in_any_blocks(kernel, data, rows, columns, width, block, dtype) -> None:
+def test_any_scores_in_any_blocks(data, rows, columns, width, block, dtype) -> None:
     flat = data.draw(
         st.lists(st.sampled_from([-2.0, -1e-30, 0.0, 0.5, 1e30, float("inf")]), min_size=rows * columns, max_size=280)
     )
     scores = torch.tensor(flat[: rows * columns], dtype=dtype).view(rows, columns)
-    places = torch.tensor(data.draw(st.permutations(range(columns))))
-    kept = kernel.Kept(rows, width, dtype)
-    assert same(in_blocks(kept, scores, places, block), by_sorting(scores, places, width))
+    check(scores, width, block, torch.tensor(data.draw(st.permutations(range(columns)))))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_number_of_threads_does_not_matter(way: str, threads: int) -> None:
+def test_the_number_of_threads_does_not_matter(threads: int) -> None:
     torch.set_num_threads(threads)
     check((torch.rand(700, 400) * 50).floor(), 20, 128)

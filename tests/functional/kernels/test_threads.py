@@ -1,6 +1,5 @@
 """Ranges of a loop on several threads."""
 
-import os
 import threading
 
 import pytest
@@ -39,19 +38,3 @@ def test_an_error_in_any_range_is_raised_when_all_have_ended():
 def test_shares_follow_the_number_of_threads_and_none_is_too_small(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert [shares(count, smallest=10) for count in (0, 5, 19, 20, 39, 40, 1000)] == [1, 1, 1, 2, 3, 4, 4]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_has_threads_of_its_own():
-    in_ranges(lambda *limits: None, 2, 2)  # the parent's pool has a thread
-    child = os.fork()
-    if child == 0:
-        barrier = threading.Barrier(2, timeout=30)
-        code = 1
-        try:
-            in_ranges(lambda *limits: barrier.wait(), 2, 2)
-            code = 0
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
