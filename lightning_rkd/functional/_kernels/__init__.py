@@ -46,7 +46,7 @@ def load(device: torch.device | str) -> None:
     from lightning_rkd.functional import angle_loss, squared_distances
 
     if torch.device(device).type in ("cpu", "cuda"):
-        rows = torch.eye(64, device=device, requires_grad=True)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # an evaluation loads them too
+            rows = torch.eye(64, device=device, requires_grad=True)
             torch.autograd.grad(angle_loss(squared_distances(rows), squared_distances(rows)), rows)
         angle_loss(squared_distances(rows.detach()), squared_distances(rows.detach()))
