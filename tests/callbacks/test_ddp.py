@@ -1,7 +1,6 @@
 """Two devices under a real Trainer are one device with the whole batch."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,13 +9,13 @@ import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
 from lightning_rkd.data.indexing import with_indices
 from lightning_rkd.data.samplers.pk import PKBatchSampler
-from lightning_rkd.distillation.teachers import CachedTeacher
 from lightning_rkd.functional import angles as angles_module
 from lightning_rkd.losses.rkd import RKD, RKDAngle
 from lightning_rkd.metrics.agreement import RelationalAgreement
@@ -66,35 +65,6 @@ def test_each_of_two_devices_does_half_of_the_cubic_work(ranks: Ranks) -> None:
     alone, expected = angles(None)
     assert first == second == alone / 2 == toys.STEPS * 16**3 / 2
     assert largest(learnt, expected) <= 1e-6
-
-
-# A teacher from a cache
-
-
-def taught_by(teacher: Any, face: str) -> tuple[pl.LightningModule, list[pl.Callback]]:
-    if face == "callback":
-        return toys.Student(), [RelationalDistillation(teacher, RKD(), student_layer="backbone")]
-    torch.manual_seed(0)
-    return DistillationModule(toys.Backbone(), teacher, RKD(), optimizer=toys.sgd), []
-
-
-def from_cache(rank: int, face: str, folder: str) -> dict[str, Tensor]:
-    """What is learnt from what a teacher showed once; both ranks would write the cache, were it not there."""
-    module, callbacks = taught_by(CachedTeacher(folder, teacher=toys.teacher()), face)
-    with toys.devices(rank) as where:
-        toys.fit(module, *callbacks, batches=batches(rank), **where)
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-@pytest.mark.parametrize("face", ["callback", "module"])
-def test_two_devices_learn_from_a_cache_as_one_from_the_live_teacher(ranks: Ranks, face: str, tmp_path: Path) -> None:
-    first, second = ranks.run(from_cache, face, str(tmp_path / "cache"))
-    assert largest(first, second) == 0
-    again, _ = ranks.run(from_cache, face, str(tmp_path / "cache"))
-    assert largest(first, again) == 0
-    live, callbacks = taught_by(toys.teacher(), face)
-    toys.fit(live, *callbacks, batches=batches(None))
-    assert largest(first, dict(live.state_dict())) <= 1e-6
 
 
 # Batches of few classes
@@ -259,8 +229,5 @@ def test_ranks_with_unequally_many_batches_measure_as_one_device(ranks: Ranks, h
 
 class Sharded(toys.Student):
     def configure_model(self) -> None:
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = self.device_mesh["data_parallel"]
         for part in (self.backbone, self.head):
-            fully_shard(part, mesh=mesh)
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])

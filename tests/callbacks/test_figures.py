@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd import RKD, DistillationModule, Pictures, RelationalDistillation, RetrievalEvaluation
@@ -42,8 +43,7 @@ class Own(pl.LightningModule):
         self.backbone = net()
 
     def forward(self, x: Tensor) -> Tensor:
-        embedding: Tensor = self.backbone(x)
-        return embedding
+        return self.backbone(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch[0]).square().mean()
@@ -86,7 +86,7 @@ class Kept(Pictures):
         super().__init__(*args, **kwargs)
         self.given: list[tuple[Any, ...]] = []
 
-    def draw(self, *given: Any) -> dict[str, Figure]:  # type: ignore[override]
+    def draw(self, *given: Any) -> dict[str, Figure]:
         self.given.append(given)
         return {}
 
@@ -104,7 +104,7 @@ def test_the_drawn_embeddings_are_those_of_the_first_validation_samples(tmp_path
     own, kept = module(), Kept(samples=10)
     fit(own, kept, logger=CSVLogger(tmp_path))
     ((inputs, labels, embeddings, epoch),) = kept.given
-    x, y = loader().dataset.tensors  # type: ignore[attr-defined]
+    x, y = loader().dataset.tensors
     assert torch.equal(inputs, x[:10])
     assert torch.equal(labels, y[:10])
     assert epoch == 0
@@ -154,12 +154,11 @@ def test_inputs_that_are_no_images_have_distances_and_angles(tmp_path: Path) -> 
             self.layer = net()
 
         def forward(self, *, first: Tensor, second: Tensor) -> Tensor:
-            out: Tensor = self.layer(first + second)
-            return out
+            return self.layer(first + second)
 
     x = torch.rand(24, 1, 4, 4)
     rows = [{"first": x[n], "second": x[-n], "label": n % 4} for n in range(24)]
-    data = DataLoader(rows, batch_size=8)  # type: ignore[arg-type]
+    data = DataLoader(rows, batch_size=8)
     own = DistillationModule(Words(), teacher=Words(), loss=RKD(), inputs=["first", "second"], labels="label")
     fit(own, Pictures(), data=data, logger=CSVLogger(tmp_path, name="", version=""))
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["angles-3.png", "distances-3.png"]
@@ -168,7 +167,7 @@ def test_inputs_that_are_no_images_have_distances_and_angles(tmp_path: Path) -> 
 def test_nothing_is_drawn_outside_of_a_fit_or_in_its_dress_rehearsals(tmp_path: Path) -> None:
     fit(module(), Pictures(), fast_dev_run=True, logger=CSVLogger(tmp_path))
     logger, quiet = CSVLogger(tmp_path), {"enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(accelerator="cpu", callbacks=[Pictures()], logger=logger, **quiet)  # type: ignore[arg-type]
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[Pictures()], logger=logger, **quiet)
     trainer.validate(module(), loader(), verbose=False)
     fit(module(), Pictures(every_n_epochs=2), logger=CSVLogger(tmp_path), num_sanity_val_steps=2)
     assert not list(tmp_path.rglob("*.png"))
@@ -255,9 +254,7 @@ def test_a_run_of_wandb_without_a_network_keeps_them(tmp_path: Path, monkeypatch
 
 class Sharded(DistillationModule):
     def configure_model(self) -> None:
-        from torch.distributed.fsdp import fully_shard
-
-        for part in (self.student[1], self.student):  # type: ignore[index]
+        for part in (self.student[1], self.student):
             fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
 

@@ -57,10 +57,10 @@ class Split(toys.Manual):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         loss = self.loss(*batch)
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
+        for optimizer in self.optimizers():
             optimizer.zero_grad()
         self.manual_backward(loss)
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
+        for optimizer in self.optimizers():
             optimizer.step()
 
 
@@ -102,7 +102,7 @@ def test_nothing_of_the_loss_stays_in_the_module_or_its_checkpoint(tmp_path: Pat
     before = set(dict(module.named_modules()))
     trainer = toys.fit(module, callback, enable_checkpointing=True, default_root_dir=tmp_path)
     assert set(dict(module.named_modules())) == before
-    path = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    path = trainer.checkpoint_callback.best_model_path
     saved = torch.load(path, weights_only=True)
     assert set(saved["state_dict"]) == set(toys.Student().state_dict())
     (state,) = [s for key, s in saved["callbacks"].items() if key.startswith("RelationalDistillation")]
@@ -114,7 +114,7 @@ def test_what_ddp_was_told_about_a_memory_is_taken_back() -> None:
 
     class Looks(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            told.extend(pl_module._ddp_params_and_buffers_to_ignore)  # type: ignore[arg-type]
+            told.extend(pl_module._ddp_params_and_buffers_to_ignore)
 
     toys.fit(module, attached(toys.Remembers(7, 40)), Looks(), batches=with_indices(toys.loader()))
     assert told == ["_distillation_losses_0.remembers.mean.value"]
@@ -161,15 +161,9 @@ class Stream(IterableDataset[Any]):
 def test_without_a_loader_size_the_error_leaves_num_samples_open() -> None:
     with pytest.raises(ValueError, match=r"pass Projected\(student_dim=5, teacher_dim=7\)"):
         toys.fit(toys.Student(), attached(toys.Projected()), batches=DataLoader(Stream(), 8))
-    keyed = [{"x": x, "y": y, "i": torch.arange(8)} for x, y in toys.loader()]
-    callback = attached(toys.Remembers(), inputs="x", labels="y", indices="i")
+    batches = [(x, y, torch.arange(8)) for x, y in toys.loader()]
     with pytest.raises(ValueError, match=r"pass Remembers\(num_samples=\.\.\., teacher_dim=7\)"):
-        toys.fit(Keyed(), callback, batches=keyed)
-
-
-class Keyed(toys.Student):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.loss(batch["x"], batch["y"])
+        toys.fit(toys.Student(), attached(toys.Remembers(), indices=2), batches=batches)
 
 
 def test_a_loss_made_for_other_widths_says_so() -> None:

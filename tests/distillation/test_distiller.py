@@ -59,7 +59,7 @@ def test_a_classifier_gives_logits_and_weights_to_losses_that_read_them() -> Non
 
         def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
             self.seen = student
-            return student.logits.sum()  # type: ignore[union-attr]
+            return student.logits.sum()
 
     loss, student = Reads(), nets.Backbone()
     step(Distiller(nets.teacher(), loss, student_layer="last", teacher_layer="last"), student=student)
@@ -76,13 +76,13 @@ def test_the_teacher_gets_its_own_inputs_or_those_of_a_layer() -> None:
 
 
 def test_labels_that_no_loss_asks_for_may_be_anything() -> None:
-    terms = step(Distiller(nets.teacher(), RKD(), input_layer=""), X, -X, batch=Batch(X, labels=["a", "b"]))  # type: ignore[arg-type]
+    terms = step(Distiller(nets.teacher(), RKD(), input_layer=""), X, -X, batch=Batch(X, labels=["a", "b"]))
     assert terms["rkd"].requires_grad
 
 
 def test_labels_that_a_loss_asks_for_must_be_a_tensor() -> None:
     with pytest.raises(CaptureError, match=r"the labels of a batch must be a tensor, got list: .*labels=\.\.\."):
-        step(Distiller(nets.teacher(), nets.Asking()), batch=Batch(X, labels=["a"] * 8))  # type: ignore[arg-type]
+        step(Distiller(nets.teacher(), nets.Asking()), batch=Batch(X, labels=["a"] * 8))
 
 
 def test_without_a_loss_there_are_no_terms_and_calls_may_repeat() -> None:
@@ -119,7 +119,6 @@ def test_taps_that_share_a_map_are_gathered_apart() -> None:
     gathered = StepFeatures(Batch(X), features).gathered(needs, [2], None)
     for tap, expected in {"a": (x, y), "b": (x, z)}.items():
         maps = gathered.student[tap].feature_maps
-        assert maps is not None
         assert [m.shape for m in maps] == [m.shape for m in expected]
 
 
@@ -137,7 +136,7 @@ def test_copies_and_pickles_of_an_attached_distiller_attach_anew() -> None:
     step(distiller)
     for twin in (copy.deepcopy(distiller), pickle.loads(pickle.dumps(distiller))):
         assert step(twin)["rkd"].requires_grad
-    assert copy.deepcopy(distiller).teacher.network is distiller.teacher.network  # type: ignore[union-attr]
+    assert copy.deepcopy(distiller).teacher.network is distiller.teacher.network
 
 
 @pytest.mark.parametrize(
@@ -175,7 +174,7 @@ def check(reads: Any, student: Outputs, teacher: Outputs, value: float = 1.0, ga
         def forward(self, student: Any, teacher: Any) -> Any: ...
 
     loss = Reads()
-    loss.reads, loss.gather = reads, gather  # type: ignore[misc]
+    loss.reads, loss.gather = reads, gather
     bound = BoundLoss.bind("loss", Term(loss), [""], [""])
     inputs = bound.select_inputs({"": student}, {"": teacher})
     FiniteChecks().check_features(bound, inputs, torch.tensor(value), "loss", 4)

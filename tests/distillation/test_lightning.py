@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.distillation.lightning import exclude_from_ddp_broadcast
@@ -32,19 +33,17 @@ class PerSample(toys.Projected):
 
 class WholeSharded(Sharded):
     def configure_model(self) -> None:
-        from torch.distributed.fsdp import fully_shard
-
         super().configure_model()
         fully_shard(self, mesh=self.device_mesh["data_parallel"])
 
 
 def test_a_notice_to_ddp_keeps_what_others_had_told_it() -> None:
     host = nn.ModuleDict({"loss": toys.Remembers(7, 40)})
-    host._ddp_params_and_buffers_to_ignore = ["a"]  # type: ignore[assignment]
+    host._ddp_params_and_buffers_to_ignore = ["a"]
     undo = exclude_from_ddp_broadcast(host)
-    assert host._ddp_params_and_buffers_to_ignore == ["a", "loss.mean.value"]  # type: ignore[comparison-overlap]
+    assert host._ddp_params_and_buffers_to_ignore == ["a", "loss.mean.value"]
     undo()
-    assert host._ddp_params_and_buffers_to_ignore == ["a"]  # type: ignore[comparison-overlap]
+    assert host._ddp_params_and_buffers_to_ignore == ["a"]
 
 
 def test_the_memory_of_a_scheme_is_kept_from_ddp_too() -> None:
@@ -114,11 +113,8 @@ def test_parameters_of_a_loss_that_sees_all_rows_stay_alike_on_a_mesh(ranks: Ran
 
 class ShardsItsLoss(DistillationModule):
     def configure_model(self) -> None:
-        from torch.distributed.fsdp import fully_shard
-
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             for part in (self.loss, self.student):
-                assert part is not None
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
 

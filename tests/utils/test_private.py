@@ -109,7 +109,6 @@ def test_arguments_are_collected_outside_of_the_command_line() -> None:
         def __init__(self, width: int = 3) -> None:
             super().__init__()
             frame = inspect.currentframe()
-            assert frame is not None
             self.found = private.is_built_by_cli(), private.collect_arguments(frame, pl.LightningModule)
 
     assert Collects(4).found == (False, [{"width": 4}])

@@ -14,7 +14,6 @@ from lightning_rkd.utils.statistics import confidence_half_width, paired_differe
 def test_the_interval_is_that_of_a_paired_t_test(number: int, confidence: float) -> None:
     a, b = np.random.default_rng(0).normal(size=(2, number))
     found = paired_difference(dict(enumerate(a)), dict(enumerate(b)), confidence)
-    assert found is not None
     expected = stats.ttest_rel(a, b).confidence_interval(confidence)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
     assert found.high - found.mean == pytest.approx(confidence_half_width((a - b).tolist(), confidence))
@@ -22,7 +21,6 @@ def test_the_interval_is_that_of_a_paired_t_test(number: int, confidence: float)
 
 def test_only_seeds_of_both_networks_count() -> None:
     found = paired_difference({0: 1.0, 1: 2.0}, {1: 0.5, 2: 9.0})
-    assert found is not None
     assert found.mean == 1.5
     assert math.isnan(found.low)
     assert paired_difference({0: 1.0}, {1: 2.0}) is None

@@ -55,7 +55,6 @@ def cache(path: Path, network: nn.Module | None = None, loader: Any = None, laye
 
 def read(teacher: CachedTeacher, rows: Any, epoch: int = 0) -> Tensor:
     features = teacher.outputs(Batch(None, indices=torch.as_tensor(rows), epoch=epoch))[0].features[""].embedding
-    assert features is not None
     return features
 
 
@@ -143,7 +142,7 @@ def test_views_are_those_of_training_epoch_by_epoch(tmp_path: Path) -> None:
     cached = CachedTeacher(cache(tmp_path, network, loader))
     seen = []
     for epoch in range(4):
-        loader.batch_sampler.sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        loader.batch_sampler.sampler.set_epoch(epoch)
         for batch in with_indices(loader):
             features = read(cached, batch.indices, batch.epoch)
             torch.testing.assert_close(features, network(batch.batch[0]), atol=1e-5, rtol=0)
@@ -275,7 +274,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "does not fit into float16; use float32",
     ),
     "an unknown part": (lambda p: CachedTeacher(p, ignore=["length"]), "ignore may name"),
-    "an unknown dtype": (lambda p: CachedTeacher(p, dtype="int8"), "'float32' or 'float16', got 'int8'"),  # type: ignore[arg-type]
+    "an unknown dtype": (lambda p: CachedTeacher(p, dtype="int8"), "'float32' or 'float16', got 'int8'"),
 }
 
 

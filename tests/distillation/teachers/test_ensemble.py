@@ -230,7 +230,7 @@ def test_what_does_not_make_an_ensemble_is_refused(settings: Any, message: str) 
     with pytest.raises(ValueError, match=message):
         EnsembleTeacher(**{"teachers": [nets.teacher(), nets.teacher()], **settings})
     with pytest.raises(TypeError, match=r"a teacher is an nn\.Module, got str"):
-        EnsembleTeacher(["resnet18", nets.teacher()])  # type: ignore[list-item]
+        EnsembleTeacher(["resnet18", nets.teacher()])
 
 
 def test_teachers_with_different_taps_are_refused() -> None:
@@ -316,7 +316,7 @@ def test_copies_share_the_networks_and_pickles_work_while_attached() -> None:
     teacher = EnsembleTeacher({"a": nets.teacher(), "b": wide()}, combine="losses")
     teacher.attach("drop")
     deep = copy.deepcopy({"module": teacher})["module"]
-    assert all(deep.teachers[n].network is teacher.teachers[n].network for n in "ab")  # type: ignore[attr-defined]
+    assert all(deep.teachers[n].network is teacher.teachers[n].network for n in "ab")
     for twin in (pickle.loads(pickle.dumps(teacher)), copy.copy(teacher), deep):
         twin.attach(None)
         assert [one.features[""].embedding.shape[1] for one in twin.outputs(Batch(X))] == [7, 9]
@@ -326,7 +326,7 @@ def test_copies_share_the_networks_and_pickles_work_while_attached() -> None:
 
 def test_one_ensemble_serves_two_distillers_at_two_layers() -> None:
     shared, student = EnsembleTeacher([nets.teacher(), wide().eval()]), nets.Backbone()
-    a, b = (shared.teachers[name].network for name in "01")  # type: ignore[attr-defined]
+    a, b = (shared.teachers[name].network for name in "01")
     low, high = (Distiller(shared, nets.Gram(), teacher_layer=Tap(at, at="output")) for at in ("first", "last"))
     for distiller in (low, high):
         distiller.attach(student)

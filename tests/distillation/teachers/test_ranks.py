@@ -1,12 +1,15 @@
 """Teachers over two processes: all ranks learn from the same ones, and two devices learn what one does."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from lightning_rkd.distillation.teachers import EnsembleTeacher, Teacher
+from lightning_rkd.distillation.teachers import CachedTeacher, EnsembleTeacher, Teacher
 from lightning_rkd.losses.rkd import RKD
 from tests.callbacks.test_ddp import batches, largest
 from tests.distillation.teachers.test_training import wide
@@ -24,7 +27,7 @@ def fitted(rank: int | None, face: str, teacher: Any, loss: Any, counts: tuple[i
     module, callbacks = taught(face, teacher, loss)
     with toys.devices(rank) as where:
         toys.fit(module, *callbacks, batches=batches(rank, counts), **where)
-    return {name: x.clone() for name, x in module.student.state_dict().items()}  # type: ignore[union-attr]
+    return {name: x.clone() for name, x in module.student.state_dict().items()}
 
 
 # Several teachers
@@ -47,6 +50,18 @@ def test_two_devices_learn_from_an_ensemble_what_one_does(ranks: Ranks, combine:
     assert largest(first, second) == 0.0
     assert largest(first, alone) <= 1e-6
     assert largest(fitted(None, face, wide(), 0.0 * RKD()), alone) > 1e-3
+
+
+def by_a_cache(rank: int | None, face: str, folder: str) -> dict[str, Tensor]:
+    """Both ranks would write the cache, were it not there."""
+    return fitted(rank, face, CachedTeacher(folder, teacher=toys.teacher()), RKD())
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_two_devices_learn_from_a_cache_as_one_from_the_live_teacher(ranks: Ranks, face: str, tmp_path: Path) -> None:
+    (first, second), (again, _) = (ranks.run(by_a_cache, face, str(tmp_path)) for _ in range(2))
+    assert largest(first, second) == largest(first, again) == 0.0
+    assert largest(first, fitted(None, face, toys.teacher(), RKD())) <= 1e-6
 
 
 def differing(rank: int, face: str, kind: str) -> str:
@@ -73,12 +88,9 @@ def test_a_fit_with_teachers_that_differ_between_ranks_is_refused(ranks: Ranks, 
 
 
 def sharded(network: nn.Module) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh("cpu", (2,))
     for part in (network.first, network):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)  # type: ignore[arg-type]
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
     return network
 
 

@@ -109,7 +109,7 @@ def test_copies_share_the_network_and_pickles_work_while_attached() -> None:
 
 def test_it_must_be_a_network_and_attached() -> None:
     with pytest.raises(TypeError, match=r"a teacher is an nn\.Module, got str"):
-        Teacher("resnet50")  # type: ignore[arg-type]
+        Teacher("resnet50")
     with pytest.raises(RuntimeError, match="attach the teacher to a layer before calling it"):
         Teacher(nets.teacher())(Batch(X))
     with pytest.raises(RuntimeError, match="attach the teacher to a layer before moving it"):
@@ -124,7 +124,7 @@ def test_channels_last_it_shows_the_same_and_comes_back_as_it_was() -> None:
 
     def look(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         stored = (inputs[0], module.weight)
-        seen.append(tuple(x.is_contiguous(memory_format=torch.channels_last) for x in stored))  # type: ignore[arg-type]
+        seen.append(tuple(x.is_contiguous(memory_format=torch.channels_last) for x in stored))
 
     network[2].register_forward_pre_hook(look)
     images = torch.randn(2, 3, 9, 9)

@@ -148,8 +148,8 @@ def test_the_folder_of_a_sharded_checkpoint_is_refused_with_the_cure(tmp_path: P
 def test_a_compiled_network_is_given_the_weights_of_a_plain_one(tmp_path: Path) -> None:
     source, network = nets.teacher(seed=1), nets.teacher(seed=2)
     torch.save(source.state_dict(), tmp_path / "plain.pt")
-    torch.save(torch.compile(source, backend="eager").state_dict(), tmp_path / "compiled.pt")  # type: ignore[attr-defined]
-    load_weights(torch.compile(network, backend="eager"), tmp_path / "plain.pt")  # type: ignore[arg-type]
+    torch.save(torch.compile(source, backend="eager").state_dict(), tmp_path / "compiled.pt")
+    load_weights(torch.compile(network, backend="eager"), tmp_path / "plain.pt")
     assert nets.gap(network, source) == 0.0
     other = nets.teacher(seed=2)
     load_weights(other, tmp_path / "compiled.pt")
