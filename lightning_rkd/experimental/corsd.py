@@ -180,7 +180,7 @@ class CORSD(DistillationModule):
     classifier. Stage 0 is the deepest; a bar marks a constant. R is a small net on a prediction and the mean prediction
     :math:`m` for a class; :math:`y'` is some other class.
 
-    Certainty: a reconstruction. The authors' code fixes nets, terms and weights, but does not run; the paper was not
+    Provenance: a reconstruction. The authors' code fixes nets, terms and weights, but does not run; the paper was not
     available. Corrected here: the divergences are of probabilities (there, ``kl_div`` of raw logits); the deepest stage
     is constant where it teaches; the halved labels pass no second softmax; R gets the whole batch, since its batch norm
     cannot work on single rows; the memory, there a sum that grows without bound though its name says moving average, is

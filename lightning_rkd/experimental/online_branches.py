@@ -77,7 +77,7 @@ class OnlineBranches(DistillationModule):
     their last maps, could not be recovered: neither the paper's text nor its authors' code were available. The ensemble
     is the plain mean of logits instead, and no parity with the paper is claimed.
 
-    Certainty: cross-entropies, soft targets, T and :math:`\delta` are from third-party code that compares methods.
+    Provenance: cross-entropies, soft targets, T and :math:`\delta` are from third-party code that compares methods.
     Departures from it: there the last term has no gradient and so no effect, the ensemble learns from the branches, and
     the divergence is divided by K as well.
 

@@ -44,7 +44,7 @@ class ResidualKD(DistillationModule):
     f are features of E numbers per sample: embeddings or maps. :math:`\bar{f}_S` is a constant: the assistant's term
     does not reach the student, which learns exactly as it would alone. ``forward`` returns :math:`f_S + f_A`.
 
-    Certainty: the abstract says that S mimics the feature maps of T and A learns the residual error between them; the
+    Provenance: the abstract says that S mimics the feature maps of T and A learns the residual error between them; the
     squared distance and the sum at inference are from memory, and no code was found. Ours are the mean over the E
     numbers, the equal weights, and the single place at which features are compared.
 

@@ -75,7 +75,6 @@ class AttentionGraphEstimator(pl.LightningModule):
 
     Reference:
         Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.
-        Certainty: read in code, sseung0703/KD_methods_with_TF, nets/Relation.py and nets/SVP.py.
 
     Example:
         >>> estimator = AttentionGraphEstimator(channels=[8, 16], heads=2)
@@ -228,8 +227,6 @@ class MHGDModule(DistillationModule):
 
     Reference:
         Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.
-        Certainty: read in code, sseung0703/KD_methods_with_TF, nets/Relation.py, nets/SVP.py and, for the clipping,
-        op_util.py.
 
     Example:
         >>> from lightning_rkd.losses.rkd import RKD

@@ -69,7 +69,7 @@ class MultiHeadDistillation(DistillationModule):
     either network. The teacher is frozen; its heads learn from the labels, and the student's heads from them. All heads
     are trained and saved with the student but not deployed: ``forward`` is the student's.
 
-    Certainty: the equation, the heads and the defaults are from third-party code, and agree with the paper's abstract.
+    Provenance: the equation, the heads and the defaults are from third-party code, and agree with the paper's abstract.
 
     Departure: in that code the student's term trains the teacher's heads too; here they are constant targets.
 

@@ -1,4 +1,3 @@
-import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -159,12 +158,6 @@ def test_an_unpacked_batch_has_the_loaders_indices_or_its_own() -> None:
     own = Batch(torch.ones(2, 3))
     assert to_batch(IndexedBatch(own, torch.tensor([4, 7])), unpack).indices.tolist() == [4, 7]
     assert own.indices is None, "the loader's own batch is left alone"
-
-
-def test_a_batch_survives_pickling() -> None:
-    batch = pickle.loads(pickle.dumps(IndexedBatch((torch.ones(2), "a"), torch.tensor([4, 5]))))
-    assert batch.batch[1] == "a"
-    assert batch.indices.tolist() == [4, 5]
 
 
 def test_pinning_reaches_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Class-oriented self-distillation: the terms, the triplets, the memory, and what is refused."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -80,25 +82,24 @@ def test_partners_change_from_step_to_step_and_come_again_after_a_resume() -> No
     assert first == again != second
 
 
-def test_the_memory_is_the_mean_prediction_by_class_and_counts_its_steps() -> None:
-    memory, module = ClassMemory(3), CASE.made()
+def test_the_memory_is_the_mean_prediction_by_class() -> None:
+    memory = ClassMemory(3)
     predictions = torch.randn(6, 3).softmax(1)
     memory.update(predictions[:4], torch.tensor([0, 0, 1, 0]))
     memory.update(predictions[4:], torch.tensor([1, 0]))
     rows = torch.cat([torch.tensor([[1.0, 0.0, 0.0]]), predictions[[0, 1, 3, 5]]])
     torch.testing.assert_close(memory.means()[0], rows.mean(0))
     assert torch.equal(memory.means()[2], torch.tensor([0.0, 0.0, 1.0]))
-    fit(module)
-    assert int(module.relations.memory.steps) == STEPS
-    torch.testing.assert_close(module.relations.memory.sums.sum(1), torch.tensor([41.0, 41.0, 41.0]))
 
 
-def test_the_memory_keeps_its_precision() -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_the_memory_counts_its_steps_and_keeps_its_precision(precision: Any) -> None:
     module = CASE.made()
-    fit(module, precision="bf16-true")
-    assert module.student.head.linear.weight.dtype == torch.bfloat16
-    assert module.relations.memory.sums.dtype == torch.float32
-    torch.testing.assert_close(module.relations.memory.sums.sum(1), torch.tensor([41.0, 41.0, 41.0]))
+    fit(module, precision=precision)
+    memory = module.relations.memory
+    assert module.student.head.linear.weight.dtype == (torch.float32 if precision == "32-true" else torch.bfloat16)
+    assert int(memory.steps) == STEPS
+    torch.testing.assert_close(memory.sums.sum(1), torch.tensor([41.0, 41.0, 41.0]))  # float32
 
 
 def test_the_parts_are_logged_and_add_up() -> None:

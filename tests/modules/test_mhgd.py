@@ -358,7 +358,7 @@ class Biased(RelationalLoss):
         return (student.sum(1) - teacher.sum(1)).square().mean()
 
 
-def trained(rank: int | None, stage: int, counts: tuple[int, int] = (8, 8), **settings: Any) -> dict[str, Tensor]:
+def trained(rank: int | None, stage: int, counts: tuple[int, int], settings: dict[str, Any]) -> dict[str, Tensor]:
     module: pl.LightningModule = estimator()
     if stage == 2:
         loss = {"mhgd": MHGD(heads_for((4, 6, 6))), "rkd": RKD(), "biased": Biased()}
@@ -374,16 +374,12 @@ def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
-def in_stage_2(rank: int, counts: tuple[int, int], settings: dict[str, Any]) -> dict[str, Tensor]:
-    return trained(rank, 2, counts, **settings)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [(8, 8), (11, 5)])
 def test_two_devices_learn_the_graph_of_one_with_the_whole_batch(ranks: Ranks, counts):
-    first, second = ranks.run(trained, 1, counts)
+    first, second = ranks.run(trained, 1, counts, {})
     assert largest(first, second) == 0.0
-    assert largest(first, trained(None, 1)) <= 1e-8
+    assert largest(first, trained(None, 1, counts, {})) <= 1e-8
 
 
 @pytest.mark.slow
@@ -397,10 +393,9 @@ def test_two_devices_learn_the_graph_of_one_with_the_whole_batch(ranks: Ranks, c
     ],
 )
 def test_two_devices_clip_the_gradient_of_the_whole_batch(ranks: Ranks, counts, settings):
-    first, second = ranks.run(in_stage_2, counts, settings)
+    first, second = ranks.run(trained, 2, counts, settings)
     assert largest(first, second) == 0.0
-    expected = trained(None, 2)
-    assert largest(first, expected) <= 1e-8
+    assert largest(first, trained(None, 2, counts, {})) <= 1e-8
     untrained = student_module(student=net(0, widths=(3, 6, 5))).student.state_dict()
     assert max(float((first[f"student.{k}"] - v).abs().max()) for k, v in untrained.items()) > 1e-2
 

@@ -92,7 +92,7 @@ def test_the_three_parts_share_no_class_and_one_numbering() -> None:
     assert module.image_shape == (3, 8, 8)
 
 
-def test_test_classes_depend_on_split_seed_and_neither_on_seed_nor_on_validation() -> None:
+def test_test_classes_depend_on_split_seed_alone() -> None:
     usual, other, narrow, wide = (
         ready(**settings).class_names
         for settings in ({"seed": 3}, {"split_seed": 3}, {"validation": 0.15}, {"validation": 0.3})

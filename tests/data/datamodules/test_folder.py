@@ -1,4 +1,5 @@
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,17 @@ def test_a_camera_held_sideways_is_turned_upright(tmp_path: Path) -> None:
     assert upright[-1].tolist() == [0] * 20
 
 
+def fill(folder: Path, counts: Sequence[int], value: Any = 100, **kwargs: Any) -> Path:
+    """A class per count, with so many equal images."""
+    for c, count in enumerate(counts):
+        for i in range(count):
+            picture(folder / f"{c}" / f"{i}.png", value, **kwargs)
+    return folder
+
+
 def test_only_colour_images_are_mirrored(folder: Path, tmp_path: Path) -> None:
     assert not module(folder).train_set.augment.flip
-    for c in range(6):
-        for i in range(2):
-            picture(tmp_path / "colour" / f"{c}" / f"{i}.jpg", (40 * c, 10, 20), mode="RGB")
-    assert module(tmp_path / "colour").train_set.augment.flip
+    assert module(fill(tmp_path / "colour", [2] * 6, (40, 10, 20), mode="RGB")).train_set.augment.flip
 
 
 def test_a_cap_keeps_that_many_images_of_each_class(folder: Path) -> None:
@@ -169,11 +175,8 @@ def test_missing_or_empty_folders_are_named(folder: Path, tmp_path: Path) -> Non
 
 
 def test_too_few_classes_are_counted(tmp_path: Path) -> None:
-    for c in range(7):
-        for i in range(2 if c < 5 else 1):
-            picture(tmp_path / f"{c}" / f"{i}.png")
     with pytest.raises(ValueError, match=r"holds 7 classes, 5 of them with two images or more, and at least 6"):
-        module(tmp_path)
+        module(fill(tmp_path, [2, 2, 2, 2, 2, 1, 1]))
 
 
 @pytest.mark.parametrize("content", [b"no image at all", b"", None], ids=["text", "empty", "cut"])
@@ -189,9 +192,7 @@ def test_an_unreadable_image_is_named(folder: Path, content: bytes | None) -> No
 
 def test_a_class_seen_in_two_parts_of_a_data_set_is_refused(tmp_path: Path) -> None:
     for part in ("train", "test"):
-        for c in range(6):
-            for i in range(2):
-                picture(tmp_path / part / f"{c}" / f"{i}.png")
+        fill(tmp_path / part, [2] * 6)
     with pytest.raises(ValueError, match=r"'test/0' and 'train/0' .* look like one class"):
         module(tmp_path)
     assert len(module(tmp_path / "train").class_names) == 6
