@@ -97,13 +97,11 @@ class TrainingCLI(LightningCLI):
         self._sought = {"last": "last*.ckpt", "hpc": "hpc_ckpt_*.ckpt"}.get(path or requeued, "")
         if path == "last" and last.is_file():
             path = str(last)
-        self._checks: list[Callable[[], None]] = [partial(check_writable, folder)]
-        if path and path not in ("best", "last", "hpc") and not path.startswith("registry") and "://" not in path:
-            safe = settings.get("weights_only") is not False
-            self._checks.insert(0, partial(check_checkpoint, path, safe=safe))
+        if not path or path in ("best", "last", "hpc") or path.startswith("registry") or "://" in path:
+            path = None  # Lightning finds it
+        self._check = partial(_check_files, folder, path, safe=settings.get("weights_only") is not False)
         if settings.trainer.num_nodes == 1:
-            for check in self._checks:
-                check()
+            self._check()
         checkpoint = settings.checkpoint
         if checkpoint.monitor is not None and checkpoint.filename == "last":
             checkpoint.filename, checkpoint.save_last = "best", True
@@ -130,7 +128,7 @@ class TrainingCLI(LightningCLI):
         forward_sigterm(trainer)
         trainer.callbacks.append(_RowsPerRank())  # type: ignore[attr-defined] # set later
         if trainer.num_nodes > 1:
-            trainer.callbacks.insert(0, _CheckAllMachines(self._checks, self._sought))  # type: ignore[attr-defined] # set later
+            trainer.callbacks.insert(0, _CheckAllMachines(self._check, self._sought))  # type: ignore[attr-defined] # set later
         return trainer
 
 
@@ -190,11 +188,11 @@ class _RowsPerRank(pl.Callback):
 class _CheckAllMachines(pl.Callback):
     """Checks files after the machines have joined; an error on one before that would leave the others waiting."""
 
-    def __init__(self, checks: Sequence[Callable[[], None]], sought: str) -> None:
-        self.checks, self.sought = checks, sought
+    def __init__(self, check: Callable[[], None], sought: str) -> None:
+        self.check, self.sought = check, sought
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        run_on_all_ranks(self._check)
+        run_on_all_ranks(self.check)
         folder = Path(trainer.default_root_dir)
         every = gather_objects(sorted(path.name for path in folder.glob(self.sought)) if self.sought else [])
         if any(found != every[0] for found in every):
@@ -204,9 +202,11 @@ class _CheckAllMachines(pl.Callback):
                 "from the machine of rank 0, which writes them, or use a folder that the machines share"
             )
 
-    def _check(self) -> None:
-        for check in self.checks:
-            check()
+
+def _check_files(folder: Path, checkpoint: str | None, safe: bool) -> None:
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, safe)
+    check_writable(folder)
 
 
 def check_checkpoint(path: str | os.PathLike[str], safe: bool = True) -> None:

@@ -134,9 +134,9 @@ def test_two_machines_train_and_test_as_one(nodes: Nodes, tmp_path: Path, monkey
 
 def looked_at(rank: int, folder: str, sought: str, path: str | None = None) -> None:
     mine = f"{folder}/{rank}"
-    checks = [partial(check_checkpoint, f"{mine}/{path}")] if path else [partial(check_writable, mine)]
+    check = partial(check_checkpoint, f"{mine}/{path}") if path else partial(check_writable, mine)
     trainer: Any = SimpleNamespace(default_root_dir=mine)
-    _CheckAllMachines(checks, sought).setup(trainer, trainer, "fit")
+    _CheckAllMachines(check, sought).setup(trainer, trainer, "fit")
 
 
 def test_machines_resume_all_or_none(ranks: Ranks, tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli.signals import PARENT, at_sigterm, end_with_first_rank
+from tests.harness.processes import wait_for_end
 
 
 def test_a_rank_ends_after_the_process_that_started_it() -> None:
@@ -31,10 +31,7 @@ with end_with_first_rank():
     print(child.pid, flush=True)
 """
     child = int(subprocess.run([sys.executable, "-c", first], check=True, capture_output=True, text=True).stdout)
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{child}").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
-        assert time.monotonic() < deadline, "it stays"
-        time.sleep(0.05)
+    wait_for_end(child)
     assert Path("said").read_text() == "rank 1: the process that started this one is gone; ending\n"
 
 

@@ -72,6 +72,14 @@ def end_of(process: subprocess.Popen[str], within: float = 240) -> tuple[int, st
             os.kill(pid, signal.SIGKILL)
 
 
+def wait_for_end(pid: int, within: float = 60) -> None:
+    """Wait until a process has ended, or is a zombie."""
+    deadline = time.monotonic() + within
+    while Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < deadline, "it has not ended"
+        time.sleep(0.01)
+
+
 _FORKS = mp.get_context("forkserver")
 _FORKS.set_forkserver_preload(["lightning", "pytorch_metric_learning.losses", "torchvision", "lightning_rkd"])
 

@@ -90,10 +90,8 @@ def read(
     """
     try:
         return _Reader(path, steps, settings or {}, changes or {}).read()
-    except recipes.UnknownRecipeError:
-        raise
     except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def check(networks: Iterable[Network]) -> None:
@@ -273,4 +271,4 @@ def _load(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error

@@ -35,15 +35,11 @@ class Row:
         """Number of finished runs."""
         return len(self.values.get(SECONDS, {}))
 
-    def mean(self, score: str) -> float:
-        """Mean over seeds; ``nan`` without a value."""
-        values = self.values.get(score, {})
-        return statistics.fmean(values.values()) if values else math.nan
-
-    def spread(self, score: str) -> float:
-        """Standard deviation over seeds; ``nan`` for fewer than two."""
-        values = self.values.get(score, {})
-        return statistics.stdev(values.values()) if len(values) > 1 else math.nan
+    def summarize(self, score: str) -> tuple[float, float]:
+        """Mean and standard deviation over seeds, ``nan`` where there are too few."""
+        values = list(self.values.get(score, {}).values())
+        spread = statistics.stdev(values) if len(values) > 1 else math.nan
+        return statistics.fmean(values) if values else math.nan, spread
 
 
 @dataclass
@@ -89,13 +85,13 @@ class Table:
             return [row.network, "", "failed" if row.failed else "", *[""] * (len(self.headings) - 3)]
         found = [row.network, f"{row.parameters:,}", f"{row.seeds}" + (f" ({row.failed} failed)" if row.failed else "")]
         for score in self.columns:
-            mean, spread = row.mean(score), row.spread(score)
+            mean, spread = row.summarize(score)
             found.append("" if math.isnan(mean) else f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}"))
             if self.baseline is not None:
                 d = row.differences.get(score)
                 interval = "" if d is None or math.isnan(d.low) else f" [{d.low:+.3f}, {d.high:+.3f}]"
                 found.append("" if d is None else f"{d.mean:+.3f}{interval}")
-        return [*found, f"{row.mean(SECONDS):.0f}"]
+        return [*found, f"{row.summarize(SECONDS)[0]:.0f}"]
 
     def to_markdown(self) -> str:
         """The table in Markdown."""
@@ -122,8 +118,8 @@ class Table:
         for row in self.rows:
             line: list[object] = [row.network, row.parameters, row.seeds, row.failed]
             for score in self.known:
-                line += [row.mean(score), row.spread(score), *row.differences.get(score, [math.nan] * 3)]
-            table.append([*line, row.mean(SECONDS)])
+                line += [*row.summarize(score), *row.differences.get(score, [math.nan] * 3)]
+            table.append([*line, row.summarize(SECONDS)[0]])
         write_csv(table, out / "table.csv")
         table = [["network", "seed", "folder", "parameters", *self.known, SECONDS, "error"]]
         for task in self.tasks:

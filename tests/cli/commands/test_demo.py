@@ -18,6 +18,7 @@ from lightning_rkd.cli.commands import common, demo
 from lightning_rkd.cli.experiments import runs, schedule
 from lightning_rkd.models.heads import count_parameters
 from lightning_rkd.models.small import ConvNet
+from tests.cli.test_main import error_of as main_error_of
 from tests.harness.processes import end_of, start
 
 LEFT = {
@@ -45,10 +46,9 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def error_of(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert cli.main(["demo", *args]) in (1, 2)
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    return err
+    code, error = main_error_of(["demo", *args], capsys)
+    assert code in (1, 2)
+    return error
 
 
 def scores(out: str) -> list[list[str]]:
@@ -132,47 +132,26 @@ def test_networks_and_sizes_suit_the_images(photos: Path) -> None:
     assert count_parameters(ConvNet(**students[0])) <= count_parameters(ConvNet(**networks[0])) / 10
 
 
-def test_ctrl_c_says_which_command_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "compare", interrupt)
-    assert cli.main(["demo", "--out", "my runs", "--steps=2"]) == 130
-    assert "The same command resumes: lightning-rkd demo --out 'my runs' --steps=2\n" in capsys.readouterr().out
-
-
-def test_a_demo_with_other_settings_is_not_touched(
+def test_an_interrupted_demo_says_how_to_resume_and_refuses_other_settings(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also one that was made from other pictures in the same folder."""
+    """Other pictures in the same folder are other settings."""
 
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "compare", interrupt)
-    args = ["--data", str(photos), "--steps", "7", "--seeds", "2", "--out", "out"]
+    args = ["--data", str(photos), "--seeds", "2", "--out", "my runs", "--steps=7"]
     assert cli.main(["demo", *args]) == 130
-    before = (Path("out") / demo.MADE_BY).read_bytes()
-    untrained(monkeypatch)
+    said = capsys.readouterr().out
+    assert f"The same command resumes: lightning-rkd demo --data {photos} --seeds 2 --out 'my runs' --steps=7\n" in said
+    before = Path("my runs", demo.MADE_BY).read_bytes()
     error = error_of([*args, "--steps", "8"], capsys)
-    assert "'out' holds a demo with other settings (steps 7 there, 8 now): choose another folder with --out" in error
+    assert "'my runs' holds a demo with other settings (steps 7 there, 8 now): choose another folder with" in error
     assert "seeds [0, 1] there, [1] now" in error_of([*args, "--seeds", "1,"], capsys)
     Image.new("RGB", (16, 16)).save(photos / "group0" / "class0" / "0.png")
     assert "(images " in error_of(args, capsys)
-    assert (Path("out") / demo.MADE_BY).read_bytes() == before
-
-
-def test_output_that_cannot_be_written_is_refused_before_training(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    untrained(monkeypatch)
-    Path("file").write_text("in the way")
-    Path("mine").mkdir()
-    Path("mine/thesis.tex").write_text("no demo made this")
-    assert "the output folder 'file' is a file" in error_of(["--out", "file"], capsys)
-    assert "the output folder 'file/sub/demo' cannot be written" in error_of(["--out", "file/sub/demo"], capsys)
-    assert "'mine' is not the output of a demo" in error_of(["--out", "mine"], capsys)
-    assert Path("mine/thesis.tex").exists()
+    assert Path("my runs", demo.MADE_BY).read_bytes() == before
 
 
 def test_a_demo_that_was_killed_in_its_first_write_begins_anew(tmp_path: Path) -> None:
@@ -184,17 +163,28 @@ def test_a_demo_that_was_killed_in_its_first_write_begins_anew(tmp_path: Path) -
     assert demo.begin(tmp_path, {"seeds": [0]}) is True
 
 
-def test_folders_that_cannot_be_used_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--out=file", "the output folder 'file' is a file"),
+        ("--out=file/sub/demo", "the output folder 'file/sub/demo' cannot be written"),
+        ("--out=few", "'few' is not the output of a demo"),
+        ("--data=absent", "there is no folder absent"),
+        ("--data=empty", "no images under empty"),
+        ("--data=few", "at least 6 are needed"),
+    ],
+)
+def test_folders_that_cannot_be_used_are_refused_before_training(
+    option: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     untrained(monkeypatch)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "few" / "a").mkdir(parents=True)
-    Image.new("L", (8, 8)).save(tmp_path / "few" / "a" / "1.png")
-    assert "there is no folder absent" in error_of(["--data", "absent"], capsys)
-    assert "no images under empty" in error_of(["--data", "empty"], capsys)
-    assert "at least 6 are needed" in error_of(["--data", "few"], capsys)
-    assert not (tmp_path / "runs").exists()
+    Path("file").write_text("in the way")
+    Path("empty").mkdir()
+    Path("few/a").mkdir(parents=True)
+    Image.new("L", (8, 8)).save("few/a/1.png")
+    assert message in error_of([option], capsys)
+    assert [path.name for path in Path("few").iterdir()] == ["a"]
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
