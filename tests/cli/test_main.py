@@ -59,6 +59,14 @@ def test_help_lists_commands_and_recipes(capsys: pytest.CaptureFixture[str]) -> 
             assert f"\n  {name} " in text
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_a_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"usage: lightning-rkd {command}" in text
+    assert "--out" in text
+
+
 def test_help_and_version_load_no_heavy_library() -> None:
     code = (
         "import sys; from lightning_rkd.cli.main import main as m; m(['--help']); m(['--version']); print(*sys.modules)"

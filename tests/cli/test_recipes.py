@@ -4,16 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli import recipes
 from lightning_rkd.data import GlyphDataModule
-from tests.harness.replicas import replica
+from tests.harness.replicas import photos, replica
 
 TINY = [
     "--data.eval_batch_size=64",
@@ -88,21 +86,10 @@ def tiny(name: str, weights: bool = False) -> list[str]:
         Path("episodes.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"metrics": EPISODES}}}))
         options.append("--config=episodes.yaml")
     if data_of(name) == "GlyphDataModule":
-        options += GLYPHS
-    else:
-        images()
-        options += FOLDER
-    return options
-
-
-def images() -> None:
-    """A folder of small pictures."""
-    generator = np.random.default_rng(0)
-    for number in range(8):
-        Path("images", str(number)).mkdir(parents=True, exist_ok=True)
-        for picture in range(12):
-            pixels = generator.integers(0, 60, (12, 12, 3)) + 20 * number
-            Image.fromarray(pixels.astype(np.uint8)).save(Path("images", str(number), f"{picture}.png"))
+        return options + GLYPHS
+    if not Path("images").exists():
+        photos(Path("images"), images=12, size=12)
+    return options + FOLDER
 
 
 @pytest.mark.slow
@@ -234,11 +221,3 @@ def test_recipe_describes_its_teacher_as_the_teachers_own_recipe_does(name: str)
         assert student == network
         assert theirs["data"]["init_args"].get("split_seed") == loaded(name)["data"]["init_args"].get("split_seed")
         assert theirs["data"]["init_args"].get("split_by") == loaded(name)["data"]["init_args"].get("split_by")
-
-
-@pytest.mark.slow
-def test_teachers_weights_come_from_the_teachers_run(tmp_path: Path) -> None:
-    """Run one after the other, the recipes hand the weights on."""
-    assert cli.main(["fit", "--config", "glyphs_teacher", *tiny("glyphs_teacher")]) == 0
-    assert cli.main(["fit", "--config", "glyphs_rkd", *tiny("glyphs_rkd", weights=True)]) == 0
-    assert (tmp_path / "runs" / "glyphs_rkd" / "last.ckpt").is_file()

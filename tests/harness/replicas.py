@@ -31,6 +31,18 @@ def replica(name: str, folder: Path, classes: int = 12, images: int = 6) -> Path
     return folder
 
 
+def photos(root: Path, images: int, size: int) -> Path:
+    """Eight classes of colour images, in two folders of folders."""
+    rng = np.random.default_rng(0)
+    for c in range(8):
+        folder = root / f"group{c % 2}" / f"class{c}"
+        folder.mkdir(parents=True)
+        for i in range(images):
+            pixels = np.clip(rng.normal(30 * c, 20, (size, size, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
 def shade(c: int) -> int:
     return 10 * (c % 25) + 5
 

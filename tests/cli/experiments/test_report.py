@@ -50,7 +50,7 @@ def page() -> str:
     return render([heads, *rows], ["Below."], light, dark, **texts)
 
 
-def seen(page: str, folder: Path, width: int, dark: bool = False) -> dict[str, Any]:
+def seen(page: str, folder: Path, width: int, dark: bool) -> dict[str, Any]:
     """What a browser says of the page."""
     assert BROWSER is not None
     path = folder / "report.html"
@@ -66,22 +66,15 @@ def seen(page: str, folder: Path, width: int, dark: bool = False) -> dict[str, A
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium on the PATH")
-@pytest.mark.parametrize("width", [500, 1200])
-def test_a_browser_needs_no_request_and_no_scroll_bar(width: int, page: str, tmp_path: Path) -> None:
-    said = seen(page, tmp_path, width)
+@pytest.mark.parametrize(("width", "dark"), [(500, False), (1200, True)])
+def test_a_browser_needs_no_request_and_no_scroll_bar(width: int, dark: bool, page: str, tmp_path: Path) -> None:
+    said = seen(page, tmp_path, width, dark)
     assert said["wrong"] == []
     assert said["asked"] == []
     assert [natural for natural, _ in said["images"]] == [1200] * 4
     assert said["width"] == width
     assert said["needed"] <= width
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium on the PATH")
-def test_in_the_dark_paper_and_pictures_are_dark(page: str, tmp_path: Path) -> None:
-    (tmp_path / "light").mkdir()
-    light, dark = seen(page, tmp_path / "light", 900), seen(page, tmp_path, 900, dark=True)
-    assert (light["paper"], dark["paper"]) == ("rgb(255, 255, 255)", "rgb(22, 24, 29)")
+    assert said["paper"] == ("rgb(22, 24, 29)" if dark else "rgb(255, 255, 255)")
 
 
 def test_the_page_refers_to_nothing_outside_itself(page: str) -> None:
