@@ -52,7 +52,9 @@ def test_squares_in_range_are_far_from_overflow_and_underflow(numbers, answer):
     assert squares_in_range(x.square().sum(1), x) is answer
 
 
-def test_other_devices_are_not_asked():
+def test_differences_far_above_rounding_are_told_from_others_on_the_cpu_alone():
+    assert far_above_rounding(torch.tensor([0.5, 0.1]))
+    assert not far_above_rounding(torch.tensor([0.5, 1e-6]))
     assert not squares_in_range(torch.ones(2, device="meta"), torch.ones(2, 1, device="meta"))
     assert not far_above_rounding(torch.ones(2, device="meta"))
 
@@ -60,11 +62,10 @@ def test_other_devices_are_not_asked():
 def test_constant_columns_are_exact_zeros_once_centred():
     x = torch.randn(7, 3)
     x[:, 1] = 0.1
-    far = (x * 8).round() / 8 + 2.0**20
+    eighths = (x * 8).round() / 8
+    far = eighths + 2.0**20
     far[:, 1] = 1e30
     assert (centre_columns(x)[:, 1] == 0).all()
     assert (centre_columns(far)[:, 1] == 0).all()
-    torch.testing.assert_close(
-        centre_columns(far)[:, 0], centre_columns((x * 8).round() / 8)[:, 0], rtol=1e-9, atol=1e-9
-    )
+    torch.testing.assert_close(centre_columns(far)[:, 0], centre_columns(eighths)[:, 0], rtol=1e-9, atol=1e-9)
     assert centre_columns(x).mean(0).abs().max() < 1e-15

@@ -100,10 +100,6 @@ def test_positions_come_before_channels():
     assert torch.equal(flatten_positions(videos)[1, 44], videos[1, :, 1, 2, 2])
     tokens = torch.randn(2, 6, 3)
     assert torch.equal(flatten_positions(tokens), tokens)
-    rows = torch.randn(2, 3)
-    torch.testing.assert_close(
-        right_singular_vectors(flatten_positions(rows))[..., 0], rows / rows.norm(dim=1, keepdim=True)
-    )
 
 
 def test_alignment_takes_the_nearest_line_and_turns_it():
