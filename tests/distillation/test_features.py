@@ -29,6 +29,13 @@ from tests.harness import nets
 X = torch.randn(4, nets.WIDTH, generator=torch.Generator().manual_seed(0))
 
 
+def start_reader(net: nn.Module, layer: Layer | None) -> FeatureReader:
+    reader = FeatureReader(layer, "student")
+    reader.attach(net)
+    reader.start()
+    return reader
+
+
 def by_steps(net: nets.Backbone, x: Tensor) -> dict[str, Tensor]:
     """What each layer shows, without hooks."""
     first = net.first(x)
@@ -45,10 +52,8 @@ def test_features_are_read_although_the_next_layer_overwrites_them(mode: Any, ta
 
 
 def test_a_tensor_nobody_wrote_to_is_the_layers_own() -> None:
-    net, reader = nn.Sequential(nn.Linear(nets.WIDTH, 5), nn.Tanh()), FeatureReader("1", "student")
-    reader.attach(net)
-    reader.start()
-    output = net(X)
+    net = nn.Sequential(nn.Linear(nets.WIDTH, 5), nn.Tanh())
+    reader, output = start_reader(net, "1"), net(X)
     assert reader.collect()[0][""].embedding is output
 
 
@@ -92,9 +97,7 @@ def test_a_list_gives_maps_and_a_dict_gives_named_taps() -> None:
     steps = by_steps(net, X)
     maps = read(net, ["first", "act"], X).feature_maps
     assert [m.shape for m in maps] == [X.shape, steps["act"].shape], "of a Linear the input"
-    reader = FeatureReader({"logits": "last", "hidden": Tap("act"), "levels": ["act"]}, "student")
-    reader.attach(net)
-    reader.start()
+    reader = start_reader(net, {"logits": "last", "hidden": Tap("act"), "levels": ["act"]})
     net(X)
     outputs, calls = reader.collect()
     assert calls == 1
@@ -112,10 +115,8 @@ def test_maps_of_one_position_are_flattened_and_wider_ones_kept() -> None:
 
 
 def test_two_calls_are_concatenated_in_order() -> None:
-    net, reader = nets.Backbone(), FeatureReader(None, "student")
-    reader.attach(net)
-    reader.start()
-    a, b = net(X), net(-X)
+    net = nets.Backbone()
+    reader, a, b = start_reader(net, None), net(X), net(-X)
     outputs, calls = reader.collect()
     assert calls == 2
     assert torch.equal(outputs[""].embedding, torch.cat([a, b]))
@@ -191,9 +192,8 @@ def test_a_tap_is_at_output_or_input() -> None:
 
 
 def test_layers_that_run_unequally_often_are_refused() -> None:
-    net, reader = nets.Backbone(), FeatureReader(["first", "last"], "student")
-    reader.attach(net)
-    reader.start()
+    net = nets.Backbone()
+    reader = start_reader(net, ["first", "last"])
     net(X)
     net.first(X)
     with pytest.raises(CaptureError, match=r"ran unequally often in one step: \{\"'first'\": 2, \"'last'\": 1\}"):
@@ -277,11 +277,10 @@ def test_a_new_start_within_a_step_forgets_only_where_a_layer_runs_again(again: 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_what_was_compiled_before_it_was_hooked_fails_with_the_cure() -> None:
-    net, reader = nets.Backbone(), FeatureReader(Tap("first", at="output"), "student")
+    net = nets.Backbone()
     compiled: Any = torch.compile(net, backend="eager")
     compiled(X)
-    reader.attach(net)
-    reader.start()
+    reader = start_reader(net, Tap("first", at="output"))
     compiled(X)
     with pytest.raises(CaptureError, match=r"attach before the first compiled call, or call torch\._dynamo\.reset\(\)"):
         reader.collect()

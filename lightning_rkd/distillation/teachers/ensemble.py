@@ -61,11 +61,9 @@ def joint_embedding(embeddings: Sequence[Tensor], weights: Sequence[float]) -> T
 class EnsembleTeacher(BaseTeacher):
     r"""An ensemble of teachers of any widths.
 
-    ``combine="losses"`` evaluates every loss against each teacher and averages the values:
-
-    .. math:: L(s) = \sum_k w_k L(s, t^k), \qquad \sum_k w_k = 1.
-
-    It works for losses that read any field, at a cost that grows with the number of teachers.
+    ``combine="losses"`` evaluates every loss against each teacher and averages the values,
+    :math:`L(s) = \sum_k w_k L(s, t^k)` with :math:`\sum_k w_k = 1`. It works for losses that read any field, at a cost
+    that grows with the number of teachers.
 
     ``combine="relations"`` concatenates the embeddings of all teachers, each times :math:`\sqrt{w_k}`, and evaluates
     every loss once against the averaged relations:
