@@ -1,4 +1,4 @@
-"""What every benchmark prints: what ran, where and when, and tables; the same goes into a Markdown file."""
+"""Report of a benchmark: command, machine, date and tables, printed and written to a Markdown file."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def run(args: Sequence[str], log: Path, moment: Moment | None = None) -> tuple[i
 def same(a: Any, b: Any) -> bool:
     """Whether two checkpoints or results are equal, bit for bit; paths, clocks and the record of their making apart."""
     if isinstance(a, dict) and isinstance(b, dict):
-        skip = {"callbacks", "study", "hyper_parameters", "datamodule_hyper_parameters", "seconds"}
+        skip = {"callbacks", "run", "hyper_parameters", "datamodule_hyper_parameters", "seconds"}
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in skip)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
@@ -437,7 +437,7 @@ def dying_ranks(number: int, say: Callable[[str], None]) -> Iterator[list[str]]:
         resumed, _ = ranks_run(folder, "--ckpt_path=last")
         different = differences(Path("whole ranks"), Path(folder)) if resumed == 0 else ["no end"]
         verdict = "HANGS" if code is None else "LOST" if bad or different or code == 0 else "same"
-        named = how.replace(" early", " before the ranks have met")
+        named = how.replace(" early", " before the ranks have joined")
         row = [named, str(rank), str(code), f"{seconds:.0f}", kept, verdict]
         say(f"ranks: {', '.join(row)}")
         yield row

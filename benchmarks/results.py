@@ -39,7 +39,7 @@ STUDIES = ("retrieval", "generations", "classification", "similarity_transfer", 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says, as a difference between two rows of a table."""
+    """A paper's claim, as a difference between two rows of a table."""
 
     words: str
     study: str
@@ -74,7 +74,7 @@ CLAIMS = (
 
 
 def command(study: str, jobs: int) -> list[str]:
-    """What trains a study."""
+    """Command that trains a comparison."""
     file = HERE / f"{study}.yaml"
     entries = yaml.safe_load(file.read_text())["networks"]
     tune = [f"--tune={name}.balance={BALANCES}" for name, entry in entries.items() if "balance" in (entry or {})]
@@ -129,7 +129,7 @@ def verdict(found: Difference) -> str:
 
 
 def published(studies: Mapping[str, Any]) -> list[list[str]]:
-    """What the papers report of the losses in the tables, in other settings."""
+    """Published results of the losses in the tables, in other settings."""
     names = {name for study in studies for name in re.findall(r"\w+", (HERE / f"{study}.yaml").read_text())}
     cards = {name: getattr(lightning_rkd.losses, name) for name in lightning_rkd.losses.__all__ if name in names}
     return [

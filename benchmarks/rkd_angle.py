@@ -174,7 +174,7 @@ def large(report: Report, sizes: list[int]) -> None:
     """RKD-DA on a GPU: the whole of it, the kernels alone, and their share of what the chip can do."""
     from lightning_rkd.functional._kernels import angle_cuda
 
-    clock_mhz = float(_ask_driver("clocks.max.sm"))
+    clock_mhz = float(_query_driver("clocks.max.sm"))
     peak_flops = 2 * LANES * torch.cuda.get_device_properties(0).multi_processor_count * clock_mhz * 1e6
     report.say("## RKD-DA, forward and backward")
     report.say(
@@ -201,7 +201,7 @@ def large(report: Report, sizes: list[int]) -> None:
     report.table(["N", "ms", "adds MiB", "kernels ms", "kernels TFLOP / s", "of the peak"], rows)
 
 
-def _ask_driver(what: str) -> str:
+def _query_driver(what: str) -> str:
     command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits", "--id=0"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

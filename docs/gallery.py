@@ -112,6 +112,7 @@ def entry(name: str, cls: type[Any]) -> str:
     loss = issubclass(cls, RelationalLoss)
     own = loss and bool(cls.needed_sizes)
     facts = {
+        "import": f"`from {cls.__module__.rpartition('.')[0]} import {name}`",
         "paper": reference.citation,
         "provenance": f"{PROVENANCE[reference.provenance]} ({reference.source})",
         "published weight": weight(reference),

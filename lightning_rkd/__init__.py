@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lightning_rkd.metrics.agreement import RelationalAgreement as RelationalAgreement
     from lightning_rkd.metrics.retrieval import EmbeddingRetrieval as EmbeddingRetrieval
     from lightning_rkd.modules.distillation import DistillationModule as DistillationModule
+    from lightning_rkd.utils.types import Batch as Batch
+    from lightning_rkd.utils.types import Outputs as Outputs
 
     __version__: str
 

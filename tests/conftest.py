@@ -12,7 +12,7 @@ from tests.harness.ranks import Ranks
 
 
 def pytest_collection_finish() -> None:
-    """What collection has made stays to the end, so that garbage collection need not look at it in every test."""
+    """Freeze the objects of collection, which stay to the end, so that garbage collection skips them in every test."""
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""What a user of the installed package relies on: cheap imports, names that exist, a wheel that is complete."""
+"""The installed package: cheap imports, names that exist, a complete wheel."""
 
 import doctest
 import importlib.util

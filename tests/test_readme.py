@@ -43,7 +43,7 @@ module = Classifier()
 teacher = nn.Sequential(nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 128))
 data = DataLoader(TensorDataset(torch.rand(320, 1, 28, 28), torch.randint(10, (320,))), batch_size=64)
 """
-"""What a reader brings to the example of the callback."""
+"""Module, teacher and data that a reader brings to the example of the callback."""
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ class RelationalDistillation(pl.Callback):
             or in the module's weights when a checkpoint is about to be written. The module's own loss is not checked.
 
     Reference:
-        Park, Kim, Lu, Cho. Relational Knowledge Distillation. CVPR 2019. arXiv:1904.05068.
+        Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
 
     Example:
         >>> from torch import nn
@@ -175,7 +175,7 @@ class RelationalDistillation(pl.Callback):
 
     @property
     def needs_indices(self) -> bool:
-        """Whether a loss or the teacher needs the indices of the samples; read by our data modules."""
+        """True if a loss or the teacher needs the indices of the samples; read by our data modules."""
         return self.distiller.needs_indices
 
     @cached_property
@@ -352,6 +352,6 @@ class RelationalDistillation(pl.Callback):
         given = self._batch
         if given is None or hasattr(given, "__next__"):  # no batch, or Lightning's dataloader_iter
             return None
-        if self.distiller.inputs is not None and not self.distiller.needs_rows:
+        if self.distiller.inputs is not None and not self.distiller.needs_context:
             return None  # the teacher is fed from input_layer
         return to_batch(given, self.unpack) if isinstance(given, IndexedBatch) else self.unpack(given)

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_rkd.data.indexing import IndexedBatch
 
-Around = Callable[..., Any]
+Wrapper = Callable[..., Any]
 """A wrapper, called as ``around(call, *args, **kwargs)``; ``call(*args, **kwargs)`` runs the wrapped method."""
 
 
@@ -29,20 +29,20 @@ class MethodPatch:
         self.original: Callable[..., Any] = getattr(module, method)
         # Lightning reads the arguments of a step from here
         self.__wrapped__ = getattr(self.original, "__wrapped__", self.original)
-        self.arounds: list[Around] = []
+        self.wrappers: list[Wrapper] = []
 
     @classmethod
-    def add(cls, module: nn.Module, method: str, around: Around) -> Callable[[], None]:
+    def add(cls, module: nn.Module, method: str, around: Wrapper) -> Callable[[], None]:
         """Wrap a method; returns the function that undoes it, which may be called twice."""
         installed = vars(module).get(method)
         patch = installed if isinstance(installed, cls) else cls(module, method)
         vars(module)[method] = patch
-        patch.arounds.append(around)
+        patch.wrappers.append(around)
 
         def undo() -> None:
-            if around in patch.arounds:
-                patch.arounds.remove(around)
-            if not patch.arounds and vars(module).get(method) is patch:
+            if around in patch.wrappers:
+                patch.wrappers.remove(around)
+            if not patch.wrappers and vars(module).get(method) is patch:
                 if patch.had_own:
                     vars(module)[method] = patch.original
                 else:
@@ -52,12 +52,12 @@ class MethodPatch:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method inside its wrappers."""
-        call: Callable[..., Any] = self._inside
-        for around in self.arounds:
+        call: Callable[..., Any] = self._call_original
+        for around in self.wrappers:
             call = partial(around, call)
         return call(*args, **kwargs)
 
-    def _inside(self, *args: Any, **kwargs: Any) -> Any:
+    def _call_original(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], IndexedBatch):
             args = (args[0].batch, *args[1:])
         return self.original(*args, **kwargs)
@@ -84,8 +84,8 @@ def _get_original(original: Any) -> Any:
 def unwrap_batches(module: nn.Module) -> list[Callable[[], None]]:
     """Unwrap the batches of a module's evaluation steps; returns the functions that undo it."""
     steps = ("validation_step", "test_step", "predict_step")
-    return [MethodPatch.add(module, step, _call_through) for step in steps]
+    return [MethodPatch.add(module, step, _pass_on) for step in steps]
 
 
-def _call_through(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _pass_on(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return call(*args, **kwargs)

@@ -159,7 +159,7 @@ class Distiller:
                     f"the loss {name} is read at the tap {term.tap!r}, but the taps are {sorted(taps) or 'none'}; name "
                     f"it, student_layer={{{term.tap!r}: ...}}"
                 )
-        self._check_losses()
+        self._check_teacher_accepts()
         self.needs: frozenset[str] = frozenset().union(*(term.loss.needs for term in self.losses.values()))
         self.group: Group = None
         self.known_sizes: Mapping[str, Size] | None = None  # not None: losses without sizes are refused in a step
@@ -191,7 +191,7 @@ class Distiller:
             self.bound = {name: BoundLoss.bind(name, term, *taps) for name, term in self.losses.items()}
         related = [bound for bound in self.bound.values() if bound.loss.gather]
         self._gathered_needs = combine_needs(related)
-        self._adds_context, self._teaching = self.needs_rows, teach
+        self._adds_context, self._teaching = self.needs_context, teach
         self._ranks = rank_and_size(self.group)[1]
 
     def prepare(
@@ -214,7 +214,7 @@ class Distiller:
                 f"gather=False, but the losses {self.stateful_losses} remember earlier rows, which must be the same on "
                 "all ranks: leave gather=True"
             )
-        self._check_losses()  # again: some have created their tensors since
+        self._check_teacher_accepts()  # again: some have created their tensors since
         self._unsized = [name for name, term in self.losses.items() if term.loss.missing_sizes]
         load(device)
         if self._teaching and self.teacher is not None and self.teacher.to(device, convert):
@@ -256,17 +256,17 @@ class Distiller:
 
     @property
     def needs_indices(self) -> bool:
-        """Whether a loss or the teacher needs the indices of the samples."""
+        """True if a loss or the teacher needs the indices of the samples."""
         return "indices" in self.needs or self.teacher_needs_indices
 
     @property
     def teacher_needs_indices(self) -> bool:
-        """Whether the teacher needs the indices of the samples."""
+        """True if the teacher needs the indices of the samples."""
         return self.teacher is not None and self.teacher.needs_indices
 
     @property
-    def needs_rows(self) -> bool:
-        """Whether a loss or the teacher needs labels, indices, view or mix of a batch."""
+    def needs_context(self) -> bool:
+        """True if a loss or the teacher needs labels, indices, view or mix of a batch."""
         return self.teacher_needs_indices or bool(self.needs & {"labels", "indices", "view", "mix"})
 
     @property
@@ -405,7 +405,7 @@ class Distiller:
         for teacher in features.teachers:
             s, t = bound.select_inputs(features.student, teacher.features)
             if torch.is_grad_enabled():
-                self._check_gradient(bound, s)
+                self._refuse_missing_gradient(bound, s)
             among = f" ({teacher.title})" if teacher.name else ""
             try:
                 value = loss(s, t, **context)
@@ -418,12 +418,12 @@ class Distiller:
             values.append(value if teacher.weight == 1 else teacher.weight * value)
         return values[0] if len(values) == 1 else torch.stack(values).sum()
 
-    def _check_losses(self) -> None:
+    def _check_teacher_accepts(self) -> None:
         if self.teacher is not None:
             for name, term in self.losses.items():
                 self.teacher.check_loss(name, term.loss)
 
-    def _check_gradient(self, bound: BoundLoss, student: Any) -> None:
+    def _refuse_missing_gradient(self, bound: BoundLoss, student: Any) -> None:
         if isinstance(student, Outputs):
             tensors = student.tensors(bound.loss.reads)
         else:

@@ -34,7 +34,7 @@ class Evaluation:
             metric.reset()
 
     def uses(self, name: str, loader: int = 0) -> bool:
-        """Whether a metric of a loader takes an argument of that name, for example ``teacher``."""
+        """True if a metric of a loader takes an argument of that name, for example ``teacher``."""
         return any(name in update_parameters(metric) for metric in self.metrics[loader].values())
 
     def update(self, loader: int, student: Outputs, batch: Batch, teacher: Outputs | None = None) -> None:

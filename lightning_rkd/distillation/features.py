@@ -224,7 +224,7 @@ class FeatureReader(_Recorder):
                 raise CaptureError(
                     f"the {self.network} layer {layer} was never called in this step. Name a layer that runs through "
                     "its __call__ (not .forward); under torch.compile attach before the first compiled call, or call "
-                    "torch._dynamo.reset()"
+                    "torch.compiler.reset()"
                 )
         raise CaptureError(f"the {self.network} layers ran unequally often in one step: {calls}")
 

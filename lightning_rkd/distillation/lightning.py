@@ -47,7 +47,7 @@ def prepare_fit(
 
 
 def start_evaluation(metrics: Mapping[str, Metric], trainer: pl.Trainer, module: pl.LightningModule) -> Evaluation:
-    """Empty metrics for the validation or test that begins."""
+    """Start with empty metrics for the validation or test that begins."""
     loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
     return Evaluation(metrics, loaders, trainer.world_size, module.device)
 

@@ -208,7 +208,7 @@ class DistillationModule(pl.LightningModule):
 
     @property
     def needs_indices(self) -> bool:
-        """Whether a loss or the teacher needs the indices of the samples; read by our data modules."""
+        """True if a loss or the teacher needs the indices of the samples; read by our data modules."""
         return self.distiller.needs_indices
 
     def teardown(self, stage: str) -> None:
@@ -254,7 +254,7 @@ class DistillationModule(pl.LightningModule):
 
     @property
     def _logs_gradients_now(self) -> bool:
-        """Whether this step logs gradient norms."""
+        """True if this step logs gradient norms."""
         logs = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         return self.log_gradients and logs
 

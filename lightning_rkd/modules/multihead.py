@@ -173,7 +173,7 @@ class _Heads(RelationalLoss):
     gather = False
     display_name = "MultiHeadDistillation"
     heads: nn.ModuleList
-    guides: nn.ModuleList
+    teacher_heads: nn.ModuleList
 
     def __init__(self, temperature: float, alpha: float, beta: float, width: int, padding: int) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class _Heads(RelationalLoss):
         self.set_sizes()
 
     def build(self, student_dim: tuple[int, ...], teacher_dim: tuple[int, ...], num_classes: int) -> None:
-        self.heads, self.guides = (
+        self.heads, self.teacher_heads = (
             nn.ModuleList(MiddleHead(channels, num_classes, self.width, self.padding) for channels in dims)
             for dims in (student_dim, teacher_dim)
         )
@@ -191,7 +191,7 @@ class _Heads(RelationalLoss):
         assert teacher.feature_maps is not None
         losses = []
         for of_student, of_teacher, s, t in zip(
-            self.heads, self.guides, student.feature_maps, teacher.feature_maps, strict=True
+            self.heads, self.teacher_heads, student.feature_maps, teacher.feature_maps, strict=True
         ):
             zs, zt = of_student(s), of_teacher(t)
             mixed = soft_and_hard(zs, zt, labels, temperature=self.temperature, alpha=self.alpha)

@@ -192,6 +192,6 @@ def data_parallel_group(strategy: Any) -> Group:
 
 
 def has_mesh(strategy: Any) -> bool:
-    """Whether a Lightning strategy arranges its ranks in a model-parallel mesh."""
+    """True if a Lightning strategy arranges its ranks in a model-parallel mesh."""
     mesh = getattr(strategy, "device_mesh", None)
     return "data_parallel" in (getattr(mesh, "mesh_dim_names", None) or ())

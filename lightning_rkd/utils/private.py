@@ -42,7 +42,7 @@ def disable_compilation(function: Function) -> Function:
 
 
 count_writes: Callable[[Tensor], int] = attrgetter("_version")
-"""How often a tensor has been written to: autograd's own counter, for which there is no public name."""
+"""Number of writes to a tensor: autograd's own counter, which has no public name."""
 
 
 def get_slots(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -112,7 +112,7 @@ def call_configure_model(trainer: pl.Trainer) -> None:
 
 
 def is_built_by_cli() -> bool:
-    """Whether LightningCLI is instantiating a module, whose hyper-parameters are then its configuration."""
+    """True if LightningCLI is instantiating a module, whose hyper-parameters are then its configuration."""
     from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 
     return _given_hyperparameters.get() is not None
@@ -126,7 +126,7 @@ def collect_arguments(frame: FrameType, base: type[Any]) -> list[dict[str, Any]]
 
 
 def is_copy_of_training_module(value: Any) -> bool:
-    """Whether it is a copy of the module that trains.
+    """True if it is a copy of the module that trains.
 
     Lightning notes in its module which hook is running; a copy made in a hook keeps the note, but not the trainer.
     There is no public way to tell such a copy.
@@ -136,7 +136,7 @@ def is_copy_of_training_module(value: Any) -> bool:
 
 
 def replaces_samplers(trainer: pl.Trainer) -> bool:
-    """Whether Lightning replaces samplers by distributed ones in this run, which the Trainer keeps private."""
+    """True if Lightning replaces samplers by distributed ones in this run, which the Trainer keeps private."""
     connector = trainer._accelerator_connector
     return bool(connector.is_distributed and connector.use_distributed_sampler)
 

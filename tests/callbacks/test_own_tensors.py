@@ -186,7 +186,7 @@ def test_averages_of_weights_work_and_hold_nothing_of_the_loss(tmp_path: Path) -
 
 
 def averaged_in_two_halves(make: Any, path: Path) -> tuple[float, float]:
-    """How far module and loss are from an uninterrupted run; ``make`` makes module, loss and callbacks."""
+    """Distance of module and loss from an uninterrupted run; ``make`` makes module, loss and callbacks."""
     whole, whole_loss, callbacks = make()
     toys.fit(whole, *callbacks, max_epochs=2)
     half, _, callbacks = make()

@@ -14,7 +14,7 @@ from lightning_rkd.cli.experiments.tasks import Task
 
 
 def left(folder: Path, seconds: float = 1.0, score: float = 0.5, shift: float = 0.0) -> Path:
-    """What a demo leaves, by the functions that write it, and a checkpoint."""
+    """Files of a demo, written by its own functions, and a checkpoint."""
     folder.mkdir()
     x = torch.arange(6.0).view(3, 2) + shift
     torch.save({"seconds": seconds, "scores": {"recall_at_1": score}, "embeddings": x}, folder / "result.pt")

@@ -37,7 +37,7 @@ def start_reader(net: nn.Module, layer: Layer | None) -> FeatureReader:
 
 
 def by_steps(net: nets.Backbone, x: Tensor) -> dict[str, Tensor]:
-    """What each layer shows, without hooks."""
+    """The output of each layer, computed without hooks."""
     first = net.first(x)
     hidden = torch.relu(first)
     return {"first": first, "act": hidden, "last": net.last(hidden)}
@@ -282,7 +282,9 @@ def test_what_was_compiled_before_it_was_hooked_fails_with_the_cure() -> None:
     compiled(X)
     reader = start_reader(net, Tap("first", at="output"))
     compiled(X)
-    with pytest.raises(CaptureError, match=r"attach before the first compiled call, or call torch\._dynamo\.reset\(\)"):
+    with pytest.raises(
+        CaptureError, match=r"attach before the first compiled call, or call torch\.compiler\.reset\(\)"
+    ):
         reader.collect()
 
 

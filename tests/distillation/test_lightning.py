@@ -1,4 +1,4 @@
-"""What a Trainer must respect of losses that live inside a module: DDP's buffers, averages, sharded parameters."""
+"""Losses inside a module under a Trainer: DDP's buffers, averaged weights, sharded parameters."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What devices tell one another in a step is what the page on scaling says."""
+"""Bytes that devices exchange in a step, as the page on scaling states them."""
 
 from collections import Counter
 from typing import Any

@@ -31,7 +31,7 @@ class Hint(RelationalLoss):
         return (student.sum(1) - teacher.sum(1)).square().mean()
 
 
-class Asking(RelationalLoss):
+class Requesting(RelationalLoss):
     """Keeps what it was given."""
 
     def forward(self, student: Tensor, teacher: Tensor, *, labels: Any, indices: Any, view: Any, epoch: int) -> Tensor:

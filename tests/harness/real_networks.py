@@ -31,12 +31,12 @@ MISFITS: dict[str, Callable[[Tensor], Any]] = {
     "an array": lambda x: x.numpy(),
     "nothing": lambda x: None,
 }
-"""What takes the place of rows (N, D) and is none."""
+"""Objects that are passed in place of rows (N, D)."""
 
 
 @dataclass(frozen=True)
 class Wild:
-    """What one network's numbers suffer from; ``of`` makes them.
+    """Extreme numbers of one network; ``of`` makes them.
 
     Attributes:
         scale: Their magnitude.

@@ -17,12 +17,12 @@ from lightning_rkd.utils.distributed import rank_and_size
 from tests.harness.nets import (  # noqa: F401 - all of it is reached from here
     CLASSES,
     WIDTH,
-    Asking,
     Backbone,
     Gram,
     Hint,
     Projected,
     Remembers,
+    Requesting,
     Rows,
     attachments,
     gap,

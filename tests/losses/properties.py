@@ -1,4 +1,4 @@
-"""What the contract suite must know of a loss that is not a matter of its users."""
+"""Properties of losses that only the contract suite needs."""
 
 from typing import Any, NamedTuple
 

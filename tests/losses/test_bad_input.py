@@ -76,7 +76,7 @@ def norm(tensors: list[Tensor]) -> float:
 
 
 class Noise:
-    """How far float32 may be away: what the value makes of changes of its input within a few units in the last place.
+    """Allowed distance of float32: the effect of changing the input by a few units in the last place.
 
     Where the loss has a unit of its own (logits, the bias of a layer), digits are counted from it.
     """
@@ -157,7 +157,7 @@ def check_against_float64(cls: type[RelationalLoss], student: Wild, teacher: Wil
 
 @contextmanager
 def suppress_refusal(message: str) -> Iterator[None]:
-    """What is inside goes well, or is refused with these words."""
+    """The block passes, or is refused with these words."""
     try:
         yield
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What every loss promises, checked for whatever ``lightning_rkd.losses`` exports: a new loss is covered untouched."""
+"""Promises of every loss that ``lightning_rkd.losses`` exports; a new loss is covered without a change here."""
 
 import copy
 import inspect

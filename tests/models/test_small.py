@@ -24,7 +24,7 @@ def test_the_default_is_a_teacher_of_174_thousand_parameters() -> None:
     assert count_parameters(ConvNet()) == 174_008
 
 
-def test_normalised_embeddings_have_length_one_and_others_do_not() -> None:
+def test_normalised_embeddings_have_unit_norm_and_others_do_not() -> None:
     images = torch.randn(5, 1, 28, 28)
     assert torch.allclose(ConvNet(normalize=True)(images).norm(dim=1), torch.ones(5))
     assert not torch.allclose(ConvNet()(images).norm(dim=1), torch.ones(5))

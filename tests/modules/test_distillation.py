@@ -120,7 +120,7 @@ def test_views_of_the_batch_and_of_the_student_are_numbered_together() -> None:
     def pairs(batch: Batch) -> Batch:
         return Batch(batch.inputs, batch.labels, batch.indices, view=torch.arange(8) % 2)
 
-    loss = toys.Asking()
+    loss = toys.Requesting()
     at = Tap("last", at="output")
     ours = distilling(
         student=TwoPasses(), loss=loss, batch_transform=pairs, student_layer=at, teacher_layer=at, input_layer="first"

@@ -42,7 +42,9 @@ def test_both_parts_are_those_of_the_equation(rows: int, count: int, settings: d
     with torch.no_grad():
         middle = [
             (s(a).tolist(), t(b).tolist())
-            for s, t, a, b in zip(inside.heads, inside.guides, both[0].feature_maps, both[1].feature_maps, strict=True)
+            for s, t, a, b in zip(
+                inside.heads, inside.teacher_heads, both[0].feature_maps, both[1].feature_maps, strict=True
+            )
         ]
     numbers = {"temperature": 4.0, "alpha": 0.1, "beta": 0.5} | settings
     expected = oracle.multi_head(tuple(s.logits.tolist() for s in both), middle, labels.tolist(), **numbers)
@@ -64,7 +66,7 @@ def test_teachers_heads_learn_from_the_labels_alone() -> None:
         module = CASE.made(beta=beta)
         fit(module, batches=list(images())[:1])
         inside = module.distiller.losses["heads"].loss
-        grads.append([p.grad.clone() for p in inside.guides.parameters()])
+        grads.append([p.grad.clone() for p in inside.teacher_heads.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     assert any(float(g.abs().max()) > 0 for g in grads[0])
 
@@ -75,7 +77,7 @@ def test_heads_are_made_before_optimizers_trained_and_not_deployed() -> None:
     inside = module.distiller.losses["heads"].loss
     held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert {id(p) for p in inside.parameters()} <= held
-    assert [head[0].in_channels for head in (*inside.heads, *inside.guides)] == [4, 8]
+    assert [head[0].in_channels for head in (*inside.heads, *inside.teacher_heads)] == [4, 8]
     x, _ = next(iter(images()))
     assert torch.equal(module.eval()(x), module.student(x))
 

@@ -1,4 +1,4 @@
-"""What contrastive losses with memories share, by plain loops in float64."""
+"""Plain loops in float64 that contrastive losses with memories share."""
 
 import math
 from collections.abc import Sequence

@@ -149,7 +149,7 @@ class Cell:
         return f"{self.face}: {self.name}"
 
     def build(self, how: How, rank: int | None = None) -> Run:
-        """What is trained, in this process or on one rank of a group."""
+        """Train in this process or on one rank of a group, and return the results."""
         module, callbacks = self.ours() if how == "ours" else (self.written(how), [])
         callbacks += [make() for make in self.callbacks]
         settings, batches = dict(self.settings), self.batches and self.batches()

@@ -1,4 +1,4 @@
-"""What cannot be the same computation is refused, with a message that says what to do instead."""
+"""Settings that cannot be the same computation: each is refused with a message that says what to do instead."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -130,7 +130,7 @@ REFUSED = [
     *both(
         "compiled and run before it is attached",
         CaptureError,
-        "under torch.compile attach before the first compiled call, or call torch._dynamo.reset()",
+        "under torch.compile attach before the first compiled call, or call torch.compiler.reset()",
         user=CompiledAndRun,
         student=compiled_and_run,
         arguments=INSIDE,

@@ -19,7 +19,7 @@ from tests.harness.faces import Net
 
 
 class ByHand:
-    """What a user would write: ``loss(embedding, teacher(x))``, the teacher in eval mode and without gradient."""
+    """A loss as a user writes it: ``loss(embedding, teacher(x))``, the teacher in eval mode and without gradient."""
 
     def __init__(self, loss: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> None:
         self.loss, self.teacher = loss or RKD(), toys.teacher(dropout=0.5, norm=True).to(dtype).eval()
@@ -103,7 +103,7 @@ def double(batch: Batch) -> Batch:
 
 
 class WritesOver(toys.Student):
-    """What the layer returned is overwritten in place."""
+    """The layer's output is overwritten in place."""
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         embedding = self.backbone(x)
@@ -215,7 +215,7 @@ class FailsOnce(toys.Student):
 
 
 class Tuned(toys.Student):
-    """What Lightning's finders change."""
+    """Values that Lightning's finders change."""
 
     lr, batch_size = 0.1, 8
 

@@ -1,4 +1,4 @@
-"""What a loader yields becomes a Batch, or an error that says why not."""
+"""Batches of loaders become a ``Batch``, or an error that says why not."""
 
 from collections import UserDict, namedtuple
 from typing import Any

@@ -30,7 +30,7 @@ from lightning_rkd.utils.files import check_file, write_whole
 RESULT = "result.pt"
 """File that a finished run leaves beside its checkpoint."""
 
-_SIGNATURE = "study"  # entry of checkpoints and results that says which run they belong to
+_SIGNATURE = "run"  # entry of checkpoints and results that says which run they belong to
 _ORDER = ("seed", "classes_per_batch", "samples_per_class", "batches_per_epoch", "eval_batch_size", "num_workers")
 
 

@@ -74,7 +74,7 @@ class BaseTeacher(ABC):
 
     @abstractmethod
     def shares_parameters_with(self, network: nn.Module) -> bool:
-        """Whether training ``network`` would change the teacher."""
+        """True if training ``network`` would change the teacher."""
 
     @abstractmethod
     def check_same_on_ranks(self, group: Group = None) -> None:
@@ -86,7 +86,7 @@ class BaseTeacher(ABC):
 
     @property
     def needs_indices(self) -> bool:
-        """Whether batches must have sample indices."""
+        """True if batches must have sample indices."""
         return False
 
     def prepare_data(  # noqa: B027 - most teachers need nothing

@@ -157,7 +157,7 @@ class CachedTeacher(BaseTeacher):
         return [TeacherOutput(features)]
 
     def shares_parameters_with(self, network: nn.Module) -> bool:
-        """Whether training ``network`` would change the teacher that writes the cache."""
+        """True if training ``network`` would change the teacher that writes the cache."""
         return self.teacher is not None and self.teacher.shares_parameters_with(network)
 
     def check_same_on_ranks(self, group: Group = None) -> None:

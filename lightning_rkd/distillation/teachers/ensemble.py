@@ -156,7 +156,7 @@ class EnsembleTeacher(BaseTeacher):
         return outputs if self.combine == "losses" else [_join(outputs)]
 
     def shares_parameters_with(self, network: nn.Module) -> bool:
-        """Whether training ``network`` would change one of the teachers."""
+        """True if training ``network`` would change one of the teachers."""
         return any(teacher.shares_parameters_with(network) for teacher in self.teachers.values())
 
     def check_same_on_ranks(self, group: Group = None) -> None:
@@ -169,7 +169,7 @@ class EnsembleTeacher(BaseTeacher):
 
     @property
     def needs_indices(self) -> bool:
-        """Whether one of the teachers needs sample indices."""
+        """True if one of the teachers needs sample indices."""
         return any(teacher.needs_indices for teacher in self.teachers.values())
 
     def prepare_data(
@@ -220,7 +220,7 @@ def _join(teachers: list[TeacherOutput]) -> TeacherOutput:
 
 
 def _belongs_to_one_teacher(module: nn.Module) -> bool:
-    """Whether a module is a memory, or a loss with tensors as wide as the teacher."""
+    """True if a module is a memory, or a loss with tensors as wide as the teacher."""
     return isinstance(module, StepState) or (isinstance(module, LazyModule) and "teacher_dim" in module.needed_sizes)
 
 

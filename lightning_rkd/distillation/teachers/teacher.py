@@ -127,7 +127,7 @@ class Teacher(BaseTeacher):
         return [TeacherOutput(self(batch, calls))]
 
     def shares_parameters_with(self, network: nn.Module) -> bool:
-        """Whether training ``network`` would change the teacher."""
+        """True if training ``network`` would change the teacher."""
         own = {id(p) for p in self.network.parameters()}
         return any(id(p) in own for p in network.parameters())
 
@@ -199,7 +199,7 @@ def _whole_tensors(network: nn.Module) -> Iterator[Tensor]:
 
 
 def _is_sharded(x: Tensor) -> bool:
-    """Whether a tensor is sharded over ranks (a ``DTensor``)."""
+    """True if a tensor is sharded over ranks (a ``DTensor``)."""
     return hasattr(x, "full_tensor")
 
 

@@ -135,7 +135,7 @@ def test_an_interrupted_demo_says_how_to_resume_and_refuses_other_settings(
 
 
 def test_a_demo_that_was_killed_in_its_first_write_begins_anew(tmp_path: Path) -> None:
-    """What SIGKILL leaves of a file that is not whole yet."""
+    """Truncate a file, as SIGKILL would leave it."""
     (tmp_path / f".{demo.MADE_BY}.part").write_text("made_by: lightning-r")
     common.check_folder(tmp_path, demo.MADE_BY, "demo")
     assert demo.begin(tmp_path, {"seeds": [0]}) is False

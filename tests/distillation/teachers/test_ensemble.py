@@ -293,7 +293,7 @@ def test_a_student_among_the_teachers_is_refused() -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("combine", COMBINE)
-def test_all_teachers_are_handed_back(combine: Any, shared: bool) -> None:
+def test_all_teachers_are_restored(combine: Any, shared: bool) -> None:
     a = nets.teacher(dropout=0.5, norm=True).train()
     b = a if shared else wide().train()
     quantised = nets.teacher(seed=3)

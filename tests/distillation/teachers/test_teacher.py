@@ -32,7 +32,7 @@ def test_it_teaches_in_eval_mode_without_gradient() -> None:
     assert torch.equal(teacher(Batch(None), calls=[X, {"x": X}])[""].embedding, torch.cat([expected, expected]))
 
 
-def test_it_is_handed_back_with_its_tensors_values_dtype_and_modes() -> None:
+def test_it_is_restored_with_its_tensors_values_dtype_and_modes() -> None:
     network = nets.teacher(dropout=0.5, norm=True).train()
     network.norm.eval()
     before = nets.snapshot(network)

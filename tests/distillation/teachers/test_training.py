@@ -30,7 +30,7 @@ pytestmark = [
 
 COMBINE = ("relations", "losses")
 PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
-"""What a teacher is cast to."""
+"""Precisions that a teacher is cast to."""
 
 
 def wide() -> nn.Module:
