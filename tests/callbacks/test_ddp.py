@@ -45,7 +45,7 @@ def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def angles(rank: int | None) -> tuple[int, dict[str, Tensor]]:
-    """How many triplets this process looked at in a training, and what it learnt."""
+    """Number of triplets that this process worked on in a training, and the trained weights."""
     seen, work = [0], angles_module._sum_triplets
 
     def counted(student: Tensor, teacher: Tensor, vertices: tuple[int, int], *args: Any, **settings: Any) -> Any:

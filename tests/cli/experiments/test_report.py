@@ -51,7 +51,7 @@ def page() -> str:
 
 
 def seen(page: str, folder: Path, width: int, dark: bool) -> dict[str, Any]:
-    """What a browser says of the page."""
+    """The page as a browser sees it."""
     assert BROWSER is not None
     path = folder / "report.html"
     path.write_text(page.replace("<head>", f"<head>{HEAD}", 1).replace("</body>", f"{LOOK}</body>", 1))
