@@ -37,23 +37,23 @@ def count_samples(loader: Any) -> int | None:
     return count_root_rows(loader.dataset) if batches else None
 
 
-def load_first_samples(loaders: Any, count: int = 2) -> Any:
-    """A batch of the first samples in the structure of a training batch; ``None`` if a loader is not of the map style.
+def load_first_samples(loaders: Any) -> Any:
+    """The first two samples as a training batch, in its structure; ``None`` if a loader is not of the map style.
 
     Neither a sampler nor a worker is started.
     """
     loaders = getattr(loaders, "iterables", loaders)
-    batches = [_load_first(loader, count) for loader in tree_leaves(loaders)]
+    batches = [_load_first(loader) for loader in tree_leaves(loaders)]
     if not batches or any(batch is None for batch in batches):
         return None
     remaining = iter(batches)
     return tree_map(lambda _: next(remaining), loaders)
 
 
-def _load_first(loader: Any, count: int) -> Any:
+def _load_first(loader: Any) -> Any:
     if not isinstance(loader, DataLoader) or count_root_rows(loader.dataset) is None:
         return None
-    rows = list(range(min(count, len(loader.dataset))))  # type: ignore[arg-type] # it has a size
+    rows = list(range(min(2, len(loader.dataset))))  # type: ignore[arg-type] # it has a size
     if loader.batch_sampler is None:
         return loader.collate_fn(loader.dataset[0]) if rows else None
     return loader.collate_fn(fetch_samples(loader.dataset, rows))

@@ -14,6 +14,7 @@ from lightning_rkd.distillation.features import Tap
 from lightning_rkd.distillation.lightning import refuse_lbfgs
 from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.losses.base import RelationalLoss
+from lightning_rkd.losses.parts.checks import check_at_least, check_positive
 from lightning_rkd.losses.parts.memory import generator
 from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.losses.references import BibTeX, Reference
@@ -259,10 +260,8 @@ class CORSD(DistillationModule):
             raise ValueError(
                 f"CORSD needs two stages at least, and the channels of each: got {stages} and {list(channels)}"
             )
-        if num_classes < 2 or temperature <= 0:
-            raise ValueError(
-                f"CORSD needs at least 2 classes and a positive temperature, got {num_classes} and {temperature}"
-            )
+        check_at_least("CORSD", 2, num_classes=num_classes)
+        check_positive("CORSD", temperature=temperature)
         final: Any = Tap("", at="output") if student_logits is None else student_logits
         layers: dict[str, Any] = {"embedding": final, "feature_maps": [Tap(stage, at="output") for stage in stages]}
         super().__init__(

@@ -147,7 +147,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("ResidualKD", {"teacher_layer": ["head", "backbone"]}, "name one teacher_layer"),
     ("CORSD", {"stages": MIDDLE[:1], "channels": [4]}, "two stages at least"),
     ("CORSD", {"channels": [4]}, "the channels of each"),
-    ("CORSD", {"num_classes": 1}, "at least 2 classes"),
+    ("CORSD", {"num_classes": 1}, "num_classes must be at least 2, got 1"),
 ]
 
 

@@ -24,9 +24,9 @@ class CarsDataModule(OfficialDataModule):
     (or ``car_ims.tgz``), or ``cars_train``, ``cars_test`` and ``devkit`` with ``cars_test_annos_withlabels.mat`` in
     either place. Its lists are MATLAB files, which need SciPy.
 
-    Images are 256 x 256, cropped to 224 x 224; they stay on disk unless ``in_memory`` (3.2 GB). All
-    arguments are those of :class:`~lightning_rkd.data.OfficialDataModule`; ``download`` has no effect, as the
-    publisher's addresses are gone.
+    Images are 256 x 256, cropped to 224 x 224; they stay on disk unless ``in_memory`` (3.2 GB). All arguments
+    are those of :class:`~lightning_rkd.data.OfficialDataModule`; ``download`` has no effect, as the publisher's
+    addresses are gone.
 
     Reference:
         Krause, Stark, Deng and Fei-Fei 2013, 3D Object Representations for Fine-Grained Categorization; Song, Xiang,
