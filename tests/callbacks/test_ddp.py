@@ -24,10 +24,7 @@ from lightning_rkd.modules.distillation import DistillationModule
 from tests.harness import toys
 from tests.harness.ranks import Ranks
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batches(rank: int | None, counts: tuple[int, int] = (8, 8)) -> DataLoader[Any]:

@@ -212,7 +212,6 @@ def test_weight_averages_resume_but_those_of_the_loss_restart_loudly(tmp_path: P
     assert loss > 0, "should this be 0, the warning can go"
 
 
-@pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning")
 def test_in_a_distillation_module_averages_of_the_loss_resume_too(tmp_path: Path) -> None:
     def make() -> Any:
         torch.manual_seed(0)

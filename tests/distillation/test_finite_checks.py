@@ -18,10 +18,7 @@ from lightning_rkd.modules import MHGDModule
 from lightning_rkd.modules.distillation import DistillationModule
 from tests.harness import toys
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Poisoned(nn.Module):

@@ -19,10 +19,7 @@ from tests.harness import toys
 from tests.harness.ranks import Ranks
 from tests.harness.scheme_toys import CASES, fit
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class PerSample(toys.Projected):

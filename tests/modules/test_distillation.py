@@ -28,10 +28,7 @@ from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.types import Batch
 from tests.harness import toys
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def student() -> toys.Backbone:

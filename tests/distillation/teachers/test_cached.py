@@ -39,8 +39,6 @@ from lightning_rkd.utils.types import Batch
 from tests.harness import toys
 from tests.harness.faces import FACES, User, gradients, largest, taught
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning")
-
 ROWS = 8 * toys.STEPS
 X = toys.Rows(ROWS).x
 LABELS = toys.Rows(ROWS).y

@@ -17,10 +17,7 @@ from lightning_rkd.distillation.teachers import BaseTeacher, EnsembleTeacher, Te
 from tests.harness import toys
 from tests.harness.faces import FACES
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
-]
+pytestmark = pytest.mark.slow
 HERE = __name__
 
 

@@ -23,10 +23,7 @@ from lightning_rkd.metrics.agreement import RelationalAgreement
 from tests.harness import toys
 from tests.harness.faces import FACES, Net, User, gradients, largest, taught
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 COMBINE = ("relations", "losses")
 PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
