@@ -3,12 +3,12 @@
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from textwrap import indent
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
@@ -59,35 +59,22 @@ class Records(pl.Callback):
         assert all(member._saved_state is not None for member in members), "they are attached"
 
 
-def fit(face: str, teacher: str, *options: str) -> int:
-    """Train with that teacher, a block of YAML."""
-    distillation = f"""
-loss: RKD
-student_layer: {"backbone" if face == "callback" else "last"}
-teacher:
-{indent(teacher, "  ")}"""
-    model, callback = "{class_path: tests.harness.toys.Student}", ""
+def made(class_path: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": class_path, "init_args": arguments}
+
+
+def fit(face: str, teacher: dict[str, Any], *options: str) -> int:
+    """Train with that teacher, given in YAML."""
+    ours: dict[str, Any] = {"loss": "RKD", "teacher": teacher}
+    model, callbacks = made("tests.harness.toys.Student"), [made(f"{HERE}.Records")]
     if face == "callback":
-        callback = f"\n    - class_path: RelationalDistillation\n      init_args:{indent(distillation, ' ' * 8)}"
+        callbacks.append(made("RelationalDistillation", student_layer="backbone", **ours))
     else:
-        optimizer = "{class_path: torch.optim.SGD, init_args: {lr: 0.1}}"
-        arguments = f"\nstudent: tests.harness.toys.Backbone\noptimizer: {optimizer}{distillation}"
-        model = f"\n  class_path: DistillationModule\n  init_args:{indent(arguments, ' ' * 4)}"
-    Path("mine.yaml").write_text(
-        f"""
-model: {model}
-data: {HERE}.Data
-trainer:
-  callbacks:
-    - class_path: {HERE}.Records{callback}
-  accelerator: cpu
-  devices: 1
-  max_epochs: 1
-  logger: false
-  enable_progress_bar: false
-  enable_model_summary: false
-"""
-    )
+        ours |= {"student": "tests.harness.toys.Backbone", "optimizer": made("torch.optim.SGD", lr=0.1)}
+        model = made("DistillationModule", student_layer="last", **ours)
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = {"callbacks": callbacks, "accelerator": "cpu", "devices": 1, "max_epochs": 1, **quiet}
+    Path("mine.yaml").write_text(yaml.safe_dump({"model": model, "data": f"{HERE}.Data", "trainer": trainer}))
     return cli.main(["fit", "--config", "mine.yaml", *options])
 
 
@@ -100,7 +87,7 @@ def holds(weights: dict[str, Tensor], network: nn.Module) -> bool:
 def test_a_teacher_gets_its_weights_from_a_checkpoint(face: str) -> None:
     source = toys.teacher(norm=True, seed=1)
     torch.save({"state_dict": {f"student.{k}": v for k, v in source.state_dict().items()}}, "teacher.ckpt")
-    teacher = f"class_path: Teacher\ninit_args: {{network: {HERE}.narrow, weights: teacher.ckpt}}"
+    teacher = made("Teacher", network=f"{HERE}.narrow", weights="teacher.ckpt")
     assert fit(face, teacher) == 0
     (weights,) = Records.weights
     assert holds(weights, source)
@@ -117,15 +104,12 @@ def test_several_teachers_get_theirs_and_may_be_overridden_by_name(face: str) ->
     for name, source in zip(("narrow", "wide"), sources, strict=True):
         torch.save(source.state_dict(), f"{name}.pt")
     torch.save(Wide().state_dict(), "later.pt")
-    teacher = f"""
-class_path: EnsembleTeacher
-init_args:
-  combine: losses
-  weights: {{wide: 3}}
-  layers: {{narrow: drop, wide: {{class_path: Tap, init_args: {{layer: last, at: output}}}}}}
-  teachers:
-    narrow: {{class_path: Teacher, init_args: {{network: {HERE}.narrow, weights: narrow.pt}}}}
-    wide: {{class_path: Teacher, init_args: {{network: {HERE}.Wide, weights: wide.pt}}}}"""
+    teachers = {
+        "narrow": made("Teacher", network=f"{HERE}.narrow", weights="narrow.pt"),
+        "wide": made("Teacher", network=f"{HERE}.Wide", weights="wide.pt"),
+    }
+    layers = {"narrow": "drop", "wide": made("Tap", layer="last", at="output")}
+    teacher = made("EnsembleTeacher", combine="losses", weights={"wide": 3}, layers=layers, teachers=teachers)
     override = ["--model.init_args.teacher.init_args.teachers.wide.init_args.weights=later.pt"]
     for options, wide in (([], "wide.pt"), (override, "later.pt"))[: 1 if face == "callback" else 2]:
         assert fit(face, teacher, *options) == 0
@@ -140,12 +124,8 @@ init_args:
 
 @pytest.mark.parametrize("face", FACES)
 def test_teachers_may_be_a_list_of_plain_networks(face: str) -> None:
-    teacher = f"""
-class_path: EnsembleTeacher
-init_args:
-  weights: [1, 4]
-  layers: [first, null]
-  teachers: [{HERE}.narrow, {HERE}.Wide]"""
+    teachers = [f"{HERE}.narrow", f"{HERE}.Wide"]
+    teacher = made("EnsembleTeacher", weights=[1, 4], layers=["first", None], teachers=teachers)
     assert fit(face, teacher) == 0
     assert isinstance(Records.teacher, EnsembleTeacher)
     assert (Records.teacher.combine, Records.teacher.weights) == ("relations", {"0": 0.2, "1": 0.8})
