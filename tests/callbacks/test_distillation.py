@@ -218,7 +218,7 @@ def test_validation_in_inference_mode_does_not_spoil_training() -> None:
 
 
 def test_losses_receive_labels_indices_view_and_epoch() -> None:
-    loss, loader = toys.Asking(), toys.loader()
+    loss, loader = toys.Requesting(), toys.loader()
     seen: list[Any] = []
 
     class Sees(toys.Student):
@@ -226,7 +226,7 @@ def test_losses_receive_labels_indices_view_and_epoch() -> None:
             seen.append(type(batch))
             return super().training_step(batch, batch_idx)
 
-    with pytest.raises(CaptureError, match=r"Asking needs indices, the row of every sample.*with_indices"):
+    with pytest.raises(CaptureError, match=r"Requesting needs indices, the row of every sample.*with_indices"):
         toys.fit(Sees(), attached(loss))
     toys.fit(Sees(), attached(loss), batches=with_indices(loader), max_epochs=2)
     assert IndexedBatch not in seen
@@ -236,7 +236,7 @@ def test_losses_receive_labels_indices_view_and_epoch() -> None:
 
 
 def test_an_indexed_batch_survives_a_change_of_precision() -> None:
-    loss = toys.Asking()
+    loss = toys.Requesting()
     toys.fit(toys.Student(), attached(loss), batches=with_indices(toys.loader()), precision="bf16-true")
     assert loss.given["indices"].dtype == torch.int64
 
@@ -246,7 +246,7 @@ def test_views_are_numbered_and_labels_and_indices_repeated() -> None:
         def loss(self, x: Tensor, y: Tensor) -> Tensor:
             return self.head(self.backbone(x) + self.backbone(-x)).sum()
 
-    loss = toys.Asking()
+    loss = toys.Requesting()
     toys.fit(Twice(), attached(loss, input_layer="backbone"), batches=with_indices(toys.loader()))
     assert loss.given["view"].tolist() == [0] * 8 + [1] * 8
     assert loss.given["indices"].tolist() == [*range(32, 40)] * 2
@@ -261,7 +261,7 @@ def test_calls_that_are_no_views_are_refused_where_rows_have_indices(sizes: tupl
 
     toys.fit(Parts(), attached(input_layer="backbone"))
     with pytest.raises(CaptureError, match=rf"ran on {sizes[0]}, {sizes[1]} rows in one step, which are no 2 views"):
-        toys.fit(Parts(), attached(toys.Asking(), input_layer="backbone"), batches=with_indices(toys.loader()))
+        toys.fit(Parts(), attached(toys.Requesting(), input_layer="backbone"), batches=with_indices(toys.loader()))
 
 
 def test_with_an_input_layer_the_batch_need_not_be_understood() -> None:

@@ -82,7 +82,7 @@ def test_labels_that_no_loss_asks_for_may_be_anything() -> None:
 
 def test_labels_that_a_loss_asks_for_must_be_a_tensor() -> None:
     with pytest.raises(CaptureError, match=r"the labels of a batch must be a tensor, got list: .*labels=\.\.\."):
-        step(Distiller(nets.teacher(), nets.Asking()), batch=Batch(X, labels=["a"] * 8))
+        step(Distiller(nets.teacher(), nets.Requesting()), batch=Batch(X, labels=["a"] * 8))
 
 
 def test_without_a_loss_there_are_no_terms_and_calls_may_repeat() -> None:

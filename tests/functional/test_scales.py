@@ -52,7 +52,7 @@ def test_squares_in_range_are_far_from_overflow_and_underflow(numbers, answer):
     assert squares_in_range(x.square().sum(1), x) is answer
 
 
-def test_differences_far_above_rounding_are_told_from_others_on_the_cpu_alone():
+def test_far_above_rounding_is_checked_on_the_cpu_only():
     assert far_above_rounding(torch.tensor([0.5, 0.1]))
     assert not far_above_rounding(torch.tensor([0.5, 1e-6]))
     assert not squares_in_range(torch.ones(2, device="meta"), torch.ones(2, 1, device="meta"))

@@ -174,7 +174,7 @@ DRAWN = {
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_half_precision_with_a_gradient_lines_and_collapsed_networks_are_drawn(name: str) -> None:
+def test_half_precision_lines_and_collapsed_networks_are_drawn(name: str) -> None:
     x = torch.rand(24, 3, dtype=torch.bfloat16, requires_grad=True)
     state = torch.get_rng_state()
     DRAWN[name]({"a": x, "line": LINE, "collapsed": torch.zeros(24, 2)}).canvas.draw()
