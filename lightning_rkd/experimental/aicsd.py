@@ -1,7 +1,5 @@
 """AICSD (Mansourian, Ahmadi and Kasaei 2023): similarities of the classes of a segmentation; an adaptive weight."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +17,6 @@ def inter_class_divergences(logits: Tensor) -> Tensor:
     .. math:: D_{kl} = \mathrm{KL}(q_k \,\Vert\, q_l), \qquad q_k = \sigma(z_k) \text{ over all pixels}
 
     Shapes: (N, K, H, W) -> (N, K, K), with zeros on the diagonal.
-
-    Example:
-        >>> inter_class_divergences(torch.tensor([[[[2.0, 0.0]], [[0.0, 2.0]]]]))[0]
-        tensor([[0.0000, 1.5232],
-                [1.5232, 0.0000]])
     """
     log_q = F.log_softmax(logits.flatten(2), dim=2)
     # relative to the mean class: divergences of similar classes would be lost to cancellation
@@ -92,7 +85,6 @@ class AICSD(RelationalLoss):
     )
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         return inter_class_similarity(student, teacher)
 
 

@@ -1,7 +1,5 @@
 """Distillation by Tanimoto coefficients (Shu 2022): similarities that depend on angles and norms."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from torch import Tensor
@@ -77,5 +75,4 @@ class Tanimoto(RelationalLoss):
             self.gather, self.invariances = False, frozenset()
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         return tanimoto(student, teacher, form=self.form)

@@ -1,7 +1,5 @@
 """Attention transfer (Zagoruyko and Komodakis 2017): the student attends to the places that the teacher attends to."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -20,10 +18,6 @@ def attention_map(features: Tensor, *, power: float = 2.0) -> Tensor:
     .. math:: Q_n = \mathrm{vec} \sum_c |A_{nc}|^p, \qquad \hat Q_n = Q_n / \lVert Q_n \rVert_2
 
     Shapes: (N, C, H, W) -> (N, H W); tokens (N, T, C) -> (N, T). Zeros where a map is zero.
-
-    Example:
-        >>> attention_map(torch.tensor([[[[1.0, 0.0]], [[1.0, 2.0]]]]))
-        tensor([[0.4472, 0.8944]])
     """
     strength = _strength(features, power)
     if not squares_in_range(torch.linalg.vector_norm(strength.detach(), dim=1), features):
@@ -97,5 +91,4 @@ class AttentionTransfer(RelationalLoss):
         self.power = power
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """The loss as a scalar."""
         return attention_transfer(student, teacher, power=self.power)

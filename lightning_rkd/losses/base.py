@@ -1,7 +1,5 @@
 """The base class of losses: checks and casts of inputs around a ``forward`` in plain maths."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar

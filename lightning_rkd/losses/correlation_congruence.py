@@ -1,7 +1,5 @@
 """Correlation congruence (Peng et al. 2019): the kernel matrix of the batch; and two losses known by its name."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
@@ -47,10 +45,6 @@ def gaussian_taylor(inner: Tensor, gamma: float, order: int) -> Tensor:
         e^{-2 \gamma} \sum_{p=0}^P \frac{(2 \gamma)^p}{p!} \langle a, b \rangle^p
 
     Shapes: any -> the same. ``order`` is the last power P.
-
-    Example:
-        >>> gaussian_taylor(torch.tensor([1.0, 0.0]), gamma=0.4, order=2)
-        tensor([0.9526, 0.4493])
     """
     total = term = torch.ones_like(inner)
     for p in range(1, order + 1):
@@ -121,7 +115,6 @@ class CorrelationCongruence(RelationalLoss):
             self.invariances = frozenset({"rotation"} if form == "norm" else ())
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         if len(student) == 1:
             return student.sum() * 0
         if self.form == "rows":

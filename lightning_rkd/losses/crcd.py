@@ -1,7 +1,5 @@
 """Complementary relation contrastive distillation (Zhu et al. 2021): relations to anchors, contrasted with noise."""
 
-from __future__ import annotations
-
 import math
 from functools import cache
 
@@ -29,11 +27,6 @@ def relation_similarities(features: Tensor, memory: Tensor, anchors: Tensor, sam
 
     Shapes: features v (N, D), memory m (N, K, D), anchors a (A, D), same (N, A, K), true where the memory row is the
     anchor -> (N, A, K). Gradients pass through the features alone.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        >>> relation_similarities(x, x[:, None], torch.zeros(1, 2), torch.zeros(2, 1, 1, dtype=torch.bool)).flatten()
-        tensor([1., 1.])
     """
     exact = torch.float32 if features.device.type == "mps" else torch.float64
     rows, origins = memory.to(exact), anchors.to(exact) - _SHIFT
@@ -47,12 +40,7 @@ def relation_similarities(features: Tensor, memory: Tensor, anchors: Tensor, sam
 
 @cache
 def log_mean_exp(dim: int, temperature: float) -> float:
-    r"""Logarithm of the mean of :math:`e^{c / \tau}` where all three points of c are random, from 16,384 draws.
-
-    Example:
-        >>> 10 < log_mean_exp(128, 0.05) < 12
-        True
-    """
+    r"""Logarithm of the mean of :math:`e^{c / \tau}` where all three points of c are random, from 16,384 draws."""
     points = torch.randn(3, 2**14, dim, generator=generator(0, 0), dtype=torch.float32)
     v, m, a = F.normalize(points, dim=2)
     cosines = F.cosine_similarity(v - a, m - a, dim=1).double()

@@ -1,7 +1,5 @@
 """Contrastive representation distillation (Tian, Krishnan and Isola 2019): one partner among many negatives."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -16,10 +14,6 @@ def log_mean_exp(dim: int, temperature: float) -> float:
     r"""Logarithm of the mean of :math:`e^{\langle v, m \rangle / \tau}` over all m of the unit sphere in ``dim`` >= 2.
 
     The angle :math:`\theta` between v and m has density :math:`\propto \sin^{d-2} \theta`.
-
-    Example:
-        >>> round(log_mean_exp(128, 0.07), 4)  # a normal distribution would give 1 / (2 d tau^2) = 0.7972
-        0.7924
     """
     theta = (torch.arange(2**16, dtype=torch.float64) + 0.5) * (math.pi / 2**16)
     density = (dim - 2) * theta.sin().log()

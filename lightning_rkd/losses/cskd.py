@@ -1,7 +1,5 @@
 """CSKD (Ham, Kim, Lee, Lee and Kim 2023): cosine similarity of the probabilities of each class over the batch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -44,11 +42,6 @@ def cosine_temperatures(student: Tensor, teacher: Tensor, *, low: float = 2.0, h
 
     Shapes: logits (N, K), (N, K) -> (N, 1), without a graph. All are ``low`` where the networks agree equally on all
     samples.
-
-    Example:
-        >>> student, teacher = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[2.0, 0.0], [2.0, 0.0]])
-        >>> cosine_temperatures(student, teacher).flatten()
-        tensor([2., 6.])
     """
     with torch.no_grad():
         cosines = _cosines(student, teacher)
@@ -107,7 +100,6 @@ class ClassSimilarityKD(RelationalLoss):
         self.temperature, self.scale = temperature, scale
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         check_logits(student, teacher, "ClassSimilarityKD", dims=(2,))
         factor = self.scale * self.temperature**2
         return factor * class_similarity(student, teacher, temperature=self.temperature)
@@ -161,7 +153,6 @@ class CosineTemperatureKD(RelationalLoss):
         self.low, self.high, self.scale = low, high, scale
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         check_logits(student, teacher, "CosineTemperatureKD", dims=(2,))
         temperatures = cosine_temperatures(student, teacher, low=self.low, high=self.high)
         return self.scale * temperatures.mean() ** 2 * class_similarity(student, teacher, temperature=temperatures)

@@ -1,7 +1,5 @@
 """DarkRank (Chen, Wang and Zhang 2018): the ranking of each sample's nearest neighbours."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -84,7 +82,6 @@ class HardDarkRank(RelationalLoss):
         self.alpha, self.beta, self.length = alpha, beta, length
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         return hard_dark_rank(student, teacher, alpha=self.alpha, beta=self.beta, length=self.length)
 
 
@@ -142,7 +139,6 @@ class SoftDarkRank(RelationalLoss):
         self.alpha, self.beta, self.length = alpha, beta, length
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         return soft_dark_rank(student, teacher, alpha=self.alpha, beta=self.beta, length=self.length)
 
 

@@ -1,7 +1,5 @@
 """DIST (Huang, You, Wang, Qian and Xu 2022): correlation of class probabilities instead of equality."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -95,6 +93,5 @@ class DIST(RelationalLoss):
         self.inter_weight, self.intra_weight, self.temperature = inter_weight, intra_weight, temperature
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         inter, intra = self.inter_weight, self.intra_weight
         return dist(student, teacher, inter_weight=inter, intra_weight=intra, temperature=self.temperature)

@@ -1,7 +1,5 @@
 """EmbedDistill (Kim et al. 2023): distances between the student's embeddings and the teacher's."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -96,5 +94,4 @@ class EmbedDistill(RelationalLoss):
         self.project = nn.Linear(student_dim, teacher_dim, dtype=torch.float32) if wanted else nn.Identity()
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         return embedding_distance(self.project(student), teacher, distance=self.distance)

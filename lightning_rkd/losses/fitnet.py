@@ -1,7 +1,5 @@
 """FitNets (Romero et al. 2015): hints, feature maps of the teacher that the student learns to predict."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -82,7 +80,6 @@ class FitNetHint(RelationalLoss):
         )
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """The loss as a scalar."""
         losses = []
         for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
             s, t = (x.movedim(1, -1) if x.ndim == 4 else x for x in (s, t))  # a linear layer is a 1 x 1 convolution

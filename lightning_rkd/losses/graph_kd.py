@@ -1,7 +1,5 @@
 """Graph knowledge distillation (Lassance et al. 2020): the normalised similarity graph of the batch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

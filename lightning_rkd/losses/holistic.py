@@ -1,7 +1,5 @@
 """Holistic knowledge distillation (Zhou et al. 2021): embeddings, and their averages over a graph, with a memory."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -26,12 +24,6 @@ def prediction_graph(logits: Tensor, k: int) -> Tensor:
     :math:`D^{-1/2} A D^{-1/2}` of the graph with an edge from each neighbour, in which every sample has in-degree k.
 
     Shapes: (N, classes) -> (N, N). No gradient passes.
-
-    Example:
-        >>> prediction_graph(torch.tensor([[9.0, 0.0], [8.0, 0.0], [0.0, 8.0]]), k=2)
-        tensor([[0.5000, 0.5000, 0.0000],
-                [0.5000, 0.5000, 0.0000],
-                [0.0000, 0.5000, 0.5000]])
     """
     predictions = F.normalize(logits.detach().softmax(dim=1), dim=1)
     graph = knn_graph(1 - predictions @ predictions.T, k, who="HolisticKD", argument="neighbours")
@@ -42,10 +34,6 @@ class GraphConv(nn.Module):
     r"""Topology-adaptive graph convolution of one hop, normalised: :math:`W [x, \hat{A} x] + b` on the unit sphere.
 
     Shapes: x (N, dim), graph (N, N) -> (N, dim).
-
-    Example:
-        >>> GraphConv(4)(torch.randn(3, 4), torch.eye(3)).shape
-        torch.Size([3, 4])
     """
 
     def __init__(self, dim: int) -> None:

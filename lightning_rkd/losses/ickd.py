@@ -1,7 +1,5 @@
 """Inter-channel correlation (Liu, Huang, Lin, Xie, Wang, Chang and Liang 2021): similarities of a map's channels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Inputs of losses: selection of the features that a loss reads, and checks of labels, indices, view and mix."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Instance relationship graphs (Liu, Cao, Li, Yuan, Hu, Li and Duan 2019): vertices, edges and transformations."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -20,10 +18,6 @@ def edges(x: Tensor) -> Tensor:
     .. math:: A_{ij} = \lVert x_i - x_j \rVert^2 / \max_{a,b} \lVert x_a - x_b \rVert^2
 
     Shapes: (N, D) -> (N, N). All zeros where all rows are equal.
-
-    Example:
-        >>> edges(torch.tensor([[0.0], [1.0], [2.0]]))[0]
-        tensor([0.0000, 0.2500, 1.0000])
     """
     return _over_largest(squared_distances(x)).to(x.dtype)
 
@@ -34,10 +28,6 @@ def transformation(before: Tensor, after: Tensor) -> Tensor:
     .. math:: \Lambda_i = \lVert y_i - x_i \rVert^2 / \max_a \lVert y_a - x_a \rVert^2
 
     Shapes: (N, D), (N, D) -> (N,). All zeros where nothing moves.
-
-    Example:
-        >>> transformation(torch.zeros(2, 1), torch.tensor([[1.0], [2.0]]))
-        tensor([0.2500, 1.0000])
     """
     move = after - before
     return _over_largest((move / power_of_two(move, (0, 1))).square().sum(1))
@@ -122,7 +112,6 @@ class IRG(RelationalLoss):
             self.reads = ("feature_maps",)
 
     def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
-        """The loss as a scalar."""
         assert student.feature_maps is not None
         assert teacher.feature_maps is not None
         s, t = (

@@ -5,8 +5,6 @@ of a memory, float32 under ``bf16-true`` and a checkpoint that holds these are b
 that it needs as parameters of ``build``.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Graph-based knowledge distillation by a multi-head attention network (Lee and Song 2019)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -137,7 +135,6 @@ class MHGD(RelationalLoss):
             self._fill()
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """The loss as a scalar."""
         of_teacher = [right_singular_vectors(flatten_positions(m, who="MHGD")).squeeze(2) for m in teacher]
         of_student = [
             align_vectors(right_singular_vectors(adapt(flatten_positions(m, who="MHGD")), _CANDIDATES), target)

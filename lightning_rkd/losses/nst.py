@@ -1,7 +1,5 @@
 """Neuron selectivity transfer (Huang and Wang 2017): distributions of the channels' activity over positions."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

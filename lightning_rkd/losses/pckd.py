@@ -1,7 +1,5 @@
 """PCKD (Ding et al. 2024): contrast with category centres, in which hard samples have little weight."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,20 +19,6 @@ def preview_weights(
     r"""Weights of the rows, lower for hard samples; constants. See :class:`PCKD`.
 
     Shapes: (N, K), (N,), (N,) -> (N,), between 0 and 1.
-
-    Args:
-        logits: Logits of the student.
-        labels: Classes.
-        view: The view of its sample that a row is; rows of other views take the weight of their sample's view 0.
-        epoch: The epoch, from 0.
-        growth: Factor by which the threshold of hardness grows per epoch.
-
-    Raises:
-        ValueError: A row of another view without its sample's view 0 (on a CPU).
-
-    Example:
-        >>> preview_weights(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 0]))
-        tensor([1.0000, 0.0574])
     """
     hardness = F.cross_entropy(logits.detach(), labels, reduction="none")
     first = torch.ones_like(hardness) if view is None else (view == 0).to(hardness.dtype)
@@ -184,7 +168,6 @@ class PCKD(RelationalLoss):
     def forward(
         self, student: Outputs, teacher: Outputs, *, labels: Tensor, epoch: int, view: Tensor | None = None
     ) -> Tensor:
-        """The loss as a scalar."""
         s, s_logits, s_centres, s_bias = _unpack(student)
         t, t_logits, t_centres, t_bias = _unpack(teacher)
         if labels.ndim != 1:

@@ -1,7 +1,5 @@
 """Probabilistic Knowledge Transfer (Passalis and Tefas 2018): probabilities of the neighbours within a batch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -67,7 +65,6 @@ class PKT(RelationalLoss):
         self.reduction = reduction
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         return pkt(student, teacher, reduction=self.reduction)
 
 

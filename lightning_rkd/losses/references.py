@@ -1,7 +1,5 @@
 """The papers behind the losses and training schemes: ``references.bib``, and what each class says beside its entry."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -22,11 +20,6 @@ class Reference:
         weight: The published weight, ``None`` where none is known.
         weight_note: The setting that the weight belongs to.
         result: The published result with its setting and origin; empty where none is known.
-
-    Example:
-        >>> reference = Reference("park2019relational", "read in code")
-        >>> reference.citation
-        'Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068'
     """
 
     key: str

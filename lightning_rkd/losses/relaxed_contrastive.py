@@ -1,7 +1,5 @@
 """Relaxed contrastive loss (Kim, Kim, Cho and Kwak 2021): the teacher's similarities as soft labels of pairs."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -68,5 +66,4 @@ class RelaxedContrastive(RelationalLoss):
         self.sigma, self.delta = sigma, delta
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         return relaxed_contrastive(student, teacher, sigma=self.sigma, delta=self.delta)

@@ -1,7 +1,5 @@
 """Relational Knowledge Distillation (Park, Kim, Lu and Cho 2019): distances and angles within a batch."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import reduce
 
@@ -93,7 +91,6 @@ class RKDDistance(RelationalLoss):
         self.reduction = reduction
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         return rkd_distance(student, teacher, reduction=self.reduction)
 
 

@@ -1,7 +1,5 @@
 """CKD (Zhu, Zhou, Zhu, Wang and Hu 2024): contrasts the logits of the same sample with those of the others."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -67,5 +65,4 @@ class SampleContrastiveKD(RelationalLoss):
         self.temperature = temperature
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         return sample_contrastive(student, teacher, temperature=self.temperature)

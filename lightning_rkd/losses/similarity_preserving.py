@@ -1,7 +1,5 @@
 """Similarity-preserving distillation (Tung and Mori 2019): similarities of the activations within a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 
@@ -67,6 +65,5 @@ class SimilarityPreserving(RelationalLoss):
         self.reads = reads
 
     def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
-        """The loss as a scalar."""
         layers = zip(flatten_layers(student), flatten_layers(teacher), strict=True)
         return torch.stack([similarity_preserving(s, t) for s, t in layers]).sum()

@@ -1,7 +1,5 @@
 """Soft targets (Hinton, Vinyals and Dean 2015): the teacher's class probabilities, softened by a temperature."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -65,5 +63,4 @@ class SoftTarget(RelationalLoss):
         self.temperature = temperature
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         return soft_target(student, teacher, temperature=self.temperature)

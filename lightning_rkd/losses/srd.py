@@ -1,7 +1,5 @@
 """SRD (Miles and Mikolajczyk 2024): a projector, a normalisation and a soft maximum."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -89,7 +87,6 @@ class SRD(RelationalLoss):
         self.project = nn.Linear(student_dim, teacher_dim, bias=False, dtype=torch.float32)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         # standardising removes what all rows share, which would cost digits in the projector
         student = centre_columns(student).to(student.dtype)
         return log_sum(self.project(student), teacher, power=self.power, eps=self.eps)

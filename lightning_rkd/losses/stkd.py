@@ -1,7 +1,5 @@
 """Similarity transfer (after Zhao, Gong, Sun, Dong and Yu 2021): soft targets for virtual samples made by mixup."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -123,7 +121,6 @@ class STKD(RelationalLoss):
         self.form, self.share, self.temperature = form, share, temperature
 
     def forward(self, student: Tensor, teacher: Tensor, *, mix: Mix, labels: Tensor | None = None) -> Tensor:
-        """The loss as a scalar."""
         return similarity_transfer(
             student, teacher, mix, labels, form=self.form, share=self.share, temperature=self.temperature
         )

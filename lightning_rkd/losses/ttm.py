@@ -1,7 +1,5 @@
 """Transformed teacher matching (Zheng and Yang 2024): a temperature for the teacher alone."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -57,6 +55,7 @@ class TTM(RelationalLoss):
     reads = "logits"
     gather = False
     invariances = frozenset({"row shift"})
+    _weighted = False
     reference = Reference(
         "zheng2024knowledge",
         "read in paper",
@@ -68,15 +67,14 @@ class TTM(RelationalLoss):
 
     def __init__(self, exponent: float = 0.1) -> None:
         super().__init__()
-        check_positive("TTM", exponent=exponent)
+        check_positive(self.display_name, exponent=exponent)
         self.exponent = exponent
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
-        return transformed_teacher_matching(student, teacher, exponent=self.exponent)
+        return transformed_teacher_matching(student, teacher, exponent=self.exponent, weighted=self._weighted)
 
 
-class WTTM(RelationalLoss):
+class WTTM(TTM):
     r"""Transformed teacher matching, each sample weighted by the smoothness of the teacher's probabilities.
 
     .. math::
@@ -103,9 +101,7 @@ class WTTM(RelationalLoss):
         tensor(0.3688)
     """
 
-    reads = "logits"
-    gather = False
-    invariances = frozenset({"row shift"})
+    _weighted = True
     reference = Reference(
         "zheng2024knowledge",
         "read in paper",
@@ -115,12 +111,3 @@ class WTTM(RelationalLoss):
         "exponent 0.8",
         result="CIFAR-100 resnet32x4 to resnet8x4: 76.06 (student alone 72.50), the authors",
     )
-
-    def __init__(self, exponent: float = 0.1) -> None:
-        super().__init__()
-        check_positive("WTTM", exponent=exponent)
-        self.exponent = exponent
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
-        return transformed_teacher_matching(student, teacher, exponent=self.exponent, weighted=True)

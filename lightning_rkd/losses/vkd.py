@@ -1,7 +1,5 @@
 """VkD (Miles, Elezi and Deng 2024): an orthogonal projection onto the normalised embedding of the teacher."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,10 +14,6 @@ def orthonormal(x: Tensor) -> Tensor:
     .. math:: X = Q R, \quad R_{ii} > 0
 
     Shapes: (D_t, D_s) -> (D_t, D_s).
-
-    Example:
-        >>> orthonormal(torch.tensor([[3.0], [4.0]])).flatten()
-        tensor([0.6000, 0.8000])
     """
     if x.shape[0] < x.shape[1]:
         return orthonormal(x.T).T
@@ -79,6 +73,5 @@ class VkD(RelationalLoss):
         self.matrix = nn.Parameter(orthonormal(torch.randn(teacher_dim, student_dim, dtype=torch.float32)))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss as a scalar."""
         target = F.layer_norm(limit_magnitude(teacher, 1), teacher.shape[1:])
         return F.smooth_l1_loss(student @ orthonormal(self.matrix).T, target)

@@ -1,7 +1,5 @@
 """The attention graph of MHGD: heads that relate the samples of a batch, and the network that trains them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -22,20 +20,10 @@ class AttentionHeads(nn.Module):
     .. math:: A_h = S_h R_h^\top, \quad S = \mathrm{BN}(W_s V_B), \quad R = \mathrm{BN}(W_r V_F)
 
     Linear maps without bias to :math:`D = \lfloor (C_B + C_F) / 2 \rfloor` channels per head, batch normalisation, and
-    no division by :math:`\sqrt D`. Rows are the back stage's samples, columns the front stage's.
+    no division by :math:`\sqrt D`. Rows are the back stage's samples, columns the front stage's. In frozen heads a map
+    and its batch norm, with running statistics, are one with a bias, the same in train and eval mode.
 
     Shapes: front (N, C_F), back (N, C_B) -> (heads, N, N), logits.
-
-    Args:
-        front: C_F.
-        back: C_B.
-        heads: The number of graphs.
-        frozen: For trained heads: each map and its batch norm, with running statistics, are one map with a bias, which
-            needs no gradient and is the same in train and eval mode.
-
-    Example:
-        >>> AttentionHeads(4, 6, heads=3)(torch.rand(5, 4), torch.rand(5, 6)).shape
-        torch.Size([3, 5, 5])
     """
 
     def __init__(self, front: int, back: int, heads: int = 8, *, frozen: bool = False) -> None:
@@ -128,16 +116,7 @@ def attention_between(channels: Sequence[int], heads: int, *, frozen: bool = Fal
 
 
 def load_attention(estimator: str | os.PathLike[str] | nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:
-    """Load the state of the attention heads, from a network that holds them, its state, or its checkpoint.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is damaged, or holds no attention graph, or more than one.
-
-    Example:
-        >>> sorted(load_attention(AttentionGraph((2, 2), heads=1)))[0]
-        '0.receiver.0.weight'
-    """
+    """Load the state of the attention heads, from a network that holds them, its state, or its checkpoint."""
     if isinstance(estimator, nn.Module):
         whole, what = estimator.state_dict(), f"this {type(estimator).__name__}"
     elif isinstance(estimator, Mapping):
@@ -155,12 +134,7 @@ def load_attention(estimator: str | os.PathLike[str] | nn.Module | Mapping[str, 
 
 
 def attention_sizes(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], int]:
-    """Channels of the stages and number of heads, from the state of the heads.
-
-    Example:
-        >>> attention_sizes(load_attention(AttentionGraph((4, 6, 8), heads=3)))
-        ((4, 6, 8), 3)
-    """
+    """Channels of the stages and number of heads, from the state of the heads."""
     pairs = sum(key.endswith(".sender.0.weight") for key in state)
     senders = [state[f"{n}.sender.0.weight"] for n in range(pairs)]
     front, back = state["0.receiver.0.weight"].shape[1], senders[0].shape[1]

@@ -1,7 +1,5 @@
 """Checks of settings and inputs that several losses share; every message begins with the name of the loss."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -42,14 +40,7 @@ def check_choice(name: str, choices: Any, **values: str) -> None:
 
 
 def check_logits(student: Tensor, teacher: Tensor, name: str, *, dims: Sequence[int] = (2, 4)) -> None:
-    """Raise ``ValueError`` for logits that cannot be compared class by class.
-
-    Args:
-        student: Logits of the student.
-        teacher: Logits of the teacher.
-        name: The loss.
-        dims: The numbers of dimensions that the loss takes: 2 for (N, K), 4 for dense (N, K, H, W).
-    """
+    """Raise ``ValueError`` for logits that cannot be compared class by class; 4 in ``dims`` allows dense ones."""
     for who, z in (("student", student), ("teacher", teacher)):
         if z.ndim not in dims:
             cure = f"; {_CURES[dims[0]]}" if len(dims) == 1 else ""
@@ -85,10 +76,5 @@ def pixels_as_rows(logits: Tensor) -> Tensor:
     """Dense logits with one row per pixel; other logits unchanged.
 
     Shapes: (N, K) -> (N, K); (N, K, H, W) -> (N H W, K).
-
-    Example:
-        >>> import torch
-        >>> pixels_as_rows(torch.ones(2, 5, 3, 3)).shape
-        torch.Size([18, 5])
     """
     return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)

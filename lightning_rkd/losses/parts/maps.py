@@ -1,7 +1,5 @@
 """Feature maps made comparable: one spatial size, Gram matrices that neither overflow nor vanish."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -9,16 +7,7 @@ from lightning_rkd.functional.scales import power_of_two, squares_in_range
 
 
 def match_sizes(student: Tensor, teacher: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Both maps average-pooled to the smaller height and width; tokens unchanged.
-
-    Raises:
-        ValueError: Tensors that are neither two maps nor equally many tokens.
-
-    Example:
-        >>> import torch
-        >>> [x.shape[2:] for x in match_sizes(torch.ones(2, 3, 8, 4), torch.ones(2, 5, 4, 6), "NST")]
-        [torch.Size([4, 4]), torch.Size([4, 4])]
-    """
+    """Both maps average-pooled to the smaller height and width; tokens unchanged."""
     both = (student, teacher)
     if student.ndim == teacher.ndim == 4:
         height, width = (min(sizes) for sizes in zip(student.shape[2:], teacher.shape[2:], strict=True))
@@ -36,12 +25,6 @@ def gram_matrices(x: Tensor) -> Tensor:
     """Inner products of rows, up to a factor per matrix that keeps them in range.
 
     Shapes: (..., N, D) -> (..., N, N).
-
-    Example:
-        >>> import torch
-        >>> gram_matrices(torch.tensor([[1.0, 0.0], [2.0, 1.0]]))
-        tensor([[1., 2.],
-                [2., 5.]])
     """
     gram = x @ x.mT
     if squares_in_range(gram.diagonal(dim1=-2, dim2=-1), x):

@@ -1,7 +1,5 @@
 """Memories of contrastive losses: one row per training sample, or the rows of the last batches."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any, ClassVar
 

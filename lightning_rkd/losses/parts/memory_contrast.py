@@ -1,7 +1,5 @@
 """The machinery that CRD and CRCD share: projections, a memory per network, negatives, one noise-contrastive loss."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -18,16 +16,6 @@ class MemoryContrast(RelationalLoss):
     """Base of losses that contrast each network's projected rows with the memory of the other network.
 
     A subclass defines :meth:`similarities` and :meth:`log_mean`.
-
-    Args:
-        student_dim: Width of the student's embedding.
-        teacher_dim: Width of the teacher's embedding.
-        num_samples: M, the size of the training set.
-        dim: Width of the projections, at least 2.
-        negatives: K.
-        temperature: Of the contrast.
-        momentum: Of the memories.
-        seed: Of the memories' first rows and of the draws.
     """
 
     student_projector: Projector

@@ -1,7 +1,5 @@
 """Noise-contrastive estimation: classification of rows as partner or noise."""
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor
@@ -19,20 +17,10 @@ def nce(scores: Tensor, log_normaliser: float, num_samples: int) -> Tensor:
 
     Computed from the logarithms of p, which overflow at no temperature; :math:`\epsilon` is the authors' 1e-7.
 
-    Shapes: (R, 1 + K) -> scalar.
-
-    Args:
-        scores: s, similarities divided by the temperature; the partner's in the first column.
-        log_normaliser: :math:`\log Z`.
-        num_samples: M, the size of the data set that noise is drawn from, each sample with probability 1 / M.
+    Shapes: similarities divided by the temperature (R, 1 + K), the partner's first -> scalar. M is ``num_samples``.
 
     Reference:
         Tian, Krishnan and Isola 2019, Contrastive Representation Distillation, arXiv:1910.10699, eq. 18.
-
-    Example:
-        >>> import torch
-        >>> nce(torch.zeros(1, 2), log_normaliser=0.0, num_samples=1)  # p = K / M = 1: two fair coins
-        tensor(1.3863)
     """
     noise = (scores.shape[1] - 1) / num_samples
     odds = scores - log_normaliser - math.log(noise + _EPS)  # log of p / (K/M + eps)

@@ -1,7 +1,5 @@
 """Projection of embeddings of different widths onto one unit sphere."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -14,14 +12,6 @@ class Projector(nn.Module):
     .. math:: x \mapsto \frac{W x + b}{\lVert W x + b \rVert_2}
 
     Shapes: (N, D) -> (N, dim), unit rows.
-
-    Args:
-        width: D.
-        dim: Width of the result.
-
-    Example:
-        >>> bool(Projector(3, 2)(torch.randn(4, 3)).norm(dim=1).allclose(torch.ones(4)))
-        True
     """
 
     def __init__(self, width: int, dim: int = 128) -> None:

@@ -1,7 +1,5 @@
 """Base of modules with buffers that training updates: memories, queues, running estimates."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, ClassVar
 
