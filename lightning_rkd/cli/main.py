@@ -29,7 +29,6 @@ TRAINER = {
     "test": "Evaluate on the test data.",
     "predict": "Compute embeddings.",
 }
-"""Commands that run a Trainer."""
 
 PACKAGES = ("docstring_parser", "jsonargparse", "matplotlib", "pytorch_metric_learning", "rich", "scipy")
 """Packages of the extra ``cli``."""

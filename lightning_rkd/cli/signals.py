@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 PARENT = "LIGHTNING_RKD_FIRST_RANK"
 """Environment variable with the id of the process that started a rank."""
 
-TERMINATED = 128 + 15
-"""Exit code after SIGTERM, as in shells."""
+TERMINATED = 128 + 15  # as in shells
 
 
 @contextmanager

@@ -36,7 +36,6 @@ FILES = {
     "plot.png": "every run, means and intervals",
     "*/last.ckpt, */config.yaml": "the networks, and their configurations for lightning-rkd fit --config",
 }
-"""Files that :func:`compare` leaves."""
 
 
 def main(args: Sequence[str]) -> None:

@@ -33,7 +33,6 @@ from lightning_rkd.utils import provenance
 from lightning_rkd.utils.files import write_whole
 
 ALONE, DISTILLED = "student alone", "student + RKD-DA"
-"""Rows of the table beside the teacher's."""
 
 FOLDERS = {ALONE: "alone", DISTILLED: "rkd"}
 """Output folders of the students, which the seed completes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,11 +25,11 @@ TEACHER_PATH = "model.init_args.teacher"
 """Dotted path of the teacher in a configuration."""
 
 _KEYS = (
-    "title", "recipe", "config", "set", "steps", "seeds", "teacher", "cache", "agreement", "baseline", "networks",
-    "scores", "select",
+    "title", "recipe", "set", "steps", "seeds", "teacher", "cache", "agreement", "baseline", "networks", "scores",
+    "select",
 )  # fmt: skip
-_NETWORK_KEYS = ("recipe", "config", "loss", "weight", "task_weight", "balance", "cache", "set", "generations")
-_TEACHER_KEYS = ("recipe", "config", "set", "steps", "seed")
+_NETWORK_KEYS = ("recipe", "loss", "weight", "task_weight", "balance", "cache", "set", "generations")
+_TEACHER_KEYS = ("recipe", "set", "steps", "seed")
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class _Reader:
                 raise ValueError("cache: there is no teacher: to cache; name the recipe that trains it")
             return None
         entry = _mapping(self.text["teacher"], "teacher", _TEACHER_KEYS)
-        if "recipe" not in entry and "config" not in entry:
+        if "recipe" not in entry:
             raise ValueError("teacher: name the recipe that trains it, recipe: NAME_OR_FILE")
         own = {path: value for path, value in self.settings.items() if not path.startswith("model.")}
         config = with_settings(self.read_config(entry, "teacher", entry.get("steps")), own)
@@ -163,16 +162,11 @@ class _Reader:
 
     def read_config(self, entry: Mapping[str, Any], name: str, steps: int | None = None) -> Config:
         """The recipe of an entry, or of the file, with the settings of the file and of the entry."""
-        source = entry if "recipe" in entry or "config" in entry else self.text
-        if "recipe" in source and "config" in source:
-            raise ValueError(f"{name}: recipe: and config: exclude one another; keep one")
-        if "config" in source:
-            config = copy.deepcopy(_mapping(source["config"], "config"))
-        elif "recipe" in source:
-            near = self.path.parent / str(source["recipe"])
-            config = _mapping(_load(near if near.is_file() else recipes.find(str(source["recipe"]))), "the recipe")
-        else:
+        recipe = str(entry.get("recipe", self.text.get("recipe", "")))
+        if not recipe:
             raise ValueError("recipe: name a configuration of fit, a recipe or a file")
+        near = self.path.parent / recipe
+        config = _mapping(_load(near if near.is_file() else recipes.find(recipe)), "the recipe")
         config = with_settings(config, _mapping(self.text.get("set") or {}, "set"))
         steps = self.steps or steps or self.text.get("steps")
         if steps is not None:
@@ -193,10 +187,7 @@ class _Reader:
         model = config["model"].setdefault("init_args", {})
         model |= {key: entry[key] for key in ("weight", "task_weight", "balance") if key in entry}
         if "loss" in entry:
-            try:
-                model["loss"] = _as_classes(entry["loss"])
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+            model["loss"] = _as_classes(entry["loss"], name)
         if self.agreement:
             model.setdefault("metrics", {}).setdefault("agreement", "RelationalAgreement")
         alone = model.get("loss") is None
@@ -208,19 +199,18 @@ class _Reader:
                 model.pop(key, None)
         elif teacher is not None:
             taught_by, cached = TEACHER, bool(entry.get("cache", self.text.get("cache")))
-            model["teacher"] = {"class_path": "CachedTeacher"} if cached else _as_teacher(teacher.config)
+            model["teacher"] = {"class_path": "CachedTeacher"} if cached else as_teacher(teacher.config)
         rows = [name] if generations == 1 else [f"{name} {number + 1}" for number in range(generations)]
         networks = [Network(rows[0], config, folder_of(rows[0]), name, taught_by, cached)]
         if generations > 1:
-            later = with_settings(config, {TEACHER_PATH: _as_teacher(config)})
+            later = with_settings(config, {TEACHER_PATH: as_teacher(config)})
             networks += [Network(row, later, folder_of(row), name, before) for before, row in pairwise(rows)]
         return [replace(network, config=with_settings(network.config, self.settings)) for network in networks]
 
 
-def _as_teacher(config: Config) -> Config:
+def as_teacher(config: Config) -> Config:
     """Teacher with the network that a configuration trains, whose weights come from a file."""
-    network = copy.deepcopy(config["model"]["init_args"]["student"])
-    return {"class_path": "Teacher", "init_args": {"network": network, "weights": None}}
+    return {"class_path": "Teacher", "init_args": {"network": config["model"]["init_args"]["student"], "weights": None}}
 
 
 def _seeds(seeds: Any) -> tuple[int, ...]:
@@ -232,14 +222,14 @@ def _seeds(seeds: Any) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _as_classes(loss: Any) -> Any:
+def _as_classes(loss: Any, network: str) -> Any:
     """``RKD`` becomes ``{class_path: RKD}``, also within a dict of several losses."""
     if isinstance(loss, dict) and "class_path" not in loss:
-        return {name: _as_classes(part) for name, part in loss.items()}
+        return {name: _as_classes(part, network) for name, part in loss.items()}
     name = loss["class_path"] if isinstance(loss, dict) else loss
     known = [*losses.__all__, *(entry.name for entry in entry_points(group="lightning_rkd.losses"))]
     if isinstance(name, str) and "." not in name and name not in known:
-        raise ValueError(f"there is no loss {name!r}{_suggestion(name, known)}")
+        raise ValueError(f"{network}: there is no loss {name!r}{_suggestion(name, known)}")
     return {"class_path": loss} if isinstance(loss, str) else loss
 
 

@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_rkd.cli.experiments import runs
-from lightning_rkd.cli.experiments.plan import TEACHER, TEACHER_PATH, Comparison, Network
+from lightning_rkd.cli.experiments.plan import TEACHER, TEACHER_PATH, Comparison, Network, as_teacher
 from lightning_rkd.cli.experiments.settings import Config, with_settings
 from lightning_rkd.cli.experiments.workers import report
 from lightning_rkd.distillation.teachers import Teacher
@@ -96,9 +96,7 @@ def _cache_task(comparison: Comparison, network: Network, seed: int) -> Task:
     data = network.config["data"]
     seeded = seed if data.get("init_args", {}).get("views") else None
     name = hashlib.sha256(json.dumps([data, seeded], sort_keys=True).encode()).hexdigest()[:16]
-    student = comparison.teacher.config["model"]["init_args"]["student"]
-    teacher = {"class_path": "Teacher", "init_args": {"network": student}}
-    config = with_settings(network.config, {TEACHER_PATH: teacher})
+    config = with_settings(network.config, {TEACHER_PATH: as_teacher(comparison.teacher.config)})
     return Task("the teacher's cache", seed, config, f"cache/{name}", TEACHER, split=None)
 
 
