@@ -7,11 +7,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
-from lightning_rkd.distillation.lightning import exclude_from_ddp_broadcast
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.modules.distillation import DistillationModule
 from tests.callbacks.test_ddp import Sharded, batches, largest
@@ -32,15 +31,6 @@ class WholeSharded(Sharded):
     def configure_model(self) -> None:
         super().configure_model()
         fully_shard(self, mesh=self.device_mesh["data_parallel"])
-
-
-def test_a_notice_to_ddp_keeps_what_others_had_told_it() -> None:
-    host = nn.ModuleDict({"loss": toys.Remembers(7, 40)})
-    host._ddp_params_and_buffers_to_ignore = ["a"]
-    undo = exclude_from_ddp_broadcast(host)
-    assert host._ddp_params_and_buffers_to_ignore == ["a", "loss.mean.value"]
-    undo()
-    assert host._ddp_params_and_buffers_to_ignore == ["a"]
 
 
 def test_the_memory_of_a_scheme_is_kept_from_ddp_too() -> None:

@@ -322,17 +322,3 @@ def test_copies_share_the_networks_and_pickles_work_while_attached() -> None:
         assert [one.features[""].embedding.shape[1] for one in twin.outputs(Batch(X))] == [7, 9]
         twin.detach()
         assert [one.features[""].embedding.shape[1] for one in teacher.outputs(Batch(X))] == [10, 12], "still hooked"
-
-
-def test_one_ensemble_serves_two_distillers_at_two_layers() -> None:
-    shared, student = EnsembleTeacher([nets.teacher(), wide().eval()]), nets.Backbone()
-    a, b = (shared.teachers[name].network for name in "01")
-    low, high = (Distiller(shared, nets.Gram(), teacher_layer=Tap(at, at="output")) for at in ("first", "last"))
-    for distiller in (low, high):
-        distiller.attach(student)
-        distiller.start()
-    out = student(X)
-    for distiller, embeddings in ((low, (a.first(X), b.first(X))), (high, (a(X), b(X)))):
-        target = sum(t @ t.T for t in embeddings) / 2
-        ours = distiller.compute_terms(distiller.collect(Batch(X)))["gram"]
-        torch.testing.assert_close(ours, nn.functional.mse_loss(out @ out.T, target))
