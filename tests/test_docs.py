@@ -1,5 +1,6 @@
-"""The documentation's examples run as they stand, its commands exist, and its site is built without a warning."""
+"""Examples and commands of the documentation run, promises have tests, and the gallery says what the classes say."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -8,13 +9,17 @@ from pathlib import Path
 
 import pytest
 
+import lightning_rkd.losses
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli import recipes
-from tests.harness.processes import run_script
+from lightning_rkd.losses.references import bibliography
+from tests.harness.processes import import_file, run_script
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md"))
-NOT_RUN = "<!-- not run: "
+GUARANTEES = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+GALLERY = import_file(ROOT / "docs" / "gallery.py")
+METHODS = GALLERY.losses() | GALLERY.schemes()
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"(<!-- not run: [^\n]* -->\n)?```(\w*)\n(.*?)```", flags=re.DOTALL)
 
 
@@ -73,3 +78,56 @@ def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere(tmp_p
         assert "arithmatex" not in text, f"{page.name} holds an equation that was not written"
         unknown = [math for math in re.findall(r"<math.*?</math>", text, flags=re.DOTALL) if "\\" in math]
         assert not unknown, f"{page.name} holds an equation with a command that was not understood: {unknown[0]}"
+
+
+# Guarantees
+
+
+def functions_in(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    rows = [line for line in GUARANTEES.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+    assert len(rows) > 25
+    for row in rows:
+        assert re.search(r"`tests/\S+::test_\w+`", row), row
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", GUARANTEES):
+        assert test in functions_in(ROOT / file), f"{file} has no {test}"
+
+
+def test_every_link_leads_to_a_page() -> None:
+    for target in re.findall(r"\]\(([\w/.]+)\)", GUARANTEES):
+        assert (ROOT / "docs" / target).is_file(), target
+
+
+# The gallery
+
+
+def test_the_gallery_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    assert page == GALLERY.page(), "run python docs/gallery.py"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_its_equation_paper_and_bibtex_entry(method: str) -> None:
+    cls, entry = METHODS[method], GALLERY.entry(method, METHODS[method])
+    assert GALLERY.equation(cls)
+    assert "```bibtex\n@" in entry
+    assert cls.reference.citation
+    assert not any(mark in entry for mark in (":math:", ":class:", ":func:"))
+
+
+def test_every_entry_of_the_bibliography_belongs_to_a_method() -> None:
+    assert {cls.reference.key for cls in METHODS.values()} == set(bibliography())
+
+
+def test_a_reconstruction_is_called_one() -> None:
+    assert "**reconstruction**" in GALLERY.entry("STKD", lightning_rkd.losses.STKD)
+
+
+def test_what_is_not_shipped_is_listed_with_what_is_missing() -> None:
+    for method, why in GALLERY.NOT_SHIPPED.items():
+        assert len(why) > 40, method
+        assert not hasattr(lightning_rkd.losses, method)

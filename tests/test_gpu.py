@@ -9,16 +9,18 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lightning_rkd import DistillationModule, RelationalDistillation
+from lightning_rkd import DistillationModule
 from lightning_rkd.functional import _kernels as kernels
 from lightning_rkd.functional.angles import angle_loss
 from lightning_rkd.functional.distances import squared_distances
 from lightning_rkd.losses import MHGD, RKD
 from lightning_rkd.losses.parts.memory import MemoryBank
 from lightning_rkd.metrics import EmbeddingRetrieval, RelationalAgreement
+from tests.harness import toys
+from tests.harness.faces import User, taught
 from tests.losses.test_contract import Sample, context, every_loss, pack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -142,59 +144,27 @@ def test_agreement_is_the_same():
     )
 
 
-class Plain(pl.LightningModule):
-    """A user's module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.backbone = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 16))
-        self.head = nn.Linear(16, 5)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+SETTINGS: dict[str, Any] = {"accelerator": "gpu", "max_steps": 12}
 
 
-class ByHand(Plain):
-    """The same with the loss written into the step."""
-
-    def __init__(self, teacher: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "teacher", teacher.cuda())
-        self.loss = RKD()
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        embedding = self.backbone(batch[0])
-        with torch.no_grad():
-            target = self.teacher(batch[0])
-        return nn.functional.cross_entropy(self.head(embedding), batch[1]) + self.loss(embedding, target)
-
-
-def teacher() -> nn.Module:
-    torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(20, 64), nn.Tanh()).requires_grad_(False)
-
-
-def fit(module: pl.LightningModule, precision: str, callbacks: list[pl.Callback], steps: int = 12) -> None:
-    torch.manual_seed(3)
-    data = TensorDataset(torch.randn(256, 20), torch.randint(5, (256,)))
-    pl.Trainer(
-        max_steps=steps, accelerator="gpu", devices=1, precision=precision, callbacks=callbacks, logger=False,  # type: ignore[arg-type]
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    ).fit(module, DataLoader(data, batch_size=64, pin_memory=True))  # fmt: skip
+def batches() -> DataLoader[Any]:
+    return toys.loader(rows=12 * 64, batch_size=64, pin_memory=True)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
 def test_attached_it_is_what_is_written_by_hand_to_the_last_bit(precision):
-    attached, by_hand = Plain(), ByHand(teacher())
-    fit(attached, precision, [RelationalDistillation(teacher(), RKD(), student_layer="backbone")])
-    fit(by_hand, precision, [])
-    for name, value in attached.state_dict().items():
-        assert torch.equal(value, by_hand.state_dict()[name]), name
+    teacher = toys.teacher().cuda()
+
+    def by_hand(embedding: Tensor, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = teacher(x)
+        return RKD()(embedding, target)
+
+    (attached, callbacks), written = taught("callback", toys.teacher(), RKD()), User(by_hand)
+    toys.fit(attached, *callbacks, batches=batches(), precision=precision, **SETTINGS)
+    toys.fit(written, batches=batches(), precision=precision, **SETTINGS)
+    assert toys.gap(attached, written) == 0.0
 
 
 class NoWaiting(pl.Callback):
@@ -218,16 +188,11 @@ class NoWaiting(pl.Callback):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_in_a_step_the_host_never_waits_for_the_device(face, precision):
     watch = NoWaiting()
+    module, callbacks = taught("callback", toys.teacher(), RKD())
+    if face == "module":
+        module, callbacks = DistillationModule(toys.Backbone(), toys.teacher(), RKD(), optimizer=toys.sgd), []
     try:
-        if face == "callback":
-            distil = RelationalDistillation(teacher(), RKD(), student_layer="backbone")
-            fit(Plain(), precision, [distil, watch])
-        else:
-            student = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 16))
-            module = DistillationModule(
-                student, teacher(), RKD(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)
-            )
-            fit(module, precision, [watch])
+        toys.fit(module, *callbacks, watch, batches=batches(), precision=precision, **SETTINGS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert watch.steps == 9

@@ -1,28 +1,17 @@
 """The notebooks are what their sources say, show what they should, and run from top to bottom."""
 
 import doctest
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 
 import nbformat
 import pytest
 
+from tests.harness.processes import import_file
+
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-
-
-def _build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("notebooks_build", FOLDER / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build = _build()
+build = import_file(FOLDER / "build.py")
 
 
 def test_every_source_has_its_notebook_and_every_notebook_its_source() -> None:

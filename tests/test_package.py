@@ -1,7 +1,6 @@
-"""The installed package: cheap imports, names that exist, a complete wheel."""
+"""The installed package: names that exist, a complete wheel."""
 
 import doctest
-import importlib.util
 import os
 import re
 import shutil
@@ -15,30 +14,9 @@ import pytest
 import yaml
 
 import lightning_rkd
+from tests.harness.processes import import_file
 
 ROOT = Path(__file__).parent.parent
-HEAVY = {
-    "jsonargparse",
-    "lightning",
-    "matplotlib",
-    "numba",
-    "pytorch_lightning",
-    "pytorch_metric_learning",
-    "torchvision",
-}
-
-
-@pytest.mark.parametrize("module", ["lightning_rkd", "lightning_rkd.losses", "lightning_rkd.losses.rkd"])
-def test_import_loads_no_heavy_library(module: str) -> None:
-    code = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    assert module.partition(".")[0] in loaded
-    assert not HEAVY & set(loaded)
-
-
-def test_bare_import_does_not_even_load_torch() -> None:
-    code = "import sys, lightning_rkd; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", lightning_rkd.__all__)
@@ -54,13 +32,11 @@ def test_unknown_name_is_an_attribute_error_that_says_it() -> None:
         getattr(lightning_rkd, misspelt)
 
 
-def test_version_is_that_of_the_project() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert lightning_rkd.__version__ == project["version"]
-
-
-def test_citation_names_this_version() -> None:
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == lightning_rkd.__version__
+def test_project_citation_and_changelog_name_this_version() -> None:
+    version, project = lightning_rkd.__version__, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert version == project["version"]
+    assert version == yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_forms_for_issues_are_yaml_that_asks_something() -> None:
@@ -68,10 +44,6 @@ def test_forms_for_issues_are_yaml_that_asks_something() -> None:
     assert len(forms) == 3
     for form in forms:
         assert all({"type", "id", "attributes"} <= set(part) for part in yaml.safe_load(form.read_text())["body"])
-
-
-def test_changelog_has_a_section_for_this_version() -> None:
-    assert f"## [{lightning_rkd.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_every_dependency_floor_and_ignored_warning_states_its_reason() -> None:
@@ -115,12 +87,7 @@ LOSS, EXPORT = re.findall(r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").r
 def test_the_loss_in_contributing_runs(tmp_path: Path) -> None:
     file = tmp_path / "cka.py"
     file.write_text(LOSS)
-    spec = importlib.util.spec_from_file_location("cka", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    failed, tried = doctest.testmod(module)
+    failed, tried = doctest.testmod(import_file(file))
     assert failed == 0
     assert tried > 0
 
@@ -141,12 +108,7 @@ def test_a_new_loss_is_one_file_and_one_export(tmp_path: Path) -> None:
         sys.executable,
         "-m",
         "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/losses/test_contract.py",
-        "-k",
-        "CKA",
+        *["-q", "-p", "no:cacheprovider", "tests/losses/test_contract.py", "-k", "CKA"],
     ]
     own = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(contract, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=300)

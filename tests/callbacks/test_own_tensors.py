@@ -9,19 +9,23 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint, WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.data.indexing import with_indices
 from lightning_rkd.distillation.features import Tap
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.rkd import RKD
-from lightning_rkd.modules.distillation import DistillationModule
 from tests.harness import toys
+from tests.harness.faces import FACES, taught
+from tests.parity import Recorder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
+]
 
 
 def attached(loss: RelationalLoss | dict[str, RelationalLoss], **settings: Any) -> RelationalDistillation:
@@ -121,21 +125,24 @@ def test_what_ddp_was_told_about_a_memory_is_taken_back() -> None:
     assert not hasattr(module, "_ddp_params_and_buffers_to_ignore")
 
 
-def loss_for_resume() -> dict[str, RelationalLoss]:
-    return {"projected": toys.Projected(5, 7), "remembers": toys.Remembers(7, 40)}
+SIZES = {"callback": (5, 7), "module": ()}  # a module finds them
+on_both_faces = pytest.mark.parametrize("face", FACES)
 
 
-def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path) -> None:
-    loader = with_indices(toys.loader())
-    whole, whole_loss = toys.Student(), loss_for_resume()
-    toys.fit(whole, attached(whole_loss), batches=loader, max_epochs=2)
-    half = toys.fit(toys.Student(), attached(loss_for_resume()), batches=loader)
-    half.save_checkpoint(tmp_path / "half.ckpt")
-    module, loss = toys.Student(), loss_for_resume()
-    trainer = toys.trainer(callbacks=[attached(loss)], max_epochs=2)
-    trainer.fit(module, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
-    assert toys.gap(whole, module) == 0.0
-    assert all(toys.gap(whole_loss[name], loss[name]) == 0.0 for name in loss)
+@on_both_faces
+def test_a_resumed_run_with_a_memory_is_the_uninterrupted_run(face: str, tmp_path: Path) -> None:
+    def made() -> Any:
+        memory = toys.Remembers(7, 40) if face == "callback" else toys.Remembers()
+        losses = nn.ModuleDict({"projected": toys.Projected(*SIZES[face]), "remembers": memory})
+        return *taught(face, toys.teacher(), dict(losses)), losses
+
+    loader, path = with_indices(toys.loader()), tmp_path / "half.ckpt"
+    (whole, with_whole, expected), (half, with_half, _), (rest, with_rest, losses) = made(), made(), made()
+    toys.fit(whole, *with_whole, batches=loader, max_epochs=2)
+    toys.fit(half, *with_half, batches=loader).save_checkpoint(path)
+    toys.trainer(callbacks=with_rest, max_epochs=2).fit(rest, loader, ckpt_path=path, weights_only=True)
+    assert toys.gap(whole, rest) == 0.0
+    assert toys.gap(expected, losses) == 0.0
 
 
 def test_resuming_without_the_callback_names_what_is_missing(tmp_path: Path) -> None:
@@ -145,30 +152,24 @@ def test_resuming_without_the_callback_names_what_is_missing(tmp_path: Path) -> 
         toys.trainer(max_epochs=2).fit(toys.Student(), toys.loader(), ckpt_path=path)
 
 
-def test_a_loss_that_lacks_its_sizes_is_told_them_in_the_error() -> None:
-    loader = with_indices(toys.loader())
-    with pytest.raises(ValueError, match=r"pass Projected\(student_dim=5, teacher_dim=7\)"):
-        toys.fit(toys.Student(), attached(toys.Projected()), batches=loader)
-    with pytest.raises(ValueError, match=r"pass Remembers\(num_samples=40, teacher_dim=7\)"):
-        toys.fit(toys.Student(), attached(toys.Remembers()), batches=loader)
-
-
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        return iter(toys.loader().dataset)
+@pytest.mark.parametrize(
+    ("loss", "batches", "message"),
+    [
+        (toys.Projected(), None, r"pass Projected\(student_dim=5, teacher_dim=7\)"),
+        (toys.Projected(), DataLoader(toys.Stream(), 8), r"pass Projected\(student_dim=5, teacher_dim=7\)"),
+        (toys.Remembers(), with_indices(toys.loader()), r"pass Remembers\(num_samples=40, teacher_dim=7\)"),
+        (toys.Projected(6, 7), None, "Projected was made for student_dim=6, but received student_dim=5"),
+    ],
+)
+def test_the_error_names_the_sizes_that_a_loss_lacks_or_has_wrong(loss: Any, batches: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        toys.fit(toys.Student(), attached(loss), batches=batches)
 
 
 def test_without_a_loader_size_the_error_leaves_num_samples_open() -> None:
-    with pytest.raises(ValueError, match=r"pass Projected\(student_dim=5, teacher_dim=7\)"):
-        toys.fit(toys.Student(), attached(toys.Projected()), batches=DataLoader(Stream(), 8))
     batches = [(x, y, torch.arange(8)) for x, y in toys.loader()]
     with pytest.raises(ValueError, match=r"pass Remembers\(num_samples=\.\.\., teacher_dim=7\)"):
         toys.fit(toys.Student(), attached(toys.Remembers(), indices=2), batches=batches)
-
-
-def test_a_loss_made_for_other_widths_says_so() -> None:
-    with pytest.raises(ValueError, match="Projected was made for student_dim=6, but received student_dim=5"):
-        toys.fit(toys.Student(), attached(toys.Projected(6, 7)))
 
 
 def test_two_callbacks_with_tensors_of_their_own_live_side_by_side() -> None:
@@ -185,41 +186,36 @@ def test_averages_of_weights_work_and_hold_nothing_of_the_loss(tmp_path: Path) -
     assert not [key for key in torch.load(saved, weights_only=True)["state_dict"] if "distill" in key]
 
 
-def averaged_in_two_halves(make: Any, path: Path) -> tuple[float, float]:
-    """Distance of module and loss from an uninterrupted run; ``make`` makes module, loss and callbacks."""
-    whole, whole_loss, callbacks = make()
+def averaged_in_two_halves(face: str, path: Path) -> tuple[float, float]:
+    """Distance of module and loss from an uninterrupted run."""
+
+    def made(*more: pl.Callback) -> Any:
+        loss = toys.Projected(5, 7)
+        module, callbacks = taught(face, toys.teacher(), loss)
+        return module, loss, [*callbacks, EMAWeightAveraging(decay=0.9), *more]
+
+    whole, whole_loss, callbacks = made()
     toys.fit(whole, *callbacks, max_epochs=2)
-    half, _, callbacks = make()
-    keep = {"enable_checkpointing": True}  # during the fit: after it, the averages are the weights
-    toys.fit(half, *callbacks, ModelCheckpoint(path, save_last=True), **keep)
-    module, loss, callbacks = make()
-    trainer = toys.trainer(callbacks=[*callbacks, ModelCheckpoint(path)], max_epochs=2, **keep)
+    half, _, callbacks = made(ModelCheckpoint(path, save_last=True))
+    toys.fit(half, *callbacks, enable_checkpointing=True)  # during the fit: after it, the averages are the weights
+    module, loss, callbacks = made(ModelCheckpoint(path))
+    trainer = toys.trainer(callbacks=callbacks, max_epochs=2, enable_checkpointing=True)
     trainer.fit(module, toys.loader(), ckpt_path=path / "last.ckpt", weights_only=True)
     return toys.gap(whole, module), toys.gap(whole_loss, loss)
 
 
 def test_weight_averages_resume_but_those_of_the_loss_restart_loudly(tmp_path: Path) -> None:
-    def make() -> Any:
-        loss = toys.Projected(5, 7)
-        return toys.Student(), loss, [attached(loss), EMAWeightAveraging(decay=0.9)]
-
     with pytest.raises(UserWarning, match="losses' own parameters are in no checkpoint: they begin anew"):
-        averaged_in_two_halves(make, tmp_path / "a warning is an error here")
+        averaged_in_two_halves("callback", tmp_path / "a warning is an error here")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "averages of the distillation losses")
-        module, loss = averaged_in_two_halves(make, tmp_path)
+        module, loss = averaged_in_two_halves("callback", tmp_path)
     assert module == 0.0
     assert loss > 0, "should this be 0, the warning can go"
 
 
 def test_in_a_distillation_module_averages_of_the_loss_resume_too(tmp_path: Path) -> None:
-    def make() -> Any:
-        torch.manual_seed(0)
-        loss = toys.Projected(5, 7)
-        module = DistillationModule(toys.Backbone(), toys.teacher(), loss, optimizer=toys.sgd)
-        return module, loss, [EMAWeightAveraging(decay=0.9)]
-
-    assert averaged_in_two_halves(make, tmp_path) == (0.0, 0.0)
+    assert averaged_in_two_halves("module", tmp_path) == (0.0, 0.0)
 
 
 def test_a_layer_may_be_any_function_also_where_a_loss_is_saved() -> None:
@@ -227,33 +223,23 @@ def test_a_layer_may_be_any_function_also_where_a_loss_is_saved() -> None:
     assert callback.state_key == "RelationalDistillation(projected at attrgetter)"
 
 
-def test_parameters_of_losses_join_the_optimizer_after_a_rate_finder(tmp_path: Path) -> None:
-    class Adjustable(toys.Student):
-        lr = 0.1
-
-    loss, finder = toys.Projected(5, 7), LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
-    toys.fit(Adjustable(), finder, attached(loss), precision="bf16-true", default_root_dir=tmp_path)
+@on_both_faces
+def test_losses_are_trained_in_half_precision_after_a_rate_finder(face: str, tmp_path: Path) -> None:
+    loss, finder = toys.Projected(*SIZES[face]), LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+    module, callbacks = taught(face, toys.teacher(), loss)
+    module.lr = 0.1  # type: ignore[assignment]
+    toys.fit(module, finder, *callbacks, precision="bf16-true", default_root_dir=tmp_path)
+    assert finder.optimal_lr is not None
     assert toys.gap(loss, toys.Projected(5, 7)) > 1e-3
 
 
-class Keeps(pl.Callback):
-    """Writes what the callback's loss has learnt, from the process in which it did."""
-
-    def __init__(self, loss: RelationalLoss, path: Path) -> None:
-        self.loss, self.path = loss, path
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            torch.save(self.loss.state_dict(), self.path)
-
-
-def trained_alike(path: Path, **settings: Any) -> dict[str, Tensor]:
-    """On rows that are all the same, so that it does not matter which device gets which."""
+def trained_alike(path: Path, **settings: Any) -> Tensor:
+    """All weights after training on rows that are all the same, so that it does not matter which device gets which."""
     rows = DataLoader(TensorDataset(torch.ones(80, toys.WIDTH), torch.zeros(80).long()), settings.pop("batch_size"))
-    loss = toys.Projected(5, 7)
-    toys.fit(toys.Student(), attached(loss), Keeps(loss, path), batches=rows, **settings)
-    state: dict[str, Tensor] = torch.load(path, weights_only=True)
-    return state
+    toys.fit(toys.Student(), attached(toys.Projected(5, 7)), Recorder(path), batches=rows, **settings)
+    _, weights = torch.load(path, weights_only=True)
+    assert len(weights) > sum(x.numel() for x in toys.Student().parameters()), "with those of the loss"
+    return weights
 
 
 @pytest.mark.slow

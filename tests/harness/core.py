@@ -15,7 +15,7 @@ from lightning_rkd.utils.imports import MissingExtraError
 
 FOLDERS = {"_kernels", "campaigns", "cli", "kernels"}
 """Folders of the tests and of the package that need an extra as a whole."""
-FILES = {"test_docs.py", "test_gallery.py", "test_install.py", "test_notebooks.py", "test_package.py"}
+FILES = {"test_docs.py", "test_install.py", "test_notebooks.py", "test_package.py"}
 """Tests of a checkout."""
 
 

@@ -1,12 +1,10 @@
 """One student, taught through either face or by hand, and the gradients of every step."""
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.modules.distillation import DistillationModule
@@ -28,22 +26,10 @@ class Net(nn.Module):
         return logits
 
 
-class User(pl.LightningModule):
-    """Somebody's module; ``by_hand`` is a function of (embedding, inputs) whose value its step adds itself."""
+class User(toys.Student):
+    """Somebody's module, which computes what ``DistillationModule`` does with a :class:`Net`."""
 
-    def __init__(self, by_hand: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
-        super().__init__()
-        self.student, self.by_hand = Net(), [by_hand]
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
-        embedding = self.student.backbone(x)
-        loss = F.cross_entropy(self.student.head(embedding), y)
-        (by_hand,) = self.by_hand
-        return loss if by_hand is None else loss + by_hand(embedding, x)
-
-    def configure_optimizers(self) -> Any:
-        return toys.sgd(self.parameters())
+    relu = False
 
 
 class Gradients(pl.Callback):
@@ -53,24 +39,17 @@ class Gradients(pl.Callback):
         self.steps: list[list[Tensor]] = []
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self.steps.append([p.grad.clone() for p in pl_module.student.parameters()])
+        net = getattr(pl_module, "student", pl_module)
+        self.steps.append([p.grad.clone() for part in (net.backbone, net.head) for p in part.parameters()])
 
 
 def taught(face: str, teacher: Any, loss: Any, **settings: Any) -> tuple[pl.LightningModule, list[pl.Callback]]:
     """The module to train, and its callbacks."""
+    settings = {"student_layer": "backbone", **settings}
     if face == "callback":
-        return User(), [RelationalDistillation(teacher, loss, student_layer="student.backbone", **settings)]
-    module = DistillationModule(
-        Net(),
-        teacher,
-        loss,
-        task_loss=nn.CrossEntropyLoss(),
-        task_reads="logits",
-        student_layer="backbone",
-        optimizer=toys.sgd,
-        **settings,
-    )
-    return module, []
+        return User(), [RelationalDistillation(teacher, loss, **settings)]
+    task = {"task_loss": nn.CrossEntropyLoss(), "task_reads": "logits"}
+    return DistillationModule(Net(), teacher, loss, **{"optimizer": toys.sgd, **task, **settings}), []
 
 
 def gradients(module: pl.LightningModule, *callbacks: pl.Callback, **settings: Any) -> list[list[Tensor]]:

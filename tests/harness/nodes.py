@@ -14,14 +14,7 @@ PORT = 29400
 
 
 class Nodes:
-    """Nodes 0 and 1, each with an address of its own and a folder of its own; needs root and ``ip netns``.
-
-    Args:
-        folder: Where the folders ``node0`` and ``node1`` are made: the nodes share no files.
-
-    Raises:
-        OSError: This machine makes no network namespaces; nothing is left of the attempt.
-    """
+    """Nodes 0 and 1, each with an address and a folder of its own below ``folder``; needs root and ``ip netns``."""
 
     def __init__(self, folder: Path) -> None:
         self.names = [f"lrkd-{os.getpid()}-{node}" for node in range(2)]

@@ -1,5 +1,6 @@
 """The command line and scripts in processes of their own."""
 
+import importlib.util
 import multiprocessing as mp
 import os
 import runpy
@@ -9,6 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +33,16 @@ GLYPHS = [
     "--trainer.enable_model_summary=false",
 ]
 """Options that make a recipe of glyphs small."""
+
+
+def import_file(path: Path) -> Any:
+    """The module in a file that is in no package."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def start(*args: str, first: str = "") -> subprocess.Popen[str]:

@@ -3,10 +3,12 @@
 import pickle
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.io import savemat
 
 ALPHABETS = {
     "images_background": ("Armenian", "Bengali", "Greek", "Hebrew", "Latin", "Tagalog"),
@@ -15,16 +17,10 @@ ALPHABETS = {
 
 
 def replica(name: str, folder: Path, classes: int = 12, images: int = 6) -> Path:
-    """Write one into ``folder`` and return what a data module's ``root`` should be.
+    """Write the data set of :data:`REPLICAS` into ``folder`` and return what a data module's ``root`` should be.
 
-    Every image of class c is of one colour, whose red is ``shade(c)``. ``images`` is per class; data sets with test
-    images of their own have half as many of them besides.
-
-    Args:
-        name: A key of :data:`REPLICAS`.
-        folder: An empty folder, or one that does not exist.
-        classes: Even; of Omniglot, characters in an alphabet.
-        images: Images of a class, at least 4.
+    Every image of class c is of one colour, whose red is ``shade(c)``. ``images``, at least 4, is per class; data sets
+    with test images of their own have half as many of them besides. Of Omniglot, ``classes`` is per alphabet.
     """
     folder.mkdir(parents=True, exist_ok=True)
     REPLICAS[name](folder, classes, images)
@@ -57,7 +53,7 @@ def _picture(path: Path, c: int, size: tuple[int, int] = (40, 32), mode: str = "
     Image.new(mode, size, (shade(c), 128, 64) if mode == "RGB" else shade(c)).save(path)
 
 
-def _cifar(folder: Path, classes: int, images: int, hundred: bool) -> None:
+def cifar(folder: Path, classes: int, images: int, hundred: bool = False) -> None:
     base = folder / ("cifar-100-python" if hundred else "cifar-10-batches-py")
     base.mkdir()
     names = [f"kind{c:02d}" for c in range(classes)]
@@ -69,14 +65,6 @@ def _cifar(folder: Path, classes: int, images: int, hundred: bool) -> None:
         (base / file).write_bytes(pickle.dumps(content, protocol=2))
     meta = {"fine_label_names": names} if hundred else {"label_names": names}
     (base / ("meta" if hundred else "batches.meta")).write_bytes(pickle.dumps(meta, protocol=2))
-
-
-def cifar10(folder: Path, classes: int, images: int) -> None:
-    _cifar(folder, classes, images, False)
-
-
-def cifar100(folder: Path, classes: int, images: int) -> None:
-    _cifar(folder, classes, images, True)
 
 
 def cub(folder: Path, classes: int, images: int) -> None:
@@ -104,8 +92,6 @@ def _names(classes: int) -> np.ndarray:
 
 
 def cars(folder: Path, classes: int, images: int) -> None:
-    from scipy.io import savemat
-
     rows: list[dict[str, object]] = []
     for i, (c, n) in enumerate((c, n) for c in range(classes) for n in range(images)):
         file = f"car_ims/{i + 1:06d}.jpg"
@@ -115,8 +101,6 @@ def cars(folder: Path, classes: int, images: int) -> None:
 
 
 def cars_devkit(folder: Path, classes: int, images: int) -> None:
-    from scipy.io import savemat
-
     for part, table in {"cars_train": "cars_train_annos", "cars_test": "cars_test_annos_withlabels"}.items():
         rows: list[dict[str, object]] = []
         for i, c in enumerate(c for c in range(classes) for _ in range(images // 2)):
@@ -192,8 +176,6 @@ def mini_imagenet(folder: Path, classes: int, images: int) -> None:
 
 
 REPLICAS: dict[str, Callable[[Path, int, int], None]] = {
-    made.__name__: made
-    for made in (
-        cars, cars_devkit, cifar10, cifar100, cub, in_shop, mini_imagenet, omniglot, online_products, tiny_imagenet,
-    )
-}  # fmt: skip
+    **{made.__name__: made for made in (cars, cars_devkit, cub, in_shop, mini_imagenet, omniglot, online_products)},
+    **{"cifar10": cifar, "cifar100": partial(cifar, hundred=True), "tiny_imagenet": tiny_imagenet},
+}

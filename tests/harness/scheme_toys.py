@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -15,6 +14,7 @@ from lightning_rkd.experimental import CORSD, OnlineBranches, ResidualKD
 from lightning_rkd.models.small import ConvNet
 from lightning_rkd.modules import MultiHeadDistillation
 from tests.harness import toys
+from tests.harness.toys import keeps as keeps
 
 CLASSES, SIZE, STEPS = 3, 8, 10
 MIDDLE = ["backbone.stage1", "backbone.stage2"]
@@ -70,18 +70,11 @@ CASES = {
     "MultiHeadDistillation": Case(
         MultiHeadDistillation,
         {"student": net},
-        {
-            "student_layers": MIDDLE[:1],
-            "teacher_layers": MIDDLE[:1],
-            "student_logits": "head.linear",
-            "head_width": 8,
-        },
+        {"student_layers": MIDDLE[:1], "teacher_layers": MIDDLE[:1], "student_logits": "head.linear", "head_width": 8},
         teacher,
     ),
     "OnlineBranches": Case(
-        OnlineBranches,
-        {"branches": lambda: [nn.Sequential(nn.ReLU(), net(seed)) for seed in (1, 2, 3)]},
-        {},
+        OnlineBranches, {"branches": lambda: [nn.Sequential(nn.ReLU(), net(seed)) for seed in (1, 2, 3)]}
     ),
     "ResidualKD": Case(
         ResidualKD,
@@ -90,15 +83,7 @@ CASES = {
         lambda: teacher(out=5),
         classifies=False,
     ),
-    "CORSD": Case(
-        CORSD,
-        {"student": net},
-        {
-            "stages": MIDDLE,
-            "channels": [4, 6],
-            "num_classes": CLASSES,
-        },
-    ),
+    "CORSD": Case(CORSD, {"student": net}, {"stages": MIDDLE, "channels": [4, 6], "num_classes": CLASSES}),
 }
 
 
@@ -110,11 +95,6 @@ class Losses(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         self.values.append(float(trainer.callback_metrics["train/loss"]))
-
-
-def keeps(folder: Any) -> ModelCheckpoint:
-    """Writes ``last.ckpt``."""
-    return ModelCheckpoint(folder, save_last=True, save_top_k=0)
 
 
 def fit(module: pl.LightningModule, *callbacks: pl.Callback, batches: Any = None, **kwargs: Any) -> pl.Trainer:

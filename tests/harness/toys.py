@@ -8,29 +8,15 @@ from unittest import mock
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from lightning_rkd.utils.distributed import rank_and_size
-from tests.harness.nets import (  # noqa: F401 - all of it is reached from here
-    CLASSES,
-    WIDTH,
-    Backbone,
-    Gram,
-    Hint,
-    Projected,
-    Remembers,
-    Requesting,
-    Rows,
-    attachments,
-    gap,
-    quantised,
-    same,
-    snapshot,
-    teacher,
-)
+from tests.harness.nets import *  # noqa: F403
+from tests.harness.nets import CLASSES, Backbone, Rows
 
 STEPS = 5
 
@@ -88,7 +74,9 @@ class Manual(Student):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        x, y, *_ = batch
+        self.step(*batch)
+
+    def step(self, x: Tensor, y: Tensor, *_: Any) -> None:
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(self.loss(x, y))
@@ -100,6 +88,13 @@ def loader(rows: int = 8 * STEPS, batch_size: int = 8, indexed: bool = False, **
     data = Rows(rows)
     indices = [torch.arange(rows)] * indexed
     return DataLoader(TensorDataset(data.x, data.y, *indices), batch_size=batch_size, **kwargs)
+
+
+class Stream(IterableDataset[Any]):
+    """The rows of the five batches, without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(loader().dataset)
 
 
 class Shares(Sampler[list[int]]):
@@ -141,6 +136,11 @@ def split(data: Dataset[Any], rank: int | None, counts: tuple[int, int]) -> Data
     rows = sum(counts)
     start, stop = (0, rows) if rank is None else ((0, counts[0]), (counts[0], rows))[rank]
     return DataLoader(data, batch_sampler=[list(range(n + start, n + stop)) for n in range(0, len(data), rows)])  # type: ignore[arg-type]
+
+
+def keeps(folder: Any) -> ModelCheckpoint:
+    """Writes ``last.ckpt``."""
+    return ModelCheckpoint(folder, save_last=True, save_top_k=0)
 
 
 def trainer(**kwargs: Any) -> pl.Trainer:

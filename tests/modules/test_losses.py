@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd.data.indexing import count_root_rows, with_indices
 from lightning_rkd.data.loaders import count_samples, load_first_samples
@@ -57,14 +56,9 @@ def test_the_number_of_samples_is_that_of_the_root_data_set() -> None:
     assert loss.state_dict()["sizes"].tolist() == [0, 40, 0, 7]
 
 
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        return iter(toys.loader().dataset)
-
-
 def test_sizes_that_cannot_be_found_are_asked_for() -> None:
     with pytest.raises(ValueError, match=r"pass Projected\(student_dim=\.\.\., teacher_dim=\.\.\.\)"):
-        toys.fit(module(toys.Projected()), batches=DataLoader(Stream(), 8))
+        toys.fit(module(toys.Projected()), batches=DataLoader(toys.Stream(), 8))
 
 
 @pytest.mark.parametrize("example", [(torch.zeros(2, toys.WIDTH),), {"x": torch.zeros(2, toys.WIDTH)}])
@@ -72,7 +66,7 @@ def test_an_example_is_given_to_the_networks_as_lightning_gives_it(example: Any)
     loss = toys.Projected()
     ours = module(loss)
     ours.example_input_array = example
-    toys.fit(ours, batches=DataLoader(Stream(), 8))
+    toys.fit(ours, batches=DataLoader(toys.Stream(), 8))
     assert loss.state_dict()["sizes"].tolist() == [0, 5, 0, 7]
 
 
@@ -135,14 +129,6 @@ def test_a_frozen_norm_stays_frozen_when_sizes_are_looked_for() -> None:
     assert int(student.norm.num_batches_tracked) == 0
 
 
-def test_during_a_rate_finder_the_teacher_has_the_students_precision(tmp_path: Path) -> None:
-    ours = module(toys.Projected())
-    ours.lr = 0.1
-    finder = LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
-    toys.fit(ours, finder, precision="bf16-true", default_root_dir=tmp_path)
-    assert finder.optimal_lr is not None
-
-
 def test_a_checkpoint_rebuilds_what_the_loss_had_made(tmp_path: Path) -> None:
     ours = module(toys.Projected())
     toys.fit(ours).save_checkpoint(tmp_path / "last.ckpt")
@@ -150,17 +136,6 @@ def test_a_checkpoint_rebuilds_what_the_loss_had_made(tmp_path: Path) -> None:
     fresh = module(toys.Projected())
     fresh.load_state_dict(state)
     assert toys.gap(fresh, ours) == 0.0
-
-
-def test_a_resumed_run_with_a_memory_is_the_uninterrupted_run(tmp_path: Path) -> None:
-    loader = with_indices(toys.loader())
-    whole, half, rest = (module({"p": toys.Projected(), "r": toys.Remembers()}) for _ in range(3))
-    for each in (whole, half, rest):
-        each.student.drop.p = 0.0
-    toys.fit(whole, batches=loader, max_epochs=2)
-    toys.fit(half, batches=loader).save_checkpoint(tmp_path / "half.ckpt")
-    toys.trainer(max_epochs=2).fit(rest, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
-    assert toys.gap(whole, rest) == 0.0
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
@@ -175,22 +150,30 @@ def test_tensors_of_losses_stay_in_float32(precision: Any) -> None:
     assert all(p.dtype == torch.float32 for p in loss.parameters())
 
 
-def in_two_processes(rank: int | None) -> dict[str, Tensor]:
-    ours = module({"p": toys.Projected(), "r": toys.Remembers()})
-    ours.student = toys.Backbone()
-    torch.manual_seed(3)
+def trained(rank: int | None, balanced: bool) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    losses: Any = RKD() if balanced else {"p": toys.Projected(), "r": toys.Remembers()}
+    settings = {"task_loss": nn.CrossEntropyLoss(), "balance": 1.0} if balanced else {}
+    ours = DistillationModule(toys.Backbone(), toys.teacher(), losses, optimizer=toys.sgd, **settings)
     with toys.devices(rank) as where:
         toys.fit(ours, batches=with_indices(batches(rank)), **where)
-    assert rank is None or ours._ddp_params_and_buffers_to_ignore == ["loss.losses.r.mean.value"]
-    return {name: value.clone() for name, value in ours.state_dict().items() if name != "student"}
+    assert rank is None or balanced or ours._ddp_params_and_buffers_to_ignore == ["loss.losses.r.mean.value"]
+    return {name: value.clone() for name, value in ours.state_dict().items()}
+
+
+def check_ranks(ranks: Ranks, balanced: bool) -> None:
+    first, second = ranks.run(trained, balanced)
+    for name, value in trained(None, balanced).items():
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-5)
 
 
 def test_on_two_devices_parameters_and_memories_are_those_of_one_device(ranks: Ranks) -> None:
-    first, second = ranks.run(in_two_processes)
-    alone = in_two_processes(None)
-    for name in (key for key in alone if not key.startswith("student")):
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
-        torch.testing.assert_close(first[name], alone[name], rtol=0, atol=1e-5)
+    check_ranks(ranks, balanced=False)
+
+
+def test_balance_is_the_same_on_two_devices(ranks: Ranks) -> None:
+    check_ranks(ranks, balanced=True)
 
 
 def local_memory(rank: int | None) -> str:
@@ -211,24 +194,21 @@ def test_a_memory_that_would_differ_between_ranks_is_refused(ranks: Ranks) -> No
 # Balance
 
 
-def bind(loss: RelationalLoss) -> dict[str, BoundLoss]:
-    return {name: BoundLoss.bind(name, term, [""], [""]) for name, term in terms_of(loss).items()}
-
-
-def by_hand(task: Tensor, term: Tensor, at: Tensor) -> Tensor:
-    norms = [torch.autograd.grad(loss, at, retain_graph=True)[0].norm() for loss in (task, term)]
-    return norms[0] / norms[1]
+def balance(x: Tensor, task: Tensor, loss: RelationalLoss, **settings: Any) -> tuple[Tensor, Tensor]:
+    """A term about embeddings, and the weight that balances it."""
+    ((_, single),) = terms_of(loss).items()
+    bound, term = BoundLoss.bind("term", single, [""], [""]), 3 * loss(x, torch.randn(len(x), 3))
+    return term, balance_weights({"term": term}, task, {"": Outputs(embedding=x)}, {"term": bound}, **settings)["term"]
 
 
 def test_balanced_gradients_have_the_norm_of_the_tasks() -> None:
     torch.manual_seed(2)
-    x, t, y = torch.randn(6, 4, requires_grad=True), torch.randn(6, 3), torch.arange(6) % 4
-    losses = bind(RKD())
-    terms, task = {"rkd": 3 * RKD()(x, t)}, F.cross_entropy(x, y)
-    factor = balance_weights(terms, task, {"": Outputs(embedding=x)}, losses)["rkd"]
-    torch.testing.assert_close(factor, by_hand(task, terms["rkd"], x))
-    scaled = torch.autograd.grad(factor * terms["rkd"], x)[0].norm()
-    torch.testing.assert_close(scaled, torch.autograd.grad(task, x)[0].norm())
+    x = torch.randn(6, 4, requires_grad=True)
+    task = F.cross_entropy(x, torch.arange(6) % 4)
+    term, factor = balance(x, task, RKD())
+    ours, expected = (torch.autograd.grad(loss, x, retain_graph=True)[0].norm() for loss in (term, task))
+    torch.testing.assert_close(factor, expected / ours)
+    torch.testing.assert_close(torch.autograd.grad(factor * term, x)[0].norm(), expected)
 
 
 def test_balance_weighs_the_terms_of_a_run_and_logs_what_it_found() -> None:
@@ -246,17 +226,13 @@ def test_balance_weighs_the_terms_of_a_run_and_logs_what_it_found() -> None:
 
 def test_a_term_without_a_gradient_gets_no_weight() -> None:
     x = torch.ones(4, 3, requires_grad=True)
-    losses = bind(RKDDistance())
-    terms = {"rkd_distance": RKDDistance()(x, torch.randn(4, 2))}
-    assert float(balance_weights(terms, x.sum(), {"": Outputs(embedding=x)}, losses)["rkd_distance"]) == 0.0
+    assert float(balance(x, x.sum(), RKDDistance())[1]) == 0.0
 
 
 def test_a_task_that_does_not_depend_on_what_a_term_reads_is_refused() -> None:
     x, y = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
-    losses = bind(RKDDistance())
-    terms = {"rkd_distance": RKDDistance()(x, torch.randn(4, 2))}
-    with pytest.raises(ValueError, match="the task loss does not depend on what rkd_distance reads"):
-        balance_weights(terms, y.sum(), {"": Outputs(embedding=x)}, losses)
+    with pytest.raises(ValueError, match="the task loss does not depend on what term reads"):
+        balance(x, y.sum(), RKDDistance())
 
 
 def test_gradients_are_logged_in_units_of_the_tasks_and_change_nothing() -> None:
@@ -273,13 +249,12 @@ def test_gradients_are_logged_in_units_of_the_tasks_and_change_nothing() -> None
     torch.testing.assert_close(logged["gradient/rkd"], 3 * 3 / found)  # with that weight it is 3, and it has 3
     both = module({"rkd": 3 * RKD()}, balance=2.0, log_gradients=True, **settings)
     assert float(toys.fit(both, max_steps=1, log_every_n_steps=1).callback_metrics["gradient/rkd"]) == 6.0
-    with pytest.raises(ValueError, match="log_gradients needs a task_loss"):
-        module(RKD(), log_gradients=True)
 
 
-def test_balance_without_a_task_is_refused() -> None:
-    with pytest.raises(ValueError, match="balance needs a task_loss"):
-        module(RKD(), balance=1.0)
+@pytest.mark.parametrize("setting", [{"balance": 1.0}, {"log_gradients": True}])
+def test_what_compares_with_the_task_is_refused_without_one(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} needs a task_loss"):
+        module(RKD(), **setting)
 
 
 def test_balance_sees_gradients_that_half_precision_needs_its_scaler_for() -> None:
@@ -296,27 +271,7 @@ def test_balance_sees_gradients_that_half_precision_needs_its_scaler_for() -> No
 
 def test_a_term_whose_gradient_overflows_makes_the_scaler_step_back() -> None:
     x = torch.randn(4, 3, dtype=torch.float16, requires_grad=True)
-    losses = bind(RKDDistance())
-    terms = {"rkd_distance": RKDDistance()(x, torch.randn(4, 2))}
-    factor = balance_weights(terms, x.float().sum(), {"": Outputs(embedding=x)}, losses, scale=lambda loss: 1e8 * loss)
-    assert bool(factor["rkd_distance"].isnan())
-
-
-def balanced_in_two_processes(rank: int | None) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    ours = DistillationModule(
-        toys.Backbone(), toys.teacher(), RKD(), task_loss=nn.CrossEntropyLoss(), balance=1.0, optimizer=toys.sgd
-    )
-    with toys.devices(rank) as where:
-        toys.fit(ours, batches=batches(rank), **where)
-    return {name: value.clone() for name, value in ours.state_dict().items()}
-
-
-def test_balance_is_the_same_on_two_devices(ranks: Ranks) -> None:
-    first, second = ranks.run(balanced_in_two_processes)
-    for name, value in balanced_in_two_processes(None).items():
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
-        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-5)
+    assert bool(balance(x, x.float().sum(), RKDDistance(), scale=lambda loss: 1e8 * loss)[1].isnan())
 
 
 # What a batch transform may say
@@ -355,14 +310,10 @@ def test_first_samples_are_as_the_steps_would_see_them() -> None:
 
 def test_the_number_of_samples_is_known_of_sized_loaders_only() -> None:
     loader = toys.loader()
-    assert (
-        count_root_rows(with_indices(loader).dataset)
-        == count_samples(loader)
-        == count_samples(with_indices(loader))
-        == 40
-    )
+    assert count_samples(loader) == count_samples(with_indices(loader)) == 40
+    assert count_root_rows(with_indices(loader).dataset) == 40
     assert count_samples(DataLoader(list(range(9)), 4)) == 9
     assert count_samples(DataLoader(list(loader), batch_size=None)) is None, "of batches"
-    assert count_samples(DataLoader(Stream(), 8)) is None
+    assert count_samples(DataLoader(toys.Stream(), 8)) is None
     assert count_samples({"a": loader}) is None
     assert count_root_rows(object()) is None

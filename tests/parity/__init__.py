@@ -83,10 +83,6 @@ class Recorder(pl.Callback):
 # How a cell is trained
 
 
-def once(run: Run, recorder: Recorder) -> Any:
-    return run.fit(recorder)
-
-
 def twice(run: Run, recorder: Recorder) -> Any:
     run.fit(recorder)
     return run.fit(recorder)
@@ -131,6 +127,7 @@ class Cell:
     loss: Callable[[], Any] = RKD
     by_hand: Callable[..., Any] = ByHand  # from loss and dtype to what the user's step adds
     arguments: dict[str, Any] = field(default_factory=dict)  # of callback or module
+    optimizer: Callable[[Any], torch.optim.Optimizer] = toys.sgd
     also: tuple[Callable[[], pl.Callback], ...] = ()  # further callbacks that distil
     callbacks: tuple[Callable[[], pl.Callback], ...] = ()  # further callbacks of the trainer
     compiles: Callable[[Any], Any] = itself  # acts on our module; the one by hand is not compiled
@@ -138,7 +135,7 @@ class Cell:
     batches: Callable[..., Any] | None = toys.loader  # None where the module has its own
     settings: dict[str, Any] = field(default_factory=dict)  # of the trainer
     limit: float = 0.0  # how far gradients and weights may lie apart
-    train: Callable[[Run, Recorder], Any] = once
+    train: Callable[[Run, Recorder], Any] = Run.fit
     slow: bool = False  # it takes seconds
     # what ours on two processes is compared with; "spawned" by the trainer: with one device
     ranks: Literal["one device", "same ranks", "spawned"] | None = None
@@ -166,16 +163,22 @@ class Cell:
         also = [make() for make in self.also]
         if self.face == "callback":
             arguments = {"student_layer": "backbone", **self.arguments}
-            return self.compiles(self.user()), [RelationalDistillation(teacher, self.loss(), **arguments), *also]
+            user = self.compiles(self.made())
+            return user, [RelationalDistillation(teacher, self.loss(), **arguments), *also]
         task = {"task_loss": nn.CrossEntropyLoss, "task_reads": "logits", "student_layer": "backbone"}
-        arguments = {"optimizer": toys.sgd, **task, **self.arguments}
+        arguments = {"optimizer": self.optimizer, **task, **self.arguments}
         arguments |= {name: arguments[name]() for name in ("task_loss", "miner") if name in arguments}
         return self.compiles(self.kind(self.student(), teacher, self.loss(), **arguments)), also
+
+    def made(self, *by_hand: Any) -> Any:
+        module = self.user(*by_hand)
+        module.optimizer = self.optimizer
+        return module
 
     def written(self, how: How) -> Any:
         """The user's module with the loss by hand, or without any."""
         dtype = DTYPES.get(self.settings.get("precision", ""), torch.float32)
-        module = self.user(self.by_hand(self.loss(), dtype)) if how == "hand" else self.user()
+        module = self.made(self.by_hand(self.loss(), dtype)) if how == "hand" else self.made()
         module.relu = self.face == "callback"  # the networks of the modules have none before the head
         return module
 

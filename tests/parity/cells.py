@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.distillation.features import Tap
 from lightning_rkd.losses.rkd import RKD, RKDAngle, RKDDistance
+from lightning_rkd.modules.distillation import DistillationModule
 from tests.harness import toys
 from tests.harness.faces import Net
 from tests.parity import Cell, after_an_exception, copied, twice, users
-from tests.parity.users import compiled, with_backbone
+from tests.parity.users import compiled, having, step, with_backbone
 
 ALMOST = 1e-6
 callback = Cell
@@ -35,6 +36,11 @@ module = partial(Cell, face="module")
 def both(name: str, **fields: Any) -> list[Cell]:
     """The same cell for callback and module."""
     return [callback(name=name, **fields), module(name=name, **fields)]
+
+
+def pair(change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The user's module and the network of a ``DistillationModule``, changed alike."""
+    return {"user": change(toys.Student), "student": change(Net)}
 
 
 def scaler() -> MixedPrecision:
@@ -71,12 +77,14 @@ def relation_and_hint() -> Any:
 
 
 indexed = partial(toys.loader, indexed=True)
+AT_BACKBONE = {"input_layer": "backbone"}
 INSIDE = {"student_layer": Tap("backbone.last", at="output")}
 LAYERS: dict[str, Any] = {
     "student_layer": {"low": Tap("backbone.first", at="output"), "high": "backbone"},
     "teacher_layer": {"low": Tap("first", at="output"), "high": ""},
 }
 EPOCHS: dict[str, Any] = {"weight": lambda epoch: 1.0 + epoch, "task_weight": lambda epoch: 0.5 - 0.25 * epoch}
+SEVERAL: dict[str, Any] = {"loss": distances_and_angles, "by_hand": users.rkd, "settings": {"max_epochs": 2}}
 PARAMETERS: dict[str, Any] = {"user": users.WithTensors, "loss": partial(toys.Projected, 5, 7)}
 MEMORY: dict[str, Any] = {
     "user": users.WithTensors,
@@ -96,7 +104,10 @@ METRIC: dict[str, Any] = {
 }
 TUNED: dict[str, Any] = {"user": users.Tuned, "kind": users.TunedModule}
 TUNED_MEMORY = MEMORY | TUNED | {"user": users.TunedWithTensors}
-SWA = (partial(StochasticWeightAveraging, 0.05, swa_epoch_start=1),)
+SWA: dict[str, Any] = {
+    "callbacks": (partial(StochasticWeightAveraging, 0.05, swa_epoch_start=1),),
+    "settings": {"max_epochs": 3},
+}
 RATES: dict[str, Any] = {
     "callbacks": (partial(LearningRateFinder, num_training_steps=20, early_stop_threshold=None),),
     "settings": {"max_epochs": 5},
@@ -106,60 +117,42 @@ TRIALS: dict[str, Any] = {
     "batches": None,
 }
 recomputes = partial(with_backbone, users.Recomputes)
-recomputes_reentrantly = partial(with_backbone, users.RecomputesReentrantly)
+recomputes_reentrantly = partial(with_backbone, having(users.Recomputes, reentrant=True))
+MAPPED = step(lambda self, batch, _: self.loss(batch["x"], batch["y"]))
+DOUBLED = step(lambda self, batch, _: self.loss(2 * batch[0], batch[1]))
+DRAWS = step(lambda self, dataloader_iter: self.loss(*next(dataloader_iter)[0]))
+MANUAL_DRAWS = step(lambda self, dataloader_iter: self.step(*next(dataloader_iter)[0]), toys.Manual)
 
 STEPS = [
     callback(name="a tensor is returned"),
-    callback(name="a dict is returned", user=users.ReturnsDict),
-    callback(name="None is returned", user=users.Skips),
-    callback(name="training_step(self, batch)", user=users.BatchOnly),
-    callback(name="dataloader_iter", user=users.Draws, arguments={"input_layer": "backbone"}),
-    callback(name="batches are mappings", user=users.Mapped, batches=mappings, arguments={"inputs": "x"}),
-    callback(name="two passes in a step", user=users.TwoViews, arguments={"input_layer": "backbone"}),
+    callback(name="a dict is returned", user=step(lambda self, batch, _: {"loss": self.loss(*batch), "other": 1})),
+    callback(name="None is returned", user=step(lambda self, batch, i: None if i == 2 else self.loss(*batch))),
+    callback(name="training_step(self, batch)", user=step(lambda self, batch: self.loss(*batch))),
+    callback(name="dataloader_iter", user=DRAWS, arguments=AT_BACKBONE),
+    callback(name="batches are mappings", user=MAPPED, batches=mappings, arguments={"inputs": "x"}),
+    callback(name="two passes in a step", user=users.TwoViews, arguments=AT_BACKBONE),
     callback(name="the step takes a gradient itself", user=users.Penalty),
     callback(name="activation checkpointing, the layer inside", user=recomputes(toys.Student), arguments=INSIDE),
     module(name="a classifier"),
     module(name="metric learning with a miner", **METRIC),
-    module(name="batches are mappings", user=users.Mapped, batches=mappings, arguments={"inputs": "x", "labels": "y"}),
-    module(name="a batch transform", user=users.Doubled, arguments={"batch_transform": users.double}),
-    module(
-        name="two passes in a step",
-        user=users.TwoPasses,
-        student=users.TwoPassesNet,
-        arguments={"input_layer": "backbone"},
-    ),
-    *both(
-        "dropout and batch norm",
-        user=partial(toys.Student, dropout=0.5, norm=True),
-        student=partial(Net, dropout=0.5, norm=True),
-    ),
+    module(name="batches are mappings", user=MAPPED, batches=mappings, arguments={"inputs": "x", "labels": "y"}),
+    module(name="a batch transform", user=DOUBLED, arguments={"batch_transform": users.double}),
+    module(name="two passes in a step", user=users.TwoPasses, student=users.TwoPassesNet, arguments=AT_BACKBONE),
+    *both("dropout and batch norm", **pair(lambda make: partial(make, dropout=0.5, norm=True))),
     *both("an in-place operation after the layer", user=users.WritesOver, student=users.WritesOverNet),
-    *both("activation checkpointing, not reentrant", user=recomputes(toys.Student), student=recomputes(Net)),
-    *both(
-        "activation checkpointing, reentrant, the layer around it",
-        user=recomputes_reentrantly(toys.Student),
-        student=recomputes_reentrantly(Net),
-    ),
+    *both("activation checkpointing, not reentrant", **pair(recomputes)),
+    *both("activation checkpointing, reentrant, the layer around it", **pair(recomputes_reentrantly)),
 ]
 LOSSES = [
     *both("losses at two layers", user=users.TwoTaps, loss=two_layers, by_hand=users.rkd, arguments=LAYERS),
-    callback(
-        name="several losses, weights of the epoch",
-        user=users.Weighted,
-        loss=distances_and_angles,
-        by_hand=users.rkd,
-        settings={"max_epochs": 2},
-        arguments=EPOCHS,
-    ),
+    callback(name="several losses, weights of the epoch", user=users.Weighted, arguments=EPOCHS, **SEVERAL),
     module(
         name="several losses, weights of the epoch, a scheduler",
         user=users.Scheduled,
-        loss=distances_and_angles,
-        by_hand=users.rkd,
-        settings={"max_epochs": 2},
         arguments=EPOCHS | {"lr_scheduler": users.halves},
+        **SEVERAL,
     ),
-    callback(name="two callbacks", loss=RKDDistance, by_hand=users.Both, also=(second,), limit=ALMOST),
+    callback(name="two callbacks", loss=RKDDistance, by_hand=users.two_relations, also=(second,), limit=ALMOST),
     module(
         name="RelationalDistillation on top",
         loss=RKDDistance,
@@ -180,26 +173,9 @@ TRAINER = [
     *both("64-true", settings={"precision": "64-true"}),
     *both("fp16 with a scaler, clipping", settings={"plugins": scaler, "gradient_clip_val": 0.05}),
     *both("fp16 with a scaler, accumulation", settings={"plugins": scaler, "accumulate_grad_batches": 2}),
-    callback(name="LBFGS with strong_wolfe", user=partial(toys.Student, optimizer=strong_wolfe), limit=ALMOST),
-    module(
-        name="LBFGS with strong_wolfe",
-        user=partial(toys.Student, optimizer=strong_wolfe),
-        arguments={"optimizer": strong_wolfe},
-        limit=ALMOST,
-    ),
-    *both(
-        "stochastic weight averaging",
-        user=partial(toys.Student, norm=True),
-        student=partial(Net, norm=True),
-        callbacks=SWA,
-        settings={"max_epochs": 3},
-    ),
-    *both(
-        "stochastic weight averaging, a loss with parameters",
-        callbacks=SWA,
-        settings={"max_epochs": 3},
-        **PARAMETERS,
-    ),
+    *both("LBFGS with strong_wolfe", optimizer=strong_wolfe, limit=ALMOST),
+    *both("stochastic weight averaging", **SWA, **pair(lambda make: partial(make, norm=True))),
+    *both("stochastic weight averaging, a loss with parameters", **SWA, **PARAMETERS),
     *both("averaged weights", callbacks=(WeightAveraging,)),
     *both("exponentially averaged weights", callbacks=(partial(EMAWeightAveraging, decay=0.5),)),
     *both("averaged weights, a loss with parameters", callbacks=(WeightAveraging,), **PARAMETERS),
@@ -220,20 +196,15 @@ TRAINER = [
 ]
 
 
-def when_compiled(name: str, backend: str, student: bool, face: str, **fields: Any) -> Cell:
-    """The module is compiled, or the student in it."""
-    part = {"callback": "backbone", "module": "student"}[face] if student else ""
-    return Cell(name=name, face=face, compiles=compiled(backend, part), limit=ALMOST, slow=True, **fields)
-
-
+SLOWLY: dict[str, Any] = {"limit": ALMOST, "slow": True}
 COMPILERS = [
-    *(when_compiled("a compiled student", "eager", True, face) for face in ("callback", "module")),
-    when_compiled("a compiled student, the layer inside", "eager", True, "callback", arguments=INSIDE),
-    *both("a compiled teacher", compiles_teacher=compiled("eager"), limit=ALMOST, slow=True),
-    *(when_compiled("a compiled module", "eager", False, face) for face in ("callback", "module")),
-    *(when_compiled("a student compiled by inductor", "inductor", True, face) for face in ("callback", "module")),
-    callback(name="a teacher compiled by inductor", compiles_teacher=compiled("inductor"), limit=ALMOST, slow=True),
-    *(when_compiled("a module compiled by inductor", "inductor", False, face) for face in ("callback", "module")),
+    *both("a compiled student", compiles=compiled("eager", student=True), **SLOWLY),
+    callback(name="a compiled student, the layer inside", compiles=compiled("eager", True), arguments=INSIDE, **SLOWLY),
+    *both("a compiled teacher", compiles_teacher=compiled("eager"), **SLOWLY),
+    *both("a compiled module", compiles=compiled("eager"), **SLOWLY),
+    *both("a student compiled by inductor", compiles=compiled("inductor", student=True), **SLOWLY),
+    callback(name="a teacher compiled by inductor", compiles_teacher=compiled("inductor"), **SLOWLY),
+    *both("a module compiled by inductor", compiles=compiled("inductor"), **SLOWLY),
 ]
 
 
@@ -245,20 +216,26 @@ def at(index: int) -> dict[str, Any]:
     return {"manual_backward_index": index}
 
 
+LATER = having(users.TwoBackwards, receives=1)
+CRITIC_FIRST = having(users.Adversarial, players=("critic_step", "network_step"))
 MANUAL = [
     manual(""),
     manual(", bf16-mixed", settings={"precision": "bf16-mixed"}),
     manual(", bf16-true", settings={"precision": "bf16-true"}),
     manual(", fp16 with a scaler", settings={"plugins": scaler}),
     manual(", accumulation and clipping", users.ManualSteps),
-    manual(", dataloader_iter", users.ManualDraws, arguments={"input_layer": "backbone"}),
-    manual(", two passes in a step", users.ManualViews, arguments={"input_layer": "backbone"}),
+    manual(", dataloader_iter", MANUAL_DRAWS, arguments=AT_BACKBONE),
+    manual(", two passes in a step", having(toys.Manual, loss=users.TwoViews.loss), arguments=AT_BACKBONE),
     manual(", a closure", users.Closure),
     manual(", the first of two backwards", users.TwoBackwards, arguments=at(0)),
-    manual(", the second of two backwards", users.Later, arguments=at(1)),
-    manual(", activation checkpointing, the layer inside", recomputes(users.Later), arguments=INSIDE | at(1)),
+    manual(", the second of two backwards", LATER, arguments=at(1)),
+    manual(", activation checkpointing, the layer inside", recomputes(LATER), arguments=INSIDE | at(1)),
     manual(", two optimizers", users.Adversarial, arguments=at(0)),
-    manual(", two optimizers, critic first", users.CriticFirst, arguments=at(1)),
+    manual(
+        ", two optimizers, critic first",
+        CRITIC_FIRST,
+        arguments=at(1),
+    ),
     manual(", three optimizers", users.ThreeOptimizers, arguments=at(0)),
     manual(
         ", the critic's optimizer first, a loss with parameters",
@@ -292,7 +269,11 @@ def on_a_mesh() -> ModelParallelStrategy:
 
 
 UNUSED = ddp(find_unused_parameters=True)
-FSDP: dict[str, Any] = {"user": users.Shards, "kind": users.ShardsModule, "on_ranks": {"strategy": on_a_mesh}}
+FSDP: dict[str, Any] = {
+    "user": having(configure_model=users.shard),
+    "kind": having(DistillationModule, configure_model=users.shard),
+    "on_ranks": {"strategy": on_a_mesh},
+}
 SPAWNED = {"strategy": "ddp_spawn", "devices": 2, "use_distributed_sampler": False}
 BY_RANKS: dict[str, Any] = {"ranks": "same ranks", "loss": RKD, "by_hand": users.Everywhere}
 
@@ -318,10 +299,8 @@ ON_TWO_DEVICES = [
 ]
 ON_TWO_DEVICES += [
     on_two("callback", "DDP, find_unused_parameters, only distilled", user=users.OnlyDistilled, **UNUSED),
-    on_two(
-        "callback", "DDP, two passes in a step", user=users.TwoViews, loss=RKD, arguments={"input_layer": "backbone"}
-    ),
-    on_two("callback", "DDP, two callbacks", loss=RKDDistance, by_hand=users.Both, also=(second,)),
+    on_two("callback", "DDP, two passes in a step", user=users.TwoViews, loss=RKD, arguments=AT_BACKBONE),
+    on_two("callback", "DDP, two callbacks", loss=RKDDistance, by_hand=users.two_relations, also=(second,)),
     on_two("callback", "DDP, manual", user=toys.Manual),
     on_two("callback", "DDP, manual, find_unused_parameters, only distilled", user=users.ManualOnlyDistilled, **UNUSED),
     on_two("callback", "DDP, manual, static_graph", user=toys.Manual, **ddp(static_graph=True)),

@@ -39,15 +39,10 @@ def rkd(loss: Any, dtype: torch.dtype) -> ByHand:
     return ByHand(RKD(), dtype)
 
 
-class Both:
+def two_relations(loss: Any, dtype: torch.dtype) -> Callable[..., Tensor]:
     """Two relations by hand, as two callbacks add them."""
-
-    def __init__(self, loss: Any, dtype: torch.dtype) -> None:
-        self.parts = [ByHand(RKDDistance()), ByHand(RKDAngle())]
-
-    def __call__(self, embedding: Tensor, x: Tensor) -> Tensor:
-        first, second = (part(embedding, x) for part in self.parts)
-        return first + second
+    distances, angles = ByHand(RKDDistance()), ByHand(RKDAngle())
+    return lambda embedding, x: distances(embedding, x) + angles(embedding, x)
 
 
 class Everywhere(ByHand):
@@ -63,38 +58,16 @@ class Everywhere(ByHand):
         return value
 
 
+def having(base: type[Any] = toys.Student, **members: Any) -> type[Any]:
+    """The same class with other methods and attributes."""
+    return type(base.__name__, (base,), members)
+
+
+def step(training_step: Callable[..., Any], base: type[Any] = toys.Student) -> type[Any]:
+    return having(base, training_step=training_step)
+
+
 # Automatic optimisation
-
-
-class ReturnsDict(toys.Student):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return {"loss": super().training_step(batch, batch_idx), "other": 1}
-
-
-class BatchOnly(toys.Student):
-    def training_step(self, batch: Any) -> Any:  # type: ignore[override]
-        return self.loss(*batch)
-
-
-class Skips(toys.Student):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return None if batch_idx == 2 else super().training_step(batch, batch_idx)
-
-
-class Draws(toys.Student):
-    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
-        batch, *_ = next(dataloader_iter)
-        return self.loss(*batch)
-
-
-class Mapped(toys.Student):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.loss(batch["x"], batch["y"])
-
-
-class Doubled(toys.Student):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.loss(2 * batch[0], batch[1])
 
 
 def double(batch: Batch) -> Batch:
@@ -131,11 +104,10 @@ class TwoPasses(toys.Student):
 class Penalty(toys.Student):
     """Takes a gradient inside the step, which shall be that of its own loss."""
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        embedding = self.backbone(x)
+    def task(self, embedding: Tensor, y: Tensor) -> Tensor:
         loss = F.cross_entropy(self.head(embedding), y)
         (gradient,) = torch.autograd.grad(loss, self.head.weight, create_graph=True)
-        return self.plus(loss + gradient.square().sum(), embedding, x)
+        return loss + gradient.square().sum()
 
 
 class Weighted(toys.Student):
@@ -217,20 +189,17 @@ class FailsOnce(toys.Student):
 class Tuned(toys.Student):
     """Values that Lightning's finders change."""
 
-    lr, batch_size = 0.1, 8
+    lr, batch_size, indexed = 0.1, 8, False
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), self.lr)
 
     def train_dataloader(self) -> Any:
-        return toys.loader(batch_size=self.batch_size)
+        return toys.loader(batch_size=self.batch_size, indexed=self.indexed)
 
 
 class TunedWithTensors(WithTensors, Tuned):
-    """Both."""
-
-    def train_dataloader(self) -> Any:
-        return toys.loader(batch_size=self.batch_size, indexed=True)
+    indexed = True
 
 
 class OnlyDistilled(toys.Student):
@@ -240,35 +209,26 @@ class OnlyDistilled(toys.Student):
         super().__init__(by_hand)
         self.unused = nn.Linear(2, 2)
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        embedding = self.backbone(x)
-        return self.plus(F.cross_entropy(self.head(embedding.detach()), y), embedding, x)
+    def task(self, embedding: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(embedding.detach()), y)
 
 
 class CountsRows(toys.Student):
     """Weighs its own loss by the rows of all ranks, which a callback leaves to the user."""
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        embedding, ranks = self.backbone(x), dist.get_world_size() if dist.is_initialized() else 1
-        task = F.cross_entropy(self.head(embedding), y, reduction="sum") * ranks / 16
-        return self.plus(task, embedding, x)
+    def task(self, embedding: Tensor, y: Tensor) -> Tensor:
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        return F.cross_entropy(self.head(embedding), y, reduction="sum") * ranks / 16
 
 
-class Shards(toys.Student):
-    """On two devices its parts lie on both."""
-
-    def configure_model(self) -> None:
-        for part in (self.backbone, self.head) if dist.is_initialized() else ():
-            fully_shard(part, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]
+def shard(module: Any) -> None:
+    """A ``configure_model`` after which the parts of the student lie on both devices."""
+    net = getattr(module, "student", module)
+    for part in (net.backbone, net.head) if dist.is_initialized() else ():
+        fully_shard(part, mesh=module.device_mesh["data_parallel"])
 
 
 # Manual optimisation
-
-
-class ManualDraws(toys.Manual):
-    def training_step(self, dataloader_iter: Any) -> None:  # type: ignore[override]
-        batch, *_ = next(dataloader_iter)
-        super().training_step(batch, 0)
 
 
 class ManualSteps(toys.Manual):
@@ -289,17 +249,8 @@ class ManualSteps(toys.Manual):
         return loss if by_hand is None else loss + 2 * by_hand(embedding, x)
 
 
-class ManualViews(toys.Manual):
-    loss = TwoViews.loss
-
-
 class ManualOnlyDistilled(OnlyDistilled, toys.Manual):
     """Both."""
-
-
-class NoBackward(toys.Manual):
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        self.loss(*batch).backward()
 
 
 class TwoBackwards(toys.Manual):
@@ -318,10 +269,6 @@ class TwoBackwards(toys.Manual):
         optimizer.step()  # type: ignore[union-attr]
 
 
-class Later(TwoBackwards):
-    receives = 1
-
-
 class Closure(toys.Manual):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
@@ -338,6 +285,8 @@ class Closure(toys.Manual):
 class Adversarial(toys.Manual):
     """Two players with an optimizer each: the network fools a critic of its embeddings, which learns to tell them."""
 
+    players = ("network_step", "critic_step")
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.critic = nn.Linear(5, 1)
@@ -347,8 +296,8 @@ class Adversarial(toys.Manual):
         return toys.sgd(own), toys.sgd(self.critic.parameters())
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        for player in (self.network_step, self.critic_step):
-            player(*batch)
+        for player in self.players:
+            getattr(self, player)(*batch)
 
     def network_loss(self, x: Tensor, y: Tensor) -> Tensor:
         embedding = self.backbone(x)
@@ -371,12 +320,6 @@ class Adversarial(toys.Manual):
         self.manual_backward(loss)
         optimizer.step()
         self.untoggle_optimizer(optimizer)
-
-
-class CriticFirst(Adversarial):
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        for player in (self.critic_step, self.network_step):
-            player(*batch)
 
 
 class ThreeOptimizers(Adversarial):
@@ -423,10 +366,6 @@ class Recomputes(toys.Backbone):
         return out
 
 
-class RecomputesReentrantly(Recomputes):
-    reentrant = True
-
-
 def with_backbone(kind: type[nn.Module], make: Callable[..., Any]) -> Callable[..., Any]:
     """Makes the same module with another kind of backbone."""
 
@@ -438,13 +377,14 @@ def with_backbone(kind: type[nn.Module], make: Callable[..., Any]) -> Callable[.
     return changed
 
 
-def compiled(backend: str, part: str = "") -> Callable[[Any], Any]:
-    """Compiles a module, or a part of it."""
+def compiled(backend: str, student: bool = False) -> Callable[[Any], Any]:
+    """Compiles a module, or only the student in it."""
 
     def change(module: Any) -> Any:
         torch._dynamo.reset()
-        if not part:
+        if not student:
             return torch.compile(module, backend=backend)
+        part = "student" if hasattr(module, "student") else "backbone"
         setattr(module, part, torch.compile(getattr(module, part), backend=backend))
         return module
 
@@ -454,16 +394,8 @@ def compiled(backend: str, part: str = "") -> Callable[[Any], Any]:
 # Networks for DistillationModule that do what the modules of these names do, and subclasses of it
 
 
-class WritesOverNet(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(F.relu_(self.backbone(x)))
-        return logits
-
-
-class TwoPassesNet(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.backbone(x) + self.backbone(x.flip(1)))
-        return logits
+WritesOverNet = having(Net, forward=lambda self, x: self.head(F.relu_(self.backbone(x))))
+TwoPassesNet = having(Net, forward=lambda self, x: self.head(self.backbone(x) + self.backbone(x.flip(1))))
 
 
 class FailsOnceNet(Net):
@@ -489,19 +421,8 @@ class ManualModule(DistillationModule):
 
 
 class TunedModule(DistillationModule):
-    lr, batch_size = 0.1, 8
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), self.lr)
-
-    def train_dataloader(self) -> Any:
-        return toys.loader(batch_size=self.batch_size)
+    lr, batch_size, indexed = 0.1, 8, False
+    configure_optimizers, train_dataloader = Tuned.configure_optimizers, Tuned.train_dataloader  # type: ignore[assignment]
 
     def val_dataloader(self) -> Any:
         return toys.loader(indexed=True)  # the batch size finder wants one of any module with a validation_step
-
-
-class ShardsModule(DistillationModule):
-    def configure_model(self) -> None:
-        for part in (self.student.backbone, self.student.head):
-            fully_shard(part, mesh=self.device_mesh["data_parallel"])  # type: ignore[arg-type]

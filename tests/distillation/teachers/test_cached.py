@@ -407,7 +407,7 @@ def test_user_code_never_sees_indexed_batches(tmp_path: Path) -> None:
             kinds.append(type(batch))
             return super().training_step(batch, batch_idx)
 
-    callback = RelationalDistillation(CachedTeacher(cache(tmp_path)), RKD(), student_layer="student.backbone")
+    callback = RelationalDistillation(CachedTeacher(cache(tmp_path)), RKD(), student_layer="backbone")
     trainer = toys.fit(Records(), callback)
     assert IndexedBatch not in kinds
     assert "dataloader" not in vars(trainer.fit_loop._data_source), "the loader is restored"

@@ -24,7 +24,7 @@ def fitted(rank: int | None, face: str, teacher: Any, loss: Any, counts: tuple[i
     module, callbacks = taught(face, teacher, loss)
     with toys.devices(rank) as where:
         toys.fit(module, *callbacks, batches=batches(rank, counts), **where)
-    return {name: x.clone() for name, x in module.student.state_dict().items()}
+    return {name: x.clone() for name, x in getattr(module, "student", module).state_dict().items()}
 
 
 # Several teachers
