@@ -381,7 +381,7 @@ def compiled(backend: str, student: bool = False) -> Callable[[Any], Any]:
     """Compiles a module, or only the student in it."""
 
     def change(module: Any) -> Any:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         if not student:
             return torch.compile(module, backend=backend)
         part = "student" if hasattr(module, "student") else "backbone"

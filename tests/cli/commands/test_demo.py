@@ -97,7 +97,7 @@ def test_a_demo_stopped_in_a_student_resumes_to_the_same_files(
     assert cli.main([*fit, "--trainer.default_root_dir=again", "--trainer.max_epochs=1"]) == 0
 
 
-def test_networks_suit_the_images_and_the_student_is_a_tenth_of_the_teacher(photos: Path) -> None:
+def test_networks_suit_images_and_the_student_is_a_tenth_of_the_teacher(photos: Path) -> None:
     data, changes = demo.plan_folder(photos, Console(quiet=True))
     assert data.image_shape == (3, 16, 16)
     for comparison, channels in ((demo.plan([3]), 1), (demo.plan([3], None, changes), 3)):
