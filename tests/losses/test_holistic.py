@@ -2,43 +2,14 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from lightning_rkd.losses import HolisticKD
 from lightning_rkd.losses.holistic import prediction_graph
-from lightning_rkd.utils.distributed import gather_rows
 from lightning_rkd.utils.types import Outputs
-from tests.harness.ranks import Ranks
+from tests.losses.test_memory_contrast import batches, layer, small, value_of
 from tests.oracles import holistic as oracle
 from tests.oracles.memory import renewed
 from tests.oracles.vectors import project
-
-
-def small(**settings) -> HolisticKD:
-    return HolisticKD(4, 6, 12, **{"dim": 5, "negatives": 7, "neighbours": 3, **settings}).double()
-
-
-def batches(n: int, steps: int = 1) -> list[dict[str, Tensor]]:
-    return [
-        {
-            "student": torch.randn(n, 4, dtype=torch.float64),
-            "student_logits": torch.randn(n, 3, dtype=torch.float64),
-            "teacher": torch.randn(n, 6, dtype=torch.float64),
-            "teacher_logits": torch.randn(n, 3, dtype=torch.float64),
-            "indices": torch.randperm(12)[:n],
-            "labels": torch.randint(3, (n,)),
-        }
-        for _ in range(steps)
-    ]
-
-
-def value_of(loss: HolisticKD, batch: dict[str, Tensor]) -> Tensor:
-    inputs = (Outputs(embedding=batch[name], logits=batch[f"{name}_logits"]) for name in ("student", "teacher"))
-    return loss(*inputs, indices=batch["indices"], labels=batch["labels"])
-
-
-def layer(module: nn.Module) -> tuple[list[list[float]], list[float]]:
-    return module.linear.weight.tolist(), module.linear.bias.tolist()
 
 
 @pytest.mark.parametrize("negatives_from", ["own", "other"])
@@ -46,10 +17,10 @@ def layer(module: nn.Module) -> tuple[list[list[float]], list[float]]:
     ("n", "settings"), [(3, {}), (6, {"negatives": 1}), (7, {"temperature": 0.5, "smoothing": 0.2})]
 )
 def test_loss_and_memories_over_several_steps_are_those_of_the_loops(n, settings, negatives_from):
-    loss = small(negatives_from=negatives_from, **settings)
+    loss = small(HolisticKD, negatives_from=negatives_from, **settings)
     banks = (loss.student_memory, loss.teacher_memory)
     memories = [bank.rows.tolist() for bank in banks]
-    for batch in batches(n, steps=3):
+    for batch in batches(n, steps=3, distinct=True):
         indices = batch["indices"].tolist()
         which = loss.student_memory.draw(batch["indices"], loss.negatives, batch["labels"]).tolist()
         rows, smooth = [], []
@@ -81,13 +52,13 @@ def test_the_graph_is_the_normalised_adjacency_of_the_neighbours():
 
 
 def test_the_gradient_is_right_where_no_constant_cuts_it():
-    loss, (batch,) = small(smoothing=1.0), batches(5)
+    loss, (batch,) = small(HolisticKD, smoothing=1.0), batches(5, distinct=True)
     batch["student"].requires_grad_()
     assert torch.autograd.gradcheck(lambda *_: value_of(copy.deepcopy(loss), batch), [batch["student"]])
 
 
 def test_the_gradient_takes_partners_as_constants():
-    loss, (batch,) = small().eval(), batches(5)
+    loss, (batch,) = small(HolisticKD).eval(), batches(5, distinct=True)
     x = batch["student"].requires_grad_()
     (grad,) = torch.autograd.grad(value_of(loss, batch), x)
     frozen = {name: value.detach().clone() for name, value in batch.items()}
@@ -110,44 +81,11 @@ def test_the_gradient_takes_partners_as_constants():
 
 
 def test_logits_receive_no_gradient():
-    loss, (batch,) = small(), batches(5)
+    loss, (batch,) = small(HolisticKD), batches(5, distinct=True)
     batch["student_logits"].requires_grad_()
     batch["student"].requires_grad_()
     value_of(loss, batch).backward()
     assert batch["student_logits"].grad is None
-
-
-def test_evaluation_leaves_the_memories_untouched_and_repeats_itself():
-    loss, (batch,) = small().eval(), batches(4)
-    before = copy.deepcopy(loss.state_dict())
-    assert torch.equal(value_of(loss, batch), value_of(loss, batch))
-    assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
-
-
-def test_a_run_taken_up_half_way_goes_on_bit_for_bit():
-    steps, loss = batches(4, steps=6), small().float()
-    for batch in steps[:3]:
-        value_of(loss, batch)
-    resumed = HolisticKD(dim=5, negatives=7, neighbours=3)
-    resumed.load_state_dict(copy.deepcopy(loss.state_dict()))
-    for batch in steps[3:]:
-        assert torch.equal(value_of(loss, batch), value_of(resumed, batch))
-
-
-def _train(rank: int, loss: HolisticKD, steps: list[dict[str, Tensor]], counts: list[int]) -> dict[str, Tensor]:
-    mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-    loss = copy.deepcopy(loss)  # what is sent to a process is shared memory
-    for batch in steps:
-        value_of(loss, {name: gather_rows(value[mine]) for name, value in batch.items()})
-    return {name: buffer.clone() for name, buffer in loss.named_buffers()}
-
-
-def test_two_ranks_hold_the_same_memories_as_one_process_after_three_steps(ranks: Ranks):
-    loss, steps = small(), batches(6, steps=3)
-    held = ranks.run(_train, loss, steps, [4, 2])
-    for name, value in _train(0, loss, steps, [6]).items():
-        assert torch.equal(held[0][name], held[1][name]), name
-        assert torch.equal(held[0][name], value), name
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -156,13 +94,7 @@ def test_a_batch_smaller_than_the_neighbourhood_names_loss_and_cure(n):
         ValueError,
         match=f"HolisticKD: a graph with neighbours=3, .* at least 3 samples, got a batch of {n}; lower neighbours,",
     ):
-        value_of(small(), batches(n)[0])
-
-
-def test_an_index_outside_the_memory_names_loss_and_cure():
-    (batch,) = batches(4)
-    with pytest.raises(ValueError, match="HolisticKD: index 70 is outside its memory of 12 samples; pass num_samples"):
-        value_of(small(), batch | {"indices": torch.tensor([0, 1, 70, 2])})
+        value_of(small(HolisticKD), batches(n, distinct=True)[0])
 
 
 def test_labels_are_asked_for():

@@ -1,4 +1,4 @@
-"""CRD and CRCD, which share projections, memories and the noise-contrastive loss."""
+"""CRD and CRCD, which share projections, memories and the noise-contrastive loss; the memories of HolisticKD, too."""
 
 import copy
 import math
@@ -13,6 +13,7 @@ from lightning_rkd.losses import CRCD, CRD, HolisticKD, crcd, crd
 from lightning_rkd.losses.parts.memory import MemoryBank
 from lightning_rkd.losses.parts.memory_contrast import MemoryContrast
 from lightning_rkd.utils.distributed import gather_rows
+from lightning_rkd.utils.types import Outputs
 from tests.harness.ranks import Ranks
 from tests.oracles import crcd as crcd_oracle
 from tests.oracles import crd as crd_oracle
@@ -20,22 +21,31 @@ from tests.oracles.memory import renewed
 from tests.oracles.vectors import dot, project
 
 both = pytest.mark.parametrize("cls", [CRD, CRCD])
+every = pytest.mark.parametrize("cls", [CRD, CRCD, HolisticKD])
 
 
-def small(cls: type[MemoryContrast], **settings: Any) -> MemoryContrast:
-    return cls(4, 6, 12, **{"dim": 5, "negatives": 7, **settings}).double()
+def small(cls: type[Any], **settings: Any) -> Any:
+    neighbours = {"neighbours": 3} if cls is HolisticKD else {}
+    return cls(4, 6, 12, **{"dim": 5, "negatives": 7, **neighbours, **settings}).double()
 
 
-def batches(n: int, steps: int = 1, samples: int = 12) -> list[dict[str, Tensor]]:
+def batches(n: int, steps: int = 1, distinct: bool = False) -> list[dict[str, Tensor]]:
+    widths = {"student": 4, "student_logits": 3, "teacher": 6, "teacher_logits": 3}
     return [
         {
-            "student": torch.randn(n, 4, dtype=torch.float64),
-            "teacher": torch.randn(n, 6, dtype=torch.float64),
-            "indices": torch.randint(samples, (n,)),
+            **{name: torch.randn(n, width, dtype=torch.float64) for name, width in widths.items()},
+            "indices": torch.randperm(12)[:n] if distinct else torch.randint(12, (n,)),
             "labels": torch.randint(3, (n,)),
         }
         for _ in range(steps)
     ]
+
+
+def value_of(loss: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    inputs = [batch[name] for name in ("student", "teacher")]
+    if isinstance(loss, HolisticKD):
+        inputs = [Outputs(embedding=batch[x], logits=batch[f"{x}_logits"]) for x in ("student", "teacher")]
+    return loss(*inputs, indices=batch["indices"], labels=batch["labels"])
 
 
 def layer(module: nn.Module) -> tuple[list[list[float]], list[float]]:
@@ -133,35 +143,37 @@ def test_training_on_the_loss_alone_finds_the_partners(cls, steps, factor):
         assert (found == indices).float().mean() > 0.9
 
 
-@both
+@every
 def test_evaluation_leaves_the_memories_untouched_and_repeats_itself(cls):
     loss, (batch,) = small(cls).eval(), batches(4)
     before = copy.deepcopy(loss.state_dict())
-    assert torch.equal(loss(**batch), loss(**batch))
+    assert torch.equal(value_of(loss, batch), value_of(loss, batch))
     assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
 
 
-@both
+@every
 def test_a_resumed_run_continues_bit_for_bit(cls):
     steps, loss = batches(4, steps=6), small(cls).float()
     for batch in steps[:3]:
-        loss(**batch)
-    resumed = cls(dim=5, negatives=7)
+        value_of(loss, batch)
+    resumed = cls(dim=5, negatives=7, **({"neighbours": 3} if cls is HolisticKD else {}))
     resumed.load_state_dict(copy.deepcopy(loss.state_dict()))
     for batch in steps[3:]:
-        assert torch.equal(loss(**batch), resumed(**batch))
+        assert torch.equal(value_of(loss, batch), value_of(resumed, batch))
     assert all(torch.equal(a, b) for a, b in zip(loss.buffers(), resumed.buffers(), strict=True))
 
 
-def _train(rank: int, loss: CRD, steps: list[dict[str, Tensor]], counts: list[int]) -> dict[str, Tensor]:
+def _train(rank: int, loss: nn.Module, steps: list[dict[str, Tensor]], counts: list[int]) -> dict[str, Tensor]:
     mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     loss = copy.deepcopy(loss)  # what is sent to a process is shared memory
     for batch in steps:
-        loss(**{name: gather_rows(value[mine]) for name, value in batch.items()})
+        value_of(loss, {name: gather_rows(value[mine]) for name, value in batch.items()})
     return {name: buffer.clone() for name, buffer in loss.named_buffers()}
 
 
-@pytest.mark.parametrize(("cls", "counts"), [(CRD, [3, 3]), (CRD, [1, 5]), (CRCD, [4, 2])], ids=str)
+@pytest.mark.parametrize(
+    ("cls", "counts"), [(CRD, [3, 3]), (CRD, [1, 5]), (CRCD, [4, 2]), (HolisticKD, [4, 2])], ids=str
+)
 def test_two_ranks_hold_the_memories_of_one_process(ranks: Ranks, cls, counts):
     loss, steps = small(cls), batches(6, steps=3)
     held = ranks.run(_train, loss, steps, counts)
@@ -174,18 +186,20 @@ def test_two_ranks_hold_the_memories_of_one_process(ranks: Ranks, cls, counts):
 
 @both
 def test_the_order_of_the_batch_changes_neither_value_nor_memories(cls):
-    one, (batch,), order = small(cls), batches(6), torch.randperm(6)
+    one, (batch,), order = small(cls), batches(6, distinct=True), torch.randperm(6)
     other = copy.deepcopy(one)
-    value = one(**batch)
-    torch.testing.assert_close(other(**{name: x[order] for name, x in batch.items()}), value, rtol=1e-12, atol=0)
+    value = value_of(one, batch)
+    shuffled = value_of(other, {name: x[order] for name, x in batch.items()})
+    torch.testing.assert_close(shuffled, value, rtol=1e-12, atol=0)
     torch.testing.assert_close(one.student_memory.rows, other.student_memory.rows, rtol=0, atol=1e-14)
 
 
-@both
+@every
 def test_an_index_outside_the_memory_names_loss_and_cure(cls):
-    message = rf"{cls.__name__}: index 70 is outside its memory of 50 samples; pass num_samples=\.\.\."
+    (batch,) = batches(4)
+    message = rf"{cls.__name__}: index 70 is outside its memory of 12 samples; pass num_samples=\.\.\."
     with pytest.raises(ValueError, match=message):
-        cls(num_samples=50)(torch.ones(1, 3), torch.ones(1, 3), indices=torch.tensor([70]))
+        value_of(small(cls), batch | {"indices": torch.tensor([0, 1, 70, 2])})
 
 
 def test_indices_and_the_size_of_the_data_set_are_required():
@@ -195,7 +209,7 @@ def test_indices_and_the_size_of_the_data_set_are_required():
         CRD()(torch.ones(1, 3), torch.ones(1, 3), indices=torch.tensor([0]))
 
 
-@pytest.mark.parametrize("cls", [CRD, CRCD, HolisticKD])
+@every
 def test_the_memories_of_student_and_teacher_start_at_different_points(cls):
     loss = cls(4, 6, 12)
     assert not torch.equal(loss.student_memory.rows, loss.teacher_memory.rows)
