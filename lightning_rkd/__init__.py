@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lightning_rkd.data.samplers.pk import PKBatchSampler as PKBatchSampler
     from lightning_rkd.distillation.distiller import Distiller as Distiller
     from lightning_rkd.distillation.features import Tap as Tap
+    from lightning_rkd.distillation.pooling import cls_token as cls_token
+    from lightning_rkd.distillation.pooling import global_pool as global_pool
+    from lightning_rkd.distillation.pooling import mean_pool as mean_pool
     from lightning_rkd.distillation.teachers import CachedTeacher as CachedTeacher
     from lightning_rkd.distillation.teachers import EnsembleTeacher as EnsembleTeacher
     from lightning_rkd.distillation.teachers import Teacher as Teacher

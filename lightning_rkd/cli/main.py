@@ -40,6 +40,8 @@ TRACEBACK = "LIGHTNING_RKD_TRACEBACK"
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C, 143 after SIGTERM."""
     given = list(sys.argv[1:] if args is None else args)
+    if os.getcwd() not in sys.path:  # classes of your own files, as with python -m
+        sys.path.append(os.getcwd())
     with at_sigterm() as sigterm:
         code = _exit_code(given)
     if sigterm.is_set():  # it may have caused other errors

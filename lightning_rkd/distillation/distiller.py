@@ -332,6 +332,8 @@ class Distiller:
             CaptureError: The student layer was not called, or was called several times without ``input_layer``, or the
                 networks give different numbers of rows.
         """
+        if not (batch is None or isinstance(batch, Batch)):
+            raise TypeError(f"collect takes a Batch, got {type(batch).__name__}: Batch(inputs, labels=...)")
         calls = None if self.inputs is None else self.inputs.collect()
         student, views = self.student.collect()
         features = StepFeatures(Batch(inputs=None) if batch is None else batch, student, views=views)

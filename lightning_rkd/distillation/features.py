@@ -218,6 +218,10 @@ class FeatureReader(_Recorder):
         return outputs, len(recorded[0])
 
     def _refuse(self, recorded: list[list[Any]]) -> None:
+        if not recorded:
+            raise CaptureError(
+                f"nothing was recorded of the {self.network}: attach it, and call start() before its forward pass"
+            )
         calls = {f"{tap.layer!r}": len(one) for tap, one in zip(self._all, recorded, strict=True)}
         for layer, count in calls.items():
             if count == 0:

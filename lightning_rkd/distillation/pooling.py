@@ -17,8 +17,10 @@ def global_pool(output: Any, kwargs: Mapping[str, Any]) -> Tensor:
         torch.Size([2, 3])
     """
     x = _first_tensor(output)
-    if x.ndim < 3:
-        raise ValueError(f"global_pool takes maps (N, C, H, W), got {tuple(x.shape)}")
+    if x.ndim < 4:
+        raise ValueError(
+            f"global_pool takes maps (N, C, H, W), got {tuple(x.shape)}; mean_pool and cls_token take tokens (N, T, D)"
+        )
     return x.flatten(2).mean(2)
 
 

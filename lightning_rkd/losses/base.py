@@ -174,9 +174,9 @@ def _check_pairs(pairs: list[tuple[str, Any, Any]], name: str) -> None:
             if x.is_meta:
                 raise ValueError(f"{what} is on the meta device, where tensors hold no numbers")
             if field == "embedding" and x.ndim != 2:
+                pool = "mean_pool), or cls_token," if x.ndim == 3 else "global_pool)"
                 raise ValueError(
-                    f"{what} must be (N, D), got {tuple(x.shape)}; pool it with Tap(layer, read=global_pool) or "
-                    "mean_pool, cls_token"
+                    f"{what} must be (N, D), got {tuple(x.shape)}; pool it, Tap(layer, read={pool} from lightning_rkd"
                 )
             if x.ndim < 2:
                 raise ValueError(f"{what} must begin with (N, ...), got {tuple(x.shape)}")

@@ -149,7 +149,7 @@ def test_read_may_return_outputs_which_later_writes_do_not_change() -> None:
     assert torch.equal(outputs.feature_maps[0][:, :, 0], expected)
 
 
-@pytest.mark.parametrize(("pool", "shape"), [(global_pool, (2, 3)), (mean_pool, (2, 3)), (cls_token, (2, 3, 4, 4))])
+@pytest.mark.parametrize(("pool", "shape"), [(global_pool, (2, 3, 4)), (mean_pool, (2, 3)), (cls_token, (2, 3, 4, 4))])
 def test_pools_refuse_other_shapes(pool: Any, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"{pool.__name__} takes .*got \("):
         pool(torch.ones(shape), {})
@@ -201,6 +201,17 @@ def test_layers_that_run_unequally_often_are_refused() -> None:
 
 
 # Traces
+
+
+def test_features_without_a_start_are_refused() -> None:
+    reader = FeatureReader("first", "student")
+    with pytest.raises(CaptureError, match=r"nothing was recorded of the student: attach it, and call start\(\)"):
+        reader.collect()
+
+
+def test_tokens_are_no_maps_to_pool() -> None:
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\), got \(2, 3, 4\); mean_pool and cls_token take tokens"):
+        global_pool(torch.ones(2, 3, 4), {})
 
 
 def test_nothing_is_recorded_while_off_and_nothing_stays_after_detach() -> None:
