@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -147,12 +148,16 @@ def _settings(given: Sequence[str]) -> dict[str, Any]:
 def _choose(
     trials: Sequence[Trial], results: Mapping[str, Run | Failure], select: str, out: Path, console: Console
 ) -> dict[str, Trial]:
-    """Choose the best trials, print all, and write them into ``tune.csv``."""
-    chosen = tuning.choose(trials, results, select)
+    """Choose by entry the trial with the highest score, if any has one; print all and write them into ``tune.csv``."""
+    scores = [trial.score(results, select) for trial in trials]
+    best, chosen = dict[str, float](), dict[str, Trial]()
+    for trial, score in zip(trials, scores, strict=True):
+        if score is not None and score > best.get(trial.network.entry, -math.inf):
+            best[trial.network.entry], chosen[trial.network.entry] = score, trial
     lines: list[list[object]] = [["network", "values", select, "chosen"]]
     table = rich.table.Table("network", "values", select, "", title="tuned on validation data")
-    for trial in trials:
-        score, mark = trial.score(results, select), "chosen" if chosen.get(trial.network.entry) is trial else ""
+    for trial, score in zip(trials, scores, strict=True):
+        mark = "chosen" if chosen.get(trial.network.entry) is trial else ""
         table.add_row(trial.network.entry, trial.label, "failed" if score is None else f"{score:.4f}", mark)
         lines.append([trial.network.entry, trial.label, "" if score is None else score, mark])
     console.print(table)

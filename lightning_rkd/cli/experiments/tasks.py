@@ -82,9 +82,8 @@ def tasks_of(comparison: Comparison, networks: Sequence[Network], seeds: Sequenc
         tasks.append(Task(TEACHER, comparison.teacher_seed, comparison.teacher.config, TEACHER))
     for seed in seeds:
         for network in networks:
-            teacher = network.teacher
-            if teacher is not None and teacher != TEACHER:
-                teacher = f"{folders[teacher]}-{seed}"
+            row = folders.get(network.teacher or "")
+            teacher = network.teacher if row is None else f"{row}-{seed}"
             cache = _cache_task(comparison, network, seed) if network.cached else None
             tasks.append(Task(network.name, seed, network.config, f"{network.folder}-{seed}", teacher, cache))
     return tasks

@@ -86,16 +86,6 @@ def in_config(values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"model.init_args.{path}" if path.split(".")[0] in _SHORT else path: v for path, v in values.items()}
 
 
-def choose(trials: Sequence[Trial], results: Mapping[str, Run | Failure], select: str) -> dict[str, Trial]:
-    """By entry, the trial with the highest score; entries all of whose trials failed are left out."""
-    chosen: dict[str, tuple[float, Trial]] = {}
-    for trial in trials:
-        score, entry = trial.score(results, select), trial.network.entry
-        if score is not None and (entry not in chosen or score > chosen[entry][0]):
-            chosen[entry] = score, trial
-    return {entry: trial for entry, (_, trial) in chosen.items()}
-
-
 def reuse(trial: Trial, out: Path, seed: int) -> None:
     """Copy a trial's checkpoint to where the same run of the comparison resumes from it."""
     folder, source = out / f"{trial.network.folder}-{seed}", out / trial.task.folder / "last.ckpt"
