@@ -158,7 +158,9 @@ MISFITS: list[tuple[Callable[..., Any], Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("loss", "student", "teacher", "message"), MISFITS, ids=str)
+@pytest.mark.parametrize(
+    ("loss", "student", "teacher", "message"), MISFITS, ids=lambda x: getattr(x, "__name__", str(x))
+)
 def test_inputs_that_do_not_fit_are_refused_with_the_cure(loss, student, teacher, message):
     inputs = ([*map(torch.randn, x)] if isinstance(x, list) else torch.randn(x) for x in (student, teacher))
     with pytest.raises(ValueError, match=message):
