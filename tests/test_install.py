@@ -34,7 +34,7 @@ NEEDS_AN_EXTRA = ("cli/", "functional/_kernels/", "plots/")
 
 
 def imported_with(tree: ast.AST) -> Iterator[str]:
-    """Packages that a file imports when it is imported itself."""
+    """Packages that the import of a file imports."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)

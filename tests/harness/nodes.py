@@ -70,7 +70,7 @@ class Nodes:
         return (self.folders[node] / "log").read_text(errors="replace")
 
     def stop(self) -> None:
-        """End every process of both nodes, whoever started it there."""
+        """End every process of both nodes."""
         for name in self.names:
             listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
             for pid in listed.stdout.split():

@@ -1,4 +1,4 @@
-"""Numbers as no paper shows them but users do: the troubles of one network's batch, drawn by hypothesis."""
+"""Extreme inputs of losses and metrics, as real networks give them, drawn by hypothesis."""
 
 import math
 from collections.abc import Callable

@@ -48,9 +48,9 @@ def number_of(name: str) -> int:
     return int(re.findall(r"\d+", name)[-1])
 
 
-def _picture(path: Path, c: int, size: tuple[int, int] = (40, 32), mode: str = "RGB") -> None:
+def _picture(path: Path, c: int, size: tuple[int, int] = (40, 32)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, (shade(c), 128, 64) if mode == "RGB" else shade(c)).save(path)
+    Image.new("RGB", size, (shade(c), 128, 64)).save(path)
 
 
 def cifar(folder: Path, classes: int, images: int, hundred: bool = False) -> None:

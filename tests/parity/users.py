@@ -203,7 +203,7 @@ class TunedWithTensors(WithTensors, Tuned):
 
 
 class OnlyDistilled(toys.Student):
-    """Its backbone gets a gradient from the relations alone, and one layer from nobody."""
+    """Its backbone gets a gradient from the relations alone, and one layer gets none."""
 
     def __init__(self, by_hand: Any = None) -> None:
         super().__init__(by_hand)
@@ -232,7 +232,7 @@ def shard(module: Any) -> None:
 
 
 class ManualSteps(toys.Manual):
-    """Accumulates two batches and clips, both by its own hand."""
+    """Accumulates two batches and clips in the step."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
