@@ -1,7 +1,5 @@
 """Losses with parameters or buffers as a submodule of a LightningModule during a fit."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

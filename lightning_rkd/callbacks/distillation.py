@@ -1,7 +1,5 @@
 """Relational distillation of any LightningModule, without a change to its code."""
 
-from __future__ import annotations
-
 import itertools
 import pickle
 from collections.abc import Callable, Mapping

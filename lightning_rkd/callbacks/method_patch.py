@@ -1,7 +1,5 @@
 """Wrapping of a method of one module instance by any number of callbacks, and removal of the wrappers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Evaluation of the embeddings of any LightningModule with retrieval metrics, without a change to its code."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

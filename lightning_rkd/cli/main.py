@@ -1,7 +1,5 @@
 """The program ``lightning-rkd``: LightningCLI with recipes, and further commands."""
 
-from __future__ import annotations
-
 import difflib
 import logging
 import os

@@ -1,7 +1,5 @@
 """LightningCLI for this library: the commands ``fit``, ``validate``, ``test`` and ``predict``, and the experiments."""
 
-from __future__ import annotations
-
 import io
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Descriptions of data sets in a few words and checksums, for results that are kept by row number."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator, Sequence

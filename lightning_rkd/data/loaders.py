@@ -1,7 +1,5 @@
 """Loaders in the structures that Lightning takes: one, a mapping, a sequence, or a ``CombinedLoader``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import copy
 from typing import Any

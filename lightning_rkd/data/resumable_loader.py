@@ -1,7 +1,5 @@
 """A loader that Lightning can stop and resume in the middle of an epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

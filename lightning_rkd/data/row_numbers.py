@@ -1,7 +1,5 @@
 """Data set rows of evaluation batches on several ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Metrics of one evaluation: a set per loader, samples counted once, values named by stage and loader."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Loss weights from the gradient norms of each term and the task loss at the features that the term reads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Lightning and DDP: preparation of a fit, evaluation, checks of the trainer, hyper-parameters."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType

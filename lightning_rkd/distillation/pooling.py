@@ -1,7 +1,5 @@
 """Functions from the output of a layer to an embedding, for ``Tap(layer, read=...)``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Class-Oriented Relational Self Distillation (Yu et al. 2023): shallow stages learn the deepest one's relations."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar

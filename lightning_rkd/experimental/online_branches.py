@@ -1,7 +1,5 @@
 """Online distillation among branches, after Li, Huang, Chen, Luo, Cai and Pan 2020: their ensemble is the teacher."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any

@@ -1,7 +1,5 @@
 """Residual Knowledge Distillation (Gao, Shen, Li and Loy 2020): an assistant learns the student's residual error."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """The student alone, for production: files that need neither teacher nor Lightning, and their reader."""
 
-from __future__ import annotations
-
 from lightning_rkd.export.read import load
 from lightning_rkd.export.write import Exported, ExportError, export
 

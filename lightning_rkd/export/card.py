@@ -1,7 +1,5 @@
 """The model card of an exported student: origin, scores, files and latency."""
 
-from __future__ import annotations
-
 import datetime
 import itertools
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Loading of exported students, with PyTorch and safetensors alone."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Export of a student: weights, a PyTorch program, an ONNX program, and a model card."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """RKD's angle loss in PyTorch operations on tiles of triplets: for any device, in O(N^2) memory."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -10,8 +10,6 @@ The triplets are computed by a native kernel for the CPU (``_kernels.angle_cpu``
 (:mod:`lightning_rkd.functional.angle_tiles`).
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

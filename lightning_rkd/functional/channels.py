@@ -1,7 +1,5 @@
 """Feature maps as matrices of channels and positions, for convolutional networks, transformers and pooled features."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from lightning_rkd.functional.similarities import unit_rows

@@ -5,8 +5,6 @@ rows at a thousandth of the spread it makes the gradient of RKD's angle loss 50 
 the Gram matrix is taken in float64, which costs no more than the float32 difference form and is exact in practice.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Graphs over the samples of a batch: nearest neighbours, shared classes, and normalised adjacency."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

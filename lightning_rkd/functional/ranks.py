@@ -1,7 +1,5 @@
 """Rankings of samples by distance, and the probability of a ranking."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

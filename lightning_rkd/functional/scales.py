@@ -1,7 +1,5 @@
 """Scaling and centring without loss of digits: division by powers of two never rounds and keeps squares in range."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

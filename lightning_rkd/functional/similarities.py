@@ -1,7 +1,5 @@
 """Similarities between the samples of a batch: cosines and Tanimoto coefficients, safe for zero rows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

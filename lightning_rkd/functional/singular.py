@@ -1,7 +1,5 @@
 """Singular vectors of feature maps: the directions in channel space that hold most of a map's energy."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Block sizes of a search that keep its work within a number of bytes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import isqrt
 

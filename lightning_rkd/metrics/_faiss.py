@@ -1,7 +1,5 @@
 """Approximate nearest rows by faiss, for galleries that are too large to compare every query with every row."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ their order is certain; the few other pairs are measured again by differences in
 alone. So the result does not depend on block sizes, the number of processes or the library behind the product.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

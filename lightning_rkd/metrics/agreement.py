@@ -1,7 +1,5 @@
 """Agreement of two geometries: neighbours, order of distances, and angles in student and teacher."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Few-shot accuracy: queries classified by the mean of a few samples of each class, over random episodes."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

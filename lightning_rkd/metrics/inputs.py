@@ -1,7 +1,5 @@
 """Updates of metrics by the names of their parameters, for our metrics and any of torchmetrics."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Retrieval by embeddings: recall at k, MAP@R and R-precision, exact unless asked otherwise, in bounded memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal

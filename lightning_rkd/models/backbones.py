@@ -1,7 +1,5 @@
 """Classification models of torchvision with an embedding head in place of the classifier."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from difflib import get_close_matches
 

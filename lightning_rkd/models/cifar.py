@@ -1,7 +1,5 @@
 """Networks for images of 32 x 32 pixels: ResNet, wide ResNet and VGG, as in published comparisons of distillation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Heads on top of a backbone: embeddings, unit norm, classifiers."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

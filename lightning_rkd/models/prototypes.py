@@ -1,7 +1,5 @@
 """Prototypical loss: a task loss for few-shot learning."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Small convolutional networks: one that trains in a minute on a CPU, and the standard one of few-shot learning."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """LightningModule that trains a student with a task loss, relational losses against a teacher, or both."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal

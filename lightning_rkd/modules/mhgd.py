@@ -1,7 +1,5 @@
 """The two stages of MHGD: the teacher's attention graph, then a student trained with clipped gradients."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Collection, Iterable

@@ -1,7 +1,5 @@
 """Multi-head Knowledge Distillation (Wang, Lohit, Jones and Fu 2020): classifiers on middle layers teach too."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

@@ -3,8 +3,6 @@
 Figures have a light background, or a dark one with ``dark=True``, in colours that suit colour-blind readers.
 """
 
-from __future__ import annotations
-
 from lightning_rkd.utils.imports import check_installed
 
 check_installed("matplotlib", "scipy", extra="plots")

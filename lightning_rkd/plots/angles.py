@@ -1,7 +1,5 @@
 """Histograms of the angles between samples, which RKD-A compares."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Scores of several networks: runs, means and confidence intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Curves over training steps: scores, loss terms, and their shares of the gradient."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Distance matrices of several networks for the same samples."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

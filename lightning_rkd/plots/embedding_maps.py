@@ -1,7 +1,5 @@
 """Maps of images in the plane by their embeddings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Queries and their nearest images in several networks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Shared by the figures: colours that suit colour-blind readers, axes, titles, and checks before drawing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Without an initialised process group every function acts as on a single rank.
 """
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

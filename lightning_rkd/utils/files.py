@@ -1,7 +1,5 @@
 """Atomic writing of files, and verification of files before they are read."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import zipfile

@@ -1,7 +1,5 @@
 """Provenance of results: the machine and the commit."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

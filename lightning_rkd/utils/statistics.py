@@ -1,7 +1,5 @@
 """Student's interval around the mean of paired differences."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

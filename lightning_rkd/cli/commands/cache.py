@@ -1,7 +1,5 @@
 """``lightning-rkd cache``: write the teacher's outputs of a recipe for every sample, for ``CachedTeacher``."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Parts that ``demo`` and ``compare`` share: option types, the output folder, and messages."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

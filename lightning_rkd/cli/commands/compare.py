@@ -1,7 +1,5 @@
 """``lightning-rkd compare``: several networks, several seeds, one table."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import time

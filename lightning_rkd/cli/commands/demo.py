@@ -1,7 +1,5 @@
 """``lightning-rkd demo``: a teacher, a student alone, and the same student distilled, tested on unseen classes."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 from collections.abc import Mapping, Sequence

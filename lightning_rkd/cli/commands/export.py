@@ -1,7 +1,5 @@
 """``lightning-rkd export``: the student of a run, for production."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Report page of the demo: one HTML file without references to other files or the network, light and dark."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Mapping, Sequence

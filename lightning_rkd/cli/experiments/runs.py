@@ -1,7 +1,5 @@
 """Runs that are trained, measured, kept and resumed: configurations of ``lightning-rkd fit``, each with a seed."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Execution of tasks in parallel, in their order, with progress bars and a result or a failure for each."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait

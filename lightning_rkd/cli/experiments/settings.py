@@ -1,7 +1,5 @@
 """Changes to the configuration of a run before it is parsed."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

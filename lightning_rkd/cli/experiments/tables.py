@@ -1,7 +1,5 @@
 """Tables of several networks over seeds: mean, spread, and the paired difference to a baseline."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

@@ -1,7 +1,5 @@
 """Tuning: values that are chosen on validation data with the first seed; the test data are not read."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 This module imports neither PyTorch nor Lightning, so that a new process reacts to signals at once.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """Recipes and comparisons: configurations in YAML that come with the package and are known by their bare names."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Sequence
 from itertools import takewhile

@@ -1,7 +1,5 @@
 """Base of the data modules: disjoint parts, resumable training batches, indexed evaluation batches."""
 
-from __future__ import annotations
-
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

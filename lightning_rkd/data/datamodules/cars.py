@@ -1,7 +1,5 @@
 """Stanford Cars, also known as Cars196."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100, from their authors' archives for Python."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Any folder of images: a class is the folder that directly holds its images."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Glyphs of many scripts, drawn with the fonts that matplotlib ships: a data set that needs no download."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

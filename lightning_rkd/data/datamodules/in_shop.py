@@ -1,7 +1,5 @@
 """In-Shop Clothes Retrieval, a part of DeepFashion."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from lightning_rkd.data.datamodules.archived import Listing, OfficialDataModule

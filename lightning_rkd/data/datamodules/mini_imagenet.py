@@ -1,7 +1,5 @@
 """miniImageNet, as Ravi and Larochelle divide it."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from lightning_rkd.data.datamodules.archived import Listing, OfficialDataModule

@@ -1,7 +1,5 @@
 """Omniglot: handwritten characters of fifty alphabets."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Division of classes, or of the samples of every class, among training, validation and test."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

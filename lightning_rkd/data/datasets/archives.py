@@ -1,7 +1,5 @@
 """Official archives: found or downloaded, verified, unpacked whole or not at all, and their lists read."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tarfile

@@ -1,7 +1,5 @@
 """Decoding of image files into arrays of bytes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Images that are decoded on access."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Images as bytes or files, and subsets of them: augmented for training, or with marks of queries."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

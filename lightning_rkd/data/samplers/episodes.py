@@ -1,7 +1,5 @@
 """Episodes for prototypical training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Random augmentation of images as a pure function of a key: the same in any batch and any process."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

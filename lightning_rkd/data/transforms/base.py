@@ -1,7 +1,5 @@
 """Common parts of the batch transforms: tensors in nested inputs, and draws that a resumed run repeats."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

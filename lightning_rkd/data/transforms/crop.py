@@ -1,7 +1,5 @@
 """Crops: random for training, central for evaluation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

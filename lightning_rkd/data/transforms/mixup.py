@@ -1,7 +1,5 @@
 """Mixup: samples that are convex combinations of two others."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Several views of every image, for methods that relate the views of a sample."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

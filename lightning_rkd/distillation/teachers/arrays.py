@@ -1,7 +1,5 @@
 """Teacher embeddings computed elsewhere, read by sample index from memory or a mapped file."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection
 from pathlib import Path

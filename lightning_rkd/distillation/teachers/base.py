@@ -1,7 +1,5 @@
 """Interface of teachers: one network, a cache of its outputs, or several networks."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from copy import copy

@@ -5,8 +5,6 @@ A *plan* describes a cache: ``rows``, ``views``, ``dtype``, ``shard_rows``, ``fi
 each field, and the plan, so that an interrupted run can be resumed. The manifest holds the plan; it is written last.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Collection, Mapping

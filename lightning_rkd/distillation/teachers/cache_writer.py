@@ -1,7 +1,5 @@
 """Writing a teacher's outputs for a whole data set to a cache."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Ensembles of teachers, which average their relations or the losses against each."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy

@@ -1,7 +1,5 @@
 """Loading of weights files: every key matched, damage detected."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Optional kernels compiled by numba or Triton; each gives the same results as the PyTorch code it replaces."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

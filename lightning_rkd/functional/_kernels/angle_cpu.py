@@ -6,8 +6,6 @@ on rows of matrices, which vector units do for 8 or 16 triplets at a time. Pairs
 out of that pass and computed in float64 in a second one.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -8,8 +8,6 @@ the result does not depend on the order of programs, and nothing of size N^3 exi
 time in float64 for the triplets of these pairs. There are few launches, because they dominate at usual batch sizes.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

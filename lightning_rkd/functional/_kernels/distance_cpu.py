@@ -4,8 +4,6 @@ The matrix products are compiled too: a symmetric one is half the work, and PyTo
 a while after their work, are not started.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

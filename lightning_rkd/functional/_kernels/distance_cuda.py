@@ -1,7 +1,5 @@
 """Element-wise work around the matrix products of squared distances and their backward pass, in one Triton launch."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """Compilation of numba kernels: ahead of the first call, without the interpreter's lock, cached on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 

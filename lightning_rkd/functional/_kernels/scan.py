@@ -1,7 +1,5 @@
 """Running selection of the smallest entries of each row over blocks of columns, sixteen comparisons at a time."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Ranges of a loop of native code on as many threads as PyTorch has."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
