@@ -39,7 +39,7 @@ def test_project_citation_and_changelog_name_this_version() -> None:
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_forms_for_issues_are_yaml_that_asks_something() -> None:
+def test_forms_for_issues_are_yaml_with_questions() -> None:
     forms = list((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
     assert len(forms) == 3
     for form in forms:

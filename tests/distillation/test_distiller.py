@@ -75,12 +75,12 @@ def test_the_teacher_gets_its_own_inputs_or_those_of_a_layer() -> None:
     torch.testing.assert_close(fed["rkd"], RKD()(student(both), teacher(both)))
 
 
-def test_labels_that_no_loss_asks_for_may_be_anything() -> None:
+def test_labels_that_no_loss_needs_may_be_anything() -> None:
     terms = step(Distiller(nets.teacher(), RKD(), input_layer=""), X, -X, batch=Batch(X, labels=["a", "b"]))
     assert terms["rkd"].requires_grad
 
 
-def test_labels_that_a_loss_asks_for_must_be_a_tensor() -> None:
+def test_labels_that_a_loss_needs_must_be_a_tensor() -> None:
     with pytest.raises(CaptureError, match=r"the labels of a batch must be a tensor, got list: .*labels=\.\.\."):
         step(Distiller(nets.teacher(), nets.Requesting()), batch=Batch(X, labels=["a"] * 8))
 

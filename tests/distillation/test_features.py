@@ -57,7 +57,7 @@ def test_a_tensor_nobody_wrote_to_is_the_layers_own() -> None:
     assert reader.collect()[0][""].embedding is output
 
 
-def test_a_linear_shows_input_output_and_weights() -> None:
+def test_a_linear_gives_input_output_and_weights() -> None:
     net = nets.Backbone()
     steps = by_steps(net, X)
     for outputs in (read(net, "last", X), read(_Keywords(net.last), "inner", steps["act"])):

@@ -288,7 +288,7 @@ def of_field(cls: type[RelationalLoss], change: Callable[[Tensor], Any], which: 
 
 
 @every_loss
-def test_a_number_that_is_none_is_refused_with_side_and_row(cls):
+def test_a_number_that_is_none_is_refused_with_network_and_row(cls):
     for which, who in enumerate(("student", "teacher")):
         for field in fields(cls):
             bad = (torch.nan, torch.inf, -torch.inf)[(which + len(field)) % 3]
@@ -314,7 +314,7 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
 
 @every_loss
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_side_that_cannot_be_is_refused_by_the_name_of_the_loss(cls, wrong):
+def test_an_input_that_cannot_be_is_refused_by_the_name_of_the_loss(cls, wrong):
     for field in set(fields(cls)) - {"classifier"}:
         for which in (0, 1):
             inputs, sample = of_field(cls, WRONG[wrong], which, field), Sample(cls)

@@ -93,7 +93,7 @@ def test_an_unknown_field_in_reads_is_refused_at_class_definition(reads):
 # what a call accepts
 
 
-def test_context_that_was_not_asked_for_is_refused():
+def test_context_that_was_not_requested_is_refused():
     with pytest.raises(TypeError, match=r"Gap does not use \['labels'\]; it takes no context"):
         Gap()(ZEROS, ONES, labels=torch.zeros(4))
     with pytest.raises(TypeError, match=r"Labelled does not use \['indices'\]; it takes \['epoch', 'labels'\]"):
@@ -135,14 +135,14 @@ def test_labels_must_be_a_tensor():
         (ZEROS, [[1.0]], TypeError, r"teacher's embedding must be a tensor, got list"),
     ],
 )
-def test_sides_that_do_not_fit_are_refused_with_side_and_shape(student, teacher, error, message):
+def test_inputs_that_do_not_fit_are_refused_with_network_and_shape(student, teacher, error, message):
     with pytest.raises(error, match=f"Gap: .*{message}"):
         Gap()(student, teacher)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("network", ["student", "teacher"])
-def test_values_that_are_not_finite_are_found_with_side_and_row(network, value):
+def test_values_that_are_not_finite_are_found_with_network_and_row(network, value):
     inputs = {"student": ZEROS.clone(), "teacher": ONES.clone()}
     inputs[network][2, 1] = value
     with pytest.raises(NonFiniteError, match=f"Gap: the {network}'s output holds NaN or infinity, first in row 2 of 4"):

@@ -10,7 +10,7 @@ def test_the_soft_loss_of_a_moved_teacher_is_zero_and_the_hard_one_is_not():
     assert float(HardDarkRank()(teacher + 5, teacher)) > 0.01
 
 
-def test_the_hard_loss_asks_for_the_teachers_order_only():
+def test_the_hard_loss_needs_the_teachers_order_only():
     teacher = torch.tensor([[0.0], [1.0], [3.0], [7.0]], dtype=torch.float64)
     confident = 10 * teacher  # the same order, far apart
     assert float(HardDarkRank()(confident, teacher)) < 1e-12

@@ -120,7 +120,7 @@ def test_an_indexed_batch_a_mapping_and_an_own_unpack_give_the_same() -> None:
     assert toys.gap(indexed, plain) == toys.gap(mapped, plain) == toys.gap(own, plain) == 0.0
 
 
-def test_schedulers_step_as_asked() -> None:
+def test_schedulers_step_as_configured() -> None:
     def halves(optimizer: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
 

@@ -56,7 +56,7 @@ def test_the_number_of_samples_is_that_of_the_root_data_set() -> None:
     assert loss.state_dict()["sizes"].tolist() == [0, 40, 0, 7]
 
 
-def test_sizes_that_cannot_be_found_are_asked_for() -> None:
+def test_sizes_that_cannot_be_found_are_requested() -> None:
     with pytest.raises(ValueError, match=r"pass Projected\(student_dim=\.\.\., teacher_dim=\.\.\.\)"):
         toys.fit(module(toys.Projected()), batches=DataLoader(toys.Stream(), 8))
 
@@ -82,7 +82,7 @@ def test_sizes_are_found_with_several_loaders() -> None:
     assert loss.state_dict()["sizes"].tolist() == [0, 5, 0, 7]
 
 
-def test_networks_are_asked_for_sizes_with_what_the_batch_transform_makes() -> None:
+def test_networks_are_run_for_sizes_with_what_the_batch_transform_makes() -> None:
     seen: list[int] = []
 
     class ToFloat(nn.Module):

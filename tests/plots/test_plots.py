@@ -115,7 +115,7 @@ def test_a_map_that_is_turned_mirrored_and_scaled_is_the_same_map() -> None:
     np.testing.assert_allclose(places[0], places[1], atol=1e-4)
 
 
-def test_a_map_shows_at_most_eight_classes_in_as_many_colours() -> None:
+def test_a_map_has_at_most_eight_classes_in_as_many_colours() -> None:
     labels = torch.arange(24) // 2
     figure = plots.embedding_map(IMAGES, labels, {"a": torch.rand(24, 3)})
     frames = [to_hex(box.patch.get_edgecolor()) for box in figure.axes[0].artists]

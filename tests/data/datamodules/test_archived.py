@@ -136,7 +136,7 @@ def test_a_data_set_on_disk_is_known_by_its_files_and_crop(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_a_damaged_image_is_named_and_left_out_only_if_asked(
+def test_a_damaged_image_is_named_and_left_out_only_on_request(
     tmp_path: Path, in_memory: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = replica("cub", tmp_path / "data")

@@ -137,7 +137,7 @@ def test_given_splits_are_followed(folder: Path) -> None:
     assert data.class_names[5:] == [f"part1/class{c}" for c in (1, 3, 5, 7, 9)]
 
 
-def test_validation_is_drawn_from_the_training_side_where_it_is_not_given(folder: Path) -> None:
+def test_validation_is_drawn_from_the_training_part_where_it_is_not_given(folder: Path) -> None:
     data = module(folder, splits={"test": ["part1/*"], "train": ["part0/class[0246]"]})
     assert data.num_train_classes == 2
     assert {*data.class_names[:4]} == {f"part0/class{c}" for c in (0, 2, 4, 6)}
@@ -261,7 +261,7 @@ def test_a_test_class_needs_no_images_to_train(parts) -> None:
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="real images are not here")
 @pytest.mark.slow
-def test_cifar_100_is_divided_as_zero_shot_retrieval_asks_for(tmp_path: Path) -> None:
+def test_cifar_100_is_divided_as_zero_shot_retrieval_needs(tmp_path: Path) -> None:
     for name in ("cifar100-train-classes-00-49", "cifar100-test"):
         with zipfile.ZipFile(REAL / f"{name}.zip") as archive:
             archive.extractall(tmp_path)

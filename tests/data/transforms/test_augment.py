@@ -87,7 +87,7 @@ def test_a_quarter_turn_is_a_quarter_turn(monkeypatch: pytest.MonkeyPatch) -> No
     assert any(torch.allclose(turned, pixels.rot90(turns, (2, 3)), atol=1e-5) for turns in (1, -1))
 
 
-def test_a_shift_moves_by_that_part_of_the_side_and_repeats_the_edge(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shift_moves_by_that_part_of_the_width_and_repeats_the_edge(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = torch.tensor([[0.5, 0.5, 0.5, 1.0, 0.5, 0.5, 0.5, 1.0]])
     monkeypatch.setattr("lightning_rkd.data.transforms.augment.keyed_uniform", lambda *_: draws)
     pixels = torch.rand(1, 1, 8, 8)

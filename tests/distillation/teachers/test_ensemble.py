@@ -263,7 +263,7 @@ def test_teachers_that_show_unequal_numbers_of_rows_are_refused(combine: Any, er
         terms(EnsembleTeacher({"whole": nets.teacher(), "half": Half(out=7)}, combine=combine), RKD())
 
 
-def test_the_teacher_that_shows_nan_is_named() -> None:
+def test_the_teacher_that_gives_nan_is_named() -> None:
     broken = wide()
     with torch.no_grad():
         broken.last.bias[0] = torch.nan

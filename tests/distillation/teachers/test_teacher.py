@@ -118,7 +118,7 @@ def test_it_must_be_a_network_and_attached() -> None:
         Teacher(nets.teacher()).attach(Tap("x"))
 
 
-def test_channels_last_it_shows_the_same_and_comes_back_as_it_was() -> None:
+def test_channels_last_it_gives_the_same_and_is_restored() -> None:
     seen: list[tuple[bool, bool]] = []
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 

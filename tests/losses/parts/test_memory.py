@@ -143,7 +143,7 @@ def test_indices_of_any_integer_type_are_found():
 
 
 @pytest.mark.parametrize(("num_samples", "dim"), [(1, 4), (0, 4), (4, 0)])
-def test_a_bank_without_room_is_refused(num_samples, dim):
+def test_a_bank_without_rows_is_refused(num_samples, dim):
     with pytest.raises(ValueError, match="at least 2 samples"):
         MemoryBank(num_samples, dim)
 
@@ -233,7 +233,7 @@ def test_a_queue_taken_up_from_its_state_goes_on_bit_for_bit():
     assert torch.equal(one.contents(), other.contents())
 
 
-def test_a_queue_without_room_is_refused():
+def test_a_queue_without_rows_is_refused():
     with pytest.raises(ValueError, match="at least one row"):
         Queue(0, 2)
 
