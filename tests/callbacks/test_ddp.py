@@ -46,7 +46,8 @@ def angles(rank: int | None) -> tuple[int, dict[str, Tensor]]:
     seen, work = [0], angles_module._sum_triplets
 
     def counted(student: Tensor, teacher: Tensor, vertices: tuple[int, int], *args: Any, **settings: Any) -> Any:
-        seen[0] += (vertices[1] - vertices[0]) * len(student) ** 2
+        if len(student) == 16:  # the global batch; kernels are compiled with another number of rows
+            seen[0] += (vertices[1] - vertices[0]) * len(student) ** 2
         return work(student, teacher, vertices, *args, **settings)
 
     with pytest.MonkeyPatch.context() as patch, toys.devices(rank) as where:
