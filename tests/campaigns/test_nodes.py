@@ -20,8 +20,6 @@ from lightning_rkd.models import ConvNet
 from tests.harness.nodes import TORCHRUN, Nodes, surroundings
 from tests.harness.ranks import Ranks
 
-pytestmark = pytest.mark.campaign  # a fork server started in here would keep its environment
-
 PROGRAM = ["-m", "lightning_rkd.cli"]
 SMALL = {
     "model": {

@@ -59,8 +59,8 @@ class Everywhere(ByHand):
 
 
 def having(base: type[Any] = toys.Student, **members: Any) -> type[Any]:
-    """The same class with other methods and attributes."""
-    return type(base.__name__, (base,), members)
+    """The same class with other methods and attributes, and a name that configurations of other tests do not use."""
+    return type(f"Changed{base.__name__}", (base,), members)
 
 
 def step(training_step: Callable[..., Any], base: type[Any] = toys.Student) -> type[Any]:
