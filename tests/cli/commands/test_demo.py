@@ -41,10 +41,10 @@ def error_of(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-def scores(out: str) -> list[list[str]]:
+def scores(out: str) -> list[dict[str, str]]:
     """Every run, without the seconds it took."""
     with Path(out, "runs.csv").open(newline="") as file:
-        return [row[:-2] for row in csv.reader(file)]
+        return [{name: cell for name, cell in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 
 
 @pytest.mark.slow
