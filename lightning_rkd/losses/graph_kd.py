@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.functional.graphs import knn_graph, normalised_adjacency, same_class
+from lightning_rkd.functional.scales import to_float64
 from lightning_rkd.functional.similarities import cosine_similarities, flatten_layers
 from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_at_least, check_choice
@@ -20,15 +21,21 @@ def graph_kd(
     student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, neighbours: int | None = None, power: int = 1
 ) -> Tensor:
     """The loss of one pair of layers as a function; see :class:`GraphKD`."""
-    s, t = (normalised_adjacency(cosine_similarities(x).fill_diagonal_(0).relu()) for x in (student, teacher.detach()))
+    s, t = _adjacency(student), _adjacency(teacher.detach())
     if mask is not None:
         s, t = s * mask, t * mask
     if neighbours is not None:
-        near = knn_graph(-t, neighbours, include_self=False, who="GraphKD", argument="neighbours")
+        ranked = _adjacency(to_float64(teacher.detach()))  # or rounding in float32 decides between equal edges
+        ranked = ranked if mask is None else ranked * mask
+        near = knn_graph(-ranked, neighbours, include_self=False, who="GraphKD", argument="neighbours")
         either = near | near.T
         s, t = s * either, t * either
     gap: Tensor = torch.linalg.matrix_power(s, power) - torch.linalg.matrix_power(t, power)
     return gap.square().sum()
+
+
+def _adjacency(x: Tensor) -> Tensor:
+    return normalised_adjacency(cosine_similarities(x).fill_diagonal_(0).relu())
 
 
 class GraphKD(RelationalLoss):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_rkd.cli.main import TRACEBACK
 
@@ -17,5 +18,6 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     settings = {"XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "120"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
+    torch.set_num_threads(1)  # as in the processes that a test starts: another number gives other rounding
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning turns it off after Ctrl-C

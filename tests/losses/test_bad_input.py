@@ -143,6 +143,8 @@ def check_against_float64(cls: type[RelationalLoss], student: Wild, teacher: Wil
         rounded, (_, grads) = grads, value_and_gradient(cls, widths, *wide, n)
         assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(rounded, grads, strict=True))
     assert abs(value) < torch.inf
+    if norm(exact) > LARGEST / 1e3:  # float32 has no such gradient
+        return
     assert all(torch.isfinite(g).all() for g in grads)
     if cls is AICSD and min(x.double().flatten(1).abs().amax(1).min() for s in inputs for x in s["logits"]) < 1:
         return  # its docstring says that such logits leave nothing but rounding
