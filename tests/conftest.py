@@ -1,7 +1,10 @@
 """Shared fixtures: seeded tests, and two processes on demand."""
 
-import gc
 import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported, and for processes: a test worker runs on every core
+
+import gc
 from collections.abc import Iterator
 from unittest import mock
 
@@ -34,12 +37,6 @@ def _as_it_was() -> Iterator[None]:
     with mock.patch.dict(os.environ):
         yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def one_thread() -> None:
-    """For tests on tiny tensors, on which threads wait for one another more than they work."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

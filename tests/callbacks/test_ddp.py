@@ -24,8 +24,6 @@ from lightning_rkd.modules.distillation import DistillationModule
 from tests.harness import toys
 from tests.harness.ranks import Ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def batches(rank: int | None, counts: tuple[int, int] = (8, 8)) -> DataLoader[Any]:
     """Five batches of sixteen rows, or a rank's part of each."""

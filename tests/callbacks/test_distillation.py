@@ -25,8 +25,6 @@ from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
 from lightning_rkd.losses.rkd import RKD, RKDAngle
 from tests.harness import toys
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def attached(loss: Any = None, teacher: Any = None, **kwargs: Any) -> RelationalDistillation:
     return RelationalDistillation(teacher or toys.teacher(), loss or RKD(), **{"student_layer": "backbone", **kwargs})

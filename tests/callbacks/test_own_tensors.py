@@ -23,7 +23,6 @@ from tests.harness.faces import FACES, taught
 from tests.parity import Recorder
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
 ]
 

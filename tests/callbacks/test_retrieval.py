@@ -16,8 +16,6 @@ from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from tests.harness import toys
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Evaluated(toys.Student):
     """An ordinary module with a loss of its own in validation and test."""

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from lightning_rkd.cli.main import TRACEBACK
 
@@ -15,9 +14,8 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(TRACEBACK, raising=False)
     cache = str(tmp_path.parent / "cache")  # glyphs are rendered once
-    settings = {"XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "120"}
+    settings = {"XDG_CACHE_HOME": cache, "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "120"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    torch.set_num_threads(1)  # as in the processes that a test starts: another number gives other rounding
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning turns it off after Ctrl-C

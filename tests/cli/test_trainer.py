@@ -28,7 +28,6 @@ FIT = ["fit", "--config", "glyphs_student", *TINY]
 
 @pytest.fixture(autouse=True)
 def _limits() -> Iterator[None]:
-    torch.set_num_threads(1)  # as many as in other processes, or sums are rounded otherwise
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)

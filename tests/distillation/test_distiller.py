@@ -18,8 +18,6 @@ from lightning_rkd.losses.weighting import Term
 from lightning_rkd.utils.types import Batch, Outputs
 from tests.harness import nets
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 X, Y = nets.Rows(8).x, nets.Rows(8).y
 
 

@@ -18,8 +18,6 @@ from lightning_rkd.modules import MHGDModule
 from lightning_rkd.modules.distillation import DistillationModule
 from tests.harness import toys
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Poisoned(nn.Module):
     """A task loss that is NaN, or has a NaN gradient, in the step after ``sound`` ones."""

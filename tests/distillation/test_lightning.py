@@ -18,8 +18,6 @@ from tests.harness import toys
 from tests.harness.ranks import Ranks
 from tests.harness.scheme_toys import CASES, fit
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class PerSample(toys.Projected):
     """A mean over samples, with parameters: its gradient differs between ranks."""

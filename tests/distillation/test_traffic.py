@@ -13,8 +13,6 @@ from tests.callbacks.test_ddp import batches
 from tests.harness import toys
 from tests.harness.ranks import Ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def counted(rank: int, steps: int) -> dict[str, int]:
     """Bytes that this rank ends up with, by collective, in a training of so many steps; DDP's own are not seen."""

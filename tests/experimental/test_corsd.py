@@ -12,7 +12,6 @@ from lightning_rkd.utils.types import Outputs
 from tests.harness.scheme_toys import CASES, STEPS, fit, images
 from tests.oracles import classifiers as oracle
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CASE = CASES["CORSD"]
 
 

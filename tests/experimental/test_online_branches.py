@@ -9,7 +9,6 @@ from tests.harness import toys
 from tests.harness.scheme_toys import CASES, fit, images, net
 from tests.oracles import classifiers as oracle
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CASE = CASES["OnlineBranches"]
 
 

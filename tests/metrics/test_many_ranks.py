@@ -22,7 +22,6 @@ from lightning_rkd.metrics import (
 )
 from tests.harness.ranks import Ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, WIDTH = 401, 12
 Shares = list[list[int]]
 

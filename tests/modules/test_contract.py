@@ -19,7 +19,6 @@ from tests.harness import toys
 from tests.harness.ranks import Ranks
 from tests.harness.scheme_toys import CASES, CLASSES, MIDDLE, SIZE, STEPS, Case, Losses, fit, images, keeps, net
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 every_scheme = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 with_a_teacher = [name for name, case in CASES.items() if case.teacher is not None]
 

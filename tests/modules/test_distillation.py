@@ -28,8 +28,6 @@ from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.types import Batch
 from tests.harness import toys
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def student() -> toys.Backbone:
     torch.manual_seed(0)

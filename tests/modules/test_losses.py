@@ -26,8 +26,6 @@ from tests.callbacks.test_ddp import batches
 from tests.harness import toys
 from tests.harness.ranks import Ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def module(loss: RelationalLoss | dict[str, RelationalLoss], **settings: Any) -> DistillationModule:
     torch.manual_seed(0)

@@ -28,8 +28,6 @@ from tests.harness.ranks import Ranks
 from tests.harness.scheme_toys import keeps
 from tests.oracles import mhgd as oracle
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LAYERS = ["stage1", "stage2", "stage3"]
 CLASSES = 3
 

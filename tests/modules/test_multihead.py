@@ -12,7 +12,6 @@ from tests.harness import toys
 from tests.harness.scheme_toys import CASES, MIDDLE, fit, images, net, teacher
 from tests.oracles import classifiers as oracle
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CASE = CASES["MultiHeadDistillation"]
 
 

@@ -22,7 +22,6 @@ from lightning_rkd.utils.types import Batch
 from tests.harness import toys
 from tests.harness.ranks import Ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 every_transform = pytest.mark.parametrize("kind", [MixUp, AugmentedViews, Rotations])
 every_drawing_transform = pytest.mark.parametrize("kind", [MixUp, AugmentedViews])
 

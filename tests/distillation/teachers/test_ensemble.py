@@ -24,8 +24,6 @@ from lightning_rkd.losses.ttm import TTM
 from lightning_rkd.utils.types import Batch, Outputs
 from tests.harness import nets
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 X = nets.Rows(8).x
 COMBINE = ("relations", "losses")
 

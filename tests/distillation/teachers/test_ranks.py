@@ -17,8 +17,6 @@ from tests.harness import toys
 from tests.harness.faces import FACES, taught
 from tests.harness.ranks import Ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def fitted(rank: int | None, face: str, teacher: Any, loss: Any, counts: tuple[int, int] = (8, 8)) -> dict[str, Tensor]:
     module, callbacks = taught(face, teacher, loss)

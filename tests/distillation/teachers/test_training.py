@@ -23,8 +23,6 @@ from lightning_rkd.metrics.agreement import RelationalAgreement
 from tests.harness import toys
 from tests.harness.faces import FACES, Net, User, gradients, largest, taught
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 COMBINE = ("relations", "losses")
 PRECISIONS = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 """Precisions that a teacher is cast to."""
