@@ -28,7 +28,7 @@ from lightning_rkd.distillation.lightning import (
 from lightning_rkd.distillation.teachers import BaseTeacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.weighting import LossSum, Weight, evaluate_weight
-from lightning_rkd.utils.private import call_configure_model
+from lightning_rkd.utils.private import call_configure_model, writes_logs
 from lightning_rkd.utils.types import Batch, Key, unpack
 
 _numbers = itertools.count()
@@ -45,7 +45,8 @@ class RelationalDistillation(pl.Callback):
 
     where s are the features of ``student_layer`` and t those of the teacher for the same inputs. Training is
     numerically identical to adding the loss in ``training_step``: gradient accumulation, clipping, precision and
-    strategies apply to the sum. The terms are logged as ``distill/<name>``.
+    strategies apply to the sum. The terms are logged as ``distill/<name>``, in every ``log_every_n_steps``-th step and
+    in the last one of an epoch.
 
     A loss with parameters or buffers (projectors, memory banks) is a submodule of the module during the fit, so that it
     is moved, cast and synchronised with it. Its parameters join the first parameter group of the optimizer, unless an
@@ -338,9 +339,10 @@ class RelationalDistillation(pl.Callback):
         epoch = module.current_epoch
         features = self.distiller.collect(self._unpack_batch())
         terms = self.distiller.compute_terms(features, epoch=epoch, step=module.global_step)
-        # equal on all ranks, so nothing is synchronised; batch_size=1 keeps Lightning from searching the batch
-        values = {f"distill/{name}": value.detach() for name, value in terms.items()}
-        module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        if writes_logs(module.trainer):
+            # equal on all ranks, so nothing is synchronised; batch_size=1 keeps Lightning from searching the batch
+            values = {f"distill/{name}": value.detach() for name, value in terms.items()}
+            module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         total = task if self.task_weight == 1 else evaluate_weight(self.task_weight, epoch) * task
         for value in terms.values():
             total = total + value

@@ -73,6 +73,27 @@ def test_a_step_that_the_module_itself_carries_is_given_back() -> None:
     assert vars(module)["training_step"] == own
 
 
+class Logged(pl.Callback):
+    """Collects the steps in which the module logs distillation terms."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        log = pl_module.log_dict
+        pl_module.log_dict = lambda *args, **kwargs: (self.steps.append(trainer.global_step), log(*args, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [({}, [2, 3, 5, 7]), ({"max_steps": 5}, [2, 3, 4]), ({"accumulate_grad_batches": 2}, [1, 2, 2, 3])],
+)
+def test_terms_are_logged_where_loggers_write_and_an_epoch_ends(settings: Any, steps: list[int]) -> None:
+    logged = Logged()
+    toys.fit(toys.Student(), attached(), logged, batches=toys.loader(32), max_epochs=2, log_every_n_steps=3, **settings)
+    assert logged.steps == steps
+
+
 class Copies(pl.Callback):
     """Copies and pickles the module in the middle of a fit."""
 

@@ -85,6 +85,9 @@ class Module(toys.Student):
         self.undo = private.wrap_train_dataloader(self.trainer, first_two)
         private.call_configure_model(self.trainer)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.seen.setdefault("writes", []).append(private.writes_logs(self.trainer))
+
     def on_train_start(self) -> None:
         self.seen["copies"] = [
             private.is_copy_of_training_module(m) for m in (self, copy.deepcopy(self), nn.Linear(1, 1))
@@ -99,6 +102,7 @@ def test_a_fit_goes_through_every_private_name_of_the_trainer() -> None:
     trainer.fit(module, toys.loader())
     assert isinstance(module.seen["loader"], DataLoader)
     assert trainer.global_step == 2, "the wrapped loader has two batches"
+    assert module.seen["writes"] == [False, True], "the last step"
     assert module.seen["configured"] == 2
     assert module.seen["copies"] == [False, True, False]
     module.undo()
