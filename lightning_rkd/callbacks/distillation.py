@@ -339,7 +339,8 @@ class RelationalDistillation(pl.Callback):
         epoch = module.current_epoch
         features = self.distiller.collect(self._unpack_batch())
         terms = self.distiller.compute_terms(features, epoch=epoch, step=module.global_step)
-        if writes_logs(module.trainer):
+        trainer = module.trainer
+        if writes_logs(trainer) or trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps:
             # equal on all ranks, so nothing is synchronised; batch_size=1 keeps Lightning from searching the batch
             values = {f"distill/{name}": value.detach() for name, value in terms.items()}
             module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)

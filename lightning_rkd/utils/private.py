@@ -104,13 +104,8 @@ def wrap_train_dataloader(trainer: pl.Trainer, wrap: Callable[[Any], Any]) -> Ca
     return undo
 
 
-def writes_logs(trainer: pl.Trainer) -> bool:
-    """True if Lightning writes this step's values to loggers, or the step ends an epoch or the training.
-
-    ``log_every_n_steps`` is public, the number of steps that Lightning compares it with is not.
-    """
-    last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
-    return last or trainer._logger_connector.should_update_logs
+writes_logs: Callable[[pl.Trainer], bool] = attrgetter("_logger_connector.should_update_logs")
+"""True if Lightning writes this step's values to loggers. ``log_every_n_steps`` is public, the steps it counts are not."""
 
 
 def call_configure_model(trainer: pl.Trainer) -> None:
