@@ -105,7 +105,7 @@ def wrap_train_dataloader(trainer: pl.Trainer, wrap: Callable[[Any], Any]) -> Ca
 
 
 writes_logs: Callable[[pl.Trainer], bool] = attrgetter("_logger_connector.should_update_logs")
-"""True if Lightning writes this step's values to loggers; ``log_every_n_steps`` is public, its count of steps is not."""
+"""True if Lightning writes this step's values to loggers; ``log_every_n_steps`` is public, its count is not."""
 
 
 def call_configure_model(trainer: pl.Trainer) -> None:
