@@ -29,7 +29,7 @@ from lightning_rkd.distillation.teachers import BaseTeacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.weighting import LossSum, Weight, evaluate_weight
 from lightning_rkd.utils.private import call_configure_model, writes_logs
-from lightning_rkd.utils.types import Batch, Key, unpack
+from lightning_rkd.utils.types import Batch, Key, Keys, unpack
 
 _numbers = itertools.count()
 _DETACHED = {"_module": None, "_attached": None, "_prepared": False, "_batch": None, "_backwards": None}
@@ -65,10 +65,12 @@ class RelationalDistillation(pl.Callback):
         teacher_layer: The same for the teacher; ``None`` reads its output.
         input_layer: Layer of the student whose inputs the teacher receives, call by call. It is needed if the step
             augments its inputs, runs several views, or draws batches itself. ``None`` passes the inputs of the batch.
-        inputs: Position or key of the inputs in a batch. Required if batches are mappings; default: the first entry.
-        labels: Position or key of the labels. Default: the second entry of a sequence.
-        indices: Position or key of the sample indices. Default: those of
-            :func:`~lightning_rkd.data.indexing.with_indices`.
+        inputs: Entry of a batch with the inputs: a position, a key, a field of a named tuple or dataclass, or a dotted
+            path such as ``"views.global"``; or several, in any form of :data:`~lightning_rkd.utils.types.Keys`.
+            Required if batches are mappings or dataclasses; default: the first entry.
+        teacher_inputs: Entries with the inputs of the teacher, in the same forms; ``None`` passes it ``inputs``.
+        labels: Entry with the labels. Default: the second entry of a sequence, unless another argument names it.
+        indices: Entry with the sample indices. Default: those of :func:`~lightning_rkd.data.indexing.with_indices`.
         weight: Weight of all terms, a number or a function of the epoch.
         task_weight: Weight of the module's own loss, a number or a function of the epoch.
         gather: Whether relations span the batches of all ranks, so that k devices compute the same loss as one device
@@ -105,7 +107,8 @@ class RelationalDistillation(pl.Callback):
         student_layer: Layer,
         teacher_layer: Layer | None = None,
         input_layer: str | Callable[[nn.Module], nn.Module] | None = None,
-        inputs: Key | list[str] | None = None,
+        inputs: Keys | None = None,
+        teacher_inputs: Keys | None = None,
         labels: Key | None = None,
         indices: Key | None = None,
         weight: Weight = 1.0,
@@ -125,7 +128,12 @@ class RelationalDistillation(pl.Callback):
         )
         self.task_weight = task_weight
         self.manual_backward_index = manual_backward_index
-        self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
+        self._keys: dict[str, Any] = {
+            "inputs": inputs,
+            "teacher_inputs": teacher_inputs,
+            "labels": labels,
+            "indices": indices,
+        }
         self._number = next(_numbers)
         self._module: pl.LightningModule | None = None
         self._attached: AttachedLosses | None = None
@@ -353,6 +361,7 @@ class RelationalDistillation(pl.Callback):
         given = self._batch
         if given is None or hasattr(given, "__next__"):  # no batch, or Lightning's dataloader_iter
             return None
-        if self.distiller.inputs is not None and not self.distiller.needs_context:
+        needed = self.distiller.needs_context or self._keys["teacher_inputs"] is not None
+        if self.distiller.inputs is not None and not needed:
             return None  # the teacher is fed from input_layer
         return to_batch(given, self.unpack) if isinstance(given, IndexedBatch) else self.unpack(given)

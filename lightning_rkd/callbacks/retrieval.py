@@ -25,9 +25,9 @@ class RetrievalEvaluation(pl.Callback):
     Args:
         layer: Layer whose output is the embedding, in any form of :data:`~lightning_rkd.distillation.features.Layer`.
         metric: A metric, or metrics by name. Default: ``EmbeddingRetrieval()``.
-        inputs: Position or key of the inputs in a batch; required if batches are mappings.
-        labels: Position or key of the labels. Default: the second entry of a sequence.
-        indices: Position or key of the sample indices.
+        labels: Entry of a batch with the labels: a position, a key, a field of a named tuple or dataclass, or a dotted
+            path. Default: the second entry of a sequence.
+        indices: Entry with the sample indices, in the same forms.
 
     Raises:
         ValueError: A layer that does not exist, or several ranks without sample indices.
@@ -44,14 +44,14 @@ class RetrievalEvaluation(pl.Callback):
         layer: Layer,
         metric: Metric | dict[str, Metric] | None = None,
         *,
-        inputs: Key | list[str] | None = None,
         labels: Key | None = None,
         indices: Key | None = None,
     ) -> None:
         super().__init__()
         metric = EmbeddingRetrieval() if metric is None else metric
         self.metrics = metric if isinstance(metric, dict) else {"metric": metric}
-        self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
+        # the layer is read, so no inputs are needed
+        self._keys: dict[str, Any] = {"inputs": [], "labels": labels, "indices": indices}
         self._reader = FeatureReader(layer, "student")
         self._undo: list[Callable[[], None]] = []
         self._evaluation: Evaluation | None = None

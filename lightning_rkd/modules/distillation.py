@@ -34,7 +34,7 @@ from lightning_rkd.losses.weighting import LossSum, Weight, evaluate_weight
 from lightning_rkd.metrics.inputs import update_parameters
 from lightning_rkd.modules.sizes import materialize_losses
 from lightning_rkd.utils.distributed import gather_row_counts, gather_rows, rank_and_size
-from lightning_rkd.utils.types import Batch, Key, Outputs, call_network, unpack
+from lightning_rkd.utils.types import Batch, Key, Keys, Outputs, call_network, unpack
 
 
 def _do_nothing() -> None: ...
@@ -78,10 +78,12 @@ class DistillationModule(pl.LightningModule):
             :data:`~lightning_rkd.distillation.features.Layer`; ``None`` reads its output.
         teacher_layer: The same for the teacher.
         input_layer: Layer of the student whose inputs the teacher receives; ``None`` passes the inputs of the batch.
-        inputs: Position or key of the inputs in a batch. Required if batches are mappings; default: the first entry.
-        labels: Position or key of the labels. Default: the second entry of a sequence.
-        indices: Position or key of the sample indices. Default: those of
-            :func:`~lightning_rkd.data.indexing.with_indices`.
+        inputs: Entry of a batch with the inputs: a position, a key, a field of a named tuple or dataclass, or a dotted
+            path such as ``"views.global"``; or several, in any form of :data:`~lightning_rkd.utils.types.Keys`.
+            Required if batches are mappings or dataclasses; default: the first entry.
+        teacher_inputs: Entries with the inputs of the teacher, in the same forms; ``None`` passes it ``inputs``.
+        labels: Entry with the labels. Default: the second entry of a sequence, unless another argument names it.
+        indices: Entry with the sample indices. Default: those of :func:`~lightning_rkd.data.indexing.with_indices`.
         weight: Weight of all relational terms, a number or a function of the epoch.
         task_weight: Weight of the task loss, a number or a function of the epoch.
         gather: Whether relations, and a task loss on embeddings, span the batches of all ranks.
@@ -126,7 +128,8 @@ class DistillationModule(pl.LightningModule):
         student_layer: Layer | None = None,
         teacher_layer: Layer | None = None,
         input_layer: str | None = None,
-        inputs: Key | list[str] | None = None,
+        inputs: Keys | None = None,
+        teacher_inputs: Keys | None = None,
         labels: Key | None = None,
         indices: Key | None = None,
         weight: Weight = 1.0,
@@ -147,7 +150,12 @@ class DistillationModule(pl.LightningModule):
         self.task_reads, self.batch_transform, self.task_weight = task_reads, batch_transform, task_weight
         self.balance, self.log_gradients = balance, log_gradients
         self._optimizer, self._lr_scheduler, self._lr_interval = optimizer, lr_scheduler, lr_interval
-        self._keys: dict[str, Any] = {"inputs": inputs, "labels": labels, "indices": indices}
+        self._keys: dict[str, Any] = {
+            "inputs": inputs,
+            "teacher_inputs": teacher_inputs,
+            "labels": labels,
+            "indices": indices,
+        }
         self.distiller = Distiller(
             teacher,
             self.loss,

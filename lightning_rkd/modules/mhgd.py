@@ -35,7 +35,7 @@ from lightning_rkd.utils.distributed import (
     sum_over_ranks,
 )
 from lightning_rkd.utils.private import load_dataloaders
-from lightning_rkd.utils.types import Batch, Key, unpack
+from lightning_rkd.utils.types import Batch, Keys, unpack
 
 
 def official_sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -66,7 +66,8 @@ class AttentionGraphEstimator(pl.LightningModule):
         heads: Graphs per pair of stages.
         seed: Seed of the noise that drops heads.
         optimizer: From parameters to optimizer; the default is the authors', who train for 40 epochs.
-        inputs: Key of the inputs in the batch; needed where the batch is a mapping.
+        inputs: Inputs of the teacher in a batch, in any form of :data:`~lightning_rkd.utils.types.Keys`. Required if
+            batches are mappings or dataclasses.
 
     Raises:
         ValueError: No teacher, or fewer than two maps; a training batch of one sample.
@@ -92,7 +93,7 @@ class AttentionGraphEstimator(pl.LightningModule):
         heads: int = 8,
         seed: int = 0,
         optimizer: OptimizerCallable = official_sgd,
-        inputs: Key | list[str] | None = None,
+        inputs: Keys | None = None,
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self, inspect.currentframe())

@@ -55,8 +55,8 @@ def materialize_losses(module: DistillationModule) -> None:
 def _load_example(module: DistillationModule, loader: Any) -> Batch | None:
     """The example input of the module, or else the first samples of the training set."""
     example = module.example_input_array
-    if isinstance(example, tuple) and len(example) == 1:
-        (example,) = example
+    if isinstance(example, tuple):
+        example = dict(enumerate(example))
     if isinstance(example, Tensor | Mapping) and not module.distiller.teacher_needs_indices:
         return Batch(example)
     samples = load_first_samples(loader)

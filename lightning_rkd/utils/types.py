@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -31,7 +32,8 @@ class Batch:
     """One batch, independent of the format in which the loader yields it.
 
     Attributes:
-        inputs: Inputs of the student: a tensor, a sequence, or a mapping (passed as keywords).
+        inputs: Inputs of the student: one object, or a mapping, whose entries are passed as keywords, and those with
+            the keys 0, 1, ... positionally.
         labels: Class of each row, shape (N,), or soft labels (N, K).
         indices: Row of each sample in the root data set, shape (N,), int64.
         is_query: Mask of the queries in a query/gallery evaluation, shape (N,), bool.
@@ -118,25 +120,62 @@ class QuerySample(NamedTuple):
 
 
 Key = int | str
-"""Position of an entry in a batch that is a sequence, or its key in a mapping."""
+"""Entry of a batch: a position in a sequence, a key of a mapping, a field of a named tuple or a dataclass, or a dotted
+path through nested ones, such as ``"views.global"`` or ``"0.image"``."""
+
+Keys = Key | list[Key] | dict[str, Key]
+"""Inputs of a network in a batch: one entry; a list, whose positions are passed positionally and whose names as
+keywords; or a dict from keywords of the network to entries."""
+
+
+def select(batch: Any, key: Key) -> Any:
+    """Entry of a batch.
+
+    Args:
+        batch: A sequence, a mapping (also a ``TensorDict``), a named tuple or a dataclass, nested to any depth.
+        key: Position, name or dotted path of the entry.
+
+    Raises:
+        KeyError: There is no such entry; the message lists the entries.
+
+    Example:
+        >>> select(({"image": "pixels", "text": "words"}, 3), "0.image"), select([1, 2], 1)
+        ('pixels', 2)
+    """
+    names = _list_names(batch)
+    if key in names:
+        return batch[key] if isinstance(batch, Mapping) else getattr(batch, str(key))
+    if isinstance(batch, Sequence) and _is_position(key) and -len(batch) <= int(key) < len(batch):
+        return batch[int(key)]
+    first, dot, rest = str(key).partition(".")
+    if dot:
+        return select(select(batch, first), rest)
+    has = f"the entries {names}" if names else f"{len(batch)} entries" if isinstance(batch, Sequence) else "no entries"
+    raise KeyError(f"there is no {key!r} in the {type(batch).__name__} with {has}")
 
 
 def unpack(
-    batch: Any, inputs: Key | list[str] | None = None, labels: Key | None = None, indices: Key | None = None
+    batch: Any,
+    inputs: Keys | None = None,
+    labels: Key | None = None,
+    indices: Key | None = None,
+    teacher_inputs: Keys | None = None,
 ) -> Batch:
     """Build a :class:`Batch` from a batch of any loader.
 
-    A tensor becomes the inputs. The first two entries of a sequence become inputs and labels, and the third of a
-    :class:`QuerySample` becomes ``is_query``. A mapping needs ``inputs``.
+    A tensor becomes the inputs. The first two entries of a sequence become inputs and labels, unless they are named
+    otherwise, and the third of a :class:`QuerySample` becomes ``is_query``. A mapping or a dataclass needs ``inputs``.
 
     Args:
         batch: Batch as the loader yields it.
-        inputs: Position or key of the inputs, or a list of keys whose values the network takes as keywords.
-        labels: Position or key of the labels.
-        indices: Position or key of the sample indices.
+        inputs: Entries with the inputs of the student.
+        labels: Entry with the labels.
+        indices: Entry with the sample indices.
+        teacher_inputs: Entries with the inputs of the teacher; ``None`` passes those of the student.
 
     Raises:
-        TypeError: A mapping without ``inputs``, or an object that is not a batch.
+        TypeError: A mapping or a dataclass without ``inputs``, or an object that is not a batch.
+        ValueError: Two entries would be passed as the same keyword.
         KeyError: An entry that the batch does not have; the message lists its entries.
 
     Example:
@@ -148,30 +187,83 @@ def unpack(
         return batch
     if isinstance(batch, Tensor):
         return Batch(batch)
-    if isinstance(batch, Mapping):
-        if inputs is None:
-            raise TypeError(f"the batch is a mapping with the keys {list(batch)}: say which is the input, inputs='...'")
-    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+    names = _list_names(batch)
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
         inputs = 0 if inputs is None else inputs
-        labels = 1 if labels is None and len(batch) > 1 else labels
-    else:
-        raise TypeError(f"a batch is a tensor, a sequence or a mapping, got {type(batch).__name__}")
+        second = {"1", *names[1:2]}  # the labels, unless another argument names it
+        if labels is None and len(batch) > 1 and second.isdisjoint(_list_first_parts(inputs, indices, teacher_inputs)):
+            labels = 1
+    elif not names:
+        raise TypeError(
+            f"a batch is a tensor, a sequence, a mapping or a dataclass, got {type(batch).__name__}: override "
+            "unpack(batch) to return Batch(inputs, labels=...)"
+        )
+    elif inputs is None:
+        raise TypeError(
+            f"the batch, a {type(batch).__name__}, has the entries {names}: say which are the inputs, inputs='...'"
+        )
 
     def entry(name: str, key: Any) -> Any:
+        if key is None:
+            return None
+        several = _name_arguments(name, key) if isinstance(key, list) else key
         try:
-            return batch[key]
-        except (KeyError, IndexError, TypeError) as error:
-            has = list(batch) if isinstance(batch, Mapping) else f"{len(batch)} entries"
-            raise KeyError(f"{name}={key!r} is not in the batch, which has {has}") from error
+            if isinstance(several, Mapping):
+                return {argument: select(batch, one) for argument, one in several.items()}
+            return select(batch, key)
+        except KeyError as error:
+            raise KeyError(f"{name}={key!r} is not in the batch: {error.args[0]}") from error
 
     return Batch(
-        inputs={k: entry("inputs", k) for k in inputs} if isinstance(inputs, list) else entry("inputs", inputs),
-        labels=None if labels is None else entry("labels", labels),
-        indices=None if indices is None else entry("indices", indices),
+        inputs=entry("inputs", inputs),
+        labels=entry("labels", labels),
+        indices=entry("indices", indices),
         is_query=batch.is_query if isinstance(batch, QuerySample) else None,
+        teacher_inputs=entry("teacher_inputs", teacher_inputs),
     )
 
 
+def _list_names(batch: Any) -> list[Any]:
+    """Keys of a mapping, or fields of a dataclass or named tuple."""
+    if isinstance(batch, Mapping):
+        return list(batch.keys())  # a TensorDict iterates over its rows
+    return [f.name for f in fields(batch)] if is_dataclass(batch) else list(getattr(batch, "_fields", ()))
+
+
+def _list_first_parts(*keys: Keys | None) -> set[str]:
+    """First parts of the paths of all entries."""
+    lists = [list(k.values()) if isinstance(k, dict) else k if isinstance(k, list) else [k] for k in keys]
+    return {str(key).partition(".")[0] for each in lists for key in each}
+
+
+def _name_arguments(name: str, keys: list[Key]) -> dict[Any, Key]:
+    """Arguments that take the listed entries: the number of a positional one, or the last part of a path."""
+    last = {key: str(key).rpartition(".")[2] for key in keys}
+    positions = [key for key in keys if _is_position(last[key])]
+    words = {last[key]: key for key in keys if not _is_position(last[key])}
+    if len(positions) + len(words) < len(keys):
+        raise ValueError(
+            f"{name}={keys!r} passes two entries as the same keyword: name the keywords of the network, "
+            f"{name}={{'keyword': 'entry', ...}}"
+        )
+    return {**dict(enumerate(positions)), **words}
+
+
+def _is_position(part: Key) -> bool:
+    return re.fullmatch(r"-?\d+", str(part)) is not None
+
+
 def call_network(network: Callable[..., Any], inputs: Any) -> Any:
-    """Call a network with the inputs of a batch; the entries of a mapping are passed as keywords."""
-    return network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
+    """Call a network with the inputs of a batch.
+
+    Entries of a mapping are passed as keywords, those with the keys 0, 1, ... positionally.
+
+    Example:
+        >>> call_network(lambda x, y, scale: (x - y) * scale, {0: 5, 1: 3, "scale": 10})
+        20
+    """
+    if not isinstance(inputs, Mapping):
+        return network(inputs)
+    words = {key: value for key, value in inputs.items() if isinstance(key, str)}
+    positions = range(len(inputs.keys()) - len(words))  # a TensorDict's length is that of its batch
+    return network(*(inputs[number] for number in positions), **words)

@@ -201,7 +201,8 @@ trainer.fit(FromNames(width=6), DataLoader(Named(), batch_size=64, shuffle=True)
 print(f"distill/rkd: {trainer.callback_metrics['distill/rkd']:.3f}")
 
 # %% [markdown]
-# For other batches override `unpack(self, batch)` of the callback and return a `lightning_rkd.utils.types.Batch`.
+# Nested batches, dataclasses, several inputs and inputs of the teacher's own are named in the same way; see
+# [Batches](../docs/batches.md). For anything else override `unpack(self, batch)` of the callback and return a `lightning_rkd.Batch`.
 #
 # ## A wrong layer name
 #

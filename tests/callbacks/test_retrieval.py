@@ -91,7 +91,6 @@ def test_several_metrics_and_keys_of_the_batch() -> None:
     callback = RetrievalEvaluation(
         {"embedding": "backbone", "logits": "head"},
         {"retrieval": EmbeddingRetrieval(k=(1, 2))},
-        inputs="x",
         labels="y",
         indices="i",
     )

@@ -1,15 +1,21 @@
 """Batches of loaders become a ``Batch``, or an error that says why not."""
 
 from collections import UserDict, namedtuple
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_rkd.utils.types import Batch, unpack
+from lightning_rkd.utils.types import Batch, select, unpack
 
 X, Y, ROWS = torch.ones(2, 3), torch.arange(2), torch.tensor([7, 9])
 Named = namedtuple("Named", "x y i")
+
+
+@dataclass
+class Record:
+    x: torch.Tensor
 
 
 @pytest.mark.parametrize(
@@ -30,6 +36,26 @@ def test_inputs_labels_and_indices_are_found(batch: Any, keys: dict[str, Any], e
     assert (found.inputs is expected[0], found.labels is expected[1], found.indices is expected[2]) == (True,) * 3
 
 
+@pytest.mark.parametrize(
+    ("batch", "keys"),
+    [
+        ((Y, X), {"inputs": 1}),
+        ((Y, X), {"inputs": [0, 1]}),
+        ((X, ROWS), {"indices": 1}),
+        ((X, {"image": X}), {"teacher_inputs": "1.image"}),
+        (Named(ROWS, X, Y), {"inputs": "y"}),
+    ],
+)
+def test_an_entry_that_is_named_otherwise_is_not_taken_for_labels(batch: Any, keys: dict[str, Any]) -> None:
+    """The second entry was: labels of (labels, images) with ``inputs=1`` were the images."""
+    assert unpack(batch, **keys).labels is None
+
+
+def test_an_entry_whose_name_has_a_dot_comes_before_a_path() -> None:
+    assert select({"a.b": 1, "a": {"b": 2}}, "a.b") == 1
+    assert select({"a": {"b": 2}}, "a.b") == 2
+
+
 def test_a_list_of_keys_gives_the_networks_keywords() -> None:
     found = unpack({"ids": X, "mask": Y, "y": ROWS}, inputs=["ids", "mask"], labels="y")
     assert list(found.inputs) == ["ids", "mask"]
@@ -44,11 +70,16 @@ def test_a_batch_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("batch", "keys", "error", "message"),
     [
-        ({"x": X, 2: Y}, {}, TypeError, "a mapping with the keys"),
-        ({"x": X}, {"inputs": "image"}, KeyError, r"inputs='image' is not in the batch, which has \['x'\]"),
-        ((X, Y), {"indices": 2}, KeyError, "indices=2 is not in the batch, which has 2 entries"),
-        ((X, Y), {"labels": "y"}, KeyError, "labels='y' is not in the batch, which has 2 entries"),
-        ("words", {}, TypeError, "a batch is a tensor, a sequence or a mapping, got str"),
+        ({"x": X, 2: Y}, {}, TypeError, r"a dict, has the entries \['x', 2\]: say which are the inputs"),
+        (Record(X), {}, TypeError, r"a Record, has the entries \['x'\]: say which are the inputs, inputs='...'"),
+        ({"x": X}, {"inputs": "image"}, KeyError, r"inputs='image' is .*: there is no 'image' .* entries \['x'\]"),
+        ({"x": {"y": X}}, {"inputs": "x.z"}, KeyError, r"inputs='x.z' is .*: there is no 'z' .* entries \['y'\]"),
+        ({"x": X}, {"inputs": "x.z"}, KeyError, "there is no 'z' in the Tensor with no entries"),
+        ((X, Y), {"inputs": [0, 2]}, KeyError, r"inputs=\[0, 2\] is .*: there is no 2 in the tuple with 2 entries"),
+        ((X, Y), {"indices": 2}, KeyError, "indices=2 is .*: there is no 2 in the tuple with 2 entries"),
+        ((X, Y), {"labels": "y"}, KeyError, "labels='y' is .*: there is no 'y' in the tuple with 2 entries"),
+        ({"a": {"x": X}, "b": {"x": Y}}, {"inputs": ["a.x", "b.x"]}, ValueError, "two entries as the same keyword"),
+        ("words", {}, TypeError, r"a tensor, .* or a dataclass, got str: override unpack\(batch\) to return Batch\("),
         (3, {}, TypeError, "got int"),
     ],
 )
