@@ -287,7 +287,7 @@ def test_with_an_input_layer_the_batch_need_not_be_understood() -> None:
 
     batches = [{"pair": batch, "more": 1} for batch in toys.loader()]
     toys.fit(Named(), attached(input_layer="backbone"), batches=batches)
-    with pytest.raises(TypeError, match="say which is the input"):
+    with pytest.raises(TypeError, match="say which are the inputs"):
         toys.fit(Named(), attached(), batches=batches)
 
 
@@ -425,7 +425,7 @@ def test_a_mapping_batch_needs_the_key_of_its_inputs() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return self.loss(batch["x"], batch["y"])
 
-    with pytest.raises(TypeError, match=r"a mapping with the keys \['x', 'y'\]: say which is the input, inputs="):
+    with pytest.raises(TypeError, match=r"a dict, has the entries \['x', 'y'\]: say which are the inputs, inputs="):
         toys.fit(Mapped(), attached(), batches=batches)
 
 

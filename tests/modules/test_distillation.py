@@ -300,7 +300,7 @@ FAILURES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"the metrics \['a'\] compare with the teacher",
     ),
-    "mapping": (TASK, TypeError, "say which is the input, inputs="),
+    "mapping": (TASK, TypeError, "say which are the inputs, inputs="),
     "unknown layer": (
         TASK | {"student_layer": "lats"},
         LayerNotFoundError,
