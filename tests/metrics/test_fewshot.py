@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
-from lightning_rkd.metrics import FewShotAccuracy
+from lightning_rkd.metrics import EmbeddingRetrieval, FewShotAccuracy
 from lightning_rkd.metrics.fewshot import draw_episodes
 from tests.oracles.fewshot import few_shot
 
@@ -102,3 +103,9 @@ def test_classes_with_too_few_samples_are_named_with_their_numbers() -> None:
 def test_impossible_numbers_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be a whole number of at least"):
         FewShotAccuracy(**{name: 0})
+
+
+@pytest.mark.parametrize("cls", [EmbeddingRetrieval, FewShotAccuracy])
+def test_trackers_of_the_best_epoch_take_the_highest_score(cls: type[Metric]) -> None:
+    assert cls.higher_is_better is True
+    assert cls.is_differentiable is cls.full_state_update is False
