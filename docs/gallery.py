@@ -30,8 +30,9 @@ NOT_SHIPPED: dict[str, str] = {
     "be read in full; missing are the criterion and the share of edges that are pruned as unreliable, the Huber "
     "threshold and form, the reduction over edges, both weights, where logits are standardised, and the augmentation "
     "of the second view.",
-    "The gradient relation of CRCD": "`CRCD` has the feature relation. Of the gradient relation the authors' script "
-    "calls a function that is not defined, and its weight and combination with the other terms are missing.",
+    "The gradient relation of CRCD": "`CRCD` has the feature relation. The gradient relation, the same loss on the "
+    "gradients of the cross-entropy at the features, is defined in the authors' repository (helper/loops.py, weight "
+    "1.0). It is not implemented here: there it multiplies the soft-target loss, and needs gradients of the teacher.",
     "The attention fusion of OKDMDE": "`OnlineBranches` takes the mean of the branches' logits; the layers of the "
     "paper's Feature Fusion Module could not be found.",
     "One network split into student and assistant": "`ResidualKD` trains two networks. How the paper separates the "

@@ -59,9 +59,12 @@ class AttentionTransfer(RelationalLoss):
 
     Args:
         power: p, at least 1.
+        feature_maps: Positions of the maps that are compared, among those that are tapped; ``[-1]`` is the last.
+            ``None`` compares all.
 
     Raises:
-        ValueError: Lists of different length; maps paired with tokens; different numbers of tokens.
+        ValueError: Lists of different length; a position without a map; maps paired with
+            tokens; different numbers of tokens.
 
     Reference:
         Zagoruyko and Komodakis 2017, Paying More Attention to Attention: Improving the Performance of Convolutional
@@ -81,14 +84,15 @@ class AttentionTransfer(RelationalLoss):
         "read in code",
         source="szagoruyko/attention-transfer, utils.py; HobbitLong/RepDistiller, distiller_zoo/AT.py",
         weight=1000.0,
-        weight_note="CIFAR-100, RepDistiller, the maps at the end of all stages",
+        weight_note="CIFAR-100, RepDistiller, the maps at the end of all stages, of VGG without the first "
+        "(feature_maps=[1, 2, 3, 4])",
         result="CIFAR-100 resnet32x4 to resnet8x4: 73.44 (student alone 72.50), RepDistiller",
     )
 
-    def __init__(self, power: float = 2.0) -> None:
+    def __init__(self, power: float = 2.0, *, feature_maps: Sequence[int] | None = None) -> None:
         super().__init__()
         check_at_least("AttentionTransfer", 1, power=power)
-        self.power = power
+        self.power, self.feature_maps = power, feature_maps
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         return attention_transfer(student, teacher, power=self.power)

@@ -1,14 +1,14 @@
 """The base class of losses: checks and casts of inputs around a ``forward`` in plain maths."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.losses.inputs import FIELDS, Features, check_context, pair_tensors, select_fields
-from lightning_rkd.losses.lazy import LazyModule
+from lightning_rkd.losses.inputs import FIELDS, Features, check_context, pair_tensors, select_fields, select_maps
+from lightning_rkd.losses.lazy import LazyModule, Size
 from lightning_rkd.losses.references import BibTeX
 from lightning_rkd.losses.references import Reference as Reference
 from lightning_rkd.losses.weighting import Weighable
@@ -42,6 +42,8 @@ class RelationalLoss(Weighable, LazyModule):
         reads: Field of :class:`~lightning_rkd.utils.types.Outputs` that ``forward`` receives from both networks:
             ``"embedding"`` (default), ``"logits"``, ``"feature_maps"`` or ``"classifier"``. With a tuple of fields,
             ``forward`` receives two ``Outputs``.
+        feature_maps: Positions of the feature maps that ``forward`` receives, of those that are tapped; ``None``
+            (default) for all. A loss that reads ``"feature_maps"`` may set it on an instance.
         gather: ``True`` (default) for a loss that relates samples to one another: it receives the rows of all ranks.
             ``False`` for a mean of per-sample terms, which each rank computes from its own rows.
         invariances: Changes of the student's or the teacher's outputs that leave the value unchanged:
@@ -76,6 +78,7 @@ class RelationalLoss(Weighable, LazyModule):
             overflows. The last two are checked on a CPU; on other devices the engine detects them.
     """
 
+    feature_maps: Sequence[int] | None = None
     gather: bool = True
     invariances: frozenset[str] = frozenset()
     reference: ClassVar[Reference | None] = None
@@ -120,7 +123,7 @@ class RelationalLoss(Weighable, LazyModule):
         if isinstance(s, Tensor) and isinstance(t, Tensor) and reads in ("embedding", "logits"):
             pairs = [(str(reads), s, t)]
         else:
-            s, t = select_fields(s, reads, who=f"{name}, student"), select_fields(t, reads, who=f"{name}, teacher")
+            s, t = self._select(s, "student"), self._select(t, "teacher")
             pairs = pair_tensors(s, t, reads, name)
         _check_pairs(pairs, name)
         field, first, _ = pairs[0]
@@ -134,9 +137,9 @@ class RelationalLoss(Weighable, LazyModule):
         for _, a, b in pairs:
             dtype = torch.promote_types(dtype, torch.promote_types(a.dtype, b.dtype))
         if not self.ready:
-            self.materialize(s, t, like=torch.empty(0, dtype=dtype, device=device))
+            self.materialize(student, teacher, like=torch.empty(0, dtype=dtype, device=device))
         if self.needed_sizes:
-            self.check_sizes(s, t)
+            self.check_sizes(student, teacher)
             dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), dtype)
         with torch.autocast(device_type=device.type, enabled=False):
             value: Tensor = super().__call__(_cast(s, dtype), _cast(t, dtype, detach=True), **context)
@@ -145,6 +148,17 @@ class RelationalLoss(Weighable, LazyModule):
             if not value.detach().abs().le(torch.finfo(widest).max).all():
                 raise _overflow_error(value, pairs, self)
         return value
+
+    def infer_sizes(self, student: Any, teacher: Any) -> dict[str, Size]:
+        """Infer sizes from the outputs of both networks, of the feature maps that the loss selects."""
+        return super().infer_sizes(self._select(student, "student"), self._select(teacher, "teacher"))
+
+    def _select(self, features: Any, network: str) -> Any:
+        """Select the fields and the feature maps that the loss reads."""
+        if features is None:
+            return None
+        who = f"{self.display_name}, {network}"
+        return select_maps(select_fields(features, self.reads, who=who), self.feature_maps, who=who)
 
     def extra_repr(self) -> str:
         """Settings for ``print``: the arguments of ``__init__`` that are kept under their own names."""

@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_rkd.functional.similarities import row_norms, unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
@@ -16,13 +16,13 @@ Form = Literal["kernel", "norm", "rows"]
 
 def correlation_congruence(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
     """The paper's kernel form as a function; see :class:`CorrelationCongruence`."""
-    s, t = (gaussian_taylor(x @ x.T, gamma, order) for x in (unit_rows(student), unit_rows(teacher.detach())))
+    s, t = (gaussian_taylor(x @ x.T, gamma, order) for x in (unit_rows(student), unit_rows(teacher)))
     return (s - t).square().mean()
 
 
 def correlation_congruence_norm(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
     """torchdistill's form as a function; see :class:`CorrelationCongruence`."""
-    s, t = (gaussian_taylor(x @ x.T, gamma, order) for x in (student, teacher.detach()))
+    s, t = (gaussian_taylor(x @ x.T, gamma, order) for x in (student, teacher))
     return row_norms((s - t).reshape(1, -1)).squeeze(0) / len(student) ** 2
 
 
@@ -31,10 +31,10 @@ def correlation_congruence_rows(student: Tensor, teacher: Tensor) -> Tensor:
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"CorrelationCongruence: form='rows' compares embeddings of equal width, got {student.shape[1]} of the "
-            f"student and {teacher.shape[1]} of the teacher; use form='kernel', or a student's head as wide as the "
-            "teacher's"
+            f"student and {teacher.shape[1]} of the teacher; pass dim=128 for trained linear layers of equal width, "
+            "or use form='kernel'"
         )
-    delta = (student - teacher.detach()).abs()
+    delta = (student - teacher).abs()
     return (delta[:-1] * delta[1:]).sum() / max(1, len(delta) - 1)
 
 
@@ -71,18 +71,23 @@ class CorrelationCongruence(RelationalLoss):
 
     ``"norm"`` is torchdistill's: rows as given, the root of the sum instead of the sum. ``"rows"`` is
     RepDistiller's, by whose account the author sent it: products of neighbouring rows, so that the order of the batch
-    matters. Both read embeddings behind a linear layer of width 128 on either network, trained with the student; here
-    they are losses on the embeddings alone. The paper adds a loss on logits, which is a term of its own here.
+    matters. Both read embeddings behind a linear layer of width 128 on either network (``dim=128``), and train the two
+    layers with the student. The paper adds a loss on logits, which is a term of its own here.
 
-    Shapes: (N, D_s), (N, D_t) -> scalar; widths must be equal in the form ``"rows"``. A batch of one row gives 0.
+    Shapes: (N, D_s), (N, D_t) -> scalar; widths must be equal in the form ``"rows"`` without ``dim``. A batch of one
+    row gives 0.
 
     Args:
         form: ``"kernel"``, the paper's, or ``"norm"`` or ``"rows"``.
         gamma: Of the Gaussian kernel, positive; 0.4 in published code.
         order: Of its Taylor expansion, at least 1; 2 in published code.
+        dim: Width of linear layers that embed both networks' rows first and are trained by the loss; 128 in published
+            code of the forms ``"norm"`` and ``"rows"``. ``None`` compares the rows as they are.
+        student_dim: D_s, for ``dim``; inferred if left out.
+        teacher_dim: D_t, for ``dim``; inferred if left out.
 
     Raises:
-        ValueError: Different widths in the form ``"rows"``.
+        ValueError: Different widths in the form ``"rows"`` without ``dim``.
 
     Reference:
         Peng et al. 2019, Correlation Congruence for Knowledge Distillation, arXiv:1904.01802.
@@ -100,21 +105,46 @@ class CorrelationCongruence(RelationalLoss):
         "read in code",
         source="JDAI-CV/FaceX-Zoo, addition_module/face_lightning/KDF/loss/cc.py; yoshitomo-matsubara/torchdistill, "
         "losses/mid_level.py (norm); HobbitLong/RepDistiller, distiller_zoo/CC.py (rows)",
-        weight_note="0.02 for the form rows, CIFAR-100, RepDistiller; 0.003 for the form norm, ImageNet, torchdistill",
-        result="CIFAR-100 resnet32x4 to resnet8x4: 72.97 for the form rows (student alone 72.50), RepDistiller",
+        weight_note="0.02 for form='rows' and dim=128, CIFAR-100, the last embeddings, RepDistiller; 0.003 for "
+        "form='norm' and dim=128, ImageNet, torchdistill",
+        result="CIFAR-100 resnet32x4 to resnet8x4: 72.97 for form='rows' and dim=128 (student alone 72.50), "
+        "RepDistiller",
     )
     invariances = frozenset({"rotation", "row scale", "scale"})
 
-    def __init__(self, form: Form = "kernel", gamma: float = 0.4, order: int = 2) -> None:
+    def __init__(
+        self,
+        form: Form = "kernel",
+        gamma: float = 0.4,
+        order: int = 2,
+        *,
+        dim: int | None = None,
+        student_dim: int | None = None,
+        teacher_dim: int | None = None,
+    ) -> None:
         super().__init__()
         check_choice("CorrelationCongruence", Form, form=form)
         check_positive("CorrelationCongruence", gamma=gamma)
-        check_at_least("CorrelationCongruence", 1, order=order)
-        self.form, self.gamma, self.order = form, gamma, order
-        if form != "kernel":
-            self.invariances = frozenset({"rotation"} if form == "norm" else ())
+        check_at_least("CorrelationCongruence", 1, order=order, **({} if dim is None else {"dim": dim}))
+        self.form, self.gamma, self.order, self.dim = form, gamma, order, dim
+        if form != "kernel" or dim is not None:
+            self.invariances = frozenset({"rotation"} if form == "norm" and dim is None else ())
+        self.embed: nn.ModuleList | None = None
+        if dim is None:
+            self.needed_sizes = ()
+        else:
+            self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
+
+    def build(self, student_dim: int, teacher_dim: int) -> None:
+        """Make the two linear layers."""
+        assert self.dim is not None  # or there would be no sizes to wait for
+        self.embed = nn.ModuleList(
+            nn.Linear(width, self.dim, dtype=torch.float32) for width in (student_dim, teacher_dim)
+        )
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.embed is not None:
+            student, teacher = self.embed[0](student), self.embed[1](teacher)
         if len(student) == 1:
             return student.sum() * 0
         if self.form == "rows":

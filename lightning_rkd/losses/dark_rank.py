@@ -50,7 +50,7 @@ class HardDarkRank(RelationalLoss):
     Shapes: (N, D_s), (N, D_t) -> scalar. Lists are as long as the batch allows; up to two rows give 0.
 
     Args:
-        alpha: Factor of the scores; 3 in published code.
+        alpha: Factor of the scores; 3 by default in published code, 2 in its training script.
         beta: Power of the distances in the scores; 3 in published code, at least 1.
         length: How many nearest samples are ranked; 4 in published code.
 
@@ -97,7 +97,8 @@ class SoftDarkRank(RelationalLoss):
 
     Departures from the authors' code: theirs leaves the teacher's entropy, a constant, in the loss, takes only the
     first half of the batch as queries, which its sampler fills with pairs of a class, and its hand-written gradient
-    moves the listed samples but not the query; its scores :math:`-(3.5\, d^2)^2` are ``alpha=12.25, beta=4`` here, and
+    moves the listed samples but not the query (its cosine with the gradient of the equation, which is this loss's, is
+    0.83 to 0.86); its scores :math:`-(3.5\, d^2)^2` are ``alpha=12.25, beta=4`` here, and
     its weight of 16 is one of 2 beside a mean over the batch, by whose size, 8, its optimizer divides all gradients.
 
     Shapes: (N, D_s), (N, D_t) -> scalar. Lists are as long as the batch allows; up to two rows give 0. Time and memory
@@ -123,7 +124,8 @@ class SoftDarkRank(RelationalLoss):
         "read in code",
         source="TuSimple/DarkRank, PYOP/listnet_loss.py",
         weight=2.0,
-        weight_note="Market-1501 with unit embeddings, alpha=12.25 and beta=4; the authors' 16 over their batch of 8",
+        weight_note="Market-1501 with unit embeddings, alpha=12.25 and beta=4; the authors' 16 over their batch of 8. It "
+        "belongs to their hand-written gradient, whose cosine with this loss's is 0.83 to 0.86",
     )
     invariances = frozenset({"translation", "rotation"})
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_rkd.functional.scales import limit_magnitude
 from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
@@ -21,19 +22,24 @@ class FitNetHint(RelationalLoss):
     Departures: the mean, where the paper writes half the sum, as published comparisons do, whose weights assume it.
     Where the student's map is larger than the teacher's, so is the paper's kernel, and a valid convolution makes up
     the difference; here the sizes must agree, and then the paper's kernel is 1 x 1 too. Its regressor ends in the hint
-    layer's non-linearity: pass ``relu=True`` where the teacher's map comes from behind a ReLU. RepDistiller, from
-    which weight and result are quoted, has batch normalisation before the ReLU, and other kernels where sizes differ.
-    The paper trains on hints alone first; here the loss is one term among others.
+    layer's non-linearity: pass ``relu=True`` where the teacher's map comes from behind a ReLU. RepDistiller's, to which
+    weight and result belong, is ``norm=True, relu=True`` on one map; it has other kernels where sizes differ. The
+    batch normalisation always takes the statistics of the batch, of all ranks, and keeps none. The paper trains on
+    hints alone first; here the loss is one term among others.
 
     Shapes: lists of as many maps (N, C, H, W) or tokens (N, T, C), equal in both networks but for C -> scalar.
 
     Args:
-        student_dim: Channels of each of the student's maps; inferred if left out.
-        teacher_dim: Channels of each of the teacher's maps; inferred if left out.
+        student_dim: Channels of each of the student's maps that are compared; inferred if left out.
+        teacher_dim: Channels of each of the teacher's maps that are compared; inferred if left out.
         relu: Whether the regressors end in a ReLU.
+        norm: Whether the convolution is followed by batch normalisation.
+        feature_maps: Positions of the maps that are compared, among those that are tapped; ``[-1]`` is the last.
+            ``None`` compares all.
 
     Raises:
-        ValueError: Maps that differ in number, kind or spatial size, or in channels from what the loss was made for.
+        ValueError: A position without a map; maps that differ in number, kind or spatial size, or in channels
+            from what the loss was made for.
 
     Reference:
         Romero, Ballas, Kahou, Chassang, Gatta and Bengio 2015, FitNets: Hints for Thin Deep Nets, arXiv:1412.6550.
@@ -52,10 +58,12 @@ class FitNetHint(RelationalLoss):
         "read in code",
         source="adri-romsor/FitNets, costs/HintCost.py; HobbitLong/RepDistiller, distiller_zoo/FitNet.py",
         weight=100.0,
-        weight_note="CIFAR-100, RepDistiller, one map of the middle",
+        weight_note="CIFAR-100, RepDistiller, norm=True, relu=True and the map of hint layer 2: feature_maps=[1] of a "
+        "ResNet's three stages, [2] of a VGG's five",
         result="CIFAR-100 resnet32x4 to resnet8x4: 73.50 (student alone 72.50), RepDistiller",
     )
     regressors: nn.ModuleList
+    norms: nn.ModuleList
 
     def __init__(
         self,
@@ -63,9 +71,12 @@ class FitNetHint(RelationalLoss):
         teacher_dim: Sequence[int] | None = None,
         *,
         relu: bool = False,
+        norm: bool = False,
+        feature_maps: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.relu = relu
+        self.relu, self.norm, self.feature_maps = relu, norm, feature_maps
+        self.gather = norm  # the statistics of a batch relate its samples
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: tuple[int, ...], teacher_dim: tuple[int, ...]) -> None:
@@ -78,6 +89,10 @@ class FitNetHint(RelationalLoss):
         self.regressors = nn.ModuleList(
             nn.Linear(s, t, dtype=torch.float32) for s, t in zip(student_dim, teacher_dim, strict=True)
         )
+        self.norms = nn.ModuleList(
+            nn.BatchNorm1d(t, track_running_stats=False, dtype=torch.float32) if self.norm else nn.Identity()
+            for t in teacher_dim
+        )
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         losses = []
@@ -88,6 +103,17 @@ class FitNetHint(RelationalLoss):
                     f"FitNetHint: maps[{i}] must be (N, C, H, W) or (N, T, C) and may differ in channels only, got "
                     f"{tuple(student[i].shape)} and {tuple(teacher[i].shape)}; tap layers of the same resolution"
                 )
-            predicted = self.regressors[i](s)
+            predicted = self.regressors[i](self._centred(s)) if self.norm else self.regressors[i](s)
+            predicted = self.norms[i](predicted.flatten(0, -2)).view_as(predicted)
             losses.append(F.mse_loss(predicted.relu() if self.relu else predicted, t))
         return torch.stack(losses).sum()
+
+    def _centred(self, s: Tensor) -> Tensor:
+        """Positions relative to the first, which batch normalisation does not notice and which saves digits."""
+        if s[..., 0].numel() == 1:
+            raise ValueError(
+                "FitNetHint: batch normalisation needs more than one position, got one sample of one; use a larger "
+                "batch (drop_last=True), a layer before pooling, or norm=False"
+            )
+        dims = tuple(range(s.ndim))
+        return limit_magnitude(s - s.flatten(0, -2)[0].detach(), dims)

@@ -10,10 +10,9 @@ from lightning_rkd.functional.graphs import knn_graph, normalised_adjacency, sam
 from lightning_rkd.functional.scales import to_float64
 from lightning_rkd.functional.similarities import cosine_similarities, flatten_layers
 from lightning_rkd.losses.base import Reference, RelationalLoss
-from lightning_rkd.losses.parts.checks import check_at_least, check_choice
+from lightning_rkd.losses.parts.checks import Reads, check_at_least, check_choice, check_maps_are_read
 
 Edges = Literal["all", "within", "between"]
-Reads = Literal["embedding", "feature_maps"]
 Layers = Tensor | Sequence[Tensor]
 
 
@@ -65,6 +64,8 @@ class GraphKD(RelationalLoss):
         edges: ``"all"``, or those ``"within"`` or ``"between"`` classes, for which the loss needs ``labels``, (N,) or
             soft (N, K).
         reads: ``"embedding"``, or ``"feature_maps"`` as in the paper.
+        feature_maps: Positions of the maps that are compared, among those that are tapped; ``[-1]`` is the last.
+            ``None`` compares all. Needs ``reads="feature_maps"``.
 
     Raises:
         ValueError: A batch of ``neighbours`` samples or fewer; no labels where edges depend on classes.
@@ -95,12 +96,16 @@ class GraphKD(RelationalLoss):
         power: int = 1,
         edges: Edges = "all",
         reads: Reads = "embedding",
+        *,
+        feature_maps: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         check_at_least("GraphKD", 1, power=power, **({} if neighbours is None else {"neighbours": neighbours}))
         check_choice("GraphKD", Edges, edges=edges)
         check_choice("GraphKD", Reads, reads=reads)
-        self.neighbours, self.power, self.edges, self.reads = neighbours, power, edges, reads
+        check_maps_are_read("GraphKD", reads, feature_maps)
+        self.neighbours, self.power, self.edges = neighbours, power, edges
+        self.reads, self.feature_maps = reads, feature_maps
 
     def forward(self, student: Layers, teacher: Layers, *, labels: Tensor | None = None) -> Tensor:
         """The loss as a scalar; ``labels`` are needed where edges depend on classes."""

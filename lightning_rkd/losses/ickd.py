@@ -46,8 +46,10 @@ class ICKD(RelationalLoss):
     Shapes: lists of maps (N, C_s, H, W), (N, C_t, H', W'), or of tokens (N, T, C_s), (N, T', C_t) -> scalar.
 
     Args:
-        student_dim: Channels of each of the student's maps; inferred if left out.
-        teacher_dim: Channels of each of the teacher's maps; inferred if left out.
+        student_dim: Channels of each of the student's maps that are compared; inferred if left out.
+        teacher_dim: Channels of each of the teacher's maps that are compared; inferred if left out.
+        feature_maps: Positions of the maps that are compared, among those that are tapped; ``[-1]`` is the last.
+            ``None`` compares all.
 
     Raises:
         ValueError: Vectors, which have no positions; maps that do not fit; a batch of a single position.
@@ -70,13 +72,21 @@ class ICKD(RelationalLoss):
         "read in code",
         source="ADLab-AutoDrive/ICKD, Cifar100/distiller_zoo/ICKD.py",
         weight=2.5,
-        weight_note="CIFAR-100, the authors' README; one of their scripts has 4",
+        weight_note="CIFAR-100, the last map before pooling (feature_maps=[-1]), the authors' README; one of their "
+        "scripts has 4",
         result="CIFAR-100 resnet32x4 to resnet8x4: 75.25 (student alone 72.50), the authors' README",
     )
     embed: nn.ModuleList
 
-    def __init__(self, student_dim: Sequence[int] | None = None, teacher_dim: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        student_dim: Sequence[int] | None = None,
+        teacher_dim: Sequence[int] | None = None,
+        *,
+        feature_maps: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
+        self.feature_maps = feature_maps
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: tuple[int, ...], teacher_dim: tuple[int, ...]) -> None:

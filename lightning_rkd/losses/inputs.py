@@ -80,6 +80,23 @@ def select_fields(features: Any, reads: str | tuple[str, ...], *, who: str) -> A
     return features
 
 
+def select_maps(value: Any, positions: Sequence[int] | None, *, who: str) -> Any:
+    """Select feature maps by position; without positions, all.
+
+    Raises:
+        ValueError: A position without a map.
+    """
+    if positions is None or isinstance(value, Tensor) or not isinstance(value, Sequence):
+        return value
+    for position in positions:
+        if not -len(value) <= position < len(value):
+            raise ValueError(
+                f"{who}: there is no map {position} among the {len(value)} that are read; feature_maps counts from 0, "
+                "or from the end with negative numbers"
+            )
+    return [value[position] for position in positions]
+
+
 def pair_tensors(student: Any, teacher: Any, reads: str | tuple[str, ...], name: str) -> list[tuple[str, Any, Any]]:
     """Pair the tensors that a loss compares, as (field, student tensor, teacher tensor)."""
     if isinstance(student, Outputs):

@@ -17,7 +17,7 @@ def edges(x: Tensor) -> Tensor:
 
     .. math:: A_{ij} = \lVert x_i - x_j \rVert^2 / \max_{a,b} \lVert x_a - x_b \rVert^2
 
-    Shapes: (N, D) -> (N, N). All zeros where all rows are equal.
+    The gradient takes the largest for a constant. Shapes: (N, D) -> (N, N). All zeros where all rows are equal.
     """
     return _over_largest(squared_distances(x)).to(x.dtype)
 
@@ -27,14 +27,14 @@ def transformation(before: Tensor, after: Tensor) -> Tensor:
 
     .. math:: \Lambda_i = \lVert y_i - x_i \rVert^2 / \max_a \lVert y_a - x_a \rVert^2
 
-    Shapes: (N, D), (N, D) -> (N,). All zeros where nothing moves.
+    The gradient takes the largest for a constant. Shapes: (N, D), (N, D) -> (N,). All zeros where nothing moves.
     """
     move = after - before
     return _over_largest((move / power_of_two(move, (0, 1))).square().sum(1))
 
 
 def _over_largest(x: Tensor) -> Tensor:
-    largest = x.amax()
+    largest = x.detach().amax()
     return x / torch.where(largest > 0, largest, 1)
 
 
@@ -57,9 +57,10 @@ class IRG(RelationalLoss):
     authors take the first and the last block of every stage.
 
     The factors 1/2N and 1/2 and the units of the largest are those of the authors' Caffe layers; the paper writes
-    plain sums of plain squared distances. Departures: their hand-written backward pass takes the largest distance as a
-    constant, and lets an edge pull only the first of its two samples, which halves the gradient; here the gradient is
-    that of the equation. Duplicates have distance 0 and pass no gradient.
+    plain sums of plain squared distances. As in their backward pass, the largest distance is a constant: through it,
+    nearly all of the gradient would fall on the two samples that are farthest apart. Departure: theirs lets an edge
+    pull only the first of its two samples, which halves the gradient of the edges. Duplicates have distance 0 and pass
+    no gradient.
 
     Shapes: ``Outputs`` with logits (N, K) and lists of maps (N, C, H, W) or tokens (N, T, C) -> scalar.
 

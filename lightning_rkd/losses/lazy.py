@@ -7,7 +7,7 @@ that it needs as parameters of ``build``.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class LazyModule(nn.Module):
     Class attributes:
         reads: The field of :class:`~lightning_rkd.utils.types.Outputs`, or the tuple of fields, that sizes are inferred
             from.
-        needed_sizes: The parameters of ``build``.
+        needed_sizes: The parameters of ``build``; an instance that makes no tensors sets it to ``()``.
         ready: Whether files have been read and tensors made.
         display_name: The name used in messages: that of the class, or of the training scheme that the module is part
             of.
@@ -52,7 +52,7 @@ class LazyModule(nn.Module):
     """
 
     reads: str | tuple[str, ...] = "embedding"
-    needed_sizes: ClassVar[tuple[str, ...]] = ()
+    needed_sizes: tuple[str, ...] = ()
     ready: bool = False
     display_name: str = ""
     _sizes: Mapping[str, Size] = {}

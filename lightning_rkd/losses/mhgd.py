@@ -42,8 +42,9 @@ class MHGD(RelationalLoss):
     Paper and code: hyperbolic tangent, the direction of the divergence and the sum over everything are those of the
     authors' code; their poster shows no hyperbolic tangent. Departures: the first singular vector's sign, which an
     eigensolver leaves to chance, is fixed (it points along the map's mean); the gradient of the singular vectors is
-    exact, where the code's is twice as long, and is missing altogether for maps with two thirds to one and a half
-    times as many positions as channels; where student and teacher differ in channels, which the paper does not
+    exact, where the code's is twice as long for maps with at least as many positions as channels, 1.06 to 1.10 times as
+    long for others, and missing altogether for maps with two thirds to one and a half times as many positions as
+    channels; where student and teacher differ in channels, which the paper does not
     consider, a 1 x 1 convolution without bias (ours), trained with the student, brings the student's to the teacher's.
 
     Shapes: maps (N, C_l, H_l, W_l), tokens (N, T_l, C_l) or (N, C_l) of at least two stages, as many in both networks;

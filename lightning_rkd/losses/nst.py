@@ -1,5 +1,6 @@
 """Neuron selectivity transfer (Huang and Wang 2017): distributions of the channels' activity over positions."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -74,6 +75,8 @@ class NST(RelationalLoss):
 
     Args:
         kernel: ``"polynomial"``, ``"linear"`` or ``"gaussian"``.
+        feature_maps: Positions of the maps that are compared, among those that are tapped; ``[-1]`` is the last.
+            ``None`` compares all.
 
     Raises:
         ValueError: Maps that do not fit.
@@ -96,14 +99,16 @@ class NST(RelationalLoss):
         source="HobbitLong/RepDistiller, distiller_zoo/NST.py; TuSimple/neuron-selectivity-transfer, "
         "symbol/transfer.py; the Gaussian kernel's bandwidth from memory",
         weight=50.0,
-        weight_note="CIFAR-100, RepDistiller; ImageNet, the authors' configuration",
+        weight_note="CIFAR-100, RepDistiller, the maps at the end of all stages, of VGG without the first "
+        "(feature_maps=[1, 2, 3, 4]); ImageNet, the authors' configuration",
         result="CIFAR-100 resnet32x4 to resnet8x4: 73.30 (student alone 72.50), RepDistiller",
     )
 
-    def __init__(self, kernel: Kernel = "polynomial") -> None:
+    def __init__(self, kernel: Kernel = "polynomial", *, feature_maps: Sequence[int] | None = None) -> None:
         super().__init__()
         check_choice("NST", Kernel, kernel=kernel)
         self.kernel: Kernel = kernel
+        self.feature_maps = feature_maps
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
         """The loss as a scalar, summed over the maps."""

@@ -1,13 +1,13 @@
 """Similarity-preserving distillation (Tung and Mori 2019): similarities of the activations within a batch."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_rkd.functional.similarities import flatten_layers, unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
+from lightning_rkd.losses.parts.checks import Reads, check_choice, check_maps_are_read
 from lightning_rkd.losses.parts.maps import gram_matrices
 
 
@@ -35,6 +35,11 @@ class SimilarityPreserving(RelationalLoss):
 
     Args:
         reads: ``"embedding"``, or ``"feature_maps"`` as in the paper.
+        feature_maps: Positions of the maps that are compared, among those that are tapped; ``[-1]`` is the last.
+            ``None`` compares all. Needs ``reads="feature_maps"``.
+
+    Raises:
+        ValueError: ``feature_maps`` for a loss that reads embeddings; a position without a map.
 
     Reference:
         Tung and Mori 2019, Similarity-Preserving Knowledge Distillation, arXiv:1907.09682.
@@ -53,16 +58,16 @@ class SimilarityPreserving(RelationalLoss):
         "read in code",
         source="HobbitLong/RepDistiller, distiller_zoo/SP.py",
         weight=3000.0,
-        weight_note="CIFAR-100, last map before pooling (reads='feature_maps'), RepDistiller",
+        weight_note="CIFAR-100, the last map before pooling (reads='feature_maps', feature_maps=[-1]), RepDistiller",
         result="CIFAR-100 resnet32x4 to resnet8x4: 72.94 (student alone 72.50), RepDistiller",
     )
     invariances = frozenset({"rotation", "scale"})
 
-    def __init__(self, reads: Literal["embedding", "feature_maps"] = "embedding") -> None:
+    def __init__(self, reads: Reads = "embedding", *, feature_maps: Sequence[int] | None = None) -> None:
         super().__init__()
-        if reads not in ("embedding", "feature_maps"):
-            raise ValueError(f"SimilarityPreserving: reads must be 'embedding' or 'feature_maps', got {reads!r}")
-        self.reads = reads
+        check_choice("SimilarityPreserving", Reads, reads=reads)
+        check_maps_are_read("SimilarityPreserving", reads, feature_maps)
+        self.reads, self.feature_maps = reads, feature_maps
 
     def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
         layers = zip(flatten_layers(student), flatten_layers(teacher), strict=True)

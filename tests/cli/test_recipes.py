@@ -1,16 +1,20 @@
 """Every recipe runs through the real command line, says what it is, and fits its neighbours."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli import recipes
+from lightning_rkd.cli.trainer import import_public_classes
 from lightning_rkd.data import GlyphDataModule
+from lightning_rkd.losses import RelationalLoss
 from tests.harness.replicas import photos, replica
 
 TINY = [
@@ -142,18 +146,49 @@ def test_glyphs_have_the_images_that_the_episodes_of_a_recipe_draw(name: str) ->
 PAIRS = {"resnet32x4": "resnet8x4", "wrn40_2": "wrn16_2", "resnet56": "resnet20", "vgg13": "vgg8"}
 
 
-LOSSES = ("SimilarityPreserving", "SoftTarget", "AttentionTransfer", "CRD", "PKT")
 WIDTHS = [f"--model.student.init_args.embedding_dim={dim}" for dim in (16, 64)]
+
+
+def table(name: str) -> dict[str, list[str]]:
+    """Options for the other rows of RepDistiller's table, from the header of a recipe, by loss."""
+    lines = (recipes.FOLDER / f"{name}.yaml").read_text().splitlines()
+    rows = [shlex.split(line.removeprefix("#")) for line in lines if line.startswith("#   --model.loss")]
+    return {row[1]: row for row in rows}
+
+
+PAIR = "cifar100_resnet56_resnet20"
+
+
+@pytest.mark.parametrize("name", [f"cifar100_{teacher}_{student}" for teacher, student in PAIRS.items()])
+def test_rows_of_the_table_read_the_layers_of_repdistillers_code(name: str) -> None:
+    layers = loaded(name)["model"]["init_args"]["student_layer"]["feature_maps"]
+    maps = [layer.removeprefix("backbone.") for layer in layers]
+    features = [*([] if "vgg" in name else ["stem"]), *maps, "pool"]  # of their VGG the first is the first stage
+    import_public_classes()
+    parser, read = ArgumentParser(exit_on_error=False), {}
+    parser.add_subclass_arguments(RelationalLoss, "loss")
+    for short, row in table(name).items():
+        options = [option.replace("--model.", "--") for option in row]
+        loss = parser.instantiate(parser.parse_args(options[: options.index("--weight")])).loss
+        if loss.reads == "feature_maps":
+            read[short] = maps if loss.feature_maps is None else [maps[p] for p in loss.feature_maps]
+    assert read == {
+        "FitNetHint": [features[2]],
+        "AttentionTransfer": features[1:-1],
+        "NST": features[1:-1],
+        "SimilarityPreserving": [features[-2]],
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "option"),
-    [("cifar100_resnet56_resnet20", f"--model.loss={loss}") for loss in LOSSES]
-    + [("cub_resnet50_resnet18", width) for width in WIDTHS],
+    ("name", "options"),
+    [(PAIR, row) for row in table(PAIR).values()]
+    + [("cifar100_vgg13_vgg8", table("cifar100_vgg13_vgg8")["AttentionTransfer"])]
+    + [("cub_resnet50_resnet18", [width]) for width in WIDTHS],
 )
-def test_other_losses_and_students_of_other_widths_are_one_option_away(name: str, option: str) -> None:
-    assert cli.main(["fit", "--config", name, *miniature(name), option]) == 0
+def test_other_losses_and_students_of_other_widths_are_a_few_options_away(name: str, options: list[str]) -> None:
+    assert cli.main(["fit", "--config", name, *miniature(name), *options]) == 0
 
 
 @pytest.mark.slow

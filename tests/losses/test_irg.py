@@ -6,6 +6,7 @@ from lightning_rkd.losses import IRG
 from lightning_rkd.losses.irg import edges, transformation
 from lightning_rkd.utils.types import Outputs
 from tests.oracles import irg as oracle
+from tests.oracles.differences import central_differences
 
 
 def outputs(maps: list[np.ndarray], logits: np.ndarray | None = None) -> Outputs:
@@ -67,11 +68,29 @@ def test_without_a_weight_for_vertices_no_logits_are_needed():
         IRG(transform_layers=STAGES)(Outputs(feature_maps=s.feature_maps), Outputs(feature_maps=t.feature_maps))
 
 
-@pytest.mark.parametrize("what", [edges, lambda x: transformation(x, 2 * x.square())], ids=["edges", "moves"])
-def test_the_gradient_is_that_of_differences_through_the_largest_too(what):
-    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(what(x).shape, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: (what(x) * weights).sum(), x)
+@pytest.mark.parametrize("n", [2, 5, 32])
+def test_the_gradients_are_those_of_the_authors_backward_passes(n):
+    rng = np.random.default_rng(1)
+    s, t = rng.normal(size=(2, 2, n, 4))
+    x = [torch.from_numpy(row).requires_grad_() for row in s]
+    target = outputs(list(t))
+    (edge,) = torch.autograd.grad(IRG(0, 1, 0)(Outputs(feature_maps=x[1:]), outputs([t[1]])), x[1:])
+    np.testing.assert_allclose(edge, 2 * oracle.edges_backward(s[1], t[1]), rtol=1e-9, atol=1e-12)
+    moves = torch.autograd.grad(IRG(0, 0, 1)(Outputs(feature_maps=x), target), x)
+    for ours, theirs in zip(moves, oracle.transformation_backward((s[0], s[1]), (t[0], t[1])), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_the_largest_is_a_constant_or_two_samples_get_the_gradient():
+    s, t = np.random.default_rng(0).normal(size=(2, 32, 4))
+    x = torch.from_numpy(s).requires_grad_()
+    (ours,) = torch.autograd.grad(IRG(0, 1, 0)(Outputs(feature_maps=[x]), outputs([t])), x)
+    through = central_differences(lambda rows: oracle.edges(rows, t), s)
+    cosine = float((ours.numpy() * through).sum() / np.linalg.norm(ours) / np.linalg.norm(through))
+    two = np.sort(np.linalg.norm(through, axis=1))[-2:]
+    assert cosine < 0.03  # which was 1
+    assert (two**2).sum() / (through**2).sum() > 0.8  # of the gradient's square, in 2 of 32 samples
+    assert np.sort(ours.square().sum(1))[-2:].sum() / float(ours.square().sum()) < 0.4
 
 
 def test_a_batch_that_does_not_spread_or_move_gives_zeros_and_no_gradient():

@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
 
 from lightning_rkd.losses.nst import neuron_selectivity
 from tests.oracles import nst as oracle
+from tests.oracles.differences import central_differences
 
 
 @pytest.mark.parametrize("kernel", ["polynomial", "linear", "gaussian"])
@@ -22,3 +24,12 @@ def test_many_channels_and_many_positions_are_computed_alike():
     for a, b in ((s, t), wide):
         value = neuron_selectivity(a[..., None], b[..., None])
         assert float(value) == pytest.approx(oracle.nst(a.numpy(), b.numpy()), rel=1e-9)
+
+
+def test_the_gradient_takes_the_bandwidth_for_a_constant():
+    student, teacher = np.random.default_rng(0).normal(size=(2, 2, 3, 2, 2))
+    x = torch.from_numpy(student).requires_grad_()
+    neuron_selectivity(x, torch.from_numpy(teacher), kernel="gaussian").backward()
+    fixed = oracle.variances(student, teacher)
+    expected = central_differences(lambda s: oracle.nst(s, teacher, "gaussian", fixed), student)
+    np.testing.assert_allclose(x.grad, expected, rtol=1e-6, atol=1e-9)

@@ -130,6 +130,12 @@ CASES = [
         equal((2, 1), (7, 5)),
         [{"form": "rows"}],
     ),
+    Case(
+        losses.CorrelationCongruence,
+        correlation_congruence.embedded,
+        PAIRS,
+        [{"form": form, "dim": dim} for form in ("kernel", "norm", "rows") for dim in (1, 3)],
+    ),
     Case(losses.DIST, dist.dist, LOGITS[1:], [{}, {"inter_weight": 2.0, "intra_weight": 0.5, "temperature": 4.0}], 3),
     Case(losses.DIST, partial(dense, dist.dist), PIXELS),
     Case(losses.EmbedDistill, embed_distill.embed_distill, LOGITS, [{"distance": d} for d in ("l2", "cosine")]),
@@ -138,7 +144,7 @@ CASES = [
         losses.FitNetHint,
         fitnet.hints,
         [*MAPS[:1], [MAPS[2][0], ((2, 1, 1, 2), (2, 2, 1, 2))]],
-        [{"relu": False}, {"relu": True}],
+        [{"relu": relu, "norm": norm} for relu in (False, True) for norm in (False, True)],
     ),
     Case(losses.GraphKD, partial(one_layer, graph_kd.graph_kd), ROWS, [{"power": x} for x in (1, 2, 3)]),
     Case(losses.GraphKD, partial(one_layer, graph_kd.graph_kd), ROWS[3:], [{"neighbours": x} for x in (1, 2, 6)]),
@@ -217,6 +223,46 @@ def test_zero_and_equal_rows_have_the_value_of_the_loops(case, change):
 def test_a_collapsed_student_has_the_value_of_the_loops(case):
     student, teacher = networks(case, case.shapes[-1])
     compare(case, case.settings[0], [x[:1].repeat(len(x), 0) for x in student], teacher, gradient=False)
+
+
+MAP_LOSSES = [
+    losses.AttentionTransfer,
+    losses.FitNetHint,
+    partial(losses.GraphKD, reads="feature_maps"),
+    losses.ICKD,
+    losses.NST,
+    partial(losses.SimilarityPreserving, reads="feature_maps"),
+]
+each_of_maps = pytest.mark.parametrize("cls", MAP_LOSSES, ids=lambda c: getattr(c, "func", c).__name__)
+
+
+@each_of_maps
+def test_a_loss_with_named_maps_is_the_loss_of_these_maps_alone(cls):
+    torch.manual_seed(0)
+    student, teacher = ([torch.rand(4, c + k, 4, 4) for c in (2, 3, 5)] for k in (0, 1))
+    for x in student:
+        x.requires_grad_()
+    named = cls(feature_maps=[-1, 0])
+    value = named(student, [*teacher[:1], torch.rand(4, 2, 3, 3), *teacher[1:]])  # four maps, of which it reads two
+    alone = cls()
+    alone.materialize([student[-1], student[0]], [teacher[-1], teacher[0]], like=torch.empty(0))
+    alone.load_state_dict(named.state_dict())
+    assert torch.equal(value, alone([student[-1], student[0]], [teacher[-1], teacher[0]]))
+    assert not torch.equal(value, cls()(student, teacher))  # which every loss was
+    value.backward()
+    assert [x.grad is not None for x in student] == [True, False, True]
+
+
+@each_of_maps
+def test_a_named_map_that_is_not_there_is_refused_with_the_count(cls):
+    with pytest.raises(ValueError, match=r"student: there is no map 2 among the 2 that are read; feature_maps counts"):
+        cls(feature_maps=[2])([torch.rand(4, 2, 3, 3)] * 2, [torch.rand(4, 2, 3, 3)] * 2)
+
+
+@pytest.mark.parametrize("cls", [losses.GraphKD, losses.SimilarityPreserving])
+def test_named_maps_of_a_loss_on_embeddings_are_refused(cls):
+    with pytest.raises(ValueError, match=f"{cls.__name__}: .* reads 'embedding'; pass reads='feature_maps' as well"):
+        cls(feature_maps=[-1])
 
 
 def det(n: int, d: int, a: float, b: float) -> Tensor:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from tests.oracles.vectors import Row, Rows, dot, unit
+from tests.oracles.vectors import Row, Rows, dot, linear, unit
 
 
 def _kernel(a: Row, b: Row, gamma: float, order: int) -> float:
@@ -32,3 +32,13 @@ def correlation_congruence(
         return math.sqrt(_squares(student, teacher, gamma, order)) / n**2
     gaps = abs(student - teacher)
     return sum(dot(gaps[i], gaps[i + 1]) for i in range(n - 1)) / (n - 1)
+
+
+def embedded(student: np.ndarray, teacher: np.ndarray, parameters: dict[str, np.ndarray], dim: int, form: str) -> float:
+    """Behind a linear layer on either network."""
+    rows = []
+    for i, x in enumerate((student, teacher)):
+        weight, bias = parameters[f"embed.{i}.weight"], parameters[f"embed.{i}.bias"]
+        assert len(weight) == dim
+        rows.append(np.array([linear(weight, bias, row) for row in x]))
+    return correlation_congruence(*rows, form=form)

@@ -37,3 +37,26 @@ def edges(s: np.ndarray, t: np.ndarray) -> float:
 def transformation(s: tuple[np.ndarray, np.ndarray], t: tuple[np.ndarray, np.ndarray]) -> float:
     """Caffe's Euclidean loss of two blobs of one row."""
     return sum((x - y) ** 2 for x, y in zip(moved(*s), moved(*t), strict=True)) / 2
+
+
+def edges_backward(s: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Of :func:`edges`, as the Caffe layer computes it: the largest is a constant, an edge pulls its first sample."""
+    n = len(s)
+    largest = max(squares(a, b) for a in s for b in s) or 1.0
+    of_student, of_teacher = edge_map(s), edge_map(t)
+    pulls = np.zeros_like(s)
+    for i in range(n):
+        for j in range(n):
+            pulls[i] += (of_student[i][j] - of_teacher[i][j]) / n * 2 / largest * (s[i] - s[j])
+    return pulls
+
+
+def transformation_backward(
+    s: tuple[np.ndarray, np.ndarray], t: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of :func:`transformation`, to both ends of the student's, with the largest as a constant."""
+    largest = max(squares(a, b) for a, b in zip(*s, strict=True)) or 1.0
+    before = np.zeros_like(s[0])
+    for i, (own, target) in enumerate(zip(moved(*s), moved(*t), strict=True)):
+        before[i] = (own - target) * 2 / largest * (s[0][i] - s[1][i])
+    return before, -before

@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
+
+Reads = Literal["embedding", "feature_maps"]
+"""Fields that losses on either embeddings or maps read."""
 
 _SHAPES = {2: "(N, K)", 4: "(N, K, H, W)"}
 _CURES = {2: "pool them over the pixels first", 4: "read the logits before they are pooled"}
@@ -37,6 +40,15 @@ def check_choice(name: str, choices: Any, **values: str) -> None:
         if value not in get_args(choices):
             *names, last = map(repr, get_args(choices))
             raise ValueError(f"{name}: {setting} must be {', '.join(names)} or {last}, got {value!r}")
+
+
+def check_maps_are_read(name: str, reads: str, feature_maps: Sequence[int] | None) -> None:
+    """Raise ``ValueError`` for positions of maps where a loss reads embeddings."""
+    if feature_maps is not None and reads != "feature_maps":
+        raise ValueError(
+            f"{name}: feature_maps={feature_maps!r} selects among maps, but the loss reads {reads!r}; pass "
+            "reads='feature_maps' as well"
+        )
 
 
 def check_logits(student: Tensor, teacher: Tensor, name: str, *, dims: Sequence[int] = (2, 4)) -> None:
