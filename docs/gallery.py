@@ -32,7 +32,8 @@ NOT_SHIPPED: dict[str, str] = {
     "of the second view.",
     "The gradient relation of CRCD": "`CRCD` has the feature relation. The gradient relation, the same loss on the "
     "gradients of the cross-entropy at the features, is defined in the authors' repository (helper/loops.py, weight "
-    "1.0). It is not implemented here: there it multiplies the soft-target loss, and needs gradients of the teacher.",
+    "1.0). It is not implemented here: there it multiplies the soft-target loss, and takes gradients of "
+    "the teacher's cross-entropy.",
     "The attention fusion of OKDMDE": "`OnlineBranches` takes the mean of the branches' logits; the layers of the "
     "paper's Feature Fusion Module could not be found.",
     "One network split into student and assistant": "`ResidualKD` trains two networks. How the paper separates the "

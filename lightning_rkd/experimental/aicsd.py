@@ -51,7 +51,7 @@ class AICSD(RelationalLoss):
     come from the published code, which otherwise does something else: it applies the softmax over the height only,
     passes probabilities to a function that expects their logarithms, takes the divergence of a pair for that of its
     mirror image, counts 21 classes whatever the data, and averages divergences over the batch before it compares them.
-    So no published weight or result belongs to this loss: the gradient of that code has a cosine of 0.3 with this one's.
+    So no published weight or result belongs to this loss: the cosine of that code with it is 0.3.
 
     Logits that vary by less than 0.01 over an image have divergences too small for float32: what is compared then is
     mostly rounding (pass float64).

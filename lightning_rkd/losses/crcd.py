@@ -67,8 +67,8 @@ class CRCD(MemoryContrast):
     This is the paper's feature relation. Its gradient relation is left out. The authors' code defines it
     (helper/loops.py, ``get_gradnh_loss``): the same loss, with projections and memories of its own, on the gradients of
     both networks' cross-entropy at their features, with a weight of 1.0. There it multiplies the soft-target loss
-    instead of being added, needs the teacher's graph in every step, and is called by another name, in a script that its
-    authors call unchecked.
+    instead of being added, takes gradients through the teacher's classifier, and is called by another name, in a script
+    that its authors call unchecked.
 
     Departures from the published code, which its authors call a partial reimplementation of the paper's:
 

@@ -124,8 +124,8 @@ class SoftDarkRank(RelationalLoss):
         "read in code",
         source="TuSimple/DarkRank, PYOP/listnet_loss.py",
         weight=2.0,
-        weight_note="Market-1501 with unit embeddings, alpha=12.25 and beta=4; the authors' 16 over their batch of 8. It "
-        "belongs to their hand-written gradient, whose cosine with this loss's is 0.83 to 0.86",
+        weight_note="Market-1501 with unit embeddings, alpha=12.25 and beta=4; the authors' 16 over their batch of 8. "
+        "It belongs to their hand-written gradient, whose cosine with this loss's is 0.83 to 0.86",
     )
     invariances = frozenset({"translation", "rotation"})
 

@@ -61,8 +61,8 @@ class TTM(RelationalLoss):
         "read in paper",
         source="its equation 2 and algorithm 1; zkxufo/TTM, distiller_zoo/ttm.py",
         weight=100.0,
-        weight_note="CIFAR-100 resnet32x4 to resnet8x4, exponent 0.1; 7 to 101 for other pairs; 45 for vgg13 to vgg8 in "
-        "the authors' repository",
+        weight_note="CIFAR-100 resnet32x4 to resnet8x4, exponent 0.1; 7 to 101 for other pairs; 45 for vgg13 to vgg8 "
+        "in the authors' repository",
         result="CIFAR-100 resnet32x4 to resnet8x4: 76.17 (student alone 72.50), the authors",
     )
 
