@@ -172,7 +172,6 @@ class RelationalDistillation(pl.Callback):
             self._undo.append(number_training_batches(trainer))
         if not pl_module.automatic_optimization:
             self._undo.append(MethodPatch.add(pl_module, "manual_backward", self._around_backward))
-        self.distiller.known_sizes = {}
         if not self.distiller.missing_sizes:
             self.distiller.materialize()
         if own := losses_with_tensors(self.distiller.losses):

@@ -87,13 +87,14 @@ class Distiller:
     """Computes the loss terms of a distillation: it reads features, runs the teacher, gathers rows and calls losses.
 
     ``DistillationModule`` and ``RelationalDistillation`` use a distiller, and so can a training loop in plain PyTorch,
-    Fabric or a Hugging Face Trainer. Its life cycle:
+    Fabric or a Hugging Face Trainer:
 
-    1. :meth:`attach` hooks the layers of student and teacher, and :meth:`prepare` moves the teacher to the student's
-       device. Losses with parameters are created by :meth:`materialize`; pass them to the optimizer.
-    2. In every step, :meth:`start` begins to record, the student runs, :meth:`collect` returns its features with those
-       of the teacher for the same inputs, and :meth:`compute_terms` the weighted losses by name, to be added up.
-    3. :meth:`detach` removes the hooks and restores the teacher.
+    1. ``with`` :meth:`attached` hooks the layers of student and teacher and moves the teacher to the student's device;
+       at the end it removes the hooks and restores the teacher. (:meth:`attach`, :meth:`prepare`, :meth:`finish` and
+       :meth:`detach` are its parts.) Losses with parameters are created by :meth:`materialize`; pass their parameters
+       to the optimizer.
+    2. In every step, :meth:`start` begins to record, the student runs, and :meth:`compute_terms` runs the teacher on
+       the same inputs and returns the weighted losses by name, to be added up. All ranks take part.
 
     Args:
         teacher: A network or a teacher; ``None`` is allowed without a loss.
@@ -106,7 +107,11 @@ class Distiller:
         gather: Whether relations span the rows of all ranks.
 
     Attributes:
+        teacher: The teacher, or ``None``.
         losses: Registered losses by log name, each with its weight and tap.
+        weight: Weight of all terms.
+        gather: Whether relations span the rows of all ranks.
+        group: Process group over which batches are split; ``None`` for the default group.
 
     Raises:
         ValueError: A loss reads a tap that does not exist, or cannot be computed from the teacher's features.
@@ -116,16 +121,14 @@ class Distiller:
         >>> student, teacher = nn.Linear(4, 2), nn.Linear(4, 3)
         >>> optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
         >>> distiller = Distiller(teacher, RKD())
-        >>> distiller.attach(student)
-        >>> distiller.prepare("cpu")
-        >>> for x in torch.randn(5, 8, 4):
-        ...     distiller.start()
-        ...     output = student(x)
-        ...     terms = distiller.compute_terms(distiller.collect(Batch(x)))
-        ...     optimizer.zero_grad()
-        ...     sum(terms.values()).backward()
-        ...     optimizer.step()
-        >>> distiller.detach()
+        >>> with distiller.attached(student, device="cpu"):
+        ...     for x in torch.randn(5, 8, 4):
+        ...         distiller.start()
+        ...         output = student(x)
+        ...         terms = distiller.compute_terms(Batch(x))
+        ...         optimizer.zero_grad()
+        ...         sum(terms.values()).backward()
+        ...         optimizer.step()
         >>> list(terms)
         ['rkd']
     """
@@ -162,10 +165,34 @@ class Distiller:
         self._check_teacher_accepts()
         self.needs: frozenset[str] = frozenset().union(*(term.loss.needs for term in self.losses.values()))
         self.group: Group = None
-        self.known_sizes: Mapping[str, Size] | None = None  # not None: losses without sizes are refused in a step
+        self.known_sizes: Mapping[str, Size] = {}  # for the message about a loss without sizes
         self.bound: dict[str, BoundLoss] = {}
         self._teaching, self._unsized, self._ranks = False, list(self.losses), 1
         self._checks = FiniteChecks()
+
+    @contextmanager
+    def attached(
+        self,
+        student: nn.Module,
+        device: torch.device | str,
+        convert: Callable[[nn.Module], nn.Module] | None = None,
+        group: Group = None,
+    ) -> Iterator[None]:
+        """Attach and prepare for a ``with`` block, and detach at its end, also after an exception.
+
+        Args:
+            student: The student network itself: not the wrapper that DDP or Fabric put around it.
+            device: Device of the student.
+            convert: Function that casts the teacher; ``None`` leaves its precision.
+            group: Process group over which batches are split.
+        """
+        try:
+            self.attach(student)
+            self.prepare(device, convert, group)
+            yield
+            self.finish()
+        finally:
+            self.detach()
 
     def attach(self, student: nn.Module, *, teach: bool = True) -> None:
         """Hook the layers of student and teacher, read the teacher's weights file, and resolve what each loss reads.
@@ -362,11 +389,11 @@ class Distiller:
                 )
         return features
 
-    def compute_terms(self, features: StepFeatures, *, epoch: int = 0, step: int = 0) -> dict[str, Tensor]:
+    def compute_terms(self, features: StepFeatures | Batch, *, epoch: int = 0, step: int = 0) -> dict[str, Tensor]:
         """Compute the weighted loss terms of a step by log name. Collective: every rank must call it.
 
         Args:
-            features: Features from :meth:`collect`.
+            features: Batch of this rank, for which features are collected, or features from :meth:`collect`.
             epoch: Current epoch, for weights and losses that depend on it.
             step: Number of the step, for messages.
 
@@ -374,9 +401,11 @@ class Distiller:
             CaptureError: Student features without a gradient, or a batch without an input that a loss requires.
             NonFiniteError: NaN or infinity in the features of a network; on a GPU it is raised one step later.
         """
+        if not isinstance(features, StepFeatures):
+            features = self.collect(features)
         if not self.losses or not features.teachers:
             return {}
-        if self.known_sizes is not None and self._unsized:
+        if self._unsized:
             self._refuse_unsized(features)
         first = first_tensor(features.student)
         rows, device = len(first), first.device
@@ -451,7 +480,7 @@ class Distiller:
                 continue
             inputs = bound.select_inputs(features.student, features.teachers[0].features)
             read = (select_fields(x, bound.loss.reads, who=name) for x in inputs)
-            sizes = {**bound.loss.infer_sizes(*read), **(self.known_sizes or {})}
+            sizes = {**bound.loss.infer_sizes(*read), **self.known_sizes}
             raise ValueError(
                 f"{name}: the loss has tensors of its own, which the optimizer must know before training begins: "
                 f"pass {bound.loss.suggest_call(sizes)}"

@@ -88,7 +88,9 @@ def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]
     modules = {name.replace("_orig_mod.", ""): module for name, module in full.items()}
     if layer in modules:
         return modules[layer]
-    near = difflib.get_close_matches(layer, modules, n=5, cutoff=0.5) or [n for n, _ in network.named_children()][:8]
+    near = [name for name in modules if name.endswith(f".{layer}")]  # inside the wrapper of DDP or Fabric
+    near = near or difflib.get_close_matches(layer, modules, n=5, cutoff=0.5)
+    near = near or [name for name, _ in network.named_children()][:8]
     raise LayerNotFoundError(
         f"{type(network).__name__} has no layer {layer!r}; near it: {', '.join(map(repr, near)) or 'it has no layers'}"
     )
