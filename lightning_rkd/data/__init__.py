@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from lightning_rkd.data.transforms.crop import CentreCrop as CentreCrop
     from lightning_rkd.data.transforms.crop import Crop as Crop
     from lightning_rkd.data.transforms.mixup import MixUp as MixUp
+    from lightning_rkd.data.transforms.teacher import Renormalize as Renormalize
+    from lightning_rkd.data.transforms.teacher import Resize as Resize
     from lightning_rkd.data.transforms.views import AugmentedViews as AugmentedViews
     from lightning_rkd.data.transforms.views import Rotations as Rotations
 

@@ -2,7 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
+from functools import partial
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -65,3 +68,45 @@ def _arrays(value: Any) -> Iterator[np.ndarray[Any, Any]]:
         elif all(isinstance(x, Tensor | np.ndarray) for x in value):
             for x in value:
                 yield from _arrays(x)
+
+
+def describe_functions(functions: Sequence[Any]) -> str:
+    """Names of functions and callable objects, and a checksum of their code, settings and tensors."""
+    digest = hashlib.sha256()
+    _digest_object(functions, digest.update, {})
+    names = [getattr(f, "__qualname__", type(f).__qualname__) for f in functions]
+    return f"{', '.join(names)} ({digest.hexdigest()[:16]})" if names else "none"
+
+
+def _digest_object(value: Any, update: Callable[[bytes], None], seen: dict[int, Any]) -> None:
+    if id(value) in seen:
+        return
+    seen[id(value)] = value  # kept alive, so that no other object is given its id
+    parts: Any = ()
+    if isinstance(value, Tensor | np.ndarray):
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        parts = (str(array.dtype), array.shape, array.tobytes())
+    elif isinstance(value, Mapping):
+        parts = [part for item in value.items() for part in item]
+    elif isinstance(value, list | tuple):
+        parts = value
+    elif isinstance(value, CodeType):
+        parts = (value.co_code, value.co_consts, value.co_names)
+    elif isinstance(value, FunctionType):
+        used = [value.__globals__.get(name) for name in value.__code__.co_names]
+        used = [x for x in used if not isinstance(x, FunctionType) or x.__module__ == value.__module__]
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        parts = (value.__code__, value.__defaults__, value.__kwdefaults__, cells, used)
+    elif isinstance(value, MethodType):
+        parts = (value.__func__, value.__self__)
+    elif isinstance(value, partial):
+        parts = (value.func, value.args, value.keywords)
+    elif isinstance(value, ModuleType):
+        parts = (value.__name__,)
+    else:
+        update(without_addresses(repr(value)).encode())
+        if not isinstance(value, type | Enum):
+            parts = [part for item in getattr(value, "__dict__", {}).items() if item[0] != "training" for part in item]
+    update(type(value).__qualname__.encode())
+    for part in parts:
+        _digest_object(part, update, seen)

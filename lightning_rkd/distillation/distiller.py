@@ -212,7 +212,11 @@ class Distiller:
             reader.attach(student)
         if teach and self.teacher is not None:
             if self.teacher.shares_parameters_with(student):
-                raise ValueError("the teacher shares parameters with the student; teach with copy.deepcopy(network)")
+                raise ValueError(
+                    "the teacher shares parameters with the student; teach with copy.deepcopy(network), or, if the "
+                    "student is the frozen teacher with adapters, with Teacher(model, context=model.disable_adapter), "
+                    "in which every shared parameter must be frozen"
+                )
             self.teacher.attach(self.teacher_layer)
             taps = self.student.taps, self.teacher.taps(self.teacher_layer)
             self.bound = {name: BoundLoss.bind(name, term, *taps) for name, term in self.losses.items()}

@@ -47,11 +47,7 @@ def torchvision_embedder(
           (linear): Linear(in_features=512, out_features=64, bias=True)
         ))
     """
-    known = models.list_models(module=models)
-    if name not in known:
-        near = get_close_matches(name.lower(), known, n=5, cutoff=0.4) or known[:5]
-        raise ValueError(f"torchvision has no classification model {name!r}; near ones: {', '.join(near)}")
-    backbone = _build(name, weights)
+    backbone = build_classifier(name, weights)
     path, classifier = _last_linear(name, backbone)
     backbone.set_submodule(path, nn.Identity())
     for auxiliary in ("aux1", "aux2", "AuxLogits"):  # auxiliary classifiers of training
@@ -70,7 +66,12 @@ def torchvision_embedder(
     return nn.Sequential(parts)
 
 
-def _build(name: str, weights: str | None) -> nn.Module:
+def build_classifier(name: str, weights: str | None) -> nn.Module:
+    """Build a classification model of torchvision; the arguments are those of :func:`torchvision_embedder`."""
+    known = models.list_models(module=models)
+    if name not in known:
+        near = get_close_matches(name.lower(), known, n=5, cutoff=0.4) or known[:5]
+        raise ValueError(f"torchvision has no classification model {name!r}; near ones: {', '.join(near)}")
     if weights is None:
         # these two warn unless told how to initialise
         extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}

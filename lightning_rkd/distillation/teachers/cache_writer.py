@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_rkd.data.datasets.images import AugmentedSubset
-from lightning_rkd.data.fingerprint import describe_dataset, find_views, without_addresses
+from lightning_rkd.data.fingerprint import describe_dataset, describe_functions, find_views, without_addresses
 from lightning_rkd.data.indexing import find_root, get_collate
 from lightning_rkd.data.samplers.pk import Draw
 from lightning_rkd.distillation.features import Layer
 from lightning_rkd.distillation.teachers import cache_format as files
 from lightning_rkd.distillation.teachers.cache_format import CacheError, CacheReader, DamagedError, Plan
-from lightning_rkd.distillation.teachers.teacher import Teacher
+from lightning_rkd.distillation.teachers.teacher import Teacher, plain_tensors
 from lightning_rkd.utils.distributed import Group, gather_objects, rank_and_size, run_on_all_ranks
 from lightning_rkd.utils.private import tree_leaves, tree_map
 from lightning_rkd.utils.types import Batch, unpack
@@ -36,19 +36,21 @@ def describe_layer(layer: Layer | None) -> str:
     return without_addresses(repr(layer)) + (f" read by {without_addresses(repr(read))}" if read else "")
 
 
-def describe_teacher(network: nn.Module, layer: Layer | None) -> dict[str, str]:
-    """Class of a network, checksum of the names and bytes of its tensors, and the layer where it is read."""
-    digest = hashlib.sha256()
+def describe_teacher(teacher: Teacher, layer: Layer | None) -> dict[str, str]:
+    """Class of a network, checksum of the names and bytes of its tensors, its transform, and the layer to be read."""
+    digest, network, skipped = hashlib.sha256(), teacher.network, teacher.trainable()
     for name, value in network.state_dict().items():
+        if name in skipped:
+            continue
         digest.update(name.encode())
-        for x in tree_leaves(value):
-            if isinstance(x, Tensor):
-                plain = x.detach().cpu().contiguous().reshape(-1)
-                digest.update(f"{x.dtype} {tuple(x.shape)}".encode())
-                digest.update((plain.int_repr() if x.is_quantized else plain).view(torch.uint8).numpy().data)
+        for x in (part for leaf in tree_leaves(value) if isinstance(leaf, Tensor) for part in plain_tensors(leaf)):
+            plain = x.cpu().contiguous().reshape(-1)
+            digest.update(f"{x.dtype} {tuple(x.shape)}".encode())
+            digest.update((plain.int_repr() if x.is_quantized else plain).view(torch.uint8).numpy().data)
     return {
         "teacher network": f"{type(network).__module__}.{type(network).__qualname__}",
         "teacher weights": digest.hexdigest()[:32],
+        "teacher transform": describe_functions(teacher.transforms),
         "teacher layer": describe_layer(layer),
     }
 
@@ -80,7 +82,8 @@ def write_cache(
     def compute(rows: range, view: int = 0) -> dict[str, Tensor]:
         batch = unpack(source.batch(rows, view))
         inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
-        taps = teacher(Batch(tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)))
+        inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
+        taps = teacher.outputs(Batch(inputs))[0].features
         outputs = {f"{tap}/{field}": getattr(taps[tap], field) for tap in taps for field in FIELDS}
         return {name: x.cpu() for name, x in outputs.items() if x is not None and x.ndim == 2}
 
@@ -118,7 +121,7 @@ def write_cache(
                 "not feature maps: name such a layer, teacher_layer=..., or Tap(layer, read=global_pool)"
             )
         plan: Plan = {"rows": source.rows, "views": source.views, "dtype": dtype, "shard_rows": shard_rows}
-        plan |= {"fields": fields, **describe_teacher(teacher.network, layer)}
+        plan |= {"fields": fields, **describe_teacher(teacher, layer)}
         plan |= {f"data {key}": text for key, text in describe_dataset(loader.dataset).items()}
         complete = run_on_all_ranks(prepare, group)
         complete = all(gather_objects(run_on_all_ranks(write_shards, group) and complete, group))

@@ -137,7 +137,7 @@ class CachedTeacher(BaseTeacher):
                 "input_layer feeds the teacher with inputs of the student, but a cached teacher is read by sample "
                 "index: leave input_layer out, or teach with Teacher(network)"
             )
-        if batch.mix is not None or batch.view is not None or batch.teacher_inputs is not None:
+        if batch.mix is not None or batch.view is not None:
             raise CaptureError(
                 "the batch was mixed or changed after loading, but the cache holds outputs for the original images: "
                 "leave the batch_transform out, or teach with Teacher(network)"
@@ -180,6 +180,6 @@ class CachedTeacher(BaseTeacher):
     def _read_manifest(self) -> CacheReader:
         wanted = {"teacher layer": cache_writer.describe_layer(self.layer)}
         if self.teacher is not None:
-            wanted = cache_writer.describe_teacher(self.teacher.network, self.layer)
+            wanted = cache_writer.describe_teacher(self.teacher, self.layer)
         self._reader = CacheReader(self.path, wanted)
         return self._reader

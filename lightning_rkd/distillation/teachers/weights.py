@@ -1,7 +1,9 @@
 """Loading of weights files: every key matched, damage detected."""
 
 import os
-from collections.abc import Mapping
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,20 @@ _CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # isfi
 def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a network's weights from a Lightning checkpoint, a state dict or a safetensors file; every key must match.
 
-    A prefix common to the network's keys (``student.`` in a checkpoint of ``DistillationModule``, ``model.`` in many
-    others) is found and removed. The checksums inside files of ``torch.save`` are verified. Safetensors files have
-    none; for these, and any other file, the SHA-256 in a file beside it is verified:
-    ``sha256sum net.safetensors > net.safetensors.sha256``.
+    The state dict may lie at any depth of dicts, as in ``{"state_dict": ...}`` or ``{"model": ..., "epoch": 3}``; of a
+    Lightning checkpoint only ``state_dict`` is read. A prefix common to the network's keys (``student.`` in a
+    checkpoint of ``DistillationModule``, ``module.`` of ``DataParallel``, ``model.`` in many others) is found and
+    removed, as is the ``_orig_mod.`` of compiled parts. A file in which several state dicts fit, such as ``model`` and
+    ``ema``, is refused; among several prefixes of one state dict ``student.`` is taken. Besides tensors and plain
+    values a file may hold an ``argparse.Namespace``.
+
+    The checksums inside files of ``torch.save`` are verified. Safetensors files have none; for these, and any other
+    file, the SHA-256 in a file beside it is verified: ``sha256sum net.safetensors > net.safetensors.sha256``.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, a weight is NaN or infinite, keys or shapes do not fit the network, or the path
-            is the folder of a sharded checkpoint.
+        ValueError: The file is damaged or holds a pickled module, a weight is NaN or infinite, no state dict fits the
+            network or several do, or the path is the folder of a sharded checkpoint.
 
     Example:
         >>> import tempfile
@@ -46,44 +53,68 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(
             f"the weights file {str(path)!r} does not exist; train the network first, or correct it"
         )
-    state = _read_state(path)
-    network = getattr(network, "_orig_mod", network)  # torch.compile puts its own prefix before every name
-    shapes = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)}
-    wanted = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    kind, file, own = type(network).__name__, str(path), network.state_dict()
+    names = {_plain_name(name): name for name in own}
+    wanted = {k: tuple(own[name].shape) for k, name in names.items()}
+    states = dict(_find_states(_read_file(path)))
+
+    def misfits(at: str, prefix: str) -> list[str]:
+        shapes = {k: tuple(x.shape) for k, x in states[at].items()}
+        return [k for k, shape in wanted.items() if shapes.get(prefix + k) != shape]
+
     first = next(iter(wanted), "")
-    prefixes = {key.removesuffix(first) for key in shapes if f".{key}".endswith(f".{first}")}
-    misfits = {p: [k for k, shape in wanted.items() if shapes.get(p + k) != shape] for p in prefixes}
-    fitting = sorted(p for p, misfit in misfits.items() if not misfit)
-    preferred = [p for p in ("student.", "") if p in fitting]
-    if preferred or len(fitting) == 1:
-        prefix = (preferred or fitting)[0]
-        for name, _ in network.named_parameters():
-            weight = state[prefix + name]
-            if weight.dtype in _CHECKED and not weight.isfinite().all():
-                raise ValueError(f"{str(path)!r} holds NaN or infinity in {prefix + name!r}; use an earlier one")
-        network.load_state_dict({k: state[prefix + k] for k in wanted})
-        return
-    if fitting:
+    prefixes = {(at, k.removesuffix(first)) for at in states for k in states[at] if f".{k}".endswith(f".{first}")}
+    found = sorted((misfits(*place), *place) for place in prefixes)
+    fitting = [(at, prefix) for missing, at, prefix in found if not missing]
+    if len({at for at, _ in fitting}) == 1:
+        fitting = next(([one] for p in ("student.", "") for one in fitting if one[1] == p), fitting)
+    if len(fitting) > 1:
         raise ValueError(
-            f"{str(path)!r} holds weights of this {type(network).__name__} under several prefixes, {fitting}; "
+            f"{file!r} holds weights of this {kind} under several prefixes, {[at + prefix for at, prefix in fitting]}; "
             "save the state dict of the one you mean to a file of its own"
         )
-    message = f"{str(path)!r} does not hold the weights of this {type(network).__name__}: "
-    if misfits:
-        prefix = min(misfits, key=lambda p: (len(misfits[p]), p))
-        key = misfits[prefix][0]
-        have = f"has shape {shapes[prefix + key]} in the file" if prefix + key in shapes else "is not in the file"
+    if not found:
+        have = sorted({k for state in states.values() for k in state})[:3] or "none"
         raise ValueError(
-            f"{message}{prefix + key!r} {have}, the network needs {wanted[key]} "
-            f"({len(misfits[prefix])} of {len(wanted)} tensors do not fit)"
+            f"{file!r} does not hold the weights of this {kind}: it needs {len(wanted)} tensors such as {first!r}, the "
+            f"file has {have}"
         )
-    raise ValueError(
-        f"{message}it needs {len(wanted)} tensors such as {first!r}, the file has {sorted(shapes)[:3] or 'none'}"
-    )
+    if not fitting:
+        missing, at, prefix = min(found, key=lambda one: len(one[0]))
+        key = prefix + missing[0]
+        have = f"has shape {tuple(states[at][key].shape)} in" if key in states[at] else "is not in"
+        raise ValueError(
+            f"{file!r} does not hold the weights of this {kind}: {at + key!r} {have} the file, the network needs "
+            f"{wanted[missing[0]]} ({len(missing)} of {len(wanted)} tensors do not fit)"
+        )
+    ((at, prefix),) = fitting
+    weights = {name: states[at][prefix + k] for k, name in names.items()}
+    for name, _ in network.named_parameters():
+        if weights[name].dtype in _CHECKED and not weights[name].isfinite().all():
+            raise ValueError(f"{file!r} holds NaN or infinity in {at + prefix + name!r}; use an earlier one")
+    network.load_state_dict(weights)
 
 
-def _read_state(path: Path) -> Mapping[str, Any]:
-    """State dict of an intact file."""
+def _plain_name(name: str) -> str:
+    """Name without the prefixes that torch.compile puts before what it wraps."""
+    return name.replace("_orig_mod.", "")
+
+
+def _find_states(content: Any, at: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """All dicts of tensors in nested dicts, with their paths."""
+    if not isinstance(content, Mapping):
+        return
+    if "pytorch-lightning_version" in content and "state_dict" in content:
+        content = content["state_dict"]  # the others are states of callbacks and optimizers
+    state = {_plain_name(k): x for k, x in content.items() if isinstance(k, str) and isinstance(x, Tensor)}
+    if state:
+        yield at, state
+    for key, entry in content.items():
+        yield from _find_states(entry, f"{at}{key}.")
+
+
+def _read_file(path: Path) -> Any:
+    """Content of an intact file."""
     verified = check_sum(path)
     if path.suffix == ".safetensors":
         try:
@@ -93,7 +124,14 @@ def _read_state(path: Path) -> Mapping[str, Any]:
     if not verified:
         check_file(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises errors of many types
-        raise ValueError(f"{str(path)!r} holds no weights that can be read safely: {error}") from error
-    return state.get("state_dict", state) if isinstance(state, Mapping) else {}
+        # not PyTorch's message, which recommends to switch its protection off
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            reason = (
+                f"it holds an object of {found[1]}; where it was made, torch.save(net.state_dict(), path) saves them"
+            )
+        else:
+            reason = "it is damaged, or was not written by torch.save"
+        raise ValueError(f"{str(path)!r} holds no weights that can be read safely: {reason}") from None

@@ -25,11 +25,13 @@ def test_it_teaches_in_eval_mode_without_gradient() -> None:
     network = nets.teacher(dropout=0.5, norm=True).train()
     teacher, expected = Teacher(network), copy.deepcopy(network).eval()(X)
     teacher.attach(None)
-    output = teacher(Batch(X))[""].embedding
+    output = teacher.outputs(Batch(X))[0].features[""].embedding
     assert torch.equal(output, expected)
     assert not output.requires_grad
-    assert torch.equal(teacher(Batch(-X, teacher_inputs=X))[""].embedding, expected)
-    assert torch.equal(teacher(Batch(None), calls=[X, {"x": X}])[""].embedding, torch.cat([expected, expected]))
+    assert torch.equal(teacher.outputs(Batch(-X, teacher_inputs=X))[0].features[""].embedding, expected)
+    assert torch.equal(
+        teacher.outputs(Batch(None), calls=[X, {"x": X}])[0].features[""].embedding, torch.cat([expected, expected])
+    )
 
 
 def test_it_is_restored_with_its_tensors_values_dtype_and_modes() -> None:
@@ -104,14 +106,16 @@ def test_copies_share_the_network_and_pickles_work_while_attached() -> None:
     for twin in (pickle.loads(pickle.dumps(teacher)), copy.copy(teacher), deep):
         twin.attach(None)
         twin.detach()
-        assert teacher(Batch(X.bfloat16()))[""].embedding.dtype == torch.bfloat16, "still hooked, and still away"
+        assert teacher.outputs(Batch(X.bfloat16()))[0].features[""].embedding.dtype == torch.bfloat16, (
+            "still hooked, and still away"
+        )
 
 
 def test_it_must_be_a_network_and_attached() -> None:
     with pytest.raises(TypeError, match=r"a teacher is an nn\.Module, got str"):
         Teacher("resnet50")
-    with pytest.raises(RuntimeError, match="attach the teacher to a layer before calling it"):
-        Teacher(nets.teacher())(Batch(X))
+    with pytest.raises(RuntimeError, match="attach the teacher to a layer before its features are read"):
+        Teacher(nets.teacher()).outputs(Batch(X))
     with pytest.raises(RuntimeError, match="attach the teacher to a layer before moving it"):
         Teacher(nets.teacher()).to("cpu")
     with pytest.raises(ValueError, match="no layer 'x'"):
@@ -132,11 +136,11 @@ def test_channels_last_it_gives_the_same_and_is_restored() -> None:
     before, teacher = network[2].weight.stride(), Teacher(network, channels_last=True)
     teacher.attach(None)
     teacher.to("cpu")
-    torch.testing.assert_close(teacher(Batch(images))[""].embedding, expected)
+    torch.testing.assert_close(teacher.outputs(Batch(images))[0].features[""].embedding, expected)
     teacher.detach()
     assert seen == [(False, False), (True, True)]
     assert network[2].weight.stride() == before
-    with pytest.raises(ValueError, match="channels_last=True changes how the network is stored"):
+    with pytest.raises(ValueError, match="channels_last=True changes how the network is stored: leave out move=False"):
         Teacher(network, move=False, channels_last=True)
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib.util
+from argparse import Namespace
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from lightning_rkd.distillation.teachers import Teacher, load_weights
 from tests.harness import nets
+
+WRAPPERS = ("state_dict", "model", "teacher", "ema", "model_state", "network")
 
 
 def prefixed(prefix: str, network: nn.Module, shift: float = 0.0) -> dict[str, Tensor]:
@@ -27,6 +31,14 @@ def saved(tmp_path: Path, form: str, network: nn.Module) -> Path:
         "plain": network.state_dict(),
         "legacy": network.state_dict(),
         "checkpoint": {"epoch": 3, "state_dict": prefixed("student.", network) | {"loss.scale": torch.ones(1)}},
+        **{key: {key: network.state_dict(), "epoch": 3, "args": Namespace(lr=0.1)} for key in WRAPPERS},
+        "ema within": {
+            "ema": {"module": network.state_dict(), "decay": 0.999},
+            "optimizer": {"state": {0: {"exp_avg": 1}}},
+        },
+        "averaged": {"state_dict": prefixed("", network), "current_model_state": prefixed("", network, 1)}
+        | {"pytorch-lightning_version": "2.6.0"},
+        "compiled": {"model": prefixed("module._orig_mod.", network)},
         "deep": {"state_dict": prefixed("net.backbone.", network) | {"net.head.weight": torch.ones(2)}},
         "the student of several": {
             "state_dict": prefixed("a.", network, 1) | prefixed("student.", network) | prefixed("z.", network, 1)
@@ -36,7 +48,20 @@ def saved(tmp_path: Path, form: str, network: nn.Module) -> Path:
     return path
 
 
-@pytest.mark.parametrize("form", ["plain", "checkpoint", "deep", "the student of several", "safetensors"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *WRAPPERS,
+        "plain",
+        "checkpoint",
+        "deep",
+        "the student of several",
+        "safetensors",
+        "ema within",
+        "averaged",
+        "compiled",
+    ],
+)
 def test_weights_are_found_under_any_prefix(form: str, tmp_path: Path) -> None:
     network, other = nets.teacher(norm=True, seed=1), nets.teacher(norm=True, seed=2)
     path = saved(tmp_path, form, network)
@@ -119,7 +144,14 @@ WHOLE = nets.teacher().state_dict()
         ({"state_dict": {"a": torch.ones(1)}}, r"needs 4 tensors such as 'first.weight', the file has \['a'\]"),
         ([1, 2], "the file has none"),
         ({"epoch": 3}, "the file has none"),
-        (nn.Linear(1, 1), "holds no weights that can be read safely"),
+        (
+            dict.fromkeys(("model", "ema"), WHOLE),
+            r"under several prefixes, \['ema\.', 'model\.'\]; save the state dict",
+        ),
+        (
+            nn.Linear(1, 1),
+            r"an object of torch\.nn\.modules\.linear\.Linear; .* torch\.save\(net\.state_dict\(\), path\)",
+        ),
         (nets.Backbone().state_dict(), r"'first.weight' has shape \(8, 6\) in the file, the network needs \(10, 6\)"),
         ({k: v for k, v in WHOLE.items() if k != "last.bias"}, r"'last.bias' is not in the file, .* \(1 of 4 tensors"),
         ({f"{p}.{k}": v for p in "ab" for k, v in WHOLE.items()}, r"under several prefixes, \['a\.', 'b\.'\]"),
@@ -129,9 +161,11 @@ def test_weights_that_do_not_fit_are_refused_and_none_is_loaded(content: Any, me
     torch.save(content, tmp_path / "weights.pt")
     network = nets.teacher(seed=1)
     before = nets.snapshot(network)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         load_weights(network, tmp_path / "weights.pt")
     assert nets.same(before, network)
+    traceback = "".join(format_exception(refused.value))
+    assert "arbitrary code" not in traceback, "PyTorch's advice to switch its protection off"
 
 
 def test_a_missing_file_is_named() -> None:
