@@ -36,7 +36,10 @@ def build_torchvision(
 
     entry = pretrained if isinstance(pretrained, str) else "DEFAULT"
     weights = entry if download else None
-    network = build_classifier(name, weights) if classifier else torchvision_embedder(name, weights=weights)[0]
+    if classifier:
+        network = build_classifier(name, weights)
+    else:
+        network = torchvision_embedder(name, weights=weights).get_submodule("backbone")
     images = get_model_weights(name)[entry].transforms()
     return network, {
         "statistics": (images.mean, images.std),
@@ -61,10 +64,10 @@ def build_transformers(
         processor = transformers.AutoImageProcessor.from_pretrained(processor)
     if processor is None:
         return network, {"size": getattr(network.config, "image_size", None)}
-    sizes = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else processor.size
+    sizes: Any = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
     edge = sizes.get("shortest_edge")
     return network, {
-        "statistics": (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0),
+        "statistics": (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0]),
         "size": (sizes["height"], sizes["width"]) if edge is None else edge,
         "interpolation": _MODES.get(processor.resample, "bicubic"),
     }
@@ -88,10 +91,10 @@ def match_images(
                 f"{who}: student_normalization needs the teacher's statistics, and its source has none: pass "
                 "processor=..., or Teacher(network, transform=Renormalize(student=..., teacher=...))"
             )
-        transforms.append(Renormalize(student_normalization, tuple(map(list, statistics))))
+        transforms.append(Renormalize(student_normalization, (list(statistics[0]), list(statistics[1]))))
     elif statistics is not None:
         _log.info(
-            "%s: the inputs are taken as normalised with the teacher's mean %s and std %s; if the student's are others, "
-            "pass student_normalization=(mean, std)", who, *statistics,
+            "%s: images are taken as normalised with the teacher's mean %s and std %s; if they are not, pass "
+            "student_normalization=(mean, std)", who, *statistics,
         )  # fmt: skip
     return transforms

@@ -72,8 +72,8 @@ class Teacher(BaseTeacher):
             raise ValueError("channels_last=True changes how the network is stored: leave out move=False and context")
         self.network, self.weights, self.channels_last, self.context = network, weights, channels_last, context
         self.move = move and context is None
-        self.transforms: list[Callable[[Any], Any]]
-        self.transforms = transform if isinstance(transform, list) else [] if transform is None else [transform]
+        transforms = transform if isinstance(transform, list) else [] if transform is None else [transform]
+        self.transforms: list[Callable[[Any], Any]] = [*transforms]
         for name, functions in (("transform", self.transforms), ("context", [] if context is None else [context])):
             for function in functions:
                 if not callable(function):

@@ -256,7 +256,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
             lambda p, changed=changed: outputs(p, indices=torch.ones(2).long(), **{changed: torch.ones(2)}),
             "leave the batch_transform out",
         )
-        for changed in ("view", "mix", "teacher_inputs")
+        for changed in ("view", "mix")
     },
     "a loss of maps": (
         lambda p: CachedTeacher(p).check_loss("at", AttentionTransfer()),

@@ -56,7 +56,7 @@ class Records(pl.Callback):
         Records.teacher = face.distiller.teacher
         members = [Records.teacher] if isinstance(Records.teacher, Teacher) else Records.teacher.teachers.values()
         Records.weights = [{k: v.clone() for k, v in member.network.state_dict().items()} for member in members]
-        assert all(member._saved_state is not None for member in members), "they are attached"
+        assert all(member._reader is not None for member in members), "they are attached"
 
 
 def made(class_path: str, **arguments: Any) -> dict[str, Any]:
