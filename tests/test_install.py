@@ -56,7 +56,7 @@ def test_no_file_imports_a_package_of_an_extra_when_it_is_imported() -> None:
 
 def test_the_core_needs_six_packages_and_what_they_bring() -> None:
     names = {re.split(r"[\[>=]", requirement)[0] for requirement in PROJECT["dependencies"]}
-    brought = {"lightning-utilities", "pillow", "pyyaml"}
+    brought = {"lightning-utilities", "pillow", "pytorch-lightning", "pyyaml"}
     assert names - brought == {"lightning", "numpy", "safetensors", "torch", "torchmetrics", "torchvision"}
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_rkd.callbacks.attached_losses import AttachedLosses, join_optimizer, losses_with_tensors
+from lightning_rkd.callbacks.base import Callback
 from lightning_rkd.callbacks.method_patch import MethodPatch, unwrap_batches
 from lightning_rkd.data.indexing import IndexedBatch, to_batch
 from lightning_rkd.data.loaders import count_samples
@@ -18,7 +19,9 @@ from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.features import CaptureError, Layer, LayerNotFoundError, find_layer
 from lightning_rkd.distillation.finite_checks import refuse_broken_weights
 from lightning_rkd.distillation.lightning import (
+    configure_model,
     exclude_from_ddp_broadcast,
+    lightning_base,
     number_training_batches,
     prepare_fit,
     refuse_averages,
@@ -28,14 +31,14 @@ from lightning_rkd.distillation.lightning import (
 from lightning_rkd.distillation.teachers import BaseTeacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.weighting import LossSum, Weight, evaluate_weight
-from lightning_rkd.utils.private import call_configure_model, writes_logs
+from lightning_rkd.utils.private import writes_logs
 from lightning_rkd.utils.types import Batch, Key, Keys, unpack
 
 _numbers = itertools.count()
 _DETACHED = {"_module": None, "_attached": None, "_prepared": False, "_batch": None, "_backwards": None}
 
 
-class RelationalDistillation(pl.Callback):
+class RelationalDistillation(Callback):
     r"""Distils a teacher into the module that a Trainer trains.
 
     In every training step the callback adds the distillation terms to the loss that ``training_step`` returns, or, with
@@ -159,9 +162,9 @@ class RelationalDistillation(pl.Callback):
         try:
             self.distiller.attach(pl_module)
         except LayerNotFoundError:
-            if not is_overridden("configure_model", pl_module, pl.LightningModule):
+            if not is_overridden("configure_model", pl_module, lightning_base(pl_module)):
                 raise
-            call_configure_model(trainer)  # Lightning does so after this hook; it may be called twice
+            configure_model(trainer, pl_module)  # Lightning does so after this hook; it may be called twice
             self.distiller.attach(pl_module)
         if any(layer is pl_module for layer in self._find_student_layers(pl_module)):
             raise ValueError("student_layer must name a layer inside the module, not the module itself")

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
 from lightning_rkd import plots
+from lightning_rkd.callbacks.base import Callback
 from lightning_rkd.data.indexing import to_batch
 from lightning_rkd.utils.files import write_whole
 from lightning_rkd.utils.types import call_network
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Pictures(pl.Callback):
+class Pictures(Callback):
     """Logs figures of the embeddings that student and teacher give to validation samples.
 
     After a validation epoch of a fit, the first rank draws its first samples and logs
@@ -168,7 +166,7 @@ class Pictures(pl.Callback):
         return first(images) if images else None, first([labels for _, labels, _ in parts]), embeddings
 
     def _draws(self, trainer: pl.Trainer) -> bool:
-        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
         logging = not trainer.fast_dev_run  # type: ignore[attr-defined] # set by a connector
         return fitting and logging and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
@@ -190,13 +188,13 @@ def _displayable(inputs: Tensor) -> Tensor:
     return (inputs - low) / (high - low).clamp_min(1e-12)
 
 
-def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
+def log_figure(logger: Any, name: str, figure: Figure, step: int) -> None:
     """Log a figure with any Lightning logger.
 
     TensorBoard, Weights & Biases and MLflow get an image; other loggers get a PNG file in their folder.
 
     Args:
-        logger: Logger of a trainer.
+        logger: A logger of a Trainer, of ``lightning`` or of ``pytorch_lightning``.
         name: Name of the figure; slashes form groups or folders.
         figure: Figure to log.
         step: Training step.
@@ -211,15 +209,16 @@ def log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
         ...     [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*.png")]
         ['pictures/angles-20.png']
     """
-    if isinstance(logger, TensorBoardLogger):
+    kinds = {kind.__name__ for kind in type(logger).__mro__}  # of lightning or of pytorch_lightning
+    if "TensorBoardLogger" in kinds:
         logger.experiment.add_figure(name, figure, step)
-    elif isinstance(logger, WandbLogger):
+    elif "WandbLogger" in kinds:
         from PIL import Image
 
         logger.log_image(name, [Image.open(io.BytesIO(_render_png(figure)))], step=step)
-    elif isinstance(logger, MLFlowLogger):
+    elif "MLFlowLogger" in kinds:
         logger.experiment.log_figure(logger.run_id, figure, f"{name}-{step}.png")
-    elif isinstance(logger, DummyLogger):  # of fast_dev_run
+    elif "DummyLogger" in kinds:  # of fast_dev_run
         return
     elif logger.log_dir or logger.save_dir:
         path = Path(

@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torchmetrics import Metric
 
+from lightning_rkd.callbacks.base import Callback
 from lightning_rkd.callbacks.method_patch import unwrap_batches
 from lightning_rkd.data.indexing import to_batch
 from lightning_rkd.distillation.evaluation import Evaluation
@@ -15,7 +16,7 @@ from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.utils.types import Batch, Key, unpack
 
 
-class RetrievalEvaluation(pl.Callback):
+class RetrievalEvaluation(Callback):
     """Evaluates the embedding of a layer in validation and test, and logs ``val/<metric>`` and ``test/<metric>``.
 
     Every sample counts once, also the rows that a distributed sampler repeats to fill the last batch: samples are

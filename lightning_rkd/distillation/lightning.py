@@ -29,6 +29,18 @@ from lightning_rkd.utils.private import (
 from lightning_rkd.utils.types import Batch
 
 
+def lightning_base(module: nn.Module) -> type[Any]:
+    """The class ``LightningModule`` of a module, of ``lightning`` or of ``pytorch_lightning``."""
+    return next(base for base in type(module).__mro__ if base.__name__ == "LightningModule")
+
+
+def configure_model(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Call the module's ``configure_model``, which Lightning does only after callbacks' ``setup``; twice is allowed."""
+    strategy, precision = trainer.strategy, trainer.precision_plugin
+    with strategy.tensor_init_context(), strategy.model_sharded_context(), precision.module_init_context():
+        module.configure_model()
+
+
 def prepare_teacher(distiller: Distiller, trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Move the teacher of an attached distiller to the device and precision of a module."""
     distiller.prepare(module.device, trainer.precision_plugin.convert_module, data_parallel_group(trainer.strategy))
@@ -155,7 +167,7 @@ def save_plain_hyperparameters(module: pl.LightningModule, frame: FrameType | No
     given: dict[str, Any] = {}
     own: dict[str, Any] = {}
     if frame is not None and not is_built_by_cli():
-        for own in collect_arguments(frame, pl.LightningModule):  # from the base class to that of the module
+        for own in collect_arguments(frame, lightning_base(module)):  # from the base class to that of the module
             given |= own
     ignore = {"teacher", *(name for name, value in given.items() if not _is_plain(value))}
     if inspect.getfullargspec(type(module).__init__).varkw:  # which would be passed, on loading, what it sets itself

@@ -6,6 +6,7 @@ is imported where it is needed: losses and metrics work without it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from types import FrameType
@@ -108,18 +109,10 @@ writes_logs: Callable[[pl.Trainer], bool] = attrgetter("_logger_connector.should
 """True if Lightning writes this step's values to loggers; ``log_every_n_steps`` is public, its count is not."""
 
 
-def call_configure_model(trainer: pl.Trainer) -> None:
-    """Call the module's ``configure_model``, which Lightning does only after callbacks' ``setup``; twice is allowed."""
-    from lightning.pytorch.trainer.call import _call_configure_model
-
-    _call_configure_model(trainer)
-
-
 def is_built_by_cli() -> bool:
     """True if LightningCLI is instantiating a module, whose hyper-parameters are then its configuration."""
-    from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-
-    return _given_hyperparameters.get() is not None
+    mixins = ("lightning.pytorch.core.mixins.hparams_mixin", "pytorch_lightning.core.mixins.hparams_mixin")
+    return any(sys.modules[m]._given_hyperparameters.get() is not None for m in mixins if m in sys.modules)
 
 
 def collect_arguments(frame: FrameType, base: type[Any]) -> list[dict[str, Any]]:

@@ -77,13 +77,9 @@ class Module(toys.Student):
         super().__init__()
         self.seen: dict[str, Any] = {}
 
-    def configure_model(self) -> None:
-        self.seen["configured"] = self.seen.get("configured", 0) + 1
-
     def setup(self, stage: str) -> None:
         self.seen["loader"] = private.load_dataloaders(self.trainer)
         self.undo = private.wrap_train_dataloader(self.trainer, first_two)
-        private.call_configure_model(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.seen.setdefault("writes", []).append(private.writes_logs(self.trainer))
@@ -103,7 +99,6 @@ def test_a_fit_goes_through_every_private_name_of_the_trainer() -> None:
     assert isinstance(module.seen["loader"], DataLoader)
     assert trainer.global_step == 2, "the wrapped loader has two batches"
     assert module.seen["writes"] == [False, True], "every second step"
-    assert module.seen["configured"] == 2
     assert module.seen["copies"] == [False, True, False]
     module.undo()
 

@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -20,6 +20,13 @@ from lightning_rkd.data.transforms.augment import Augment
 from lightning_rkd.data.transforms.crop import CentreCrop, Crop
 from lightning_rkd.utils.distributed import rank_and_size
 from lightning_rkd.utils.private import replaces_samplers
+
+if not TYPE_CHECKING:
+    import pytorch_lightning
+
+    class LightningDataModule(LightningDataModule, pytorch_lightning.LightningDataModule):
+        """Data module for the Trainer and the LightningCLI of ``lightning`` and of ``pytorch_lightning``."""
+
 
 _log = logging.getLogger(__name__)
 

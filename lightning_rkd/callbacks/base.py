@@ -1,0 +1,13 @@
+"""Base of the callbacks."""
+
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as Callback
+else:
+    import pytorch_lightning
+
+    class Callback(pl.Callback, pytorch_lightning.Callback):
+        """Callback for the Trainer and the LightningCLI of ``lightning`` and of ``pytorch_lightning``."""
