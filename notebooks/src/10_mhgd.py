@@ -97,7 +97,7 @@ print(f"error of the estimate: {before:.3f} untrained, {after:.3f} trained")
 #
 # The loss `MHGD` reads the graphs from the checkpoint and freezes them: teacher and student are compared through the *same*
 # graph heads. `MHGDModule` clips the distillation gradient of every parameter by the task's, as the authors do, so there is
-# no weight to choose.
+# no weight to choose. In a short training the full bound costs accuracy, and `clip=0.1` pulls at a tenth of it.
 
 # %%
 from lightning_rkd.losses import MHGD

@@ -170,7 +170,7 @@ def student_module(**kwargs: Any) -> MHGDModule:
     return MHGDModule(**{**arguments, **kwargs})
 
 
-def by_hand(epochs: int = 2, widths: tuple[int, int, int] = (4, 6, 6)) -> tuple[Stages, MHGD]:
+def by_hand(epochs: int = 2, widths: tuple[int, int, int] = (4, 6, 6), clip: float = 1.0) -> tuple[Stages, MHGD]:
     """The same training with two backward passes of its own for every step, clipped by the oracle; in float64."""
     student, teacher = net(0, widths=widths).double(), net(7).double()
     examples = [torch.zeros(1, c, 1, 1) for c in widths], [torch.zeros(1, c, 1, 1) for c in (4, 6, 6)]
@@ -199,20 +199,22 @@ def by_hand(epochs: int = 2, widths: tuple[int, int, int] = (4, 6, 6)) -> tuple[
             for p, g, pull in zip(trained, of_task, pulls, strict=True):
                 if g is None:  # an adapter: clipped at the mean norm
                     unit = np.array([sum(lengths) / len(lengths)])
-                    bound = float(oracle.clipped(unit, 1e9 * unit, epoch)[0] - unit[0])
+                    bound = float(oracle.clipped(unit, 1e9 * unit, epoch, clip)[0] - unit[0])
                     p.grad = pull * min(1.0, bound / float(pull.norm()))
                 elif pull is None:
                     p.grad = g
                 else:
-                    p.grad = torch.from_numpy(oracle.clipped(g.numpy(), pull.numpy(), epoch))
+                    p.grad = torch.from_numpy(oracle.clipped(g.numpy(), pull.numpy(), epoch, clip))
             optimizer.step()
     return student, loss
 
 
+@pytest.mark.parametrize("clip", [1.0, 0.1])
 @pytest.mark.parametrize("widths", [(4, 6, 6), (3, 6, 5)], ids=["equal channels", "adapters"])
-def test_stage_2_trains_with_the_gradient_clipped_for_every_parameter(widths):
-    student, loss = by_hand(widths=widths)
-    ours = student_module(student=net(0, widths=widths))
+def test_stage_2_trains_with_the_gradient_clipped_for_every_parameter(widths, clip):
+    student, loss = by_hand(widths=widths, clip=clip)
+    ours = student_module(student=net(0, widths=widths), clip=clip)
+    assert ours.hparams["clip"] == clip
     trainer = toys.fit(ours, batches=loader(), max_epochs=2, precision="64-true")
     assert toys.gap(ours.student, student) <= 1e-8
     assert toys.gap(ours.loss, loss) <= 1e-8
@@ -335,9 +337,10 @@ def test_it_is_an_ordinary_loss_with_a_fixed_weight_too():
         ({"loss": None}, "pass loss=... and task_loss=..."),
         ({"task_loss": None}, "pass loss=... and task_loss=..."),
         ({"balance": 1.0}, "leave balance out"),
+        ({"clip": 0.0}, "MHGDModule: clip must be a positive number, got 0.0"),
         ({"loss": MHGD()}, "MHGD needs the attention graph of its teacher"),
     ],
-    ids=["no loss", "no task", "balance", "no estimator"],
+    ids=["no loss", "no task", "balance", "no clip", "no estimator"],
 )
 def test_what_stage_2_cannot_work_with_is_refused(arguments: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):

@@ -82,8 +82,8 @@ def estimate(front: np.ndarray, logits: np.ndarray, kept: np.ndarray, features: 
     return np.array(rows)
 
 
-def clipped(task: np.ndarray, pull: np.ndarray, epoch: int) -> np.ndarray:
-    """g_task + clip_by_norm(g_dist, |g_task| sigmoid(epoch))."""
-    bound = math.sqrt(float((task**2).sum())) / (1 + math.exp(-epoch))
+def clipped(task: np.ndarray, pull: np.ndarray, epoch: int, clip: float = 1.0) -> np.ndarray:
+    """g_task + clip_by_norm(g_dist, |g_task| sigmoid(epoch)), the bound times ``clip``."""
+    bound = clip * math.sqrt(float((task**2).sum())) / (1 + math.exp(-epoch))
     length = math.sqrt(float((pull**2).sum()))
     return task + (pull * bound / length if length > bound else pull)
