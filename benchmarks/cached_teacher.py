@@ -23,7 +23,7 @@ from _report import Report
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rkd import RKD, CachedTeacher, DistillationModule, RKDDistance
+from lightning_rkd import RKD, CachedTeacher, DistillationModule, RKDDistance, Tap
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.distillation.teachers.cache_writer import write_cache
 from lightning_rkd.utils.types import Batch
@@ -49,8 +49,8 @@ def epoch(loader: DataLoader[Any], teacher: Any, loss: Any) -> float:
         loss,
         task_loss=nn.CrossEntropyLoss(),
         task_reads="logits",
-        student_layer="fc",
-        teacher_layer=None if teacher is None else "fc",
+        student_layer=Tap("fc", at="classifier"),
+        teacher_layer=None if teacher is None else Tap("fc", at="classifier"),
         optimizer=lambda p: torch.optim.SGD(p, 0.01),
     )
     timed = Timed()

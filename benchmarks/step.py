@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18, resnet50
 
-from lightning_rkd import RelationalDistillation
+from lightning_rkd import RelationalDistillation, Tap
 from lightning_rkd.losses import RKD
 
 SEED, SIZE, CLASSES, WARM_UP = 0, 64, 100, 3
@@ -89,7 +89,9 @@ def measure(batch: int, pairs: int, device: str) -> tuple[list[float], list[floa
     teacher = resnet50(num_classes=CLASSES).eval().requires_grad_(False).to(device)
     turns = threading.Semaphore(1), threading.Semaphore(0)
     clocks = Turns(turns[0], turns[1], device), Turns(turns[1], turns[0], device)
-    distil = RelationalDistillation(teacher, RKD(), student_layer="network.fc", teacher_layer="fc")
+    distil = RelationalDistillation(
+        teacher, RKD(), student_layer=Tap("network.fc", at="input"), teacher_layer=Tap("fc", at="input")
+    )
     runs = [(Student(teacher), [clocks[0]]), (Student(None), [clocks[1], distil])]
     runs[1][0].load_state_dict(runs[0][0].state_dict())
     threads = [

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_rkd.distillation.features import Tap as Tap
     from lightning_rkd.distillation.pooling import cls_token as cls_token
     from lightning_rkd.distillation.pooling import global_pool as global_pool
+    from lightning_rkd.distillation.pooling import last_token_pool as last_token_pool
     from lightning_rkd.distillation.pooling import mean_pool as mean_pool
     from lightning_rkd.distillation.teachers import CachedTeacher as CachedTeacher
     from lightning_rkd.distillation.teachers import EnsembleTeacher as EnsembleTeacher

@@ -4,7 +4,7 @@ import itertools
 import pickle
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -81,6 +81,9 @@ class RelationalDistillation(Callback):
         manual_backward_index: Number, from 0, of the ``manual_backward`` call that receives the terms, for manual
             optimisation with several calls in a step. The features are those recorded since the previous call, or, if
             the layer has not run since, those recorded earlier in the step.
+        absent: Treatment of steps in which the student layer does not run, on any rank: alternating tasks, or a
+            ``CombinedLoader`` with ``None`` batches. ``"error"`` raises ``CaptureError``, ``"skip"`` trains the
+            module's own loss alone.
 
     Raises:
         ValueError: When a fit begins: a layer that does not exist, or a student layer that is the module itself. In the
@@ -118,8 +121,11 @@ class RelationalDistillation(Callback):
         task_weight: Weight = 1.0,
         gather: bool = True,
         manual_backward_index: int | None = None,
+        absent: Literal["error", "skip"] = "error",
     ) -> None:
         super().__init__()
+        if absent not in ("error", "skip"):
+            raise ValueError(f"absent must be 'error' or 'skip', got {absent!r}")
         self.distiller = Distiller(
             teacher,
             loss,
@@ -129,7 +135,7 @@ class RelationalDistillation(Callback):
             weight=weight,
             gather=gather,
         )
-        self.task_weight = task_weight
+        self.task_weight, self.absent = task_weight, absent
         self.manual_backward_index = manual_backward_index
         self._keys: dict[str, Any] = {
             "inputs": inputs,
@@ -347,6 +353,8 @@ class RelationalDistillation(Callback):
         module = self._module
         assert module is not None
         epoch = module.current_epoch
+        if self.absent == "skip" and not self.distiller.layers_ran():
+            return task if self.task_weight == 1 else evaluate_weight(self.task_weight, epoch) * task
         features = self.distiller.collect(self._unpack_batch())
         terms = self.distiller.compute_terms(features, epoch=epoch, step=module.global_step)
         trainer = module.trainer

@@ -11,8 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.distillation.features import CaptureError, FeatureReader, InputReader, Layer
+from lightning_rkd.distillation.features import (
+    CaptureError,
+    FeatureReader,
+    InputReader,
+    Layer,
+    LayerNotFoundError,
+    find_layer,
+)
 from lightning_rkd.distillation.finite_checks import FiniteChecks
+from lightning_rkd.distillation.recording import Recorder
+from lightning_rkd.distillation.row_check import RowCheck
 from lightning_rkd.distillation.step import Needs, StepFeatures
 from lightning_rkd.distillation.teachers.base import BaseTeacher
 from lightning_rkd.distillation.teachers.teacher import Teacher
@@ -152,9 +161,8 @@ class Distiller:
         self.teacher_layer, self.weight, self.gather = teacher_layer, weight, gather
         self.student = FeatureReader(student_layer, "student")
         self.inputs = None if input_layer is None else InputReader(input_layer)
-        self._readers: list[FeatureReader | InputReader] = (
-            [self.student] if self.inputs is None else [self.student, self.inputs]
-        )
+        self._row_check = RowCheck(self.student)
+        self._readers: list[Recorder] = [self.student] if self.inputs is None else [self.student, self.inputs]
         taps = {*self.student.taps, *(() if self.teacher is None else self.teacher.taps(teacher_layer))} - {""}
         for name, term in self.losses.items():
             if term.tap is not None and term.tap not in taps:
@@ -168,6 +176,7 @@ class Distiller:
         self.known_sizes: Mapping[str, Size] = {}  # for the message about a loss without sizes
         self.bound: dict[str, BoundLoss] = {}
         self._teaching, self._unsized, self._ranks = False, list(self.losses), 1
+        self._device: torch.device | str = "cpu"
         self._checks = FiniteChecks()
 
     @contextmanager
@@ -208,8 +217,13 @@ class Distiller:
         self.detach()
         if teach and self.teacher is None:
             raise ValueError("there is a loss but no teacher: pass teacher=..., or no loss")
-        for reader in self._readers:
-            reader.attach(student)
+        try:
+            self.student.attach(student)
+            if self.inputs is not None:
+                self.inputs.attach(student)
+        except LayerNotFoundError as error:
+            other = getattr(self.teacher, "network", None)
+            raise _explain_missing(error, other, "the teacher has it: teacher_layer=...") from None
         if teach and self.teacher is not None:
             if self.teacher.shares_parameters_with(student):
                 raise ValueError(
@@ -217,7 +231,12 @@ class Distiller:
                     "student is the frozen teacher with adapters, with Teacher(model, context=model.disable_adapter), "
                     "in which every shared parameter must be frozen"
                 )
-            self.teacher.attach(self.teacher_layer)
+            try:
+                self.teacher.attach(self.teacher_layer)
+            except LayerNotFoundError as error:
+                raise _explain_missing(error, student, "the student has it: student_layer=...") from None
+            if self.inputs is None:
+                self._row_check.attach(student)
             taps = self.student.taps, self.teacher.taps(self.teacher_layer)
             self.bound = {name: BoundLoss.bind(name, term, *taps) for name, term in self.losses.items()}
         related = [bound for bound in self.bound.values() if bound.loss.gather]
@@ -239,7 +258,7 @@ class Distiller:
             ValueError: ``gather=False`` on several ranks with a stateful loss, or a loss that the teacher refuses.
             RuntimeError: Ranks hold different teachers.
         """
-        self.group, self._ranks = group, rank_and_size(group)[1]
+        self.group, self._ranks, self._device = group, rank_and_size(group)[1], device
         if self.stateful_losses and not self.gather and self._ranks > 1:
             raise ValueError(
                 f"gather=False, but the losses {self.stateful_losses} remember earlier rows, which must be the same on "
@@ -279,7 +298,7 @@ class Distiller:
 
     def detach(self) -> None:
         """Remove all hooks and restore the teacher."""
-        for reader in self._readers:
+        for reader in (*self._readers, self._row_check):
             reader.detach()
         if self.teacher is not None:
             self.teacher.detach()
@@ -320,6 +339,8 @@ class Distiller:
             self._checks.report()
         for reader in self._readers:
             reader.start()
+        if self._row_check.steps_left:
+            self._row_check.start()
 
     def restart(self) -> None:
         """Start anew in the middle of a step; features recorded so far are used if no layer runs again."""
@@ -328,7 +349,7 @@ class Distiller:
 
     def discard(self) -> None:
         """Stop recording and discard the recorded features."""
-        for reader in self._readers:
+        for reader in (*self._readers, self._row_check):
             if reader.on:
                 reader.stop()
 
@@ -391,7 +412,25 @@ class Distiller:
                     f"the student layer gives {rows} rows in {views} call(s), the {teacher.title} {count}; if the "
                     "student's inputs are not those of the batch, name the layer that receives them: input_layer=..."
                 )
+        if self._row_check.steps_left and torch.is_grad_enabled():
+            self._row_check.check(features.batch.inputs)
         return features
+
+    def layers_ran(self) -> bool:
+        """True if the student layer ran in this step. Collective: every rank must call it.
+
+        Raises:
+            CaptureError: It ran on some ranks only.
+        """
+        ran = self.student.ran
+        if self._ranks > 1:
+            every = gather_row_counts(int(ran), self._device, self.group)
+            if len(set(every)) > 1:
+                raise CaptureError(
+                    f"the student layer ran on the ranks {[n for n, count in enumerate(every) if count]} only: a step "
+                    "must use or leave out the layer on all ranks alike"
+                )
+        return ran
 
     def compute_terms(self, features: StepFeatures | Batch, *, epoch: int = 0, step: int = 0) -> dict[str, Tensor]:
         """Compute the weighted loss terms of a step by log name. Collective: every rank must call it.
@@ -473,8 +512,8 @@ class Distiller:
         if tensors:
             raise CaptureError(
                 f"{bound.name}: the student layer gives a tensor without gradient: it is frozen, ran under no_grad, "
-                "lies inside reentrant activation checkpointing (use_reentrant=False works), or is a first Linear, "
-                "of which the input is read (Tap(layer, at='output') reads the output)"
+                "lies inside reentrant activation checkpointing (use_reentrant=False works), or is a first layer "
+                "whose input is read"
             )
 
     def _refuse_unsized(self, features: StepFeatures) -> None:
@@ -489,6 +528,15 @@ class Distiller:
                 f"{name}: the loss has tensors of its own, which the optimizer must know before training begins: "
                 f"pass {bound.loss.suggest_call(sizes)}"
             )
+
+
+def _explain_missing(error: LayerNotFoundError, other: nn.Module | None, cure: str) -> LayerNotFoundError:
+    """The error, with the cure if another network has the layer."""
+    try:
+        found = other is not None and find_layer(other, error.layer) is not None
+    except LayerNotFoundError:
+        found = False
+    return LayerNotFoundError(f"{error}; {cure}", error.layer) if found else error
 
 
 def _is_collapsed(embedding: Tensor) -> bool:

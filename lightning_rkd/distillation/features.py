@@ -3,46 +3,63 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Union
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from lightning_rkd.distillation.arguments import bind_arguments, find_signature
 from lightning_rkd.distillation.pooling import cls_token as cls_token
 from lightning_rkd.distillation.pooling import global_pool as global_pool
+from lightning_rkd.distillation.pooling import last_token_pool as last_token_pool
 from lightning_rkd.distillation.pooling import mean_pool as mean_pool
-from lightning_rkd.utils.private import count_writes
+from lightning_rkd.distillation.recording import Hook, Record, Recorder, join_calls
+from lightning_rkd.utils.distributed import rank_and_size
 from lightning_rkd.utils.types import Outputs
+
+_log = logging.getLogger(__name__)
 
 
 class Tap:
     """A layer of a network and how to read its features.
 
+    A layer gives its output, whatever its class and however it is wrapped (compiled, quantised, LoRA): the flat output
+    serves losses that read the embedding, and those that read the logits.
+
     Args:
         layer: Dotted path of a submodule (``""`` is the network itself), or a function from network to submodule.
-        at: Whether to read the ``"output"`` or the ``"input"`` of the layer. ``None`` reads the output, except for an
-            ``nn.Linear``, which is taken as the classifier: its input is the embedding, and its output the logits. Pass
-            ``at="output"`` for a Linear whose output is the embedding.
-        read: Function ``read(output, kwargs)`` from the layer's output and keyword arguments to a tensor or
-            ``Outputs``: :func:`mean_pool`, :func:`cls_token`, :func:`global_pool` or your own.
+        at: What is read of the layer. ``"output"`` and ``"input"`` (its first argument) read one tensor.
+            ``"classifier"`` reads a layer that makes logits: its input is the embedding, its output the logits, and
+            its ``weight`` (K, D) and ``bias``, if it has them, are the classifier.
+        read: Reads a tensor from an output that is not one: the name of a field of a mapping or ``ModelOutput``, such
+            as ``"pooler_output"``, or a function ``read(output, arguments)`` to a tensor or ``Outputs``:
+            :func:`mean_pool`, :func:`last_token_pool`, :func:`cls_token`, :func:`global_pool` or your own.
+            ``arguments`` maps the names of the parameters of the layer's ``forward`` to the arguments of the call,
+            however they were passed; arguments without a name have their position as the key.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-        >>> read(net, Tap("0", at="output"), torch.ones(2, 4)).embedding.shape
+        >>> read(net, "0", torch.ones(2, 4)).embedding.shape
         torch.Size([2, 3])
+        >>> head = read(net, Tap("0", at="classifier"), torch.ones(2, 4))
+        >>> head.embedding.shape, head.logits.shape, head.classifier[0].shape
+        (torch.Size([2, 4]), torch.Size([2, 3]), torch.Size([3, 4]))
     """
 
     def __init__(
         self,
         layer: Union[Callable[[nn.Module], Any], str] = "",  # noqa: UP007 - Callable first, for jsonargparse
-        at: Literal["output", "input"] | None = None,
-        read: Callable[[Any, Mapping[str, Any]], Any] | None = None,
+        at: Literal["output", "input", "classifier"] = "output",
+        read: Union[Callable[[Any, Mapping[Any, Any]], Any], str, None] = None,  # noqa: UP007 - as above
     ) -> None:
-        if at not in (None, "output", "input"):
-            raise ValueError(f"Tap.at must be 'output', 'input' or None, got {at!r}")
+        if at not in ("output", "input", "classifier"):
+            raise ValueError(f"Tap.at must be 'output', 'input' or 'classifier', got {at!r}")
+        if at == "classifier" and read is not None:
+            raise ValueError("Tap(at='classifier') reads input and output as they are: leave read out")
         self.layer, self.at, self.read = layer, at, read
 
     def __repr__(self) -> str:
@@ -59,7 +76,15 @@ returns ``Any``, since for ``nn.Module`` all importable modules would be searche
 
 
 class LayerNotFoundError(ValueError):
-    """A dotted path is not the name of a submodule."""
+    """A dotted path is not the name of a submodule.
+
+    Attributes:
+        layer: The path.
+    """
+
+    def __init__(self, message: str, layer: str = "") -> None:
+        super().__init__(message)
+        self.layer = layer
 
 
 class CaptureError(RuntimeError):
@@ -71,11 +96,16 @@ def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]
 
     Raises:
         LayerNotFoundError: The path does not exist; the message lists similar ones.
+        TypeError: The layer is a module; the message has its path. Or a function returns no module.
 
     Example:
         >>> find_layer(nn.Sequential(nn.ReLU()), "0")
         ReLU()
     """
+    if isinstance(layer, nn.Module):
+        path = next((name for name, module in network.named_modules() if module is layer), None)
+        cure = "such as 'backbone'" if path is None else f"which is {path!r} for this one"
+        raise TypeError(f"a layer is a dotted path, {cure}, got the module itself ({type(layer).__name__})")
     if not isinstance(layer, str):
         chosen = layer(network)
         if isinstance(chosen, nn.Module):
@@ -92,58 +122,20 @@ def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]
     near = near or difflib.get_close_matches(layer, modules, n=5, cutoff=0.5)
     near = near or [name for name, _ in network.named_children()][:8]
     raise LayerNotFoundError(
-        f"{type(network).__name__} has no layer {layer!r}; near it: {', '.join(map(repr, near)) or 'it has no layers'}"
+        f"{type(network).__name__} has no layer {layer!r}; near it: {', '.join(map(repr, near)) or 'it has no layers'}",
+        layer,
     )
 
 
-class _Recorder:
-    """Recorder of the calls of hooked layers, between ``start`` and ``stop``. Copies and pickles have no hooks."""
-
-    def __init__(self) -> None:
-        self.on = False
-        self._handles: list[RemovableHandle] = []
-        self._calls: list[list[Any]] = []
-        self._earlier: list[list[Any]] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_handles": [], "_calls": [], "_earlier": [], "on": False}
-
-    def detach(self) -> None:
-        """Remove the hooks; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self.stop()
-
-    def start(self) -> None:
-        """Start recording; discard earlier calls."""
-        self._calls, self._earlier, self.on = [[] for _ in self._handles], [], True
-
-    def restart(self) -> None:
-        """Start anew; the calls recorded so far are used if no layer runs again."""
-        if self.on and any(self._calls):
-            earlier = self._calls
-            self.start()
-            self._earlier = earlier
-
-    def stop(self) -> None:
-        """Stop recording and discard the recorded calls."""
-        self._calls, self._earlier, self.on = [], [], False
-
-    def _collect_calls(self) -> list[list[Any]]:
-        calls = self._calls if any(self._calls) or not self._earlier else self._earlier
-        self._calls, self._earlier, self.on = [], [], False
-        return calls
-
-
-class FeatureReader(_Recorder):
+class FeatureReader(Recorder):
     """Records the outputs of a network at its taps.
 
     Outputs are those of the layer itself, even if an in-place operation changes the tensor later in the forward pass.
 
     Args:
         layer: Layer or layers, in any form of :data:`Layer`; ``None`` reads the network's own output.
-        network: ``"student"`` or ``"teacher"``, for messages.
+        network: ``"student"`` or ``"teacher"``, for messages. The first step after :meth:`attach` logs one line for
+            every tap: layer, class, what is read, shape and dtype.
 
     Attributes:
         taps: Taps by name; an unnamed tap has the name ``""``.
@@ -175,6 +167,8 @@ class FeatureReader(_Recorder):
                 self.taps[name] = [_as_tap(e) for e in entry]
             else:
                 self.taps[name] = [_as_tap(entry)]
+        self._titles: list[str] = []
+        self._logged = True
         self._all = [tap for taps in self.taps.values() for tap in taps]
 
     def attach(self, network: nn.Module) -> None:
@@ -190,9 +184,15 @@ class FeatureReader(_Recorder):
                 f"the {self.network} is TorchScript, whose layers cannot be hooked: wrap it in an nn.Module whose "
                 "forward calls it"
             )
-        for number, module in enumerate([find_layer(network, tap.layer) for tap in self._all]):
-            hook = Hook(partial(self._record, number))
-            if self._all[number].at == "input":  # before the layer runs: it may write over its input
+        paths = {id(module): name for name, module in network.named_modules()}
+        self._titles, self._logged = [], not self.network
+        for number, (tap, module) in enumerate([(tap, find_layer(network, tap.layer)) for tap in self._all]):
+            path = paths.get(id(module), tap.layer)
+            self._titles.append(
+                f"{f'{self.network} layer {path!r}' if path else self.network} ({type(module).__name__})"
+            )
+            hook = Hook(partial(self._record, number, find_signature(module) if callable(tap.read) else None))
+            if tap.at == "input":  # before the layer runs: it may write over its input
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             else:
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -208,7 +208,9 @@ class FeatureReader(_Recorder):
         if len(counts) != 1 or 0 in counts:
             self._refuse(recorded)
         self.rows = [record.rows for record in recorded[0] if record.rows is not None]
-        joined = [_join_calls(calls) for calls in recorded]
+        joined = [join_calls(calls) for calls in recorded]
+        if not self._logged and not torch.compiler.is_compiling():
+            self._log_taps(joined)
         outputs, start = {}, 0
         for name, taps in self.taps.items():
             own = joined[start : start + len(taps)]
@@ -230,17 +232,28 @@ class FeatureReader(_Recorder):
                 raise CaptureError(
                     f"the {self.network} layer {layer} was never called in this step. Name a layer that runs through "
                     "its __call__ (not .forward); under torch.compile attach before the first compiled call, or call "
-                    "torch.compiler.reset()"
+                    "torch.compiler.reset(). If some steps do without the layer (alternating tasks, a CombinedLoader "
+                    "with None batches), RelationalDistillation(absent='skip') trains them without the loss"
                 )
         raise CaptureError(f"the {self.network} layers ran unequally often in one step: {calls}")
 
-    def _record(self, number: int, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+    def _record(
+        self, number: int, signature: Any, module: nn.Module, args: Any, kwargs: Any, output: Any = None
+    ) -> None:
         if self.on:
-            self._calls[number].append(_Record(_read_call(self._all[number], module, args, kwargs, output)))
+            self._calls[number].append(Record(_read_call(self._all[number], signature, module, args, kwargs, output)))
+
+    def _log_taps(self, joined: list[Outputs]) -> None:
+        self._logged = True
+        if rank_and_size()[0] > 0:
+            return
+        names = [f" as {name!r}" if name else "" for name, taps in self.taps.items() for _ in taps]
+        for title, name, tap, outputs in zip(self._titles, names, self._all, joined, strict=True):
+            _log.info("%s%s: %s", title, name, _describe(tap, outputs))
 
 
-class InputReader(_Recorder):
-    """Records the inputs of every call of a layer that takes one argument, or keyword arguments only."""
+class InputReader(Recorder):
+    """Records the inputs of every call of a layer: one object, or all arguments by name, or else by position."""
 
     def __init__(self, layer: str | Callable[[nn.Module], nn.Module]) -> None:
         super().__init__()
@@ -258,30 +271,8 @@ class InputReader(_Recorder):
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.on:
-            if len(args) + bool(kwargs) != 1:
-                raise CaptureError(
-                    f"input_layer {self.layer!r} is called with {len(args)} positional and {len(kwargs)} keyword "
-                    "inputs; the teacher can be fed from a layer that takes one tensor, or keywords only"
-                )
-            self._calls[0].append(_copy_inputs(args[0] if args else kwargs))
-
-
-class Hook:
-    """A forward hook that does nothing in copies and pickles of its module."""
-
-    def __init__(self, function: Callable[..., None] | None = None) -> None:
-        self.function = function
-
-    def __call__(self, *call: Any) -> None:
-        """Pass on module, args, kwargs and, in a hook after the layer, its output."""
-        if self.function is not None:
-            self.function(*call)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        return Hook()
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        return Hook, ()
+            single = len(args) == 1 and not kwargs and not isinstance(args[0], Mapping)
+            self._calls[0].append(_copy_inputs(args[0] if single else {**dict(enumerate(args)), **kwargs}))
 
 
 def read(network: nn.Module, layer: Layer | None, *args: Any, **kwargs: Any) -> Outputs:
@@ -289,11 +280,10 @@ def read(network: nn.Module, layer: Layer | None, *args: Any, **kwargs: Any) -> 
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-        >>> out = read(net, "1", torch.ones(2, 2, 2))
-        >>> out.embedding.shape, out.logits.shape, out.classifier[0].shape
-        (torch.Size([2, 4]), torch.Size([2, 3]), torch.Size([3, 4]))
+        >>> read(net, "0", torch.ones(2, 2, 2)).embedding.shape
+        torch.Size([2, 4])
     """
-    reader = FeatureReader(layer, "network")
+    reader = FeatureReader(layer, "")
     reader.attach(network)
     try:
         reader.start()
@@ -308,75 +298,73 @@ def _as_tap(entry: Any) -> Tap:
     if isinstance(entry, Tap):
         return entry
     if entry is None:
-        return Tap("", at="output")
+        return Tap()
     if isinstance(entry, str) or callable(entry):
         return Tap(entry)
     raise TypeError(f"a layer is a dotted path, a function, a Tap, a list or a dict of them, got {entry!r}")
 
 
-def _read_call(tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Outputs:
+def _read_call(
+    tap: Tap,
+    signature: inspect.Signature | None,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> Outputs:
     """Outputs of one call of a tapped layer."""
     given: Any = args[0] if args else next(iter(kwargs.values()), None)
-    if tap.at is None and tap.read is None and isinstance(module, nn.Linear):
-        return Outputs(given, output, [given], (module.weight, module.bias))
+    if tap.at == "classifier":
+        if not isinstance(output, Tensor):
+            raise CaptureError(
+                f"the layer {tap.layer!r} ({type(module).__name__}) gives a {type(output).__name__}, but a classifier "
+                "gives a tensor of logits: name the layer that makes them"
+            )
+        return Outputs(given, output, [given], _find_weight(module))
     value = given if tap.at == "input" else output
-    if tap.read is not None:
-        value = tap.read(value, kwargs)
+    if isinstance(tap.read, str):
+        value = _read_field(value, tap.read)
+    elif tap.read is not None:
+        value = tap.read(value, bind_arguments(signature, args, kwargs))
         if isinstance(value, Outputs):
             return value
     if not isinstance(value, Tensor):
         raise CaptureError(
             f"the layer {tap.layer!r} ({type(module).__name__}) gives a {type(value).__name__}, not a tensor; "
-            "say how to read it: Tap(layer, read=mean_pool), cls_token, global_pool or your own function"
+            "say how to read it: Tap(layer, read='field'), read=mean_pool, last_token_pool, cls_token, global_pool or "
+            "your own function"
         )
     flat = value.flatten(1) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
     return Outputs(embedding=flat, logits=flat, feature_maps=[value])
 
 
-class _Record:
-    """Outputs of one call, protected from later in-place operations.
-
-    The tensors themselves are preferred to their copies, since gradients then add up in the same order, and to the same
-    bits, as for a loss written in ``training_step``.
-    """
-
-    def __init__(self, outputs: Outputs) -> None:
-        self._original = outputs
-        self.rows: int | None = None
-        self._tensors: dict[int, tuple[Tensor, Tensor, int]] = {}
-        counted = not torch.compiler.is_compiling()
-        for x in outputs.tensors():
-            self.rows = len(x) if self.rows is None else self.rows
-            if id(x) not in self._tensors:
-                counted = counted and not x.is_inference()
-                self._tensors[id(x)] = x, x.clone(), count_writes(x) if counted else -1
-        self._counted = counted  # writes are not counted in inference mode and under compilation
-
-    def outputs(self) -> Outputs:
-        unchanged = self._counted
-        for x, _, version in self._tensors.values():
-            unchanged = unchanged and count_writes(x) == version
-        return self._original if unchanged else self._original.map(lambda x: self._tensors[id(x)][1])
+def _find_weight(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a classifier, unless they are packed (quantised) or not all of its weight (LoRA)."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or hasattr(module, "base_layer"):
+        return None
+    return weight, bias if isinstance(bias, Tensor) else None
 
 
-def _join_calls(records: list[_Record]) -> Outputs:
-    """Concatenate the rows of several calls."""
-    if len(records) == 1:
-        return records[0].outputs()
-    calls = [record.outputs() for record in records]
+def _read_field(output: Any, name: str) -> Any:
+    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    if value is None:
+        has = list(output) if isinstance(output, Mapping) else getattr(output, "_fields", "no such field")
+        raise CaptureError(f"Tap(read={name!r}): the {type(output).__name__} of the layer has {has}")
+    return value
 
-    def cat(parts: list[Tensor | None]) -> Tensor | None:
-        tensors = [p for p in parts if p is not None]
-        same = len(tensors) == len(parts) and len({p.shape[1:] for p in tensors}) == 1
-        return torch.cat(tensors) if same else None  # maps of different crops cannot be one tensor
 
-    maps = [cat(list(level)) for level in zip(*(one.feature_maps or [] for one in calls), strict=True)]
-    return Outputs(
-        embedding=cat([one.embedding for one in calls]),
-        logits=cat([one.logits for one in calls]),
-        feature_maps=[m for m in maps if m is not None] if maps and all(m is not None for m in maps) else None,
-        classifier=calls[-1].classifier,
-    )
+def _describe(tap: Tap, outputs: Outputs) -> str:
+    """Shape and dtype of what a tap reads."""
+    if tap.at == "classifier":
+        embedding, logits = (_describe_tensors([x]) for x in (outputs.embedding, outputs.logits))
+        return f"classifier, embedding {embedding}, logits {logits}"
+    how = "" if tap.read is None else f" read by {getattr(tap.read, '__name__', repr(tap.read))}"
+    return f"{tap.at}{how} {_describe_tensors(list({id(x): x for x in outputs.tensors()}.values()))}"
+
+
+def _describe_tensors(tensors: Sequence[Tensor | None]) -> str:
+    return ", ".join(f"{tuple(x.shape)}, {str(x.dtype).removeprefix('torch.')}" for x in tensors if x is not None)
 
 
 def _copy_inputs(inputs: Any) -> Any:

@@ -195,8 +195,8 @@ class CORSD(DistillationModule):
         stages: Dotted paths of at least two stages, shallow to deep, which output maps.
         channels: Channels of those maps.
         num_classes: K.
-        student_logits: Dotted path of the layer that outputs the logits; ``None`` is the output. Name the last Linear
-            if metrics need embeddings, which are that layer's input.
+        student_logits: Dotted path of the layer that makes the logits, whose input is the embedding for metrics; with
+            ``None`` the network's output is both.
         positive_kd: The .16 of the equation.
         positive_ce: The first .04.
         negative_kd: The second .04.
@@ -260,8 +260,8 @@ class CORSD(DistillationModule):
             )
         check_at_least("CORSD", 2, num_classes=num_classes)
         check_positive("CORSD", temperature=temperature)
-        final: Any = Tap("", at="output") if student_logits is None else student_logits
-        layers: dict[str, Any] = {"embedding": final, "feature_maps": [Tap(stage, at="output") for stage in stages]}
+        final = Tap() if student_logits is None else Tap(student_logits, at="classifier")
+        layers: dict[str, Any] = {"embedding": final, "feature_maps": stages}
         super().__init__(
             student=student, teacher=None, loss=None, student_layer=layers, teacher_layer=None, input_layer=None,
             task_loss=nn.CrossEntropyLoss(), task_reads="logits", miner=None, weight=1.0, task_weight=1.0,

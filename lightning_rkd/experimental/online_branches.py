@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.distillation.features import Tap, find_layer
+from lightning_rkd.distillation.features import find_layer
 from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.losses.parts.checks import check_at_least, check_positive
 from lightning_rkd.losses.references import BibTeX, Reference
@@ -134,8 +134,8 @@ class OnlineBranches(DistillationModule):
         check_positive("OnlineBranches", temperature=temperature)
         check_at_least("OnlineBranches", 0, diversity=diversity)
         layers: dict[str, Any] = {
-            "embedding": Tap("", at="output"),
-            "branches": [Tap(f"branches.{number}", at="output") for number in range(len(branches))],
+            "embedding": "",
+            "branches": [f"branches.{number}" for number in range(len(branches))],
         }
         super().__init__(
             student=Branches(branches, trunk), teacher=None, loss=None, student_layer=layers, teacher_layer=None,

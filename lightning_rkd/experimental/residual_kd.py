@@ -102,10 +102,10 @@ class ResidualKD(DistillationModule):
                 "ResidualKD: nothing trains the head: pass task_loss=... with task_reads='logits', or freeze it, "
                 "head.requires_grad_(False)"
             )
-        target: Any = Tap("", at="output") if teacher_layer is None else teacher_layer
+        target: Any = teacher_layer or ""
         features: dict[str, Any] = {
             "embedding": Tap("head", at="input"),
-            "feature_maps": [Tap("student", at="output"), Tap("assistant", at="output")],
+            "feature_maps": ["student", "assistant"],
         }
         super().__init__(
             student=ResidualPair(student, assistant, head), teacher=teacher, task_loss=task_loss,

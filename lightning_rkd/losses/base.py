@@ -1,6 +1,7 @@
 """The base class of losses: checks and casts of inputs around a ``forward`` in plain maths."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -110,6 +111,7 @@ class RelationalLoss(Weighable, LazyModule):
         cls.required = frozenset(n for n, p in keywords.items() if p.default is inspect.Parameter.empty)
 
     forward: Callable[..., Tensor]
+    _watches_order = True
 
     def __call__(self, student: Features, teacher: Features, **context: Any) -> Tensor:
         """Check and cast the inputs, and compute the loss as a scalar."""
@@ -127,6 +129,8 @@ class RelationalLoss(Weighable, LazyModule):
             pairs = pair_tensors(s, t, reads, name)
         _check_pairs(pairs, name)
         field, first, _ = pairs[0]
+        if self._watches_order and not torch.compiler.is_compiling():
+            self._warn_if_swapped(pairs)
         device, on_cpu = first.device, first.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu:
             _check_finite(pairs, (s, t), name)
@@ -159,6 +163,16 @@ class RelationalLoss(Weighable, LazyModule):
             return None
         who = f"{self.display_name}, {network}"
         return select_maps(select_fields(features, self.reads, who=who), self.feature_maps, who=who)
+
+    def _warn_if_swapped(self, pairs: list[tuple[str, Tensor, Tensor]]) -> None:
+        """Warn, once, if the second argument needs a gradient and the first does not."""
+        if any(t.requires_grad for _, _, t in pairs) and not any(s.requires_grad for _, s, _ in pairs):
+            self._watches_order = False
+            warnings.warn(
+                f"{self.display_name}: the second argument needs a gradient and the first does not, but gradients "
+                "reach the first only: call loss(student, teacher), or detach the teacher's output",
+                stacklevel=3,
+            )
 
     def extra_repr(self) -> str:
         """Settings for ``print``: the arguments of ``__init__`` that are kept under their own names."""

@@ -14,8 +14,8 @@ Features = Tensor | Sequence[Tensor] | Outputs | Mapping[str, Outputs]
 FIELDS = frozenset({"embedding", "logits", "feature_maps", "classifier"})
 
 _CURES = {
-    "logits": ": tap the Linear layer that makes them, or any layer whose output they are",
-    "classifier": ": tap the Linear layer that makes the logits",
+    "logits": ": name the layer whose output they are",
+    "classifier": ": read the layer that makes the logits, one with a weight (K, D), as Tap(layer, at='classifier')",
     "feature_maps": ": name a list of layers",
     "embedding": ": name one layer whose output is (N, D)",
 }

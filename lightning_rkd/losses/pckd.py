@@ -88,8 +88,8 @@ class PCKD(RelationalLoss):
     term (their :math:`\delta` is 0); the exact logarithm, where theirs adds 1e-7 inside; one MLP pass normalises over
     the rows of all ranks. The paper's text was not read.
 
-    Shapes: ``Outputs`` with embedding (M, D_S) or (M, D_T), logits (M, K) and classifier (K, D), read at the Linear
-    layer that computes the logits -> scalar. The k-th row of every view must belong to the same sample.
+    Shapes: ``Outputs`` with embedding (M, D_S) or (M, D_T), logits (M, K) and classifier (K, D), read at
+    ``Tap(layer, at="classifier")`` -> scalar. The k-th row of every view must belong to the same sample.
 
     Args:
         student_dim: D_S; inferred if left out.
@@ -180,7 +180,8 @@ class PCKD(RelationalLoss):
         if not len(s_centres) == len(t_centres) == s_logits.shape[1]:
             raise ValueError(
                 f"PCKD: student and teacher must have the same classes, got {len(s_centres)} and {len(t_centres)} rows "
-                f"in the classifiers and {s_logits.shape[1]} logits; tap the Linear layer that computes the logits"
+                f"in the classifiers and {s_logits.shape[1]} logits; read the layer that makes "
+                "the logits, Tap(layer, at='classifier')"
             )
         weights = preview_weights(s_logits, labels, view, epoch=epoch, growth=self.growth)
         contrast = category_contrast(

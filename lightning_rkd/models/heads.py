@@ -86,8 +86,8 @@ class Embedded(nn.Module):
 class Classified(nn.Module):
     """An embedding network with a linear layer ``classifier`` on top.
 
-    Read at ``"classifier"``, it gives a loss the embedding (the input of the layer), the logits (its output) and the
-    weights of the classifier, so that all losses can be compared on one network.
+    Read at ``Tap("classifier", at="classifier")``, it gives a loss the embedding (the input of the layer), the logits
+    (its output) and the weights of the classifier, so that all losses can be compared on one network.
 
     Shapes: inputs of the backbone -> logits (N, K).
 

@@ -78,8 +78,8 @@ class MultiHeadDistillation(DistillationModule):
         teacher: A classifier of the same classes; needed only to fit.
         student_layers: Dotted paths of the student's middle layers, which output maps.
         teacher_layers: As many of the teacher's, in the same order.
-        student_logits: Dotted path of the layer that outputs the student's logits; ``None`` is its output. Name
-            its last Linear if metrics need embeddings, which are that layer's input.
+        student_logits: Dotted path of the layer that makes the student's logits, whose input is the embedding for
+            metrics; with ``None`` the student's output is both.
         teacher_logits: The same for the teacher.
         temperature: T.
         alpha: Weight of the soft targets in D.
@@ -199,5 +199,5 @@ class _Heads(RelationalLoss):
 
 def _tap(logits: str | None, middle: list[str]) -> Any:
     """Layers of a network for its embedding, its logits and its maps."""
-    final = Tap("", at="output") if logits is None else logits
-    return {"embedding": final, "logits": final, "feature_maps": [Tap(layer, at="output") for layer in middle]}
+    final = Tap() if logits is None else Tap(logits, at="classifier")
+    return {"embedding": final, "logits": final, "feature_maps": middle}

@@ -36,8 +36,8 @@ print(f"{data.num_train_classes} classes")
 # %% [markdown]
 # ## Teacher and student
 #
-# `Classified` adds a linear classifier to an embedding network. The layer `"classifier"` provides its input, the embedding, and its
-# output, the logits.
+# `Classified` adds a linear classifier to an embedding network. The output of the layer `"backbone"` is the embedding, that of
+# `"classifier"` the logits.
 
 # %%
 from torchmetrics.classification import MulticlassAccuracy
@@ -61,7 +61,7 @@ def module(net, epochs=EPOCHS, **distillation):
         net,
         task_loss=nn.CrossEntropyLoss(),
         task_reads="logits",
-        student_layer={"embedding": "classifier", "logits": "classifier"},
+        student_layer={"embedding": "backbone", "logits": "classifier"},
         metrics={"accuracy": MulticlassAccuracy(data.num_train_classes, average="micro")},
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
         lr_scheduler=schedule,
@@ -102,7 +102,7 @@ ways = {
     "soft targets": {"loss": {"soft": soft}, "task_weight": 0.1},
     "soft targets + RKD": {"loss": {"soft": soft, "rkd": relations}, "task_weight": 0.1},
 }
-taught = {"teacher": teacher.student, "teacher_layer": {"embedding": "classifier", "logits": "classifier"}}
+taught = {"teacher": teacher.student, "teacher_layer": {"embedding": "backbone", "logits": "classifier"}}
 accuracy = {}
 for name, way in ways.items():
     torch.manual_seed(1)

@@ -58,7 +58,7 @@ def settings(epochs):
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
         "lr_scheduler": schedule,
         "lr_interval": "step",
-        "student_layer": {"embedding": "classifier", "logits": "classifier", "feature_maps": STAGES},
+        "student_layer": {"embedding": "backbone", "logits": "classifier", "feature_maps": STAGES},
         "metrics": {"retrieval": EmbeddingRetrieval()},
     }
 
@@ -107,7 +107,7 @@ torch.manual_seed(1)
 student = MHGDModule(
     network((6, 12, 12), depth=1),
     teacher=teacher.student,
-    teacher_layer={"embedding": "classifier", "logits": "classifier", "feature_maps": STAGES},
+    teacher_layer={"embedding": "backbone", "logits": "classifier", "feature_maps": STAGES},
     loss=MHGD(estimator="graphs.ckpt", heads=4),
     **settings(6),
 )

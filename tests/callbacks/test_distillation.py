@@ -383,14 +383,14 @@ FAILURES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no submodule": ({"student_layer": lambda m: 3}, TypeError, "must return a submodule, got int"),
     "forward called": ({"kind": Direct}, CaptureError, r"'backbone' was never called in this step.*not \.forward"),
     "input layer not called": (
-        {"kind": Direct, "student_layer": Tap("backbone.last", at="output"), "input_layer": "backbone"},
+        {"kind": Direct, "student_layer": "backbone.last", "input_layer": "backbone"},
         CaptureError,
         "input_layer 'backbone' was never called",
     ),
     "one of two frozen": (
         {
             "kind": Frozen,
-            "student_layer": {"one": Tap("head", at="output"), "two": "backbone"},
+            "student_layer": {"one": "head", "two": "backbone"},
             "teacher_layer": {"one": "", "two": ""},
             "loss": {"free": RKD().at("one"), "bound": RKD().at("two")},
         },
@@ -493,7 +493,7 @@ def test_global_pool_is_the_cure_for_maps() -> None:
 
 def test_one_teacher_object_serves_two_callbacks_at_two_layers() -> None:
     shared, modules = Teacher(toys.teacher()), [toys.Student(), toys.Student()]
-    first, last = Tap("first", at="output"), Tap("last", at="output")
+    first, last = "first", "last"
     toys.fit(modules[0], attached(RKD(), shared, teacher_layer=first), attached(RKDAngle(), shared, teacher_layer=last))
     toys.fit(modules[1], attached(RKD(), teacher_layer=first), attached(RKDAngle(), teacher_layer=last))
     assert toys.gap(*modules) == 0.0

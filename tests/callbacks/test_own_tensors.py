@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.data.indexing import with_indices
-from lightning_rkd.distillation.features import Tap
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.rkd import RKD
 from tests.harness import toys
@@ -70,7 +69,7 @@ class Split(toys.Manual):
 @pytest.mark.parametrize("layer", ["backbone", "backbone.last", "backbone.act", "backbone.drop"])
 def test_the_optimizer_that_trains_the_tapped_layer_takes_the_parameters(layer: str) -> None:
     loss = toys.Projected(5 if layer in ("backbone", "backbone.last") else 8, 7)
-    trainer = toys.fit(Split(), attached(loss, student_layer=Tap(layer, at="output")))
+    trainer = toys.fit(Split(), attached(loss, student_layer=layer))
     held = {id(p) for p in trainer.optimizers[1].param_groups[0]["params"]}
     assert {id(p) for p in loss.parameters()} <= held
 
@@ -79,7 +78,7 @@ def test_parameters_that_several_optimizers_could_take_are_refused() -> None:
     def loss() -> Any:
         return toys.Projected(5, 7).at("low") + RKD().at("high")
 
-    both = {"low": "backbone", "high": Tap("head", at="output")}
+    both = {"low": "backbone", "high": "head"}
     ours: dict[str, Any] = {"student_layer": both, "teacher_layer": {"low": "", "high": ""}}
     cure = r"2 of the module's 2 optimizers .* layers \['backbone', 'head'\].* begin with '_distillation_losses_0' to"
     with pytest.raises(ValueError, match=cure):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.distillation.distiller import BoundLoss, Distiller, combine_needs
-from lightning_rkd.distillation.features import CaptureError, Tap
+from lightning_rkd.distillation.features import CaptureError
 from lightning_rkd.distillation.finite_checks import CollapseWarning, FiniteChecks
 from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
@@ -44,7 +44,7 @@ def test_a_term_is_weight_times_weight_times_loss() -> None:
 
 def test_each_loss_reads_its_tap() -> None:
     student, teacher = nets.Backbone(), nets.teacher()
-    at = {"low": Tap("first", at="output"), "high": Tap("last", at="output")}
+    at = {"low": "first", "high": "last"}
     distiller = Distiller(teacher, {"x": RKD().at("low"), "y": RKD().at("high")}, student_layer=at, teacher_layer=at)
     terms = step(distiller, student=student)
     low = RKD()(student.first(X), teacher.first(X))

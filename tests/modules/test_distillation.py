@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_rkd.data.indexing import with_indices
-from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError, Tap
+from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.rkd import RKD, RKDDistance
@@ -95,7 +95,7 @@ def test_views_of_the_batch_and_of_the_student_are_numbered_together() -> None:
         return Batch(batch.inputs, batch.labels, batch.indices, view=torch.arange(8) % 2)
 
     loss = toys.Requesting()
-    at = Tap("last", at="output")
+    at = "last"
     ours = distilling(
         student=TwoPasses(), loss=loss, batch_transform=pairs, student_layer=at, teacher_layer=at, input_layer="first"
     )

@@ -20,7 +20,6 @@ from pytorch_metric_learning import losses, miners
 from torch.utils.data import DataLoader
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
-from lightning_rkd.distillation.features import Tap
 from lightning_rkd.losses.rkd import RKD, RKDAngle, RKDDistance
 from lightning_rkd.modules.distillation import DistillationModule
 from tests.harness import toys
@@ -78,10 +77,10 @@ def relation_and_hint() -> Any:
 
 indexed = partial(toys.loader, indexed=True)
 AT_BACKBONE = {"input_layer": "backbone"}
-INSIDE = {"student_layer": Tap("backbone.last", at="output")}
+INSIDE = {"student_layer": "backbone.last"}
 LAYERS: dict[str, Any] = {
-    "student_layer": {"low": Tap("backbone.first", at="output"), "high": "backbone"},
-    "teacher_layer": {"low": Tap("first", at="output"), "high": ""},
+    "student_layer": {"low": "backbone.first", "high": "backbone"},
+    "teacher_layer": {"low": "first", "high": ""},
 }
 EPOCHS: dict[str, Any] = {"weight": lambda epoch: 1.0 + epoch, "task_weight": lambda epoch: 0.5 - 0.25 * epoch}
 SEVERAL: dict[str, Any] = {"loss": distances_and_angles, "by_hand": users.rkd, "settings": {"max_epochs": 2}}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
-from lightning_rkd.distillation.features import CaptureError, Tap
+from lightning_rkd.distillation.features import CaptureError
 from tests.harness import toys
 from tests.parity import Cell, users
 from tests.parity.cells import INSIDE, MEMORY, pair, recomputes_reentrantly, strong_wolfe
@@ -59,7 +59,7 @@ REFUSED = [
     *both(
         "reentrant checkpointing, the layer inside",
         "lies inside reentrant activation checkpointing (use_reentrant=False works)",
-        arguments={"student_layer": Tap("backbone.first", at="output")},
+        arguments={"student_layer": "backbone.first"},
         **pair(recomputes_reentrantly),
     ),
     *both(

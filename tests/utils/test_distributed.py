@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_rkd.distillation.distiller import Distiller
-from lightning_rkd.distillation.features import Tap
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.rkd import RKD
@@ -168,7 +167,7 @@ class Pairs(RelationalLoss):
         return ((student @ student.T - teacher @ teacher.T).square() * (key[:, None] - key).abs()).mean()
 
 
-AT = {"low": Tap("first", at="output"), "high": Tap("last", at="output")}
+AT = {"low": "first", "high": "last"}
 
 
 def engine(**kwargs: Any) -> Distiller:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_rkd.distillation.distiller import Distiller
-from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError, Tap
+from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError
 from lightning_rkd.distillation.teachers import EnsembleTeacher, Teacher, joint_embedding
 from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
 from lightning_rkd.losses.crd import CRD
@@ -87,7 +87,7 @@ def test_an_ensemble_of_equal_teachers_is_that_teacher(loss: Any, combine: Any) 
 
 def test_each_teacher_is_read_at_its_own_layer_or_at_the_common_one() -> None:
     a, b = nets.teacher(), wide()
-    hidden, last, once = Tap("first", at="output"), Tap("last", at="output"), Teacher(b)
+    hidden, last, once = "first", "last", Teacher(b)
     expected = {
         "by name": ({"teachers": {"a": a, "b": b}, "layers": {"b": hidden}}, last, (a(X), b.first(X))),
         "in order": ({"teachers": [a, b], "layers": [hidden, None]}, None, (a.first(X), b.eval()(X))),
@@ -106,7 +106,7 @@ def test_each_teacher_is_read_at_its_own_layer_or_at_the_common_one() -> None:
 
 
 def test_each_tap_is_joined_by_itself() -> None:
-    at = {"low": Tap("first", at="output"), "feature_maps": ["first", "last"], "high": Tap("last", at="output")}
+    at = {"low": "first", "feature_maps": ["first", "last"], "high": "last"}
     teacher = EnsembleTeacher([nets.teacher(), wide()], [1, 3])
     teacher.attach(at)
     (output,) = teacher.outputs(Batch(None), calls=[X, -X])

@@ -1,0 +1,135 @@
+"""Detection of networks whose inputs are not the rows of the batch, in order."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_rkd.distillation.features import FeatureReader, find_layer
+from lightning_rkd.distillation.recording import Hook, Recorder
+
+STEPS, ROWS, COLUMNS = 2, 64, 4096
+
+
+class RowCheck(Recorder):
+    """Compares the inputs of the modules around the student's layer with the batch, in the first steps of a fit.
+
+    A step may permute, resample or mix its batch before the network runs. The teacher receives the batch as it was
+    loaded, so that relations would pair wrong rows. Inputs that are normalised or augmented row by row are accepted,
+    and so are those that cannot be told apart from them.
+    """
+
+    def __init__(self, student: FeatureReader) -> None:
+        super().__init__()
+        self.student, self.steps_left = student, 0
+
+    def attach(self, network: nn.Module) -> None:
+        """Hook the layers and the modules around them."""
+        self.detach()
+        names = {id(module): name for name, module in network.named_modules()}
+        layers = {names.get(id(find_layer(network, tap.layer))) for taps in self.student.taps.values() for tap in taps}
+        inside = {part for layer in layers if layer is not None for part in _list_path(layer)}
+        modules = [network.get_submodule(name) for name in sorted(inside, key=len)]
+        self._handles = [
+            module.register_forward_pre_hook(Hook(partial(self._record, number)), with_kwargs=True)
+            for number, module in enumerate(modules)
+        ]
+        self.steps_left = STEPS
+
+    def check(self, inputs: Any) -> None:
+        """Warn, once, if a module received rows of the batch in another order, or mixed; after that, remove the hooks.
+
+        Args:
+            inputs: Inputs of the batch.
+        """
+        calls, self.steps_left = self._collect_calls(), self.steps_left - 1
+        for x in (given for one in calls for given in one[-1:]):
+            for rows in _list_tensors(inputs):
+                found = find_moved_rows(x, rows)
+                if found is not None:
+                    self.steps_left = 0
+                    warnings.warn(
+                        f"the student's inputs are not the rows of the batch in order: {found}, while the teacher "
+                        "receives the batch, so that relations pair different samples. Name the layer whose inputs "
+                        "the teacher shall receive, input_layer=..., or permute and mix the batch before the step",
+                        stacklevel=2,
+                    )
+                    break
+            if self.steps_left <= 0:
+                break
+        if self.steps_left <= 0:
+            self.detach()
+
+    def _record(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or not self.on or self.student.ran:
+            return
+        if tensors := list(_list_tensors([*args, kwargs])):
+            self._calls[number].append(tensors[0].detach())
+
+
+@torch.no_grad()
+def find_moved_rows(x: Tensor, batch: Tensor) -> str | None:
+    """Description of how a network's input differs from the rows of a batch in order; ``None`` if not, or in doubt.
+
+    Two rows are the same sample if they are equal or, in at least 32 columns, correlated, since rows may have been
+    normalised.
+
+    Example:
+        >>> batch = torch.randn(8, 50)
+        >>> find_moved_rows(batch.flip(0), batch), find_moved_rows(2 * batch - 1, batch)
+        ('8 of 8 rows are those of other samples', None)
+    """
+    if x.shape[1:] != batch.shape[1:] or min(len(x), len(batch)) < 3 or x.device != batch.device:
+        return None
+    if x.data_ptr() == batch.data_ptr() or torch.equal(x.to(batch.dtype), batch):
+        return None
+    aligned, columns = len(x) == len(batch), batch[0].numel()
+    real = x.is_floating_point() and batch.is_floating_point()
+    step = -(-columns // COLUMNS)
+    a, b = x.flatten(1)[:, ::step].float(), batch.flatten(1)[:, ::step].float()
+    if real and columns >= 32:
+        a, b = _scale_rows(a - a.mean(0)), _scale_rows(b - b.mean(0))
+        similar = a[:ROWS] @ b.T
+    elif real or columns >= 4:
+        similar = (a[:ROWS, None] == b).all(2).float()
+    else:
+        return None
+    own = torch.arange(len(similar), device=x.device)
+    at_own = similar[own, own] if aligned else torch.full_like(similar[:, 0], -1)
+    best = similar.amax(1)
+    moved = int(((best > 0.9) & (best > at_own + 0.1)).sum())
+    if moved > len(own) / 4:
+        return f"{moved} of {len(own)} rows are those of other samples"
+    if aligned and real and columns >= 32:
+        rest = _scale_rows(a[:ROWS] - at_own[:, None] * b[:ROWS])  # what a row has besides its own sample
+        partner = rest @ b.T / (1 - (b[:ROWS] @ b.T).square()).clamp(min=0.01).sqrt()
+        mixed = int(((at_own > 0.1) & (at_own < 0.995) & (partner.amax(1) > 0.95)).sum())
+        if mixed > len(own) / 2:
+            return f"{mixed} of {len(own)} rows are mixtures of two samples"
+    return None
+
+
+def _scale_rows(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+def _list_path(layer: str) -> list[str]:
+    """A layer and the modules around it."""
+    parts = layer.split(".") if layer else []
+    return [".".join(parts[:n]) for n in range(len(parts) + 1)]
+
+
+def _list_tensors(inputs: Any) -> Iterator[Tensor]:
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, Mapping):
+        for value in inputs.values():
+            yield from _list_tensors(value)
+    elif isinstance(inputs, list | tuple):
+        for value in inputs:
+            yield from _list_tensors(value)
