@@ -397,11 +397,15 @@ FAILURES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         CaptureError,
         "bound: the student layer gives a tensor without gradient",
     ),
-    "input of a Linear": ({"student_layer": "backbone.first"}, CaptureError, "the input is read"),
+    "input of a first layer": (
+        {"student_layer": Tap("backbone.first", at="input")},
+        CaptureError,
+        "whose input is read",
+    ),
     "rows": ({"kind": Half}, CaptureError, r"gives 4 rows in 1 call\(s\), the teacher 8.*input_layer="),
     "odd return": ({"kind": Returns}, TypeError, "training_step must return a tensor, a dict.*got list"),
     "tuple": (
-        {"student_layer": Tap("backbone", read=lambda o, k: (o, o))},
+        {"student_layer": Tap("backbone", read=lambda o, a: (o, o))},
         CaptureError,
         "gives a tuple, not a tensor; say how to read it",
     ),

@@ -123,7 +123,7 @@ def test_nothing_is_left_after_an_exception() -> None:
     assert toys.attachments(module) == []
 
 
-IN_3D = Tap("backbone", read=lambda o, k: o[:, :, None])
+IN_3D = Tap("backbone", read=lambda o, a: o[:, :, None])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.distillation.distiller import BoundLoss, Distiller, combine_needs
-from lightning_rkd.distillation.features import CaptureError
+from lightning_rkd.distillation.features import CaptureError, Tap
 from lightning_rkd.distillation.finite_checks import CollapseWarning, FiniteChecks
 from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
@@ -59,8 +59,8 @@ def test_a_classifier_gives_logits_and_weights_to_losses_that_read_them() -> Non
             self.seen = student
             return student.logits.sum()
 
-    loss, student = Reads(), nets.Backbone()
-    step(Distiller(nets.teacher(), loss, student_layer="last", teacher_layer="last"), student=student)
+    loss, student, head = Reads(), nets.Backbone(), Tap("last", at="classifier")
+    step(Distiller(nets.teacher(), loss, student_layer=head, teacher_layer=head), student=student)
     assert torch.equal(loss.seen.classifier[0], student.last.weight)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_rkd.distillation.features import read
+from lightning_rkd.distillation.features import Tap, read
 from lightning_rkd.models import CIFARVGG, CIFARResNet, CIFARWideResNet, Classified, Conv4, Embedded, count_parameters
 
 X4 = (32, 64, 128, 256)
@@ -43,7 +43,7 @@ def test_stages_can_be_read_and_the_pooled_last_is_the_embedding(name):
     images = torch.randn(2, 3, 32, 32)
     net.eval()
     maps = read(net, names, images).feature_maps
-    outputs = read(net, "classifier", images)
+    outputs = read(net, Tap("classifier", at="classifier"), images)
     assert [(m.shape[1], m.shape[2]) for m in maps] == stages
     assert outputs.embedding.shape == (2, net.backbone.embedding_dim)
     assert outputs.classifier[0].shape == (7, net.backbone.embedding_dim)

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_rkd.data.indexing import with_indices
-from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError
+from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError, Tap
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.rkd import RKD, RKDDistance
@@ -77,7 +77,7 @@ def test_a_classifier_gives_embedding_and_logits() -> None:
     net = nn.Sequential(student(), nn.ReLU(), nn.Linear(5, toys.CLASSES))
     metrics = {"accuracy": MulticlassAccuracy(toys.CLASSES), "retrieval": EmbeddingRetrieval()}
     task = {"task_loss": nn.CrossEntropyLoss(), "task_reads": "logits"}
-    ours = distilling(student=net, student_layer="2", metrics=metrics, **task)
+    ours = distilling(student=net, student_layer=Tap("2", at="classifier"), metrics=metrics, **task)
     trainer = toys.trainer()
     trainer.fit(ours, toys.loader(), toys.loader())
     x, y = toys.loader().dataset.tensors
@@ -399,7 +399,7 @@ trainer: {{accelerator: cpu, devices: 1, max_epochs: 1, logger: false, enable_pr
     )
 
 
-LAST = "{class_path: lightning_rkd.distillation.features.Tap, init_args: {layer: last, at: output}}"
+LAST = "{class_path: lightning_rkd.distillation.features.Tap, init_args: {layer: last, at: classifier}}"
 LAYERS: dict[str, tuple[str, str, list[Any]]] = {
     "path": ("last", "lightning_rkd.losses.rkd.RKD", ["last"]),
     "tap": (LAST, "lightning_rkd.losses.rkd.RKD", ["last"]),
@@ -418,7 +418,7 @@ def test_every_form_of_layer_comes_through_a_configuration(
     cli = configured(tmp_path, monkeypatch, f"loss: {loss}\n    student_layer: {layer}\n    teacher_layer: {layer}")
     taps = [tap for taps in cli.model.distiller.student.taps.values() for tap in taps]
     assert [tap.layer for tap in taps] == expected
-    assert taps[-1].at == ("output" if LAST in layer else None)
+    assert taps[-1].at == ("classifier" if LAST in layer else "output")
     assert cli.model.student.last.out_features == 4, "the command line overrides"
     assert float(cli.trainer.callback_metrics["train/loss"]) > 0
     torch.load(tmp_path / "last.ckpt", weights_only=True)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd.data.indexing import with_indices
+from lightning_rkd.distillation.features import Tap
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.mhgd import MHGD
 from lightning_rkd.losses.parts.attention_graph import AttentionGraph, freeze_attention, load_attention
@@ -162,8 +163,8 @@ def student_module(**kwargs: Any) -> MHGDModule:
         "loss": MHGD(heads_for((4, 6, 6))),
         "task_loss": nn.CrossEntropyLoss(),
         "task_reads": "logits",
-        "student_layer": {"feature_maps": LAYERS, "embedding": "classify"},
-        "teacher_layer": {"feature_maps": LAYERS, "embedding": "classify"},
+        "student_layer": {"feature_maps": LAYERS, "embedding": Tap("classify", at="input")},
+        "teacher_layer": {"feature_maps": LAYERS, "embedding": Tap("classify", at="input")},
         "optimizer": sgd,
     }
     torch.manual_seed(0)

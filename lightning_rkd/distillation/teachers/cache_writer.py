@@ -13,7 +13,7 @@ from lightning_rkd.data.datasets.images import AugmentedSubset
 from lightning_rkd.data.fingerprint import describe_dataset, describe_functions, find_views, without_addresses
 from lightning_rkd.data.indexing import find_root, get_collate
 from lightning_rkd.data.samplers.pk import Draw
-from lightning_rkd.distillation.features import Layer, Tap
+from lightning_rkd.distillation.features import Layer
 from lightning_rkd.distillation.teachers import cache_format as files
 from lightning_rkd.distillation.teachers.cache_format import CacheError, CacheReader, DamagedError, Plan
 from lightning_rkd.distillation.teachers.teacher import Teacher, plain_tensors
@@ -28,7 +28,7 @@ FIELDS = ("embedding", "logits")
 def describe_layer(layer: Layer | None) -> str:
     """Description of a layer that is the same in every run."""
     if layer is None or isinstance(layer, str):
-        layer = Tap(layer or "")
+        return f"output of {layer!r}" if layer else "output"
     if isinstance(layer, Mapping | list):
         parts = layer.items() if isinstance(layer, Mapping) else enumerate(layer)
         return str({name: describe_layer(part) for name, part in parts})

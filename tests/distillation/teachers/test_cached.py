@@ -84,7 +84,7 @@ def test_embeddings_are_those_of_the_live_teacher(tmp_path: Path) -> None:
 
 def test_logits_are_kept_beside_the_embedding_and_taps_by_name(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(toys.WIDTH, 6), nn.Tanh(), nn.Linear(6, 3))
-    layer: Any = {"body": "1", "head": "2"}
+    layer: Any = {"body": "1", "head": Tap("2", at="classifier")}
     cached = CachedTeacher(cache(tmp_path, network, layer=layer))
     cached.attach(layer)
     features = cached.outputs(Batch(None, indices=torch.tensor([3, 20])))[0].features
@@ -189,7 +189,7 @@ def test_another_data_set_is_refused_by_name_of_what_differs(face: str, tmp_path
             learn(face, CachedTeacher(path), batches=DataLoader(other, batch_size=8))
     batches = DataLoader(others["content"], batch_size=8)
     learn(face, CachedTeacher(path, ignore=["class", "content"]), batches=batches)
-    with pytest.raises(CacheError, match="teacher layer: cached 'output', now '0'"):
+    with pytest.raises(CacheError, match="teacher layer: cached 'output', now .output of '0'"):
         learn(face, CachedTeacher(path), {"teacher_layer": "0"})
 
 
@@ -209,13 +209,16 @@ def test_ranks_with_different_caches_are_refused(tmp_path: Path, monkeypatch: py
             learn("callback", teacher)
 
 
+PAIR = str({0: "output of 'a'", 1: "output of 'b'"})
+
+
 def test_the_description_of_a_layer_is_the_same_in_every_run() -> None:
     def described(function: Any) -> str:
         return describe_layer({"x": Tap("a", read=lambda output, arguments: output), "y": ["b", Tap(function)]})
 
     assert described(len) == described(len) != described(max)
     assert "at 0x" not in described(lambda network: network.body)
-    assert [describe_layer(layer) for layer in (None, "a.b", ["a", "b"])] == ["output", "a.b", "{0: 'a', 1: 'b'}"]
+    assert [describe_layer(layer) for layer in (None, "a.b", ["a", "b"])] == ["output", "output of 'a.b'", PAIR]
     assert describe_layer(Tap("a", read=len)) != describe_layer(Tap("a", read=max)) != describe_layer(Tap("a"))
 
 
