@@ -189,7 +189,7 @@ def test_another_data_set_is_refused_by_name_of_what_differs(face: str, tmp_path
             learn(face, CachedTeacher(path), batches=DataLoader(other, batch_size=8))
     batches = DataLoader(others["content"], batch_size=8)
     learn(face, CachedTeacher(path, ignore=["class", "content"]), batches=batches)
-    with pytest.raises(CacheError, match="teacher layer: cached 'output', now .output of '0'"):
+    with pytest.raises(CacheError, match=r"teacher layer: cached 'output', now \"output of '0'\""):
         learn(face, CachedTeacher(path), {"teacher_layer": "0"})
 
 
