@@ -38,7 +38,7 @@ def bind_arguments(
         >>> bind_arguments(inspect.signature(forward), (1, 2, 3), {"scale": 4})
         {'x': 1, 'mask': 2, 2: 3, 'scale': 4}
     """
-    by_position = {**dict(enumerate(args)), **kwargs}
+    by_position: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     if signature is None:
         return by_position
     try:

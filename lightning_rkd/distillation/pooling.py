@@ -84,7 +84,8 @@ def _find_mask(output: Any, arguments: Mapping[Any, Any], x: Tensor) -> Tensor |
     if not masks:
         return None
     name, mask = min(masks.items(), key=lambda item: _MASKS.index(item[0]))
-    shape, kept = tuple(mask.shape), mask
+    shape = tuple(mask.shape)
+    kept: Tensor = mask
     if mask.ndim == 4:
         kept = mask[:, 0, -1]  # the last query attends to all tokens, causal or not
         kept = kept > -1000 if kept.is_floating_point() else kept != 0

@@ -115,7 +115,7 @@ def find_moved_rows(x: Tensor, batch: Tensor) -> str | None:
 
 
 def _scale_rows(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return nn.functional.normalize(rows, dim=-1)
 
 
 def _list_path(layer: str) -> list[str]:
