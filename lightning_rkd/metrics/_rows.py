@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_rkd.utils.distributed import gather_rows, rank_and_size
+from lightning_rkd.utils.distributed import ALONE, gather_rows, rank_and_size
 
 _RANGE = 1e150  # squares of numbers within it and of their inverses are in the range of float64
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -36,8 +36,7 @@ class Samples:
 class RowMetric(Metric):
     """A metric whose states are lists of floating rows, and of integers that no change of precision touches.
 
-    torchmetrics does not synchronise the states: ``compute`` exchanges only integers and blocks of rows. ``forward``
-    only updates, since the value of a single batch would cost a search and mean little.
+    torchmetrics does not synchronise the states: ``compute`` exchanges only integers and blocks of rows.
     """
 
     full_state_update: bool = False
@@ -45,28 +44,79 @@ class RowMetric(Metric):
     _floats: ClassVar[tuple[str, ...]]
     _integers: ClassVar[tuple[str, ...]]
 
-    def __init__(self, distance: str, store_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, distance: str, store_dtype: torch.dtype | None = None, value: str | None = None) -> None:
         super().__init__(sync_on_compute=False)
         if distance not in ("euclidean", "cosine"):
             raise ValueError(f'distance must be "euclidean" or "cosine", got {distance!r}')
         if store_dtype is not None and not store_dtype.is_floating_point:
             raise ValueError(f"store_dtype must be a floating dtype, got {store_dtype}")
-        self.distance, self.store_dtype = distance, store_dtype
+        if value is not None and value not in self.names:
+            raise ValueError(f"value must be one of {', '.join(self.names)}, got {value!r}")
+        self.distance, self.store_dtype, self.value = distance, store_dtype, value
         for name in (*self._floats, *self._integers):
             self.add_state(name, [], dist_reduce_fx="cat")
 
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        """Update, and return nothing."""
-        self.update(*args, **kwargs)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the values."""
+        raise NotImplementedError
 
-    def compute(self) -> dict[str, Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Update, and return the value of these rows alone, on this process; NaN if they are too few for one.
+
+        The mean over batches is not the value of an epoch: use :meth:`compute`, or log the metric itself.
+        """
+        held = {name: [*getattr(self, name)] for name in (*self._floats, *self._integers)}
+        vars(self).update(held)  # lists of its own: a MetricCollection lets metrics share them
+        self.update(*args, **kwargs)
+        kept = {**held, "process_group": self.process_group}
+        try:
+            vars(self).update({name: parts[-1:] for name, parts in held.items()}, process_group=ALONE)
+            batch = self._values()
+        except ValueError:
+            batch = torch.full((len(self.names),), torch.nan, device=self.device)
+        finally:
+            vars(self).update(kept)
+        self._forward_cache = self._select(batch)  # read by Lightning
+        return self._forward_cache
+
+    def compute(self) -> Any:
         """Evaluate the rows of all processes; every process must call it."""
+        return self._select(self._values())
+
+    def plot(self, val: Any = None, ax: Any = None) -> tuple[Any, Any]:
+        """Plot values, as every metric of torchmetrics does.
+
+        Args:
+            val: Result of :meth:`compute` or ``forward``, or a list of them; ``None`` computes it.
+            ax: Matplotlib axes; ``None`` makes a figure.
+
+        Returns:
+            Figure and axes.
+
+        Example:
+            >>> from lightning_rkd.metrics import EmbeddingRetrieval
+            >>> metric = EmbeddingRetrieval()
+            >>> values = [metric(torch.rand(8, 2), torch.arange(8) // 2) for _ in range(3)]
+            >>> figure, axes = metric.plot(values)
+            >>> axes.get_legend_handles_labels()[1]
+            ['recall_at_1', 'map_at_r', 'r_precision']
+        """
+        return self._plot(val, ax)
+
+    def _values(self) -> Tensor:
         held = getattr(self, self._floats[0])
         device = held[0].device if held else self.device
         with full_precision(), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return {name: value.float() for name, value in self._evaluate(device).items()}
+            return self._evaluate(device).float()
 
-    def _evaluate(self, device: torch.device) -> dict[str, Tensor]:
+    def _select(self, values: Tensor) -> Any:
+        """All values by name, or the chosen one."""
+        named = dict(zip(self.names, values, strict=True))
+        return named if self.value is None else named[self.value]
+
+    def _evaluate(self, device: torch.device) -> Tensor:
+        """Values in the order of their names."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> RowMetric:

@@ -51,6 +51,8 @@ class RelationalAgreement(RowMetric):
         max_anchors: Number of anchors for the other two measures, drawn at random; ``None`` takes all samples.
         distance: ``"euclidean"``, or ``"cosine"``, which first scales all rows to unit norm.
         seed: Seed of anchors and triplets.
+        value: Name of the one value that ``compute`` returns, as a tensor, for ``self.log(name, metric)`` and
+            ``MetricTracker.best_metric``; ``None`` returns all values by name.
 
     Shapes:
         student (N, D_s), teacher (N, D_t), indices (N,) integer; results are float32 scalars.
@@ -84,12 +86,14 @@ class RelationalAgreement(RowMetric):
         max_anchors: int | None = 2_000,
         distance: Literal["euclidean", "cosine"] = "euclidean",
         seed: int = 0,
+        value: str | None = None,
     ) -> None:
-        super().__init__(distance)
-        for name, value in (("k", k), ("triplets", triplets), ("max_anchors", max_anchors)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.k, self.triplets, self.max_anchors, self.seed = k, triplets, max_anchors, seed
+        self.k = k
+        super().__init__(distance, value=value)
+        for name, count in (("k", k), ("triplets", triplets), ("max_anchors", max_anchors)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        self.triplets, self.max_anchors, self.seed = triplets, max_anchors, seed
 
     def update(self, student: Tensor, teacher: Tensor, indices: Tensor | None = None) -> None:
         """Add the embeddings of N samples by both networks.
@@ -101,11 +105,17 @@ class RelationalAgreement(RowMetric):
         """
         self._add({"student": student, "teacher": teacher}, indices=indices)
 
-    def _evaluate(self, device: torch.device) -> dict[str, Tensor]:
-        names = (f"neighbour_overlap_at_{self.k}", "distance_correlation", "angle_gap")
-        return dict(zip(names, self._means(device), strict=True))
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the values."""
+        return (f"neighbour_overlap_at_{self.k}", "distance_correlation", "angle_gap")
 
-    def _means(self, device: torch.device) -> Tensor:
+    @property
+    def higher_is_better(self) -> bool | None:  # type: ignore[override]
+        """True for overlap and correlation, false for the angle gap, ``None`` for all three."""
+        return None if self.value is None else self.value != "angle_gap"
+
+    def _evaluate(self, device: torch.device) -> Tensor:
         samples = self._exchange(device)
         places = rank_keys(samples.keys)
         n = len(places)

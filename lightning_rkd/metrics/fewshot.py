@@ -33,9 +33,8 @@ class FewShotAccuracy(RowMetric):
     are sorted by index before the draw: the episodes then depend on indices, labels and ``seed`` alone, not on the
     network, the number of processes or the order of updates, so that two networks can be compared episode by episode.
 
-    Calling the metric only updates it. Under several processes each keeps its own rows; in ``compute()``, which every
-    process must call, each scores its shard of the episodes and fetches the rows of a few at a time. Values are the
-    same for any number of processes.
+    Under several processes each keeps its own rows; in ``compute()``, which every process must call, each scores its
+    shard of the episodes and fetches the rows of a few at a time. Values are the same for any number of processes.
 
     Args:
         ways: Number of classes of an episode.
@@ -46,6 +45,8 @@ class FewShotAccuracy(RowMetric):
         seed: Seed of the episodes.
         working_memory: Bytes for the rows of the episodes that are computed at a time.
         store_dtype: Precision in which rows are kept between updates; ``None`` keeps the precision of the input.
+        value: Name of the one value that ``compute`` returns, as a tensor, for ``self.log(name, metric)`` and
+            ``MetricTracker.best_metric``; ``None`` returns all values by name.
 
     Shapes:
         embeddings (N, D), labels (N,) integer, indices (N,) integer; results are float32 scalars.
@@ -66,6 +67,8 @@ class FewShotAccuracy(RowMetric):
     """
 
     higher_is_better: bool = True
+    plot_lower_bound: float = 0.0
+    plot_upper_bound: float = 1.0
     _floats = ("embeddings",)
     _integers = ("labels", "indices")
 
@@ -83,9 +86,10 @@ class FewShotAccuracy(RowMetric):
         seed: int = 0,
         working_memory: int = 128 * 2**20,
         store_dtype: torch.dtype | None = None,
+        value: str | None = None,
     ) -> None:
-        super().__init__(distance, store_dtype)
         self.ways, self.shots, self.queries, self.episodes = ways, shots, queries, episodes
+        super().__init__(distance, store_dtype, value)
         self.seed, self.working_memory = seed, working_memory
         for name, least in {"ways": 2, "shots": 1, "queries": 1, "episodes": 2, "working_memory": 1}.items():
             value = getattr(self, name)
@@ -102,10 +106,15 @@ class FewShotAccuracy(RowMetric):
         """
         self._add({"embeddings": embeddings}, labels=labels, indices=indices)
 
-    def _evaluate(self, device: torch.device) -> dict[str, Tensor]:
-        accuracy = self._count_correct(device).double() / (self.ways * self.queries)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the values."""
         name = f"few_shot_accuracy_{self.ways}_way_{self.shots}_shot"
-        return {name: accuracy.mean(), f"{name}_ci95": 1.96 * accuracy.std() / self.episodes**0.5}
+        return (name, f"{name}_ci95")
+
+    def _evaluate(self, device: torch.device) -> Tensor:
+        accuracy = self._count_correct(device).double() / (self.ways * self.queries)
+        return torch.stack([accuracy.mean(), 1.96 * accuracy.std() / self.episodes**0.5])
 
     def _count_correct(self, device: torch.device) -> Tensor:
         """(E,) correctly classified queries of each episode, on every rank."""

@@ -42,10 +42,10 @@ class EmbeddingRetrieval(RowMetric):
     - With ``indices`` a sample that comes twice (the padding of a distributed sampler) counts once, or once as a query
       and once in the gallery. Without indices nothing is removed.
 
-    Calling the metric only updates it and returns nothing. Under several processes each keeps its own rows;
-    ``compute()``, which every process must call, exchanges labels and indices and broadcasts the gallery block by
-    block, so that no process ever holds all embeddings. A process may have no rows. Values are the same for any number
-    of processes, any order and grouping of the updates (given indices) and any working memory.
+    Under several processes each keeps its own rows; ``compute()``, which every process must call, exchanges labels and
+    indices and broadcasts the gallery block by block, so that no process ever holds all embeddings. A process may have
+    no rows. Values are the same for any number of processes, any order and grouping of the updates (given indices) and
+    any working memory.
 
     Args:
         k: One k of recall at k, or several.
@@ -56,6 +56,8 @@ class EmbeddingRetrieval(RowMetric):
         store_dtype: Precision in which rows are kept between updates, for example ``torch.float16`` to halve their
             memory; ``None`` keeps the precision of the input.
         engine: ``None`` searches exactly. :class:`Faiss`, for millions of rows, searches approximately.
+        value: Name of the one value that ``compute`` returns, as a tensor, for ``self.log(name, metric)`` and
+            ``MetricTracker.best_metric``; ``None`` returns all values by name.
 
     Shapes:
         embeddings (N, D), labels (N,) integer, indices (N,) integer, is_query (N,) bool; results are float32 scalars.
@@ -76,6 +78,8 @@ class EmbeddingRetrieval(RowMetric):
     """
 
     higher_is_better: bool = True
+    plot_lower_bound: float = 0.0
+    plot_upper_bound: float = 1.0
     _floats = ("embeddings",)
     _integers = ("labels", "indices", "is_query")
 
@@ -91,9 +95,10 @@ class EmbeddingRetrieval(RowMetric):
         working_memory: int | None = None,
         store_dtype: torch.dtype | None = None,
         engine: Faiss | None = None,
+        value: str | None = None,
     ) -> None:
-        super().__init__(distance, store_dtype)
         self.k = (k,) if isinstance(k, int) else tuple(k)
+        super().__init__(distance, store_dtype, value)
         if not self.k or any(not isinstance(n, int) or n < 1 for n in self.k) or len(set(self.k)) < len(self.k):
             raise ValueError(f"k must be one or several different integers of at least 1, got {k!r}")
         if working_memory is not None and (not isinstance(working_memory, int) or working_memory < 1):
@@ -117,10 +122,14 @@ class EmbeddingRetrieval(RowMetric):
             self.engine.check_ranks(self.process_group)
         self._add({"embeddings": embeddings}, labels=labels, indices=indices, is_query=is_query)
 
-    def _evaluate(self, device: torch.device) -> dict[str, Tensor]:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the values."""
+        return (*(f"recall_at_{k}" for k in self.k), "map_at_r", "r_precision")
+
+    def _evaluate(self, device: torch.device) -> Tensor:
         totals, one = self._totals(device)
-        names = (*(f"recall_at_{k}" for k in self.k), "map_at_r", "r_precision")
-        return dict(zip(names, totals[1:].double() / (totals[0] * one), strict=True))
+        return totals[1:].double() / (totals[0] * one)
 
     def _totals(self, device: torch.device) -> tuple[Tensor, int]:
         """Sums over the queries of all ranks, see :meth:`_Search.sum_scores`, and the integer that stands for 1."""

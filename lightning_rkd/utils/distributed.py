@@ -15,12 +15,15 @@ from torch import Tensor
 Group = Any
 """A ``torch.distributed.ProcessGroup``, or ``None`` for the default group."""
 
+ALONE: Group = "alone"
+"""The group of this process only, for which no process group exists."""
+
 T = TypeVar("T")
 
 
 def rank_and_size(group: Group = None) -> tuple[int, int]:
     """Rank of this process and number of processes in a group; ``(0, 1)`` without a process group."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if group == ALONE or not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
 

@@ -113,6 +113,7 @@ def test_a_plain_loop_in_mixed_precision_is_the_loss_by_hand() -> None:
     assert nets.gap(distilled(mixed=mixed), distilled()) > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch.compile's
 def test_a_compiled_student_in_a_plain_loop_is_the_loss_by_hand() -> None:
     torch.compiler.reset()  # code compiled without hooks would be reused

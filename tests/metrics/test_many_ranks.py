@@ -79,7 +79,7 @@ def totals(rank: int, metric: str, shares: Shares, options: dict[str, Any]) -> l
     torch.set_num_threads(1)
     evaluation = updated(rank, metric, shares, options)
     if isinstance(evaluation, RelationalAgreement):
-        found = evaluation._means(torch.device("cpu")).tolist()
+        found = evaluation._evaluate(torch.device("cpu")).tolist()
     elif isinstance(evaluation, FewShotAccuracy):
         found = evaluation._count_correct(torch.device("cpu")).tolist()
     else:
