@@ -11,6 +11,7 @@ from lightning_rkd.losses.parts.memory import generator
 from lightning_rkd.utils.types import Outputs
 from tests.harness.scheme_toys import CASES, STEPS, fit, images
 from tests.oracles import classifiers as oracle
+from tests.oracles.differences import check_gradients
 
 CASE = CASES["CORSD"]
 
@@ -18,6 +19,42 @@ CASE = CASES["CORSD"]
 def outputs(rows: int = 6) -> tuple[Outputs, torch.Tensor]:
     maps = [torch.randn(rows, width, size, size, dtype=torch.float64) for width, size in ((4, 6), (6, 3))]
     return Outputs(feature_maps=maps, logits=torch.randn(rows, 3, dtype=torch.float64)), torch.arange(rows) % 3
+
+
+class Given(nn.Module):
+    """A relation net with given outputs: those for positives in its first call, for negatives in the next."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        shapes = ((rows,), (rows, 3)) * 2
+        self.outputs = nn.ParameterList(torch.randn(shape, dtype=torch.float64) for shape in shapes)
+        self.calls = 0
+
+    def forward(self, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls += 1
+        return tuple(self.outputs[:2] if self.calls % 2 else self.outputs[2:])
+
+
+def test_gradients_of_the_terms_are_those_with_the_deepest_stage_as_constant() -> None:
+    relations = CASE.made().double().relations.eval()
+    here, labels = outputs()
+    relations.nets = nn.ModuleList(Given(len(labels)) for _ in here.feature_maps)
+    _, negative = triplets(labels, generator(0, 0))
+    leaves = dict(relations.nets.named_parameters())
+
+    def unpack(given: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+        each = [[given[f"{k}.outputs.{i}"].tolist() for i in range(4)] for k in range(len(relations.nets))]
+        return [tuple(o[:2]) for o in each], [tuple(o[2:]) for o in each]
+
+    deepest = tuple(both[-1] for both in unpack({name: p.detach() for name, p in leaves.items()}))
+    for part in range(3):
+        check_gradients(
+            relations(here, here, labels=labels)[part],
+            leaves,
+            lambda given, part=part: oracle.relations(
+                *unpack(given), labels.tolist(), labels[negative].tolist(), deepest
+            )[part],
+        )
 
 
 def test_all_terms_but_the_memory_are_those_of_the_equation() -> None:
@@ -44,17 +81,20 @@ def test_the_memory_tells_the_own_class_from_another(training: bool) -> None:
     triplets(labels, random)
     other = (labels + torch.randint(1, 3, labels.shape, generator=random)) % 3
     assert bool((other != labels).all())
-    mix, norm, _, last, _ = relations.judge
-    judge = {
-        "weights": mix.weight[0].tolist(), "bias": mix.bias.item(), "gamma": norm.weight.item(),
-        "beta": norm.bias.item(), "mean": None if training else norm.running_mean.item(),
-        "var": None if training else norm.running_var.item(), "eps": norm.eps, "slope": last.weight.item(),
-        "offset": last.bias.item(),
-    }  # fmt: skip
-    expected = oracle.judged(
-        here.logits.tolist(), labels.tolist(), other.tolist(), before[0].tolist(), before[1].tolist(), judge
-    )
-    assert relations(here, here, labels=labels)[3].item() == pytest.approx(expected, rel=1e-10)
+    norm = relations.judge[1]
+    constants = {"eps": norm.eps, "mean": None, "var": None}
+    if not training:
+        constants |= {"mean": norm.running_mean.item(), "var": norm.running_var.item()}
+
+    def loops(given: dict[str, Any]) -> float:
+        names = {"bias": "0.bias", "gamma": "1.weight", "beta": "1.bias", "slope": "3.weight", "offset": "3.bias"}
+        judge = constants | {name: given[key].item() for name, key in names.items()}
+        judge["weights"] = given["0.weight"][0]
+        seen = before[0].tolist(), before[1].tolist()
+        return oracle.judged(given["logits"], labels.tolist(), other.tolist(), *seen, judge)
+
+    leaves = {"logits": here.logits.requires_grad_(), **dict(relations.judge.named_parameters())}
+    check_gradients(relations(here, here, labels=labels)[3], leaves, loops)
 
 
 def test_the_deepest_stage_teaches_and_does_not_learn_from_the_others() -> None:

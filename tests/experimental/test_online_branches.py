@@ -1,5 +1,6 @@
 """Online branches: the equation, that diversity does something, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,39 +9,36 @@ from lightning_rkd.experimental.online_branches import BranchLosses, OnlineBranc
 from tests.harness import toys
 from tests.harness.scheme_toys import CASES, fit, images, net
 from tests.oracles import classifiers as oracle
+from tests.oracles.differences import check_gradients
 
 CASE = CASES["OnlineBranches"]
 
 
 @pytest.mark.parametrize(("rows", "count", "temperature"), [(1, 2, 3.0), (5, 4, 1.5)])
-def test_cross_entropies_and_soft_targets_are_those_of_the_equation(rows: int, count: int, temperature: float) -> None:
-    logits = 2 * torch.randn(rows, 3, count, dtype=torch.float64)
+def test_the_terms_and_their_gradients_are_those_of_the_equation(rows: int, count: int, temperature: float) -> None:
+    logits = (2 * torch.randn(rows, 3, count, dtype=torch.float64)).requires_grad_()
     labels = torch.arange(rows) % 3
-    expected = oracle.online([z.tolist() for z in logits.unbind(2)], labels.tolist(), temperature)
+    fixed = oracle.ensemble([z.tolist() for z in logits.unbind(2)])  # a constant: branches learn from its value alone
     found = BranchLosses(temperature)(logits, labels)
-    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+    for term, value in enumerate(found.unbind()):
+        check_gradients(
+            value,
+            {"z": logits},
+            lambda given, term=term: oracle.online(
+                list(np.moveaxis(given["z"], 2, 0)), labels.tolist(), temperature, fixed
+            )[term],
+        )
 
 
-def test_the_overlap_is_that_of_every_two_classifiers() -> None:
-    weights = [torch.randn(3, width, dtype=torch.float64) for width in (2, 4, 5)]
-    assert float(classifier_overlap(weights)) == pytest.approx(oracle.overlap([w.tolist() for w in weights]), rel=1e-12)
+def test_the_overlap_and_its_gradient_are_those_of_every_two_classifiers() -> None:
+    leaves = {str(width): torch.randn(3, width, dtype=torch.float64, requires_grad=True) for width in (2, 4, 5)}
+    check_gradients(classifier_overlap([*leaves.values()]), leaves, lambda given: oracle.overlap([*given.values()]))
 
 
 def test_the_overlap_of_nothing_has_a_finite_gradient() -> None:
     weights = [torch.zeros(3, 2, requires_grad=True) for _ in range(2)]
     classifier_overlap(weights).backward()
     assert all(torch.equal(w.grad, torch.zeros(3, 2)) for w in weights)
-
-
-def test_the_ensemble_is_a_constant() -> None:
-    """Branches learn from one another through the value of the target alone."""
-    logits = torch.randn(4, 3, 2, requires_grad=True)
-    (soft,) = BranchLosses()(logits, torch.arange(4) % 3)[1:]
-    (grad,) = torch.autograd.grad(soft, logits)
-    first = logits.detach()[..., 0].requires_grad_()
-    target = logits.detach().mean(2)
-    divergence = nn.functional.kl_div((first / 3).log_softmax(1), (target / 3).softmax(1), reduction="batchmean")
-    torch.testing.assert_close(grad[..., 0], 9 * torch.autograd.grad(divergence, first)[0])
 
 
 def test_the_three_parts_are_logged_and_add_up() -> None:

@@ -12,18 +12,20 @@ from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from tests.harness import toys
 from tests.harness.scheme_toys import CASES, fit, images, net, teacher
 from tests.oracles import classifiers as oracle
+from tests.oracles.differences import check_gradients
 
 CASE = CASES["ResidualKD"]
 
 
-def test_both_terms_are_those_of_the_equation() -> None:
+def test_both_terms_and_their_gradients_are_those_of_the_equation() -> None:
     module, x = CASE.made(), torch.randn(4, 3, 2, 2, dtype=torch.float64)
-    s, a, t = x[:, 0], x[:, 1], x[:, 2]
+    s, a, t = (part.requires_grad_() for part in x.unbind(1))
     mimic, residual = (module.distiller.losses[name].loss for name in ("student", "assistant"))
-    rows = [v.flatten(1).tolist() for v in (s, a, t)]
-    left = [[p - q for p, q in zip(*pair, strict=True)] for pair in zip(rows[2], rows[0], strict=True)]
-    assert float(mimic([s, a], [t, t])) == pytest.approx(oracle.squared(rows[0], rows[2]), rel=1e-12)
-    assert float(residual([s, a], [t, t])) == pytest.approx(oracle.squared(rows[1], left), rel=1e-12)
+    rows = [v.detach().flatten(1).numpy() for v in (s, t)]
+    check_gradients(mimic([s, a], [t, t]), {"s": s}, lambda given: oracle.squared(given["s"].reshape(4, -1), rows[1]))
+    left = rows[1] - rows[0]  # the student is a constant there
+    check_gradients(residual([s, a], [t, t]), {"a": a}, lambda given: oracle.squared(given["a"].reshape(4, -1), left))
+    assert torch.autograd.grad(residual([s, a], [t, t]), s, allow_unused=True) == (None,)
 
 
 def test_the_student_learns_exactly_as_it_would_alone() -> None:

@@ -1,15 +1,40 @@
-import copy
-
 import pytest
 import torch
 
 from lightning_rkd.losses import HolisticKD
 from lightning_rkd.losses.holistic import prediction_graph
 from lightning_rkd.utils.types import Outputs
-from tests.losses.test_memory_contrast import batches, layer, small, value_of
+from tests.losses.test_memory_contrast import batches, small, value_of
 from tests.oracles import holistic as oracle
+from tests.oracles.differences import check_gradients
 from tests.oracles.memory import renewed
 from tests.oracles.vectors import project
+
+NETWORKS = ("student", "teacher")
+
+
+def by_loops(loss, batch, given, memories, which, partners=None):
+    """The loss of rows and parameters by name, the projected rows and the smoothed ones, whose values partners take."""
+    indices, rows, smooth, total = batch["indices"].tolist(), [], [], 0.0
+    for name in NETWORKS:
+        first, second = (
+            [given[f"{name}_{layer}.linear.{part}"] for part in ("weight", "bias")] for layer in ("projector", "conv")
+        )
+        rows.append(project(*first, given[name]))
+        near = oracle.neighbours(batch[f"{name}_logits"].tolist(), 3)
+        smooth.append(oracle.tag_conv(rows[-1], near, *second))
+    for mine, other in ((0, 1), (1, 0)):
+        noise = memories[mine if loss.negatives_from == "own" else other]
+        matched = [memories[other][i] for i in indices]
+        total += oracle.info_nce(rows[mine], matched, noise, which, loss.temperature)
+        mixed = renewed(memories[other], indices, (partners or smooth)[other], loss.smoothing)
+        matched = [mixed[i] for i in indices]
+        total += oracle.info_nce(smooth[mine], matched, noise, which, loss.temperature)
+    return total, rows, smooth
+
+
+def given_to(loss, batch):
+    return {name: batch[name] for name in NETWORKS} | dict(loss.named_parameters())
 
 
 @pytest.mark.parametrize("negatives_from", ["own", "other"])
@@ -21,23 +46,13 @@ def test_loss_and_memories_over_several_steps_are_those_of_the_loops(n, settings
     banks = (loss.student_memory, loss.teacher_memory)
     memories = [bank.rows.tolist() for bank in banks]
     for batch in batches(n, steps=3, distinct=True):
-        indices = batch["indices"].tolist()
         which = loss.student_memory.draw(batch["indices"], loss.negatives, batch["labels"]).tolist()
-        rows, smooth = [], []
-        for name in ("student", "teacher"):
-            rows.append(project(*layer(getattr(loss, f"{name}_projector")), batch[name].tolist()))
-            near = oracle.neighbours(batch[f"{name}_logits"].tolist(), 3)
-            smooth.append(oracle.tag_conv(rows[-1], near, *layer(getattr(loss, f"{name}_conv"))))
-        expected = 0.0
-        for mine, other in ((0, 1), (1, 0)):
-            noise = memories[mine if negatives_from == "own" else other]
-            partners = [memories[other][i] for i in indices]
-            expected += oracle.info_nce(rows[mine], partners, noise, which, loss.temperature)
-            mixed = renewed(memories[other], indices, smooth[other], loss.smoothing)
-            partners = [mixed[i] for i in indices]
-            expected += oracle.info_nce(smooth[mine], partners, noise, which, loss.temperature)
+        given = {name: x.tolist() for name, x in given_to(loss, batch).items()}
+        expected, rows, _ = by_loops(loss, batch, given, memories, which)
         assert value_of(loss, batch).item() == pytest.approx(expected, rel=1e-10)
-        memories = [renewed(m, indices, x, loss.momentum) for m, x in zip(memories, rows, strict=True)]
+        memories = [
+            renewed(m, batch["indices"].tolist(), x, loss.momentum) for m, x in zip(memories, rows, strict=True)
+        ]
         for bank, expected_rows in zip(banks, memories, strict=True):
             torch.testing.assert_close(bank.rows, torch.tensor(expected_rows, dtype=torch.float64), rtol=0, atol=1e-12)
 
@@ -51,33 +66,21 @@ def test_the_graph_is_the_normalised_adjacency_of_the_neighbours():
     assert set(graph.flatten().tolist()) == {0.0, 0.25}
 
 
-def test_the_gradient_is_right_where_no_constant_cuts_it():
-    loss, (batch,) = small(HolisticKD, smoothing=1.0), batches(5, distinct=True)
+@pytest.mark.parametrize("negatives_from", ["own", "other"])
+def test_the_gradients_are_those_of_the_loops_with_partners_as_constants(negatives_from):
+    loss, (batch,) = small(HolisticKD, negatives_from=negatives_from).eval(), batches(5, distinct=True)
+    which = loss.student_memory.draw(batch["indices"], loss.negatives, batch["labels"]).tolist()
+    memories = [bank.rows.tolist() for bank in (loss.student_memory, loss.teacher_memory)]
     batch["student"].requires_grad_()
-    assert torch.autograd.gradcheck(lambda *_: value_of(copy.deepcopy(loss), batch), [batch["student"]])
+    leaves = given_to(loss, batch)
+    teacher = leaves.pop("teacher").numpy()
+    start = {name: x.tolist() for name, x in leaves.items()} | {"teacher": teacher}
+    partners = by_loops(loss, batch, start, memories, which)[2]
 
+    def loops(given):
+        return by_loops(loss, batch, given | {"teacher": teacher}, memories, which, partners)[0]
 
-def test_the_gradient_takes_partners_as_constants():
-    loss, (batch,) = small(HolisticKD).eval(), batches(5, distinct=True)
-    x = batch["student"].requires_grad_()
-    (grad,) = torch.autograd.grad(value_of(loss, batch), x)
-    frozen = {name: value.detach().clone() for name, value in batch.items()}
-    partner = loss._partner
-    s = loss.student_projector(frozen["student"])
-    smooth = loss.student_conv(s, prediction_graph(frozen["student_logits"], 3)).detach()
-
-    def with_frozen(memory, indices, rows):
-        return partner(memory, indices, smooth if memory is loss.student_memory else rows)
-
-    loss._partner = with_frozen
-    step = 1e-6
-    for i, k in ((0, 0), (2, 3), (4, 1)):
-        values = []
-        for sign in (1, -1):
-            moved = x.detach().clone()
-            moved[i, k] += sign * step
-            values.append(value_of(loss, batch | {"student": moved}).item())
-        assert (values[0] - values[1]) / (2 * step) == pytest.approx(grad[i, k].item(), rel=1e-5, abs=1e-8)
+    check_gradients(value_of(loss, batch), leaves, loops)
 
 
 def test_logits_receive_no_gradient():

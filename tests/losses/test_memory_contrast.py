@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from lightning_rkd.utils.types import Outputs
 from tests.harness.ranks import Ranks
 from tests.oracles import crcd as crcd_oracle
 from tests.oracles import crd as crd_oracle
+from tests.oracles.differences import check_gradients
 from tests.oracles.memory import renewed
 from tests.oracles.vectors import dot, project
 
@@ -80,6 +82,30 @@ def test_loss_and_memories_over_several_steps_are_those_of_the_loops(cls, n, set
         memories = [renewed(m, indices.tolist(), x, loss.momentum) for m, x in zip(memories, (s, t), strict=True)]
         for bank, rows in zip((loss.student_memory, loss.teacher_memory), memories, strict=True):
             torch.testing.assert_close(bank.rows, torch.tensor(rows, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def parameters(loss: nn.Module, *parts: str) -> dict[str, Tensor]:
+    return {name: p for name, p in loss.named_parameters() if name.startswith(parts)}
+
+
+@both
+def test_gradients_to_rows_and_projectors_are_those_of_the_loops(cls):
+    loss, (batch,) = small(cls).eval(), batches(3)
+    indices = batch["indices"]
+    which = torch.cat([indices[:, None], loss.student_memory.draw(indices, 7, batch["labels"])], 1).tolist()
+    memories = [bank.rows.tolist() for bank in (loss.teacher_memory, loss.student_memory)]
+
+    def loops(given: dict[str, np.ndarray]) -> float:
+        given = {"teacher": batch["teacher"].numpy(), **given}
+        total = 0.0
+        for name, memory in zip(("student", "teacher"), memories, strict=True):
+            layer = [given[f"{name}_projector.linear.{part}"] for part in ("weight", "bias")]
+            rows = project(*layer, given[name])
+            total += by_loops(cls, rows, memory, indices.tolist(), which, loss.temperature)
+        return total
+
+    leaves = {"student": batch["student"].requires_grad_(), **parameters(loss, "student_p", "teacher_p")}
+    check_gradients(value_of(loss, batch), leaves, loops)
 
 
 def test_similarities_of_relations_are_those_of_the_loops_also_in_float32():

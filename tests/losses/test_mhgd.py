@@ -12,6 +12,7 @@ from lightning_rkd.losses.mhgd import MHGD, graph_divergence
 from lightning_rkd.losses.parts.attention_graph import AttentionGraph, attention_sizes, load_attention
 from lightning_rkd.losses.parts.memory import generator
 from tests.oracles import mhgd as oracle
+from tests.oracles.differences import check_gradients
 
 
 def det(n: int, d: int, a: float, b: float) -> Tensor:
@@ -108,22 +109,23 @@ def test_other_channels_are_adapted_by_a_trained_convolution():
     assert loss.adapters[1].weight.grad.abs().max() > 0
 
 
-def test_the_gradient_is_that_of_central_differences_of_the_loops():
-    student, teacher = maps(3, (3, 4), (3, 2)), maps(3, (3, 4), (3, 2))
+@pytest.mark.parametrize("widths", [(3, 4), (3, 2)], ids=["equal channels", "an adapter"])
+def test_the_gradients_are_those_of_the_loops(widths):
+    student, teacher = maps(3, widths, (3, 2)), maps(3, (3, 4), (3, 2))
     trained = graph((3, 4), 2)
     loss = exact(trained, student, teacher)
-    pairs = pairs_of(trained.attention)
-    for m in student:
-        m.requires_grad_()
-    loss(student, teacher).backward()
-    t, step = [m.numpy() for m in teacher], 1e-6
-    for number, place in [(0, (0, 1, 2, 0)), (0, (2, 2, 1, 1)), (1, (1, 3, 0, 1)), (1, (2, 0, 1, 1))]:
-        ends = []
-        for sign in (1, -1):
-            moved = [m.detach().numpy().copy() for m in student]
-            moved[number][place] += sign * step
-            ends.append(oracle.mhgd(moved, t, pairs, 2))
-        assert float(student[number].grad[place]) == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-4, abs=1e-8)
+    pairs, t = pairs_of(trained.attention), [m.numpy() for m in teacher]
+    leaves = {str(i): m.requires_grad_() for i, m in enumerate(student)} | dict(
+        loss.adapters.named_parameters("adapter")
+    )
+
+    def loops(given: dict[str, np.ndarray]) -> float:
+        first, second = given["0"], given["1"]
+        if "adapter.1.weight" in given:
+            second = np.einsum("dc,nchw->ndhw", given["adapter.1.weight"], second)
+        return oracle.mhgd([first, second], t, pairs, 2)
+
+    check_gradients(loss(student, teacher), leaves, loops)
 
 
 def test_a_student_with_the_teachers_maps_has_nothing_to_learn():
@@ -249,23 +251,33 @@ def test_a_single_map_is_refused():
 # The network of stage 1
 
 
-def test_the_estimate_is_that_of_the_loops():
+def test_the_estimate_and_its_gradients_are_those_of_the_loops():
     made = graph((3, 4), heads=2).double()
     made.train()
     front, back = (nn.functional.normalize(torch.rand(5, c, dtype=torch.float64), dim=1) for c in (3, 4))
     noise = torch.randn(2, 5, 1, generator=generator(0, 0))
     kept = (noise > noise.mean(0))[..., 0].double().numpy()
-    (sender, receiver), heads = pairs_of(made.attention)[0], 2
-    for p, x in ((sender, back), (receiver, front)):  # training: the batch's own statistics
-        y = x.numpy() @ p["weight"].T
-        p["mean"], p["var"] = y.mean(0), y.var(0)
-    logits = oracle.head(sender, receiver, back.numpy(), front.numpy(), heads)
-    estimator = made.estimators[0]
-    out = {"weight": estimator.out.weight.detach().numpy(), "bias": estimator.out.bias.detach().numpy()}
-    expected = oracle.estimate(front.numpy(), logits, kept, projection(estimator.features), out)
-    (estimate,) = made([front, back])
-    np.testing.assert_allclose(estimate.detach().numpy(), expected, rtol=1e-9)
+    pulls = torch.randn(5, 4, dtype=torch.float64)
     assert 0 < kept.mean() < 1
+
+    def linear(given: dict[str, np.ndarray], name: str, x: Tensor) -> dict[str, np.ndarray]:
+        layer = {
+            "weight": given[f"{name}.0.weight"],
+            "gamma": given[f"{name}.1.weight"],
+            "beta": given[f"{name}.1.bias"],
+        }
+        y = x.numpy() @ layer["weight"].T  # training: the batch's own statistics
+        return layer | {"mean": y.mean(0), "var": y.var(0)}
+
+    def loops(given: dict[str, np.ndarray]) -> float:
+        heads = (linear(given, f"attention.0.{name}", x) for name, x in (("sender", back), ("receiver", front)))
+        logits = oracle.head(*heads, back.numpy(), front.numpy(), 2)
+        out = {name: given[f"estimators.0.out.{name}"] for name in ("weight", "bias")}
+        features = linear(given, "estimators.0.features", front)
+        return float((oracle.estimate(front.numpy(), logits, kept, features, out) * pulls.numpy()).sum())
+
+    (estimate,) = made([front, back])
+    check_gradients((estimate * pulls).sum(), dict(made.named_parameters()), loops)
 
 
 def test_noise_depends_on_seed_and_step_alone_and_is_off_in_evaluation():

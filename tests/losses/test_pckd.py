@@ -8,6 +8,7 @@ from lightning_rkd.losses import PCKD
 from lightning_rkd.losses.pckd import category_contrast, preview_weights
 from lightning_rkd.utils.types import Batch, Outputs
 from tests.oracles import pckd as oracle
+from tests.oracles.differences import check_gradients
 
 CLASSES = 4
 SHIPPED = (0.05, 1.0, 20.0, 0.0)
@@ -58,15 +59,21 @@ def test_the_authors_small_number_in_the_logarithm_changes_next_to_nothing():
 
 
 @pytest.mark.parametrize("weights", [SHIPPED, (0.3, 0.5, 1.0, 2.0)], ids=["shipped", "all"])
-def test_the_gradient_passes_gradcheck_where_no_sample_is_hard(weights):
+def test_gradients_are_those_of_the_loops_with_preview_weights_as_constants(weights):
     student, teacher = random_outputs(4, 2), random_outputs(4, 2)
-    loss = PCKD(2, 2, **weighted(*weights)).double()
-    leaves = [x.requires_grad_() for x in (student.embedding, student.logits, *student.classifier, *loss.parameters())]
+    loss, labels, sample = PCKD(2, 2, **weighted(*weights)).double(), torch.tensor([0, 1, 1, 3]), [0, 1, 2, 3]
+    fixed = oracle.preview(student.logits.numpy(), labels.tolist(), sample, 0)
+    assert 0 < min(fixed) < 1
+    inputs = dict(zip(("embedding", "logits", "weight", "bias"), arrays(student), strict=True))
+    leaves = {name: torch.from_numpy(x).requires_grad_() for name, x in inputs.items()} | dict(loss.named_parameters())
 
-    def value(*_: Tensor) -> Tensor:
-        return loss(student, teacher, labels=torch.tensor([0, 1, 1, 3]), epoch=10_000)
+    def loops(given: dict[str, np.ndarray]) -> float:
+        ours = tuple(given.pop(name) for name in inputs)
+        return oracle.pckd(ours, arrays(teacher), labels.tolist(), sample, 0, given, weights, fixed=fixed)
 
-    assert torch.autograd.gradcheck(value, leaves, fast_mode=True)
+    embedding, logits, *classifier = (leaves[name] for name in inputs)
+    value = loss(Outputs(embedding, logits, classifier=tuple(classifier)), teacher, labels=labels, epoch=0)
+    check_gradients(value, leaves, lambda given: loops(dict(given)))
 
 
 def test_the_weights_of_hard_samples_are_constants():

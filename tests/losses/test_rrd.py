@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from lightning_rkd.losses import RRD
 from tests.oracles import rrd as oracle
+from tests.oracles.differences import check_gradients
 from tests.oracles.vectors import project
 
 
@@ -32,6 +33,21 @@ def test_the_loss_over_several_steps_is_that_of_the_loops(temperatures):
         student, teacher = torch.randn(n, 3, dtype=torch.float64), torch.randn(n, 4, dtype=torch.float64)
         expected = by_loops(loss, student, teacher, queue)
         assert loss(student, teacher).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_gradients_to_rows_and_projector_are_those_of_the_loops():
+    loss = small().eval()
+    student, teacher = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+    fixed = loss.teacher_projector.linear
+    t = project(fixed.weight.tolist(), fixed.bias.tolist(), teacher.tolist())
+    queue = [*loss.queue.rows.tolist(), *t][-5:]
+
+    def loops(given):
+        s = project(given["weight"], given["bias"], given["student"])
+        return oracle.rrd(s, t, queue, loss.student_temperature, loss.teacher_temperature)
+
+    leaves = {"student": student.requires_grad_(), **dict(loss.student_projector.linear.named_parameters())}
+    check_gradients(loss(student, teacher), leaves, loops)
 
 
 def test_outside_of_training_the_value_is_the_same_and_the_queue_stays():

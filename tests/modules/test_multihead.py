@@ -11,6 +11,7 @@ from lightning_rkd.utils.types import Outputs
 from tests.harness import toys
 from tests.harness.scheme_toys import CASES, MIDDLE, fit, images, net, teacher
 from tests.oracles import classifiers as oracle
+from tests.oracles.differences import check_gradients
 
 CASE = CASES["MultiHeadDistillation"]
 
@@ -49,6 +50,25 @@ def test_both_parts_are_those_of_the_equation(rows: int, count: int, settings: d
     expected = oracle.multi_head(tuple(s.logits.tolist() for s in both), middle, labels.tolist(), **numbers)
     assert final.item() == pytest.approx(expected[0], rel=1e-12)
     assert heads.item() == pytest.approx(expected[1], rel=1e-12)
+
+
+def test_the_gradients_of_both_parts_are_those_of_the_equation() -> None:
+    module, labels = MultiHeadDistillation(net(), teacher(), MIDDLE, MIDDLE).double(), torch.arange(4) % 3
+    z = torch.randn(6, 4, 3, dtype=torch.float64)
+    student = Outputs(logits=z[0].requires_grad_(), feature_maps=[x.requires_grad_() for x in z[1:3].unbind()])
+    taught = Outputs(logits=z[3], feature_maps=[*z[4:]])
+    inside = module.distiller.losses["heads"].loss
+    inside.materialize(student, taught, like=torch.empty(0, dtype=torch.float64))
+    inside.heads = inside.teacher_heads = nn.ModuleList(nn.Identity() for _ in MIDDLE)  # the maps are logits already
+    leaves = {"final": student.logits, **{str(i): x for i, x in enumerate(student.feature_maps)}}
+    t = [x.tolist() for x in (taught.logits, *taught.feature_maps)]
+    for part, value in enumerate(terms(module, student, taught, labels)):
+
+        def loops(given: dict[str, Any], part: int = part) -> float:
+            pairs = [*zip(given.values(), t, strict=True)]
+            return oracle.multi_head(pairs[0], pairs[1:], labels.tolist(), 4.0, 0.1, 0.5)[part]
+
+        check_gradients(value, leaves, loops)
 
 
 def test_soft_labels_are_taken_as_they_are() -> None:

@@ -38,10 +38,16 @@ def multi_head(
     return last, middle
 
 
-def online(branches: list[Rows], labels: list[int], temperature: float) -> tuple[float, float]:
-    """Cross-entropies and soft targets, each summed over branches."""
+def ensemble(branches: list[Rows]) -> Rows:
     rows, classes = range(len(branches[0])), range(len(branches[0][0]))
-    mean = [[sum(z[i][k] for z in branches) / len(branches) for k in classes] for i in rows]
+    return [[sum(z[i][k] for z in branches) / len(branches) for k in classes] for i in rows]
+
+
+def online(
+    branches: list[Rows], labels: list[int], temperature: float, fixed: Rows | None = None
+) -> tuple[float, float]:
+    """Cross-entropies and soft targets, each summed over branches; ``fixed`` is the ensemble of other branches."""
+    mean = fixed or ensemble(branches)
     hard = sum(cross_entropy(z, labels) for z in branches)
     return hard, sum(temperature**2 * divergence(z, mean, temperature) for z in branches)
 
@@ -65,20 +71,27 @@ NetOutputs = tuple[list[float], Rows]
 
 
 def relations(
-    near: list[NetOutputs], far: list[NetOutputs], labels: list[int], others: list[int]
+    near: list[NetOutputs],
+    far: list[NetOutputs],
+    labels: list[int],
+    others: list[int],
+    deepest: tuple[NetOutputs, NetOutputs] | None = None,
 ) -> tuple[float, float, float]:
-    """Classes, triplets and scores of class-oriented self-distillation; the last net belongs to the deepest stage."""
-    count = len(labels)
+    """Classes, triplets and scores of class-oriented self-distillation; the last net belongs to the deepest stage.
+
+    ``deepest`` are the outputs that the others imitate, if not those of the last net.
+    """
+    count, ((near_p, near_aux), (far_p, far_aux)) = len(labels), deepest or (near[-1], far[-1])
     classes = triplet = scores = 0.0
     for (p, aux_p), (n, aux_n) in zip(near, far, strict=True):
-        classes += 0.16 * divergence(aux_p, near[-1][1], 1.0) + 0.04 * cross_entropy(aux_p, labels)
-        classes += 0.04 * divergence(aux_n, far[-1][1], 1.0)
+        classes += 0.16 * divergence(aux_p, near_aux, 1.0) + 0.04 * cross_entropy(aux_p, labels)
+        classes += 0.04 * divergence(aux_n, far_aux, 1.0)
         for i in range(count):
             smooth = [0.5 * (k == labels[i]) + 0.5 * (k == others[i]) for k in range(len(aux_n[i]))]
             predicted = softmax(aux_n[i], 3.0)
             classes -= 0.01 * sum(t * math.log(q) for t, q in zip(smooth, predicted, strict=True)) / count
             triplet += 0.01 * max(p[i] - n[i] + 1.0, 0.0) / count
-            scores += 0.01 * ((p[i] - near[-1][0][i]) ** 2 + (n[i] - far[-1][0][i]) ** 2) / count
+            scores += 0.01 * ((p[i] - near_p[i]) ** 2 + (n[i] - far_p[i]) ** 2) / count
     return classes, triplet, scores
 
 

@@ -1,6 +1,6 @@
 """A loss against its loops: the value, and the gradients by central differences."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,19 @@ def central_differences(loops: Callable[[np.ndarray], float], x: np.ndarray, ste
         down[place] -= step
         slopes[place] = (loops(up) - loops(down)) / (2 * step)
     return slopes
+
+
+def check_gradients(
+    value: torch.Tensor, leaves: Mapping[str, torch.Tensor], loops: Callable[[dict[str, np.ndarray]], float]
+) -> None:
+    """The value, and its gradients to leaves in float64, are those of loops that take the leaves by name."""
+    arrays = {name: x.detach().numpy().copy() for name, x in leaves.items()}
+    assert value.item() == pytest.approx(loops(arrays), rel=1e-9, abs=1e-13)
+    grads = torch.autograd.grad(value, [*leaves.values()], retain_graph=True, materialize_grads=True)
+    scale = max(1.0, abs(value.item()))
+    for (name, x), grad in zip(arrays.items(), grads, strict=True):
+        slopes = central_differences(lambda moved, name=name: loops(arrays | {name: moved}), x)
+        np.testing.assert_allclose(grad.numpy(), slopes, rtol=1e-5, atol=1e-8 * scale, err_msg=name)
 
 
 def check_against_loops(
@@ -41,21 +54,16 @@ def check_against_loops(
     for p in loss.double().parameters():
         p.data.normal_()
     own = dict(loss.named_parameters())
-    arrays = {name: p.detach().numpy().copy() for name, p in own.items()}
 
-    def value(students: list[np.ndarray], parameters: dict[str, np.ndarray]) -> float:
-        return loops(unpacked(students), unpacked(teacher), *([parameters] if parameters else []))
+    def value(arrays: dict[str, np.ndarray]) -> float:
+        parameters = [{name: arrays[name] for name in own}] if own else []
+        return loops(unpacked([arrays[str(i)] for i in range(len(student))]), unpacked(teacher), *parameters)
 
-    ours, expected = loss(*given, **context), value(student, arrays)
-    assert ours.item() == pytest.approx(expected, rel=1e-9, abs=1e-13)
-    grads = torch.autograd.grad(ours, [*leaves, *own.values()], allow_unused=True, materialize_grads=True)
-    assert all(torch.isfinite(grad).all() for grad in grads)
-    if not gradient:
+    every = {str(i): x for i, x in enumerate(leaves)} | own
+    ours = loss(*given, **context)
+    if gradient:
+        check_gradients(ours, every, value)
         return
-    slopes = [
-        central_differences(lambda x, i=i: value([*student[:i], x, *student[i + 1 :]], arrays), x)
-        for i, x in enumerate(student)
-    ]
-    slopes += [central_differences(lambda x, k=k: value(student, arrays | {k: x}), x) for k, x in arrays.items()]
-    for grad, slope in zip(grads, slopes, strict=True):
-        np.testing.assert_allclose(grad.numpy(), slope, rtol=1e-5, atol=1e-8 * max(1, abs(expected)))
+    assert ours.item() == pytest.approx(value({k: x.detach().numpy() for k, x in every.items()}), rel=1e-9, abs=1e-13)
+    grads = torch.autograd.grad(ours, [*every.values()], allow_unused=True, materialize_grads=True)
+    assert all(torch.isfinite(grad).all() for grad in grads)

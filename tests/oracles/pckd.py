@@ -53,11 +53,14 @@ def pckd(
     parameters: dict[str, Array],
     weights: Sequence[float] = (0.05, 1.0, 20.0, 0.0),
     eps: float = 0.0,
+    fixed: Sequence[float] | None = None,
 ) -> float:
-    """L without its task loss. Inputs are (embedding, logits, weight, bias); ``weights`` are beta, alpha, f, delta."""
+    """L without its task loss. Inputs are (embedding, logits, weight, bias); ``weights`` are beta, alpha, f, delta;
+    ``fixed`` are preview weights of other logits.
+    """
     (s, zs, ws, bs), (t, zt, wt, bt) = student, teacher
     beta, alpha, f, delta = weights
-    w = preview(zs, labels, sample, epoch)
+    w = preview(zs, labels, sample, epoch) if fixed is None else fixed
 
     def scores(which: str, centres: Array) -> Array:
         own = parameters[f"{which}.linear.weight"], parameters[f"{which}.linear.bias"]
