@@ -1,7 +1,9 @@
 """LightningCLI for this library: the commands ``fit``, ``validate``, ``test`` and ``predict``, and the experiments."""
 
+import difflib
 import io
 import os
+import re
 import tempfile
 import warnings
 from argparse import ArgumentError
@@ -45,14 +47,14 @@ class TrainingCLI(LightningCLI):
         callbacks: Sequence[pl.Callback] = (),
         **trainer: Any,
     ) -> None:
-        import_public_classes()
+        self._known = import_public_classes()
         self._unsaved = trainer
         super().__init__(
             save_config_callback=_AtomicConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"use_distributed_sampler": False, "callbacks": list(callbacks)},
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False, **({"prog": prog} if prog else {})},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, **({"prog": prog} if prog else {})},
             args=args,
             run=run,
             auto_configure_optimizers=False,
@@ -81,6 +83,10 @@ class TrainingCLI(LightningCLI):
             noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
             kept = (line for line in error.message.splitlines() if not line.strip().startswith(noise))
             error.message = "\n".join(kept)
+            unknown = re.search(r"Expected a dot import path string: (\w+)$", error.message, re.MULTILINE)
+            if unknown and (near := difflib.get_close_matches(unknown[1], self._known, n=1)):
+                place = ".".join(re.findall(r'Parser key "([\w.]+)"', error.message))
+                error.message = f"{place}: there is no class {unknown[1]!r}; did you mean {near[0]!r}?"
             raise
 
     def _parse_ckpt_path(self) -> None:
@@ -232,20 +238,26 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         raise OSError(f"the output folder {str(folder)!r} cannot be written: {error.strerror or error}") from error
 
 
-def import_public_classes() -> None:
-    """Import what configurations may call by a short name; jsonargparse finds the classes that are loaded."""
+def import_public_classes() -> list[str]:
+    """Import what configurations may call by a short name, and return the names of this package and its plugins.
+
+    jsonargparse finds the classes that are loaded.
+    """
     import pytorch_metric_learning.losses
     import pytorch_metric_learning.miners  # noqa: F401
 
+    names: list[str] = []
     for package in ("", ".data", ".experimental", ".losses", ".metrics", ".models", ".modules"):
         module = import_module(f"lightning_rkd{package}")
         for name in module.__all__:
             getattr(module, name)
+        names += module.__all__
     for loss in entry_points(group="lightning_rkd.losses"):
         try:
-            loss.load()
+            names.append(loss.load().__name__)
         except Exception as error:  # another package may raise anything
             raise ImportError(
                 f"the loss {loss.name!r} of the installed package {loss.dist.name if loss.dist else '?'} cannot be "
                 f"imported: {error!r}; repair or uninstall that package"
             ) from error
+    return names

@@ -1,11 +1,12 @@
 """Loading of exported students, with PyTorch and safetensors alone."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ _RESCALING = ("googlenet", "inception_v3")
 def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
     """Load an exported student in eval mode on the CPU.
 
-    The class named in ``config.json`` is imported and called, so load only folders that you trust, as with any code.
+    The class named in ``config.json`` is imported, and called if it is a network. Load only folders that you trust, as
+    with any code.
 
     Args:
         folder: Folder written by :func:`~lightning_rkd.export.export`.
@@ -99,13 +101,20 @@ def build_network(description: dict[str, Any]) -> nn.Module:
 
     ``weights`` of torchvision's models are dropped, so that nothing is downloaded.
     """
-    network = _build(description)
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"{description.get('class_path')} builds a {type(network).__name__}, which is no network")
+    network: nn.Module = _build(description, nn.Module)
     return network
 
 
-def _build(value: Any) -> Any:
+def _find_result(make: Callable[..., Any]) -> type | None:
+    """Class of what a class or an annotated function returns."""
+    try:
+        found = make if inspect.isclass(make) else get_type_hints(make).get("return")
+    except (NameError, TypeError):
+        found = None
+    return found if inspect.isclass(found) else None
+
+
+def _build(value: Any, kind: type = object) -> Any:
     if isinstance(value, dict) and "class_path" in value:
         path = value["class_path"]
         module, _, name = path.rpartition(".")
@@ -113,6 +122,12 @@ def _build(value: Any) -> Any:
             make: Callable[..., Any] = getattr(import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"there is no class {path!r} to build the student from: {error}") from error
+        result = _find_result(make)
+        if result is None or not issubclass(result, kind):
+            raise ValueError(
+                f"{path} is not called: expected a class, or a function with a class as return annotation, of "
+                f"{'networks' if kind is nn.Module else 'arguments'}"
+            )
         if value.get("dict_kwargs"):
             raise ValueError(f"{path} has dict_kwargs, which are not passed on: give init_args")
         arguments = {k: _build(v) for k, v in (value.get("init_args") or {}).items()}

@@ -65,6 +65,7 @@ def test_every_command_has_a_help(command: str, capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     assert f"usage: lightning-rkd {command}" in text
     assert "--out" in text
+    assert "%%" not in text
 
 
 def test_help_and_version_load_no_heavy_library() -> None:
@@ -77,6 +78,27 @@ def test_help_and_version_load_no_heavy_library() -> None:
 
 def test_unknown_command_names_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert error_of(["dmeo"], capsys) == (2, "error: there is no command 'dmeo'; did you mean demo?\n")
+
+
+@pytest.mark.parametrize("option", [["--model.loss", "RKDDistanc"], ["--model.loss.class_path=RKDDistanc"]])
+def test_an_unknown_loss_is_answered_with_the_near_one(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    message = "error: model.loss: there is no class 'RKDDistanc'; did you mean 'RKDDistance'?\n"
+    assert error_of(["fit", "--config", "glyphs_rkd", *option], capsys) == (2, message)
+
+
+def test_an_unknown_class_in_a_file_is_answered_with_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (recipes.FOLDER / "glyphs_rkd.yaml").read_text()
+    Path("mine.yaml").write_text(text.replace("GlyphDataModule", "GlyphsDataModule"))
+    message = "error: data: there is no class 'GlyphsDataModule'; did you mean 'GlyphDataModule'?\n"
+    assert error_of(["fit", "--config", "mine.yaml"], capsys) == (2, message)
+
+
+def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--trainer.max_step`` was taken for ``--trainer.max_steps``."""
+    for option in ("--trainer.max_step=3", "--seed_every=3"):
+        code, error = error_of(["fit", "--config", "glyphs_student", option], capsys)
+        assert code == 2
+        assert option in error
 
 
 @pytest.mark.parametrize("flag", [["--config", "glyph_rkd"], ["--config=glyph_rkd"], ["-c", "glyph_rkd"]])

@@ -157,6 +157,30 @@ def test_what_would_be_built_as_another_network_is_refused() -> None:
         build_network(LINEAR | {"dict_kwargs": {"bias": False}})
 
 
+def unannotated(path):
+    Path(path).touch()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        {"class_path": f"{__name__}.unannotated", "init_args": {"path": "called"}},
+        {"class_path": "pathlib.Path", "init_args": {}},
+        {
+            "class_path": f"{M}.Embedded",
+            "init_args": {"backbone": {"class_path": f"{__name__}.unannotated", "init_args": {"path": "called"}}},
+        },
+    ],
+)
+def test_a_class_is_checked_before_it_is_called(
+    build: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is not called: expected a class, or a function with a class as return"):
+        build_network(build)
+    assert list(tmp_path.iterdir()) == [], "nothing was called"
+
+
 def test_what_lies_in_the_folder_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     arguments = nn.Linear(3, 2), torch.zeros(1, 3)

@@ -42,7 +42,8 @@ def main(args: Sequence[str]) -> None:
     options = _parser().parse_args(args)
     path = recipes.find(options.config, "comparison")
     changes = {} if options.seeds is None else {"seeds": options.seeds}
-    comparison = read(path, options.steps, _settings(options.set), changes)
+    settings = _settings(options.set) | ({"data.skip_damaged": True} if options.skip_damaged else {})
+    comparison = read(path, options.steps, settings, changes)
     out = options.out or Path("runs", "compare", folder_of(path.stem))
     with common.resumable("compare", args) as command:
         common.check_folder(out, MADE_BY, "comparison")
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = common.new_parser(
         "compare",
         "Train several networks with several seeds, and compare them in one table: mean, spread, and the difference to "
-        "a baseline, seed by seed, with its 95 %% interval. Finished runs are not repeated.",
+        "a baseline, seed by seed, with its 95 % interval. Finished runs are not repeated.",
         f"""\
 comparisons that come with the package:
   {", ".join(recipes.names("comparison"))}
@@ -128,6 +129,8 @@ examples:
     add("--steps", type=common.positive, metavar="N", help="training steps of each network")
     every = "setting of all networks, which overrides the file; the teacher takes all except model..."
     add("--set", action="append", default=[], metavar="PATH=VALUE", help=every)
+    skip = "leave out images that cannot be read, where the data module has skip_damaged"
+    add("--skip-damaged", action="store_true", help=skip)
     tune = "values to try with the first seed; the best on validation data is taken"
     add("--tune", action="append", default=[], metavar="NETWORK.weight=V,V", help=tune)
     return parser

@@ -55,7 +55,7 @@ def main(args: Sequence[str]) -> None:
         changes: dict[str, Any] = {}
         described, duration = "glyphs of many scripts", "about 4 minutes"
         if options.data is not None:
-            data, changes = plan_folder(options.data, console)
+            data, changes = plan_folder(options.data, console, options.skip_damaged)
             described = f"{len(data.root.images):,} images of {len(data.class_names)} classes"
             duration = "up to 15 minutes"
         comparison = plan(options.seeds, options.steps, changes)
@@ -111,6 +111,7 @@ examples:
     add = parser.add_argument
     images = "images, each in a folder that is its class (default: glyphs of many scripts, no download)"
     add("--data", type=Path, metavar="FOLDER", help=images)
+    add("--skip-damaged", action="store_true", help="leave out images of --data that cannot be read")
     number = "number of seeds, or their list (default: 3, the same as 0,1,2)"
     add("--seeds", type=common.seeds, default=(0, 1, 2), metavar="N|LIST", help=number)
     add("--steps", type=common.positive, metavar="N", help="training steps of each network")
@@ -125,12 +126,14 @@ def plan(seeds: Sequence[int], steps: int | None = None, changes: Mapping[str, A
     return replace(found, networks=tuple(replace(n, folder=FOLDERS[n.name]) for n in found.networks))
 
 
-def plan_folder(root: Path, console: Console) -> tuple[ImageDataModule, dict[str, Any]]:
+def plan_folder(root: Path, console: Console, skip_damaged: bool = False) -> tuple[ImageDataModule, dict[str, Any]]:
     """The images of a folder, and the changes of the comparison that suit them."""
-    files = find_images(root)
+    files = find_images(root, skip_damaged)
     size = min(LARGEST_IMAGE, suggest_size([path for group in files.values() for path in group]))
     arguments: dict[str, Any] = {"root": str(root.resolve()), "image_size": size, "batches_per_epoch": 50}
     console.print(f"Reading the images in {root}, at {size} x {size} pixels.")
+    if skip_damaged:
+        arguments["skip_damaged"] = True
     limit = max(10, MOST_IMAGES // len(files))
     if any(len(group) > limit for group in files.values()):
         arguments["max_images_per_class"] = limit

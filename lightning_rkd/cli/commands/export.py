@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 
 from lightning_rkd.cli.commands import common
-from lightning_rkd.cli.experiments.runs import RESULT, digest
+from lightning_rkd.cli.experiments.runs import RESULT, digest, read_file
 from lightning_rkd.cli.trainer import check_checkpoint, import_public_classes
 from lightning_rkd.data.datamodules.base import ImageDataModule
 from lightning_rkd.export.card import Facts, describe
@@ -145,8 +145,7 @@ def _collect_facts(
     scores: dict[str, float] = {}
     measured, result = "", checkpoint.parent / RESULT
     if result.is_file():
-        check_checkpoint(result)
-        kept = torch.load(result, map_location="cpu", weights_only=True)
+        kept = read_file(result, "delete it, and the card is written without scores")
         if kept["weights"] == weights:  # the scores of other weights do not count
             about = [kept["about"][key] for key in ("date", "hardware") if kept["about"].get(key)]
             scores, measured = kept["scores"], ", ".join(["On the run's test data, after the last step", *about]) + "."

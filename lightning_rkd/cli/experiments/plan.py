@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from lightning_rkd import losses
+from lightning_rkd import experimental, losses
 from lightning_rkd.cli import recipes
 from lightning_rkd.cli.experiments.runs import prepare
 from lightning_rkd.cli.experiments.settings import Config, with_settings, with_steps
@@ -227,7 +227,11 @@ def _as_classes(loss: Any, network: str) -> Any:
     if isinstance(loss, dict) and "class_path" not in loss:
         return {name: _as_classes(part, network) for name, part in loss.items()}
     name = loss["class_path"] if isinstance(loss, dict) else loss
-    known = [*losses.__all__, *(entry.name for entry in entry_points(group="lightning_rkd.losses"))]
+    known = [
+        *losses.__all__,
+        *experimental.__all__,
+        *(entry.name for entry in entry_points(group="lightning_rkd.losses")),
+    ]
     if isinstance(name, str) and "." not in name and name not in known:
         raise ValueError(f"{network}: there is no loss {name!r}{_suggestion(name, known)}")
     return {"class_path": loss} if isinstance(loss, str) else loss

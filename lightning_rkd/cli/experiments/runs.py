@@ -162,9 +162,20 @@ def _read_if_same(path: Path, identity: str) -> dict[str, Any] | None:
     """Content of a file that belongs to the run of that identity."""
     if not path.is_file():
         return None
-    check_file(path)
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    again = "measures" if path.name == RESULT else "trains"
+    content = read_file(path, f"delete it, and the same command {again} this network again")
     return content if content.get(_SIGNATURE, {}).get("identity") == identity else None
+
+
+def read_file(path: Path, cure: str) -> dict[str, Any]:
+    """Content of a checkpoint or result of a run; a damaged file is a ``ValueError`` with the cure."""
+    try:
+        check_file(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except OSError:
+        raise
+    except Exception as error:  # damaged files raise many kinds
+        raise ValueError(f"{str(path)!r} is damaged: {cure}") from error
 
 
 class _Signature(pl.Callback):

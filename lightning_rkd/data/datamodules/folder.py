@@ -14,6 +14,7 @@ import torch
 from lightning_rkd.data.datamodules.base import ImageDataModule, LabelledImages
 from lightning_rkd.data.datamodules.splits import ClassSplit, check_disjoint, split_classes
 from lightning_rkd.data.datasets.decoding import decode, open_image
+from lightning_rkd.data.datasets.files import find_intact
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class ImageFolderDataModule(ImageDataModule):
             consist of images of this folder, the others of images of ``root``; with ``split_by="samples"`` ``test``
             has no effect.
         image_size: Height and width of the images; ``None`` takes the median of those found, at most 64.
+        skip_damaged: Whether to read all images first and leave out damaged ones; an error otherwise.
         max_images_per_class: Largest number of images of a class, chosen by ``split_seed``.
         splits: Classes of each part, instead of a random division: names or patterns such as ``"Greek/*"`` under the
             keys ``test``, ``validation`` and ``train``. Classes under no key train, unless ``train`` is given; without
@@ -57,6 +59,7 @@ class ImageFolderDataModule(ImageDataModule):
         *,
         test_root: str | Path | None = None,
         image_size: int | None = None,
+        skip_damaged: bool = False,
         max_images_per_class: int | None = None,
         splits: Mapping[str, Sequence[str]] | None = None,
         classes_per_batch: int | None = None,
@@ -75,12 +78,13 @@ class ImageFolderDataModule(ImageDataModule):
             raise ValueError("splits must name the classes under the key test")
         self.folder = Path(root).expanduser()
         self.test_folder = None if test_root is None else Path(test_root).expanduser()
-        self.image_size, self.max_images_per_class, self.splits = image_size, max_images_per_class, splits
+        self.image_size, self.skip_damaged = image_size, skip_damaged
+        self.max_images_per_class, self.splits = max_images_per_class, splits
 
     def load(self) -> LabelledImages:
         """Decode all images."""
-        files = find_images(self.folder)
-        tests = {} if self.test_folder is None else find_images(self.test_folder)
+        files = find_images(self.folder, self.skip_damaged)
+        tests = {} if self.test_folder is None else find_images(self.test_folder, self.skip_damaged)
         names = sorted({*files, *tests})
         if self.split_by == "samples" and (unknown := [name for name in tests if name not in files]):
             raise ValueError(
@@ -115,8 +119,11 @@ class ImageFolderDataModule(ImageDataModule):
         return part._replace(train=sorted(part.train + single))
 
 
-def find_images(root: Path) -> dict[str, list[Path]]:
-    """Find the images of every class, in alphabetical order, by the path below the folder that holds all classes."""
+def find_images(root: Path, skip_damaged: bool = False) -> dict[str, list[Path]]:
+    """Find the images of every class, in alphabetical order, by the path below the folder that holds all classes.
+
+    With ``skip_damaged`` all images are read, and damaged ones are left out and listed in the log.
+    """
     if not root.is_dir():
         raise FileNotFoundError(
             f"there is no folder {root}" + (": it is a file" if root.exists() else f" (seen from {Path.cwd()})")
@@ -135,6 +142,11 @@ def find_images(root: Path) -> dict[str, list[Path]]:
         raise FileNotFoundError(
             f"no images under {root}, at any depth, with the suffixes {', '.join(sorted(SUFFIXES))}"
         )
+    if skip_damaged:
+        every = [path for paths in classes.values() for path in paths]
+        intact = {every[i] for i in find_intact(every)}
+        left = {folder: [path for path in paths if path in intact] for folder, paths in classes.items()}
+        classes = {folder: paths for folder, paths in left.items() if paths}
     shared = os.path.commonpath(classes)
     return {Path(folder).relative_to(shared).as_posix(): classes[folder] for folder in sorted(classes)}
 

@@ -95,4 +95,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} cannot be read as an image ({error}): repair it or take it out of the folder")
+    return ValueError(
+        f"{path} cannot be read as an image ({error}): repair it, take it out of the folder, or leave out all damaged "
+        "images with skip_damaged=True (--skip-damaged)"
+    )

@@ -62,6 +62,14 @@ def _file_sizes(paths: Sequence[Path]) -> Tensor:
     return torch.tensor(sizes, dtype=torch.int64)
 
 
+def find_intact(paths: Sequence[Path]) -> list[int]:
+    """Read all images and return the numbers of those that can be decoded; a warning in the log names the others."""
+    bad = find_damaged(paths)
+    if bad:
+        _log.warning("%d damaged images are left out:\n%s", len(bad), "\n".join(bad.values()))
+    return [i for i in range(len(paths)) if i not in bad]
+
+
 def load_files(
     paths: Sequence[Path], size: int, channels: int = 3, in_memory: bool = True, skip_damaged: bool = False
 ) -> tuple[Tensor | ImageFiles, Tensor]:
@@ -71,10 +79,7 @@ def load_files(
     those that cannot be decoded, with a warning in the log that names them.
     """
     _file_sizes(paths)
-    kept = list(range(len(paths)))
-    if skip_damaged and (bad := find_damaged(paths)):
-        _log.warning("%d damaged images are left out:\n%s", len(bad), "\n".join(bad.values()))
-        kept = [i for i in kept if i not in bad]
+    kept = find_intact(paths) if skip_damaged else list(range(len(paths)))
     chosen = [paths[i] for i in kept]
     if not in_memory:
         return ImageFiles(chosen, size, channels), torch.tensor(kept)

@@ -12,10 +12,12 @@ import yaml
 
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli import recipes
+from lightning_rkd.cli.commands import compare as command
 from lightning_rkd.cli.experiments import plan, tasks, tuning
 from lightning_rkd.cli.experiments.tasks import tasks_of
 from lightning_rkd.data import GlyphDataModule
 from lightning_rkd.losses.base import RelationalLoss
+from tests.harness import replicas
 
 TINY = {
     "data.init_args.max_classes": 12,
@@ -54,6 +56,28 @@ class Dies(RelationalLoss):
     def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGKILL)
         return student.mean()
+
+
+def test_damaged_images_are_left_out_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = []
+
+    def interrupt(comparison: Any, *args: Any, **kwargs: Any) -> None:
+        planned.append(comparison)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "compare", interrupt)
+    photos = replicas.photos(tmp_path / "photos", images=6, size=16)
+    folder = {"data": {"class_path": "ImageFolderDataModule", "init_args": {"root": str(photos)}}}
+    written(set={"trainer.accelerator": "cpu", **folder}, teacher={"recipe": "glyphs_teacher"})
+    assert cli.main(["compare", "--config", "mine.yaml", "--skip-damaged"]) == 130
+    (comparison,) = planned
+    every = [comparison.teacher, *comparison.networks]
+    assert [network.config["data"]["init_args"]["skip_damaged"] for network in every] == [True] * 3
+    written()
+    assert cli.main(["compare", "--config", "mine.yaml", "--skip-damaged"]) == 1
+    assert "'skip_damaged' is not accepted" in capsys.readouterr().err
 
 
 @pytest.mark.slow

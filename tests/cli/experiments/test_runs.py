@@ -1,5 +1,6 @@
 """A run of an experiment is a run of ``fit``: same start, resolved configuration, resumed to the same digits."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -153,17 +154,28 @@ def test_results_of_other_settings_are_never_used(done: bool) -> None:
     assert digits(runs.run(slower, Path("run"), 1)) == digits(whole)
 
 
-@pytest.mark.parametrize("name", [runs.RESULT, "last.ckpt"])
-def test_a_damaged_file_is_named(name: str, finished: tuple[Path, Run]) -> None:
+@pytest.mark.parametrize(
+    ("name", "damage", "verb"),
+    [
+        (runs.RESULT, "flip", "measures"),
+        (runs.RESULT, "empty", "measures"),
+        (runs.RESULT, "text", "measures"),
+        ("last.ckpt", "flip", "trains"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_cure(name: str, damage: str, verb: str, finished: tuple[Path, Run]) -> None:
     shutil.copytree(finished[0], "run")
     path = Path("run", name)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
-    path.write_bytes(content)
+    path.write_bytes({"flip": bytes(content), "empty": b"", "text": b"no result"}[damage])
     if name == "last.ckpt":
         Path("run", runs.RESULT).unlink()
-    with pytest.raises(ValueError, match=rf"'run/{name}' is damaged"):
+    message = f"{str(path)!r} is damaged: delete it, and the same command {verb} this network again"
+    with pytest.raises(ValueError, match=re.escape(message)):
         runs.run(tiny("glyphs_student"), Path("run"), 1)
+    path.unlink()
+    assert digits(runs.run(tiny("glyphs_student"), Path("run"), 1)) == digits(finished[1])
 
 
 def test_embedding_keeps_order_and_evaluates_in_eval_mode() -> None:

@@ -186,8 +186,18 @@ def test_an_unreadable_image_is_named(folder: Path, content: bytes | None) -> No
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40), dtype=np.uint8)).save(path)
         content = path.read_bytes()[:700]
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"part0.class4.2\.png cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"part0.class4.2\.png cannot be read as an image .*skip_damaged=True"):
         module(folder)
+
+
+def test_damaged_images_are_left_out_and_listed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = module(folder)
+    (folder / "part0" / "class4" / "2.png").write_bytes(b"no image at all")
+    found = module(folder, skip_damaged=True)
+    assert len(found.root) == len(whole.root) - 1
+    assert found.class_names == whole.class_names
+    assert "1 damaged images are left out" in caplog.text
+    assert "2.png" in caplog.text
 
 
 def test_a_class_seen_in_two_parts_of_a_data_set_is_refused(tmp_path: Path) -> None:
