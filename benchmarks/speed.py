@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ON_CPU = ["rkd_angle", "step", "cached_teacher", "throughput", "retrieval"]
+ON_CPU = ["rkd_angle", "step", "cached_teacher", "micro_batches", "throughput", "retrieval"]
 ON_GPU = ["rkd_angle", "step"]
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_rkd.data.samplers.pk import PKBatchSampler as PKBatchSampler
     from lightning_rkd.distillation.distiller import Distiller as Distiller
     from lightning_rkd.distillation.features import Tap as Tap
+    from lightning_rkd.distillation.micro_batches import MicroBatches as MicroBatches
     from lightning_rkd.distillation.pooling import cls_token as cls_token
     from lightning_rkd.distillation.pooling import global_pool as global_pool
     from lightning_rkd.distillation.pooling import last_token_pool as last_token_pool

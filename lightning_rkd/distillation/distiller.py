@@ -20,6 +20,7 @@ from lightning_rkd.distillation.features import (
     find_layer,
 )
 from lightning_rkd.distillation.finite_checks import FiniteChecks
+from lightning_rkd.distillation.micro_batches import split_rows
 from lightning_rkd.distillation.recording import Recorder
 from lightning_rkd.distillation.row_check import RowCheck
 from lightning_rkd.distillation.step import Needs, StepFeatures
@@ -373,12 +374,25 @@ class Distiller:
         """Raise ``NonFiniteError`` if a loss is not finite, at once on a CPU and one step late on other devices."""
         self._checks.check_losses(losses, step)
 
-    def collect(self, batch: Batch | None, *, teach: bool = True) -> StepFeatures:
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Record and discard, for the second pass of a part of a step, which must do what the first one did."""
+        for reader in self._readers:
+            reader.start()
+        try:
+            yield
+        finally:
+            for reader in self._readers:
+                reader.stop()
+
+    def collect(self, batch: Batch | None, *, teach: bool = True, parts: int = 1) -> StepFeatures:
         """Collect the student's features since :meth:`start`, and compute those of the teacher for the same inputs.
 
         Args:
             batch: Batch of this rank. ``None`` for a step without a batch, which needs ``input_layer``.
             teach: Whether to run the teacher.
+            parts: Number of parts of the batch on which the student has run, one after the other. A teacher that is a
+                network runs on as many.
 
         Raises:
             CaptureError: The student layer was not called, or was called several times without ``input_layer``, or the
@@ -386,8 +400,8 @@ class Distiller:
         """
         if not (batch is None or isinstance(batch, Batch)):
             raise TypeError(f"collect takes a Batch, got {type(batch).__name__}: Batch(inputs, labels=...)")
-        calls = None if self.inputs is None else self.inputs.collect()
-        student, views = self.student.collect()
+        calls = None if self.inputs is None else self.inputs.collect(parts)
+        student, views = self.student.collect(parts)
         features = StepFeatures(Batch(inputs=None) if batch is None else batch, student, views=views)
         if not teach or self.teacher is None:
             return features
@@ -404,6 +418,9 @@ class Distiller:
             )
         if self.inputs is not None and not calls:
             raise CaptureError(f"the input_layer {self.inputs.layer!r} was never called in this step")
+        if calls is None and parts > 1 and not self.teacher.needs_indices:
+            given = features.batch
+            calls = split_rows(given.inputs if given.teacher_inputs is None else given.teacher_inputs, parts)
         features.teachers = self.teacher.outputs(features.batch, calls)
         rows = len(first_tensor(student))
         for teacher in features.teachers:
@@ -413,7 +430,7 @@ class Distiller:
                     "student's inputs are not those of the batch, name the layer that receives them: input_layer=..."
                 )
         if self._row_check.steps_left and torch.is_grad_enabled():
-            self._row_check.check(features.batch.inputs)
+            self._row_check.check(features.batch.inputs if parts == 1 else split_rows(features.batch.inputs, parts)[0])
         return features
 
     def layers_ran(self) -> bool:

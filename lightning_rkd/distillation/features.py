@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.distillation.arguments import bind_arguments, find_signature
+from lightning_rkd.distillation.micro_batches import refuse_inside
 from lightning_rkd.distillation.pooling import cls_token as cls_token
 from lightning_rkd.distillation.pooling import global_pool as global_pool
 from lightning_rkd.distillation.pooling import last_token_pool as last_token_pool
@@ -185,8 +186,11 @@ class FeatureReader(Recorder):
                 "forward calls it"
             )
         paths = {id(module): name for name, module in network.named_modules()}
+        modules = [find_layer(network, tap.layer) for tap in self._all]
+        if self.network == "student":
+            refuse_inside(network, modules)
         self._titles, self._logged = [], not self.network
-        for number, (tap, module) in enumerate([(tap, find_layer(network, tap.layer)) for tap in self._all]):
+        for number, (tap, module) in enumerate(zip(self._all, modules, strict=True)):
             path = paths.get(id(module), tap.layer)
             self._titles.append(
                 f"{f'{self.network} layer {path!r}' if path else self.network} ({type(module).__name__})"
@@ -197,17 +201,22 @@ class FeatureReader(Recorder):
             else:
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
-    def collect(self) -> tuple[dict[str, Outputs], int]:
+    def collect(self, parts: int = 1) -> tuple[dict[str, Outputs], int]:
         """Stop recording, and return the outputs by tap, with several calls concatenated, and the number of calls.
+
+        Args:
+            parts: Number of parts of the batch on which the network has run, one after the other. The rows of each
+                view are concatenated before those of the next, and calls are counted for one part.
 
         Raises:
             CaptureError: A tapped layer was never called, or the layers were called unequally often.
         """
-        recorded = self._collect_calls()
+        recorded = [_sort_calls(calls, parts) for calls in self._collect_calls()]
         counts = set(map(len, recorded))
         if len(counts) != 1 or 0 in counts:
             self._refuse(recorded)
-        self.rows = [record.rows for record in recorded[0] if record.rows is not None]
+        rows = [record.rows or 0 for record in recorded[0]]
+        self.rows = [sum(rows[start : start + parts]) for start in range(0, len(rows), parts)]
         joined = [join_calls(calls) for calls in recorded]
         if not self._logged and not torch.compiler.is_compiling():
             self._log_taps(joined)
@@ -219,7 +228,7 @@ class FeatureReader(Recorder):
                 outputs[name] = Outputs(feature_maps=[x for one in own for x in one.feature_maps or []])
             else:
                 outputs[name] = own[0]
-        return outputs, len(recorded[0])
+        return outputs, len(self.rows)
 
     def _refuse(self, recorded: list[list[Any]]) -> None:
         if not recorded:
@@ -265,9 +274,9 @@ class InputReader(Recorder):
         module = find_layer(network, self.layer)
         self._handles = [module.register_forward_pre_hook(Hook(self._record), with_kwargs=True)]
 
-    def collect(self) -> list[Any]:
-        """Stop recording, and return the inputs of every call."""
-        return self._collect_calls()[0]
+    def collect(self, parts: int = 1) -> list[Any]:
+        """Stop recording, and return the inputs of every call, those of a view in several parts one after another."""
+        return _sort_calls(self._collect_calls()[0], parts)
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.on:
@@ -365,6 +374,17 @@ def _describe(tap: Tap, outputs: Outputs) -> str:
 
 def _describe_tensors(tensors: Sequence[Tensor | None]) -> str:
     return ", ".join(f"{tuple(x.shape)}, {str(x.dtype).removeprefix('torch.')}" for x in tensors if x is not None)
+
+
+def _sort_calls(calls: list[Any], parts: int) -> list[Any]:
+    """Sort the calls of a layer by view, then by part."""
+    views, rest = divmod(len(calls), parts)
+    if rest:
+        raise CaptureError(
+            f"a layer ran {len(calls)} times in {parts} micro-batches, but must run equally often in each: tap a layer "
+            "that every sample passes through, or leave micro_batch out"
+        )
+    return [call for view in range(views) for call in calls[view::views]]
 
 
 def _copy_inputs(inputs: Any) -> Any:

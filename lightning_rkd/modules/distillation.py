@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -27,6 +28,7 @@ from lightning_rkd.distillation.lightning import (
     save_plain_hyperparameters,
     start_evaluation,
 )
+from lightning_rkd.distillation.micro_batches import check_size, count_parts, count_rows, run_parts, split_rows
 from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.distillation.teachers import BaseTeacher
 from lightning_rkd.losses.base import RelationalLoss
@@ -93,6 +95,10 @@ class DistillationModule(pl.LightningModule):
             applies the weights unchanged.
         log_gradients: Whether to log ``gradient/<term>``, the gradient norm of the weighted term at the features it
             reads divided by that of the weighted task loss, which costs a backward pass per term in logged steps.
+        micro_batch: Largest number of samples that the networks process at once in training. A larger batch is split
+            into micro-batches, while losses and gradients are those of the whole batch: memory is that of one
+            micro-batch, at the cost of a second forward pass of the student. See
+            :class:`~lightning_rkd.MicroBatches` for inputs and BatchNorm. ``None`` processes the batch at once.
 
     Raises:
         ValueError: When a fit begins: a loss without a teacher, neither loss nor task loss, or a frozen student.
@@ -137,18 +143,20 @@ class DistillationModule(pl.LightningModule):
         gather: bool = True,
         balance: float | None = None,
         log_gradients: bool = False,
+        micro_batch: int | None = None,
     ) -> None:
         super().__init__()
         if balance is not None and (balance < 0 or task_loss is None):
             raise ValueError(f"balance needs a task_loss to compare with, and must be at least 0, got {balance}")
         if log_gradients and task_loss is None:
             raise ValueError("log_gradients needs a task_loss to compare the terms with")
+        check_size("micro_batch", micro_batch)
         save_plain_hyperparameters(self, inspect.currentframe())
         self.student, self.task_loss, self.miner = student, task_loss, miner
         self.loss = LossSum(loss) if isinstance(loss, dict) else loss
         self.metrics = nn.ModuleDict(metrics or {})
         self.task_reads, self.batch_transform, self.task_weight = task_reads, batch_transform, task_weight
-        self.balance, self.log_gradients = balance, log_gradients
+        self.balance, self.log_gradients, self.micro_batch = balance, log_gradients, micro_batch
         self._optimizer, self._lr_scheduler, self._lr_interval = optimizer, lr_scheduler, lr_interval
         self._keys: dict[str, Any] = {
             "inputs": inputs,
@@ -270,8 +278,16 @@ class DistillationModule(pl.LightningModule):
         if self.batch_transform is not None:
             given = self.batch_transform(given)
         self.distiller.start()
-        output = call_network(self, given.inputs)
-        features = self.distiller.collect(given, teach=self.loss is not None)
+        parts = 1
+        if self.micro_batch is not None:
+            counts = gather_row_counts(count_rows(given.inputs), self.device, self.distiller.group)
+            parts = count_parts(counts, self.micro_batch)
+        if parts == 1:
+            output = call_network(self, given.inputs)
+        else:
+            inputs, repeating = split_rows(given.inputs, parts), self.distiller.repeating
+            output = run_parts(partial(call_network, self), inputs, self.student, repeating)
+        features = self.distiller.collect(given, teach=self.loss is not None, parts=parts)
         terms = self.distiller.compute_terms(features, epoch=self.current_epoch, step=self.global_step)
         return features, output, terms
 

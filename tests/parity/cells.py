@@ -246,7 +246,47 @@ MANUAL = [
     manual(", a compiled module", compiles=compiled("eager"), slow=True),
     module(name="manual optimisation in a subclass", user=toys.Manual, kind=users.ManualModule, limit=ALMOST),
 ]
-ON_ONE_DEVICE = [*STEPS, *LOSSES, *TRAINER, *COMPILERS, *MANUAL]
+PARTS: dict[str, Any] = {"micro_batch": 3}
+HALF = 1e-2  # the same products are rounded in other sums
+
+
+def parts(name: str, limit: float = ALMOST, arguments: Any = (), **fields: Any) -> Cell:
+    """A module in micro-batches of at most 3 of 8 rows, against the loss by hand on the whole batch."""
+    return module(name=f"micro-batches{name}", limit=limit, arguments=PARTS | dict(arguments), **fields)
+
+
+def wrapped(name: str, user: Callable[..., Any] = toys.Student, **fields: Any) -> Cell:
+    """A callback on a backbone in micro-batches."""
+    return callback(name=f"micro-batches{name}", user=users.in_micro_batches(user), limit=ALMOST, **fields)
+
+
+RANDOM, NORMED = partial(users.InParts, dropout=0.5, norm=True), partial(Net, dropout=0.5, norm=True)
+DOUBLE: dict[str, Any] = {"settings": {"precision": "64-true"}, "limit": 1e-12}
+MICRO_BATCHES = [
+    parts(""),
+    parts(", dropout and batch norm, 64-true, against kept activations", user=RANDOM, **DOUBLE | {"student": NORMED}),
+    parts(", metric learning with a miner", **METRIC),
+    parts(", batches are mappings", user=MAPPED, batches=mappings, arguments={"inputs": ["x"], "labels": "y"}),
+    parts(", two passes in a step", user=users.TwoPasses, student=users.TwoPassesNet, arguments=AT_BACKBONE),
+    parts(", an in-place operation after the layer", user=users.WritesOver, student=users.WritesOverNet),
+    parts(", activation checkpointing inside", **pair(recomputes)),
+    parts(", losses at two layers", user=users.TwoTaps, loss=two_layers, by_hand=users.rkd, arguments=LAYERS),
+    parts(", a loss with parameters", **PARAMETERS),
+    parts(", a loss with a memory", **MEMORY),
+    parts(", accumulation", settings={"accumulate_grad_batches": 2}),
+    parts(", bf16-mixed", HALF, settings={"precision": "bf16-mixed"}),
+    parts(", bf16-true", HALF, settings={"precision": "bf16-true"}),
+    parts(", 64-true", **DOUBLE),
+    parts(", fp16 with a scaler, accumulation", HALF, settings={"plugins": scaler, "accumulate_grad_batches": 2}),
+    parts(", LBFGS with strong_wolfe, 64-true", optimizer=strong_wolfe, **DOUBLE),  # a search amplifies rounding
+    parts(", a compiled student", compiles=compiled("aot_eager", student=True), slow=True),
+    parts(", a compiled module", compiles=compiled("aot_eager"), slow=True),
+    wrapped(""),
+    wrapped(", accumulation and clipping", settings={"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}),
+    wrapped(", two passes in a step", users.TwoViews, arguments=AT_BACKBONE),
+    wrapped(", manual", users.TwoBackwards, arguments=at(0)),
+]
+ON_ONE_DEVICE = [*STEPS, *LOSSES, *TRAINER, *COMPILERS, *MANUAL, *MICRO_BATCHES]
 
 
 # Two devices
@@ -273,6 +313,11 @@ FSDP: dict[str, Any] = {
     "kind": having(DistillationModule, configure_model=users.shard),
     "on_ranks": {"strategy": on_a_mesh},
 }
+IN_PARTS: dict[str, dict[str, Any]] = {
+    "callback": {"user": users.in_micro_batches(toys.Student)},
+    "module": {"arguments": PARTS},
+}
+FSDP_IN_PARTS = IN_PARTS | {"callback": {"user": users.in_micro_batches(FSDP["user"])}}
 SPAWNED = {"strategy": "ddp_spawn", "devices": 2, "use_distributed_sampler": False}
 BY_RANKS: dict[str, Any] = {"ranks": "same ranks", "loss": RKD, "by_hand": users.Everywhere}
 
@@ -282,6 +327,7 @@ ON_TWO_DEVICES = [
     for two in [partial(on_two, face)]
     for cell in [
         two("DDP"),
+        two("DDP, micro-batches", **IN_PARTS[face]),
         two("DDP, static_graph", **ddp(static_graph=True)),
         two("DDP, gradient_as_bucket_view", **ddp(gradient_as_bucket_view=True)),
         two("DDP, accumulation", settings={"accumulate_grad_batches": 2}),
@@ -293,6 +339,7 @@ ON_TWO_DEVICES = [
         two("DDP, bf16-mixed", settings={"precision": "bf16-mixed"}, **BY_RANKS),
         two("DDP, bf16-true", settings={"precision": "bf16-true"}, **BY_RANKS),
         two("FSDP2", **FSDP),
+        two("FSDP2, micro-batches", **FSDP | FSDP_IN_PARTS[face]),
         two("ddp_spawn", ranks="spawned", on_ranks=SPAWNED, slow=True),
     ]
 ]
@@ -305,6 +352,10 @@ ON_TWO_DEVICES += [
     on_two("callback", "DDP, manual, static_graph", user=toys.Manual, **ddp(static_graph=True)),
     on_two("callback", "DDP, fp16 with a scaler", settings={"plugins": scaler}, **BY_RANKS),
     on_two("callback", "FSDP2, accumulation", settings={"accumulate_grad_batches": 2}, **FSDP),
+    on_two("module", "DDP, micro-batches, static_graph", **IN_PARTS["module"], **ddp(static_graph=True)),
+    on_two("module", "DDP, micro-batches, uneven batches", counts=(11, 5), **IN_PARTS["module"]),
+    on_two("module", "FSDP2, micro-batches, uneven batches", counts=(11, 5), **IN_PARTS["module"] | FSDP),
+    on_two("module", "DDP, micro-batches, accumulation", settings={"accumulate_grad_batches": 2}, **IN_PARTS["module"]),
     on_two("module", "DDP, find_unused_parameters", **UNUSED),
     on_two("module", "DDP, metric learning with a miner", loss=RKD, **METRIC, **UNUSED),  # the head
     on_two("module", "DDP, metric learning with a miner, uneven batches", loss=RKD, counts=(11, 5), **METRIC, **UNUSED),

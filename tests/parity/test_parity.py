@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.training_step. returned .None.:UserWarning"),
     pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument:UserWarning"),
     pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:BatchNorm normalises each micro-batch:UserWarning"),
     # what torch.compile does inside
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated:FutureWarning"),

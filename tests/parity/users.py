@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from lightning_rkd.distillation.micro_batches import MicroBatches
 from lightning_rkd.losses.rkd import RKD, RKDAngle, RKDDistance
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.types import Batch
@@ -364,6 +365,26 @@ class Recomputes(toys.Backbone):
         with set_checkpoint_early_stop(False):  # else the last layer would not run again to its end
             out: Tensor = checkpoint(super().forward, x, use_reentrant=self.reentrant)
         return out
+
+
+class InParts(toys.Student):
+    """Runs the backbone on three parts of the batch, whose activations it keeps."""
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        embedding = torch.cat([self.backbone(part) for part in x.tensor_split(3)])
+        return self.plus(self.task(embedding, y), embedding, x)
+
+
+def in_micro_batches(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the same module, with a backbone that runs in micro-batches unless the loss is written by hand."""
+
+    def changed(*by_hand: Any) -> Any:
+        module = make(*by_hand)
+        if not by_hand:
+            module.backbone = MicroBatches(module.backbone, 3)
+        return module
+
+    return changed
 
 
 def with_backbone(kind: type[nn.Module], make: Callable[..., Any]) -> Callable[..., Any]:
