@@ -1,13 +1,15 @@
 """LightningModule that trains a student with a task loss, relational losses against a teacher, or both."""
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -175,6 +177,45 @@ class DistillationModule(pl.LightningModule):
         )
         self._evaluation: Evaluation
         self._undo_numbers: Callable[[], None] = _do_nothing
+        self._absent: dict[str, str] = {}
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load a module from a checkpoint.
+
+        Args:
+            checkpoint_path: Path of the checkpoint.
+            *args: Further arguments of Lightning's method, such as ``map_location``.
+            **kwargs: Arguments of the module that are not saved: the student, and to train on also teacher, losses and
+                all other arguments that are not plain values. Under the command line all but the teacher are saved.
+
+        Raises:
+            TypeError: The student is missing.
+        """
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except TypeError as error:
+            absent = re.findall(r"'(\w+)'", str(error)) if "required" in str(error) else []
+            if not absent:
+                raise
+            given = ", ".join(f"{name}=..." for name in absent)
+            raise TypeError(
+                f"networks and losses are not saved: pass them as when the module was made, "
+                f"{cls.__name__}.load_from_checkpoint(path, {given}), and to train on also teacher=, loss=, task_loss="
+            ) from error
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the names of the losses."""
+        checkpoint["losses"] = self._name_losses()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Find losses that were trained with and are missing now."""
+        own = self._name_losses()
+        self._absent = {name: loss for name, loss in checkpoint.get("losses", {}).items() if name not in own}
+
+    def _name_losses(self) -> dict[str, str]:
+        given = {"loss": self.loss, "task_loss": self.task_loss, "miner": self.miner}
+        return {name: type(loss).__name__ for name, loss in given.items() if loss is not None}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Output of the student."""
@@ -203,6 +244,11 @@ class DistillationModule(pl.LightningModule):
                 raise ValueError("nothing to train with: pass task_loss=..., or teacher=... and loss=...")
             if not any(p.requires_grad for p in self.student.parameters()):
                 raise ValueError("the student is frozen: none of its parameters requires a gradient")
+            if self._absent:
+                given = ", ".join(f"{name}={loss}(...)" for name, loss in self._absent.items())
+                rank_zero_warn(
+                    f"training goes on without what the checkpoint was trained with: to keep it, pass {given}"
+                )
         measured = [name for name, metric in self._metrics().items() if "teacher" in update_parameters(metric)]
         if measured and stage != "predict" and self.distiller.teacher is None:
             raise ValueError(f"the metrics {measured} compare with the teacher: pass teacher=..., or leave them out")

@@ -237,6 +237,23 @@ def test_checkpoints_are_safe_hold_no_teacher_and_plain_hyper_parameters(kind: s
     assert type(loaded.hparams["weight"]) is float
 
 
+def test_a_checkpoint_loaded_without_its_student_says_what_to_pass(tmp_path: Path) -> None:
+    toys.fit(distilling(), toys.keeps(tmp_path), enable_checkpointing=True)
+    message = r"DistillationModule\.load_from_checkpoint\(path, student=\.\.\.\), and to train on also teacher=, loss="
+    with pytest.raises(TypeError, match=message):
+        DistillationModule.load_from_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_losses_that_a_loaded_module_lacks_are_named_when_it_trains_on(tmp_path: Path) -> None:
+    toys.fit(distilling(task_loss=nn.CrossEntropyLoss()), toys.keeps(tmp_path), enable_checkpointing=True)
+    both = {"student": toys.Backbone(), "teacher": toys.teacher(), "loss": RKD()}
+    loaded = DistillationModule.load_from_checkpoint(tmp_path / "last.ckpt", **both)
+    with pytest.raises(UserWarning, match=r"to keep it, pass task_loss=CrossEntropyLoss\(\.\.\.\)"):
+        toys.fit(loaded)  # trained on in silence
+    whole = DistillationModule.load_from_checkpoint(tmp_path / "last.ckpt", **both, task_loss=nn.CrossEntropyLoss())
+    toys.fit(whole)
+
+
 @pytest.mark.parametrize("averaging", [WeightAveraging, lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1)])
 def test_averages_of_weights_hold_no_teacher(averaging: Any, tmp_path: Path) -> None:
     ours = distilling(metrics={"retrieval": EmbeddingRetrieval()})
