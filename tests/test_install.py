@@ -27,6 +27,8 @@ EXTRA = {
     "pytorch_metric_learning",
     "rich",
     "scipy",
+    "timm",
+    "transformers",
 }
 """Packages that only extras install."""
 NEEDS_AN_EXTRA = ("cli/", "functional/_kernels/", "plots/")

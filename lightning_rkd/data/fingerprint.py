@@ -90,6 +90,8 @@ def _digest_object(value: Any, update: Callable[[bytes], None], seen: dict[int, 
         parts = [part for item in value.items() for part in item]
     elif isinstance(value, list | tuple):
         parts = value
+    elif isinstance(value, set | frozenset):
+        parts = sorted(map(repr, value))  # their order changes from run to run
     elif isinstance(value, CodeType):
         parts = (value.co_code, value.co_consts, value.co_names)
     elif isinstance(value, FunctionType):

@@ -70,15 +70,16 @@ class Renormalize(nn.Module):
 
     def __init__(self, student: Statistics, teacher: Statistics) -> None:
         super().__init__()
-        self.student, self.teacher = student, teacher
         for name, value in (("student", student), ("teacher", teacher)):
-            if len(value) != 2:
+            if not isinstance(value, list | tuple) or len(value) != 2:
                 raise ValueError(f"Renormalize: {name} must be (mean, std), got {value!r}")
             if bool((torch.tensor(value[1]) <= 0).any()):
                 raise ValueError(f"Renormalize: the standard deviation of {name} must be positive, got {value[1]!r}")
         (mean, std), (to_mean, to_std) = (
             [torch.tensor(x, dtype=torch.float64).reshape(-1, 1, 1) for x in pair] for pair in (student, teacher)
         )
+        self.student = mean.flatten().tolist(), std.flatten().tolist()
+        self.teacher = to_mean.flatten().tolist(), to_std.flatten().tolist()
         # not buffers, which a cast to half precision would round
         self.scale, self.shift = (std / to_std).float(), ((mean - to_mean) / to_std).float()
 

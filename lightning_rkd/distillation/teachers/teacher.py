@@ -35,8 +35,8 @@ class Teacher(BaseTeacher):
         network: The teacher network. It is moved and cast when training begins, and restored afterwards.
         weights: File with the weights of the network, read when training begins, in one of the forms that
             :func:`load_weights` understands. ``None`` keeps the weights of ``network``.
-        move: Whether to move and cast the network. Pass ``False`` for a sharded or quantised network, which then
-            receives inputs on the student's device.
+        move: Whether to move and cast the network; one quantised by torchao is moved, but not cast. Pass ``False``
+            for a sharded network, or one quantised otherwise, which then receives inputs on the student's device.
         channels_last: Whether to store weights and images in the channels-last format, which makes convolutional
             networks faster on GPUs in half precision and on many CPUs.
         transform: Function, or list of functions applied in order, from what the teacher receives (``teacher_inputs``
@@ -219,7 +219,7 @@ class Teacher(BaseTeacher):
             if state.network is self.network and not self.move:
                 continue
             state.remember_tensors()
-            if state.network is self.network and convert is not None:
+            if state.network is self.network and convert is not None and not state.has_subclasses:
                 convert(self.network)
             state.network.to(device)
         if self.channels_last:
@@ -235,7 +235,8 @@ class Teacher(BaseTeacher):
             for transform in self.transforms:
                 inputs = transform(inputs)
             inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs  # mappings of other packages are no trees
-            first = next((p for p in self.network.parameters() if p.is_floating_point()), None)
+            floating = [p for p in self.network.parameters() if p.is_floating_point()]
+            first = min(floating, key=_is_subclass, default=None)  # quantised weights may state another type
             dtype, device = (torch.float32, "cpu") if first is None else (first.dtype, first.device.type)
             convert = partial(_convert, dtype=None if first is None else dtype, channels_last=self.channels_last)
             with nullcontext() if dtype == torch.float32 else torch.autocast(device, enabled=False):
@@ -328,6 +329,7 @@ class _SavedState:
         self.modes = [(module, module.training) for module in network.modules()]
         self.tensors: list[tuple[nn.Parameter, Tensor]] = []
         self.slots: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+        self.has_subclasses = False
 
     @staticmethod
     def enter(network: nn.Module) -> _SavedState:
@@ -337,9 +339,15 @@ class _SavedState:
 
     def remember_tensors(self) -> None:
         if not self.slots:
-            self.tensors = [(p, p.data) for p in self.network.parameters()]
+            parameters = list(self.network.parameters())
+            self.tensors = [(p, p.data) for p in parameters if not _is_subclass(p)]
             # .to() replaces buffers
             self.slots = [(m, *get_slots(m)) for m in self.network.modules()]
+            # and writes over the insides of tensor subclasses, which twins spare
+            twins = {p: nn.Parameter(p.detach(), p.requires_grad) for p in parameters if _is_subclass(p)}
+            self.has_subclasses = bool(twins)
+            for module, own, buffers in self.slots if twins else ():
+                set_slots(module, {k: p if p is None else twins.get(p, p) for k, p in own.items()}, buffers)
 
     def leave(self) -> None:
         self.teachers -= 1
@@ -359,8 +367,8 @@ _saved_states: dict[nn.Module, _SavedState] = {}  # of attached networks, which 
 
 def plain_tensors(x: Tensor) -> Iterator[Tensor]:
     """The tensor, or the plain ones that a tensor subclass consists of, such as the integers and scales of torchao."""
-    if hasattr(x, "__tensor_flatten__"):
-        for name in x.__tensor_flatten__()[0]:
+    if _is_subclass(x):
+        for name in x.__tensor_flatten__()[0]:  # type: ignore[attr-defined] # the protocol of subclasses
             yield from plain_tensors(getattr(x, name))
     else:
         yield x.detach()
@@ -372,6 +380,11 @@ def _convert(x: Any, dtype: torch.dtype | None, channels_last: bool) -> Any:
     if x.is_floating_point():
         x = x.to(dtype)  # None leaves it
     return x.contiguous(memory_format=torch.channels_last) if channels_last and x.ndim == 4 else x
+
+
+def _is_subclass(x: Tensor) -> bool:
+    """True for a tensor made of others, as torchao's quantised weights are."""
+    return hasattr(x, "__tensor_flatten__")
 
 
 def _is_sharded(x: Tensor) -> bool:

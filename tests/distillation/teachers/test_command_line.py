@@ -9,10 +9,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.cli import main as cli
+from lightning_rkd.data import Renormalize
 from lightning_rkd.distillation.teachers import BaseTeacher, EnsembleTeacher, Teacher
 from tests.harness import toys
 from tests.harness.faces import FACES
@@ -130,3 +132,41 @@ def test_teachers_may_be_a_list_of_plain_networks(face: str) -> None:
     assert isinstance(Records.teacher, EnsembleTeacher)
     assert (Records.teacher.combine, Records.teacher.weights) == ("relations", {"0": 0.2, "1": 0.8})
     assert Records.teacher.layers == {"0": "first", "1": None}
+
+
+class Doubles(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def halves(x: Tensor) -> Tensor:
+    return x / 2
+
+
+TRANSFORMS: dict[str, tuple[Any, list[str]]] = {
+    "a module": (f"{HERE}.Doubles", ["Doubles()"]),
+    "several": ([f"{HERE}.Doubles", f"{HERE}.Doubles"], ["Doubles()", "Doubles()"]),
+    "a function": (f"{HERE}.halves", [repr(halves)]),
+}
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_a_teacher_gets_its_transform(kind: str, face: str) -> None:
+    given, expected = TRANSFORMS[kind]
+    assert fit(face, made("Teacher", network=f"{HERE}.narrow", transform=given)) == 0
+    assert [repr(f) for f in Records.teacher.transforms] == expected
+
+
+def test_the_ready_transforms_and_pretrained_teachers_are_reached_from_yaml() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--teacher", type=BaseTeacher | nn.Module | None)
+    statistics = {"student": [[0.5, 0.5, 0.5], [0.2, 0.2, 0.2]], "teacher": [0.5, 0.25]}
+    ready = [made("lightning_rkd.data.Resize", size=[8, 9]), made("lightning_rkd.data.Renormalize", **statistics)]
+    teacher = made("lightning_rkd.Teacher", network=f"{HERE}.narrow", transform=ready)
+    parsed = parser.instantiate(parser.parse_object({"teacher": teacher})).teacher
+    assert list(map(repr, parsed.transforms)) == ["Resize((8, 9), 'bicubic')", repr(Renormalize(**statistics))]
+    settings = {"name": "resnet18", "pretrained": False, "student_normalization": [[0.5] * 3, [0.25] * 3]}
+    teacher = made("lightning_rkd.Teacher.from_torchvision", **settings)
+    parsed = parser.instantiate(parser.parse_object({"teacher": teacher})).teacher
+    assert parsed(torch.zeros(1, 3, 32, 32)).shape == (1, 512)

@@ -18,11 +18,16 @@ from lightning_rkd.data.indexing import with_indices
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.teachers import CachedTeacher, CacheError, Teacher
 from lightning_rkd.distillation.teachers import teacher as teacher_module
+from lightning_rkd.distillation.teachers.cache_writer import describe_teacher
+from lightning_rkd.distillation.teachers.teacher import plain_tensors
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.types import Batch
+from tests.callbacks.test_ddp import largest as distance
+from tests.distillation.teachers.test_ranks import fitted
 from tests.harness import nets, toys
 from tests.harness.faces import FACES, Net, User, gradients, largest, taught
+from tests.harness.ranks import Ranks
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 STUDENT = ([0.5, 0.4, 0.3], [0.2, 0.3, 0.25])
@@ -343,3 +348,120 @@ def test_adapters_that_differ_between_ranks_are_no_other_teacher(monkeypatch: py
     nn.init.normal_(second.base.first.weight)
     with pytest.raises(RuntimeError, match="the teacher's weights differ between ranks"):
         Teacher(second, context=second.off).check_same_on_ranks()
+
+
+# Tensor subclasses
+
+
+class Halves(Tensor):
+    """A tensor of two parts, which refuses to be viewed."""
+
+    top: Tensor
+    bottom: Tensor
+
+    @staticmethod
+    def __new__(cls, top: Tensor, bottom: Tensor) -> Any:
+        size = (len(top) + len(bottom), *top.shape[1:])
+        return torch.Tensor._make_wrapper_subclass(cls, size, dtype=torch.float32, device=top.device)
+
+    def __init__(self, top: Tensor, bottom: Tensor) -> None:
+        self.top, self.bottom = top, bottom
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["top", "bottom"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> Tensor:
+        return Halves(parts["top"], parts["bottom"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in ("detach", "_to_copy", "clone"):
+            return cls(*(function(x, *args[1:], **(kwargs or {})) for x in (args[0].top, args[0].bottom)))
+        if name == "t":
+            return function(torch.cat([args[0].top, args[0].bottom]), *args[1:])
+        raise NotImplementedError(f"Halves has no {name}")
+
+
+def halved() -> nn.Module:
+    """A teacher with weights of two parts."""
+    network = toys.teacher(norm=True).eval()
+    network.first.weight = nn.Parameter(Halves(*network.first.weight.detach().split([4, 6])), requires_grad=False)
+    return network
+
+
+def eight_bits() -> nn.Module:
+    """A teacher with weights in eight bits."""
+    quantization = pytest.importorskip("torchao.quantization")
+    network: nn.Module = toys.teacher(norm=True).eval()
+    quantization.quantize_(network, quantization.Int8WeightOnlyConfig())
+    return network
+
+
+@pytest.mark.parametrize("build", [halved, eight_bits])
+def test_tensor_subclasses_are_compared_over_ranks(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``aten.view`` failed here."""
+    checksums: list[Tensor] = []
+
+    def gather(x: Tensor, group: Any = None) -> Tensor:
+        checksums.append(x)
+        return torch.cat(checksums)
+
+    monkeypatch.setattr(teacher_module, "rank_and_size", lambda group=None: (len(checksums), 2))
+    monkeypatch.setattr(teacher_module, "gather_rows", gather)
+    other = build()
+    for network in (build(), other):
+        Teacher(network).check_same_on_ranks()
+    next(plain_tensors(other.first.weight)).add_(1)
+    with pytest.raises(RuntimeError, match="the teacher's weights differ between ranks"):
+        Teacher(other).check_same_on_ranks()
+
+
+@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("build", [halved, eight_bits])
+def test_a_teacher_of_tensor_subclasses_teaches_and_is_restored(build: Any, precision: str, face: str) -> None:
+    network = build()
+
+    def by_hand(embedding: Tensor, x: Tensor) -> Tensor:
+        return RKD()(embedding, network(x.float()).detach())
+
+    expected = gradients(User(by_hand), precision=precision)
+    before = network.first.weight, [x.clone() for x in plain_tensors(network.first.weight)]
+    module, callbacks = taught(face, network, RKD())
+    assert largest(gradients(module, *callbacks, precision=precision), expected) == 0.0
+    assert network.first.weight is before[0]
+    assert all(map(torch.equal, plain_tensors(network.first.weight), before[1]))
+
+
+@pytest.mark.parametrize("build", [halved, eight_bits])
+def test_a_teacher_of_tensor_subclasses_comes_back_from_another_device(build: Any) -> None:
+    network, x = build(), torch.randn(4, toys.WIDTH)
+    expected, teacher = network(x), Teacher(network)
+    teacher.attach(None)
+    teacher.to("meta")
+    assert {part.device.type for part in plain_tensors(network.first.weight)} == {"meta"}
+    teacher.detach()
+    assert {part.device.type for part in plain_tensors(network.first.weight)} == {"cpu"}
+    assert torch.equal(network(x), expected)
+
+
+def test_a_cache_is_keyed_by_the_parts_of_a_tensor_subclass() -> None:
+    first, other = (describe_teacher(Teacher(halved()), None)["teacher weights"] for _ in range(2))
+    changed = halved()
+    changed.first.weight.bottom.add_(1)
+    assert first == other != describe_teacher(Teacher(changed), None)["teacher weights"]
+
+
+def by_eight_bits(rank: int | None, face: str) -> dict[str, Tensor]:
+    return fitted(rank, face, eight_bits(), RKD())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("face", FACES)
+def test_two_devices_learn_from_torchaos_eight_bits_what_one_does(ranks: Ranks, face: str) -> None:
+    pytest.importorskip("torchao")
+    first, second = ranks.run(by_eight_bits, face)
+    assert distance(first, second) == 0.0
+    assert distance(first, by_eight_bits(None, face)) <= 1e-6
