@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from lightning_rkd.losses.correlation_congruence import CorrelationCongruence as CorrelationCongruence
     from lightning_rkd.losses.crcd import CRCD as CRCD
     from lightning_rkd.losses.crd import CRD as CRD
+    from lightning_rkd.losses.csd import CSD as CSD
     from lightning_rkd.losses.cskd import ClassSimilarityKD as ClassSimilarityKD
     from lightning_rkd.losses.cskd import CosineTemperatureKD as CosineTemperatureKD
+    from lightning_rkd.losses.d3 import D3 as D3
     from lightning_rkd.losses.dark_rank import HardDarkRank as HardDarkRank
     from lightning_rkd.losses.dark_rank import SoftDarkRank as SoftDarkRank
     from lightning_rkd.losses.dist import DIST as DIST
@@ -30,10 +32,12 @@ if TYPE_CHECKING:
     from lightning_rkd.losses.nst import NST as NST
     from lightning_rkd.losses.pckd import PCKD as PCKD
     from lightning_rkd.losses.pkt import PKT as PKT
+    from lightning_rkd.losses.raml import RAML as RAML
     from lightning_rkd.losses.relaxed_contrastive import RelaxedContrastive as RelaxedContrastive
     from lightning_rkd.losses.rkd import RKD as RKD
     from lightning_rkd.losses.rkd import RKDAngle as RKDAngle
     from lightning_rkd.losses.rkd import RKDDistance as RKDDistance
+    from lightning_rkd.losses.rop import ROP as ROP
     from lightning_rkd.losses.rrd import RRD as RRD
     from lightning_rkd.losses.sample_contrastive import SampleContrastiveKD as SampleContrastiveKD
     from lightning_rkd.losses.similarity_preserving import SimilarityPreserving as SimilarityPreserving

@@ -18,7 +18,9 @@ from tests.oracles import (
     aicsd,
     attention_transfer,
     correlation_congruence,
+    csd,
     cskd,
+    d3,
     dark_rank,
     dist,
     embed_distill,
@@ -28,8 +30,10 @@ from tests.oracles import (
     itrd,
     nst,
     pkt,
+    raml,
     relaxed_contrastive,
     rkd,
+    rop,
     sample_contrastive,
     similarity_preserving,
     soft_target,
@@ -78,6 +82,18 @@ def of_classes(student: np.ndarray, teacher: np.ndarray, edges: str, neighbours:
     """The edges within the classes of LABELS, or between them."""
     same = (LABELS[:, None] == LABELS).double().numpy()
     return graph_kd.graph_kd([student], [teacher], same if edges == "within" else 1 - same, neighbours)
+
+
+def through_projection(loops: Callable[..., float], *networks: Any, **settings: Any) -> float:
+    """Of rows that a linear layer without bias brings to the teacher's width."""
+    student, teacher, parameters = networks
+    return loops(student @ parameters["project.weight"].T, teacher, **settings)
+
+
+def anchored(cls: Any, loops: Callable[..., float], *settings: dict[str, Any]) -> list[Any]:
+    equal_rows, other = equal((1, 3), (2, 2), (7, 3)), [((2, 1), (2, 3)), ((7, 4), (7, 3))]
+    each = [{}, *settings]
+    return [Case(cls, loops, equal_rows, each), Case(cls, partial(through_projection, loops), other, each)]
 
 
 def one_layer(loops: Callable[..., float], student: np.ndarray, teacher: np.ndarray, **settings: Any) -> float:
@@ -177,6 +193,10 @@ CASES = [
     Case(losses.SimilarityPreserving, similarity_preserving.similarity_preserving, LAYERS, [{"reads": "feature_maps"}]),
     Case(losses.SoftTarget, soft_target.soft_target, LOGITS, [{"temperature": x} for x in (1.0, 4.0, 16.0)], 3),
     Case(losses.SoftTarget, partial(dense, soft_target.soft_target), PIXELS, [{"temperature": 2.0}]),
+    *anchored(losses.CSD, csd.csd, {"top_k": 3}, {"student_temperature": 0.2, "teacher_temperature": 0.5}),
+    *anchored(losses.D3, d3.d3, {"top_k": 4}, {"alpha": 0.0, "beta": 0.5, "gamma": 3.0}),
+    *anchored(losses.RAML, raml.raml, {"lambda1": 0.0, "lambda2": 2.0}),
+    *anchored(losses.ROP, rop.rop, {"top_k": 3}, {"temperature": 1.0, "rank_weight": 2.0}),
     Case(losses.SRD, srd.srd, PAIRS, [{}, {"power": 2.0, "eps": 0.1}]),
     Case(Tanimoto, tanimoto.tanimoto, ROWS),
     Case(Tanimoto, tanimoto.tanimoto, LOGITS, [{"form": "sample"}]),
@@ -290,6 +310,26 @@ SCORES = 3 * det(6, 5, 0.9, 0.4), 3 * det(6, 5, 0.2, 1.7)
 )
 def test_values_are_those_of_published_code(loss, inputs, value):
     assert float(loss(*inputs)) == pytest.approx(value, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("loss", "value", "gradient"),
+    [
+        (losses.CSD(), 2.563522022764162, 0.15563885190878812),
+        (losses.CSD(5), 1.6756919696407142, 0.10539186483840401),
+        (losses.D3(), 20.299698383016274, 2.1512983404488355),
+        (losses.D3(5, 100, 5, 1), 43.486371753309626, 4.921208211383868),
+        (losses.RAML(), 1.6187184470319687, 0.33363555904051867),
+        (losses.ROP(5), 1.0238324068746185, 0.18103784503677034),
+        (losses.ROP(12), 1.6017100116659888, 0.20966546994665558),
+    ],
+    ids=str,
+)
+def test_values_and_norms_of_gradients_are_those_of_published_code(loss, value, gradient):
+    student, teacher = det(12, 6, 0.7, 1.1).requires_grad_(), det(12, 6, 1.3, 0.5)  # by SCY-X/D3still
+    ours = loss(student, teacher)
+    ours.backward()
+    assert (ours.item(), student.grad.norm().item()) == pytest.approx((value, gradient), rel=1e-10)
 
 
 @pytest.mark.parametrize(
