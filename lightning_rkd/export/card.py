@@ -4,6 +4,7 @@ import datetime
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from lightning_rkd.utils.provenance import hardware
+from lightning_rkd.utils.types import call_network
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,14 @@ def model_card(
     failed: Mapping[str, str],
 ) -> str:
     """Write the card in Markdown, for :func:`~lightning_rkd.export.export`."""
-    shape = f"({', '.join(map(str, config['input']['shape']))})"
+    inputs = config["inputs"]
     out = f"({', '.join(map(str, config['output']['shape']))})"
+    how = _HOW | {"student.onnx": _HOW["student.onnx"].replace("INPUTS", ", ".join(f'"{n}": {n}' for n in inputs))}
     lines = [
         f"# {facts.name}",
         "A student network, exported alone: it needs neither its teacher nor PyTorch Lightning.",
-        f"- input: {shape}, {config['input']['dtype']}, N any number" + _scaling(config["input"]),
-        f"- output: {out}, {config['output']['dtype']}",
+        *(f"- {name}: {_describe_input(one)}" for name, one in inputs.items()),
+        f"- output: {out}, {config['output']['dtype']}" + (f", read by `{config['read']}`" if config["read"] else ""),
         f"- parameters: {config['parameters']:,}",
     ]
     for heading, text in (("data", facts.data), ("teacher", facts.teacher), ("loss", facts.loss)):
@@ -69,7 +72,7 @@ def model_card(
         lines.append("- scores: not measured in this run")
     lines.append(
         "## Files\n\n"
-        + _table(["file", "bytes", "how to load it"], [[f"`{n}`", f"{s:,}", _HOW.get(n, "")] for n, s in sizes.items()])
+        + _table(["file", "bytes", "how to load it"], [[f"`{n}`", f"{s:,}", how.get(n, "")] for n, s in sizes.items()])
     )
     if differences:
         compared = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
@@ -92,7 +95,7 @@ def model_card(
 _HOW = {
     "student.safetensors": '`lightning_rkd.export.load("FOLDER")`',
     "student.pt2": '`torch.export.load("student.pt2").module()`',
-    "student.onnx": '`onnxruntime.InferenceSession("student.onnx").run(None, {"input": x})`',
+    "student.onnx": '`onnxruntime.InferenceSession("student.onnx").run(None, {INPUTS})`',
     "config.json": "input, output and class of the network",
 }
 
@@ -108,11 +111,13 @@ def _drop_none(value: Any) -> Any:
     return [_drop_none(part) for part in value] if isinstance(value, list) else value
 
 
-def _scaling(inputs: Mapping[str, Any]) -> str:
-    if "mean" not in inputs:
-        return ""
-    mean, std = (", ".join(f"{x:.4f}" for x in inputs[name]) for name in ("mean", "std"))
-    return f"; pixels from 0 to 1, minus the mean ({mean}), divided by the standard deviation ({std})"
+def _describe_input(entry: Mapping[str, Any]) -> str:
+    free = " and ".join(x for x in entry["shape"] if isinstance(x, str))
+    text = f"({', '.join(map(str, entry['shape']))}), {entry['dtype']}, {free} any number"
+    if "mean" not in entry:
+        return text
+    mean, std = (", ".join(f"{x:.4f}" for x in entry[name]) for name in ("mean", "std"))
+    return f"{text}; pixels from 0 to 1, minus the mean ({mean}), divided by the standard deviation ({std})"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -127,21 +132,23 @@ def _join_paragraphs(lines: Sequence[str]) -> str:
     return text
 
 
-def measure_latency(network: nn.Module, example: Tensor, onnx: Path) -> list[tuple[str, int, float]]:
+def measure_latency(network: nn.Module, example: dict[Any, Tensor], onnx: Path) -> list[tuple[str, int, float]]:
     """Median milliseconds of a call by program and batch size, of the network and of its ONNX program if it exists."""
-    programs: dict[str, Callable[[Tensor], object]] = {"PyTorch": network}
+    programs: dict[str, Callable[[Any], object]] = {"PyTorch": partial(call_network, network)}
     if onnx.is_file():
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-        programs["onnxruntime"] = lambda x: session.run(None, {name: x.numpy()})
+        names = [given.name for given in session.get_inputs()]
+        programs["onnxruntime"] = lambda x: session.run(
+            None, {name: one.numpy() for name, one in zip(names, x.values(), strict=True)}
+        )
     found = []
     for program, call in programs.items():
         for batch in (1, 32):
-            x = example.expand(batch, *example.shape[1:]).contiguous()
+            x = {name: one.expand(batch, *one.shape[1:]).contiguous() for name, one in example.items()}
             timer = Timer("call(x)", globals={"call": call, "x": x}, num_threads=torch.get_num_threads())
             with torch.inference_mode():
                 found.append((program, batch, 1000 * timer.blocked_autorange(min_run_time=0.2).median))

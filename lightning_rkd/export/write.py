@@ -4,13 +4,15 @@ import copy
 import importlib.util
 import json
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_rkd.export.card import Facts, measure_latency, model_card
 from lightning_rkd.export.read import CONFIG, WEIGHTS, build_network, load_weights, read_config, sha256
+from lightning_rkd.utils.types import Key, call_network, select
 
 FORMATS = {"safetensors": WEIGHTS, "torch": "student.pt2", "onnx": "student.onnx"}
 """File of each format."""
@@ -27,7 +30,8 @@ FORMATS = {"safetensors": WEIGHTS, "torch": "student.pt2", "onnx": "student.onnx
 _CARD = "README.md"
 _TOLERANCE = 1e-4  # largest difference of an exported program from the student, in units of its largest output
 _BATCHES = (1, 2, 7)  # sizes of the random batches on which programs are compared with the student
-Program = Callable[[Tensor], Tensor]
+Inputs = dict[Any, Tensor]  # by keyword, and positional ones by 0, 1, ...
+Program = Callable[[Inputs], Tensor]
 
 
 class ExportError(RuntimeError):
@@ -54,9 +58,10 @@ class Exported:
 
 def export(
     network: nn.Module,
-    example: Tensor,
+    example: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
     folder: str | Path,
     *,
+    read: Callable[[Any, Mapping[str, Any]], Tensor] | Key | None = None,
     formats: Sequence[str] = tuple(FORMATS),
     build: Mapping[str, Any] | None = None,
     input_scaling: Mapping[str, Sequence[float]] | None = None,
@@ -70,13 +75,17 @@ def export(
     - ``student.onnx``: for onnxruntime and others. Needs ``pip install 'lightning-rkd[export]'``.
     - ``README.md``: a model card.
 
-    Both programs take batches of any size. They are compared with the network on random inputs before the folder is
-    written. A copy of the network is exported, in eval mode.
+    Both programs take batches of any size, and tokens (N, T) of any length. They are compared with the network on
+    random inputs before the folder is written. A copy of the network is exported, in eval mode.
 
     Args:
         network: The student, including its classifier if it has one.
-        example: An input (N, ...) of the network; only its shape and dtype matter.
+        example: An input (N, ...) of the network, a tuple of inputs, or a mapping, whose entries are passed as
+            keywords. Only shape and dtype matter, and the largest of integers: random ones are drawn from 0 to it.
+            Integers (N, T) are tokens, of any number unless the network fixes it; the files say which.
         folder: A new or empty folder, or that of an earlier export with ``overwrite``.
+        read: Where the output is not a tensor: the name of its field, or a function ``read(output, keywords)`` such as
+            :func:`~lightning_rkd.mean_pool`. It is part of the programs, not of the weights.
         formats: Some of ``"safetensors"``, ``"torch"``, ``"onnx"``.
         build: Class path and arguments, ``{"class_path": ..., "init_args": {...}}``, from which :func:`load` builds
             the network; without it :func:`load` needs a network.
@@ -107,28 +116,32 @@ def export(
     _check_folder(folder, overwrite)
     network = getattr(network, "_orig_mod", network)  # of a compiled one
     network = copy.deepcopy(network).cpu().eval().requires_grad_(False)
-    example = example[:1].detach().cpu()
     rebuilt = copy.deepcopy(network) if build is None else _rebuild(build, network)
-    outputs = _outputs(network, example)
+    inputs = _take_row(example)
+    if read is not None:
+        for one in (network, rebuilt):
+            one.register_forward_hook(partial(_read, read), with_kwargs=True)
+    outputs = _outputs(network, inputs)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as part:
         place = Path(part, "export")
         place.mkdir()
-        differences, failed = _write_formats(network, rebuilt, example, place, formats)
+        differences, failed, free = _write_formats(network, rebuilt, inputs, place, formats)
         facts = facts or Facts()
+        scaling = {"range": [0.0, 1.0], **input_scaling} if input_scaling else {}
         config = {
             "made_by": "lightning-rkd export",
             "format": 1,
             "network": None if build is None else dict(build),
-            "input": {"shape": ["N", *example.shape[1:]], "dtype": str(example.dtype).removeprefix("torch.")}
-            | ({"range": [0.0, 1.0], **input_scaling} if input_scaling else {}),
+            "inputs": {name: _describe(x, free) | scaling for name, x in _name(inputs).items()},
+            "read": read if read is None or isinstance(read, int | str) else getattr(read, "__name__", repr(read)),
             "output": {"shape": ["N", *outputs.shape[1:]], "dtype": str(outputs.dtype).removeprefix("torch.")},
             "parameters": sum(p.numel() for p in network.parameters()),
             "versions": {"lightning-rkd": version("lightning-rkd"), "torch": str(torch.__version__)},
             "files": {path.name: sha256(path) for path in sorted(place.iterdir())},
         }
         (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        times = measure_latency(network, example, place / FORMATS["onnx"])
+        times = measure_latency(network, inputs, place / FORMATS["onnx"])
         sizes = {path.name: path.stat().st_size for path in sorted(place.iterdir())}
         card = model_card(config, facts, sizes, times, differences, _TOLERANCE, failed)
         (place / _CARD).write_text(card, encoding="utf-8")
@@ -151,24 +164,29 @@ def _move(place: Path, folder: Path) -> None:
 
 
 def _write_formats(
-    network: nn.Module, rebuilt: nn.Module, example: Tensor, place: Path, formats: Sequence[str]
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Write and verify each format; returns differences and failures. ``rebuilt`` receives the written weights."""
-    writers: dict[str, Callable[[nn.Module, Tensor, Path], Program]] = {
-        "safetensors": partial(_write_safetensors, rebuilt),
-        "torch": _write_torch,
-        "onnx": _write_onnx,
-    }
+    network: nn.Module, rebuilt: nn.Module, example: Inputs, place: Path, formats: Sequence[str]
+) -> tuple[dict[str, float], dict[str, str], bool]:
+    """Write and verify each format; returns differences, failures, and whether the number of tokens is free.
+
+    ``rebuilt`` receives the written weights.
+    """
     differences: dict[str, float] = {}
     failed: dict[str, str] = {}
+    traced, free = cache(partial(_trace, network, example)), True
+    writers: dict[str, Callable[[Path], Program]] = {
+        "safetensors": partial(_write_safetensors, network, rebuilt),
+        "torch": lambda path: _write_torch(traced(), path),
+        "onnx": lambda path: _write_onnx(traced(), list(_name(example)), path),
+    }
     for name in FORMATS:
         if name not in formats:
             continue
         path = place / FORMATS[name]
         try:
             with _quiet():
-                program = writers[name](network, example, path)
-                difference = _difference(network, program, example)
+                program = writers[name](path)
+                shorter = name != "safetensors" and _is_length_free(traced())
+                difference = _difference(network, program, example, shorter)
         except ExportError as error:
             failed[name] = str(error)
             path.unlink(missing_ok=True)
@@ -182,42 +200,50 @@ def _write_formats(
                 f"output, and {_TOLERANCE:.0e} is allowed. Nothing was written; {cure}"
             )
         if name != "safetensors":
-            differences[name] = difference
+            differences[name], free = difference, shorter
     if len(failed) == len(set(formats)):
         raise ExportError("; ".join(f"{name}: {why}" for name, why in failed.items()))
-    return differences, failed
+    return differences, failed, free
 
 
-def _write_safetensors(rebuilt: nn.Module, network: nn.Module, example: Tensor, path: Path) -> Program:
+def _write_safetensors(network: nn.Module, rebuilt: nn.Module, path: Path) -> Program:
     save_file({name: x.contiguous().clone() for name, x in network.state_dict().items()}, path)
     load_weights(rebuilt, load_file(path))
-    return rebuilt
+    return partial(call_network, rebuilt)
 
 
-def _write_torch(network: nn.Module, example: Tensor, path: Path) -> Program:
-    program = _program(network, example)
+def _write_torch(program: torch.export.ExportedProgram, path: Path) -> Program:
     torch.export.save(program, path)
-    return torch.export.load(path).module()
+    return partial(call_network, torch.export.load(path).module())
 
 
-def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> Program:
+def _write_onnx(program: torch.export.ExportedProgram, names: list[str], path: Path) -> Program:
     import onnxruntime
 
-    program, names = _program(network, example), {"input_names": ["input"], "output_names": ["output"]}
+    named: dict[str, Any] = {"input_names": names, "output_names": ["output"]}
     try:
-        torch.onnx.export(program, (), path, **names, dynamo=True, external_data=False, verbose=False)  # type: ignore[arg-type]
+        torch.onnx.export(program, (), path, **named, dynamo=True, external_data=False, verbose=False)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # both have many errors for operations and dtypes that they do not know
         raise ExportError(f"ONNX has no form for this network that onnxruntime runs: {_first_line(error)}") from error
-    (name,) = (given.name for given in session.get_inputs())
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+    return lambda x: torch.from_numpy(session.run(None, {name: one.numpy() for name, one in _name(x).items()})[0])
 
 
-def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    """The network as a graph, for batches of any size."""
-    two = example.expand(2, *example.shape[1:]).contiguous()  # a batch of one would become a constant
+def _trace(network: nn.Module, example: Inputs) -> torch.export.ExportedProgram:
+    """The network as a graph, for batches of any size and, where it allows, any number of tokens."""
+    sizes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    rows = 3 if any(x.shape[1] == 2 for x in example.values() if _is_tokens(x)) else 2  # equal sizes would be tied
+    inputs = {key: x.repeat(rows, *[1] * (x.ndim - 1)) for key, x in example.items()}  # one row would be a constant
+    for x in inputs.values():
+        sizes[x] = {0: torch.export.Dim.DYNAMIC} | ({1: torch.export.Dim.AUTO} if _is_tokens(x) else {})
+    words = {key: x for key, x in inputs.items() if isinstance(key, str)}
+    positional = tuple(inputs[number] for number in range(len(inputs) - len(words)))
+    forward = partial(network.forward)
+    # the guards of a program know no inputs that its network takes as **kwargs
+    forward.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in _name(inputs)])  # type: ignore[attr-defined]
     try:
-        return torch.export.export(network, (two,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        network.forward = forward
+        return torch.export.export(network, positional, words, dynamic_shapes=sizes)
     except Exception as error:  # any error of the network's code while it is traced
         raise ExportError(
             f"torch.export cannot follow this network ({_first_line(error)}): its forward must not branch on the "
@@ -225,16 +251,20 @@ def _program(network: nn.Module, example: Tensor) -> torch.export.ExportedProgra
         ) from error
 
 
-def _difference(network: nn.Module, program: Program, example: Tensor) -> float:
+def _is_length_free(program: torch.export.ExportedProgram) -> bool:
+    """True if no input of tokens has a fixed number of them."""
+    names = program.graph_signature.user_inputs
+    inputs = [node.meta["val"] for node in program.graph.nodes if node.name in names]
+    return not any(str(x.shape[1]).isdecimal() for x in inputs if _is_tokens(x))  # a fixed one may be a SymInt
+
+
+def _difference(network: nn.Module, program: Program, example: Inputs, shorter: bool) -> float:
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    for size in _BATCHES:
-        shape = (size, *example.shape[1:])
-        floating = example.is_floating_point()
-        x = torch.randn(shape, generator=generator) if floating else torch.randint(0, 2, shape, generator=generator)
-        x = x.to(example.dtype)
+    for number, size in enumerate(_BATCHES):
+        x = {key: _draw(one, size, shorter and number % 2 == 1, generator) for key, one in example.items()}
         with torch.no_grad():
-            expected = network(x)
+            expected = call_network(network, x)
             try:
                 found = program(x)
             except Exception as error:  # a guard of the trace, a missing kernel, a dtype that NumPy does not know
@@ -248,13 +278,59 @@ def _difference(network: nn.Module, program: Program, example: Tensor) -> float:
     return worst
 
 
-def _outputs(network: nn.Module, example: Tensor) -> Tensor:
+def _draw(example: Tensor, rows: int, shorter: bool, generator: torch.Generator) -> Tensor:
+    """Random values of an input, with half as many tokens where asked."""
+    shape = [rows, *example.shape[1:]]
+    if example.is_floating_point():
+        return torch.randn(shape, generator=generator).to(example.dtype)
+    if shorter and _is_tokens(example):
+        shape[1] = -(-shape[1] // 2)
+    largest = int(example.max())
+    x = torch.randint(largest + 1, shape, generator=generator)
+    x[..., :1] = largest  # a mask leaves a token in every row
+    return x.to(example.dtype)
+
+
+def _is_tokens(x: Tensor) -> bool:
+    return x.ndim == 2 and not x.is_floating_point() and not x.is_complex()
+
+
+def _take_row(example: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]) -> Inputs:
+    """The first row of each input, by name or position."""
+    several = example if isinstance(example, tuple | Mapping) else (example,)
+    entries = several if isinstance(several, Mapping) else dict(enumerate(several))
+    for name, x in entries.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"example: expected a tensor, or a tuple or mapping of tensors, got {type(x)} as {name!r}")
+    return {name: x[:1].detach().cpu() for name, x in entries.items()}
+
+
+def _name(inputs: Inputs) -> dict[str, Tensor]:
+    """Inputs by their names in the files."""
+    one = len(inputs) == 1
+    return {name if isinstance(name, str) else "input" if one else f"input_{name}": x for name, x in inputs.items()}
+
+
+def _describe(x: Tensor, free: bool) -> dict[str, Any]:
+    shape = ["N", *x.shape[1:]]
+    if free and _is_tokens(x):
+        shape[1] = "T"
+    return {"shape": shape, "dtype": str(x.dtype).removeprefix("torch.")}
+
+
+def _read(read: Any, network: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Hook that puts what ``read`` finds in the place of the output."""
+    return read(output, kwargs) if callable(read) else select(output, read)
+
+
+def _outputs(network: nn.Module, example: Inputs) -> Tensor:
     with torch.no_grad():
-        outputs = network(example)
+        outputs = call_network(network, example)
     if not isinstance(outputs, Tensor) or outputs.ndim < 1 or len(outputs) != 1:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
-            f"the network must turn a batch (N, ...) into one tensor (N, ...); a batch of one gave {found}"
+            f"the network must turn a batch (N, ...) into one tensor (N, ...); a batch of one gave {found}. Say which "
+            "part of another output is meant, read='pooler_output', or how to pool it, read=mean_pool"
         )
     return outputs
 
@@ -311,5 +387,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_rkd.export import ExportError, export, load, write
 from lightning_rkd.export.read import build_network
 from lightning_rkd.models import ConvNet
+from lightning_rkd.utils.types import call_network
 
 M = "lightning_rkd.models"
 BACKBONE = {"class_path": f"{M}.ConvNet", "init_args": {"widths": [4, 8], "embedding_dim": 6, "in_channels": 3}}
@@ -94,7 +95,7 @@ def test_the_card_says_what_the_network_takes_and_gives(tmp_path: Path) -> None:
     assert "(N, 6), float32" in card
     assert "0.5000, 0.2500, 0.1250" in card
     config = json.loads((done.folder / "config.json").read_text())
-    assert config["input"]["std"] == [1.0, 2.0, 4.0]
+    assert config["inputs"]["input"]["std"] == [1.0, 2.0, 4.0]
     assert sum(p.numel() for p in network.parameters()) == config["parameters"]
 
 
@@ -121,9 +122,10 @@ def test_a_network_that_cannot_be_traced_is_written_in_the_other_formats(tmp_pat
 def test_a_program_that_gives_other_numbers_is_not_put_into_place(
     spoil: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write, "_write_torch", lambda network, example, path: lambda x: spoil(network(x)))
+    network = nn.Linear(3, 2)
+    monkeypatch.setattr(write, "_write_torch", lambda program, path: lambda x: spoil(call_network(network, x)))
     with pytest.raises(ExportError, match="gives other numbers"):
-        export(nn.Linear(3, 2), torch.zeros(1, 3), tmp_path / "out", formats=["safetensors", "torch"])
+        export(network, torch.zeros(1, 3), tmp_path / "out", formats=["safetensors", "torch"])
     assert list(tmp_path.iterdir()) == []
 
 
