@@ -12,13 +12,13 @@ from typing import Any, Literal, Union
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.distillation.arguments import bind_arguments, find_signature
 from lightning_rkd.distillation.micro_batches import refuse_inside
 from lightning_rkd.distillation.pooling import cls_token as cls_token
 from lightning_rkd.distillation.pooling import global_pool as global_pool
 from lightning_rkd.distillation.pooling import last_token_pool as last_token_pool
 from lightning_rkd.distillation.pooling import mean_pool as mean_pool
 from lightning_rkd.distillation.recording import Hook, Record, Recorder, join_calls
+from lightning_rkd.utils.arguments import bind_arguments, find_signature
 from lightning_rkd.utils.distributed import rank_and_size
 from lightning_rkd.utils.types import Outputs
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_rkd.export.card import Facts, measure_latency, model_card
 from lightning_rkd.export.read import CONFIG, WEIGHTS, build_network, load_weights, read_config, sha256
+from lightning_rkd.utils.arguments import bind_arguments, find_signature
 from lightning_rkd.utils.types import Key, call_network, select
 
 FORMATS = {"safetensors": WEIGHTS, "torch": "student.pt2", "onnx": "student.onnx"}
@@ -61,7 +62,7 @@ def export(
     example: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
     folder: str | Path,
     *,
-    read: Callable[[Any, Mapping[str, Any]], Tensor] | Key | None = None,
+    read: Callable[[Any, Mapping[Any, Any]], Tensor] | Key | None = None,
     formats: Sequence[str] = tuple(FORMATS),
     build: Mapping[str, Any] | None = None,
     input_scaling: Mapping[str, Sequence[float]] | None = None,
@@ -84,8 +85,8 @@ def export(
             keywords. Only shape and dtype matter, and the largest of integers: random ones are drawn from 0 to it.
             Integers (N, T) are tokens, of any number unless the network fixes it; the files say which.
         folder: A new or empty folder, or that of an earlier export with ``overwrite``.
-        read: Where the output is not a tensor: the name of its field, or a function ``read(output, keywords)`` such as
-            :func:`~lightning_rkd.mean_pool`. It is part of the programs, not of the weights.
+        read: How to read a tensor from the output: the name of its field, or a function ``read(output, arguments)``
+            such as :func:`~lightning_rkd.mean_pool`. It is part of the programs, not of the weights.
         formats: Some of ``"safetensors"``, ``"torch"``, ``"onnx"``.
         build: Class path and arguments, ``{"class_path": ..., "init_args": {...}}``, from which :func:`load` builds
             the network; without it :func:`load` needs a network.
@@ -120,7 +121,7 @@ def export(
     inputs = _take_row(example)
     if read is not None:
         for one in (network, rebuilt):
-            one.register_forward_hook(partial(_read, read), with_kwargs=True)
+            one.register_forward_hook(partial(_read, read, find_signature(one)), with_kwargs=True)
     outputs = _outputs(network, inputs)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as part:
@@ -318,9 +319,9 @@ def _describe(x: Tensor, free: bool) -> dict[str, Any]:
     return {"shape": shape, "dtype": str(x.dtype).removeprefix("torch.")}
 
 
-def _read(read: Any, network: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+def _read(read: Any, signature: Any, network: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Hook that puts what ``read`` finds in the place of the output."""
-    return read(output, kwargs) if callable(read) else select(output, read)
+    return read(output, bind_arguments(signature, args, kwargs)) if callable(read) else select(output, read)
 
 
 def _outputs(network: nn.Module, example: Inputs) -> Tensor:

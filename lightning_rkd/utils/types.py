@@ -206,7 +206,7 @@ def unpack(
     def entry(name: str, key: Any) -> Any:
         if key is None:
             return None
-        several = _name_arguments(name, key) if isinstance(key, list) else key
+        several = name_arguments(name, key) if isinstance(key, list) else key
         try:
             if isinstance(several, Mapping):
                 return {argument: select(batch, one) for argument, one in several.items()}
@@ -236,7 +236,7 @@ def _list_first_parts(*keys: Keys | None) -> set[str]:
     return {str(key).partition(".")[0] for each in lists for key in each}
 
 
-def _name_arguments(name: str, keys: list[Key]) -> dict[Any, Key]:
+def name_arguments(name: str, keys: list[Key]) -> dict[Any, Key]:
     """Arguments that take the listed entries: the number of a positional one, or the last part of a path."""
     last = {key: str(key).rpartition(".")[2] for key in keys}
     positions = [key for key in keys if _is_position(last[key])]

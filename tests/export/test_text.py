@@ -7,10 +7,14 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from lightning_rkd import cls_token, mean_pool
+from lightning_rkd.cli import main as cli
 from lightning_rkd.export import ExportError, export, load
+
+pytestmark = pytest.mark.slow
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 EXAMPLE = {"input_ids": torch.arange(8)[None] * 7, "attention_mask": torch.ones(1, 8, dtype=torch.long)}
@@ -43,7 +47,6 @@ def pooled(network: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return (states * mask).sum(1) / mask.sum(1)
 
 
-@pytest.mark.slow
 def test_a_transformer_gives_the_same_numbers_in_every_file_at_any_length(tmp_path: Path) -> None:
     network = bert()
     done = export(network, dict(reversed(EXAMPLE.items())), tmp_path / "out", read=mean_pool)
@@ -103,11 +106,21 @@ class Fixed(nn.Module):
 
 
 def test_positional_inputs_are_numbered_in_the_files(tmp_path: Path) -> None:
-    done = export(Bag(), tuple(EXAMPLE.values()), tmp_path / "out", formats=["torch", "onnx"])
-    ids, mask = texts(3, 11).values()
+    network, (ids, mask) = Bag(), texts(3, 11).values()
+    done = export(network, tuple(EXAMPLE.values()), tmp_path / "out", formats=["torch", "onnx"])
+    expected = network(ids, mask).detach()
     found = torch.export.load(done.folder / "student.pt2").module()(ids, mask)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     onnx = run_onnx(done.folder / "student.onnx", {"input_0": ids, "input_1": mask})
-    torch.testing.assert_close(found, onnx, rtol=0, atol=1e-6)
+    torch.testing.assert_close(onnx, expected, rtol=0, atol=1e-6)
+
+
+def test_pooling_finds_a_mask_that_is_passed_by_position(tmp_path: Path) -> None:
+    """Padding averaged in would be off by 0.46."""
+    network, inputs = bert(), texts(3, 5)
+    done = export(network, tuple(EXAMPLE.values()), tmp_path / "out", read=mean_pool, formats=["torch"])
+    found = torch.export.load(done.folder / "student.pt2").module()(*inputs.values())
+    torch.testing.assert_close(found, pooled(network, inputs), rtol=0, atol=1e-6)
 
 
 def test_a_network_that_fixes_the_number_of_tokens_says_so(tmp_path: Path) -> None:
@@ -162,3 +175,25 @@ def test_a_format_that_cannot_hold_the_pooling_says_why(tmp_path: Path) -> None:
     assert "must not branch on the values of tensors" in done.failed["torch"]
     with pytest.raises(ExportError, match="must not branch"):
         export(bert(), EXAMPLE, tmp_path / "other", read=branching, formats=["torch"])
+
+
+@pytest.mark.parametrize("options", [[], ["--read=pooler_output"]], ids=["read of the student layer", "--read"])
+def test_the_command_exports_a_transformer_of_a_configuration(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    student = {
+        "class_path": "transformers.BertModel",
+        "init_args": {"config": {"class_path": "transformers.BertConfig", "init_args": SIZES}},
+    }
+    layer = {"class_path": "lightning_rkd.Tap", "init_args": {"read": "lightning_rkd.mean_pool"}}
+    model = {"student": student, "student_layer": layer, "inputs": list(EXAMPLE)}
+    Path("mine.yaml").write_text(yaml.safe_dump({"model": {"init_args": model}}))
+    network, inputs = bert(), texts(3, 5)
+    torch.save({"state_dict": {f"student.{name}": x for name, x in network.state_dict().items()}}, "mine.ckpt")
+    files = ["--config=mine.yaml", "--ckpt_path=mine.ckpt", "--out=out", "--formats=safetensors,torch", "--tokens=8"]
+    assert cli.main(["export", *files, *options]) == 0
+    expected = network(**inputs).pooler_output if options else pooled(network, inputs)
+    found = torch.export.load("out/student.pt2").module()(**inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert torch.equal(load("out")(**inputs).pooler_output, network(**inputs).pooler_output)

@@ -1,6 +1,7 @@
 """``lightning-rkd export``: the student of a run, for production."""
 
 import argparse
+import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from lightning_rkd.cli.commands import common
 from lightning_rkd.cli.experiments.runs import RESULT, digest, read_file
 from lightning_rkd.cli.trainer import check_checkpoint, import_public_classes
 from lightning_rkd.data.datamodules.base import ImageDataModule
+from lightning_rkd.distillation import pooling
 from lightning_rkd.export.card import Facts, describe
 from lightning_rkd.export.read import build_network
 from lightning_rkd.export.write import FORMATS, export
+from lightning_rkd.utils.types import name_arguments
 
 
 def main(args: Sequence[str]) -> None:
@@ -43,12 +46,16 @@ def main(args: Sequence[str]) -> None:
     student: dict[str, Any] = yaml.safe_load(parser.dump(parsed))["student"]
     network = build_network(student)
     load_student(network, checkpoint)
-    example, scaling = _example(options.input, config, config_path)
+    if options.tokens is None:
+        example, scaling = _example(options.input, config, config_path)
+    else:
+        example, scaling = _make_tokens(options.tokens, model.get("inputs")), None
     facts = _collect_facts(options.name, config, model, checkpoint, digest(*network.state_dict().values()))
     done = export(
         network,
         example,
         options.out,
+        read=_find_read(options.read, model.get("student_layer")),
         formats=options.formats.split(","),
         build=student,
         input_scaling=scaling,
@@ -84,6 +91,8 @@ examples:
     add("--out", type=Path, required=True, metavar="FOLDER", help="output folder")
     add("--formats", default=",".join(FORMATS), metavar="LIST", help="comma-separated formats (default: %(default)s)")
     add("--input", metavar="C,H,W", help="shape of one input, if the run's data are not available")
+    add("--tokens", type=int, metavar="T", help="number of tokens in a text, for a student of token ids")
+    add("--read", help="field of the student's output, or function that pools it (default: that of student_layer)")
     add("--name", help="name of the student on the card")
     add("--overwrite", action="store_true", help="replace an earlier export")
     return parser
@@ -116,6 +125,24 @@ def load_student(network: torch.nn.Module, path: Path) -> None:
     except RuntimeError as error:
         lines = " ".join(str(error).split())
         raise ValueError(f"the checkpoint {str(path)!r} does not fit the configuration's student: {lines}") from error
+
+
+def _make_tokens(length: int, inputs: Any) -> Any:
+    """Tokens of one text for all inputs that the configuration names."""
+    tokens = torch.ones(1, length, dtype=torch.int64)
+    if isinstance(inputs, list):
+        inputs = name_arguments("inputs", inputs)
+    return dict.fromkeys(inputs, tokens) if isinstance(inputs, dict) else tokens
+
+
+def _find_read(read: str | None, layer: Any) -> Any:
+    """Field or function that reads the student's output, from the option or the configuration's student layer."""
+    if read is None and isinstance(layer, dict):
+        own = layer.get("init_args") or {}
+        read = None if own.get("layer") else own.get("read")
+    if read is None or "." not in read:
+        return getattr(pooling, read or "", read)
+    return pkgutil.resolve_name(read)
 
 
 def _example(shape: str | None, config: dict[str, Any], path: Path) -> tuple[Tensor, dict[str, list[float]] | None]:
