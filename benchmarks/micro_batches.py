@@ -3,7 +3,8 @@
 Run ``python benchmarks/micro_batches.py``. ``DistillationModule`` trains a ResNet-18 on 64 x 64 images by RKD-DA, with
 the whole batch at once and with ``micro_batch=64``. The teacher is one linear layer, so that the time is the student's.
 Each run is a process of its own; the two kinds alternate, and a time is the median over the steps of all runs, of which
-the first step of each is left out. Memory is the peak of the process above its size before training. The last column is
+the first step of each is left out. Times are those of the processor, which other load on the machine hardly changes.
+Memory is the peak of the process above its size before training. The last column is
 the largest difference of a gradient in the first step, relative to the largest gradient; BatchNorm sees other
 statistics in micro-batches.
 """
@@ -43,7 +44,7 @@ class Clock(pl.Callback):
         self.gradient: dict[str, Tensor] = {}
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self.start = time.perf_counter()
+        self.start = time.process_time()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: pl.LightningModule, optimizer: Any) -> None:
         if not self.gradient:
@@ -51,7 +52,7 @@ class Clock(pl.Callback):
             self.gradient = {name: p.grad.clone() for name, p in named if p.grad is not None}
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
+        self.seconds.append(time.process_time() - self.start)
 
 
 def train(norm: str, rows: int, micro_batch: int, steps: int, out: Path) -> None:

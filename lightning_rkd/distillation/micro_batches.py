@@ -26,9 +26,10 @@ class MicroBatches(nn.Module):
         \frac{\partial L}{\partial s_m}
 
     with :math:`s_m` the outputs of micro-batch m and :math:`L` a function of all outputs. The forward pass keeps the
-    outputs but no activations; the backward pass runs each micro-batch a second time, with the same random numbers and
-    buffers, and uses its activations at once (activation checkpointing along the batch). Memory is that of one
-    micro-batch, and time that of one more forward pass. Without gradients the network runs once.
+    outputs, and activations of the last micro-batch only; the backward pass runs the others a second time, with the
+    same random numbers and buffers, and uses their activations at once (activation checkpointing along the batch).
+    Memory is that of one micro-batch, and time that of almost one more forward pass. Without gradients the network runs
+    once.
 
     Outputs and gradients are those of the whole batch if the network processes each sample by itself. BatchNorm does
     not: it normalises by the statistics of a micro-batch, and updates its running statistics once for each.
@@ -145,7 +146,7 @@ def run_parts(
     network: nn.Module,
     repeating: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Any:
-    """Run a network on the parts of a batch without keeping activations, and concatenate its outputs.
+    """Run a network on the parts of a batch, keep the activations of the last only, and concatenate the outputs.
 
     Args:
         call: Function that calls the network with a part.
@@ -158,14 +159,12 @@ def run_parts(
     """
     _warn_of_batch_norm(network)
     outputs, slots = [], [(m, name) for m in network.modules() for name, _ in m.named_buffers(recurse=False)]
-    for part in parts:
-        if torch.is_grad_enabled():
-            second = _SecondPass(slots, repeating)
-            contexts = partial(_pair, second)
-            outputs.append(checkpoint(call, part, use_reentrant=False, context_fn=contexts))
-            slots = second.forget_unwritten() if len(outputs) == 1 else slots
-        else:
-            outputs.append(call(part))
+    for part in parts[:-1] if torch.is_grad_enabled() else ():
+        second = _SecondPass(slots, repeating)
+        contexts = partial(_pair, second)
+        outputs.append(checkpoint(call, part, use_reentrant=False, context_fn=contexts))
+        slots = second.forget_unwritten() if len(outputs) == 1 else slots
+    outputs += map(call, parts[len(outputs) :])  # the backward pass begins with the last part, whose activations stay
     rows = [count_rows(part) for part in parts]
 
     def join(*found: Any) -> Tensor | None:
