@@ -182,8 +182,8 @@ class AttentionGraphEstimator(pl.LightningModule):
 
     def _maps(self, batch: Any) -> list[Tensor]:
         assert self.teacher is not None
-        outputs = self.teacher(to_batch(batch, self.unpack))
-        maps: list[Tensor] = select_fields(outputs, "feature_maps", who="AttentionGraphEstimator, teacher")
+        (output,) = self.teacher.outputs(to_batch(batch, self.unpack))
+        maps: list[Tensor] = select_fields(output.features, "feature_maps", who="AttentionGraphEstimator, teacher")
         return maps
 
     @torch.no_grad()

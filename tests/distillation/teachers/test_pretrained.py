@@ -129,7 +129,8 @@ def test_weights_come_from_a_local_file_or_folder(tmp_path: Path) -> None:
 
 
 def test_a_text_teacher_has_no_transform() -> None:
-    teacher = Teacher.from_pretrained(tiny("BertConfig", vocab_size=30), dtype=torch.bfloat16)
+    teacher = Teacher.from_pretrained(tiny("BertConfig", vocab_size=30))
+    teacher.network.bfloat16()
     assert teacher.transforms == []
     teacher.attach(Tap(read=cls_token))
     tokens = torch.randint(30, (2, 5))
