@@ -18,7 +18,9 @@ from lightning_rkd.data.loaders import count_samples
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.features import CaptureError, Layer, LayerNotFoundError, find_layer
 from lightning_rkd.distillation.finite_checks import refuse_broken_weights
+from lightning_rkd.distillation.gradient_balance import Compare, GradientBalance
 from lightning_rkd.distillation.lightning import (
+    apply_balance,
     configure_model,
     exclude_from_ddp_broadcast,
     lightning_base,
@@ -78,6 +80,17 @@ class RelationalDistillation(Callback):
         task_weight: Weight of the module's own loss, a number or a function of the epoch.
         gather: Whether relations span the batches of all ranks, so that k devices compute the same loss as one device
             with the whole batch.
+        balance: Ratio of gradient norms. In every step each term is scaled such that the norm of its gradient at the
+            layer it reads is ``balance`` (times the weight of the term) times that of the gradient of the module's own
+            loss there. The resulting weights are logged as ``balance/<term>`` and can serve as fixed ones later.
+            ``None`` applies the weights unchanged. With manual optimisation, the own loss is the one passed to the
+            chosen ``manual_backward``.
+        compare_gradients: When ``gradient/<term>`` is logged, the gradient norm of the weighted term at the layer it
+            reads, divided by that of the module's own loss: ``"once"``, in the first logged step after step 10,
+            ``"epoch"``, also in the first one of every epoch, or ``"step"``, in every logged step. Above 5 or below
+            1/50 a warning says which weight would make both equal. It costs two backward passes per term between
+            layer and loss. ``None`` never compares; nor is it done under strategies that shard parameters, or where
+            the graph between layer and loss is compiled or checkpointed.
         manual_backward_index: Number, from 0, of the ``manual_backward`` call that receives the terms, for manual
             optimisation with several calls in a step. The features are those recorded since the previous call, or, if
             the layer has not run since, those recorded earlier in the step.
@@ -120,6 +133,8 @@ class RelationalDistillation(Callback):
         weight: Weight = 1.0,
         task_weight: Weight = 1.0,
         gather: bool = True,
+        balance: float | None = None,
+        compare_gradients: Compare | None = "once",
         manual_backward_index: int | None = None,
         absent: Literal["error", "skip"] = "error",
     ) -> None:
@@ -136,6 +151,7 @@ class RelationalDistillation(Callback):
             gather=gather,
         )
         self.task_weight, self.absent = task_weight, absent
+        self._gradients = GradientBalance(balance, compare_gradients)
         self.manual_backward_index = manual_backward_index
         self._keys: dict[str, Any] = {
             "inputs": inputs,
@@ -164,6 +180,7 @@ class RelationalDistillation(Callback):
         if stage != "fit":
             return
         self._detach()
+        self._gradients.reset()
         self._module = pl_module
         try:
             self.distiller.attach(pl_module)
@@ -353,16 +370,19 @@ class RelationalDistillation(Callback):
         module = self._module
         assert module is not None
         epoch = module.current_epoch
+        total = task if self.task_weight == 1 else evaluate_weight(self.task_weight, epoch) * task
         if self.absent == "skip" and not self.distiller.layers_ran():
-            return task if self.task_weight == 1 else evaluate_weight(self.task_weight, epoch) * task
+            return total
         features = self.distiller.collect(self._unpack_batch())
         terms = self.distiller.compute_terms(features, epoch=epoch, step=module.global_step)
         trainer = module.trainer
-        if writes_logs(trainer) or trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps:
+        logs = writes_logs(trainer) or trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
+        if logs:
             # equal on all ranks, so nothing is synchronised; batch_size=1 keeps Lightning from searching the batch
             values = {f"distill/{name}": value.detach() for name, value in terms.items()}
             module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
-        total = task if self.task_weight == 1 else evaluate_weight(self.task_weight, epoch) * task
+        if logs or self._gradients.balance is not None:
+            apply_balance(self._gradients, terms, total, features, self.distiller, module, logs=logs)
         for value in terms.values():
             total = total + value
         return total

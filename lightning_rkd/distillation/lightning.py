@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torchmetrics import Metric
 
@@ -16,6 +16,8 @@ from lightning_rkd.data.loaders import number_batches
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.evaluation import Evaluation
 from lightning_rkd.distillation.finite_checks import refuse_broken_weights
+from lightning_rkd.distillation.gradient_balance import GradientBalance
+from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.utils.distributed import data_parallel_group, has_mesh
 from lightning_rkd.utils.private import (
@@ -54,6 +56,38 @@ def prepare_fit(
     if distiller.teacher_needs_indices:
         with isolate_rng(include_cuda=False):
             distiller.prepare_data(load_dataloaders(trainer), unpack)
+
+
+def apply_balance(
+    gradients: GradientBalance,
+    terms: dict[str, Tensor],
+    task: Tensor,
+    features: StepFeatures,
+    distiller: Distiller,
+    module: pl.LightningModule,
+    *,
+    logs: bool,
+) -> None:
+    """Balance the terms of a step in place, compare their gradients if that is due in a logged step, and log both."""
+    trainer, epoch, step = module.trainer, module.current_epoch, module.global_step
+    compare = logs and gradients.is_due(step, epoch) and has_local_backward(trainer.strategy)
+    if gradients.balance is None and not compare:
+        return
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scale = None if scaler is None else scaler.scale
+    found = gradients.apply(terms, task, features, distiller, epoch=epoch, step=step, scale=scale, compare=compare)
+    weights = {name: value for name, value in found.items() if name.startswith("balance/")}
+    module.log_dict(weights, on_step=True, on_epoch=False, batch_size=1)
+    # Lightning repeats a value of a step in later steps of the epoch, so that one is logged for the epoch instead
+    each = gradients.compare == "step"
+    norms = {name: value for name, value in found.items() if name not in weights}
+    module.log_dict(norms, on_step=each, on_epoch=not each, batch_size=1)
+
+
+def has_local_backward(strategy: Any) -> bool:
+    """True if a backward pass from a loss to features runs nothing of the strategy (one device, DDP)."""
+    names = {base.__name__ for base in type(strategy).__mro__}  # of lightning or of pytorch_lightning
+    return not names.isdisjoint({"SingleDeviceStrategy", "DDPStrategy"}) and "DeepSpeedStrategy" not in names
 
 
 def start_evaluation(metrics: Mapping[str, Metric], trainer: pl.Trainer, module: pl.LightningModule) -> Evaluation:

@@ -265,7 +265,7 @@ class CORSD(DistillationModule):
         super().__init__(
             student=student, teacher=None, loss=None, student_layer=layers, teacher_layer=None, input_layer=None,
             task_loss=nn.CrossEntropyLoss(), task_reads="logits", miner=None, weight=1.0, task_weight=1.0,
-            gather=True, balance=None, log_gradients=False, **kwargs,
+            gather=True, balance=None, compare_gradients=None, **kwargs,
         )  # fmt: skip
         weights = {
             "positive_kd": positive_kd, "positive_ce": positive_ce, "negative_kd": negative_kd,

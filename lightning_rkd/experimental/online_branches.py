@@ -140,7 +140,7 @@ class OnlineBranches(DistillationModule):
         super().__init__(
             student=Branches(branches, trunk), teacher=None, loss=None, student_layer=layers, teacher_layer=None,
             input_layer=None, task_loss=BranchLosses(temperature), task_reads="logits", miner=None, weight=1.0,
-            task_weight=1.0, gather=True, balance=None, log_gradients=False, **kwargs,
+            task_weight=1.0, gather=True, balance=None, compare_gradients=None, **kwargs,
         )  # fmt: skip
         self.diversity = diversity
         self._classifiers = [classifier or _last_linear(branch) for branch in branches]

@@ -111,7 +111,7 @@ class ResidualKD(DistillationModule):
             student=ResidualPair(student, assistant, head), teacher=teacher, task_loss=task_loss,
             loss={"student": _SquaredError(0), "assistant": _SquaredError(1)}, student_layer=features, input_layer=None,
             teacher_layer={"embedding": target, "feature_maps": [target, target]}, miner=None, gather=True,
-            balance=None, log_gradients=False, **kwargs,
+            balance=None, compare_gradients=None, **kwargs,
         )  # fmt: skip
 
 

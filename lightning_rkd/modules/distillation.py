@@ -17,8 +17,9 @@ from lightning_rkd.data.indexing import to_batch
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.evaluation import Evaluation
 from lightning_rkd.distillation.features import Layer
-from lightning_rkd.distillation.gradient_balance import balance_weights
+from lightning_rkd.distillation.gradient_balance import Compare, GradientBalance
 from lightning_rkd.distillation.lightning import (
+    apply_balance,
     exclude_from_ddp_broadcast,
     log_evaluation,
     number_training_batches,
@@ -38,6 +39,7 @@ from lightning_rkd.losses.weighting import LossSum, Weight, evaluate_weight
 from lightning_rkd.metrics.inputs import update_parameters
 from lightning_rkd.modules.sizes import materialize_losses
 from lightning_rkd.utils.distributed import gather_row_counts, gather_rows, rank_and_size
+from lightning_rkd.utils.private import writes_logs
 from lightning_rkd.utils.types import Batch, Key, Keys, Outputs, call_network, unpack
 
 
@@ -92,11 +94,15 @@ class DistillationModule(pl.LightningModule):
         task_weight: Weight of the task loss, a number or a function of the epoch.
         gather: Whether relations, and a task loss on embeddings, span the batches of all ranks.
         balance: Ratio of gradient norms. In every step each term is scaled such that the norm of its gradient at the
-            features it reads is ``balance`` (times the weight of the term) times the norm of the task loss's gradient
+            layer it reads is ``balance`` (times the weight of the term) times the norm of the task loss's gradient
             there. The resulting weights are logged as ``balance/<term>`` and can serve as fixed ones later. ``None``
             applies the weights unchanged.
-        log_gradients: Whether to log ``gradient/<term>``, the gradient norm of the weighted term at the features it
-            reads divided by that of the weighted task loss, which costs a backward pass per term in logged steps.
+        compare_gradients: When ``gradient/<term>`` is logged, the gradient norm of the weighted term at the layer it
+            reads, divided by that of the weighted task loss: ``"once"``, in the first logged step after step 10,
+            ``"epoch"``, also in the first one of every epoch, or ``"step"``, in every logged step. Above 5 or below
+            1/50 a warning says which weight would make both equal. It costs two backward passes per term between
+            layer and loss. ``None`` never compares; nor is it done under strategies that shard parameters, or where
+            the graph between layer and loss is compiled or checkpointed.
         micro_batch: Largest number of samples that the networks process at once in training. A larger batch is split
             into micro-batches, while losses and gradients are those of the whole batch: memory is that of one
             micro-batch, at the cost of a second forward pass of the student. See
@@ -144,21 +150,20 @@ class DistillationModule(pl.LightningModule):
         task_weight: Weight = 1.0,
         gather: bool = True,
         balance: float | None = None,
-        log_gradients: bool = False,
+        compare_gradients: Compare | None = "once",
         micro_batch: int | None = None,
     ) -> None:
         super().__init__()
-        if balance is not None and (balance < 0 or task_loss is None):
-            raise ValueError(f"balance needs a task_loss to compare with, and must be at least 0, got {balance}")
-        if log_gradients and task_loss is None:
-            raise ValueError("log_gradients needs a task_loss to compare the terms with")
+        if balance is not None and task_loss is None:
+            raise ValueError("balance compares the terms with a task loss: pass task_loss=..., or leave balance out")
         check_size("micro_batch", micro_batch)
         save_plain_hyperparameters(self, inspect.currentframe())
         self.student, self.task_loss, self.miner = student, task_loss, miner
         self.loss = LossSum(loss) if isinstance(loss, dict) else loss
         self.metrics = nn.ModuleDict(metrics or {})
         self.task_reads, self.batch_transform, self.task_weight = task_reads, batch_transform, task_weight
-        self.balance, self.log_gradients, self.micro_batch = balance, log_gradients, micro_batch
+        self._gradients = GradientBalance(balance, compare_gradients)
+        self.micro_batch = micro_batch
         self._optimizer, self._lr_scheduler, self._lr_interval = optimizer, lr_scheduler, lr_interval
         self._keys: dict[str, Any] = {
             "inputs": inputs,
@@ -240,6 +245,7 @@ class DistillationModule(pl.LightningModule):
         """Check that there is something to train, and hook the networks."""
         restore_after_exceptions(self.trainer)
         if stage == "fit":
+            self._gradients.reset()
             if self.loss is None and self.task_loss is None:
                 raise ValueError("nothing to train with: pass task_loss=..., or teacher=... and loss=...")
             if not any(p.requires_grad for p in self.student.parameters()):
@@ -305,18 +311,12 @@ class DistillationModule(pl.LightningModule):
             logged["train/task"] = task
             parts.append(evaluate_weight(self.task_weight, self.current_epoch) * task)
         self.distiller.check_losses(logged, self.global_step)
-        if terms and (self.balance is not None or self._logs_gradients_now):
-            logged |= self._balance_terms(terms, parts[0], features)
+        if terms and parts:
+            self._apply_balance(terms, parts[0], features)
         loss = torch.stack([*parts, *terms.values()]).sum()
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log_dict({name: value.detach() for name, value in logged.items()})
         return loss
-
-    @property
-    def _logs_gradients_now(self) -> bool:
-        """True if this step logs gradient norms."""
-        logs = (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        return self.log_gradients and logs
 
     def forward_both(self, batch: Any) -> tuple[StepFeatures, Any, dict[str, Tensor]]:
         """Run both networks on a batch; returns their features, the student's output, and the relational terms."""
@@ -337,29 +337,11 @@ class DistillationModule(pl.LightningModule):
         terms = self.distiller.compute_terms(features, epoch=self.current_epoch, step=self.global_step)
         return features, output, terms
 
-    def _balance_terms(self, terms: dict[str, Tensor], task: Tensor, features: StepFeatures) -> dict[str, Tensor]:
-        """Scale the terms if ``balance`` is set; returns the weights and gradient norms to log."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        factors = balance_weights(
-            terms,
-            task,
-            features.student,
-            self.distiller.bound,
-            self.distiller.group,
-            None if scaler is None else scaler.scale,
-        )
-        logged = {}
-        for name, factor in factors.items():
-            if self.balance is None:
-                logged[f"gradient/{name}"] = torch.where(factor > 0, 1 / factor, 0)
-                continue
-            weight = self.distiller.weight_of(name, self.current_epoch)
-            scale = self.balance * abs(weight) * factor
-            terms[name] = scale * terms[name]
-            logged[f"balance/{name}"] = scale * weight
-            if self.log_gradients:
-                logged[f"gradient/{name}"] = torch.where(factor > 0, self.balance * abs(weight), factor)
-        return logged
+    def _apply_balance(self, terms: dict[str, Tensor], task: Tensor, features: StepFeatures) -> None:
+        """Balance and compare the terms of a step."""
+        trainer = self.trainer
+        logs = writes_logs(trainer) or trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
+        apply_balance(self._gradients, terms, task, features, self.distiller, self, logs=logs)
 
     def task(self, features: StepFeatures, output: Any) -> Tensor:
         """Compute the task loss, on the embeddings of all ranks or on the rank's own logits."""

@@ -10,14 +10,17 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_rkd.data.indexing import to_batch
 from lightning_rkd.data.loaders import load_first_samples
 from lightning_rkd.distillation.features import Layer
-from lightning_rkd.distillation.lightning import restore_after_exceptions, save_plain_hyperparameters
+from lightning_rkd.distillation.lightning import (
+    has_local_backward,
+    restore_after_exceptions,
+    save_plain_hyperparameters,
+)
 from lightning_rkd.distillation.teachers import BaseTeacher, Teacher
 from lightning_rkd.functional.channels import flatten_positions
 from lightning_rkd.functional.singular import right_singular_vectors
@@ -225,9 +228,9 @@ class MHGDModule(DistillationModule):
     ``clip=1``, from a teacher weaker than that student. The authors report gains after 100 epochs.
 
     Arguments are those of :class:`~lightning_rkd.DistillationModule` and ``clip``; ``loss`` and ``task_loss`` are
-    required, ``balance`` is refused, and ``log_gradients`` logs the terms' gradients before clipping. The authors train
-    for 100 epochs of batches of 128 with SGD, Nesterov momentum 0.9, weight decay 5e-4, and a rate of 0.1 that falls to
-    a tenth after 30, 60 and 80 epochs.
+    required, ``balance`` is refused, and ``compare_gradients`` compares the terms' gradients before clipping, without a
+    warning. The authors train for 100 epochs of batches of 128 with SGD, Nesterov momentum 0.9, weight decay 5e-4, and
+    a rate of 0.1 that falls to a tenth after 30, 60 and 80 epochs.
 
     Args:
         student: The network to train.
@@ -281,10 +284,11 @@ class MHGDModule(DistillationModule):
                 raise ValueError(
                     "MHGDModule clips the gradient of a relational loss by the task's: pass loss=... and task_loss=..."
                 )
-            if self.balance is not None:
+            if self._gradients.balance is not None:
                 raise ValueError("MHGDModule clips gradients, which takes the place of balance: leave balance out")
+            self._gradients.warns = False  # clipping makes weights matter less
             strategy = self.trainer.strategy
-            if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+            if not has_local_backward(strategy):
                 raise ValueError(
                     f"MHGDModule takes norms of whole gradients, and {type(strategy).__name__} may hold them in parts: "
                     "train on one device or with strategy='ddp'"
@@ -307,8 +311,7 @@ class MHGDModule(DistillationModule):
         loss = (weighted + distillation).detach()
         logged = {"train/task": task.detach(), **{f"distill/{name}": v.detach() for name, v in terms.items()}}
         self.distiller.check_losses(logged, self.global_step)
-        if self._logs_gradients_now:
-            logged |= self._balance_terms(terms, weighted, features)
+        self._apply_balance(terms, weighted, features)
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict(logged)
         self._step(weighted, distillation)

@@ -144,7 +144,7 @@ class MultiHeadDistillation(DistillationModule):
             student=student, teacher=teacher, loss={"final": final, "heads": heads},
             student_layer=_tap(student_logits, layers[0]), teacher_layer=_tap(teacher_logits, layers[1]),
             input_layer=None, task_loss=None, task_reads="embedding", miner=None, weight=1.0, task_weight=1.0,
-            gather=True, balance=None, log_gradients=False, **kwargs,
+            gather=True, balance=None, compare_gradients=None, **kwargs,
         )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def loss_terms(history: Mapping[str, Curve], title: str = "", dark: bool = False
     """Plot the logged loss terms of a run and, below, the share of each in the gradient.
 
     Shares come from ``gradient/<term>``: the norm of the weighted term's gradient at the features it reads, in units of
-    the task's. ``DistillationModule`` logs them with ``log_gradients`` or ``balance``.
+    the task's. ``compare_gradients`` of module and callback logs them, in every logged step if it is ``"step"``.
 
     Args:
         history: ``train/task``, ``distill/<term>`` and ``gradient/<term>``, see :func:`read_metrics`.

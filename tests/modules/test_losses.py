@@ -1,4 +1,4 @@
-"""Losses with tensors of their own in ``DistillationModule``, balanced weights, views and task rows."""
+"""Losses with tensors of their own in ``DistillationModule``, views and task rows."""
 
 import copy
 from pathlib import Path
@@ -7,21 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd.data.indexing import count_root_rows, with_indices
 from lightning_rkd.data.loaders import count_samples, load_first_samples
-from lightning_rkd.distillation.distiller import BoundLoss
-from lightning_rkd.distillation.gradient_balance import balance_weights
 from lightning_rkd.losses.base import RelationalLoss
-from lightning_rkd.losses.rkd import RKD, RKDDistance
-from lightning_rkd.losses.weighting import terms_of
+from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.modules.distillation import DistillationModule
-from lightning_rkd.utils.types import Batch, Outputs
+from lightning_rkd.utils.types import Batch
 from tests.callbacks.test_ddp import batches
 from tests.harness import toys
 from tests.harness.ranks import Ranks
@@ -187,89 +182,6 @@ def local_memory(rank: int | None) -> str:
 def test_a_memory_that_would_differ_between_ranks_is_refused(ranks: Ranks) -> None:
     assert all("leave gather=True" in message for message in ranks.run(local_memory))
     assert local_memory(None) == "", "on one device there is nothing to gather"
-
-
-# Balance
-
-
-def balance(x: Tensor, task: Tensor, loss: RelationalLoss, **settings: Any) -> tuple[Tensor, Tensor]:
-    """A term about embeddings, and the weight that balances it."""
-    ((_, single),) = terms_of(loss).items()
-    bound, term = BoundLoss.bind("term", single, [""], [""]), 3 * loss(x, torch.randn(len(x), 3))
-    return term, balance_weights({"term": term}, task, {"": Outputs(embedding=x)}, {"term": bound}, **settings)["term"]
-
-
-def test_balanced_gradients_have_the_norm_of_the_tasks() -> None:
-    torch.manual_seed(2)
-    x = torch.randn(6, 4, requires_grad=True)
-    task = F.cross_entropy(x, torch.arange(6) % 4)
-    term, factor = balance(x, task, RKD())
-    ours, expected = (torch.autograd.grad(loss, x, retain_graph=True)[0].norm() for loss in (term, task))
-    torch.testing.assert_close(factor, expected / ours)
-    torch.testing.assert_close(torch.autograd.grad(factor * term, x)[0].norm(), expected)
-
-
-def test_balance_weighs_the_terms_of_a_run_and_logs_what_it_found() -> None:
-    settings: dict[str, Any] = {"task_loss": nn.CrossEntropyLoss(), "task_reads": "embedding", "weight": 0.5}
-    ours = module({"rkd": RKD()}, balance=2.0, **settings)
-    plain = module({"rkd": RKD()}, **settings)
-    logged = toys.fit(ours, max_steps=1).callback_metrics
-    assert sorted(logged) == ["balance/rkd", "distill/rkd", "train/loss", "train/task"]
-    toys.fit(plain, max_steps=1)
-    fixed = module({"rkd": RKD()}, **{**settings, "weight": float(logged["balance/rkd"])})
-    toys.fit(fixed, max_steps=1)
-    assert toys.gap(ours, fixed) <= 1e-6, "the logged weight, written down, trains alike"
-    assert toys.gap(ours, plain) > 1e-4
-
-
-def test_a_term_without_a_gradient_gets_no_weight() -> None:
-    x = torch.ones(4, 3, requires_grad=True)
-    assert float(balance(x, x.sum(), RKDDistance())[1]) == 0.0
-
-
-def test_a_task_that_does_not_depend_on_what_a_term_reads_is_refused() -> None:
-    x, y = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
-    with pytest.raises(ValueError, match="the task loss does not depend on what term reads"):
-        balance(x, y.sum(), RKDDistance())
-
-
-def test_gradients_are_logged_in_units_of_the_tasks_and_change_nothing() -> None:
-    settings: dict[str, Any] = {"task_loss": nn.CrossEntropyLoss(), "task_reads": "embedding", "task_weight": 0.25}
-    ours, plain = (module({"rkd": 3 * RKD()}, log_gradients=on, **settings) for on in (True, False))
-    torch.manual_seed(1)  # of the dropout
-    logged = toys.fit(ours, max_steps=1, log_every_n_steps=1).callback_metrics
-    torch.manual_seed(1)
-    toys.fit(plain, max_steps=1)
-    assert toys.gap(ours, plain) == 0
-    balanced = module({"rkd": 3 * RKD()}, balance=1.0, **settings)
-    torch.manual_seed(1)
-    found = toys.fit(balanced, max_steps=1).callback_metrics["balance/rkd"]
-    torch.testing.assert_close(logged["gradient/rkd"], 3 * 3 / found)  # with that weight it is 3, and it has 3
-    both = module({"rkd": 3 * RKD()}, balance=2.0, log_gradients=True, **settings)
-    assert float(toys.fit(both, max_steps=1, log_every_n_steps=1).callback_metrics["gradient/rkd"]) == 6.0
-
-
-@pytest.mark.parametrize("setting", [{"balance": 1.0}, {"log_gradients": True}])
-def test_what_compares_with_the_task_is_refused_without_one(setting: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(setting))} needs a task_loss"):
-        module(RKD(), **setting)
-
-
-def test_balance_sees_gradients_that_half_precision_needs_its_scaler_for() -> None:
-    def found(**settings: Any) -> float:
-        small = {"weight": 1e-9, "task_weight": 1e-9, "task_loss": nn.CrossEntropyLoss(), "balance": 1.0}
-        torch.manual_seed(0)
-        ours = DistillationModule(toys.Backbone(), toys.teacher(), RKD(), optimizer=toys.sgd, **small)
-        return float(toys.fit(ours, max_steps=1, **settings).callback_metrics["balance/rkd"])
-
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
-    half = found(plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
-    assert half == pytest.approx(found(), rel=0.05)
-
-
-def test_a_term_whose_gradient_overflows_makes_the_scaler_step_back() -> None:
-    x = torch.randn(4, 3, dtype=torch.float16, requires_grad=True)
-    assert bool(balance(x, x.float().sum(), RKDDistance(), scale=lambda loss: 1e8 * loss)[1].isnan())
 
 
 # What a batch transform may say

@@ -303,11 +303,11 @@ def test_both_stages_train_in_other_precisions(precision: Any, make: Any):
 
 
 def test_logging_gradients_before_clipping_changes_nothing():
-    ours, plain = student_module(log_gradients=True), student_module()
+    ours, plain = student_module(compare_gradients="step"), student_module()
     logged = toys.fit(ours, batches=loader(), log_every_n_steps=1, max_steps=1).callback_metrics
     assert "gradient/mhgd" not in toys.fit(plain, batches=loader(), log_every_n_steps=1, max_steps=1).callback_metrics
     assert toys.gap(ours, plain) == 0
-    weak = student_module(log_gradients=True, weight=0.25)
+    weak = student_module(compare_gradients="step", weight=0.25)
     weaker = toys.fit(weak, batches=loader(), log_every_n_steps=1, max_steps=1).callback_metrics
     assert float(logged["gradient/mhgd"]) > 0
     torch.testing.assert_close(weaker["gradient/mhgd"], logged["gradient/mhgd"] / 4)
