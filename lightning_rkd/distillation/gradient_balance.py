@@ -2,14 +2,13 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Literal
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_rkd.distillation.distiller import BoundLoss, Distiller
 from lightning_rkd.distillation.step import StepFeatures
@@ -214,23 +213,7 @@ def measure_norms(
     return _compute_norm(of_term, term, group), _compute_norm(of_task, term, group) if places else None
 
 
-@contextmanager
-def _refuse_forward_passes() -> Iterator[None]:
-    """Refuse the forward passes of activation checkpointing, whose activations would stay until the graph is freed."""
-
-    def refuse(module: torch.nn.Module, args: Any) -> None:
-        raise RuntimeError("activation checkpointing recomputes what lies between the layer and the task loss")
-
-    handle = register_module_forward_pre_hook(refuse)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _compute_gradients(
-    loss: Tensor, at: Sequence[Tensor | GradientEdge], scale: Scale | None
-) -> tuple[Tensor | None, ...]:
+def _compute_gradients(loss: Tensor, at: Any, scale: Scale | None) -> tuple[Tensor | None, ...]:
     scaled = loss if scale is None else scale(loss)
     return torch.autograd.grad(scaled, at, retain_graph=True, allow_unused=True)
 
@@ -242,7 +225,7 @@ def _list_parents(place: Tensor | GradientEdge) -> list[GradientEdge]:
         return []
     if "CompiledFunction" in node.name():
         raise RuntimeError("the layer lies inside a compiled graph")
-    parents = [GradientEdge(*edge) for edge in node.next_functions if edge[0] is not None]
+    parents = [GradientEdge(parent, number) for parent, number in node.next_functions if parent is not None]
     return [] if any("AccumulateGrad" in edge.node.name() for edge in parents) else parents
 
 
