@@ -2,13 +2,14 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_rkd.distillation.distiller import BoundLoss, Distiller
 from lightning_rkd.distillation.step import StepFeatures
@@ -211,6 +212,20 @@ def measure_norms(
             at = list(dict.fromkeys(edge for x, gradient in pairs if gradient is None for edge in _list_parents(x)))
         of_term = [x for x in _compute_gradients(term, places, scale) if x is not None] if places else []
     return _compute_norm(of_term, term, group), _compute_norm(of_task, term, group) if places else None
+
+
+@contextmanager
+def _refuse_forward_passes() -> Iterator[None]:
+    """Refuse the forward passes of activation checkpointing, whose activations would stay until the graph is freed."""
+
+    def refuse(module: torch.nn.Module, args: Any) -> None:
+        raise RuntimeError("activation checkpointing recomputes what lies between the layer and the task loss")
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _compute_gradients(loss: Tensor, at: Any, scale: Scale | None) -> tuple[Tensor | None, ...]:
