@@ -230,7 +230,8 @@ def _refuse_forward_passes() -> Iterator[None]:
 
 def _compute_gradients(loss: Tensor, at: Any, scale: Scale | None) -> tuple[Tensor | None, ...]:
     scaled = loss if scale is None else scale(loss)
-    return torch.autograd.grad(scaled, at, retain_graph=True, allow_unused=True)
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(scaled, at, retain_graph=True, allow_unused=True)
+    return gradients
 
 
 def _list_parents(place: Tensor | GradientEdge) -> list[GradientEdge]:
