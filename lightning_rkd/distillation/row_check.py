@@ -49,18 +49,18 @@ class RowCheck(Recorder):
         """
         calls, self.steps_left = self._collect_calls(), self.steps_left - 1
         for x in (given for one in calls for given in one[-1:]):
-            for rows in _list_tensors(inputs):
-                found = find_moved_rows(x, rows)
-                if found is not None:
-                    self.steps_left = 0
-                    warnings.warn(
-                        f"the student's inputs are not the rows of the batch in order: {found}, while the teacher "
-                        "receives the batch, so that relations pair different samples. Name the layer whose inputs "
-                        "the teacher shall receive, input_layer=..., or permute and mix the batch before the step",
-                        stacklevel=2,
-                    )
-                    break
-            if self.steps_left <= 0:
+            batch = [rows for rows in _list_tensors(inputs) if rows.shape[1:] == x.shape[1:]]
+            if any(map(partial(_is_same, x), batch)):
+                continue
+            found = next(filter(None, (find_moved_rows(x, rows, exact=len(batch) > 1) for rows in batch)), None)
+            if found is not None:
+                warnings.warn(
+                    f"the student's inputs are not the rows of the batch in order: {found}, while the teacher receives "
+                    "the batch, so that relations pair different samples. Name the layer whose inputs the teacher "
+                    "shall receive, input_layer=..., or permute and mix the batch before the step",
+                    stacklevel=2,
+                )
+                self.steps_left = 0
                 break
         if self.steps_left <= 0:
             self.detach()
@@ -73,28 +73,27 @@ class RowCheck(Recorder):
 
 
 @torch.no_grad()
-def find_moved_rows(x: Tensor, batch: Tensor) -> str | None:
+def find_moved_rows(x: Tensor, batch: Tensor, *, exact: bool = False) -> str | None:
     """Description of how a network's input differs from the rows of a batch in order; ``None`` if not, or in doubt.
 
-    Two rows are the same sample if they are equal or, in at least 32 columns, correlated, since rows may have been
-    normalised.
+    Two rows are the same sample if they are equal or, unless ``exact``, in at least 32 columns, correlated, since rows
+    may have been normalised.
 
     Example:
         >>> batch = torch.randn(8, 50)
         >>> find_moved_rows(batch.flip(0), batch), find_moved_rows(2 * batch - 1, batch)
         ('8 of 8 rows are those of other samples', None)
     """
-    if x.shape[1:] != batch.shape[1:] or min(len(x), len(batch)) < 3 or x.device != batch.device:
-        return None
-    if x.data_ptr() == batch.data_ptr() or torch.equal(x.to(batch.dtype), batch):
+    if min(len(x), len(batch)) < 3 or x.device != batch.device or _is_same(x, batch):
         return None
     aligned, columns = len(x) == len(batch), batch[0].numel()
     real = x.is_floating_point() and batch.is_floating_point()
+    linear = real and columns >= 32 and not exact
     step = -(-columns // COLUMNS)
     a, b = x.flatten(1)[:, ::step].float(), batch.flatten(1)[:, ::step].float()
-    if real and columns >= 32:
-        a, b = _scale_rows(a - a.mean(0)), _scale_rows(b - b.mean(0))
-        similar = a[:ROWS] @ b.T
+    if linear:
+        a, b = a - a.mean(0), b - b.mean(0)
+        similar = (_scale_rows(_scale_columns(a)) @ _scale_rows(_scale_columns(b)).T)[:ROWS]
     elif real or columns >= 4:
         similar = (a[:ROWS, None] == b).all(2).float()
     else:
@@ -105,8 +104,10 @@ def find_moved_rows(x: Tensor, batch: Tensor) -> str | None:
     moved = int(((best > 0.9) & (best > at_own + 0.1)).sum())
     if moved > len(own) / 4:
         return f"{moved} of {len(own)} rows are those of other samples"
-    if aligned and real and columns >= 32:
-        rest = _scale_rows(a[:ROWS] - at_own[:, None] * b[:ROWS])  # what a row has besides its own sample
+    if aligned and linear:
+        a, b = _scale_rows(a)[:ROWS], _scale_rows(b)
+        at_own = (a * b[:ROWS]).sum(1)
+        rest = _scale_rows(a - at_own[:, None] * b[:ROWS])  # what a row has besides its own sample
         partner = rest @ b.T / (1 - (b[:ROWS] @ b.T).square()).clamp(min=0.01).sqrt()
         mixed = int(((at_own > 0.1) & (at_own < 0.995) & (partner.amax(1) > 0.95)).sum())
         if mixed > len(own) / 2:
@@ -114,8 +115,17 @@ def find_moved_rows(x: Tensor, batch: Tensor) -> str | None:
     return None
 
 
+def _is_same(x: Tensor, batch: Tensor) -> bool:
+    return x.data_ptr() == batch.data_ptr() or (x.device == batch.device and torch.equal(x.to(batch.dtype), batch))
+
+
 def _scale_rows(rows: Tensor) -> Tensor:
     return nn.functional.normalize(rows, dim=-1)
+
+
+def _scale_columns(rows: Tensor) -> Tensor:
+    spread = rows.square().mean(0).sqrt()
+    return rows / spread.clamp(min=1e-3 * float(spread.max()) + 1e-12)
 
 
 def _list_path(layer: str) -> list[str]:
@@ -125,8 +135,11 @@ def _list_path(layer: str) -> list[str]:
 
 
 def _list_tensors(inputs: Any) -> Iterator[Tensor]:
+    """Dense tensors of rows in some inputs."""
     if isinstance(inputs, Tensor):
-        yield inputs
+        plain = type(inputs) in (Tensor, nn.Parameter) and inputs.layout == torch.strided
+        if plain and inputs.ndim > 1 and not inputs.is_complex():
+            yield inputs
     elif isinstance(inputs, Mapping):
         for value in inputs.values():
             yield from _list_tensors(value)

@@ -129,7 +129,7 @@ class RelationalLoss(Weighable, LazyModule):
             pairs = pair_tensors(s, t, reads, name)
         _check_pairs(pairs, name)
         field, first, _ = pairs[0]
-        if self._watches_order and not torch.compiler.is_compiling():
+        if self._watches_order and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn_if_swapped(pairs)
         device, on_cpu = first.device, first.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -256,7 +257,8 @@ def _is_position(part: Key) -> bool:
 def call_network(network: Callable[..., Any], inputs: Any) -> Any:
     """Call a network with the inputs of a batch.
 
-    Entries of a mapping are passed as keywords, those with the keys 0, 1, ... positionally.
+    Entries of a mapping are passed as keywords, those with the keys 0, 1, ... positionally; a mapping among them is
+    copied, since a network may add its results to it.
 
     Example:
         >>> call_network(lambda x, y, scale: (x - y) * scale, {0: 5, 1: 3, "scale": 10})
@@ -264,6 +266,7 @@ def call_network(network: Callable[..., Any], inputs: Any) -> Any:
     """
     if not isinstance(inputs, Mapping):
         return network(inputs)
-    words = {key: value for key, value in inputs.items() if isinstance(key, str)}
-    positions = range(len(inputs.keys()) - len(words))  # a TensorDict's length is that of its batch
-    return network(*(inputs[number] for number in positions), **words)
+    given = {key: copy(value) if isinstance(value, Mapping) else value for key, value in inputs.items()}
+    words = {key: value for key, value in given.items() if isinstance(key, str)}
+    positions = range(len(given) - len(words))
+    return network(*(given[number] for number in positions), **words)
