@@ -66,10 +66,11 @@ class RelationalDistillation(Callback):
         loss: A loss, a sum such as ``25 * RKDDistance() + 50 * RKDAngle()``, or a dict of losses.
         student_layer: Layer of the student whose features the loss compares: a dotted path in the module, a function
             from module to submodule, a :class:`~lightning_rkd.Tap`, a list of paths (feature maps), or a dict of named
-            taps.
+            taps. A layer gives its output, whatever its class; ``Tap(layer, at="classifier")`` reads a head.
         teacher_layer: The same for the teacher; ``None`` reads its output.
         input_layer: Layer of the student whose inputs the teacher receives, call by call. It is needed if the step
-            augments its inputs, runs several views, or draws batches itself. ``None`` passes the inputs of the batch.
+            augments, permutes or mixes its inputs, runs several views, or draws batches itself. ``None`` passes the
+            inputs of the batch; the first two steps warn if the student's inputs are not its rows in order.
         inputs: Entry of a batch with the inputs: a position, a key, a field of a named tuple or dataclass, or a dotted
             path such as ``"views.global"``; or several, in any form of :data:`~lightning_rkd.utils.types.Keys`.
             Required if batches are mappings or dataclasses; default: the first entry.

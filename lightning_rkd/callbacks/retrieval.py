@@ -24,7 +24,8 @@ class RetrievalEvaluation(Callback):
     (``indices=``), or from the sampler of the loader if its order is known.
 
     Args:
-        layer: Layer whose output is the embedding, in any form of :data:`~lightning_rkd.distillation.features.Layer`.
+        layer: Layer whose output is the embedding, in any form of :data:`~lightning_rkd.distillation.features.Layer`; a
+            layer gives its output, whatever its class.
         metric: A metric, or metrics by name. Default: ``EmbeddingRetrieval()``.
         labels: Entry of a batch with the labels: a position, a key, a field of a named tuple or dataclass, or a dotted
             path. Default: the second entry of a sequence.

@@ -109,7 +109,8 @@ class Distiller:
     Args:
         teacher: A network or a teacher; ``None`` is allowed without a loss.
         loss: A loss, a sum of losses, or a dict of losses; ``None`` computes no terms.
-        student_layer: Layer of the student whose features the losses read; ``None`` reads its output.
+        student_layer: Layer of the student whose features the losses read; ``None`` reads its output. A layer gives its
+            output, whatever its class; ``Tap(layer, at="classifier")`` reads a head.
         teacher_layer: Layer of the teacher whose features the losses read; ``None`` reads its output.
         input_layer: Layer of the student whose inputs the teacher receives, call by call; ``None`` passes the inputs of
             the batch.

@@ -69,7 +69,7 @@ class Tap:
 
 Layer = Union[Tap, dict[str, Union[Tap, list[str], str]], list[str], Callable[[nn.Module], Any], str]  # noqa: UP007
 """Where features are read: a dotted path, a function from network to submodule, a :class:`Tap`, a list of paths or taps
-(feature maps), or a dict of named taps.
+(feature maps), or a dict of named taps. A layer gives its output.
 
 The types serve jsonargparse: the dict stands before the function, which would turn it into a partial, and the function
 returns ``Any``, since for ``nn.Module`` all importable modules would be searched for every path, which takes seconds.
@@ -134,7 +134,7 @@ class FeatureReader(Recorder):
     Outputs are those of the layer itself, even if an in-place operation changes the tensor later in the forward pass.
 
     Args:
-        layer: Layer or layers, in any form of :data:`Layer`; ``None`` reads the network's own output.
+        layer: Layer or layers, in any form of :data:`Layer`; a layer gives its output. ``None`` reads the network's.
         network: ``"student"`` or ``"teacher"``, for messages. The first step after :meth:`attach` logs one line for
             every tap: layer, class, what is read, shape and dtype.
 

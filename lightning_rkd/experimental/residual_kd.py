@@ -57,7 +57,8 @@ class ResidualKD(DistillationModule):
         student: S. Its output is :math:`f_S`.
         assistant: A, usually smaller. Its output is :math:`f_A`.
         teacher: T; needed only to fit.
-        teacher_layer: Layer of :math:`f_T`: a dotted path, a function or a ``Tap``; ``None`` is the output.
+        teacher_layer: Layer of :math:`f_T`: a dotted path, a function or a ``Tap``; a layer gives its output. ``None``
+            is the output.
         head: A classifier on :math:`f_S + f_A`, trained by the task loss; or a frozen copy of the teacher's.
         task_loss: Loss of the sum or, with ``task_reads="logits"``, of the head's output; its gradient reaches both
             networks.

@@ -81,7 +81,8 @@ class DistillationModule(pl.LightningModule):
         batch_transform: A function from :class:`~lightning_rkd.utils.types.Batch` to ``Batch`` (mixup, rotations),
             applied in training before both networks.
         student_layer: Layer of the student whose features losses and metrics receive, in any form of
-            :data:`~lightning_rkd.distillation.features.Layer`; ``None`` reads its output.
+            :data:`~lightning_rkd.distillation.features.Layer`; ``None`` reads its output. A layer gives its output,
+            whatever its class; ``Tap(layer, at="classifier")`` reads a head.
         teacher_layer: The same for the teacher.
         input_layer: Layer of the student whose inputs the teacher receives; ``None`` passes the inputs of the batch.
         inputs: Entry of a batch with the inputs: a position, a key, a field of a named tuple or dataclass, or a dotted

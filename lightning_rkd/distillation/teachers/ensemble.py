@@ -89,8 +89,8 @@ class EnsembleTeacher(BaseTeacher):
         weights: Positive weights, as a list or by name. Default: 1 for every teacher that is not named.
         combine: ``"relations"`` or ``"losses"``.
         layers: Layer of each teacher, as a list or by name, in any form of
-            :data:`~lightning_rkd.distillation.features.Layer`. Default: the common ``teacher_layer``. All teachers must
-            have the same taps.
+            :data:`~lightning_rkd.distillation.features.Layer`; a layer gives its output. Default: the common
+            ``teacher_layer``. All teachers must have the same taps.
 
     Raises:
         ValueError: Fewer than two teachers, weights or layers of other names or another number, an unknown ``combine``.
