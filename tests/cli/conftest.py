@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_rkd.cli.main import TRACEBACK
+from tests.harness.platforms import LOOPBACK
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +15,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(TRACEBACK, raising=False)
     cache = str(tmp_path.parent / "cache")  # glyphs are rendered once
-    settings = {"XDG_CACHE_HOME": cache, "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "120"}
+    settings = {"XDG_CACHE_HOME": cache, "COLUMNS": "120", **LOOPBACK}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     yield

@@ -11,9 +11,11 @@ import pytest
 
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli.signals import PARENT, at_sigterm, end_with_first_rank
+from tests.harness.platforms import linux_only
 from tests.harness.processes import wait_for_end
 
 
+@linux_only
 def test_a_rank_ends_after_the_process_that_started_it() -> None:
     """Also where the main thread waits in a collective, or for ranks that will never come."""
     rank = """

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,10 @@ from lightning_rkd.cli import main as cli
 from lightning_rkd.cli.trainer import WholeCheckpointIO, _RowsPerRank
 from lightning_rkd.data import PKBatchSampler
 from tests.harness import toys
+from tests.harness.platforms import LOOPBACK
 from tests.harness.processes import GLYPHS, run_script
+
+resource: Any = pytest.importorskip("resource", reason="needs POSIX limits on the size of files")
 
 TINY = [*GLYPHS, "--data.batches_per_epoch=3", "--trainer.max_epochs=4", "--trainer.default_root_dir=run"]
 FIT = ["fit", "--config", "glyphs_student", *TINY]
@@ -226,7 +228,7 @@ def test_own_data_on_two_devices_needs_lightnings_sampler() -> None:
     options = [option for option in TINY if not option.startswith("--data.")]
     fit = ["fit", "--config", "glyphs_student", "--data", "tests.cli.test_trainer.OwnGlyphs", *options]
     fit += ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
-    local = "import os; os.environ['GLOO_SOCKET_IFNAME'] = 'lo'"
+    local = f"import os; os.environ.update({LOOPBACK!r})"
     code, output = run_command(fit, local)
     assert code == 1, output
     assert "all 2 devices would train on the same rows" in output

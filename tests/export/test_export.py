@@ -16,6 +16,7 @@ from lightning_rkd.export import ExportError, export, load, write
 from lightning_rkd.export.read import build_network
 from lightning_rkd.models import ConvNet
 from lightning_rkd.utils.types import call_network
+from tests.harness.platforms import posix_only
 
 M = "lightning_rkd.models"
 BACKBONE = {"class_path": f"{M}.ConvNet", "init_args": {"widths": [4, 8], "embedding_dim": 6, "in_channels": 3}}
@@ -201,6 +202,7 @@ def test_what_lies_in_the_folder_is_not_lost(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "serve.py").read_text() == "mine"
 
 
+@posix_only
 def test_the_folder_one_is_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileExistsError, match="the folder you are in"):

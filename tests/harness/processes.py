@@ -92,8 +92,9 @@ def wait_for_end(pid: int, within: float = 60) -> None:
         time.sleep(0.01)
 
 
-_FORKS = mp.get_context("forkserver")
-_FORKS.set_forkserver_preload(["lightning", "pytorch_metric_learning.losses", "torchvision", "lightning_rkd"])
+_FORKS: Any = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
+if _FORKS.get_start_method() == "forkserver":
+    _FORKS.set_forkserver_preload(["lightning", "pytorch_metric_learning.losses", "torchvision", "lightning_rkd"])
 
 
 def run_script(file: Path, within: float = 300) -> tuple[int | None, str]:

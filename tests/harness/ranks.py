@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from tests.harness.platforms import LOOPBACK
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -19,7 +21,7 @@ def free_port() -> int:
 
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **LOOPBACK)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.metrics import EmbeddingRetrieval, Faiss
+from tests.harness.platforms import linux_only
 from tests.harness.ranks import Ranks
 
 EVERYTHING = Faiss(lists=20, probes=20)
@@ -172,6 +173,7 @@ print("done")
 """
 
 
+@linux_only
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [("faiss", "torch"), ("torch", "faiss")], ids=" then ".join)
 def test_two_openmp_libraries_neither_crash_nor_hang_and_agree_on_threads(order: tuple[str, str]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.utils.files import check_file, write_whole
+from tests.harness.platforms import posix_only
 
 
 def content() -> bytes:
@@ -73,6 +74,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
         assert outcome(path, None) == "refused"
 
 
+@posix_only
 def test_a_writer_that_is_killed_leaves_the_old_content(tmp_path: Path) -> None:
     """SIGKILL when all bytes are written and the name is not changed yet."""
     path = tmp_path / "x"

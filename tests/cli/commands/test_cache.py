@@ -16,6 +16,7 @@ from lightning_rkd.cli import main as cli
 from lightning_rkd.distillation.teachers import cache_format
 from lightning_rkd.distillation.teachers.cache_format import MANIFEST, shard_name
 from lightning_rkd.models import ConvNet
+from tests.harness.platforms import posix_only
 from tests.harness.processes import GLYPHS, end_of, start
 
 TINY = [*GLYPHS, "--data.batches_per_epoch=2"]
@@ -129,6 +130,7 @@ def test_without_a_recipe_or_a_teacher_the_error_says_what_is_missing(capsys: An
     assert "one teacher to cache, and it has 0" in capsys.readouterr().err
 
 
+@posix_only
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_files() -> None:
     assert cli.main(cache("--shard_rows", "8", out="unbroken")) == 0
@@ -146,8 +148,7 @@ def test_a_killed_run_resumes_to_the_same_files() -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_files_of_one(whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+def test_two_processes_write_the_files_of_one(whole: dict[str, bytes]) -> None:
     Path("command.py").write_text("import sys; from lightning_rkd.cli.main import main; sys.exit(main())")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = [*launcher, "command.py", *cache(out="two")]

@@ -18,6 +18,7 @@ from lightning_rkd.cli.experiments.tasks import tasks_of
 from lightning_rkd.data import GlyphDataModule
 from lightning_rkd.losses.base import RelationalLoss
 from tests.harness import replicas
+from tests.harness.platforms import posix_only
 
 TINY = {
     "data.init_args.max_classes": 12,
@@ -80,6 +81,7 @@ def test_damaged_images_are_left_out_if_asked(
     assert "'skip_damaged' is not accepted" in capsys.readouterr().err
 
 
+@posix_only
 @pytest.mark.slow
 def test_failed_runs_are_named_and_finished_ones_are_kept(capsys) -> None:
     """With tuning, a cache and generations; one run fails, and the process of another one dies."""

@@ -17,6 +17,7 @@ from lightning_rkd.models.heads import count_parameters
 from lightning_rkd.models.small import ConvNet
 from tests.cli.test_main import error_of as main_error_of
 from tests.harness import replicas
+from tests.harness.platforms import posix_only
 from tests.harness.processes import end_of, start
 
 LEFT = {
@@ -47,6 +48,7 @@ def scores(out: str) -> list[dict[str, str]]:
         return [{name: cell for name, cell in row.items() if name != "seconds"} for row in csv.DictReader(file)]
 
 
+@posix_only
 @pytest.mark.slow
 def test_a_demo_stopped_in_a_student_resumes_to_the_same_files(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_rkd.cli.experiments.workers import Worker, end_all, report
+from tests.harness.platforms import linux_only, posix_only
 from tests.harness.processes import wait_for_end
 
 
@@ -47,6 +48,7 @@ def test_errors_and_output_are_kept_and_the_worker_goes_on(tmp_path: Path) -> No
     end_all([worker])
 
 
+@posix_only
 def test_a_process_that_dies_breaks_no_other_workers_calls(tmp_path: Path) -> None:
     workers = [Worker(1), Worker(1)]
     with pytest.raises(BrokenProcessPool):
@@ -57,6 +59,7 @@ def test_a_process_that_dies_breaks_no_other_workers_calls(tmp_path: Path) -> No
     end_all(workers)
 
 
+@linux_only
 def test_busy_workers_are_ended_at_once(tmp_path: Path) -> None:
     worker = Worker(1)
     worker.submit(write_pid, tmp_path / "log.txt", str(tmp_path / "pid"))
@@ -65,6 +68,7 @@ def test_busy_workers_are_ended_at_once(tmp_path: Path) -> None:
     wait_for_end(pid)
 
 
+@linux_only
 def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     code = f"""
 import time

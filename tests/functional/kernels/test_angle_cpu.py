@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_rkd.functional import angle_tiles
 from lightning_rkd.functional._kernels import native, threads
 from lightning_rkd.functional.distances import squared_distances
+from tests.harness.platforms import linux_only
 from tests.oracles import rkd as oracle
 
 kernel = native("angle_cpu")
@@ -101,7 +102,7 @@ def _in_a_child(queue) -> None:  # type: ignore[no-untyped-def]
     queue.put((float(value), float(grad.norm())))
 
 
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+@linux_only
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_process_gets_the_same(monkeypatch):
     monkeypatch.setattr(kernel, "_TRIPLETS", 1)
