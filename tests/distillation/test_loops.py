@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -294,3 +296,30 @@ def test_a_hugging_face_trainer_is_the_loss_written_by_hand(tmp_path: Path, sett
     trained, expected = (with_transformers(tmp_path, made, **settings) for made in (distilling, written))
     assert nets.gap(trained, expected) == 0.0
     assert nets.gap(trained, with_transformers(tmp_path, partial(written, relations=0.0), **settings)) > 1e-3
+
+
+TORCHRUN = """
+import os
+from pathlib import Path
+import torch
+from tests.distillation.test_loops import SGD, distilling, with_transformers
+
+student = with_transformers(Path("out"), distilling, per_device_train_batch_size=8, ddp_backend="gloo", **SGD)
+if os.environ["RANK"] == "0":
+    torch.save(student.state_dict(), "student.pt")
+"""
+SGD = {"optim": "sgd", "max_grad_norm": 0.0}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of transformers and what it imports
+def test_two_ranks_of_a_hugging_face_trainer_are_one(tmp_path: Path) -> None:
+    alone = with_transformers(tmp_path, distilling, per_device_train_batch_size=16, **SGD)
+    (tmp_path / "train.py").write_text(TORCHRUN)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = torch.load(tmp_path / "student.pt", weights_only=True)
+    assert max(float((both[name] - x).abs().max()) for name, x in alone.state_dict().items()) <= 1e-6
