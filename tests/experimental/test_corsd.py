@@ -35,7 +35,7 @@ class Given(nn.Module):
         return tuple(self.outputs[:2] if self.calls % 2 else self.outputs[2:])
 
 
-def test_gradients_of_the_terms_are_those_with_the_deepest_stage_as_constant() -> None:
+def test_gradients_of_the_terms_take_the_deepest_stage_as_constant() -> None:
     relations = CASE.made().double().relations.eval()
     here, labels = outputs()
     relations.nets = nn.ModuleList(Given(len(labels)) for _ in here.feature_maps)

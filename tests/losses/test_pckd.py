@@ -59,7 +59,7 @@ def test_the_authors_small_number_in_the_logarithm_changes_next_to_nothing():
 
 
 @pytest.mark.parametrize("weights", [SHIPPED, (0.3, 0.5, 1.0, 2.0)], ids=["shipped", "all"])
-def test_gradients_are_those_of_the_loops_with_preview_weights_as_constants(weights):
+def test_gradients_are_those_of_the_loops_with_preview_weights_constant(weights):
     student, teacher = random_outputs(4, 2), random_outputs(4, 2)
     loss, labels, sample = PCKD(2, 2, **weighted(*weights)).double(), torch.tensor([0, 1, 1, 3]), [0, 1, 2, 3]
     fixed = oracle.preview(student.logits.numpy(), labels.tolist(), sample, 0)
