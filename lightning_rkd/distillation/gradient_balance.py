@@ -42,7 +42,7 @@ class GradientBalance:
         warns: Whether to warn; not with ``balance``.
 
     Raises:
-        ValueError: A negative ``balance``.
+        ValueError: A negative ``balance``, or another value of ``compare``.
 
     Example:
         >>> from torch import nn
@@ -62,8 +62,10 @@ class GradientBalance:
     """
 
     def __init__(self, balance: float | None = None, compare: Compare | None = "once") -> None:
-        if balance is not None and not balance >= 0:
-            raise ValueError(f"balance is a ratio of gradient norms, at least 0, got {balance}")
+        if balance is not None and not (isinstance(balance, int | float) and balance >= 0):
+            raise ValueError(f"balance is a ratio of gradient norms, at least 0, got {balance!r}")
+        if compare not in ("once", "epoch", "step", None):
+            raise ValueError(f"compare_gradients must be 'once', 'epoch', 'step' or None, got {compare!r}")
         self.balance, self.compare, self.warns = balance, compare, balance is None
         self.reset()
 

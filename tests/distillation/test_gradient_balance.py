@@ -153,6 +153,10 @@ def test_balance_needs_a_task_and_a_ratio() -> None:
         DistillationModule(toys.Backbone(), toys.teacher(), RKD(), balance=1.0)
     with pytest.raises(ValueError, match="at least 0, got -1"):
         RelationalDistillation(toys.teacher(), RKD(), student_layer="backbone", balance=-1)
+    with pytest.raises(ValueError, match="'once', 'epoch', 'step' or None, got 'always'"):
+        RelationalDistillation(toys.teacher(), RKD(), student_layer="backbone", compare_gradients="always")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"pass an instance, RKD\(\)"):
+        RelationalDistillation(toys.teacher(), RKD, student_layer="backbone")  # type: ignore[arg-type]
 
 
 def test_balance_sees_gradients_that_half_precision_needs_its_scaler_for() -> None:
