@@ -138,9 +138,7 @@ def terms_of(loss: Weighable | Mapping[str, Weighable]) -> dict[str, Term]:
         return loss.terms
     if isinstance(loss, Weighable):
         return _name_terms([Term(loss)])
-    if isinstance(loss, type):
-        raise TypeError(f"loss is the class {loss.__name__}: pass an instance, {loss.__name__}()")
-    raise TypeError(f"loss must be a RelationalLoss or a dict of them, got {type(loss).__name__}")
+    raise TypeError(f"loss must be a RelationalLoss, an instance such as RKD(), or a dict of them, got {loss!r:.80}")
 
 
 def multiply_weights(a: Weight, b: Weight) -> Weight:

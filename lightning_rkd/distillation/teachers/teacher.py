@@ -67,8 +67,7 @@ class Teacher(BaseTeacher):
         context: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         if not isinstance(network, nn.Module):
-            given = f"the class {network.__name__}" if isinstance(network, type) else type(network).__name__
-            raise TypeError(f"a teacher is an nn.Module, a network and not its class, got {given}")
+            raise TypeError(f"a teacher is an nn.Module, a network and not its class, got {network!r:.80}")
         if channels_last and not (move and context is None):
             raise ValueError("channels_last=True changes how the network is stored: leave out move=False and context")
         self.network, self.weights, self.channels_last, self.context = network, weights, channels_last, context
