@@ -16,7 +16,8 @@ from lightning_rkd.data.samplers.pk import Draw
 from lightning_rkd.distillation.features import Layer
 from lightning_rkd.distillation.teachers import cache_format as files
 from lightning_rkd.distillation.teachers.cache_format import CacheError, CacheReader, DamagedError, Plan
-from lightning_rkd.distillation.teachers.teacher import Teacher, plain_tensors
+from lightning_rkd.distillation.teachers.saved_state import plain_tensors
+from lightning_rkd.distillation.teachers.teacher import Teacher
 from lightning_rkd.utils.distributed import Group, gather_objects, rank_and_size, run_on_all_ranks
 from lightning_rkd.utils.private import tree_leaves, tree_map
 from lightning_rkd.utils.types import Batch, unpack

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -15,10 +16,17 @@ from lightning_rkd.data.transforms.teacher import Statistics
 from lightning_rkd.distillation.features import FeatureReader, Layer
 from lightning_rkd.distillation.teachers import pretrained as pretrained_networks
 from lightning_rkd.distillation.teachers.base import BaseTeacher, TeacherOutput
+from lightning_rkd.distillation.teachers.saved_state import (
+    SavedState,
+    compute_checksum,
+    is_sharded,
+    is_subclass,
+    plain_tensors,
+)
 from lightning_rkd.distillation.teachers.weights import load_weights
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.utils.distributed import Group, gather_rows, rank_and_size, run_on_all_ranks
-from lightning_rkd.utils.private import get_slots, set_slots, tree_leaves, tree_map
+from lightning_rkd.utils.private import tree_leaves, tree_map
 from lightning_rkd.utils.types import Batch, call_network
 
 
@@ -78,9 +86,9 @@ class Teacher(BaseTeacher):
             for function in functions:
                 if not callable(function):
                     raise TypeError(f"Teacher: {name} must be a function, got {type(function).__name__}")
-        self._loaded = weights is None
+        self._loaded, self._warned = weights is None, False
         self._reader: FeatureReader | None = None
-        self._saved_states: list[_SavedState] = []
+        self._saved_states: list[SavedState] = []
         self._prepared = False
 
     @classmethod
@@ -188,7 +196,7 @@ class Teacher(BaseTeacher):
         self._reader = reader
         parts = [f for f in self.transforms if isinstance(f, nn.Module)]
         # a network that belongs to the student is restored after each call
-        self._saved_states = [_SavedState.enter(m) for m in (*parts, *([] if self.context else [self.network]))]
+        self._saved_states = [SavedState.enter(m) for m in (*parts, *([] if self.context else [self.network]))]
 
     def detach(self) -> None:
         """Remove the hooks and restore the network."""
@@ -210,7 +218,7 @@ class Teacher(BaseTeacher):
         if self._prepared:
             return False
         self._prepared = True
-        if self.move and any(map(_is_sharded, self.network.parameters())):
+        if self.move and any(map(is_sharded, self.network.parameters())):
             raise ValueError(
                 "the teacher is sharded over ranks, so it could not be restored after being moved: "
                 "leave it where it is, Teacher(network, move=False)"
@@ -236,7 +244,7 @@ class Teacher(BaseTeacher):
                 inputs = transform(inputs)
             inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs  # mappings of other packages are no trees
             floating = [p for p in self.network.parameters() if p.is_floating_point()]
-            first = min(floating, key=_is_subclass, default=None)  # quantised weights may state another type
+            first = min(floating, key=is_subclass, default=None)  # quantised weights may state another type
             dtype, device = (torch.float32, "cpu") if first is None else (first.dtype, first.device.type)
             convert = partial(_convert, dtype=None if first is None else dtype, channels_last=self.channels_last)
             with nullcontext() if dtype == torch.float32 else torch.autocast(device, enabled=False):
@@ -269,7 +277,7 @@ class Teacher(BaseTeacher):
         tensors = list(self._whole_tensors())
         if not tensors or rank_and_size(group)[1] == 1:
             return
-        checksum = torch.stack([number * _checksum(t) for number, t in enumerate(tensors, start=1)]).sum()
+        checksum = torch.stack([number * compute_checksum(t) for number, t in enumerate(tensors, start=1)]).sum()
         every = gather_rows(checksum[None], group=group).tolist()
         if len(set(every)) > 1:
             raise RuntimeError(
@@ -303,6 +311,15 @@ class Teacher(BaseTeacher):
         """Evaluation mode without gradients; modes are restored, unless an attached network is the teacher's alone."""
         own = self._reader is not None and self.context is None
         modes = [] if own else [(module, module.training) for module in self.network.modules()]
+        if self.context is not None and not self._warned:
+            trains = [m for m, training in modes if training and getattr(m, "running_mean", None) is not None]
+            if trains:
+                self._warned = True
+                warnings.warn(
+                    f"the student trains with {type(trains[0]).__name__} layers that it shares with the teacher, whose "
+                    "running statistics, and so the teacher, change in every step: keep them in evaluation mode",
+                    stacklevel=2,
+                )
         try:
             with self._entered(), torch.no_grad():
                 self.network.eval()
@@ -317,61 +334,8 @@ class Teacher(BaseTeacher):
         packed = (t for t in tree_leaves(self.network.state_dict()) if isinstance(t, Tensor) and t.is_quantized)
         parameters = (p for name, p in self.network.named_parameters() if name not in trainable)
         for tensor in (*parameters, *self.network.buffers(), *packed):
-            if not _is_sharded(tensor):
+            if not is_sharded(tensor):
                 yield from plain_tensors(tensor)
-
-
-class _SavedState:
-    """Modes and tensors of a network before training, restored when its last teacher is detached."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network, self.teachers = network, 0
-        self.modes = [(module, module.training) for module in network.modules()]
-        self.tensors: list[tuple[nn.Parameter, Tensor]] = []
-        self.slots: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
-        self.has_subclasses = False
-
-    @staticmethod
-    def enter(network: nn.Module) -> _SavedState:
-        home = _saved_states.setdefault(network, _SavedState(network))
-        home.teachers += 1
-        return home
-
-    def remember_tensors(self) -> None:
-        if not self.slots:
-            parameters = list(self.network.parameters())
-            self.tensors = [(p, p.data) for p in parameters if not _is_subclass(p)]
-            # .to() replaces buffers
-            self.slots = [(m, *get_slots(m)) for m in self.network.modules()]
-            # and writes over the insides of tensor subclasses, which twins spare
-            twins = {p: nn.Parameter(p.detach(), p.requires_grad) for p in parameters if _is_subclass(p)}
-            self.has_subclasses = bool(twins)
-            for module, own, buffers in self.slots if twins else ():
-                set_slots(module, {k: p if p is None else twins.get(p, p) for k, p in own.items()}, buffers)
-
-    def leave(self) -> None:
-        self.teachers -= 1
-        if self.teachers:
-            return
-        del _saved_states[self.network]
-        for module, training in self.modes:
-            module.training = training
-        for tensor, data in self.tensors:
-            tensor.data = data
-        for module, parameters, buffers in self.slots:
-            set_slots(module, parameters, buffers)
-
-
-_saved_states: dict[nn.Module, _SavedState] = {}  # of attached networks, which several teachers may share
-
-
-def plain_tensors(x: Tensor) -> Iterator[Tensor]:
-    """The tensor, or the plain ones that a tensor subclass consists of, such as the integers and scales of torchao."""
-    if _is_subclass(x):
-        for name in x.__tensor_flatten__()[0]:  # type: ignore[attr-defined] # the protocol of subclasses
-            yield from plain_tensors(getattr(x, name))
-    else:
-        yield x.detach()
 
 
 def _convert(x: Any, dtype: torch.dtype | None, channels_last: bool) -> Any:
@@ -380,21 +344,3 @@ def _convert(x: Any, dtype: torch.dtype | None, channels_last: bool) -> Any:
     if x.is_floating_point():
         x = x.to(dtype)  # None leaves it
     return x.contiguous(memory_format=torch.channels_last) if channels_last and x.ndim == 4 else x
-
-
-def _is_subclass(x: Tensor) -> bool:
-    """True for a tensor made of others, as torchao's quantised weights are."""
-    return hasattr(x, "__tensor_flatten__")
-
-
-def _is_sharded(x: Tensor) -> bool:
-    """True if a tensor is sharded over ranks (a ``DTensor``)."""
-    return hasattr(x, "full_tensor")
-
-
-def _checksum(x: Tensor) -> Tensor:
-    """Checksum of the bits in integers, independent of machine and summation order."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    whole = x.int_repr() if x.is_quantized else x
-    flat = torch.view_as_real(whole).reshape(-1) if whole.is_complex() else whole.reshape(-1)
-    return flat.view(kinds[flat.element_size()]).sum(dtype=torch.int64)

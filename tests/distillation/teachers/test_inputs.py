@@ -19,7 +19,7 @@ from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.teachers import CachedTeacher, CacheError, Teacher
 from lightning_rkd.distillation.teachers import teacher as teacher_module
 from lightning_rkd.distillation.teachers.cache_writer import describe_teacher
-from lightning_rkd.distillation.teachers.teacher import plain_tensors
+from lightning_rkd.distillation.teachers.saved_state import plain_tensors
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.types import Batch
@@ -330,6 +330,24 @@ def test_a_shared_network_is_refused_unless_it_is_frozen_in_a_context() -> None:
             Distiller(teacher, RKD()).attach(student)
     Distiller(Teacher(net, context=net.off), RKD()).attach(net)
     assert all(p.requires_grad for p in net.adapter.parameters())
+
+
+def test_shared_statistics_that_training_changes_are_a_warning() -> None:
+    net = Adapted()
+    net.base.norm = nn.BatchNorm1d(8).requires_grad_(False)
+    teacher, x = Teacher(net, context=net.off), torch.randn(4, toys.WIDTH)
+    net.eval()
+    teacher(x)
+    net.train()
+    with pytest.warns(UserWarning, match="shares with the teacher, whose running statistics"):
+        teacher(x)
+
+
+def test_a_cache_is_not_keyed_by_adapters() -> None:
+    first, second = Adapted(), Adapted()
+    nn.init.normal_(second.adapter[0].weight)
+    described = [describe_teacher(Teacher(net, context=net.off), None)["teacher weights"] for net in (first, second)]
+    assert described[0] == described[1] != describe_teacher(Teacher(first), None)["teacher weights"]
 
 
 def test_adapters_that_differ_between_ranks_are_no_other_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
