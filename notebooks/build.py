@@ -95,7 +95,8 @@ def run(notebook: nbformat.NotebookNode, folder: Path) -> None:
     """Execute a notebook in a folder, on one thread because several may run at the same time."""
     place = {"metadata": {"path": str(folder)}}
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, resources=place)
-    client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})
+    # tqdm, which tokenizers and others import, misses widgets that no notebook uses
+    client.execute(env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:IProgress not found"})
 
 
 def complaints(notebook: nbformat.NotebookNode) -> list[str]:

@@ -11,6 +11,8 @@ from tests.harness.processes import import_file
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PACKAGES = {"11_text": "wordllama"}
+"""Packages that a notebook needs and the library does not."""
 build = import_file(FOLDER / "build.py")
 
 
@@ -58,7 +60,10 @@ def test_notebook_runs_from_top_to_bottom(
     path: Path, length: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a folder of its own; shortened in ``make test``, as the reader has it in ``make test-all``."""
-    monkeypatch.delenv("CIFAR100", raising=False)
+    if package := PACKAGES.get(path.stem):
+        pytest.importorskip(package, reason=f"the notebook {path.stem} needs {package}")
+    for data in ("CIFAR100", "BANKING77"):
+        monkeypatch.delenv(data, raising=False)
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells if length == "short" else []:
         cell.source = shortened(cell.source)

@@ -3,6 +3,7 @@
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -15,6 +16,7 @@ from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
 from lightning_rkd.data.indexing import IndexedBatch, with_indices
 from lightning_rkd.distillation.features import CaptureError
+from lightning_rkd.distillation.teachers import CachedTeacher
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.types import Batch
@@ -162,12 +164,12 @@ class Tensors(Dataset[Any]):
         return with_indices(loader) if indexed else loader
 
 
-def taught(face: str, form: Form, **settings: Any) -> tuple[Any, list[Any]]:
-    settings = {"student_layer": "backbone", **form.keys, **settings}
+def taught(face: str, form: Form, teacher: Any = None, **settings: Any) -> tuple[Any, list[Any]]:
+    settings, teacher = {"student_layer": "backbone", **form.keys, **settings}, teacher or ScaledTeacher()
     if face == "callback":
-        return Reads(form), [RelationalDistillation(ScaledTeacher(), RKD(), **settings)]
+        return Reads(form), [RelationalDistillation(teacher, RKD(), **settings)]
     task = {"task_loss": nn.CrossEntropyLoss(), "task_reads": "logits", "optimizer": toys.sgd}
-    return DistillationModule(Scaled(), ScaledTeacher(), RKD(), **task, **settings), []
+    return DistillationModule(Scaled(), teacher, RKD(), **task, **settings), []
 
 
 @pytest.mark.parametrize("indexed", [False, True], ids=["plain", "with indices"])
@@ -262,3 +264,13 @@ def test_every_form_of_keys_can_be_written_in_yaml(face: type) -> None:
     for keys in KEYS:
         parsed = parser.parse_object({"face": {"inputs": keys, "teacher_inputs": keys}}).face
         assert parsed.inputs == parsed.teacher_inputs == keys
+
+
+@pytest.mark.parametrize("face", faces.FACES)
+@pytest.mark.parametrize("name", ["a dataclass", "several positions", "an encoding of transformers"])
+def test_a_cache_is_written_with_the_inputs_of_the_teacher(name: str, face: str, tmp_path: Path) -> None:
+    form, found = FORMS[name], []
+    for teacher in (ScaledTeacher(), CachedTeacher(tmp_path, ScaledTeacher())):
+        module, callbacks = taught(face, form, teacher)
+        found.append(faces.gradients(module, *callbacks, batches=Tensors().loader(form, False)))
+    assert faces.largest(*found) < 1e-6
