@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_rkd.data.indexing import with_indices as with_indices
     from lightning_rkd.data.samplers.pk import PKBatchSampler as PKBatchSampler
     from lightning_rkd.distillation.distiller import Distiller as Distiller
-    from lightning_rkd.distillation.features import Tap as Tap
+    from lightning_rkd.distillation.layers import Tap as Tap
     from lightning_rkd.distillation.micro_batches import MicroBatches as MicroBatches
     from lightning_rkd.distillation.pooling import cls_token as cls_token
     from lightning_rkd.distillation.pooling import global_pool as global_pool

@@ -20,7 +20,7 @@ from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.figures import Pictures
 from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
 from lightning_rkd.data import GlyphDataModule
-from lightning_rkd.distillation.features import LayerNotFoundError
+from lightning_rkd.distillation.layers import LayerNotFoundError
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.modules.distillation import DistillationModule as LightningDistillationModule
 from lightning_rkd.pytorch_lightning import DistillationModule

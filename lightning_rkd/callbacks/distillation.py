@@ -16,9 +16,9 @@ from lightning_rkd.callbacks.method_patch import MethodPatch, unwrap_batches
 from lightning_rkd.data.indexing import IndexedBatch, to_batch
 from lightning_rkd.data.loaders import count_samples
 from lightning_rkd.distillation.distiller import Distiller
-from lightning_rkd.distillation.features import CaptureError, Layer, LayerNotFoundError, find_layer
 from lightning_rkd.distillation.finite_checks import refuse_broken_weights
 from lightning_rkd.distillation.gradient_balance import Compare, GradientBalance
+from lightning_rkd.distillation.layers import CaptureError, Layer, LayerNotFoundError, find_layer
 from lightning_rkd.distillation.lightning import (
     apply_balance,
     configure_model,
@@ -392,7 +392,7 @@ class RelationalDistillation(Callback):
         given = self._batch
         if given is None or hasattr(given, "__next__"):  # no batch, or Lightning's dataloader_iter
             return None
-        needed = self.distiller.needs_context or self._keys["teacher_inputs"] is not None
-        if self.distiller.inputs is not None and not needed:
-            return None  # the teacher is fed from input_layer
+        fed = self.distiller.inputs is not None and self._keys["teacher_inputs"] is None  # from input_layer
+        if fed and not self.distiller.needs_context:
+            return None
         return to_batch(given, self.unpack) if isinstance(given, IndexedBatch) else self.unpack(given)

@@ -10,7 +10,8 @@ from lightning_rkd.callbacks.base import Callback
 from lightning_rkd.callbacks.method_patch import unwrap_batches
 from lightning_rkd.data.indexing import to_batch
 from lightning_rkd.distillation.evaluation import Evaluation
-from lightning_rkd.distillation.features import FeatureReader, Layer
+from lightning_rkd.distillation.features import FeatureReader
+from lightning_rkd.distillation.layers import Layer
 from lightning_rkd.distillation.lightning import log_evaluation, start_evaluation
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.utils.types import Batch, Key, unpack
@@ -24,7 +25,7 @@ class RetrievalEvaluation(Callback):
     (``indices=``), or from the sampler of the loader if its order is known.
 
     Args:
-        layer: Layer whose output is the embedding, in any form of :data:`~lightning_rkd.distillation.features.Layer`; a
+        layer: Layer whose output is the embedding, in any form of :data:`~lightning_rkd.distillation.layers.Layer`; a
             layer gives its output, whatever its class.
         metric: A metric, or metrics by name. Default: ``EmbeddingRetrieval()``.
         labels: Entry of a batch with the labels: a position, a key, a field of a named tuple or dataclass, or a dotted

@@ -11,17 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.distillation.features import (
-    CaptureError,
-    FeatureReader,
-    InputReader,
-    Layer,
-    LayerNotFoundError,
-    find_layer,
-)
+from lightning_rkd.distillation.features import FeatureReader, InputReader, Recorder
 from lightning_rkd.distillation.finite_checks import FiniteChecks
+from lightning_rkd.distillation.layers import CaptureError, Layer, LayerNotFoundError, find_layer
 from lightning_rkd.distillation.micro_batches import split_rows
-from lightning_rkd.distillation.recording import Recorder
 from lightning_rkd.distillation.row_check import RowCheck
 from lightning_rkd.distillation.step import Needs, StepFeatures
 from lightning_rkd.distillation.teachers.base import BaseTeacher

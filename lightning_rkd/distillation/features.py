@@ -2,129 +2,133 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from lightning_rkd.distillation.layers import CaptureError, Layer, Tap, as_tap, find_layer
 from lightning_rkd.distillation.micro_batches import refuse_inside
-from lightning_rkd.distillation.pooling import cls_token as cls_token
-from lightning_rkd.distillation.pooling import global_pool as global_pool
-from lightning_rkd.distillation.pooling import last_token_pool as last_token_pool
-from lightning_rkd.distillation.pooling import mean_pool as mean_pool
-from lightning_rkd.distillation.recording import Hook, Record, Recorder, join_calls
 from lightning_rkd.utils.arguments import bind_arguments, find_signature
 from lightning_rkd.utils.distributed import rank_and_size
+from lightning_rkd.utils.private import count_writes
 from lightning_rkd.utils.types import Outputs
 
 _log = logging.getLogger(__name__)
 
 
-class Tap:
-    """A layer of a network and how to read its features.
+class Hook:
+    """A forward hook that does nothing in copies and pickles of its module."""
 
-    A layer gives its output, whatever its class and however it is wrapped (compiled, quantised, LoRA): the flat output
-    serves losses that read the embedding, and those that read the logits.
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
+        self.function = function
 
-    Args:
-        layer: Dotted path of a submodule (``""`` is the network itself), or a function from network to submodule.
-        at: What is read of the layer. ``"output"`` and ``"input"`` (its first argument) read one tensor.
-            ``"classifier"`` reads a layer that makes logits: its input is the embedding, its output the logits, and
-            its ``weight`` (K, D) and ``bias``, if it has them, are the classifier.
-        read: Reads a tensor from an output that is not one: the name of a field of a mapping or ``ModelOutput``, such
-            as ``"pooler_output"``, or a function ``read(output, arguments)`` to a tensor or ``Outputs``:
-            :func:`mean_pool`, :func:`last_token_pool`, :func:`cls_token`, :func:`global_pool` or your own.
-            ``arguments`` maps the names of the parameters of the layer's ``forward`` to the arguments of the call,
-            however they were passed; arguments without a name have their position as the key.
+    def __call__(self, *call: Any) -> None:
+        """Pass on module, args, kwargs and, in a hook after the layer, its output."""
+        if self.function is not None:
+            self.function(*call)
 
-    Example:
-        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-        >>> read(net, "0", torch.ones(2, 4)).embedding.shape
-        torch.Size([2, 3])
-        >>> head = read(net, Tap("0", at="classifier"), torch.ones(2, 4))
-        >>> head.embedding.shape, head.logits.shape, head.classifier[0].shape
-        (torch.Size([2, 4]), torch.Size([2, 3]), torch.Size([3, 4]))
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
+class Recorder:
+    """Recorder of the calls of hooked layers, between ``start`` and ``stop``. Copies and pickles have no hooks."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self._handles: list[RemovableHandle] = []
+        self._calls: list[list[Any]] = []
+        self._earlier: list[list[Any]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handles": [], "_calls": [], "_earlier": [], "on": False}
+
+    def detach(self) -> None:
+        """Remove the hooks; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.stop()
+
+    def start(self) -> None:
+        """Start recording; discard earlier calls."""
+        self._calls, self._earlier, self.on = [[] for _ in self._handles], [], True
+
+    @property
+    def ran(self) -> bool:
+        """True if a layer has run since :meth:`start`."""
+        return any(self._calls) or any(self._earlier)
+
+    def restart(self) -> None:
+        """Start anew; the calls recorded so far are used if no layer runs again."""
+        if self.on and any(self._calls):
+            earlier = self._calls
+            self.start()
+            self._earlier = earlier
+
+    def stop(self) -> None:
+        """Stop recording and discard the recorded calls."""
+        self._calls, self._earlier, self.on = [], [], False
+
+    def _collect_calls(self) -> list[list[Any]]:
+        calls = self._calls if any(self._calls) or not self._earlier else self._earlier
+        self._calls, self._earlier, self.on = [], [], False
+        return calls
+
+
+class Record:
+    """Outputs of one call, protected from later in-place operations.
+
+    The tensors themselves are preferred to their copies, since gradients then add up in the same order, and to the same
+    bits, as for a loss written in ``training_step``.
     """
 
-    def __init__(
-        self,
-        layer: Union[Callable[[nn.Module], Any], str] = "",  # noqa: UP007 - Callable first, for jsonargparse
-        at: Literal["output", "input", "classifier"] = "output",
-        read: Union[Callable[[Any, Mapping[Any, Any]], Any], str, None] = None,  # noqa: UP007 - as above
-    ) -> None:
-        if at not in ("output", "input", "classifier"):
-            raise ValueError(f"Tap.at must be 'output', 'input' or 'classifier', got {at!r}")
-        if at == "classifier" and read is not None:
-            raise ValueError("Tap(at='classifier') reads input and output as they are: leave read out")
-        self.layer, self.at, self.read = layer, at, read
+    def __init__(self, outputs: Outputs) -> None:
+        self._original = outputs
+        self.rows: int | None = None
+        self._tensors: dict[int, tuple[Tensor, Tensor, int]] = {}
+        counted = not torch.compiler.is_compiling()
+        for x in outputs.tensors():
+            self.rows = len(x) if self.rows is None else self.rows
+            if id(x) not in self._tensors:
+                counted = counted and not x.is_inference()
+                self._tensors[id(x)] = x, x.clone(), count_writes(x) if counted else -1
+        self._counted = counted  # writes are not counted in inference mode and under compilation
 
-    def __repr__(self) -> str:
-        return f"Tap({self.layer!r}, at={self.at!r})"
-
-
-Layer = Union[Tap, dict[str, Union[Tap, list[str], str]], list[str], Callable[[nn.Module], Any], str]  # noqa: UP007
-"""Where features are read: a dotted path, a function from network to submodule, a :class:`Tap`, a list of paths or taps
-(feature maps), or a dict of named taps. A layer gives its output.
-
-The types serve jsonargparse: the dict stands before the function, which would turn it into a partial, and the function
-returns ``Any``, since for ``nn.Module`` all importable modules would be searched for every path, which takes seconds.
-"""
+    def outputs(self) -> Outputs:
+        """The outputs as they were when the layer returned."""
+        unchanged = self._counted
+        for x, _, version in self._tensors.values():
+            unchanged = unchanged and count_writes(x) == version
+        return self._original if unchanged else self._original.map(lambda x: self._tensors[id(x)][1])
 
 
-class LayerNotFoundError(ValueError):
-    """A dotted path is not the name of a submodule.
+def join_calls(records: list[Record]) -> Outputs:
+    """Concatenate the rows of several calls."""
+    if len(records) == 1:
+        return records[0].outputs()
+    calls = [record.outputs() for record in records]
 
-    Attributes:
-        layer: The path.
-    """
+    def cat(parts: list[Tensor | None]) -> Tensor | None:
+        tensors = [p for p in parts if p is not None]
+        same = len(tensors) == len(parts) and len({p.shape[1:] for p in tensors}) == 1
+        return torch.cat(tensors) if same else None  # maps of different crops cannot be one tensor
 
-    def __init__(self, message: str, layer: str = "") -> None:
-        super().__init__(message)
-        self.layer = layer
-
-
-class CaptureError(RuntimeError):
-    """A tapped layer did not provide what a loss needs in this step."""
-
-
-def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Find a submodule by its dotted path or by a function.
-
-    Raises:
-        LayerNotFoundError: The path does not exist; the message lists similar ones.
-        TypeError: The layer is a module; the message has its path. Or a function returns no module.
-
-    Example:
-        >>> find_layer(nn.Sequential(nn.ReLU()), "0")
-        ReLU()
-    """
-    if isinstance(layer, nn.Module):
-        path = next((name for name, module in network.named_modules() if module is layer), None)
-        cure = "such as 'backbone'" if path is None else f"which is {path!r} for this one"
-        raise TypeError(f"a layer is a dotted path, {cure}, got the module itself ({type(layer).__name__})")
-    if not isinstance(layer, str):
-        chosen = layer(network)
-        if isinstance(chosen, nn.Module):
-            return chosen
-        raise TypeError(f"the layer function must return a submodule, got {type(chosen).__name__}")
-    full: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
-    if layer in full:
-        return full[layer]
-    # a network wrapped by torch.compile keeps its paths
-    modules = {name.replace("_orig_mod.", ""): module for name, module in full.items()}
-    if layer in modules:
-        return modules[layer]
-    near = [name for name in modules if name.endswith(f".{layer}")]  # inside the wrapper of DDP or Fabric
-    near = near or difflib.get_close_matches(layer, modules, n=5, cutoff=0.5)
-    near = near or [name for name, _ in network.named_children()][:8]
-    raise LayerNotFoundError(
-        f"{type(network).__name__} has no layer {layer!r}; near it: {', '.join(map(repr, near)) or 'it has no layers'}",
-        layer,
+    maps = [cat(list(level)) for level in zip(*(one.feature_maps or [] for one in calls), strict=True)]
+    return Outputs(
+        embedding=cat([one.embedding for one in calls]),
+        logits=cat([one.logits for one in calls]),
+        feature_maps=[m for m in maps if m is not None] if maps and all(m is not None for m in maps) else None,
+        classifier=calls[-1].classifier,
     )
 
 
@@ -165,9 +169,9 @@ class FeatureReader(Recorder):
         for name, entry in entries.items():
             if isinstance(entry, Sequence) and not isinstance(entry, str):
                 self._lists.add(name)
-                self.taps[name] = [_as_tap(e) for e in entry]
+                self.taps[name] = [as_tap(e) for e in entry]
             else:
-                self.taps[name] = [_as_tap(entry)]
+                self.taps[name] = [as_tap(entry)]
         self._titles: list[str] = []
         self._logged = True
         self._all = [tap for taps in self.taps.values() for tap in taps]
@@ -211,12 +215,14 @@ class FeatureReader(Recorder):
         Raises:
             CaptureError: A tapped layer was never called, or the layers were called unequally often.
         """
-        recorded = [_sort_calls(calls, parts) for calls in self._collect_calls()]
+        recorded = self._collect_calls()
+        if parts > 1:
+            recorded = [_sort_calls(calls, parts) for calls in recorded]
         counts = set(map(len, recorded))
         if len(counts) != 1 or 0 in counts:
             self._refuse(recorded)
         rows = [record.rows or 0 for record in recorded[0]]
-        self.rows = [sum(rows[start : start + parts]) for start in range(0, len(rows), parts)]
+        self.rows = rows if parts == 1 else [sum(rows[n : n + parts]) for n in range(0, len(rows), parts)]
         joined = [join_calls(calls) for calls in recorded]
         if not self._logged and not torch.compiler.is_compiling():
             self._log_taps(joined)
@@ -301,16 +307,6 @@ def read(network: nn.Module, layer: Layer | None, *args: Any, **kwargs: Any) -> 
     finally:
         reader.detach()
     return next(iter(outputs.values()))
-
-
-def _as_tap(entry: Any) -> Tap:
-    if isinstance(entry, Tap):
-        return entry
-    if entry is None:
-        return Tap()
-    if isinstance(entry, str) or callable(entry):
-        return Tap(entry)
-    raise TypeError(f"a layer is a dotted path, a function, a Tap, a list or a dict of them, got {entry!r}")
 
 
 def _read_call(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.distillation.features import FeatureReader, find_layer
-from lightning_rkd.distillation.recording import Hook, Recorder
+from lightning_rkd.distillation.features import FeatureReader, Hook, Recorder
+from lightning_rkd.distillation.layers import find_layer
 
 STEPS, ROWS, COLUMNS = 2, 64, 4096
 

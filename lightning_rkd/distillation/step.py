@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_rkd.distillation.features import CaptureError
+from lightning_rkd.distillation.layers import CaptureError
 from lightning_rkd.distillation.teachers.base import TeacherOutput
 from lightning_rkd.distillation.teachers.ensemble import join_outputs
 from lightning_rkd.losses.inputs import select_tap

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.distillation.features import Tap
+from lightning_rkd.distillation.layers import Tap
 from lightning_rkd.distillation.lightning import refuse_lbfgs
 from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.losses.base import RelationalLoss

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.distillation.features import find_layer
+from lightning_rkd.distillation.layers import find_layer
 from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.losses.parts.checks import check_at_least, check_positive
 from lightning_rkd.losses.references import BibTeX, Reference

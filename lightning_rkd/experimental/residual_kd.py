@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.distillation.features import Tap
+from lightning_rkd.distillation.layers import Tap
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.references import BibTeX, Reference

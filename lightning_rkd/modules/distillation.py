@@ -16,8 +16,8 @@ from torchmetrics import Metric
 from lightning_rkd.data.indexing import to_batch
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.evaluation import Evaluation
-from lightning_rkd.distillation.features import Layer
 from lightning_rkd.distillation.gradient_balance import Compare, GradientBalance
+from lightning_rkd.distillation.layers import Layer
 from lightning_rkd.distillation.lightning import (
     apply_balance,
     exclude_from_ddp_broadcast,
@@ -81,7 +81,7 @@ class DistillationModule(pl.LightningModule):
         batch_transform: A function from :class:`~lightning_rkd.utils.types.Batch` to ``Batch`` (mixup, rotations),
             applied in training before both networks.
         student_layer: Layer of the student whose features losses and metrics receive, in any form of
-            :data:`~lightning_rkd.distillation.features.Layer`; ``None`` reads its output. A layer gives its output,
+            :data:`~lightning_rkd.distillation.layers.Layer`; ``None`` reads its output. A layer gives its output,
             whatever its class; ``Tap(layer, at="classifier")`` reads a head.
         teacher_layer: The same for the teacher.
         input_layer: Layer of the student whose inputs the teacher receives; ``None`` passes the inputs of the batch.

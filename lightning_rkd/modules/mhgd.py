@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_rkd.data.indexing import to_batch
 from lightning_rkd.data.loaders import load_first_samples
-from lightning_rkd.distillation.features import Layer
+from lightning_rkd.distillation.layers import Layer
 from lightning_rkd.distillation.lightning import (
     has_local_backward,
     restore_after_exceptions,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_rkd.distillation.features import Tap
+from lightning_rkd.distillation.layers import Tap
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.parts.checks import check_at_least, check_logits, check_positive, check_share

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_rkd.data.indexing import to_batch
 from lightning_rkd.data.loaders import count_samples, load_first_samples
-from lightning_rkd.distillation.features import CaptureError
+from lightning_rkd.distillation.layers import CaptureError
 from lightning_rkd.distillation.lightning import refuse_averages
 from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.utils.private import load_dataloaders

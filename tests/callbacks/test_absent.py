@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
-from lightning_rkd.distillation.features import CaptureError
+from lightning_rkd.distillation.layers import CaptureError
 from lightning_rkd.losses.rkd import RKD
 from tests.harness import toys
 from tests.harness.ranks import Ranks

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
 from lightning_rkd.data.indexing import IndexedBatch, with_indices
-from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError, Tap, global_pool
 from lightning_rkd.distillation.finite_checks import CollapseWarning
+from lightning_rkd.distillation.layers import CaptureError, LayerNotFoundError, Tap
+from lightning_rkd.distillation.pooling import global_pool
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
 from lightning_rkd.losses.rkd import RKD, RKDAngle

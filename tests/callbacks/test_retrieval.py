@@ -11,7 +11,7 @@ from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
 from lightning_rkd.data.indexing import IndexedBatch, with_indices
 from lightning_rkd.data.row_numbers import _read_order
-from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError, Tap
+from lightning_rkd.distillation.layers import CaptureError, LayerNotFoundError, Tap
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from tests.harness import toys

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
 from lightning_rkd.data.indexing import IndexedBatch, with_indices
-from lightning_rkd.distillation.features import CaptureError
+from lightning_rkd.distillation.layers import CaptureError
 from lightning_rkd.distillation.teachers import CachedTeacher
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.modules.distillation import DistillationModule

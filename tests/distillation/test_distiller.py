@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.distillation.distiller import BoundLoss, Distiller, combine_needs
-from lightning_rkd.distillation.features import CaptureError, Tap
 from lightning_rkd.distillation.finite_checks import CollapseWarning, FiniteChecks
+from lightning_rkd.distillation.layers import CaptureError, Tap
 from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
 from lightning_rkd.losses.rkd import RKD, RKDDistance

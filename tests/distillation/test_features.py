@@ -10,19 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.distillation.features import (
-    CaptureError,
-    FeatureReader,
-    InputReader,
-    Layer,
-    LayerNotFoundError,
-    Tap,
-    cls_token,
-    find_layer,
-    global_pool,
-    mean_pool,
-    read,
-)
+from lightning_rkd.distillation.features import FeatureReader, InputReader, read
+from lightning_rkd.distillation.layers import CaptureError, Layer, LayerNotFoundError, Tap, find_layer
+from lightning_rkd.distillation.pooling import cls_token, global_pool, mean_pool
 from lightning_rkd.utils.types import Outputs
 from tests.harness import nets
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_rkd.distillation.distiller import Distiller
-from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError
+from lightning_rkd.distillation.layers import CaptureError, LayerNotFoundError
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.utils.types import Batch
 from tests.harness import nets

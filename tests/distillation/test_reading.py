@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd import RKD, Batch, Distiller, Tap, last_token_pool, mean_pool
-from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError, read
+from lightning_rkd.distillation.features import read
+from lightning_rkd.distillation.layers import CaptureError, LayerNotFoundError
 from lightning_rkd.losses import RKDDistance
 from lightning_rkd.utils.types import call_network
 from tests.harness import nets, toys

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_rkd.distillation.features import Tap, read
+from lightning_rkd.distillation.features import read
+from lightning_rkd.distillation.layers import Tap
 from lightning_rkd.models import CIFARVGG, CIFARResNet, CIFARWideResNet, Classified, Conv4, Embedded, count_parameters
 
 X4 = (32, 64, 128, 256)

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_rkd.data.indexing import with_indices
-from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError, Tap
+from lightning_rkd.distillation.layers import CaptureError, LayerNotFoundError, Tap
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.rkd import RKD, RKDDistance
@@ -416,7 +416,7 @@ trainer: {{accelerator: cpu, devices: 1, max_epochs: 1, logger: false, enable_pr
     )
 
 
-LAST = "{class_path: lightning_rkd.distillation.features.Tap, init_args: {layer: last, at: classifier}}"
+LAST = "{class_path: lightning_rkd.distillation.layers.Tap, init_args: {layer: last, at: classifier}}"
 LAYERS: dict[str, tuple[str, str, list[Any]]] = {
     "path": ("last", "lightning_rkd.losses.rkd.RKD", ["last"]),
     "tap": (LAST, "lightning_rkd.losses.rkd.RKD", ["last"]),

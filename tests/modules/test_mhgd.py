@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd.data.indexing import with_indices
-from lightning_rkd.distillation.features import Tap
+from lightning_rkd.distillation.layers import Tap
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.mhgd import MHGD
 from lightning_rkd.losses.parts.attention_graph import AttentionGraph, freeze_attention, load_attention

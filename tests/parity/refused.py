@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
-from lightning_rkd.distillation.features import CaptureError
+from lightning_rkd.distillation.layers import CaptureError
 from tests.harness import toys
 from tests.parity import Cell, users
 from tests.parity.cells import INSIDE, MEMORY, pair, recomputes_reentrantly, strong_wolfe

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from lightning_rkd.distillation.features import Layer
+from lightning_rkd.distillation.layers import Layer
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.utils.distributed import Group
 from lightning_rkd.utils.types import Batch, Outputs

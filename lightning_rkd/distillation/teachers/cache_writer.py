@@ -13,7 +13,7 @@ from lightning_rkd.data.datasets.images import AugmentedSubset
 from lightning_rkd.data.fingerprint import describe_dataset, describe_functions, find_views, without_addresses
 from lightning_rkd.data.indexing import find_root, get_collate
 from lightning_rkd.data.samplers.pk import Draw
-from lightning_rkd.distillation.features import Layer
+from lightning_rkd.distillation.layers import Layer
 from lightning_rkd.distillation.teachers import cache_format as files
 from lightning_rkd.distillation.teachers.cache_format import CacheError, CacheReader, DamagedError, Plan
 from lightning_rkd.distillation.teachers.saved_state import plain_tensors

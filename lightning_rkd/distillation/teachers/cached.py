@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.data.loaders import list_loaders
-from lightning_rkd.distillation.features import CaptureError, Layer
+from lightning_rkd.distillation.layers import CaptureError, Layer
 from lightning_rkd.distillation.teachers import cache_writer
 from lightning_rkd.distillation.teachers.arrays import ArrayReader
 from lightning_rkd.distillation.teachers.base import BaseTeacher, TeacherOutput

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd.distillation.features import Layer
+from lightning_rkd.distillation.layers import Layer
 from lightning_rkd.distillation.teachers.base import BaseTeacher, TeacherOutput
 from lightning_rkd.distillation.teachers.teacher import Teacher
 from lightning_rkd.losses.base import RelationalLoss
@@ -89,7 +89,7 @@ class EnsembleTeacher(BaseTeacher):
         weights: Positive weights, as a list or by name. Default: 1 for every teacher that is not named.
         combine: ``"relations"`` or ``"losses"``.
         layers: Layer of each teacher, as a list or by name, in any form of
-            :data:`~lightning_rkd.distillation.features.Layer`; a layer gives its output. Default: the common
+            :data:`~lightning_rkd.distillation.layers.Layer`; a layer gives its output. Default: the common
             ``teacher_layer``. All teachers must have the same taps.
 
     Raises:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.data.transforms.teacher import Statistics
-from lightning_rkd.distillation.features import FeatureReader, Layer
+from lightning_rkd.distillation.features import FeatureReader
+from lightning_rkd.distillation.layers import Layer
 from lightning_rkd.distillation.teachers import pretrained as pretrained_networks
 from lightning_rkd.distillation.teachers.base import BaseTeacher, TeacherOutput
 from lightning_rkd.distillation.teachers.saved_state import (

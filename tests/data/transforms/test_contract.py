@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_rkd.data.transforms.mixup import MixUp
 from lightning_rkd.data.transforms.views import AugmentedViews, Rotations
-from lightning_rkd.distillation.features import CaptureError
+from lightning_rkd.distillation.layers import CaptureError
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.losses.stkd import STKD
 from lightning_rkd.modules.distillation import DistillationModule

@@ -20,7 +20,7 @@ from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.data import Augment, AugmentedSubset, CentreCrop, ImageSet, MixUp, PKBatchSampler, Rotations
 from lightning_rkd.data.fingerprint import describe_dataset
 from lightning_rkd.data.indexing import IndexedBatch, with_indices
-from lightning_rkd.distillation.features import CaptureError, Tap
+from lightning_rkd.distillation.layers import CaptureError, Tap
 from lightning_rkd.distillation.teachers import (
     CachedTeacher,
     CacheError,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_rkd.distillation.distiller import Distiller
-from lightning_rkd.distillation.features import CaptureError, LayerNotFoundError
+from lightning_rkd.distillation.layers import CaptureError, LayerNotFoundError
 from lightning_rkd.distillation.teachers import EnsembleTeacher, Teacher, joint_embedding
 from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
 from lightning_rkd.losses.crd import CRD

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchvision import models
 from torchvision.transforms import v2
 
-from lightning_rkd.distillation.features import Tap
+from lightning_rkd.distillation.layers import Tap
 from lightning_rkd.distillation.pooling import cls_token
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.losses.rkd import RKD

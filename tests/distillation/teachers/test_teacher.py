@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_rkd.distillation.features import Tap
+from lightning_rkd.distillation.layers import Tap
 from lightning_rkd.distillation.teachers import Teacher
 from lightning_rkd.distillation.teachers import teacher as teacher_module
 from lightning_rkd.utils.types import Batch
