@@ -158,7 +158,7 @@ def test_a_teacher_gets_its_transform(kind: str, face: str) -> None:
     assert [repr(f) for f in Records.teacher.transforms] == expected
 
 
-def test_the_ready_transforms_and_pretrained_teachers_are_reached_from_yaml() -> None:
+def test_ready_transforms_and_pretrained_teachers_are_reached_from_yaml() -> None:
     parser = ArgumentParser()
     parser.add_argument("--teacher", type=BaseTeacher | nn.Module | None)
     statistics = {"student": [[0.5, 0.5, 0.5], [0.2, 0.2, 0.2]], "teacher": [0.5, 0.25]}
