@@ -102,8 +102,8 @@ fit(teacher, epochs=12)
 # %% [markdown]
 # ## Attach the callbacks
 #
-# `student_layer` is a dotted path to a submodule: `self.backbone` is `"backbone"`. The default teacher layer is the teacher's
-# output.
+# `student_layer` is a dotted path to a submodule: `self.backbone` is `"backbone"`. A layer gives its output, whatever its class;
+# [Layers](../docs/layers.md) has all forms. The default teacher layer is the teacher's output.
 
 # %%
 from lightning.pytorch.loggers import CSVLogger
@@ -204,6 +204,39 @@ print(f"distill/rkd: {trainer.callback_metrics['distill/rkd']:.3f}")
 # Nested batches, dataclasses, several inputs and inputs of the teacher's own are named in the same way; see
 # [Batches](../docs/batches.md). For anything else override `unpack(self, batch)` of the callback and return a `lightning_rkd.Batch`.
 #
+# ## Steps that change the rows
+#
+# The teacher receives the batch as it was loaded. Where a step normalises or augments it row by row, that is usually meant. Where it
+# permutes, resamples or mixes the rows, row i of the student and of the teacher are different samples; the first two steps warn:
+
+# %%
+import warnings
+
+
+class Flipped(Classifier):
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        return super().training_step((images.flip(0), labels.flip(0)), batch_idx)
+
+
+def train(**settings):
+    distillation = RelationalDistillation(teacher.backbone, RKD(), student_layer="backbone", **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = L.Trainer(max_epochs=1, limit_train_batches=5, callbacks=[distillation], logger=False, **QUIET)
+        trainer.fit(Flipped(width=6), DataLoader(train_set, batch_size=64, shuffle=True))
+    return [str(warning.message) for warning in caught if "rows" in str(warning.message)]
+
+
+print(*train())
+
+# %% [markdown]
+# `input_layer` names the layer whose inputs the teacher receives too:
+
+# %%
+train(input_layer="backbone")
+
+# %% [markdown]
 # ## A wrong layer name
 #
 # The error lists the available names:
