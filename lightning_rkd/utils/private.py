@@ -7,6 +7,7 @@ is imported where it is needed: losses and metrics work without it.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from types import FrameType
@@ -146,3 +147,15 @@ def set_sigterm_handler(trainer: pl.Trainer, handler: Callable[[int, FrameType |
     connector = trainer._signal_connector
     connector._sigterm_notifier_fn = handler  # type: ignore[assignment, method-assign]
     return connector
+
+
+def import_pytorch_lightning() -> Any:
+    """Import ``pytorch_lightning`` without its notices; it would also send the messages of ``lightning`` elsewhere."""
+    import lightning_utilities.core.rank_zero as messages
+
+    log = messages.log
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in notebooks tqdm asks for widgets
+        import pytorch_lightning
+    messages.log = log
+    return pytorch_lightning

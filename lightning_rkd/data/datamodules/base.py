@@ -19,10 +19,10 @@ from lightning_rkd.data.samplers.pk import PKBatchSampler
 from lightning_rkd.data.transforms.augment import Augment
 from lightning_rkd.data.transforms.crop import CentreCrop, Crop
 from lightning_rkd.utils.distributed import rank_and_size
-from lightning_rkd.utils.private import replaces_samplers
+from lightning_rkd.utils.private import import_pytorch_lightning, replaces_samplers
 
 if not TYPE_CHECKING:
-    import pytorch_lightning
+    pytorch_lightning = import_pytorch_lightning()
 
     class LightningDataModule(LightningDataModule, pytorch_lightning.LightningDataModule):
         """Data module for the Trainer and the LightningCLI of ``lightning`` and of ``pytorch_lightning``."""
