@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_rkd import DistillationModule
+from lightning_rkd import DistillationModule, MicroBatches
 from lightning_rkd.functional import _kernels as kernels
 from lightning_rkd.functional.angles import angle_loss
 from lightning_rkd.functional.distances import squared_distances
@@ -46,6 +46,21 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_micro_batches_have_the_gradient_of_the_batch_in_less_memory() -> None:
+    layers = [torch.nn.Linear(512, 512) for _ in range(20)]
+    student, x = torch.nn.Sequential(*layers).cuda(), torch.randn(4096, 512).cuda()
+    gradients, peaks = [], []
+    for network in (student, MicroBatches(student, 256)):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = RKD()(network(x)[:, :16], x[:, :32])
+        gradients.append(torch.autograd.grad(loss, layers[0].weight)[0])
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del loss
+    assert float((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()) <= 1e-4
+    assert peaks[1] < peaks[0]
 
 
 @every_loss

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from lightning_rkd.utils.private import count_writes, disable_compilation, tree_leaves, tree_map
 
 Slots = list[tuple[nn.Module, str]]
-_warned: WeakSet[nn.Module] = WeakSet()
+_seen: WeakSet[nn.Module] = WeakSet()  # networks that have run
+_writers: WeakSet[nn.Module] = WeakSet()  # modules that change their buffers
 
 
 class MicroBatches(nn.Module):
@@ -157,13 +158,15 @@ def run_parts(
     Returns:
         Output with the rows of all parts; entries that are not tensors with the rows of a part are ``None``.
     """
-    _warn_of_batch_norm(network)
+    if first_run := network not in _seen:
+        _seen.add(network)
+        _warn_of_batch_norm(network)
     outputs, slots = [], [(m, name) for m in network.modules() for name, _ in m.named_buffers(recurse=False)]
     for part in parts[:-1] if torch.is_grad_enabled() else ():
         second = _SecondPass(slots, repeating)
         contexts = partial(_pair, second)
         outputs.append(checkpoint(call, part, use_reentrant=False, context_fn=contexts))
-        slots = second.forget_unwritten() if len(outputs) == 1 else slots
+        slots = second.forget_unwritten(first_run) if len(outputs) == 1 else slots
     outputs += map(call, parts[len(outputs) :])  # the backward pass begins with the last part, whose activations stay
     rows = [count_rows(part) for part in parts]
 
@@ -181,8 +184,7 @@ def _call(network: nn.Module, inputs: tuple[Any, Any]) -> Any:
 
 def _warn_of_batch_norm(network: nn.Module) -> None:
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    if network not in _warned and any(m.training and isinstance(m, kinds) for m in network.modules()):
-        _warned.add(network)
+    if any(m.training and isinstance(m, kinds) for m in network.modules()):
         warnings.warn(
             "BatchNorm normalises each micro-batch by its own statistics, so that training differs from that on the "
             "whole batch at once: replace it by GroupNorm, or freeze it in evaluation mode, for the same gradients",
@@ -203,14 +205,12 @@ class _SecondPass(AbstractContextManager[None]):
         self.repeating, self.dtype = repeating, torch.get_default_dtype()
         self.stack = ExitStack()
 
-    def forget_unwritten(self) -> Slots:
+    def forget_unwritten(self, compare: bool) -> Slots:
         """Forget the buffers of modules that the first pass has not written to; returns the others."""
-        written = {
-            m for m, name, x, _, writes in self.before if m.get_buffer(name) is not x or count_writes(x) != writes
-        }
-        # running statistics are written without being counted
-        written |= {m for m, _, x, before, _ in self.before if m not in written and not torch.equal(x, before)}
-        self.before = [entry for entry in self.before if entry[0] in written]
+        if compare:  # running statistics are written without being counted
+            _writers.update(m for m, _, x, before, _ in self.before if not torch.equal(x, before))
+        written = {m for m, name, x, _, n in self.before if m.get_buffer(name) is not x or count_writes(x) != n}
+        self.before = [entry for entry in self.before if entry[0] in written or entry[0] in _writers]
         return [(module, name) for module, name, *_ in self.before]
 
     def __enter__(self) -> None:

@@ -15,7 +15,7 @@ from lightning_rkd.distillation.micro_batches import split_rows
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.modules.mhgd import MHGDModule
-from tests.harness import faces, toys
+from tests.harness import faces, scheme_toys, toys
 
 SIZE = 3
 
@@ -285,3 +285,15 @@ def test_clipped_gradients_are_those_of_the_whole_batch() -> None:
     task: dict[str, Any] = {"task_loss": nn.CrossEntropyLoss(), "task_reads": "logits", "student_layer": "backbone"}
     both = [MHGDModule(faces.Net(), toys.teacher(), RKD(), micro_batch=size, **task) for size in (SIZE, None)]
     assert faces.largest(*map(faces.gradients, both)) <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:BatchNorm normalises:UserWarning")
+@pytest.mark.parametrize("case", scheme_toys.CASES.values(), ids=scheme_toys.CASES)
+def test_every_scheme_trains_as_on_the_whole_batch(case: scheme_toys.Case) -> None:
+    both = [case.made(optimizer=toys.sgd, **settings) for settings in ({}, {"micro_batch": 5})]
+    for module in both:
+        for norm in [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]:
+            norm.register_forward_pre_hook(lambda part, _: part.eval() and None)  # always frozen
+        torch.manual_seed(0)  # of the heads
+        scheme_toys.fit(module, batches=list(scheme_toys.images())[:3])
+    assert toys.gap(*both) <= 1e-5
