@@ -396,7 +396,7 @@ class Distiller:
             raise TypeError(f"collect takes a Batch, got {type(batch).__name__}: Batch(inputs, labels=...)")
         calls = None if self.inputs is None else self.inputs.collect(parts)
         student, views = self.student.collect(parts)
-        features = StepFeatures(Batch(inputs=None) if batch is None else batch, student, views=views)
+        features = StepFeatures(Batch(inputs=None) if batch is None else batch, student, (), views, parts)
         if not teach or self.teacher is None:
             return features
         if calls is None and batch is None:

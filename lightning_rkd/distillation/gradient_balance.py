@@ -118,7 +118,8 @@ class GradientBalance:
             RuntimeError: With ``balance``, the graph between task loss and layer is compiled.
         """
         try:
-            with nullcontext() if self.balance is not None else _refuse_forward_passes():
+            recomputes = self.balance is not None and features.parts == 1
+            with nullcontext() if recomputes else _refuse_forward_passes():
                 norms = {
                     name: measure_norms(value, task, distiller.bound[name], features, distiller.group, scale)
                     for name, value in terms.items()

@@ -40,6 +40,7 @@ class StepFeatures:
         student: Outputs of the student by tap; rows of several views follow one another.
         teachers: Outputs of the teacher, or of each teacher that losses are averaged over.
         views: Number of calls of the student in the step.
+        parts: Number of micro-batches in which it ran.
         context: Further inputs of losses: labels, indices, view and mix of the rows.
     """
 
@@ -47,6 +48,7 @@ class StepFeatures:
     student: dict[str, Outputs]
     teachers: Sequence[TeacherOutput] = ()
     views: int = 1
+    parts: int = 1
     context: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -136,6 +138,7 @@ class StepFeatures:
             _gather_fields(self.student, needs.student, gather),
             [replace(one, features=_gather_fields(one.features, needs.teacher, gather)) for one in self.teachers],
             self.views,
+            self.parts,
             self.context | context,
         )
 

@@ -281,6 +281,30 @@ def test_a_student_layer_inside_micro_batches_is_refused() -> None:
         Distiller(toys.teacher(), RKD(), student_layer="0.network.last").attach(student)
 
 
+class Spread(nn.Module):
+    """A task loss on embeddings."""
+
+    def forward(self, embedding: Tensor, labels: Tensor) -> Tensor:
+        return (embedding - labels[:, None]).square().mean()
+
+
+def test_gradients_are_balanced_where_the_task_reads_the_features() -> None:
+    task: dict[str, Any] = {"task_loss": Spread(), "optimizer": toys.sgd, "balance": 1.0}
+    both = [DistillationModule(faces.Net(), toys.teacher(), RKD(), micro_batch=size, **task) for size in (SIZE, None)]
+    for module in both:
+        toys.fit(module)
+    assert toys.gap(*both) <= 1e-6
+
+
+def test_gradients_are_not_compared_through_a_second_pass() -> None:
+    ours, expected = distilling(), distilling(compare_gradients=None)
+    for module in (ours, expected):
+        toys.fit(module, batches=toys.loader(8 * 15), log_every_n_steps=1)
+    assert toys.gap(ours, expected) == 0.0
+    with pytest.raises(RuntimeError, match="activation checkpointing recomputes what lies between"):
+        toys.fit(distilling(balance=1.0))
+
+
 def test_clipped_gradients_are_those_of_the_whole_batch() -> None:
     task: dict[str, Any] = {"task_loss": nn.CrossEntropyLoss(), "task_reads": "logits", "student_layer": "backbone"}
     both = [MHGDModule(faces.Net(), toys.teacher(), RKD(), micro_batch=size, **task) for size in (SIZE, None)]
