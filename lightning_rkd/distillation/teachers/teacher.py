@@ -91,6 +91,7 @@ class Teacher(BaseTeacher):
         self._reader: FeatureReader | None = None
         self._saved_states: list[SavedState] = []
         self._prepared = False
+        self._precision: tuple[torch.dtype | None, str] | None = None  # while attached and moved
 
     @classmethod
     def from_timm(
@@ -185,7 +186,7 @@ class Teacher(BaseTeacher):
         return cls(network, transform=transform)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_reader": None, "_saved_states": [], "_prepared": False}
+        return self.__dict__ | {"_reader": None, "_saved_states": [], "_prepared": False, "_precision": None}
 
     def attach(self, layer: Layer | None) -> None:
         """Load the weights file, if any, and hook the layer."""
@@ -205,7 +206,7 @@ class Teacher(BaseTeacher):
             self._reader.detach()
         for state in self._saved_states:
             state.leave()
-        self._reader, self._saved_states, self._prepared = None, [], False
+        self._reader, self._saved_states, self._prepared, self._precision = None, [], False, None
 
     def to(self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None) -> bool:
         """Cast the network with ``convert`` and move it, once after :meth:`attach`; :meth:`detach` undoes both.
@@ -233,22 +234,24 @@ class Teacher(BaseTeacher):
             state.network.to(device)
         if self.channels_last:
             self.network.to(memory_format=torch.channels_last)
+        self._precision = self._find_precision()
         return True
 
     def __call__(self, inputs: Any) -> Any:
         """Compute the network's output for inputs or a :class:`Batch`, attached or not."""
         if isinstance(inputs, Batch):
             inputs = inputs.inputs if inputs.teacher_inputs is None else inputs.teacher_inputs
-        self._load()
-        with self._evaluating():
+        if not self._loaded:
+            self._load()
+        own = self._reader is not None and self.context is None  # an attached network is restored when it is detached
+        with torch.no_grad() if own else self._evaluating():
+            self.network.eval()
             for transform in self.transforms:
                 inputs = transform(inputs)
             inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs  # mappings of other packages are no trees
-            floating = [p for p in self.network.parameters() if p.is_floating_point()]
-            first = min(floating, key=is_subclass, default=None)  # quantised weights may state another type
-            dtype, device = (torch.float32, "cpu") if first is None else (first.dtype, first.device.type)
-            convert = partial(_convert, dtype=None if first is None else dtype, channels_last=self.channels_last)
-            with nullcontext() if dtype == torch.float32 else torch.autocast(device, enabled=False):
+            dtype, device = self._precision or self._find_precision()
+            convert = partial(_convert, dtype=dtype, channels_last=self.channels_last)
+            with nullcontext() if dtype in (None, torch.float32) else torch.autocast(device, enabled=False):
                 return call_network(self.network, tree_map(convert, inputs))
 
     def outputs(self, batch: Batch, calls: list[Any] | None = None) -> list[TeacherOutput]:
@@ -307,11 +310,16 @@ class Teacher(BaseTeacher):
             for parameter, trainable in flags:
                 parameter.requires_grad_(trainable)
 
+    def _find_precision(self) -> tuple[torch.dtype | None, str]:
+        """Data type of the network's parameters, which its inputs get, and type of its device."""
+        floating = [p for p in self.network.parameters() if p.is_floating_point()]
+        first = min(floating, key=is_subclass, default=None)  # quantised weights may state another type
+        return (None, "cpu") if first is None else (first.dtype, first.device.type)
+
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients; modes are restored, unless an attached network is the teacher's alone."""
-        own = self._reader is not None and self.context is None
-        modes = [] if own else [(module, module.training) for module in self.network.modules()]
+        """The context, without gradients, after which the modes of the network are restored."""
+        modes = [(module, module.training) for module in self.network.modules()]
         if self.context is not None and not self._warned:
             trains = [m for m, training in modes if training and getattr(m, "running_mean", None) is not None]
             if trains:
@@ -323,7 +331,6 @@ class Teacher(BaseTeacher):
                 )
         try:
             with self._entered(), torch.no_grad():
-                self.network.eval()
                 yield
         finally:
             for module, training in modes:

@@ -227,7 +227,7 @@ def test_a_memory_that_is_made_later_is_refused_before_the_first_step() -> None:
 def test_what_does_not_make_an_ensemble_is_refused(settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EnsembleTeacher(**{"teachers": [nets.teacher(), nets.teacher()], **settings})
-    with pytest.raises(TypeError, match=r"a teacher is an nn\.Module, got str"):
+    with pytest.raises(TypeError, match=r"a teacher is an nn\.Module, a network and not its class, got 'resnet18'"):
         EnsembleTeacher(["resnet18", nets.teacher()])
 
 
