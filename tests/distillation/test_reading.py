@@ -9,8 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_rkd import RKD, Batch, Distiller, Tap, last_token_pool, mean_pool
-from lightning_rkd.distillation.features import read
+from lightning_rkd import (
+    RKD,
+    Batch,
+    DistillationModule,
+    Distiller,
+    Tap,
+    last_token_pool,
+    mean_pool,
+)
+from lightning_rkd.distillation.features import Layer, read
 from lightning_rkd.distillation.layers import CaptureError, LayerNotFoundError
 from lightning_rkd.losses import RKDDistance
 from lightning_rkd.utils.types import call_network
@@ -344,3 +352,41 @@ def test_swapped_networks_are_answered_with_a_warning_once() -> None:
     loss(teacher, student)
     RKD()(student, teacher)
     RKD()(student, teacher.clone().requires_grad_())
+
+
+# Configured
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_module_passes_one_dict_to_a_sentence_transformer() -> None:
+    class Texts(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return len(IDS)
+
+        def __getitem__(self, row: int) -> Any:
+            return {"features": {"input_ids": IDS[row], "attention_mask": MASK[row]}}
+
+    at = Tap(read="sentence_embedding")
+    student, twin = sentences(0), sentences(0)
+    settings: dict[str, Any] = {"student_layer": at, "teacher_layer": at, "inputs": {"input": "features"}}
+    module = DistillationModule(student, sentences(7), RKD(), optimizer=toys.sgd, **settings)
+    trainer = toys.fit(module, batches=torch.utils.data.DataLoader(Texts(), 8))
+    own, target = (
+        net({"input_ids": IDS, "attention_mask": MASK})["sentence_embedding"] for net in (twin, sentences(7))
+    )
+    expected = float(RKD()(own, target.detach()).detach())
+    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(expected)
+
+
+def test_every_argument_of_a_tap_comes_through_yaml() -> None:
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--layer", type=Layer)
+    taps = (
+        "{a: {class_path: lightning_rkd.Tap, init_args: {layer: encoder, read: pooler_output}}, "
+        "b: {class_path: lightning_rkd.Tap, init_args: {layer: encoder, read: lightning_rkd.last_token_pool}}, "
+        "c: {class_path: lightning_rkd.Tap, init_args: {layer: fc, at: classifier}}}"
+    )
+    layers = parser.instantiate(parser.parse_args([f"--layer={taps}"])).layer
+    assert [(tap.layer, tap.at) for tap in layers.values()] == [("encoder", "output")] * 2 + [("fc", "classifier")]
+    assert [tap.read for tap in layers.values()] == ["pooler_output", last_token_pool, None]
