@@ -14,6 +14,7 @@ from tests.parity.cells import ON_ONE_DEVICE, ON_TWO_DEVICES
 from tests.parity.refused import REFUSED, Refused
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning_rkd.distillation.gradient_balance.WeightWarning"),
     pytest.mark.filterwarnings("ignore:.training_step. returned .None.:UserWarning"),
     pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument:UserWarning"),
     pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning"),

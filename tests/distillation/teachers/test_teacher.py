@@ -112,7 +112,7 @@ def test_copies_share_the_network_and_pickles_work_while_attached() -> None:
 
 
 def test_it_must_be_a_network_and_attached() -> None:
-    with pytest.raises(TypeError, match=r"a teacher is an nn\.Module, got str"):
+    with pytest.raises(TypeError, match=r"a teacher is an nn\.Module, a network and not its class, got 'resnet50'"):
         Teacher("resnet50")
     with pytest.raises(RuntimeError, match="attach the teacher to a layer before its features are read"):
         Teacher(nets.teacher()).outputs(Batch(X))
