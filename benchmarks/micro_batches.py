@@ -3,7 +3,7 @@
 Run ``python benchmarks/micro_batches.py``. ``DistillationModule`` trains a ResNet-18 on 64 x 64 images by RKD-DA, with
 the whole batch at once and with ``micro_batch=64``. The teacher is one linear layer, so that the time is the student's.
 Each run is a process of its own; the two kinds alternate, and a time is the median over the steps of all runs, of which
-the first step of each is left out. Times are those of the processor, which other load on the machine hardly changes.
+the first step of each is left out. Times are those of the processor, which other load on the machine changes less.
 Memory is the peak of the process above its size before training. The last columns are the largest difference of a
 gradient in the first step, and the largest gradient; BatchNorm sees other statistics in micro-batches.
 """
