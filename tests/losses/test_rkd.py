@@ -236,3 +236,8 @@ def test_two_thousand_rows_add_less_than_a_gibibyte():
 def test_an_unknown_reduction_of_a_function_is_refused():
     with pytest.raises(ValueError, match="'official' or 'distinct', got 'sum'"):
         rkd_distance(torch.ones(2, 2), torch.ones(2, 2), reduction="sum")  # type: ignore[arg-type]
+
+
+def test_the_citation_is_that_of_the_paper() -> None:
+    paper = "Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068"
+    assert RKD.reference.citation == paper
