@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import lightning_rkd.pytorch_lightning
+import lightning_rkd.modules.pytorch_lightning
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.figures import Pictures
 from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
@@ -23,7 +23,7 @@ from lightning_rkd.data import GlyphDataModule
 from lightning_rkd.distillation.layers import LayerNotFoundError
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.modules.distillation import DistillationModule as LightningDistillationModule
-from lightning_rkd.pytorch_lightning import DistillationModule
+from lightning_rkd.modules.pytorch_lightning import DistillationModule
 from tests.harness import toys
 
 ROOT = Path(__file__).parents[1]
@@ -137,23 +137,22 @@ def test_the_module_trains_as_that_for_lightning() -> None:
     assert set(values[0]) == {"train/loss", "distill/rkd"}
 
 
-@pytest.mark.parametrize("name", lightning_rkd.pytorch_lightning.__all__)
+@pytest.mark.parametrize("name", lightning_rkd.modules.pytorch_lightning.__all__)
 def test_every_module_of_the_package_exists_for_it(name: str) -> None:
-    cls = getattr(lightning_rkd.pytorch_lightning, name)
+    cls = getattr(lightning_rkd.modules.pytorch_lightning, name)
     assert issubclass(cls, ptl.LightningModule)
     assert not issubclass(cls, LightningDistillationModule)
-    assert cls.__module__.startswith("lightning_rkd.pytorch_lightning.")
+    assert cls.__module__.startswith("lightning_rkd.modules.pytorch_lightning.")
     assert f"class {name}(" in inspect.getsource(cls)
-    assert name in dir(lightning_rkd.pytorch_lightning)
+    assert name in dir(lightning_rkd.modules.pytorch_lightning)
 
 
 def test_the_list_of_modules_is_complete() -> None:
     import lightning.pytorch as pl
 
-    packages = (lightning_rkd.modules, lightning_rkd.experimental)
-    every = {name: getattr(package, name) for package in packages for name in package.__all__}
+    every = {name: getattr(lightning_rkd.modules, name) for name in lightning_rkd.modules.__all__}
     modules = {name for name, cls in every.items() if issubclass(cls, pl.LightningModule)}
-    assert set(lightning_rkd.pytorch_lightning.__all__) == modules
+    assert set(lightning_rkd.modules.pytorch_lightning.__all__) == modules
 
 
 def test_figures_are_logged_with_its_loggers(tmp_path: Path) -> None:
@@ -167,7 +166,7 @@ def test_figures_are_logged_with_its_loggers(tmp_path: Path) -> None:
 
 CONFIG = """
 model:
-  class_path: lightning_rkd.pytorch_lightning.DistillationModule
+  class_path: lightning_rkd.modules.pytorch_lightning.DistillationModule
   init_args:
     student: &net
       class_path: tests.harness.nets.Perceptron
@@ -208,7 +207,7 @@ def test_its_command_line_takes_callbacks_modules_and_data(
     (path,) = tmp_path.rglob("*.ckpt")
     again = DistillationModule.load_from_checkpoint(path, weights_only=True)
     assert largest(weights(again), weights(cli.model)) == 0, "rebuilt from the configuration alone"
-    Path("run.yaml").write_text(CONFIG.replace("lightning_rkd.pytorch_lightning.", "lightning_rkd."))
+    Path("run.yaml").write_text(CONFIG.replace("lightning_rkd.modules.pytorch_lightning.", "lightning_rkd."))
     with pytest.raises(SystemExit):
         LightningCLI(run=False)
     assert "lightning_rkd.DistillationModule" in capsys.readouterr().err

@@ -338,7 +338,7 @@ def test_gradients_are_compared_once_an_epoch_if_asked(face: str) -> None:
     assert list(found) == [23, 47, 71], "logged at the end of the epoch"
 
 
-def test_the_ratio_is_the_quotient_of_two_backward_passes_through_the_layer() -> None:
+def test_the_ratio_is_the_quotient_of_two_backward_passes() -> None:
     net, expected = Pictures(), []
 
     class ByHand(Classifier):

@@ -1,13 +1,12 @@
 """The LightningModules of this package for the Trainer of ``pytorch_lightning``.
 
 ``pytorch_lightning`` and ``lightning.pytorch`` hold the same code, but the Trainer of one refuses modules of the other.
-Callbacks and data modules of ``lightning_rkd`` work with both. Its LightningModules are here for ``pytorch_lightning``:
-the files of ``lightning_rkd.modules`` and ``lightning_rkd.experimental`` once more, with ``pytorch_lightning`` imported
-in place of ``lightning.pytorch``.
+Callbacks and data modules of ``lightning_rkd`` work with both. The modules of ``lightning_rkd.modules`` are here for
+``pytorch_lightning``: the same files once more, with ``pytorch_lightning`` imported in place of ``lightning.pytorch``.
 
 Example:
     >>> import pytorch_lightning as pl
-    >>> from lightning_rkd.pytorch_lightning import DistillationModule
+    >>> from lightning_rkd.modules.pytorch_lightning import DistillationModule
     >>> issubclass(DistillationModule, pl.LightningModule)
     True
 """
@@ -27,9 +26,6 @@ from typing import TYPE_CHECKING, Any
 from lightning_rkd.utils.imports import lazy_attributes
 
 if TYPE_CHECKING:
-    from lightning_rkd.experimental.corsd import CORSD as CORSD
-    from lightning_rkd.experimental.online_branches import OnlineBranches as OnlineBranches
-    from lightning_rkd.experimental.residual_kd import ResidualKD as ResidualKD
     from lightning_rkd.modules.distillation import DistillationModule as DistillationModule
     from lightning_rkd.modules.mhgd import AttentionGraphEstimator as AttentionGraphEstimator
     from lightning_rkd.modules.mhgd import MHGDModule as MHGDModule
@@ -38,11 +34,10 @@ if TYPE_CHECKING:
 __path__: list[str] = []  # a package: its modules come from the finder
 _load, __dir__, __all__ = lazy_attributes(__name__)
 
-_PACKAGES = ("modules", "experimental")
 _RENAMED = {
     r"lightning\.pytorch": "pytorch_lightning",
     r"lightning\.fabric": "lightning_fabric",
-    rf"lightning_rkd\.({'|'.join(_PACKAGES)})": __name__,
+    r"lightning_rkd\.modules": __name__,
 }
 
 
@@ -52,7 +47,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Finder(MetaPathFinder):
-    """Finds ``lightning_rkd.pytorch_lightning.<file>`` in the files of the original packages."""
+    """Finds ``lightning_rkd.modules.pytorch_lightning.<file>`` in the files of ``lightning_rkd.modules``."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -60,9 +55,10 @@ class _Finder(MetaPathFinder):
         parent, _, file = fullname.rpartition(".")
         if parent != __name__:
             return None
-        originals = (find_spec(f"lightning_rkd.{package}.{file}") for package in _PACKAGES)
-        origin = next((spec.origin for spec in originals if spec is not None), None)
-        return origin and spec_from_file_location(fullname, origin, loader=_Loader(fullname, origin))  # type: ignore[return-value]
+        original = find_spec(f"lightning_rkd.modules.{file}")
+        if original is None or original.origin is None:
+            return None
+        return spec_from_file_location(fullname, original.origin, loader=_Loader(fullname, original.origin))
 
 
 class _Loader(SourceFileLoader):
