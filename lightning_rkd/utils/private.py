@@ -155,7 +155,7 @@ def import_pytorch_lightning() -> Any:
 
     log = messages.log
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # in notebooks tqdm asks for widgets
+        warnings.simplefilter("ignore")  # in notebooks tqdm looks for widgets
         import pytorch_lightning
     messages.log = log
     return pytorch_lightning

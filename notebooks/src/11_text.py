@@ -75,7 +75,7 @@ print(", ".join(f"{len(part)} intents for {name}" for name, part in parts.items(
 # %% [markdown]
 # ## Two tokenizers
 #
-# Teacher and student read a text in their own ways: the teacher in tokens, the student in words and pieces of four letters, each
+# Teacher and student read a text in their own ways: the teacher in tokens, the student in words and pieces of four characters, each
 # hashed to one of 2,048 rows. A batch holds both, and `teacher_inputs=` names the teacher's. Further forms: [Batches](../docs/batches.md).
 
 # %%

@@ -192,7 +192,7 @@ class Pictures(nn.Module):
 
 
 class Once(Pictures):
-    """What lies between the layer and the logits cannot be differentiated twice."""
+    """Operations between the layer and the logits that cannot be differentiated twice."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a teacher receives: its own resolution, normalisation and precision, and a network that it shares."""
+"""Inputs of a teacher: its own resolution, normalisation and precision, and a network that it shares."""
 
 import copy
 from collections.abc import Callable, Iterator

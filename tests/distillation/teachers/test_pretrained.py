@@ -26,7 +26,7 @@ X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def images(x: Tensor, size: int, statistics: Any, interpolation: str = "bicubic") -> Tensor:
-    """What torchvision's transforms make of the student's images."""
+    """Result of torchvision's transforms for the student's images."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in STUDENT)
     mode = v2.InterpolationMode(interpolation)
     return v2.functional.normalize(v2.functional.resize(x * std + mean, [size, size], mode), *statistics)
