@@ -7,10 +7,12 @@ ARGS ?=
 SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-all lint notebooks docs benchmarks speed clean
+.PHONY: help install demo test test-quick test-all test-networks lint notebooks docs benchmarks speed clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+
+NETWORKS := tests/distillation tests/export/test_text.py tests/test_docs.py tests/test_notebooks.py
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +30,11 @@ test-quick: $(STAMP) ## the tests that take at most a few seconds each
 
 test-all: test ## the same as test, then the campaigns: kills, two machines, SLURM
 	@$(BIN)/python -m pytest -m campaign -n auto --dist worksteal $(ARGS)
+
+test-networks: $(STAMP) ## install timm, transformers and others, and run the tests that need them
+	@if command -v uv >/dev/null; then uv pip install --quiet --python $(BIN)/python --editable '.[networks]'; \
+	  else $(BIN)/python -m pip install --quiet --editable '.[networks]'; fi
+	@$(BIN)/python -m pytest -m "not campaign" -n auto --dist worksteal $(NETWORKS) -k "not short or 11_text" $(ARGS)
 
 lint: $(STAMP) ## style, formatting, types and import contracts
 	$(BIN)/ruff check

@@ -131,7 +131,7 @@ def test_without_a_recipe_or_a_teacher_the_error_says_what_is_missing(capsys: An
 
 
 @posix_only
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_killed_run_resumes_to_the_same_files() -> None:
     assert cli.main(cache("--shard_rows", "8", out="unbroken")) == 0
     for sent, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):

@@ -49,7 +49,7 @@ def scores(out: str) -> list[dict[str, str]]:
 
 
 @posix_only
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_demo_stopped_in_a_student_resumes_to_the_same_files(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
