@@ -37,11 +37,11 @@ LENGTHS = re.compile(
 
 
 def shortened(source: str) -> str:
-    """A cell that trains a tenth as long, for at least one epoch or 24 steps, on at most 60 classes."""
+    """A cell that trains a tenth as long, for at least one epoch or 24 steps, on at most 100 classes."""
 
     def fewer(found: re.Match[str]) -> str:
         name, between, number = found[1], found[2], int(found[3])
-        least = 60 if name == "max_classes" else 1 if "epochs" in name.lower().split("_per_")[0] else 24
+        least = 100 if name == "max_classes" else 1 if "epochs" in name.lower().split("_per_")[0] else 24
         return f"{name}{between}{min(number, max(least, number // 10))}"
 
     return LENGTHS.sub(fewer, source)
@@ -49,7 +49,7 @@ def shortened(source: str) -> str:
 
 def test_a_shortened_notebook_trains_for_a_tenth_of_its_steps_and_epochs() -> None:
     source = "train(steps=300, epochs=6)\nsteps: 60\nEPOCHS = 30\nmax_steps=5, batches_per_epoch=50, max_classes=150"
-    expected = "train(steps=30, epochs=1)\nsteps: 24\nEPOCHS = 3\nmax_steps=5, batches_per_epoch=24, max_classes=60"
+    expected = "train(steps=30, epochs=1)\nsteps: 24\nEPOCHS = 3\nmax_steps=5, batches_per_epoch=24, max_classes=100"
     assert shortened(source) == expected
 
 
