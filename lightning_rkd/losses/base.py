@@ -155,12 +155,11 @@ class RelationalLoss(Weighable, LazyModule):
 
     def infer_sizes(self, student: Any, teacher: Any) -> dict[str, Size]:
         """Infer sizes from the outputs of both networks, of the feature maps that the loss selects."""
-        return super().infer_sizes(self._select(student, "student"), self._select(teacher, "teacher"))
+        given = (("student", student), ("teacher", teacher))
+        return super().infer_sizes(*(None if x is None else self._select(x, network) for network, x in given))
 
     def _select(self, features: Any, network: str) -> Any:
         """Select the fields and the feature maps that the loss reads."""
-        if features is None:
-            return None
         who = f"{self.display_name}, {network}"
         return select_maps(select_fields(features, self.reads, who=who), self.feature_maps, who=who)
 

@@ -47,7 +47,7 @@ class FitNetHint(RelationalLoss):
     Example:
         >>> hint = FitNetHint((2,), (3,))
         >>> predicted = hint.regressors[0].bias.expand(4, 5, 5, 3).movedim(-1, 1)  # from a map of zeros
-        >>> round(hint([torch.zeros(4, 2, 5, 5)], [predicted + 2]).item(), 4)
+        >>> round(hint([torch.zeros(4, 2, 5, 5)], [predicted.detach() + 2]).item(), 4)
         4.0
     """
 
