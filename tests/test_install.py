@@ -65,7 +65,7 @@ def test_the_core_needs_six_packages_and_what_they_bring() -> None:
 def test_the_extra_all_names_every_extra_but_those_of_developers() -> None:
     extras = PROJECT["optional-dependencies"]
     named = set(re.findall(r"[a-z]+", extras["all"][0].partition("[")[2]))
-    assert named == set(extras) - {"all", "dev", "docs"}
+    assert named == set(extras) - {"all", "dev", "docs", "networks"}
 
 
 @pytest.mark.parametrize("package", ["rich", "jsonargparse", "scipy"])
