@@ -350,7 +350,8 @@ def test_a_cache_is_not_keyed_by_adapters() -> None:
     assert described[0] == described[1] != describe_teacher(Teacher(first), None)["teacher weights"]
 
 
-def test_adapters_that_differ_between_ranks_are_no_other_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+def pretend_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every checksum is gathered with those before it, as if each came from another rank."""
     checksums: list[Tensor] = []
 
     def gather(x: Tensor, group: Any = None) -> Tensor:
@@ -359,6 +360,10 @@ def test_adapters_that_differ_between_ranks_are_no_other_teacher(monkeypatch: py
 
     monkeypatch.setattr(teacher_module, "rank_and_size", lambda group=None: (len(checksums), 2))
     monkeypatch.setattr(teacher_module, "gather_rows", gather)
+
+
+def test_adapters_that_differ_between_ranks_are_no_other_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_ranks(monkeypatch)
     first, second = Adapted(), Adapted()
     nn.init.normal_(second.adapter[0].weight)
     for net in (first, second):
@@ -420,14 +425,7 @@ def eight_bits() -> nn.Module:
 @pytest.mark.parametrize("build", [halved, eight_bits])
 def test_tensor_subclasses_are_compared_over_ranks(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """``aten.view`` failed here."""
-    checksums: list[Tensor] = []
-
-    def gather(x: Tensor, group: Any = None) -> Tensor:
-        checksums.append(x)
-        return torch.cat(checksums)
-
-    monkeypatch.setattr(teacher_module, "rank_and_size", lambda group=None: (len(checksums), 2))
-    monkeypatch.setattr(teacher_module, "gather_rows", gather)
+    pretend_ranks(monkeypatch)
     other = build()
     for network in (build(), other):
         Teacher(network).check_same_on_ranks()
