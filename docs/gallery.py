@@ -21,6 +21,7 @@ PROVENANCE = {
     "read in code": "formula read in code",
     "read in paper": "formula read in the paper",
     "from memory": "formula from memory, not checked against a source",
+    "ours": "of this library, after the paper",
     "reconstruction": "**reconstruction**: no complete source could be found",
 }
 
@@ -40,6 +41,8 @@ NOT_SHIPPED: dict[str, str] = {
     "channels of one is not known.",
     "Score distillation of EmbedDistill": "`EmbedDistill` matches embeddings; no complete formula of the score term "
     "could be found.",
+    "The queue of lightly-train's distillation": "it is `CSD(bank_size=8192, student_temperature=0.07, "
+    "teacher_temperature=0.07)`; `RRD` compares with a queue as well, in a space of its own.",
     "FLRKD, Graph Flow, ReKD": "only titles, tables or parts of code could be found, and no formula.",
 }
 """Methods that were looked for and left out, with what is missing."""
@@ -105,7 +108,8 @@ def needs(cls: type[Any]) -> str:
 def row(name: str, cls: type[Any]) -> str:
     """A line of the table of losses."""
     invariances = ", ".join(sorted(cls.invariances)) or "none"
-    return f"| [`{name}`](#{name.lower()}) | {reads(cls)} | {needs(cls)} | {invariances} | {weight(cls.reference)} |"
+    link, aligns = f"[`{name}`](#{name.lower()})", "yes" if cls.aligns else "no"
+    return f"| {link} | {reads(cls)} | {needs(cls)} | {invariances} | {aligns} | {weight(cls.reference)} |"
 
 
 def entry(name: str, cls: type[Any]) -> str:
@@ -124,6 +128,7 @@ def entry(name: str, cls: type[Any]) -> str:
         facts["reads"] = reads(cls)
         facts["needs"] = needs(cls)
         facts["unchanged by"] = ", ".join(sorted(cls.invariances)) or "nothing in particular"
+        facts["aligns with the teacher's space"] = "yes" if cls.aligns else "no"
         facts["relates samples"] = "yes" if cls.gather else "no: a mean over samples"
         facts["tensors of its own"] = "yes" if own else "no"
     lines = [f"### {name}", "", summary(cls), ""]
@@ -154,8 +159,12 @@ def page() -> str:
         'MeanGap = "my_package.losses:MeanGap"',
         "```",
         "",
-        "| loss | reads | needs | unchanged by | published weight |",
-        "|---|---|---|---|---|",
+        "A loss that *aligns* brings the student's embedding into the teacher's space, so that it can query a gallery "
+        "that the teacher has embedded. A student trained by the others alone needs a gallery of its own. `Tanimoto` "
+        "aligns with `form='sample'`.",
+        "",
+        "| loss | reads | needs | unchanged by | aligns | published weight |",
+        "|---|---|---|---|---|---|",
         *(row(name, cls) for name, cls in every.items()),
         "",
         "Methods that are a way of training rather than a loss: "

@@ -43,8 +43,9 @@ class Tanimoto(RelationalLoss):
     batch of one row gives 0.
 
     Args:
-        form: ``"matrix"``, the first perspective, or ``"sample"``, the second, a mean of per-sample terms. The paper
-            uses both: ``Tanimoto() + Tanimoto("sample")``, with weights that we do not know.
+        form: ``"matrix"``, the first perspective, or ``"sample"``, the second, a mean of per-sample terms, which
+            aligns the student with the teacher's space. The paper uses both: ``Tanimoto() + Tanimoto("sample")``, with
+            weights that we do not know.
 
     Raises:
         ValueError: Different widths in the form ``"sample"``.
@@ -72,7 +73,7 @@ class Tanimoto(RelationalLoss):
         check_choice("Tanimoto", Form, form=form)
         self.form = form
         if form == "sample":
-            self.gather, self.invariances = False, frozenset()
+            self.gather, self.aligns, self.invariances = False, True, frozenset()
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return tanimoto(student, teacher, form=self.form)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lightning_rkd.utils.imports import lazy_attributes
 
 if TYPE_CHECKING:
+    from lightning_rkd.losses.anchored_rkd import AnchoredRKD as AnchoredRKD
     from lightning_rkd.losses.attention_transfer import AttentionTransfer as AttentionTransfer
     from lightning_rkd.losses.base import NonFiniteError as NonFiniteError
     from lightning_rkd.losses.base import Reference as Reference
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from lightning_rkd.losses.dark_rank import HardDarkRank as HardDarkRank
     from lightning_rkd.losses.dark_rank import SoftDarkRank as SoftDarkRank
     from lightning_rkd.losses.dist import DIST as DIST
+    from lightning_rkd.losses.ega import EGA as EGA
     from lightning_rkd.losses.embed_distill import EmbedDistill as EmbedDistill
     from lightning_rkd.losses.fitnet import FitNetHint as FitNetHint
+    from lightning_rkd.losses.gram_anchoring import GramAnchoring as GramAnchoring
     from lightning_rkd.losses.graph_kd import GraphKD as GraphKD
     from lightning_rkd.losses.holistic import HolisticKD as HolisticKD
     from lightning_rkd.losses.ickd import ICKD as ICKD
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from lightning_rkd.losses.pckd import PCKD as PCKD
     from lightning_rkd.losses.pkt import PKT as PKT
     from lightning_rkd.losses.raml import RAML as RAML
+    from lightning_rkd.losses.regression import Regression as Regression
     from lightning_rkd.losses.relaxed_contrastive import RelaxedContrastive as RelaxedContrastive
     from lightning_rkd.losses.rkd import RKD as RKD
     from lightning_rkd.losses.rkd import RKDAngle as RKDAngle
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from lightning_rkd.losses.soft_target import SoftTarget as SoftTarget
     from lightning_rkd.losses.srd import SRD as SRD
     from lightning_rkd.losses.stkd import STKD as STKD
+    from lightning_rkd.losses.token_similarity import TokenSimilarity as TokenSimilarity
     from lightning_rkd.losses.ttm import TTM as TTM
     from lightning_rkd.losses.ttm import WTTM as WTTM
     from lightning_rkd.losses.vkd import VkD as VkD

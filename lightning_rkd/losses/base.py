@@ -50,6 +50,10 @@ class RelationalLoss(Weighable, LazyModule):
         invariances: Changes of the student's or the teacher's outputs that leave the value unchanged:
             ``"translation"`` (one vector added to all rows), ``"rotation"``, ``"scale"`` (all rows times a positive
             number), ``"row scale"`` (each row times its own), ``"row shift"`` (a constant added to each row).
+        aligns: ``True`` for a loss that brings the student's embedding into the teacher's space, so that it can query a
+            gallery of the teacher's rows; the loss maps it there by its ``project``, where it has one. ``False``
+            (default) for a loss that compares relations within each network, which any rotation leaves unchanged. A sum
+            aligns if one of its terms does.
         reference: :class:`~lightning_rkd.losses.references.Reference` of the method: paper, provenance, and published
             weight and result, for the gallery. ``bibtex`` is the BibTeX entry of the paper.
 
@@ -82,6 +86,7 @@ class RelationalLoss(Weighable, LazyModule):
     feature_maps: Sequence[int] | None = None
     gather: bool = True
     invariances: frozenset[str] = frozenset()
+    aligns: bool = False
     reference: ClassVar[Reference | None] = None
     bibtex: ClassVar[BibTeX] = BibTeX()
     needs: frozenset[str] = frozenset()

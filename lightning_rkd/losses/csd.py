@@ -6,21 +6,24 @@ from torch.nn import functional as F
 from lightning_rkd.losses.base import Reference
 from lightning_rkd.losses.parts.anchored import AnchoredLoss, most_similar
 from lightning_rkd.losses.parts.checks import check_at_least, check_positive
+from lightning_rkd.losses.parts.memory import Queue
 
 
 def contextual_similarity(
     student: Tensor,
     teacher: Tensor,
+    gallery: Tensor | None = None,
     *,
     top_k: int | None = None,
     student_temperature: float = 1.0,
     teacher_temperature: float = 0.01,
 ) -> Tensor:
-    """The loss of unit rows as a function; see :class:`CSD`."""
-    own = teacher @ teacher.T
+    """The loss of unit rows as a function, with the teacher's as gallery unless one is given; see :class:`CSD`."""
+    gallery = teacher if gallery is None else gallery
+    own = teacher @ gallery.T
     near = most_similar(own, top_k)
     log_p = F.log_softmax(own.gather(1, near) / teacher_temperature, dim=1)
-    log_q = F.log_softmax((student @ teacher.T).gather(1, near) / student_temperature, dim=1)
+    log_q = F.log_softmax((student @ gallery.T).gather(1, near) / student_temperature, dim=1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
@@ -31,22 +34,30 @@ class CSD(AnchoredLoss):
         L = \frac{1}{N} \sum_i \mathrm{KL}\Big(\sigma_{j \in k(i)}\big(\langle \hat t_i, \hat t_j \rangle / \tau_t\big)
         \,\Big\Vert\, \sigma_{j \in k(i)}\big(\langle \hat s_i, \hat t_j \rangle / \tau_s\big)\Big)
 
-    where k(i) are the k samples most similar to sample i in the teacher, itself first. Both distributions are over the
-    teacher's rows, so the student learns to search a gallery that the teacher has embedded.
+    where k(i) are the k rows of the gallery most similar to sample i in the teacher, itself first. Both distributions
+    are over the teacher's rows, so the student learns to search a gallery that the teacher has embedded.
 
     The gallery is the batch, as in the code that this follows; in the paper it is the teacher's rows of the training
-    set.
+    set. ``bank_size`` lies in between: the teacher's rows of the batch and of the steps before it. The bank is filled
+    in training only, with the rows of all ranks, and is part of the checkpoint. With all rows and equal temperatures
+    it is the queue of lightly-train's distillation, which has 0.07 and up to 8192 rows (zeros until it is full, where
+    this one has only what was seen): ``CSD(bank_size=8192, student_temperature=0.07, teacher_temperature=0.07)``.
 
     Rows are normalised first. Where D_s and D_t differ, a trained linear layer without bias maps the student's rows.
 
     Shapes: (N, D_s), (N, D_t) -> scalar.
 
     Args:
-        top_k: k; ``None`` takes the whole batch. Published code has 96.
+        top_k: k; ``None`` takes the whole gallery. Published code has 96.
         student_temperature: :math:`\tau_s`.
         teacher_temperature: :math:`\tau_t`.
+        bank_size: Number of the teacher's last rows that are the gallery, those of the batch included; ``None`` takes
+            the batch. At least the size of the batch over all ranks.
         student_dim: D_s; inferred if left out.
         teacher_dim: D_t; inferred if left out.
+
+    Raises:
+        ValueError: A batch larger than the bank.
 
     Reference:
         Wu, Wang, Zhou, Li and Tian 2022, Contextual Similarity Distillation for Asymmetric Image Retrieval, CVPR.
@@ -74,18 +85,31 @@ class CSD(AnchoredLoss):
         student_temperature: float = 1.0,
         teacher_temperature: float = 0.01,
         *,
+        bank_size: int | None = None,
         student_dim: int | None = None,
         teacher_dim: int | None = None,
     ) -> None:
+        self.bank_size = bank_size  # which build reads
         super().__init__(student_dim, teacher_dim)
         check_positive("CSD", student_temperature=student_temperature, teacher_temperature=teacher_temperature)
-        if top_k is not None:
-            check_at_least("CSD", 1, top_k=top_k)
+        sizes = {"top_k": top_k, "bank_size": bank_size}
+        check_at_least("CSD", 1, **{name: size for name, size in sizes.items() if size is not None})
         self.top_k, self.student_temperature, self.teacher_temperature = top_k, student_temperature, teacher_temperature
 
+    def build(self, student_dim: int, teacher_dim: int) -> None:
+        """Make the projection, where widths differ, and the bank."""
+        super().build(student_dim, teacher_dim)
+        if self.bank_size is not None:
+            self.bank = Queue(self.bank_size, teacher_dim, name="CSD", setting="bank_size")
+
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of unit rows."""
+        """The loss of unit rows; in training the teacher's are pushed into the bank."""
+        gallery = teacher
+        if self.bank_size is not None:
+            gallery = self.bank.contents_with(teacher)[: self.bank.filled + len(teacher)]
+            if self.training:
+                self.bank.push(teacher)
         return contextual_similarity(
-            student, teacher, top_k=self.top_k,
+            student, teacher, gallery, top_k=self.top_k,
             student_temperature=self.student_temperature, teacher_temperature=self.teacher_temperature,
         )  # fmt: skip

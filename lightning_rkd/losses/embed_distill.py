@@ -62,6 +62,7 @@ class EmbedDistill(RelationalLoss):
     """
 
     gather = False
+    aligns = True
     reference = Reference(
         "kim2023embeddistill",
         "read in code",

@@ -25,7 +25,8 @@ class FitNetHint(RelationalLoss):
     layer's non-linearity: pass ``relu=True`` where the teacher's map comes from behind a ReLU. RepDistiller's, to which
     weight and result belong, is ``norm=True, relu=True`` on one map; it has other kernels where sizes differ. The
     batch normalisation always takes the statistics of the batch, of all ranks, and keeps none. The paper trains on
-    hints alone first; here the loss is one term among others.
+    hints alone first; here the loss is one term among others. It aligns maps, and not the embeddings that are pooled
+    from them, so ``aligns`` is ``False``.
 
     Shapes: lists of as many maps (N, C, H, W) or tokens (N, T, C), equal in both networks but for C -> scalar.
 

@@ -23,7 +23,7 @@ class Reference:
     """
 
     key: str
-    provenance: Literal["read in code", "read in paper", "from memory", "reconstruction"]
+    provenance: Literal["read in code", "read in paper", "from memory", "reconstruction", "ours"]
     source: str = ""
     weight: float | None = None
     weight_note: str = ""

@@ -1,6 +1,5 @@
 """Relational representation distillation (Giakoumoglou and Stathaki 2024): similarities to previous batches."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,6 +39,11 @@ class RRD(RelationalLoss):
     comment in their class and earlier versions of the abstract say the reverse. Their second variant, with one memory
     row for every training sample, is not here.
 
+    :math:`g_t` makes a space of its own: the student does not learn to query the teacher's gallery. For the same
+    comparison with the teacher's rows as they are, such as the queue of lightly-train's distillation, use
+    ``CSD(bank_size=M, student_temperature=tau, teacher_temperature=tau)``
+    (:class:`~lightning_rkd.losses.csd.CSD`).
+
     Shapes: student (N, D_s), teacher (N, D_t) -> scalar.
 
     Args:
@@ -58,6 +62,7 @@ class RRD(RelationalLoss):
         Giakoumoglou and Stathaki 2024, Relational Representation Distillation, arXiv:2407.12073.
 
     Example:
+        >>> import torch
         >>> loss = RRD(student_dim=4, teacher_dim=8, queue_size=16)
         >>> loss(torch.randn(6, 4), torch.randn(6, 8)).shape, loss.queue.filled
         (torch.Size([]), 6)
@@ -95,18 +100,12 @@ class RRD(RelationalLoss):
         """Make the two linear maps, of which the student's is trained, and the queue."""
         self.student_projector = Projector(student_dim, self.dim)
         self.teacher_projector = Projector(teacher_dim, self.dim).requires_grad_(False)
-        self.queue = Queue(self.queue_size, self.dim, seed=self.seed)
+        self.queue = Queue(self.queue_size, self.dim, seed=self.seed, name="RRD")
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss as a scalar; in training the teacher's rows are pushed into the queue."""
-        if len(teacher) > self.queue_size:
-            raise ValueError(
-                f"RRD: a batch of {len(teacher)} rows does not fit into the queue of {self.queue_size}; "
-                "pass a larger queue_size"
-            )
         s, t = self.student_projector(student), self.teacher_projector(teacher)
-        oldest = (int(self.queue.pushed) + torch.arange(len(t), device=t.device)) % self.queue_size
-        memory = self.queue.contents().index_copy_(0, oldest, t)
+        memory = self.queue.contents_with(t)
         taus = {"student_temperature": self.student_temperature, "teacher_temperature": self.teacher_temperature}
         loss = relational_cross_entropy(s, t, memory, **taus)
         if self.training:

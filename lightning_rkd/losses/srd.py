@@ -30,7 +30,8 @@ class SRD(RelationalLoss):
 
     BN is batch normalisation without scale and shift; W is trained with the student. The logarithm of a sum of high
     powers is a soft maximum, which concentrates on few entries where the student lacks capacity. The loss does not
-    change when either embedding is moved. The sum runs over samples, so the value grows like :math:`\log N`; the
+    change when either embedding is moved, and leaves mean and scale of every column of W s free, so that it does not
+    bring the student into the teacher's space. The sum runs over samples, so the value grows like :math:`\log N`; the
     gradient does not.
 
     The authors add Hinton's loss at temperature 1: ``2 * SRD() + SoftTarget(1)``.

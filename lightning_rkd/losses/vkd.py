@@ -54,6 +54,7 @@ class VkD(RelationalLoss):
     """
 
     gather = False
+    aligns = True  # LN changes a row's mean and length, not the rest of its direction
     reference = Reference(
         "miles2024vkd",
         "read in code",
@@ -72,6 +73,10 @@ class VkD(RelationalLoss):
         """Make the free matrix, orthonormal from the start."""
         self.matrix = nn.Parameter(orthonormal(torch.randn(teacher_dim, student_dim, dtype=torch.float32)))
 
+    def project(self, rows: Tensor) -> Tensor:
+        """Rows of the student in the teacher's space, (N, D_s) -> (N, D_t)."""
+        return rows @ orthonormal(self.matrix).T
+
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         target = F.layer_norm(limit_magnitude(teacher, 1), teacher.shape[1:])
-        return F.smooth_l1_loss(student @ orthonormal(self.matrix).T, target)
+        return F.smooth_l1_loss(self.project(student), target)

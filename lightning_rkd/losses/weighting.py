@@ -66,6 +66,7 @@ class LossSum(Weighable):
 
     Attributes:
         terms: Loss, weight and tap of every term, by name.
+        aligns: Whether a term brings the student's embedding into the teacher's space.
 
     Raises:
         TypeError: An entry is not a loss, or a weight is neither a number nor a function.
@@ -108,6 +109,10 @@ class LossSum(Weighable):
             self.losses = nn.ModuleDict({name: term.loss for name, term in self.terms.items()})
         except KeyError as error:  # a dot, or the name of a method of every module
             raise ValueError(f"a loss cannot have that name, {error.args[0]}; choose another") from None
+
+    @property
+    def aligns(self) -> bool:
+        return any(term.loss.aligns for term in self.terms.values())
 
     def forward(self, student: Any, teacher: Any, *, epoch: int = 0, **context: Any) -> Tensor:
         """Compute the weighted sum; each loss receives those further inputs that it takes."""

@@ -16,6 +16,7 @@ from lightning_rkd.experimental import AICSD, Tanimoto
 from tests.losses.properties import properties
 from tests.oracles import (
     aicsd,
+    anchored_rkd,
     attention_transfer,
     correlation_congruence,
     csd,
@@ -23,14 +24,17 @@ from tests.oracles import (
     d3,
     dark_rank,
     dist,
+    ega,
     embed_distill,
     fitnet,
+    gram_anchoring,
     graph_kd,
     ickd,
     itrd,
     nst,
     pkt,
     raml,
+    regression,
     relaxed_contrastive,
     rkd,
     rop,
@@ -39,6 +43,7 @@ from tests.oracles import (
     soft_target,
     srd,
     tanimoto,
+    token_similarity,
     ttm,
     vkd,
 )
@@ -110,6 +115,7 @@ MAPS: list[list[tuple[Shape, Shape]]] = [
     [((3, 4, 4, 2), (3, 2, 2, 2))],
     [((2, 2, 2, 3), (2, 3, 2, 3)), ((2, 3, 1, 2), (2, 2, 1, 4))],
 ]
+TOKENS = [[((1, 1, 3), (1, 1, 2))], [((2, 5, 2), (2, 5, 3)), ((2, 3, 4), (2, 3, 4))]]
 LAYERS = [[((5, 2, 2, 2), (5, 3, 1, 2)), ((5, 3, 1, 1), (5, 2, 4))]]
 EXPONENTS = [{"exponent": x} for x in (0.1, 0.5, 1.0)]
 REDUCTIONS = [{"reduction": "official"}, {"reduction": "distinct"}]
@@ -162,6 +168,12 @@ CASES = [
         [*MAPS[:1], [MAPS[2][0], ((2, 1, 1, 2), (2, 2, 1, 2))]],
         [{"relu": relu, "norm": norm} for relu in (False, True) for norm in (False, True)],
     ),
+    Case(
+        losses.GramAnchoring,
+        gram_anchoring.gram_anchoring,
+        TOKENS,
+        [{"negative_cosines": x} for x in ("zero", "teacher", "keep")],
+    ),
     Case(losses.GraphKD, partial(one_layer, graph_kd.graph_kd), ROWS, [{"power": x} for x in (1, 2, 3)]),
     Case(losses.GraphKD, partial(one_layer, graph_kd.graph_kd), ROWS[3:], [{"neighbours": x} for x in (1, 2, 6)]),
     Case(
@@ -193,13 +205,17 @@ CASES = [
     Case(losses.SimilarityPreserving, similarity_preserving.similarity_preserving, LAYERS, [{"reads": "feature_maps"}]),
     Case(losses.SoftTarget, soft_target.soft_target, LOGITS, [{"temperature": x} for x in (1.0, 4.0, 16.0)], 3),
     Case(losses.SoftTarget, partial(dense, soft_target.soft_target), PIXELS, [{"temperature": 2.0}]),
+    *anchored(losses.AnchoredRKD, anchored_rkd.anchored_rkd, {"distance_weight": 3.0, "angle_weight": 0.0}),
     *anchored(losses.CSD, csd.csd, {"top_k": 3}, {"student_temperature": 0.2, "teacher_temperature": 0.5}),
     *anchored(losses.D3, d3.d3, {"top_k": 4}, {"alpha": 0.0, "beta": 0.5, "gamma": 3.0}),
+    *anchored(losses.EGA, ega.ega, {"node_weight": 0.5, "edge_weight": 2.0}),
     *anchored(losses.RAML, raml.raml, {"lambda1": 0.0, "lambda2": 2.0}),
+    *anchored(losses.Regression, regression.regression, {"distance": "smooth_l1"}),
     *anchored(losses.ROP, rop.rop, {"top_k": 3}, {"temperature": 1.0, "rank_weight": 2.0}),
     Case(losses.SRD, srd.srd, PAIRS, [{}, {"power": 2.0, "eps": 0.1}]),
     Case(Tanimoto, tanimoto.tanimoto, ROWS),
     Case(Tanimoto, tanimoto.tanimoto, LOGITS, [{"form": "sample"}]),
+    Case(losses.TokenSimilarity, token_similarity.token_similarity, TOKENS, [{}, {"temperature": 1.0}]),
     Case(losses.TTM, ttm.ttm, [*LOGITS, ((1, 1), (1, 1))], EXPONENTS, 3),
     Case(losses.TTM, partial(dense, ttm.ttm), PIXELS),
     Case(losses.WTTM, ttm.wttm, [*LOGITS, ((1, 1), (1, 1))], EXPONENTS, 3),
@@ -248,10 +264,12 @@ def test_a_collapsed_student_has_the_value_of_the_loops(case):
 MAP_LOSSES = [
     losses.AttentionTransfer,
     losses.FitNetHint,
+    losses.GramAnchoring,
     partial(losses.GraphKD, reads="feature_maps"),
     losses.ICKD,
     losses.NST,
     partial(losses.SimilarityPreserving, reads="feature_maps"),
+    losses.TokenSimilarity,
 ]
 each_of_maps = pytest.mark.parametrize("cls", MAP_LOSSES, ids=lambda c: getattr(c, "func", c).__name__)
 
@@ -319,6 +337,8 @@ def test_values_are_those_of_published_code(loss, inputs, value):
         (losses.CSD(5), 1.6756919696407142, 0.10539186483840401),
         (losses.D3(), 20.299698383016274, 2.1512983404488355),
         (losses.D3(5, 100, 5, 1), 43.486371753309626, 4.921208211383868),
+        (losses.EGA(), 8.273137477631948, 0.4727779887510618),
+        (losses.EGA(0.8, 2.0), 16.846465004754187, 2.1764920820658658),
         (losses.RAML(), 1.6187184470319687, 0.33363555904051867),
         (losses.ROP(5), 1.0238324068746185, 0.18103784503677034),
         (losses.ROP(12), 1.6017100116659888, 0.20966546994665558),
@@ -326,7 +346,7 @@ def test_values_are_those_of_published_code(loss, inputs, value):
     ids=str,
 )
 def test_values_and_norms_of_gradients_are_those_of_published_code(loss, value, gradient):
-    student, teacher = det(12, 6, 0.7, 1.1).requires_grad_(), det(12, 6, 1.3, 0.5)  # by SCY-X/D3still
+    student, teacher = det(12, 6, 0.7, 1.1).requires_grad_(), det(12, 6, 1.3, 0.5)  # by SCY-X/D3still and yccm/EGA
     ours = loss(student, teacher)
     ours.backward()
     assert (ours.item(), student.grad.norm().item()) == pytest.approx((value, gradient), rel=1e-10)

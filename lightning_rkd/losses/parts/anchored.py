@@ -16,6 +16,7 @@ class AnchoredLoss(RelationalLoss):
     """
 
     invariances = frozenset({"scale", "row scale"})
+    aligns = True
     project: nn.Module
 
     def __init__(self, student_dim: int | None = None, teacher_dim: int | None = None) -> None:

@@ -196,6 +196,8 @@ class Queue(StepState):
         size: The number of rows.
         dim: Width of a row.
         seed: Of the first rows.
+        name: Of the loss, for messages.
+        setting: Of that loss, the argument that gives the size.
 
     Attributes:
         rows: (size, dim), in no particular order; float32 (float64 after ``.double()``).
@@ -213,10 +215,11 @@ class Queue(StepState):
     rows: Tensor
     pushed: Tensor
 
-    def __init__(self, size: int, dim: int, *, seed: int = 0) -> None:
+    def __init__(self, size: int, dim: int, *, seed: int = 0, name: str = "Queue", setting: str = "queue_size") -> None:
         super().__init__()
         if size < 1 or dim < 1:
             raise ValueError(f"a Queue holds at least one row of at least one number, got size={size} and dim={dim}")
+        self.name, self.setting = name, setting
         rows = torch.randn(size, dim, generator=generator(seed, -1), dtype=torch.float32)
         self.register_buffer("rows", F.normalize(rows, dim=1))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
@@ -230,15 +233,26 @@ class Queue(StepState):
         """A copy of all rows, which a later :meth:`push` does not change, also between forward and backward."""
         return self.rows.clone()
 
+    def contents_with(self, rows: Tensor) -> Tensor:
+        """The rows that a :meth:`push` of rows (N, dim) would leave, with the type of those, and nothing stored."""
+        size, count = len(self.rows), len(rows)
+        if count > size:
+            raise ValueError(
+                f"{self.name}: a batch of {count} rows does not fit into the queue of {size}; "
+                f"pass a larger {self.setting}"
+            )
+        return self.contents().to(rows).index_copy_(0, self._next_places(count), rows)
+
     @torch.no_grad()
     def push(self, rows: Tensor) -> None:
         """Replace the oldest rows by rows (N, dim), of which the last ``size`` stay; call it in training only."""
-        size, count = len(self.rows), len(rows)
-        kept = rows[-size:]
-        first = int(self.pushed) + count - len(kept)
-        places = (torch.arange(len(kept), device=self.rows.device) + first) % size
-        self.rows.index_copy_(0, places, kept.to(self.rows))
-        self.pushed += count
+        kept = rows[-len(self.rows) :]
+        self.pushed += len(rows) - len(kept)
+        self.rows.index_copy_(0, self._next_places(len(kept)), kept.to(self.rows))
+        self.pushed += len(kept)
+
+    def _next_places(self, count: int) -> Tensor:
+        return (torch.arange(count, device=self.rows.device) + int(self.pushed)) % len(self.rows)
 
     def extra_repr(self) -> str:
         """The sizes, for ``print``."""

@@ -1,0 +1,88 @@
+"""The bank of CSD."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_rkd.losses import CSD
+from tests.oracles.csd import csd
+from tests.oracles.differences import check_gradients
+
+
+def batch(n: int, width: int = 3) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, width, dtype=torch.float64), torch.randn(n, 3, dtype=torch.float64)
+
+
+def banked(**settings: float) -> CSD:
+    return CSD(student_temperature=0.3, teacher_temperature=0.2, student_dim=3, teacher_dim=3, **settings).double()
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_over_several_steps_the_gallery_is_the_teachers_last_rows(top_k):
+    torch.manual_seed(0)
+    loss, seen = banked(top_k=top_k, bank_size=5), []
+    for n in (2, 1, 4, 5, 1):
+        student, teacher = batch(n)
+        seen += teacher.tolist()
+        settings = {"top_k": top_k, "student_temperature": 0.3, "teacher_temperature": 0.2}
+        expected = csd(student.numpy(), teacher.numpy(), **settings, gallery=seen[-5:])
+        assert loss(student, teacher).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_gradients_with_a_bank_are_those_of_the_loops():
+    torch.manual_seed(0)
+    loss = banked(bank_size=6)
+    before, (student, teacher) = batch(4)[1], batch(3)
+    loss(before, before)
+    gallery = [*before[1:].tolist(), *teacher.tolist()]
+
+    def loops(given):
+        return csd(given["student"], teacher.numpy(), None, 0.3, 0.2, gallery)
+
+    check_gradients(loss(student.requires_grad_(), teacher), {"student": student}, loops)
+
+
+def test_a_bank_of_the_batch_alone_is_the_loss_without_a_bank():
+    student, teacher = batch(4)
+    torch.testing.assert_close(banked(bank_size=4)(student, teacher), banked()(student, teacher))
+    torch.testing.assert_close(banked(bank_size=9)(student, teacher), banked()(student, teacher))  # not yet full
+
+
+def test_evaluation_reads_the_bank_and_leaves_it():
+    loss = banked(bank_size=6)
+    loss(*batch(4))
+    before, pair = copy.deepcopy(loss.state_dict()), batch(4)
+    outside = loss.eval()(*pair)
+    assert all(torch.equal(x, before[name]) for name, x in loss.state_dict().items())
+    torch.testing.assert_close(loss.train()(*pair), outside)
+    assert not torch.allclose(outside, banked()(*pair))
+
+
+def test_a_loaded_bank_goes_on_as_the_saved_one():
+    loss, pair = banked(bank_size=6), batch(3)
+    loss(*batch(4))
+    resumed = CSD(student_temperature=0.3, teacher_temperature=0.2, bank_size=6)
+    resumed.load_state_dict(loss.state_dict())
+    assert torch.equal(resumed(*pair), loss(*pair))
+    assert int(resumed.bank.pushed) == 7
+
+
+def test_with_equal_temperatures_it_is_the_queue_of_lightly_train():
+    loss = CSD(bank_size=8, student_temperature=0.07, teacher_temperature=0.07).double()
+    queue = F.normalize(torch.zeros(0, 3, dtype=torch.float64))
+    for n in (4, 4, 4):  # by the formula of the published code once its queue is full
+        student, teacher = (F.normalize(x) for x in batch(n))
+        queue = torch.cat([teacher, queue])[:8]
+        target = (teacher @ queue.T / 0.07).softmax(1)
+        expected = F.kl_div((student @ queue.T / 0.07).log_softmax(1), target, reduction="batchmean")
+        torch.testing.assert_close(loss(student, teacher), expected)
+
+
+def test_a_batch_larger_than_the_bank_and_an_empty_bank_are_refused():
+    with pytest.raises(ValueError, match=r"CSD: a batch of 6 rows does not fit .* of 5; pass a larger bank_size"):
+        banked(bank_size=5)(*batch(6))
+    with pytest.raises(ValueError, match="CSD: bank_size must be at least 1, got 0"):
+        CSD(bank_size=0)
