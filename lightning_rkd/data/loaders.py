@@ -1,6 +1,6 @@
 """Loaders in the structures that Lightning takes: one, a mapping, a sequence, or a ``CombinedLoader``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -41,17 +41,18 @@ def load_first_samples(loaders: Any) -> Any:
     Neither a sampler nor a worker is started.
     """
     loaders = getattr(loaders, "iterables", loaders)
-    batches = [_load_first(loader) for loader in tree_leaves(loaders)]
+    batches = [load_samples(loader, range(2)) for loader in tree_leaves(loaders)]
     if not batches or any(batch is None for batch in batches):
         return None
     remaining = iter(batches)
     return tree_map(lambda _: next(remaining), loaders)
 
 
-def _load_first(loader: Any) -> Any:
+def load_samples(loader: Any, samples: Sequence[int]) -> Any:
+    """Some samples of a loader's data set, of those that it has, as a batch; ``None`` if it is not of the map style."""
     if not isinstance(loader, DataLoader) or count_root_rows(loader.dataset) is None:
         return None
-    rows = list(range(min(2, len(loader.dataset))))  # type: ignore[arg-type] # it has a size
+    rows = [row for row in samples if row < len(loader.dataset)]  # type: ignore[arg-type] # it has a size
     if loader.batch_sampler is None:
         return loader.collate_fn(loader.dataset[0]) if rows else None
     return loader.collate_fn(fetch_samples(loader.dataset, rows))

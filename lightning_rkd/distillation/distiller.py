@@ -310,6 +310,11 @@ class Distiller:
         return self.teacher is not None and self.teacher.needs_indices
 
     @property
+    def teacher_needs_data(self) -> bool:
+        """True if the teacher checks the loaders of a run, or reads from them."""
+        return self.teacher is not None and self.teacher.needs_data
+
+    @property
     def needs_context(self) -> bool:
         """True if a loss or the teacher needs labels, indices, view or mix of a batch."""
         return self.teacher_needs_indices or bool(self.needs & {"labels", "indices", "view", "mix"})

@@ -51,9 +51,9 @@ def prepare_teacher(distiller: Distiller, trainer: pl.Trainer, module: pl.Lightn
 def prepare_fit(
     distiller: Distiller, trainer: pl.Trainer, module: pl.LightningModule, unpack: Callable[[Any], Batch]
 ) -> None:
-    """Prepare the teacher of an attached distiller, and let it check or read the training data if it uses indices."""
+    """Prepare the teacher of an attached distiller, and let it check or read the training data if it must."""
     prepare_teacher(distiller, trainer, module)
-    if distiller.teacher_needs_indices:
+    if distiller.teacher_needs_data:
         with isolate_rng(include_cuda=False):
             distiller.prepare_data(load_dataloaders(trainer), unpack)
 

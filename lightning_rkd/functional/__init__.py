@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_rkd.functional.graphs import knn_graph as knn_graph
     from lightning_rkd.functional.graphs import normalised_adjacency as normalised_adjacency
     from lightning_rkd.functional.graphs import same_class as same_class
+    from lightning_rkd.functional.orders import order_hinge as order_hinge
     from lightning_rkd.functional.ranks import log_probability_of_order as log_probability_of_order
     from lightning_rkd.functional.ranks import nearest_samples as nearest_samples
     from lightning_rkd.functional.ranks import permutations as permutations
@@ -37,5 +38,7 @@ if TYPE_CHECKING:
     from lightning_rkd.functional.similarities import unit_rows as unit_rows
     from lightning_rkd.functional.singular import align_vectors as align_vectors
     from lightning_rkd.functional.singular import right_singular_vectors as right_singular_vectors
+    from lightning_rkd.functional.standardisation import hadamard_matrix as hadamard_matrix
+    from lightning_rkd.functional.standardisation import phi_standardisation as phi_standardisation
 
 __getattr__, __dir__, __all__ = lazy_attributes(__name__)

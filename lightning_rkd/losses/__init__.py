@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_rkd.losses.d3 import D3 as D3
     from lightning_rkd.losses.dark_rank import HardDarkRank as HardDarkRank
     from lightning_rkd.losses.dark_rank import SoftDarkRank as SoftDarkRank
+    from lightning_rkd.losses.dcd import DCD as DCD
     from lightning_rkd.losses.dist import DIST as DIST
     from lightning_rkd.losses.ega import EGA as EGA
     from lightning_rkd.losses.embed_distill import EmbedDistill as EmbedDistill
@@ -31,12 +32,15 @@ if TYPE_CHECKING:
     from lightning_rkd.losses.ickd import ICKD as ICKD
     from lightning_rkd.losses.irg import IRG as IRG
     from lightning_rkd.losses.itrd import ITRD as ITRD
+    from lightning_rkd.losses.matryoshka import Matryoshka as Matryoshka
     from lightning_rkd.losses.mhgd import MHGD as MHGD
+    from lightning_rkd.losses.multi_level_logit import MultiLevelLogit as MultiLevelLogit
     from lightning_rkd.losses.nst import NST as NST
     from lightning_rkd.losses.pckd import PCKD as PCKD
     from lightning_rkd.losses.pkt import PKT as PKT
     from lightning_rkd.losses.raml import RAML as RAML
     from lightning_rkd.losses.regression import Regression as Regression
+    from lightning_rkd.losses.relative_similarity import RelativeSimilarity as RelativeSimilarity
     from lightning_rkd.losses.relaxed_contrastive import RelaxedContrastive as RelaxedContrastive
     from lightning_rkd.losses.rkd import RKD as RKD
     from lightning_rkd.losses.rkd import RKDAngle as RKDAngle
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
     from lightning_rkd.losses.rrd import RRD as RRD
     from lightning_rkd.losses.sample_contrastive import SampleContrastiveKD as SampleContrastiveKD
     from lightning_rkd.losses.similarity_preserving import SimilarityPreserving as SimilarityPreserving
+    from lightning_rkd.losses.skd import SKDDirection as SKDDirection
     from lightning_rkd.losses.soft_target import SoftTarget as SoftTarget
     from lightning_rkd.losses.srd import SRD as SRD
     from lightning_rkd.losses.stkd import STKD as STKD

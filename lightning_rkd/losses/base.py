@@ -90,7 +90,7 @@ class RelationalLoss(Weighable, LazyModule):
     reference: ClassVar[Reference | None] = None
     bibtex: ClassVar[BibTeX] = BibTeX()
     needs: frozenset[str] = frozenset()
-    required: ClassVar[frozenset[str]] = frozenset()
+    required: frozenset[str] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -6,7 +6,7 @@ from torch import Tensor
 from lightning_rkd.functional.scales import far_above_rounding, to_float64
 from lightning_rkd.functional.similarities import unit_rows
 from lightning_rkd.losses.base import Reference, RelationalLoss
-from lightning_rkd.losses.parts.checks import check_logits, check_positive
+from lightning_rkd.losses.parts.checks import check_logits, check_positive, standardise_rows
 
 _REFERENCE = Reference(
     "ham2023cosine",
@@ -76,6 +76,8 @@ class ClassSimilarityKD(RelationalLoss):
     Args:
         temperature: T.
         scale: :math:`\alpha`.
+        standardise: Take the z-score of each row of logits, in both networks, before the temperature
+            (:func:`~lightning_rkd.losses.parts.checks.standardise_rows`).
 
     Raises:
         ValueError: Dense logits; logits of different class counts.
@@ -94,13 +96,15 @@ class ClassSimilarityKD(RelationalLoss):
     invariances = frozenset({"row shift"})
     reference = _REFERENCE
 
-    def __init__(self, temperature: float = 4.0, scale: float = 2.0) -> None:
+    def __init__(self, temperature: float = 4.0, scale: float = 2.0, *, standardise: bool = False) -> None:
         super().__init__()
         check_positive("ClassSimilarityKD", temperature=temperature, scale=scale)
-        self.temperature, self.scale = temperature, scale
+        self.temperature, self.scale, self.standardise = temperature, scale, standardise
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_logits(student, teacher, "ClassSimilarityKD", dims=(2,))
+        if self.standardise:
+            student, teacher = standardise_rows(student), standardise_rows(teacher)
         factor = self.scale * self.temperature**2
         return factor * class_similarity(student, teacher, temperature=self.temperature)
 
@@ -127,6 +131,8 @@ class CosineTemperatureKD(RelationalLoss):
         low: :math:`T_{lo}`.
         high: :math:`T_{hi}`.
         scale: :math:`\alpha`.
+        standardise: Take the z-score of each row of logits, in both networks, before the temperatures are found
+            (:func:`~lightning_rkd.losses.parts.checks.standardise_rows`).
 
     Raises:
         ValueError: Dense logits; logits of different class counts.
@@ -145,14 +151,16 @@ class CosineTemperatureKD(RelationalLoss):
     invariances = frozenset({"row shift"})
     reference = _REFERENCE
 
-    def __init__(self, low: float = 2.0, high: float = 6.0, scale: float = 2.0) -> None:
+    def __init__(self, low: float = 2.0, high: float = 6.0, scale: float = 2.0, *, standardise: bool = False) -> None:
         super().__init__()
         check_positive("CosineTemperatureKD", low=low, high=high, scale=scale)
         if low > high:
             raise ValueError(f"CosineTemperatureKD: low must not exceed high, got low={low} and high={high}")
-        self.low, self.high, self.scale = low, high, scale
+        self.low, self.high, self.scale, self.standardise = low, high, scale, standardise
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check_logits(student, teacher, "CosineTemperatureKD", dims=(2,))
+        if self.standardise:
+            student, teacher = standardise_rows(student), standardise_rows(teacher)
         temperatures = cosine_temperatures(student, teacher, low=self.low, high=self.high)
         return self.scale * temperatures.mean() ** 2 * class_similarity(student, teacher, temperature=temperatures)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.losses.base import Reference, RelationalLoss
-from lightning_rkd.losses.parts.checks import check_logits, check_positive, pixels_as_rows
+from lightning_rkd.losses.parts.checks import check_logits, check_positive, pixels_as_rows, standardise_rows
 
 _EPS = 1e-8  # the authors'
 
@@ -16,11 +16,15 @@ def dist(
     inter_weight: float = 1.0,
     intra_weight: float = 1.0,
     temperature: float = 1.0,
+    standardise: bool = False,
 ) -> Tensor:
     """DIST as a function; see :class:`DIST`."""
     check_logits(student, teacher, "DIST")
     check_positive("DIST", temperature=temperature)
-    s, t = ((pixels_as_rows(z) / temperature).softmax(1) for z in (student, teacher.detach()))
+    s, t = (pixels_as_rows(z) for z in (student, teacher.detach()))
+    if standardise:
+        s, t = standardise_rows(s), standardise_rows(t)
+    s, t = ((z / temperature).softmax(1) for z in (s, t))
     inter, intra = 1 - _pearson(s, t).mean(), 1 - _pearson(s.T, t.T).mean()
     return temperature**2 * (inter_weight * inter + intra_weight * intra)
 
@@ -62,6 +66,8 @@ class DIST(RelationalLoss):
         inter_weight: :math:`\beta`, of the rows.
         intra_weight: :math:`\gamma`, of the columns.
         temperature: :math:`\tau`; 1 in the authors' ImageNet and segmentation settings, 4 on CIFAR-100.
+        standardise: Take the z-score of each row of logits, in both networks, before the temperature
+            (:func:`~lightning_rkd.losses.parts.checks.standardise_rows`).
 
     Raises:
         ValueError: Logits of different class counts or shapes.
@@ -87,11 +93,19 @@ class DIST(RelationalLoss):
         result="CIFAR-100 resnet32x4 to resnet8x4: 76.31 (student alone 72.50), the authors",
     )
 
-    def __init__(self, inter_weight: float = 1.0, intra_weight: float = 1.0, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        inter_weight: float = 1.0,
+        intra_weight: float = 1.0,
+        temperature: float = 1.0,
+        *,
+        standardise: bool = False,
+    ) -> None:
         super().__init__()
         check_positive("DIST", temperature=temperature)
         self.inter_weight, self.intra_weight, self.temperature = inter_weight, intra_weight, temperature
+        self.standardise = standardise
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        inter, intra = self.inter_weight, self.intra_weight
-        return dist(student, teacher, inter_weight=inter, intra_weight=intra, temperature=self.temperature)
+        weights = {"inter_weight": self.inter_weight, "intra_weight": self.intra_weight}
+        return dist(student, teacher, **weights, temperature=self.temperature, standardise=self.standardise)

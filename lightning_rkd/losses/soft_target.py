@@ -4,14 +4,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rkd.losses.base import Reference, RelationalLoss
-from lightning_rkd.losses.parts.checks import check_logits, check_positive, pixels_as_rows
+from lightning_rkd.losses.parts.checks import check_logits, check_positive, pixels_as_rows, standardise_rows
 
 
-def soft_target(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
+def soft_target(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, standardise: bool = False) -> Tensor:
     """Hinton's loss as a function; see :class:`SoftTarget`."""
     check_logits(student, teacher, "SoftTarget")
     check_positive("SoftTarget", temperature=temperature)
-    s, t = (F.log_softmax(pixels_as_rows(z) / temperature, dim=1) for z in (student, teacher.detach()))
+    s, t = (pixels_as_rows(z) for z in (student, teacher.detach()))
+    if standardise:
+        s, t = standardise_rows(s), standardise_rows(t)
+    s, t = (F.log_softmax(z / temperature, dim=1) for z in (s, t))
     return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
 
 
@@ -32,6 +35,10 @@ class SoftTarget(RelationalLoss):
 
     Args:
         temperature: T; 4 in published comparisons.
+        standardise: Take the z-score of each row of logits, in both networks, before the temperature
+            (:func:`~lightning_rkd.losses.parts.checks.standardise_rows`). Its
+            authors use a temperature of 2 and a weight of 9 on CIFAR-100, beside a task loss of weight 0.1, and reach
+            76.62 for resnet32x4 to resnet8x4.
 
     Raises:
         ValueError: Logits of different class counts or shapes.
@@ -57,10 +64,10 @@ class SoftTarget(RelationalLoss):
         result="CIFAR-100 resnet32x4 to resnet8x4: 73.33 (student alone 72.50), RepDistiller",
     )
 
-    def __init__(self, temperature: float = 4.0) -> None:
+    def __init__(self, temperature: float = 4.0, *, standardise: bool = False) -> None:
         super().__init__()
         check_positive("SoftTarget", temperature=temperature)
-        self.temperature = temperature
+        self.temperature, self.standardise = temperature, standardise
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return soft_target(student, teacher, temperature=self.temperature)
+        return soft_target(student, teacher, temperature=self.temperature, standardise=self.standardise)

@@ -392,7 +392,7 @@ class DistillationModule(pl.LightningModule):
         """Empty the metrics."""
         prepare_teacher(self.distiller, self.trainer, self)
         self._evaluation = start_evaluation(self._metrics(), self.trainer, self)
-        if self.distiller.teacher_needs_indices and self._evaluation.uses("teacher"):
+        if self.distiller.teacher_needs_data and self._evaluation.uses("teacher"):
             self.distiller.prepare_data(self._evaluation.loaders, self.unpack, train=False)
 
     def on_validation_epoch_end(self) -> None:

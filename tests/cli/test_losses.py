@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 
 DENSE = {"class_path": f"{__name__}.Dense"}
 EXTRA = {  # options for losses that need other features or batches than the recipe's
+    "Matryoshka": ["--model.loss.loss=RKD", "--model.loss.dims=[8,32]"],
     "IRG": ["--model.loss.transform_layers=[]"],  # stages of different widths
     "STKD": ["--model.batch_transform=lightning_rkd.data.MixUp", "--model.batch_transform.num_classes=315"],
     "PCKD": ["--model.batch_transform=Rotations"],

@@ -26,6 +26,7 @@ PROPERTIES = {
     "HolisticKD": Properties(min_rows=8, exact_gradient=False),
     "IRG": CONSTANT_PARTS,
     "NST, kernel gaussian": CONSTANT_PARTS,
+    "MultiLevelLogit": EQUAL_WIDTHS,
     "PCKD": Properties(order_matters=True, exact_gradient=False),
     "SampleContrastiveKD": EQUAL_WIDTHS,
     "SoftTarget": EQUAL_WIDTHS,

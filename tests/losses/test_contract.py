@@ -51,10 +51,13 @@ class Form:
 
 
 FORMS = [
+    Form(losses.ClassSimilarityKD, standardise=True),
     Form(losses.CorrelationCongruence, form="norm"),
     Form(losses.CorrelationCongruence, form="rows"),
     Form(losses.CorrelationCongruence, form="rows", dim=3),
     Form(losses.CSD, bank_size=64),
+    Form(losses.CosineTemperatureKD, standardise=True),
+    Form(losses.DIST, standardise=True),
     Form(losses.EmbedDistill, distance="cosine"),
     Form(losses.FitNetHint, relu=True, norm=True),
     Form(losses.GramAnchoring, negative_cosines="keep"),
@@ -62,10 +65,13 @@ FORMS = [
     Form(losses.GraphKD, power=2),
     Form(losses.GraphKD, reads="feature_maps"),
     Form(losses.HolisticKD, negatives_from="other"),
+    Form(losses.Matryoshka, loss=losses.CSD(), dims=[3, 2], weights=[1.0, 0.5]),
+    Form(losses.Matryoshka, loss=losses.HardDarkRank(), dims=[2]),
     Form(losses.NST, kernel="linear"),
     Form(losses.NST, kernel="gaussian"),
     Form(losses.Regression, distance="smooth_l1"),
     Form(losses.SimilarityPreserving, reads="feature_maps"),
+    Form(losses.SoftTarget, standardise=True),
     Form(losses.STKD, form="blended"),
     Form(losses.STKD, form="wrong classes"),
     Form(experimental.Tanimoto, form="sample"),
@@ -116,6 +122,8 @@ def made(cls: type[RelationalLoss]) -> RelationalLoss:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return MHGD(AttentionGraph((4, 4, 4)))
+    if cls is losses.Matryoshka:  # a loss around another one
+        return losses.Matryoshka(losses.RKDDistance(), dims=[2, 4])
     arguments: dict[str, int] = {}
     settings = inspect.signature(cls.cls if isinstance(cls, Form) else cls).parameters
     if "num_samples" in inspect.signature(cls.build).parameters:

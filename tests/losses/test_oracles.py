@@ -23,6 +23,7 @@ from tests.oracles import (
     cskd,
     d3,
     dark_rank,
+    dcd,
     dist,
     ega,
     embed_distill,
@@ -31,15 +32,19 @@ from tests.oracles import (
     graph_kd,
     ickd,
     itrd,
+    matryoshka,
+    multi_level_logit,
     nst,
     pkt,
     raml,
     regression,
+    relative_similarity,
     relaxed_contrastive,
     rkd,
     rop,
     sample_contrastive,
     similarity_preserving,
+    skd,
     soft_target,
     srd,
     tanimoto,
@@ -48,6 +53,7 @@ from tests.oracles import (
     vkd,
 )
 from tests.oracles.differences import check_against_loops
+from tests.oracles.standardisation import standardised
 from tests.oracles.vectors import average_pool
 
 Shape = tuple[int, ...]
@@ -118,7 +124,13 @@ MAPS: list[list[tuple[Shape, Shape]]] = [
 TOKENS = [[((1, 1, 3), (1, 1, 2))], [((2, 5, 2), (2, 5, 3)), ((2, 3, 4), (2, 3, 4))]]
 LAYERS = [[((5, 2, 2, 2), (5, 3, 1, 2)), ((5, 3, 1, 1), (5, 2, 4))]]
 EXPONENTS = [{"exponent": x} for x in (0.1, 0.5, 1.0)]
+STANDARDISED = [{"standardise": True}]
 REDUCTIONS = [{"reduction": "official"}, {"reduction": "distinct"}]
+MATRYOSHKA: list[dict[str, Any]] = [
+    {"loss": losses.PKT(), "dims": [2, 4]},
+    {"loss": losses.PKT(), "dims": [3, 4, 2], "weights": [0.5, 2.0, 1.0]},
+]
+LEVELS = [{}, {"temperatures": (1.0, 4.0), "class_weight": 0.5, "batch_weight": 2.0}]
 RANKS = [{}, {"alpha": 0.5, "beta": 1.0, "length": 3}, {"alpha": 12.25, "beta": 1.5, "length": 2}]
 CASES = [
     Case(AICSD, aicsd.aicsd, equal((1, 2, 1, 3), (2, 5, 4, 1), (3, 4, 2, 2)), scale=3),
@@ -184,13 +196,26 @@ CASES = [
         context={"labels": LABELS},
     ),
     Case(losses.GraphKD, graph_kd.graph_kd, LAYERS, [{"reads": "feature_maps"}]),
+    Case(losses.ClassSimilarityKD, partial(standardised, cskd.class_similarity), LOGITS, STANDARDISED, 3),
+    Case(losses.CosineTemperatureKD, partial(standardised, cskd.cosine_temperature), LOGITS, STANDARDISED, 3),
+    Case(losses.DCD, dcd.dcd, ROWS, [{}, {"alpha": 0.0}, {"alpha": 2.0, "max_scale": 0.5}]),
+    Case(losses.DIST, partial(standardised, dist.dist), LOGITS[2:], STANDARDISED, 3),
     Case(losses.HardDarkRank, dark_rank.hard, PAIRS, RANKS, 0.5),
     Case(losses.SoftDarkRank, dark_rank.soft, PAIRS, RANKS, 0.5),
     Case(losses.ICKD, ickd.ickd_of_maps, MAPS),
     Case(losses.ITRD, itrd.itrd, [*PAIRS, *LOGITS[2:]], [{}, {"correlation_weight": 0.7, "mutual_weight": 0.3}]),
     Case(losses.ITRD, itrd.itrd, PAIRS[2:], [{"alpha": x} for x in (1.01, 3.0)]),
+    Case(losses.Matryoshka, partial(matryoshka.matryoshka, pkt.pkt), PAIRS[2:], MATRYOSHKA),
+    Case(
+        losses.Matryoshka,
+        partial(matryoshka.matryoshka, partial(through_projection, raml.raml)),
+        PAIRS[2:],
+        [{"loss": losses.RAML(), "dims": [4, 2]}],
+    ),
+    Case(losses.MultiLevelLogit, multi_level_logit.multi_level_logit, LOGITS, LEVELS, 3),
     Case(losses.NST, partial(summed, nst.nst), MAPS, [{"kernel": k} for k in ("polynomial", "linear", "gaussian")]),
     Case(losses.PKT, pkt.pkt, [ROWS[0], ((2, 4), (2, 2)), *ROWS[2:]], REDUCTIONS),
+    Case(losses.RelativeSimilarity, relative_similarity.relative_similarity, ROWS, [{}, {"margin": 0.5}]),
     Case(losses.RelaxedContrastive, relaxed_contrastive.relaxed_contrastive, ROWS),
     Case(
         losses.RelaxedContrastive,
@@ -204,6 +229,9 @@ CASES = [
     Case(losses.SimilarityPreserving, partial(one_layer, similarity_preserving.similarity_preserving), ROWS),
     Case(losses.SimilarityPreserving, similarity_preserving.similarity_preserving, LAYERS, [{"reads": "feature_maps"}]),
     Case(losses.SoftTarget, soft_target.soft_target, LOGITS, [{"temperature": x} for x in (1.0, 4.0, 16.0)], 3),
+    Case(losses.SKDDirection, skd.direction, ROWS, [{}, {"tikhonov": 2.0}]),
+    Case(losses.SoftTarget, partial(standardised, soft_target.soft_target), LOGITS, STANDARDISED, 3),
+    Case(losses.SoftTarget, partial(dense, partial(standardised, soft_target.soft_target)), PIXELS, STANDARDISED),
     Case(losses.SoftTarget, partial(dense, soft_target.soft_target), PIXELS, [{"temperature": 2.0}]),
     *anchored(losses.AnchoredRKD, anchored_rkd.anchored_rkd, {"distance_weight": 3.0, "angle_weight": 0.0}),
     *anchored(losses.CSD, csd.csd, {"top_k": 3}, {"student_temperature": 0.2, "teacher_temperature": 0.5}),
@@ -350,6 +378,61 @@ def test_values_and_norms_of_gradients_are_those_of_published_code(loss, value, 
     ours = loss(student, teacher)
     ours.backward()
     assert (ours.item(), student.grad.norm().item()) == pytest.approx((value, gradient), rel=1e-10)
+
+
+TIED = det(12, 6, 1.3, 0.5)[[0, 1, 2, 3, 4, 2, 6, 7, 8, 2, 10, 11]]
+
+
+@pytest.mark.parametrize(
+    ("loss", "teacher", "value", "gradient"),
+    [
+        (losses.RelativeSimilarity(), det(12, 6, 1.3, 0.5), 0.20094995185692782, 0.0682260639023421),
+        (losses.RelativeSimilarity(), TIED, 0.2533107981384618, 0.05774712169078434),
+        (
+            losses.Matryoshka(losses.RelativeSimilarity(), [2, 4, 6]),
+            det(12, 6, 1.3, 0.5),
+            0.34966552448626825,
+            0.08316805683849018,
+        ),  # by NLPJCL/RAG-Retrieval
+    ],
+    ids=str,
+)
+def test_relative_similarities_are_those_of_published_code_with_ties(loss, teacher, value, gradient):
+    student = det(12, 6, 0.7, 1.1).requires_grad_()
+    ours = loss(student, teacher)
+    ours.backward()
+    assert (ours.item(), student.grad.norm().item()) == pytest.approx((value, gradient), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("loss", "value", "gradient"),
+    [
+        (losses.SKDDirection(), 2.7969289673852953, 0.13311819526135082),  # torchdistill
+        (losses.SKDDirection(0.1 * 5**2), 1.0747795059239493, 0.05440575595838751),  # HyunJunSik/StreamLined, 0.1
+        (losses.MultiLevelLogit(), 0.7303326791083217, 0.22348920671861375),  # Multi-Level-Logit-Distillation, unmasked
+        (losses.SoftTarget(2.0, standardise=True), 0.7424505179591702, 0.05312182050353253),  # logit-standardization-KD
+    ],
+    ids=str,
+)
+def test_losses_of_logits_have_value_and_gradient_of_published_code(loss, value, gradient):
+    student, teacher = (3 * det(12, 5, 0.9, 0.4)).requires_grad_(), 3 * det(12, 5, 0.2, 1.7)
+    ours = loss(student, teacher)
+    ours.backward()
+    assert (ours.item(), student.grad.norm().item()) == pytest.approx((value, gradient), rel=1e-10)
+
+
+def test_dcd_has_value_and_gradients_of_published_code():
+    loss = losses.DCD(6, 6, dim=4).double()
+    for projector, (a, b), (c, d) in (
+        (loss.student_projector, (0.3, 0.8), (0.2, 0.5)),
+        (loss.teacher_projector, (0.6, 0.1), (0.7, 0.9)),
+    ):
+        projector.linear.weight.data, projector.linear.bias.data = det(4, 6, a, b), det(1, 4, c, d)[0]
+    student = det(12, 6, 0.7, 1.1).requires_grad_()
+    value = loss(student, det(12, 6, 1.3, 0.5))
+    value.backward()
+    found = value.item(), student.grad.norm().item(), loss.log_scale.grad.item()
+    assert found == pytest.approx((2.860504757634212, 0.8470105909234008, 0.8686741242924707), rel=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lightning_rkd.losses.lazy import SIZES
 from lightning_rkd.losses.rkd import rkd_angle, rkd_distance
 from lightning_rkd.losses.soft_target import soft_target
 from tests.losses.properties import properties
-from tests.losses.test_contract import every_class, exported
+from tests.losses.test_contract import every_class, exported, made
 
 POSITIVE = "a positive number"
 REDUCTION = "'official' or 'distinct'"
@@ -36,6 +36,9 @@ WRONG: list[tuple[type[Any], dict[str, Any], str]] = [
     (losses.CSD, {"top_k": 0}, "at least 1"),
     *((losses.CSD, {f"{who}_temperature": 0}, POSITIVE) for who in ("student", "teacher")),
     (losses.D3, {"top_k": 1}, "at least 2"),
+    (losses.DCD, {"dim": 0}, "at least 1"),
+    (losses.DCD, {"alpha": -1.0}, "at least 0"),
+    (losses.DCD, {"max_scale": 0.0}, POSITIVE),
     (losses.DIST, {"temperature": 0}, POSITIVE),
     (losses.EmbedDistill, {"distance": "mse"}, "'l2' or 'cosine'"),
     (losses.GraphKD, {"neighbours": 0}, "at least 1"),
@@ -52,15 +55,18 @@ WRONG: list[tuple[type[Any], dict[str, Any], str]] = [
     (losses.HolisticKD, {"negatives_from": "teacher"}, "'own' or 'other'"),
     (losses.ITRD, {"alpha": 0}, POSITIVE),
     (losses.MHGD, {"reduction": "sum"}, "'official' or 'mean'"),
+    *((losses.MultiLevelLogit, {name: -1.0}, "at least 0") for name in ("class_weight", "batch_weight")),
     (losses.NST, {"kernel": "cubic"}, "'polynomial', 'linear' or 'gaussian'"),
     *((losses.PCKD, {name: 0}, POSITIVE) for name in ("temperature", "kl_temperature", "growth")),
     *((cls, {"reduction": "mean"}, REDUCTION) for cls in (losses.PKT, losses.RKD, losses.RKDAngle, losses.RKDDistance)),
+    (losses.RelativeSimilarity, {"margin": -0.1}, "at least 0"),
     *((losses.RelaxedContrastive, {name: 0}, POSITIVE) for name in ("sigma", "delta")),
     (losses.ROP, {"top_k": 0}, "at least 1"),
     (losses.ROP, {"temperature": 0}, POSITIVE),
     *((losses.RRD, {name: 0}, POSITIVE) for name in ("student_temperature", "teacher_temperature")),
     (losses.SampleContrastiveKD, {"temperature": 0}, POSITIVE),
     (losses.SimilarityPreserving, {"reads": "logits"}, "'embedding' or 'feature_maps'"),
+    (losses.SKDDirection, {"tikhonov": 0.0}, POSITIVE),
     *((losses.SoftTarget, {"temperature": x}, POSITIVE) for x in (0.0, -1.0, float("nan"), float("inf"))),
     (losses.SRD, {"eps": 0.0}, POSITIVE),
     *((losses.SRD, {"power": x}, "at least 1") for x in (-4.0, 0.5)),
@@ -79,11 +85,15 @@ def test_a_setting_out_of_range_is_refused_by_name(cls, setting, expected):
         cls(**setting)
 
 
+_UNPRINTED = SIZES | {"estimator", "args", "kwargs"}
+
+
 @every_class
 def test_all_settings_are_printed(cls):
-    printed = str(cls())
-    for name, parameter in inspect.signature(cls).parameters.items():
-        if name not in SIZES | {"estimator", "args", "kwargs"}:
+    parameters = {name: p for name, p in inspect.signature(cls).parameters.items() if name not in _UNPRINTED}
+    printed = str(cls() if cls is not losses.Matryoshka else made(cls))
+    for name, parameter in parameters.items():
+        if parameter.default is not parameter.empty:
             assert f"{name}={parameter.default!r}" in printed
 
 
@@ -93,7 +103,16 @@ IMPOSSIBLE: list[tuple[type[Any], dict[str, Any], str]] = [
     (losses.FitNetHint, {"student_dim": (3, 5), "teacher_dim": (4,)}, r"compared in pairs, got channels \(3, 5\)"),
     (losses.ICKD, {"student_dim": 64, "teacher_dim": [64]}, r"lists the channels of every map, got 64; pass \[64\]"),
     (losses.ICKD, {"student_dim": [1, 2], "teacher_dim": [1]}, "2 maps of the student do not go with 1"),
+    (losses.Matryoshka, {"loss": 2 * losses.RKD(), "dims": [2]}, "must be one RelationalLoss, got LossSum; of a sum"),
+    (losses.Matryoshka, {"loss": losses.TTM(), "dims": [2]}, "must read the embedding, but TTM reads 'logits'"),
+    (losses.Matryoshka, {"loss": losses.RKD(), "dims": []}, r"dims must be different numbers of columns, got \[\]"),
+    (losses.Matryoshka, {"loss": losses.RKD(), "dims": [2, 2]}, r"dims must be different .*, got \[2, 2\]"),
+    (losses.Matryoshka, {"loss": losses.RKD(), "dims": [4, 0]}, "dims must be at least 1, got 0"),
+    (losses.Matryoshka, {"loss": losses.RKD(), "dims": [4], "weights": [1, 2]}, "one for each of 1 dims, got 2"),
+    (losses.Matryoshka, {"loss": losses.RKD(), "dims": [4], "weights": [0]}, "weights must be a positive number"),
     (losses.MHGD, {"student_dim": [4], "teacher_dim": 5}, r"lists the channels of every map, got 5; pass \[5\]"),
+    (losses.MultiLevelLogit, {"temperatures": ()}, r"temperatures must name at least one, got \(\)"),
+    (losses.MultiLevelLogit, {"temperatures": (2.0, 0.0)}, "temperatures must be a positive number, got 0"),
     (losses.SoftDarkRank, {"length": 8}, r"length must be at most 7, .* got 8; HardDarkRank"),
 ]
 
@@ -104,8 +123,17 @@ def test_settings_that_do_not_go_together_are_refused(cls, settings, message):
         cls(**settings)
 
 
-LOGITS = [c for c in exported() if c.reads == "logits" and not c.required and not properties(c).dense]
-WHOLE_IMAGES = [losses.ClassSimilarityKD, losses.CosineTemperatureKD, losses.SampleContrastiveKD]
+LOGITS = [
+    c
+    for c in exported()
+    if c.reads == "logits" and properties(c).equal_widths and not c.required and not properties(c).dense
+]
+WHOLE_IMAGES = [
+    losses.ClassSimilarityKD,
+    losses.CosineTemperatureKD,
+    losses.MultiLevelLogit,
+    losses.SampleContrastiveKD,
+]
 VECTORS = r"maps \(N, C, H, W\) or tokens .*\(4, .*; tap layers before pooling"
 AT, NST = losses.AttentionTransfer(), losses.NST()
 MISFITS: list[tuple[Callable[..., Any], Any, Any, str]] = [
@@ -149,6 +177,7 @@ MISFITS: list[tuple[Callable[..., Any], Any, Any, str]] = [
         for s, t in (((4, 2), (4, 3, 2, 2)), ((4, 2, 2, 2), (4, 3)), ((4, 2), (4, 3)))
     ),
     (inter_channel_correlation, (1, 2, 3), (1, 3, 3), "ICKD compares equally many channels"),
+    (losses.Matryoshka(losses.RKD(), [2, 8]), (3, 4), (3, 9), "dims go up to 8, but .* has 4 columns: name smaller"),
     (NST, [(2, 5, 3)], [(2, 4, 3)], "equally many tokens .* drop class tokens"),
     (NST, [(2, 4, 3)], [(2, 3, 2, 2)], r"must give maps .* got \(2, 4, 3\) and \(2, 3, 2, 2\)"),
     (NST, [(2, 4)], [(2, 4)], "must give maps .* tap layers before pooling"),

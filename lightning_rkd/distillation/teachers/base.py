@@ -87,6 +87,11 @@ class BaseTeacher(ABC):
         """True if batches must have sample indices."""
         return False
 
+    @property
+    def needs_data(self) -> bool:
+        """True if :meth:`prepare_data` must be called before the first step."""
+        return self.needs_indices
+
     def prepare_data(  # noqa: B027 - most teachers need nothing
         self, loaders: Any, unpack: Callable[[Any], Batch], group: Group = None, *, train: bool = True
     ) -> None:

@@ -3,22 +3,30 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import reduce
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_rkd.distillation.layers import Layer
+from lightning_rkd.data.indexing import count_root_rows, to_batch
+from lightning_rkd.data.loaders import list_loaders, load_samples
+from lightning_rkd.distillation.layers import CaptureError, Layer
 from lightning_rkd.distillation.teachers.base import BaseTeacher, TeacherOutput
 from lightning_rkd.distillation.teachers.teacher import Teacher
+from lightning_rkd.functional.standardisation import phi_standardisation
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.lazy import LazyModule
 from lightning_rkd.losses.parts.state import StepState
-from lightning_rkd.utils.distributed import Group
+from lightning_rkd.utils.distributed import Group, gather_objects, rank_and_size, run_on_all_ranks
+from lightning_rkd.utils.private import tree_map
 from lightning_rkd.utils.types import Batch, Outputs
 
 T = TypeVar("T")
+_Place = tuple[str, str, str]  # the teacher, its member where it is an ensemble, the tap
+_Statistics = tuple[Tensor, Tensor]
 
 
 def join_outputs(outputs: Sequence[Outputs], weights: Sequence[float]) -> Outputs:
@@ -88,12 +96,19 @@ class EnsembleTeacher(BaseTeacher):
             command line can override one by one. Several may share one network.
         weights: Positive weights, as a list or by name. Default: 1 for every teacher that is not named.
         combine: ``"relations"`` or ``"losses"``.
+        standardise_rows: Standardise the embeddings of every teacher by PHI-S
+            (:func:`~lightning_rkd.functional.phi_standardisation`), so that teachers weigh alike whatever their scale:
+            centred, rotated, and divided by one number until every column has variance 1. The statistics are those of
+            this many samples, evenly spaced over the training set, which every teacher embeds once before the first
+            step; some times the width of the embeddings are enough. 0, the default, leaves embeddings as they are. A
+            loop of your own calls ``distiller.prepare_data(loader, unpack)``.
         layers: Layer of each teacher, as a list or by name, in any form of
             :data:`~lightning_rkd.distillation.layers.Layer`; a layer gives its output. Default: the common
             ``teacher_layer``. All teachers must have the same taps.
 
     Raises:
-        ValueError: Fewer than two teachers, weights or layers of other names or another number, an unknown ``combine``.
+        ValueError: Fewer than two teachers, weights or layers of other names or another number, an unknown ``combine``,
+            a negative ``standardise_rows``, or embeddings that are all equal.
 
     Example:
         >>> from lightning_rkd.utils.types import Batch
@@ -109,7 +124,11 @@ class EnsembleTeacher(BaseTeacher):
         weights: dict[str, float] | list[float] | None = None,
         combine: Literal["relations", "losses"] = "relations",
         layers: dict[str, Layer] | list[Layer | None] | None = None,
+        *,
+        standardise_rows: int = 0,
     ) -> None:
+        if standardise_rows < 0:
+            raise ValueError(f"EnsembleTeacher: standardise_rows must be at least 0, got {standardise_rows}")
         if combine not in ("relations", "losses"):
             raise ValueError(f"EnsembleTeacher: combine must be 'relations' or 'losses', got {combine!r}")
         named = teachers if isinstance(teachers, Mapping) else {str(n): t for n, t in enumerate(teachers)}
@@ -123,13 +142,16 @@ class EnsembleTeacher(BaseTeacher):
             if not 0 < weight < math.inf:
                 raise ValueError(f"EnsembleTeacher: weight of {name!r} must be positive, got {weight}; leave it out")
         self.weights = {name: weight / sum(parts.values()) for name, weight in parts.items()}
-        self.combine = combine
+        self.combine, self.standardise_rows = combine, standardise_rows
+        self._statistics: dict[_Place, _Statistics] = {}
+        self._device: torch.device | str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"teachers": {name: copy(teacher) for name, teacher in self.teachers.items()}}
 
     def attach(self, layer: Layer | None) -> None:
         """Hook every teacher at its own layer, or else at this one."""
+        self._statistics, self._device = {}, None
         for name, teacher in self.teachers.items():
             own = self.layers[name]
             teacher.attach(layer if own is None else own)
@@ -141,13 +163,27 @@ class EnsembleTeacher(BaseTeacher):
 
     def to(self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None) -> bool:
         """Cast and move every teacher; returns whether this is the first call since :meth:`attach`."""
+        self._device = device
         first = [teacher.to(device, convert) for teacher in self.teachers.values()]
         return any(first)
 
     def outputs(self, batch: Batch, calls: list[Any] | None = None) -> list[TeacherOutput]:
-        """Compute the features of a batch, of each teacher or joined."""
+        """Compute the features of a batch, of each teacher or joined.
+
+        Raises:
+            CaptureError: The statistics of ``standardise_rows`` are missing.
+        """
+        if self.standardise_rows and not self._statistics and self._device is not None:  # sizes need no statistics
+            raise CaptureError(
+                "EnsembleTeacher(standardise_rows=...) has no statistics of its teachers yet: call "
+                "distiller.prepare_data(loader, unpack) after distiller.prepare(...)"
+            )
         outputs = [
-            TeacherOutput(one.features, self.weights[name] * one.weight, f"{name}.{one.name}" if one.name else name)
+            TeacherOutput(
+                self._standardise(name, one),
+                self.weights[name] * one.weight,
+                f"{name}.{one.name}" if one.name else name,
+            )
             for name, teacher in self.teachers.items()
             for one in teacher.outputs(batch, calls)
         ]
@@ -176,6 +212,51 @@ class EnsembleTeacher(BaseTeacher):
         """Let every teacher check the loaders of a run, or read from them."""
         for teacher in self.teachers.values():
             teacher.prepare_data(loaders, unpack, group, train=train)
+        if self.standardise_rows and not self._statistics:
+            rank, _ = rank_and_size(group)
+            found = run_on_all_ranks(lambda: self._measure(loaders, unpack) if rank == 0 else {}, group)
+            for key, pair in gather_objects(found, group)[0].items():  # the same rotation on every rank
+                self._statistics[key] = pair[0].to(self._device), pair[1].to(self._device)
+
+    @torch.no_grad()
+    def _measure(self, loaders: Any, unpack: Callable[[Any], Batch]) -> dict[_Place, _Statistics]:
+        """Mean and standardising matrix of every teacher and tap, on the CPU."""
+        found_loaders = list_loaders(loaders)
+        loader = found_loaders[0] if len(found_loaders) == 1 else None
+        if not isinstance(loader, DataLoader) or count_root_rows(loader.dataset) is None:
+            raise ValueError(
+                "EnsembleTeacher(standardise_rows=...) takes samples from one loader over a map-style data set, got "
+                f"{[type(x).__name__ for x in found_loaders]}; leave standardise_rows out"
+            )
+        count = len(loader.dataset)  # type: ignore[arg-type] # it has a size
+        rows = range(0, count, max(1, count // self.standardise_rows))[: self.standardise_rows]
+        found: dict[_Place, list[Tensor]] = {}
+        for start in range(0, len(rows), 128):
+            batch = to_batch(load_samples(loader, rows[start : start + 128]), unpack)
+            inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
+            inputs = tree_map(lambda x: x.to(self._device) if isinstance(x, Tensor) else x, inputs)
+            batch = replace(batch, inputs=inputs, teacher_inputs=None)
+            for name, teacher in self.teachers.items():
+                for one in teacher.outputs(batch):
+                    for tap, outputs in one.features.items():
+                        if outputs.embedding is not None and outputs.embedding.ndim == 2:
+                            found.setdefault((name, one.name, tap), []).append(outputs.embedding.cpu())
+        return {key: phi_standardisation(torch.cat(parts)) for key, parts in found.items()}
+
+    def _standardise(self, name: str, one: TeacherOutput) -> dict[str, Outputs]:
+        features = dict(one.features)
+        for tap, outputs in one.features.items():
+            if outputs.embedding is not None and (name, one.name, tap) in self._statistics:
+                mean, matrix = self._statistics[name, one.name, tap]
+                x = (outputs.embedding.to(mean.dtype) - mean) @ matrix.T
+                dtype = torch.promote_types(outputs.embedding.dtype, torch.float32)
+                features[tap] = replace(outputs, embedding=x.to(dtype))
+        return features
+
+    @property
+    def needs_data(self) -> bool:
+        """True if a teacher reads from the loaders, or statistics are needed."""
+        return self.standardise_rows > 0 or any(teacher.needs_data for teacher in self.teachers.values())
 
     def taps(self, layer: Layer | None) -> frozenset[str]:
         """Names of the taps, which must be the same for all teachers."""

@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from lightning_rkd.functional.similarities import unit_rows
+
 Reads = Literal["embedding", "feature_maps"]
 """Fields that losses on either embeddings or maps read."""
 
@@ -90,3 +92,24 @@ def pixels_as_rows(logits: Tensor) -> Tensor:
     Shapes: (N, K) -> (N, K); (N, K, H, W) -> (N H W, K).
     """
     return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
+
+
+def standardise_rows(logits: Tensor) -> Tensor:
+    r"""Z-score of each row, before a temperature is applied (Sun, Ren, Li, Wang and Cao 2024, arXiv:2403.01427).
+
+    .. math:: z_i \mapsto \frac{z_i - \operatorname{mean}(z_i)}{\operatorname{std}(z_i) + 10^{-7}}
+
+    The standard deviation is the unbiased one, as in the authors' code. A constant row becomes zeros and passes no
+    gradient.
+
+    Shapes: (N, K) -> (N, K).
+
+    Example:
+        >>> import torch
+        >>> standardise_rows(torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]))
+        tensor([[-1.0000,  0.0000,  1.0000],
+                [ 0.0000,  0.0000,  0.0000]])
+    """
+    rows = logits - logits[:, :1].detach()  # constant rows become exact zeros
+    root = math.sqrt(max(1, logits.shape[1] - 1))
+    return root * unit_rows(rows - rows.mean(1, keepdim=True), eps=1e-7 * root)
