@@ -1,14 +1,18 @@
 """Metrics of one evaluation: a set per loader, samples counted once, values named by stage and loader."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_rkd.data.loaders import list_loaders
 from lightning_rkd.data.row_numbers import RowNumbers
-from lightning_rkd.metrics.inputs import compute_metrics, update_metric, update_parameters
+from lightning_rkd.losses.base import RelationalLoss
+from lightning_rkd.metrics.asymmetric import AsymmetricRetrieval
+from lightning_rkd.metrics.inputs import compute_metrics, update_metric, update_parameters, uses_teacher
 from lightning_rkd.utils.types import Batch, Outputs
 
 
@@ -20,9 +24,19 @@ class Evaluation:
         loaders: Loaders of this rank: one, a mapping, a sequence, or Lightning's ``CombinedLoader``.
         ranks: Number of ranks that evaluate.
         device: Device of the metrics.
+        losses: Losses that the student was trained with, as far as they are known. The projection of the first one that
+            aligns the student's space with the teacher's maps the student's rows to queries.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric], loaders: Any, ranks: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        metrics: Mapping[str, Metric],
+        loaders: Any,
+        ranks: int,
+        device: torch.device | str,
+        losses: Sequence[RelationalLoss] = (),
+    ) -> None:
+        self._losses = losses
         self.loaders = loaders
         each = list_loaders(loaders)
         self.metrics = [dict(metrics), *({name: m.clone() for name, m in metrics.items()} for _ in each[1:])]
@@ -35,6 +49,10 @@ class Evaluation:
         """True if a metric of a loader takes an argument of that name, for example ``teacher``."""
         return any(name in update_parameters(metric) for metric in self.metrics[loader].values())
 
+    def uses_teacher(self, loader: int = 0) -> bool:
+        """True if a metric of a loader takes the embedding of the teacher."""
+        return any(uses_teacher(metric) for metric in self.metrics[loader].values())
+
     def update(self, loader: int, student: Outputs, batch: Batch, teacher: Outputs | None = None) -> None:
         """Update the metrics with a batch.
 
@@ -43,8 +61,11 @@ class Evaluation:
         """
         rows = student.tensors()[0]
         self._numbers[loader].number(batch, len(rows), rows.device, needed=self.uses("indices", loader))
+        queries = None
+        if student.embedding is not None and self.uses("queries", loader):
+            queries = map_to_teacher(student.embedding, self._losses)
         for metric in self.metrics[loader].values():
-            update_metric(metric, student, batch, teacher)
+            update_metric(metric, student, batch, teacher, queries)
 
     def values(self, stage: str) -> list[dict[str, Any]]:
         """Values of each loader, named ``<stage>/<key>``, or ``<stage>/<loader>/<key>`` for several loaders."""
@@ -55,3 +76,43 @@ class Evaluation:
         """Empty the metrics."""
         for metric in (m for own in self.metrics for m in own.values()):
             metric.reset()
+
+
+def map_to_teacher(rows: Tensor, losses: Sequence[RelationalLoss]) -> Tensor:
+    """Map rows of the student to the teacher's space, by the first loss that aligns the two and has a projection.
+
+    Example:
+        >>> from lightning_rkd.losses.csd import CSD
+        >>> map_to_teacher(torch.ones(5, 2), [CSD(student_dim=2, teacher_dim=7)]).shape
+        torch.Size([5, 7])
+    """
+    for loss in losses:
+        if loss.aligns and not loss.missing_sizes and hasattr(loss, "project"):
+            dtype = next((p.dtype for p in loss.to(rows.device).parameters()), rows.dtype)
+            project: Callable[[Tensor], Tensor] = getattr(loss, "project")  # noqa: B009 - not every loss has one
+            with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+                return project(rows.to(dtype))
+    return rows
+
+
+def warn_if_not_aligned(metrics: Mapping[str, Metric], losses: Sequence[RelationalLoss]) -> None:
+    """Warn where queries search a teacher's gallery in a space that no loss of the training has aligned with it."""
+    asymmetric = {name: metric for name, metric in metrics.items() if isinstance(metric, AsymmetricRetrieval)}
+    aligning = [loss for loss in losses if loss.aligns]
+    if not asymmetric or not losses:
+        return
+    if not aligning:
+        warnings.warn(
+            f"the metrics {list(asymmetric)} search the teacher's gallery, but no loss aligns the student's space with "
+            f"the teacher's (they are {[type(loss).__name__ for loss in losses]}), so that recall is near chance: add "
+            "one that does, such as CSD() or Regression()",
+            stacklevel=2,
+        )
+    elif all("row scale" in loss.invariances for loss in aligning):
+        lengths = [name for name, metric in asymmetric.items() if metric.distance == "euclidean"]
+        if lengths:
+            warnings.warn(
+                f"the metrics {lengths} depend on the lengths of rows, but {type(aligning[0]).__name__} aligns their "
+                "directions only: pass distance='cosine', which is the same for unit rows",
+                stacklevel=2,
+            )

@@ -18,6 +18,7 @@ from lightning_rkd.distillation.evaluation import Evaluation
 from lightning_rkd.distillation.finite_checks import refuse_broken_weights
 from lightning_rkd.distillation.gradient_balance import GradientBalance
 from lightning_rkd.distillation.step import StepFeatures
+from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.utils.distributed import data_parallel_group, has_mesh
 from lightning_rkd.utils.private import (
@@ -90,10 +91,22 @@ def has_local_backward(strategy: Any) -> bool:
     return not names.isdisjoint({"SingleDeviceStrategy", "DDPStrategy"}) and "DeepSpeedStrategy" not in names
 
 
-def start_evaluation(metrics: Mapping[str, Metric], trainer: pl.Trainer, module: pl.LightningModule) -> Evaluation:
-    """Start with empty metrics for the validation or test that begins."""
+def start_evaluation(
+    metrics: Mapping[str, Metric],
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    distiller: Distiller,
+    losses: Sequence[RelationalLoss],
+    unpack: Callable[[Any], Batch],
+) -> Evaluation:
+    """Start with empty metrics for the validation or test that begins, and prepare the teacher of the distiller."""
+    if distiller.teacher is not None:
+        prepare_teacher(distiller, trainer, module)
     loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-    return Evaluation(metrics, loaders, trainer.world_size, module.device)
+    evaluation = Evaluation(metrics, loaders, trainer.world_size, module.device, losses)
+    if distiller.teacher_needs_data and evaluation.uses_teacher():
+        distiller.prepare_data(loaders, unpack, train=False)
+    return evaluation
 
 
 def log_evaluation(evaluation: Evaluation, trainer: pl.Trainer, module: pl.LightningModule) -> None:

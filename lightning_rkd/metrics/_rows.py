@@ -41,7 +41,7 @@ class RowMetric(Metric):
 
     full_state_update: bool = False
     is_differentiable: bool = False
-    _floats: ClassVar[tuple[str, ...]]
+    _floats: tuple[str, ...]
     _integers: ClassVar[tuple[str, ...]]
 
     def __init__(self, distance: str, store_dtype: torch.dtype | None = None, value: str | None = None) -> None:
@@ -129,7 +129,7 @@ class RowMetric(Metric):
         """Check an update as a whole, then keep copies of its rows and columns."""
         checked = {}
         for name, x in rows.items():
-            who = name if name == "embeddings" else f"{name} embeddings"
+            who = f"{name} embeddings" if name in ("student", "teacher") else name
             checked[name] = check_rows(x, self.store_dtype, getattr(self, name), who)
         (first, n), *others = ((name, len(x)) for name, x in checked.items())
         for name, count in others:
@@ -170,7 +170,7 @@ class RowMetric(Metric):
         if "is_query" in columns:  # one sample may be both a query and in the gallery
             sample = 2 * sample + columns["is_query"]
         if "labels" in columns:
-            refuse_two_labels(sample, samples.keys, columns["labels"])
+            refuse_two_labels(samples.keys, columns["labels"])
         kept = first_of_each(sample)
         if bool(kept.all()):
             return samples
@@ -250,15 +250,15 @@ def check_column(x: Any, rows: int, who: str) -> Tensor:
     return torch.empty(x.shape, dtype=torch.int64, device=x.device).copy_(x)
 
 
-def refuse_two_labels(sample: Tensor, indices: Tensor, labels: Tensor) -> None:
+def refuse_two_labels(indices: Tensor, labels: Tensor) -> None:
     """Raise where one index came with two labels."""
-    order = sample.argsort()
-    i, y = sample[order], labels[order]
+    order = indices.argsort()
+    i, y = indices[order], labels[order]
     clash = torch.nonzero((i[1:] == i[:-1]) & (y[1:] != y[:-1]))
     if len(clash):
         at = int(clash[0])
         raise ValueError(
-            f"index {int(indices[order[at]])} came with labels {int(y[at])} and {int(y[at + 1])}: "
+            f"index {int(i[at])} came with labels {int(y[at])} and {int(y[at + 1])}: "
             "an index must stand for one sample (rows of different data sets need different indices)"
         )
 
@@ -316,6 +316,15 @@ def rank_keys(keys: Tensor) -> Tensor:
     """Place of every key in ascending order; equal keys keep their order."""
     order = keys.argsort(stable=True)
     return torch.empty_like(order).index_put_((order,), torch.arange(len(order), device=order.device))
+
+
+def find_keys(keys: Tensor, wanted: Tensor) -> Tensor:
+    """Position of every wanted key among the keys, or -1."""
+    if not len(keys):
+        return torch.full_like(wanted, -1)
+    order = keys.argsort()
+    at = order[torch.searchsorted(keys[order], wanted).clamp(max=len(keys) - 1)]
+    return torch.where(keys[at] == wanted, at, -1)
 
 
 def as_points(rows: Tensor, cosine: bool) -> Tensor:

@@ -4,27 +4,39 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_rkd.utils.types import Batch, Outputs
 
 
 def update_parameters(metric: Metric) -> dict[str, bool]:
-    """Names of the parameters of ``metric.update``; true where they are required."""
+    """Names of the parameters of ``metric.update``, except those it does not use; true where they are required."""
     parameters = inspect.signature(metric.update).parameters.values()
-    return {p.name: p.default is p.empty for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    named = {p.name: p.default is p.empty for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return {name: required for name, required in named.items() if name not in getattr(metric, "unused", ())}
 
 
-def update_metric(metric: Metric, student: Outputs, batch: Batch, teacher: Outputs | None = None) -> None:
+def uses_teacher(metric: Metric) -> bool:
+    """True if a metric takes the embedding of the teacher."""
+    return not {"teacher", "gallery"}.isdisjoint(update_parameters(metric))
+
+
+def update_metric(
+    metric: Metric, student: Outputs, batch: Batch, teacher: Outputs | None = None, queries: Tensor | None = None
+) -> None:
     """Update a metric by the names of its parameters.
 
-    ``embeddings`` and ``student`` receive the student's embedding, ``teacher`` the teacher's, ``preds`` the student's
-    logits, ``labels`` and ``target`` the labels, ``indices`` and ``is_query`` those of the batch.
+    ``embeddings`` and ``student`` receive the student's embedding, ``queries`` the same in the teacher's space,
+    ``teacher`` and ``gallery`` the teacher's, ``preds`` the student's logits, ``labels`` and ``target`` the labels,
+    ``indices`` and ``is_query`` those of the batch.
     """
     values = {
         "embeddings": student.embedding,
         "student": student.embedding,
+        "queries": student.embedding if queries is None else queries,
         "teacher": None if teacher is None else teacher.embedding,
+        "gallery": None if teacher is None else teacher.embedding,
         "preds": student.logits,
         "labels": batch.labels,
         "target": batch.labels,

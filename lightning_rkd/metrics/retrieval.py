@@ -10,12 +10,22 @@ from torch import Tensor
 from lightning_rkd.metrics._blocks import BlockSizes
 from lightning_rkd.metrics._faiss import Faiss
 from lightning_rkd.metrics._nearest import Frame, Gallery, find_close_calls
-from lightning_rkd.metrics._rows import RowMetric, rank_keys
+from lightning_rkd.metrics._rows import RowMetric, Samples, find_keys, rank_keys
 from lightning_rkd.utils.distributed import gather_row_counts, sum_over_ranks
 
 _SLACK = 4  # neighbours beyond the needed ones, to detect close calls at the border
 _MANY = 256
 _WORKING_MEMORY = {False: 128 * 2**20, True: 4 * 2**30}  # on a GPU the overhead of small blocks dominates
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The rows that queries are compared with: rows stay on their rank, integers are known to all."""
+
+    rows: Tensor  # local
+    labels: Tensor  # of the rows of all ranks, in rank order
+    keys: Tensor  # decide ties
+    position: Tensor  # among them of the row that each sample must not find, or -1
 
 
 class EmbeddingRetrieval(RowMetric):
@@ -80,7 +90,7 @@ class EmbeddingRetrieval(RowMetric):
     higher_is_better: bool = True
     plot_lower_bound: float = 0.0
     plot_upper_bound: float = 1.0
-    _floats = ("embeddings",)
+    _floats: tuple[str, ...] = ("embeddings",)
     _integers = ("labels", "indices", "is_query")
 
     embeddings: list[Tensor]
@@ -136,37 +146,43 @@ class EmbeddingRetrieval(RowMetric):
         if self.engine:
             self.engine.check_ranks(self.process_group)
         samples = self._exchange(device)
-        (rows,), labels, own = samples.rows, samples.columns["labels"], samples.own
-        if "is_query" in samples.columns:
-            is_query = samples.columns["is_query"].bool()
-            in_gallery, itself = ~is_query, 0
-            position = torch.full_like(labels, -1)
-            gallery_rows = rows[in_gallery[own]]
-        else:
-            is_query = in_gallery = torch.ones_like(labels, dtype=torch.bool)
-            position, itself, gallery_rows = torch.arange(len(labels), device=device), 1, rows
-        relevant = _count_labels(labels[in_gallery], labels) - itself
+        rows, labels, own = samples.rows[0], samples.columns["labels"], samples.own
+        is_query = samples.columns.get("is_query", torch.ones_like(labels)).bool()
+        found = self._find_candidates(samples)
+        itself = (found.position >= 0).long()
+        relevant = _count_labels(found.labels, labels) - itself
         evaluated = is_query & (relevant > 0)
         self.left_out = int(is_query.sum() - evaluated.sum())
         if not bool(evaluated.any()):
-            sizes = f"{int(is_query.sum())} queries has a row of its class among {int(in_gallery.sum())} gallery rows"
+            sizes = f"{int(is_query.sum())} queries has a row of its class among {len(found.keys)} gallery rows"
             raise ValueError(f"none of {sizes}")
-        places = rank_keys(samples.keys[in_gallery])
+        places = rank_keys(found.keys)
+        needed = torch.minimum(relevant.clamp(min=max(self.k)), len(places) - itself)
         blocks = BlockSizes(self.working_memory or _WORKING_MEMORY[rows.is_cuda], rows.shape[1])
         search = _Search(
             rows=rows,
             labels=labels[own],
             relevant=relevant[own],
-            position=position[own],
-            gallery=Gallery(gallery_rows, places, self.distance == "cosine", blocks, self.process_group),
-            label_at=torch.empty_like(places).index_put_((places,), labels[in_gallery]),
-            widest=min(max(int(relevant[evaluated].max()), *self.k), len(places) - itself),
+            needed=needed[own],
+            position=found.position[own],
+            gallery=Gallery(found.rows, places, self.distance == "cosine", blocks, self.process_group),
+            label_at=torch.empty_like(places).index_put_((places,), found.labels),
+            widest=int(needed[evaluated].max()),
             k=self.k,
             one=2 ** min(52, 62 - len(labels).bit_length()),
         )
         queries = torch.nonzero(evaluated[own])[:, 0]
         totals = search.approximate(self.engine, queries) if self.engine else search.exact(queries)
         return sum_over_ranks(totals, self.process_group), search.one
+
+    def _find_candidates(self, samples: Samples) -> Candidates:
+        """The gallery, in which a query does not find the row of its own index."""
+        rows, labels, keys = samples.rows[-1], samples.columns["labels"], samples.keys
+        if "is_query" not in samples.columns:
+            return Candidates(rows, labels, keys, torch.arange(len(labels), device=labels.device))
+        inside = samples.columns["is_query"] == 0
+        position = find_keys(keys[inside], keys)
+        return Candidates(rows[inside[samples.own]], labels[inside], keys[inside], position)
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,7 @@ class _Search:
     rows: Tensor
     labels: Tensor
     relevant: Tensor  # number of gallery rows of the class of each row
+    needed: Tensor  # number of neighbours of each row that its values depend on
     position: Tensor  # of each row in the gallery, or -1
     gallery: Gallery
     label_at: Tensor  # at each place of the order that decides ties
@@ -195,8 +212,9 @@ class _Search:
             for query, scores, places in self._neighbours(part, self.widest + _SLACK, dtype, frame):
                 relevant, count = self._relevance(query, scores, places), self.relevant[query]
                 lengths = self.gallery.points(self.rows[query], frame, queries=True).norm(dim=1)
-                needed = count.clamp(min=max(self.k)).clamp(max=self.widest)
-                settled, beyond, chain, mixed = find_close_calls(scores, relevant, needed, lengths, len(frame[0]))
+                settled, beyond, chain, mixed = find_close_calls(
+                    scores, relevant, self.needed[query], lengths, len(frame[0])
+                )
                 total += self.sum_scores(relevant[settled], count[settled])
                 unresolved.append(query[beyond])
                 rest = ~settled & ~beyond

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from lightning_rkd.data.indexing import to_batch
 from lightning_rkd.distillation.distiller import Distiller
-from lightning_rkd.distillation.evaluation import Evaluation
+from lightning_rkd.distillation.evaluation import Evaluation, warn_if_not_aligned
 from lightning_rkd.distillation.gradient_balance import Compare, GradientBalance
 from lightning_rkd.distillation.layers import Layer
 from lightning_rkd.distillation.lightning import (
@@ -24,7 +24,6 @@ from lightning_rkd.distillation.lightning import (
     log_evaluation,
     number_training_batches,
     prepare_fit,
-    prepare_teacher,
     refuse_lbfgs,
     refuse_unsynchronised,
     restore_after_exceptions,
@@ -36,7 +35,9 @@ from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.distillation.teachers import BaseTeacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.weighting import LossSum, Weight, evaluate_weight
-from lightning_rkd.metrics.inputs import update_parameters
+from lightning_rkd.metrics import StoredGallery
+from lightning_rkd.metrics.asymmetric import Searched, choose_gallery
+from lightning_rkd.metrics.inputs import uses_teacher
 from lightning_rkd.modules.sizes import materialize_losses
 from lightning_rkd.utils.distributed import gather_row_counts, gather_rows, rank_and_size
 from lightning_rkd.utils.private import writes_logs
@@ -74,7 +75,12 @@ class DistillationModule(pl.LightningModule):
         miner: A pytorch-metric-learning miner for the task loss.
         metrics: torchmetrics metrics by name, updated in validation and test. The parameters of a metric's ``update``
             select its inputs by their names: ``embeddings``, ``labels``, ``indices``, ``is_query``, ``student``,
-            ``teacher``, ``preds``, ``target``.
+            ``teacher``, ``queries``, ``gallery``, ``preds``, ``target``.
+        gallery: Gallery in which every :class:`~lightning_rkd.metrics.EmbeddingRetrieval` among the metrics searches:
+            rows of the ``"student"``, of the ``"teacher"`` for the same samples, ``"both"``, or rows that were embedded
+            before, a :class:`~lightning_rkd.metrics.StoredGallery`. In the teacher's gallery a query does not find its
+            own sample, the projection of a loss maps the queries to the teacher's space, and values are called
+            ``asymmetric/<value>``; see :class:`~lightning_rkd.metrics.AsymmetricRetrieval`.
         optimizer: A function from parameters to an optimizer.
         lr_scheduler: A function from an optimizer to a learning rate scheduler.
         lr_interval: Whether the scheduler steps once per ``"epoch"`` or per ``"step"``.
@@ -136,6 +142,7 @@ class DistillationModule(pl.LightningModule):
         task_reads: Literal["embedding", "logits"] = "embedding",
         miner: nn.Module | None = None,
         metrics: dict[str, Metric] | None = None,
+        gallery: Searched | StoredGallery = "student",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -161,7 +168,7 @@ class DistillationModule(pl.LightningModule):
         save_plain_hyperparameters(self, inspect.currentframe())
         self.student, self.task_loss, self.miner = student, task_loss, miner
         self.loss = LossSum(loss) if isinstance(loss, dict) else loss
-        self.metrics = nn.ModuleDict(metrics or {})
+        self.metrics = nn.ModuleDict(choose_gallery(metrics or {}, gallery))
         self.task_reads, self.batch_transform, self.task_weight = task_reads, batch_transform, task_weight
         self._gradients = GradientBalance(balance, compare_gradients)
         self.micro_batch = micro_batch
@@ -256,11 +263,13 @@ class DistillationModule(pl.LightningModule):
                 rank_zero_warn(
                     f"training goes on without what the checkpoint was trained with: to keep it, pass {given}"
                 )
-        measured = [name for name, metric in self._metrics().items() if "teacher" in update_parameters(metric)]
+        measured = [name for name, metric in self._metrics().items() if uses_teacher(metric)]
         if measured and stage != "predict" and self.distiller.teacher is None:
             raise ValueError(f"the metrics {measured} compare with the teacher: pass teacher=..., or leave them out")
         teach = stage != "predict" and bool(measured or (stage == "fit" and self.loss is not None))
         self.distiller.attach(self.student, teach=teach)
+        if stage != "predict":
+            warn_if_not_aligned(self._metrics(), [term.loss for term in self.distiller.losses.values()])
         if stage == "fit":
             if self.distiller.teacher_needs_indices:
                 if self.batch_transform is not None:
@@ -376,7 +385,7 @@ class DistillationModule(pl.LightningModule):
         given = to_batch(batch, self.unpack)
         self.distiller.start()
         output = call_network(self, given.inputs)
-        features = self.distiller.collect(given, teach=self._evaluation.uses("teacher", dataloader_idx))
+        features = self.distiller.collect(given, teach=self._evaluation.uses_teacher(dataloader_idx))
         logits = output if isinstance(output, Tensor) else None
         student = Outputs(embedding=features.embedding.embedding, logits=logits)
         self._evaluation.update(dataloader_idx, student, given, features.teacher_embedding)
@@ -390,10 +399,8 @@ class DistillationModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         """Empty the metrics."""
-        prepare_teacher(self.distiller, self.trainer, self)
-        self._evaluation = start_evaluation(self._metrics(), self.trainer, self)
-        if self.distiller.teacher_needs_data and self._evaluation.uses("teacher"):
-            self.distiller.prepare_data(self._evaluation.loaders, self.unpack, train=False)
+        losses = [term.loss for term in self.distiller.losses.values()]
+        self._evaluation = start_evaluation(self._metrics(), self.trainer, self, self.distiller, losses, self.unpack)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics and empty them."""

@@ -12,9 +12,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
 from lightning_rkd.metrics import (
+    AsymmetricRetrieval,
     EmbeddingRetrieval,
     FewShotAccuracy,
     RelationalAgreement,
+    StoredGallery,
     _nearest,
     _rows,
     agreement,
@@ -52,6 +54,8 @@ def columns(metric: str) -> tuple[Tensor, ...]:
     is_query = torch.rand(ROWS, generator=generator) < 0.4
     if metric == "agreement":
         return x @ torch.randn(WIDTH, 5, generator=generator), x, index
+    if metric == "asymmetric":
+        return x, labels, (x + torch.randn(ROWS, WIDTH, generator=generator)).round(decimals=1), index
     return (x, labels, index, is_query) if metric == "queries" else (x, labels, index)
 
 
@@ -60,6 +64,13 @@ def made(metric: str, options: dict[str, Any]) -> EmbeddingRetrieval | FewShotAc
         return FewShotAccuracy(ways=3, shots=2, queries=3, episodes=31, **options)
     if metric == "agreement":
         return RelationalAgreement(k=3, **({"triplets": 1500, "max_anchors": 97} | options))
+    if metric == "asymmetric":
+        return AsymmetricRetrieval(k=(1, 4), **{"distance": "euclidean"} | options)
+    if metric == "stored":
+        rows, _, index = columns(metric)
+        order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(3))[5:]
+        stored = StoredGallery(rows[order].round(), ids=index[order])
+        return AsymmetricRetrieval(k=(1, 4), gallery=stored, **{"distance": "euclidean"} | options)
     return EmbeddingRetrieval(k=(1, 4), **options)
 
 
@@ -69,7 +80,8 @@ def updated(
     evaluation = made(metric, options)
     for rows in torch.tensor(shares[rank], dtype=torch.int64).split(64):
         if len(rows):
-            evaluation.update(*(column[rows] for column in columns(metric)))
+            given = [column[rows] for column in columns(metric)]
+            evaluation.update(*given) if metric != "stored" else evaluation.update(*given[:2], indices=given[2])
     evaluation._update_count = 1  # an empty rank has none, and torchmetrics would warn
     return evaluation
 
@@ -104,7 +116,7 @@ SPLITS = {
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
-@pytest.mark.parametrize("metric", ["retrieval", "queries", "agreement", "fewshot"])
+@pytest.mark.parametrize("metric", ["retrieval", "queries", "asymmetric", "stored", "agreement", "fewshot"])
 def test_totals_are_the_same_to_the_last_digit(pool: Ranks, metric: str, distance: str, split: str) -> None:
     size, options = len(pool.pipes), {"distance": distance}
     one = totals(0, metric, [list(range(ROWS))], options)
@@ -156,7 +168,7 @@ def largest(rank: int, metric: str, shares: Shares) -> int:
     return seen.size
 
 
-@pytest.mark.parametrize("metric", ["retrieval", "queries", "agreement", "fewshot"])
+@pytest.mark.parametrize("metric", ["retrieval", "queries", "asymmetric", "stored", "agreement", "fewshot"])
 def test_no_rank_ever_makes_a_tensor_as_large_as_its_share_and_half_of_it(pool: Ranks, metric: str) -> None:
     gallery, size = max(x.numel() * x.element_size() for x in columns(metric)), len(pool.pipes)
     assert largest(0, metric, [list(range(ROWS))]) >= gallery, "one rank holds it all: the measure sees it"

@@ -91,9 +91,10 @@ def test_equals_the_loop_with_ties_and_duplicates_in_any_order_and_memory(
     rows: Any, with_indices: bool, with_queries: bool, cosine: bool, memory: int, splits: list[int], shuffle: Any
 ) -> None:
     # one index is one sample: its row and label follow from the first that has it
-    first = {(i, is_query and with_queries): (x, y) for x, y, i, is_query in reversed(rows)}
+    first = {(i, is_query and with_queries): x for x, _, i, is_query in reversed(rows)}
+    label = {i: y for _, y, i, _ in rows}
     if with_indices:
-        rows = [(*first[i, is_query and with_queries], i, is_query) for _, _, i, is_query in rows]
+        rows = [(first[i, is_query and with_queries], label[i], i, is_query) for _, _, i, is_query in rows]
     if cosine:  # directions that are exact in floating point, so that the loop sees the same ties
         rows = [([x[0], 0] if x[0] else [0, x[1]], y, i, is_query) for x, y, i, is_query in rows]
     x, y, i, is_query = (list(column) for column in zip(*rows, strict=True))

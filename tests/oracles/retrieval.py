@@ -11,22 +11,25 @@ def retrieval(
     is_query: Sequence[bool] | None = None,
     k: Sequence[int] = (1,),
     cosine: bool = False,
+    gallery_rows: Sequence[Sequence[float]] | None = None,
+    self_match: bool = False,
 ) -> dict[str, float]:
+    """Rows are queries, and gallery rows too where there are no others; a query does not find its own index."""
     samples, seen = [], set()
     for n, (row, label) in enumerate(zip(rows, labels, strict=True)):
         role = bool(is_query[n]) if is_query is not None else None
         key = (indices[n] if indices is not None else n, role)
         if key not in seen:
             seen.add(key)
-            samples.append((key[0], label, row, role))
+            samples.append((key[0], label, row, role, row if gallery_rows is None else gallery_rows[n]))
     sums = {**{f"recall_at_{n}": 0.0 for n in k}, "map_at_r": 0.0, "r_precision": 0.0}
     counted = 0
     for query in samples:
         if query[3] is False:
             continue
-        gallery = [g for g in samples if (g is not query if query[3] is None else g[3] is False)]
+        gallery = [g for g in samples if g[3] is not True and (self_match or g[0] != query[0])]
         far = _one_minus_cosine if cosine else _squared
-        ordered = sorted(gallery, key=lambda g: (far(query[2], g[2]), g[0]))
+        ordered = sorted(gallery, key=lambda g: (far(query[2], g[4]), g[0]))
         relevant = [g[1] == query[1] for g in ordered]
         r = sum(relevant)
         if r == 0:

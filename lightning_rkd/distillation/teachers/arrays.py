@@ -1,37 +1,28 @@
 """Teacher embeddings computed elsewhere, read by sample index from memory or a mapped file."""
 
-import os
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Iterable, Sized
 from typing import Any
 
-import numpy as np
-import safetensors
 import torch
 from torch import Tensor
 
 from lightning_rkd.distillation.teachers.cache_format import CacheError, count_rows
+from lightning_rkd.utils.arrays import load_integers, load_rows, refuse_repeated
+
+_WHO = "CachedTeacher.from_array"
 
 
 class ArrayReader:
     """Rows of an array or file; see :meth:`~lightning_rkd.CachedTeacher.from_array`."""
 
     def __init__(self, array: Any, ids: Any = None) -> None:
-        if not (ids is None or isinstance(ids, Tensor | np.ndarray)):
+        if isinstance(ids, Iterable) and not isinstance(ids, Sized):
             ids = list(ids)
-        self._arguments, (self.x, stored_ids) = (array, ids), _load(array)
-        x, ids = self.x, stored_ids if ids is None else ids
-        if x.ndim != 2 or not x.is_floating_point():
-            raise ValueError(f"CachedTeacher.from_array takes floating point (N, D), got {x.dtype} {tuple(x.shape)}")
+        self._arguments, (self.x, beside) = (array, ids), load_rows(array, _WHO)
+        ids, rows = beside.get("ids") if ids is None else ids, len(self.x)
         self.has_ids = ids is not None
-        given = torch.as_tensor(ids) if self.has_ids else torch.arange(len(x))
-        if given.shape != x.shape[:1] or given.is_floating_point():
-            raise ValueError(
-                f"CachedTeacher.from_array: ids must be {len(x)} integers, got {given.dtype} {tuple(given.shape)}"
-            )
-        self.ids, self.order = given.long().sort()
-        if len(repeated := self.ids[1:][self.ids[1:] == self.ids[:-1]]):
-            raise ValueError(f"CachedTeacher.from_array: the id {int(repeated[0])} is given twice")
+        self.ids, self.order = (load_integers(ids, rows, "ids", _WHO) if self.has_ids else torch.arange(rows)).sort()
+        refuse_repeated(self.ids, _WHO)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ArrayReader, self._arguments  # a path, not the rows of its file
@@ -58,29 +49,3 @@ class ArrayReader:
             raise CacheError(f"the batch has the index {int(unknown[0])}, but there is no embedding with this id")
         x = self.x.index_select(0, self.order[at])
         return {"/embedding": x if x.dtype == torch.float64 else x.float()}
-
-
-def _load(source: Any) -> tuple[Tensor, Tensor | None]:
-    """Rows of an array or a file, which is memory-mapped, and the ids stored beside them."""
-    if isinstance(source, Tensor):
-        return source.detach().cpu(), None
-    if isinstance(source, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(source)), None
-    if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"CachedTeacher.from_array takes a tensor, an array or a path, got {type(source).__name__}")
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"the embeddings {str(path)!r} do not exist")
-    try:
-        if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False)), None
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            ids = tensors.pop("ids", None)
-            if len(tensors) != 1:
-                raise ValueError(f"it holds {sorted(tensors)} instead of one tensor (and ids)")
-            return tensors.popitem()[1], ids
-    except (ValueError, EOFError, OSError, TypeError, safetensors.SafetensorError) as error:
-        raise CacheError(f"the embeddings {str(path)!r} cannot be read ({error}); write the file again") from error
-    raise ValueError(f"CachedTeacher.from_array reads .npy and .safetensors files, got {str(path)!r}")
