@@ -80,7 +80,9 @@ def _get_original(original: Any) -> Any:
 
 
 def unwrap_batches(module: nn.Module) -> list[Callable[[], None]]:
-    """Unwrap the batches of a module's evaluation steps; returns the functions that undo it."""
+    """Unwrap the batches of a module's evaluation steps, unless it does so; returns the functions that undo it."""
+    if getattr(module, "unwraps_batches", False):
+        return []
     steps = ("validation_step", "test_step", "predict_step")
     return [MethodPatch.add(module, step, _pass_on) for step in steps]
 

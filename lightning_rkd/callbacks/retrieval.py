@@ -101,7 +101,8 @@ class RetrievalEvaluation(Callback):
             return
         teach = any(map(uses_teacher, self.metrics.values()))
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
-        holders: list[Any] = [x for x in (*callbacks, pl_module) if hasattr(x, "distiller")]
+        parts: list[Any] = [*callbacks, pl_module]
+        holders = [x for x in parts if isinstance(getattr(x, "distiller", None), Distiller)]
         self._losses = [term.loss for x in holders for term in x.distiller.losses.values()]
         # without a teacher only the layer is read, and no inputs are needed
         self._keys = self._given if teach else {**self._given, "inputs": []}
@@ -127,7 +128,7 @@ class RetrievalEvaluation(Callback):
         own = {key: value for key, value in self._given.items() if value is not None}
         if "inputs" in own:
             own["teacher_inputs"] = None
-        self._keys = {**holders[0]._keys, **own}
+        self._keys = {**getattr(holders[0], "_keys", self._given), **own}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the module."""

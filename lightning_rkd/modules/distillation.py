@@ -132,6 +132,8 @@ class DistillationModule(pl.LightningModule):
         (['distill/rkd', 'train/loss'], torch.Size([3, 2]))
     """
 
+    unwraps_batches = True  # read by callbacks, which do so for other modules
+
     def __init__(
         self,
         student: nn.Module,
