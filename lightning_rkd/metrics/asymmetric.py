@@ -54,7 +54,7 @@ class AsymmetricRetrieval(EmbeddingRetrieval):
         >>> teacher = torch.tensor([[4.0, 0.0], [3.0, 1.0], [0.0, 2.0], [1.0, 2.0]])
         >>> metric.update(teacher.sign(), labels, teacher)
         >>> float(metric.compute()["asymmetric/recall_at_1"])
-        0.75
+        0.5
     """
 
     queries: list[Tensor]

@@ -40,7 +40,8 @@ class EmbeddingRetrieval(RowMetric):
         \text{MAP@R} = \frac1R \sum_{j \le R} y_j \, \frac1j \sum_{i \le j} y_i,
 
     each averaged over the queries. Without ``is_query`` every row is a query and is compared with all other rows;
-    with it, the marked rows are the queries and the others are the gallery.
+    with it, the marked rows are the queries and the others are the gallery. :class:`AsymmetricRetrieval` has queries of
+    one network and a gallery of another.
 
     - Rows are used as given. ``"euclidean"`` normalises nothing; ``"cosine"`` compares directions (unit rows rounded
       to float32; a zero row has cosine 0 with everything).
@@ -50,7 +51,7 @@ class EmbeddingRetrieval(RowMetric):
     - A query without any relevant row in the gallery (a class with one sample) is left out of the means;
       ``left_out`` is the number of such queries.
     - With ``indices`` a sample that comes twice (the padding of a distributed sampler) counts once, or once as a query
-      and once in the gallery. Without indices nothing is removed.
+      and once in the gallery, where the query does not find it. Without indices nothing is removed.
 
     Under several processes each keeps its own rows; ``compute()``, which every process must call, exchanges labels and
     indices and broadcasts the gallery block by block, so that no process ever holds all embeddings. A process may have

@@ -18,7 +18,7 @@ from lightning_rkd.data.indexing import with_indices
 from lightning_rkd.distillation.teachers import CachedTeacher, Teacher
 from lightning_rkd.losses.csd import CSD
 from lightning_rkd.losses.rkd import RKD
-from lightning_rkd.metrics import AsymmetricRetrieval, EmbeddingRetrieval, StoredGallery
+from lightning_rkd.metrics import AsymmetricRetrieval, EmbeddingRetrieval, RelationalAgreement, StoredGallery
 from lightning_rkd.modules.distillation import DistillationModule
 from tests.harness import toys
 from tests.harness.ranks import Ranks
@@ -133,6 +133,15 @@ def test_metrics_of_both_galleries_may_be_given_by_name() -> None:
     module = Evaluated()
     found = validate(module, RetrievalEvaluation("backbone", metrics, teacher=Teacher(ALIKE)))
     assert found == pytest.approx(by_loop(module.backbone(X), ALIKE(X)), abs=1e-6)
+
+
+def test_agreement_with_the_teacher_is_measured_in_any_module() -> None:
+    module, metric = Evaluated(), RelationalAgreement(k=2, triplets=50)
+    trainer = toys.trainer(callbacks=[RetrievalEvaluation("backbone", metric), distil(RKD(), toys.teacher())])
+    trainer.validate(module, LOADER, verbose=False)
+    expected = RelationalAgreement(k=2, triplets=50)
+    expected.update(module.backbone(X), toys.teacher()(X))
+    assert logged(trainer) == {f"val/{name}": pytest.approx(float(v)) for name, v in expected.compute().items()}
 
 
 # advice and refusals

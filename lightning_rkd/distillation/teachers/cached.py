@@ -72,14 +72,15 @@ class CachedTeacher(BaseTeacher):
 
     @classmethod
     def from_array(
-        cls, array: Tensor | npt.NDArray[Any] | str | Path, ids: Iterable[int] | Tensor | None = None
+        cls, array: Tensor | npt.NDArray[Any] | str | Path, ids: Iterable[int] | Tensor | str | Path | None = None
     ) -> CachedTeacher:
         """A teacher known only by its embeddings.
 
         Args:
             array: (N, D): a tensor, an array, or the path of a ``.npy`` file or of a ``.safetensors`` file with one
                 tensor (and optionally another called ``ids``); files are memory-mapped.
-            ids: Row of the root data set for each row of the array, N different integers; by default 0 to N - 1.
+            ids: Row of the root data set for each row of the array, N different integers, or the path of a ``.npy``
+                file; by default 0 to N - 1.
 
         Example:
             >>> teacher = CachedTeacher.from_array(torch.eye(3), ids=[7, 5, 9])

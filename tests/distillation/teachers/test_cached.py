@@ -369,6 +369,8 @@ def test_a_safetensors_file_may_hold_the_ids_and_any_float_type(tmp_path: Path) 
         features = read(CachedTeacher.from_array(tmp_path / "x.safetensors"), [5, 7])
         assert features.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert torch.equal(features, x[[2, 0]].to(dtype).to(features.dtype))
+    np.save(tmp_path / "ids.npy", [7, 0, 5])
+    assert torch.equal(read(CachedTeacher.from_array(x, tmp_path / "ids.npy"), [5]), x[[2]])
 
 
 def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
