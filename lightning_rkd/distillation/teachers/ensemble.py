@@ -215,8 +215,8 @@ class EnsembleTeacher(BaseTeacher):
         if self.standardise_rows and not self._statistics:
             rank, _ = rank_and_size(group)
             found = run_on_all_ranks(lambda: self._measure(loaders, unpack) if rank == 0 else {}, group)
-            for key, pair in gather_objects(found, group)[0].items():  # the same rotation on every rank
-                self._statistics[key] = pair[0].to(self._device), pair[1].to(self._device)
+            found = gather_objects(found, group)[0]  # the same rotation on every rank
+            self._statistics = {key: (x.to(self._device), y.to(self._device)) for key, (x, y) in found.items()}
 
     @torch.no_grad()
     def _measure(self, loaders: Any, unpack: Callable[[Any], Batch]) -> dict[_Place, _Statistics]:

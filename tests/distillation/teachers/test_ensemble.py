@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.layers import CaptureError, LayerNotFoundError
@@ -21,7 +22,7 @@ from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.losses.rkd import RKD, RKDDistance
 from lightning_rkd.losses.soft_target import SoftTarget
 from lightning_rkd.losses.ttm import TTM
-from lightning_rkd.utils.types import Batch, Outputs
+from lightning_rkd.utils.types import Batch, Outputs, unpack
 from tests.harness import nets
 
 X = nets.Rows(8).x
@@ -259,6 +260,36 @@ def test_teachers_that_show_unequal_numbers_of_rows_are_refused(combine: Any, er
 
     with pytest.raises(error, match=message):
         terms(EnsembleTeacher({"whole": nets.teacher(), "half": Half(out=7)}, combine=combine), RKD())
+
+
+@pytest.mark.parametrize("combine", COMBINE)
+def test_standardised_embeddings_have_variance_one_in_every_column(combine: Any) -> None:
+    data = nets.Rows(64)
+    ensemble = EnsembleTeacher(
+        [nets.teacher(out=4), nets.teacher(seed=1, out=12)], combine=combine, standardise_rows=64
+    )
+    distiller = Distiller(ensemble, nets.Gram())
+    distiller.attach(nets.Backbone())
+    teacher: Any = distiller.teacher
+    assert teacher.outputs(Batch(X))[0].features[""].embedding.std(0).max() < 1  # for sizes, as they are
+    distiller.prepare("cpu")
+    with pytest.raises(CaptureError, match=r"has no statistics .* call distiller.prepare_data\(loader, unpack\)"):
+        teacher.outputs(Batch(X))
+    distiller.prepare_data(DataLoader(data, batch_size=16, shuffle=True), unpack)
+    weight = 0.5 if combine == "relations" else 1
+    for one in teacher.outputs(Batch(data.x)):
+        x = one.features[""].embedding
+        torch.testing.assert_close(x.var(0), torch.full_like(x[0], weight))
+        torch.testing.assert_close(x.mean(0), torch.zeros_like(x[0]))
+    distiller.detach()
+
+
+def test_statistics_of_several_loaders_are_refused_with_the_cure() -> None:
+    teacher = EnsembleTeacher([nets.teacher(), wide()], standardise_rows=8)
+    teacher.attach(None)
+    with pytest.raises(ValueError, match=r"one loader over a map-style data set, got \['DataLoader', 'DataLoader'\]"):
+        teacher.prepare_data([DataLoader(nets.Rows(8))] * 2, unpack)
+    teacher.detach()
 
 
 def test_the_teacher_that_gives_nan_is_named() -> None:

@@ -32,11 +32,16 @@ def by_an_ensemble(rank: int | None, face: str, combine: Any, counts: tuple[int,
     loss: Any = RKD() + toys.Hint() + toys.Gram()
     if combine == "relations":
         loss = loss + toys.Projected(5, 16)
-    return fitted(rank, face, EnsembleTeacher([toys.teacher(), wide()], [1, 3], combine), loss, counts)
+    standardised = combine.endswith("standardised")
+    if standardised:  # Gram at full weight would diverge
+        loss = RKD() + 0.1 * toys.Hint()
+    teachers, how = [toys.teacher(), wide()], combine.partition(",")[0]
+    teacher = EnsembleTeacher(teachers, [1, 3], how, standardise_rows=30 if standardised else 0)
+    return fitted(rank, face, teacher, loss, counts)
 
 
 @pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize("combine", ["relations", "losses"])
+@pytest.mark.parametrize("combine", ["relations", "losses", "losses, standardised"])
 def test_two_devices_learn_from_an_ensemble_what_one_does(ranks: Ranks, combine: str, face: str) -> None:
     # DDP averages a user's own loss over ranks alike; the module's weighs them by their rows
     counts = (11, 5) if face == "module" else (8, 8)

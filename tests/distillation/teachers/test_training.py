@@ -91,6 +91,37 @@ def test_averaged_relations_have_the_gradient_of_the_loss_written_by_hand(face: 
     assert largest(gradients(User(), precision="64-true"), expected) > 1e-3
 
 
+def loud() -> list[nn.Module]:
+    """Two teachers, of which the second has distances a hundred times as large."""
+    first, second = pair()
+    for p in second.last.parameters():
+        p.data *= 100
+    return [first, second]
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_standardised_teachers_weigh_alike_as_written_by_hand(face: str) -> None:
+    every = toys.Rows(40).x.double()  # the training set
+    networks = [network.double().eval() for network in loud()]
+    means = [embed(network, every).mean(0) for network in networks]
+    scales = [embed(network, every).var(0).mean().sqrt() for network in networks]
+    assert scales[1] > 50 * scales[0]
+
+    def by_hand(embedding: Tensor, x: Tensor) -> Tensor:
+        parts = [(embed(n, x) - m) / s for n, m, s in zip(networks, means, scales, strict=True)]
+        gram = 0.75 * parts[0] @ parts[0].T + 0.25 * parts[1] @ parts[1].T
+        of_distances = F.smooth_l1_loss(
+            distances([(1.0, embedding)]), distances([(0.75, parts[0]), (0.25, parts[1])]), reduction="sum"
+        )
+        return of_distances / len(x) ** 2 + F.mse_loss(embedding @ embedding.T, gram)
+
+    expected, loss = gradients(User(by_hand), precision="64-true"), RKDDistance() + toys.Gram()
+    module, callbacks = taught(face, EnsembleTeacher(loud(), [3, 1], standardise_rows=40), loss)
+    assert largest(gradients(module, *callbacks, precision="64-true"), expected) <= 1e-9
+    module, callbacks = taught(face, EnsembleTeacher(loud(), [3, 1]), loss)  # one step; then the loss explodes
+    assert largest(gradients(module, *callbacks, precision="64-true", max_steps=1), expected[:1]) > 1
+
+
 @pytest.mark.parametrize("face", FACES)
 def test_a_projector_and_a_memory_see_one_teacher_as_wide_as_all(face: str) -> None:
     first, second = (network.eval() for network in pair())
