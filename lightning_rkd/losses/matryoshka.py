@@ -18,7 +18,7 @@ class Matryoshka(RelationalLoss):
         L = \sum_k w_k\, \ell(s_{:, 1..d_k},\, t)
 
     so that embeddings can be cut to :math:`d_k` columns when they are used. The teacher keeps all its columns. Each d
-    has its own copy of the loss, with its own tensors (projections, memories), whose sizes are inferred as usual.
+    has its own copy of the loss, with its own tensors (projections, memories), for a ``student_dim`` of d.
 
     Shapes: (N, D_s), (N, D_t) -> scalar, with D_s of at least the largest d.
 
@@ -71,6 +71,9 @@ class Matryoshka(RelationalLoss):
             check_positive("Matryoshka", weights=weight)
         self.dims, self.weights = tuple(dims), None if weights is None else tuple(weights)
         self.losses = cast("Sequence[RelationalLoss]", nn.ModuleList(copy.deepcopy(loss) for _ in dims))
+        for columns, one in zip(dims, self.losses, strict=True):
+            if "student_dim" in one.needed_sizes:
+                one.set_sizes(**{**one._sizes, "student_dim": columns})
         self.gather, self.aligns = loss.gather, loss.aligns
         self.needs, self.required = loss.needs, loss.required
         self.invariances, self.needed_sizes = loss.invariances - {"rotation"}, loss.needed_sizes
@@ -92,7 +95,8 @@ class Matryoshka(RelationalLoss):
 
     def suggest_call(self, sizes: Mapping[str, Any]) -> str:
         """A call that makes this module with the sizes it needs, for messages."""
-        return f"Matryoshka({self.losses[0].suggest_call(sizes)}, dims={[*self.dims]})"
+        arguments = ", ".join(f"{name}={sizes.get(name, '...')}" for name in self.missing_sizes)
+        return f"Matryoshka({type(self.losses[0]).__name__}({arguments}), dims={[*self.dims]})"
 
     def forward(self, student: Tensor, teacher: Tensor, **context: Any) -> Tensor:
         if student.shape[1] < max(self.dims):
