@@ -9,7 +9,7 @@ from lightning_rkd.functional.distances import second_derivative_error, squared_
 from lightning_rkd.losses.base import Reference
 from lightning_rkd.losses.parts.anchored import AnchoredLoss
 
-_BLOCK = 2**18  # triplets at a time: their buffers stay in cache
+_CPU_BLOCK, _BLOCK = 2**16, 2**22  # triplets at a time: on a CPU their buffers stay in cache
 
 
 def distances_to_teacher(student: Tensor, teacher: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class _AnchoredAngles(torch.autograd.Function):
         corners, valid = own.square(), (own > 0) & (across > 0)
         inverse, inverse_own = (torch.where(valid, x, 1).reciprocal() * valid for x in (across, own))
         total, pull = across.new_zeros(()), torch.zeros_like(across)
-        step = max(1, _BLOCK // n**2)
+        step = max(1, (_CPU_BLOCK if own.device.type == "cpu" else _BLOCK) // n**2)
         for rows in (slice(start, start + step) for start in range(0, n, step)):
             x, y = inverse[rows], inverse_own[rows]
             cosines = _cosines(across[rows], x, corners)

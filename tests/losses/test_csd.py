@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rkd.losses import CSD
+from lightning_rkd.utils.distributed import gather_rows
+from tests.harness.ranks import Ranks
 from tests.oracles.csd import csd
 from tests.oracles.differences import check_gradients
 
@@ -68,6 +70,21 @@ def test_a_loaded_bank_goes_on_as_the_saved_one():
     resumed.load_state_dict(loss.state_dict())
     assert torch.equal(resumed(*pair), loss(*pair))
     assert int(resumed.bank.pushed) == 7
+
+
+def in_three_steps(rank: int, counts: list[int], rows: Tensor) -> dict[str, Tensor]:
+    mine, loss = slice(sum(counts[:rank]), sum(counts[: rank + 1])), banked(bank_size=8)
+    for student, teacher in rows:
+        value = loss(gather_rows(student[mine]), gather_rows(teacher[mine]))
+    return {**loss.state_dict(), "value": value}
+
+
+@pytest.mark.parametrize("counts", [[3, 3], [5, 1]], ids=str)
+def test_two_ranks_hold_the_bank_of_one_process(ranks: Ranks, counts: list[int]):
+    rows = torch.randn(3, 2, 6, 3, dtype=torch.float64)
+    alone = in_three_steps(0, [6], rows)
+    for states in ranks.run(in_three_steps, counts, rows):
+        assert all(torch.equal(states[name], alone[name]) for name in alone)
 
 
 def test_with_equal_temperatures_it_is_the_queue_of_lightly_train():

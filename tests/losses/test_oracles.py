@@ -436,6 +436,22 @@ def test_dcd_has_value_and_gradients_of_published_code():
 
 
 @pytest.mark.parametrize(
+    ("loss", "value", "gradient"),
+    [
+        (losses.GramAnchoring(), 0.03974091884057791, 0.017929615367915534),  # facebookresearch/dinov3
+        (losses.GramAnchoring("keep"), 0.2229329638518263, 0.061443626893206385),
+        (losses.TokenSimilarity(), 0.04501089995993927, 0.15584509835513408),  # lightly-ai/lightly-train
+    ],
+    ids=str,
+)
+def test_values_of_tokens_and_norms_of_gradients_are_published(loss, value, gradient):
+    student, teacher = det(18, 5, 0.7, 1.1).view(2, 9, 5).requires_grad_(), det(18, 7, 1.3, 0.5).view(2, 9, 7)
+    ours = loss([student], [teacher])
+    ours.backward()
+    assert (ours.item(), student.grad.norm().item()) == pytest.approx((value, gradient), rel=1e-10)
+
+
+@pytest.mark.parametrize(
     ("loss", "shape", "value"),
     [
         (AICSD(), (2, 3, 4, 4), 1 / 3),  # of each of the teacher's three rows of unit norm
