@@ -41,7 +41,8 @@ class AnchoredRKD(AnchoredLoss):
 
     Args:
         distance_weight: :math:`\lambda_D`.
-        angle_weight: :math:`\lambda_A`; with 0 no angle is computed, and time grows with N^2 only.
+        angle_weight: :math:`\lambda_A`. With 0, the default, no angle is computed and time grows with N^2 only: in a
+            first trial on text embeddings angles took time and lowered the recall in the teacher's gallery.
         student_dim: D_s; inferred if left out.
         teacher_dim: D_t; inferred if left out.
 
@@ -53,8 +54,8 @@ class AnchoredRKD(AnchoredLoss):
 
     Example:
         >>> student, teacher = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), torch.eye(3)
-        >>> AnchoredRKD()(student, teacher), AnchoredRKD(angle_weight=0.0)(student, teacher)
-        (tensor(0.0455), tensor(0.0280))
+        >>> AnchoredRKD()(student, teacher), AnchoredRKD(angle_weight=2.0)(student, teacher)
+        (tensor(0.0280), tensor(0.0455))
         >>> AnchoredRKD()(teacher, teacher)
         tensor(0.)
     """
@@ -68,7 +69,7 @@ class AnchoredRKD(AnchoredLoss):
     def __init__(
         self,
         distance_weight: float = 1.0,
-        angle_weight: float = 2.0,
+        angle_weight: float = 0.0,
         *,
         student_dim: int | None = None,
         teacher_dim: int | None = None,

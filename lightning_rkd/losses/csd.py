@@ -20,10 +20,11 @@ def contextual_similarity(
 ) -> Tensor:
     """The loss of unit rows as a function, with the teacher's as gallery unless one is given; see :class:`CSD`."""
     gallery = teacher if gallery is None else gallery
-    own = teacher @ gallery.T
-    near = most_similar(own, top_k)
-    log_p = F.log_softmax(own.gather(1, near) / teacher_temperature, dim=1)
-    log_q = F.log_softmax((student @ gallery.T).gather(1, near) / student_temperature, dim=1)
+    t, x = teacher @ gallery.T, student @ gallery.T
+    if top_k is not None:
+        near = most_similar(t, top_k)
+        t, x = t.gather(1, near), x.gather(1, near)
+    log_p, log_q = F.log_softmax(t / teacher_temperature, dim=1), F.log_softmax(x / student_temperature, dim=1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_rkd.losses.anchored_rkd as module
 from lightning_rkd.losses import AnchoredRKD
@@ -15,19 +16,39 @@ def test_blocks_of_any_size_give_value_and_gradient_of_the_loops(block, monkeypa
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(size=(7, 3)), rng.normal(size=(7, 3))
     teacher[1] = teacher[0]  # a pair without a direction
-    ours = AnchoredRKD()(x := torch.from_numpy(student).requires_grad_(), torch.from_numpy(teacher))
-    assert ours.item() == pytest.approx(anchored_rkd(student, teacher), rel=1e-9)
-    assert torch.autograd.gradcheck(AnchoredRKD(), (x, torch.from_numpy(teacher)))
+    loss, pair = AnchoredRKD(1.0, 2.0), (torch.from_numpy(student).requires_grad_(), torch.from_numpy(teacher))
+    assert loss(*pair).item() == pytest.approx(anchored_rkd(student, teacher, 1.0, 2.0), rel=1e-9)
+    assert torch.autograd.gradcheck(loss, pair)
 
 
 def test_it_is_0_for_the_teachers_rows_alone_and_not_for_their_rotation():
     teacher = torch.randn(8, 4, dtype=torch.float64)
     rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
-    assert AnchoredRKD()(3 * teacher, teacher).item() == pytest.approx(0, abs=1e-12)
-    assert AnchoredRKD()(teacher @ rotation, teacher).item() > 0.05
+    for loss in (AnchoredRKD(), AnchoredRKD(0.0, 1.0)):
+        assert loss(3 * teacher, teacher).item() == pytest.approx(0, abs=1e-12)
+        assert loss(teacher @ rotation, teacher).item() > 0.02
 
 
 def test_a_second_derivative_is_refused():
     student = torch.randn(5, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="AnchoredRKD has a first derivative only"):
-        torch.autograd.grad(AnchoredRKD()(student, torch.randn(5, 3)), student, create_graph=True)
+        torch.autograd.grad(AnchoredRKD(0.0, 1.0)(student, torch.randn(5, 3)), student, create_graph=True)
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple | list) else [made]:
+            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return made
+
+
+def test_no_tensor_is_larger_than_a_block_or_all_pairs():
+    n = 300
+    with Largest() as seen:
+        AnchoredRKD(1.0, 2.0)(torch.randn(n, 64, requires_grad=True), torch.randn(n, 64)).backward()
+    assert n**2 <= seen.numel <= 2 * n**2  # N x N x D has 64 n^2, N x N x N 300 n^2

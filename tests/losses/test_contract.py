@@ -51,6 +51,7 @@ class Form:
 
 
 FORMS = [
+    Form(losses.AnchoredRKD, angle_weight=2.0),
     Form(losses.ClassSimilarityKD, standardise=True),
     Form(losses.CorrelationCongruence, form="norm"),
     Form(losses.CorrelationCongruence, form="rows"),

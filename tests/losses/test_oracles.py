@@ -233,7 +233,7 @@ CASES = [
     Case(losses.SoftTarget, partial(standardised, soft_target.soft_target), LOGITS, STANDARDISED, 3),
     Case(losses.SoftTarget, partial(dense, partial(standardised, soft_target.soft_target)), PIXELS, STANDARDISED),
     Case(losses.SoftTarget, partial(dense, soft_target.soft_target), PIXELS, [{"temperature": 2.0}]),
-    *anchored(losses.AnchoredRKD, anchored_rkd.anchored_rkd, {"distance_weight": 3.0, "angle_weight": 0.0}),
+    *anchored(losses.AnchoredRKD, anchored_rkd.anchored_rkd, {"distance_weight": 3.0, "angle_weight": 2.0}),
     *anchored(losses.CSD, csd.csd, {"top_k": 3}, {"student_temperature": 0.2, "teacher_temperature": 0.5}),
     *anchored(losses.D3, d3.d3, {"top_k": 4}, {"alpha": 0.0, "beta": 0.5, "gamma": 3.0}),
     *anchored(losses.EGA, ega.ega, {"node_weight": 0.5, "edge_weight": 2.0}),

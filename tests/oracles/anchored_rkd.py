@@ -17,7 +17,7 @@ def angle(corner: Row, vertex: Row, other: Row) -> float:
 
 
 def anchored_rkd(
-    student: np.ndarray, teacher: np.ndarray, distance_weight: float = 1.0, angle_weight: float = 2.0
+    student: np.ndarray, teacher: np.ndarray, distance_weight: float = 1.0, angle_weight: float = 0.0
 ) -> float:
     s, t, n = [unit(x) for x in student], [unit(x) for x in teacher], len(student)
     own = [[math.sqrt(squares(a, b)) for b in t] for a in t]

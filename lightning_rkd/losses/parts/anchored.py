@@ -39,9 +39,9 @@ class AnchoredLoss(RelationalLoss):
         return self.compare(unit_rows(to_float64(s)), unit_rows(to_float64(t))).to(student.dtype)
 
 
-def most_similar(similarities: Tensor, top_k: int | None) -> Tensor:
+def most_similar(similarities: Tensor, top_k: int) -> Tensor:
     """Columns of the largest entries of each row, largest first; ties go to the first column.
 
-    Shapes: (N, N) -> (N, min(top_k, N)); all columns with ``None``.
+    Shapes: (N, M) -> (N, min(top_k, M)).
     """
     return similarities.argsort(dim=1, descending=True, stable=True)[:, :top_k]
