@@ -94,7 +94,8 @@ class _FaissRows:
         if not path.is_file():
             raise FileNotFoundError(f"the index {str(path)!r} does not exist")
         try:
-            owner = index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+            mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)  # flat indices too, in later versions
+            owner = index = faiss.read_index(str(path), mapped | faiss.IO_FLAG_READ_ONLY)
         except RuntimeError as error:
             raise ValueError(f"the index {str(path)!r} cannot be read; write it again, faiss.write_index") from error
         beside = {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection, MetricTracker
 
-from lightning_rkd.metrics import EmbeddingRetrieval, FewShotAccuracy, RelationalAgreement
+from lightning_rkd.metrics import AsymmetricRetrieval, EmbeddingRetrieval, FewShotAccuracy, RelationalAgreement
 from tests.harness import toys
 from tests.harness.ranks import Ranks
 
@@ -21,8 +21,9 @@ MADE: list[Callable[..., Any]] = [
     EmbeddingRetrieval,
     lambda **kwargs: FewShotAccuracy(**FEW, **kwargs),
     lambda **kwargs: RelationalAgreement(k=3, **kwargs),
+    AsymmetricRetrieval,
 ]
-NAMES = ["map_at_r", "few_shot_accuracy_2_way_1_shot", "distance_correlation"]
+NAMES = ["map_at_r", "few_shot_accuracy_2_way_1_shot", "distance_correlation", "asymmetric/map_at_r"]
 each = pytest.mark.parametrize(("made", "value"), list(zip(MADE, NAMES, strict=True)), ids=NAMES)
 
 
@@ -31,7 +32,8 @@ def rows(count: int = ROWS, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(count) % 4
     x = torch.randn(count, 5, generator=generator) + y[:, None]
-    return {"embeddings": x, "labels": y, "student": x, "teacher": x + torch.randn(count, 5, generator=generator)}
+    t = x + torch.randn(count, 5, generator=generator)
+    return {"embeddings": x, "labels": y, "student": x, "teacher": t, "queries": x, "gallery": t}
 
 
 def own(metric: Any, columns: dict[str, Tensor]) -> dict[str, Tensor]:
