@@ -62,5 +62,6 @@ class SKDDirection(RelationalLoss):
         gaps = s - t
         centred = gaps - gaps.mean(0)
         spread = centred.T @ centred / max(1, n - 1) + self.tikhonov * torch.eye(n, dtype=s.dtype, device=s.device)
-        squared = (gaps * torch.linalg.solve(spread, gaps.T).T).sum(1)
+        whitened = torch.linalg.solve_ex(spread, gaps.T).result  # unlike solve, it lets no host wait for a device
+        squared = (gaps * whitened.T).sum(1)
         return safe_sqrt(squared).mean().to(student.dtype)

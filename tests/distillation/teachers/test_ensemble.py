@@ -215,6 +215,7 @@ def test_a_memory_that_is_made_later_is_refused_before_the_first_step() -> None:
     [
         ({"teachers": [nets.teacher()]}, "needs at least two teachers, got 1"),
         ({"teachers": {}}, "needs at least two teachers, got 0"),
+        ({"standardise_rows": -1}, "standardise_rows must be at least 0, got -1"),
         ({"combine": "logits"}, "combine must be 'relations' or 'losses', got 'logits'"),
         ({"weights": [1.0]}, "weights must be one for each of 2 teachers, got 1"),
         ({"weights": {"1": 1.0, "c": 1.0}}, r"weights name \['c'\], but the teachers are \['0', '1'\]"),
