@@ -53,7 +53,8 @@ class CSD(AnchoredLoss):
         student_temperature: :math:`\tau_s`.
         teacher_temperature: :math:`\tau_t`.
         bank_size: Number of the teacher's last rows that are the gallery, those of the batch included; ``None`` takes
-            the batch. At least the size of the batch over all ranks.
+            the batch. At least the size of the batch over all ranks, and fewer than the training set has samples, which
+            would stand in it twice.
         student_dim: D_s; inferred if left out.
         teacher_dim: D_t; inferred if left out.
 
@@ -106,7 +107,8 @@ class CSD(AnchoredLoss):
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of unit rows; in training the teacher's are pushed into the bank."""
         gallery = teacher
-        if self.bank_size is not None:
+        if self.bank_size is not None:  # in float32, unless the loss is in float64: a bank has many rows
+            student, teacher = (x.to(self.bank.rows.dtype) for x in (student, teacher))
             gallery = self.bank.contents_with(teacher)[: self.bank.filled + len(teacher)]
             if self.training:
                 self.bank.push(teacher)
