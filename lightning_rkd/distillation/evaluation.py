@@ -88,6 +88,11 @@ def map_to_teacher(rows: Tensor, losses: Sequence[RelationalLoss]) -> Tensor:
     """
     for loss in losses:
         if loss.aligns and not loss.missing_sizes and hasattr(loss, "project"):
+            if (width := loss._sizes.get("student_dim", rows.shape[-1])) != rows.shape[-1]:
+                raise ValueError(
+                    f"{type(loss).__name__} projects rows of width {width}, but the evaluated layer gives width "
+                    f"{rows.shape[-1]}: evaluate the layer that the loss reads"
+                )
             dtype = next((p.dtype for p in loss.to(rows.device).parameters()), rows.dtype)
             project: Callable[[Tensor], Tensor] = getattr(loss, "project")  # noqa: B009 - not every loss has one
             with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):

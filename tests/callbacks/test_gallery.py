@@ -182,6 +182,12 @@ def test_what_cannot_work_fails_with_the_cure(evaluation: Any, message: str) -> 
         validate(Evaluated(), evaluation())
 
 
+def test_another_layer_than_the_losses_is_refused_by_its_width() -> None:
+    callbacks = RetrievalEvaluation("head", gallery="teacher"), distil(CSD(student_dim=5, teacher_dim=7))
+    with pytest.raises(ValueError, match="CSD projects rows of width 5, but the evaluated layer gives width 3"):
+        validate(Evaluated(), *callbacks)
+
+
 # ranks and YAML
 
 
