@@ -99,9 +99,9 @@ class EnsembleTeacher(BaseTeacher):
         standardise_rows: Standardise the embeddings of every teacher by PHI-S
             (:func:`~lightning_rkd.functional.phi_standardisation`), so that teachers weigh alike whatever their scale:
             centred, rotated, and divided by one number until every column has variance 1. The statistics are those of
-            this many samples, evenly spaced over the training set, which every teacher embeds once before the first
-            step; some times the width of the embeddings are enough. 0, the default, leaves embeddings as they are. A
-            loop of your own calls ``distiller.prepare_data(loader, unpack)``.
+            this many samples, evenly spaced over the training set (or that of an evaluation before any training), which
+            every teacher embeds once before the first step; some times the width of the embeddings are enough. 0, the
+            default, leaves embeddings as they are. A loop of your own calls ``distiller.prepare_data(loader, unpack)``.
         layers: Layer of each teacher, as a list or by name, in any form of
             :data:`~lightning_rkd.distillation.layers.Layer`; a layer gives its output. Default: the common
             ``teacher_layer``. All teachers must have the same taps.
@@ -144,6 +144,8 @@ class EnsembleTeacher(BaseTeacher):
         self.weights = {name: weight / sum(parts.values()) for name, weight in parts.items()}
         self.combine, self.standardise_rows = combine, standardise_rows
         self._statistics: dict[_Place, _Statistics] = {}
+        self._layer: tuple[Layer | None] | None = None  # that the statistics belong to
+        self._measured = False  # since it was attached, on training data
         self._device: torch.device | str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,7 +153,9 @@ class EnsembleTeacher(BaseTeacher):
 
     def attach(self, layer: Layer | None) -> None:
         """Hook every teacher at its own layer, or else at this one."""
-        self._statistics, self._device = {}, None
+        self._device, self._measured = None, False
+        if self._layer != (layer,):
+            self._layer, self._statistics = (layer,), {}
         for name, teacher in self.teachers.items():
             own = self.layers[name]
             teacher.attach(layer if own is None else own)
@@ -212,17 +216,17 @@ class EnsembleTeacher(BaseTeacher):
         """Let every teacher check the loaders of a run, or read from them."""
         for teacher in self.teachers.values():
             teacher.prepare_data(loaders, unpack, group, train=train)
-        if self.standardise_rows and not self._statistics:
-            rank, _ = rank_and_size(group)
-            found = run_on_all_ranks(lambda: self._measure(loaders, unpack) if rank == 0 else {}, group)
-            found = gather_objects(found, group)[0]  # the same rotation on every rank
+        if self.standardise_rows and (not self._statistics or (train and not self._measured)):
+            self._measured, self._statistics = train, {}
+            found = run_on_all_ranks(lambda: self._measure(loaders, unpack, train), group)
+            found = gather_objects({} if rank_and_size(group)[0] else found, group)[0]  # one rotation for all ranks
             self._statistics = {key: (x.to(self._device), y.to(self._device)) for key, (x, y) in found.items()}
 
     @torch.no_grad()
-    def _measure(self, loaders: Any, unpack: Callable[[Any], Batch]) -> dict[_Place, _Statistics]:
+    def _measure(self, loaders: Any, unpack: Callable[[Any], Batch], train: bool) -> dict[_Place, _Statistics]:
         """Mean and standardising matrix of every teacher and tap, on the CPU."""
         found_loaders = list_loaders(loaders)
-        loader = found_loaders[0] if len(found_loaders) == 1 else None
+        loader = found_loaders[0] if len(found_loaders) == 1 or (found_loaders and not train) else None
         if not isinstance(loader, DataLoader) or count_root_rows(loader.dataset) is None:
             raise ValueError(
                 "EnsembleTeacher(standardise_rows=...) takes samples from one loader over a map-style data set, got "

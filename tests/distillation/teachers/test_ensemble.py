@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_rkd.data.indexing import with_indices
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.layers import CaptureError, LayerNotFoundError
-from lightning_rkd.distillation.teachers import EnsembleTeacher, Teacher, joint_embedding
+from lightning_rkd.distillation.teachers import CachedTeacher, EnsembleTeacher, Teacher, joint_embedding
 from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
 from lightning_rkd.losses.crd import CRD
 from lightning_rkd.losses.nst import NST
@@ -283,6 +284,24 @@ def test_standardised_embeddings_have_variance_one_in_every_column(combine: Any)
         torch.testing.assert_close(x.var(0), torch.full_like(x[0], weight))
         torch.testing.assert_close(x.mean(0), torch.zeros_like(x[0]))
     distiller.detach()
+
+
+def test_an_evaluation_keeps_the_statistics_of_the_training() -> None:
+    teacher = EnsembleTeacher({"array": CachedTeacher.from_array(torch.randn(64, 4)), "live": nets.teacher(out=4)})
+    teacher.standardise_rows, found = 64, []
+    train, evaluation = (with_indices(DataLoader(nets.Rows(64, seed=seed), batch_size=8)) for seed in (0, 1))
+    batch = Batch(X, indices=torch.arange(len(X)))
+    for loaders, training in (([evaluation] * 2, False), (train, True), ([evaluation] * 2, False)):
+        teacher.attach(None)
+        teacher.to("cpu")
+        teacher.prepare_data(loaders, unpack, train=training)
+        found.append(teacher.outputs(batch)[0].features[""].embedding)
+        teacher.detach()
+    assert not torch.allclose(found[0], found[1])
+    assert torch.equal(found[1], found[2])
+    teacher.attach("last")
+    assert not teacher._statistics, "of another layer"
+    teacher.detach()
 
 
 def test_statistics_of_several_loaders_are_refused_with_the_cure() -> None:
