@@ -36,7 +36,7 @@ class Reference:
 
     @property
     def citation(self) -> str:
-        """Authors, year, title, and the arXiv number or the place of publication."""
+        """Authors, year, title, and the arXiv number, the place of publication or the address."""
         fields = {
             name: re.sub(r"[{}]|(?<=\s)\s+", "", value.replace("\n", " "))
             for name, value in re.findall(r"^ +(\w+) *= \{(.*?)\},?$", self.bibtex, re.DOTALL | re.MULTILINE)
@@ -44,7 +44,7 @@ class Reference:
         *names, last = [author.split(",")[0] for author in fields["author"].split(" and ")]
         authors = f"{', '.join(names)} and {last}" if names else last
         place = fields.get("booktitle", "").rpartition("(")[2].rstrip(")")
-        where = f"arXiv:{fields['eprint']}" if "eprint" in fields else fields.get("doi", place)
+        where = f"arXiv:{fields['eprint']}" if "eprint" in fields else fields.get("doi", place or fields.get("url", ""))
         return f"{authors} {fields['year']}, {fields['title']}, {where}"
 
 

@@ -36,7 +36,8 @@ class TokenSimilarity(TokenLoss):
         ValueError: Different numbers of tokens that do not fill a square.
 
     Reference:
-        Lightly AG 2026, LightlyTrain: distillation of vision foundation models, github.com/lightly-ai/lightly-train.
+        Lightly AG 2026, LightlyTrain: distillation of vision foundation models,
+        https://github.com/lightly-ai/lightly-train.
 
     Example:
         >>> import torch
