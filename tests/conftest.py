@@ -2,7 +2,8 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported, and for processes: a test worker runs on every core
+# Before PyTorch is imported, and for processes: a test worker runs on every core
+os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 import gc
 from collections.abc import Iterator

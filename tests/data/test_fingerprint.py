@@ -1,6 +1,5 @@
 """Descriptions of functions are the same in every run, and others for every function that computes something else."""
 
-import subprocess
 import sys
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from torchvision.transforms import v2
 
 from lightning_rkd.data import Renormalize, Resize
 from lightning_rkd.data.fingerprint import describe_functions
+from tests.harness.forks import run_code
 
 SCALE = 2.0
 
@@ -85,5 +85,4 @@ def test_no_function_is_none() -> None:
 def test_descriptions_are_the_same_in_another_process() -> None:
     ours = [describe_functions([f]) for pair in PAIRS.values() for f in pair]
     code = f"from {__name__} import *; print([describe_functions([f]) for pair in PAIRS.values() for f in pair])"
-    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert theirs == str(ours)
+    assert run_code(code).strip() == str(ours)

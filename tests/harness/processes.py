@@ -1,7 +1,6 @@
 """The command line and scripts in processes of their own."""
 
 import importlib.util
-import multiprocessing as mp
 import os
 import runpy
 import signal
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.harness.forks import FORKS, redirect
 
 MAIN = """
 import sys
@@ -92,15 +93,10 @@ def wait_for_end(pid: int, within: float = 60) -> None:
         time.sleep(0.01)
 
 
-_FORKS: Any = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
-if _FORKS.get_start_method() == "forkserver":
-    _FORKS.set_forkserver_preload(["lightning", "pytorch_metric_learning.losses", "torchvision", "lightning_rkd"])
-
-
 def run_script(file: Path, within: float = 300) -> tuple[int | None, str]:
     """Exit code and output of a script in its own folder, run in a fork of a process that has imported Lightning."""
     said = file.with_suffix(".out")
-    process = _FORKS.Process(target=_run_script, args=(file, said))
+    process = FORKS.Process(target=_run_script, args=(file, said))
     process.start()
     process.join(within)
     if process.exitcode is None:
@@ -110,9 +106,7 @@ def run_script(file: Path, within: float = 300) -> tuple[int | None, str]:
 
 
 def _run_script(file: Path, said: Path) -> None:
-    with said.open("w") as output:
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
+    redirect(said, 1, 2)
     os.chdir(file.parent)
     sys.argv, sys.path[0:0] = [str(file)], [str(file.parent)]
     torch.set_num_threads(1)

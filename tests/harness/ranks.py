@@ -1,7 +1,6 @@
 """Two real processes for the tests: a pool that joins one gloo group on loopback and lives as long as the session."""
 
 import contextlib
-import multiprocessing as mp
 import os
 import socket
 import traceback
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tests.harness.forks import FORKS
 from tests.harness.platforms import LOOPBACK
 
 
@@ -39,11 +39,11 @@ class Ranks:
     """``run(f, *args)`` calls the module-level function ``f(rank, *args)`` on every rank and returns the results."""
 
     def __init__(self, size: int = 2) -> None:
-        context, port = mp.get_context("spawn"), free_port()
-        ends = [context.Pipe() for _ in range(size)]
+        port = free_port()
+        ends = [FORKS.Pipe() for _ in range(size)]
         self.pipes = [ours for ours, _ in ends]
         self.processes = [
-            context.Process(target=_serve, args=(r, size, port, theirs), daemon=True)
+            FORKS.Process(target=_serve, args=(r, size, port, theirs), daemon=True)
             for r, (_, theirs) in enumerate(ends)
         ]
         for process in self.processes:

@@ -1,7 +1,5 @@
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -340,18 +338,6 @@ def test_sums_survive_deepcopy_and_pickle_and_register_their_losses():
     layered = WithParameter()
     layered.scale = torch.nn.Parameter(torch.ones(()))
     assert [name for name, _ in (Gap() + layered).named_parameters()] == ["losses.with_parameter.scale"]
-
-
-@pytest.mark.slow
-def test_importing_the_losses_imports_neither_lightning_nor_numba():
-    code = (
-        "import sys, lightning_rkd.losses\n"
-        "heavy = {'lightning', 'pytorch_lightning', 'lightning_fabric', 'numba', 'jsonargparse', 'torchvision', "
-        "'torch._dynamo'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_logits_without_a_row_dimension_are_refused() -> None:

@@ -207,7 +207,7 @@ def record(cell: Cell, how: How, rank: int | None = None) -> Record:
     with devices(rank) as where, tempfile.TemporaryDirectory() as folder:
         run, path = cell.build(how, rank), Path(folder, "gradients.pt")
         run.settings = {"default_root_dir": folder, **where, **run.settings}
-        recorder = Recorder(path if run.settings.get("strategy") == "ddp_spawn" else None)
+        recorder = Recorder(path if cell.ranks == "spawned" and how == "ours" else None)
         torch.manual_seed(1)
         module = cell.train(run, recorder)
         rows, weights = torch.load(path) if path.exists() else (recorder.gradients, recorder.weights)

@@ -318,7 +318,7 @@ IN_PARTS: dict[str, dict[str, Any]] = {
     "module": {"arguments": PARTS},
 }
 FSDP_IN_PARTS = IN_PARTS | {"callback": {"user": users.in_micro_batches(FSDP["user"])}}
-SPAWNED = {"strategy": "ddp_spawn", "devices": 2, "use_distributed_sampler": False}
+STARTED = {"callback": "ddp_spawn", "module": "ddp_fork"}
 BY_RANKS: dict[str, Any] = {"ranks": "same ranks", "loss": RKD, "by_hand": users.Everywhere}
 
 ON_TWO_DEVICES = [
@@ -340,7 +340,12 @@ ON_TWO_DEVICES = [
         two("DDP, bf16-true", settings={"precision": "bf16-true"}, **BY_RANKS),
         two("FSDP2", **FSDP),
         two("FSDP2, micro-batches", **FSDP | FSDP_IN_PARTS[face]),
-        two("ddp_spawn", ranks="spawned", on_ranks=SPAWNED, slow=True),
+        two(
+            STARTED[face],
+            ranks="spawned",
+            on_ranks={"strategy": STARTED[face], "devices": 2, "use_distributed_sampler": False},
+            slow=True,
+        ),
     ]
 ]
 ON_TWO_DEVICES += [

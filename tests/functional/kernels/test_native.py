@@ -1,10 +1,8 @@
 """Native kernels are optional."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.harness.forks import run_code
 
 PROGRAM = """
 import sys
@@ -20,8 +18,8 @@ print(native("angle_cpu") is not None, "numba" in sys.modules, f"{{loss:.6f}} {{
 
 
 def run(before: str = "", **environment: str) -> list[str]:
-    command, environment = [sys.executable, "-c", PROGRAM.format(before=before)], os.environ | environment
-    return subprocess.check_output(command, env=environment, text=True).split(maxsplit=2)
+    before = f"import os; os.environ.update({environment}); {before}"
+    return run_code(PROGRAM.format(before=before)).split(maxsplit=2)
 
 
 @pytest.mark.slow
