@@ -8,6 +8,7 @@ class Properties(NamedTuple):
 
     equal_widths: bool = False  # of student and teacher
     min_rows: int = 1
+    min_width: int = 1
     order_matters: bool = False  # the order of the rows changes the value
     exact_gradient: bool = True  # the gradient is that of the value: the paper holds nothing constant that depends on s
     dense: bool = False  # reads logits (N, K, H, W)
@@ -26,6 +27,7 @@ PROPERTIES = {
     "HolisticKD": Properties(min_rows=8, exact_gradient=False),
     "IRG": CONSTANT_PARTS,
     "NST, kernel gaussian": CONSTANT_PARTS,
+    "Matryoshka": Properties(min_width=4),
     "MultiLevelLogit": EQUAL_WIDTHS,
     "PCKD": Properties(order_matters=True, exact_gradient=False),
     "SampleContrastiveKD": EQUAL_WIDTHS,

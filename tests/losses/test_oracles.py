@@ -198,7 +198,7 @@ CASES = [
     Case(losses.GraphKD, graph_kd.graph_kd, LAYERS, [{"reads": "feature_maps"}]),
     Case(losses.ClassSimilarityKD, partial(standardised, cskd.class_similarity), LOGITS, STANDARDISED, 3),
     Case(losses.CosineTemperatureKD, partial(standardised, cskd.cosine_temperature), LOGITS, STANDARDISED, 3),
-    Case(losses.DCD, dcd.dcd, ROWS, [{}, {"alpha": 0.0}, {"alpha": 2.0, "max_scale": 0.5}]),
+    Case(losses.DCD, dcd.dcd, ROWS, [{"dim": 3}, {"dim": 3, "alpha": 0.0}, {"dim": 3, "alpha": 2.0, "max_scale": 0.5}]),
     Case(losses.DIST, partial(standardised, dist.dist), LOGITS[2:], STANDARDISED, 3),
     Case(losses.HardDarkRank, dark_rank.hard, PAIRS, RANKS, 0.5),
     Case(losses.SoftDarkRank, dark_rank.soft, PAIRS, RANKS, 0.5),

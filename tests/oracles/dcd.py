@@ -9,7 +9,12 @@ from tests.oracles.vectors import divergence, dot, project, softmax
 
 
 def dcd(
-    student: np.ndarray, teacher: np.ndarray, parameters: dict[str, Any], alpha: float = 0.5, max_scale: float = 10.0
+    student: np.ndarray,
+    teacher: np.ndarray,
+    parameters: dict[str, Any],
+    alpha: float = 0.5,
+    max_scale: float = 10.0,
+    dim: int = 128,
 ) -> float:
     s, t = (
         project(parameters[f"{who}_projector.linear.weight"], parameters[f"{who}_projector.linear.bias"], rows)
