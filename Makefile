@@ -34,7 +34,7 @@ test-all: test ## the same as test, then the campaigns: kills, two machines, SLU
 test-networks: $(STAMP) ## install timm, transformers and others, and run the tests that need them
 	@if command -v uv >/dev/null; then uv pip install --quiet --python $(BIN)/python --editable '.[networks]'; \
 	  else $(BIN)/python -m pip install --quiet --editable '.[networks]'; fi
-	@$(BIN)/python -m pytest -m "not campaign" -n auto --dist worksteal $(NETWORKS) -k "not short or 11_text" $(ARGS)
+	@$(BIN)/python -m pytest -m "not campaign" -n auto --dist worksteal $(NETWORKS) -k "not shortened_cells or 11_text" $(ARGS)
 
 lint: $(STAMP) ## style, formatting, types and import contracts
 	$(BIN)/ruff check
