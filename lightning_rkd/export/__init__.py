@@ -1,6 +1,24 @@
 """The student alone, for production: files that need neither teacher nor Lightning, and their reader."""
 
-from lightning_rkd.export.read import load
+from lightning_rkd.export.preprocess import (
+    ImagePreprocess,
+    PiecesPreprocess,
+    Preprocess,
+    TokensPreprocess,
+    VectorPreprocess,
+)
+from lightning_rkd.export.read import Embedder, load
 from lightning_rkd.export.write import Exported, ExportError, export
 
-__all__ = ["ExportError", "Exported", "export", "load"]
+__all__ = [
+    "Embedder",
+    "ExportError",
+    "Exported",
+    "ImagePreprocess",
+    "PiecesPreprocess",
+    "Preprocess",
+    "TokensPreprocess",
+    "VectorPreprocess",
+    "export",
+    "load",
+]

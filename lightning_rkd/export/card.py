@@ -46,6 +46,7 @@ def model_card(
     differences: Mapping[str, float],
     tolerance: float,
     failed: Mapping[str, str],
+    preprocess: str = "",
 ) -> str:
     """Write the card in Markdown, for :func:`~lightning_rkd.export.export`."""
     inputs = config["inputs"]
@@ -54,6 +55,7 @@ def model_card(
     lines = [
         f"# {facts.name}",
         "A student network, exported alone: it needs neither its teacher nor PyTorch Lightning.",
+        *([f"- items: {preprocess}, by `load` and `use.py`"] if preprocess else []),
         *(f"- {name}: {_describe_input(one)}" for name, one in inputs.items()),
         f"- output: {out}, {config['output']['dtype']}" + (f", read by `{config['read']}`" if config["read"] else ""),
         f"- parameters: {config['parameters']:,}",
@@ -97,6 +99,8 @@ _HOW = {
     "student.pt2": '`torch.export.load("student.pt2").module()`',
     "student.onnx": '`onnxruntime.InferenceSession("student.onnx").run(None, {INPUTS})`',
     "config.json": "input, output and class of the network",
+    "tokenizer.json": '`tokenizers.Tokenizer.from_file("tokenizer.json")`',
+    "use.py": "`from use import embed`, with numpy and onnxruntime alone, and Pillow for images: `embed([item, ...])`",
 }
 
 

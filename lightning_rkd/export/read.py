@@ -1,4 +1,4 @@
-"""Loading of exported students, with PyTorch and safetensors alone."""
+"""Loading of exported students, with PyTorch and safetensors alone, and what their preprocessing needs."""
 
 import hashlib
 import inspect
@@ -6,18 +6,56 @@ import json
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Self, get_type_hints
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-CONFIG, WEIGHTS = "config.json", "student.safetensors"
+from lightning_rkd.export.preprocess import Preprocess, load_preprocess
+from lightning_rkd.utils.types import call_network
+
+CONFIG, WEIGHTS, PROGRAM = "config.json", "student.safetensors", "student.pt2"
 _PRETRAINED = (
     "lightning_rkd.models.torchvision_embedder",
     "lightning_rkd.models.backbones.torchvision_embedder",
     "torchvision.models.",
 )
 _RESCALING = ("googlenet", "inception_v3")
+
+
+class Embedder(nn.Module):
+    """A network with its preprocessing: a list of images, texts or vectors -> embeddings (N, D), without gradients.
+
+    It stays in eval mode; its ``network`` can be trained on the inputs that ``preprocess`` gives.
+
+    Args:
+        network: The network, from the inputs that ``preprocess`` gives.
+        preprocess: Function from a list of items, or a tensor, to the network's inputs.
+    """
+
+    def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.network, self.preprocess, self.training = network, preprocess, False
+
+    def train(self, mode: bool = True) -> Self:
+        """Leave the mode as it is."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, items: Any, batch_size: int = 64) -> Tensor:
+        """Embeddings (N, D) of a list, computed in batches."""
+        if len(items) == 0:
+            raise ValueError("there is nothing to embed: the list of items is empty")
+        device = next((x.device for x in (*self.network.parameters(), *self.network.buffers())), torch.device("cpu"))
+        rows = []
+        for start in range(0, len(items), batch_size):
+            inputs = self.preprocess(items[start : start + batch_size])
+            moved = (
+                inputs.to(device) if isinstance(inputs, Tensor) else {name: x.to(device) for name, x in inputs.items()}
+            )
+            rows.append(call_network(self.network, moved))
+        return torch.cat(rows)
 
 
 def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
@@ -30,41 +68,57 @@ def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
         folder: Folder written by :func:`~lightning_rkd.export.export`.
         network: Network of the student's architecture that receives the weights, where ``config.json`` names no class.
 
+    Returns:
+        The network. If it was exported with its preprocessing, an :class:`Embedder`: ``student(["a text"])``,
+        ``student([image])`` or ``student(images)``, with images of Pillow or a tensor of pixels from 0 to 1. Where
+        there is no class to build it from, its network is the program ``student.pt2``.
+
     Raises:
         FileNotFoundError: The folder holds no exported student.
         ValueError: The weights are damaged or do not fit the network, or there is no class to build it from.
 
     Example:
-        >>> import tempfile, torch
-        >>> from lightning_rkd.export import export
+        >>> import tempfile
+        >>> from lightning_rkd.export import ImagePreprocess, export
         >>> from lightning_rkd.models import ConvNet
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     net = ConvNet(widths=(4,), embedding_dim=8).eval()
         ...     build = {"class_path": "lightning_rkd.models.ConvNet", "init_args": {"widths": [4], "embedding_dim": 8}}
-        ...     _ = export(net, torch.zeros(1, 1, 8, 8), Path(folder, "student"), formats=["safetensors"], build=build)
+        ...     out, gray = Path(folder, "student"), ImagePreprocess((8, 8), mean=(0.5,), std=(0.5,))
+        ...     _ = export(net, torch.zeros(1, 1, 8, 8), out, formats=["safetensors"], build=build, preprocess=gray)
         ...     x = torch.rand(2, 1, 8, 8)
-        ...     torch.equal(load(Path(folder, "student"))(x), net(x))
+        ...     torch.equal(load(out)(x), net((x - 0.5) / 0.5))
         True
     """
     folder = Path(folder)
     config = read_config(folder)
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{str(folder)!r} holds no {WEIGHTS}: it was exported without the format 'safetensors'")
-    if sha256(path) != config["files"][WEIGHTS]:
-        raise ValueError(f"{str(path)!r} is damaged, or of another student: its SHA-256 is not that of {CONFIG}")
+    preprocess = load_preprocess(config["preprocess"], folder) if config.get("preprocess") else None
+    if network is None and config["network"] is None and preprocess is not None and PROGRAM in config["files"]:
+        return Embedder(torch.export.load(_check_file(folder, PROGRAM, config)).module(), preprocess)
+    path = _check_file(folder, WEIGHTS, config)
     if network is None:
         if config["network"] is None:
             raise ValueError(
                 f"{CONFIG} names no class for this student, which was exported without build: pass network=..., a "
-                "network of its architecture, or take student.pt2 or student.onnx, which need none"
+                f"network of its architecture, or take {PROGRAM} or student.onnx, which need none"
             )
         network = build_network(config["network"])
     try:
         load_weights(network, load_file(path))
     except RuntimeError as error:
         raise ValueError(f"the weights in {str(path)!r} do not fit {type(network).__name__}: {error}") from error
-    return network.eval()
+    return network.eval() if preprocess is None else Embedder(network.eval(), preprocess)
+
+
+def _check_file(folder: Path, name: str, config: Mapping[str, Any]) -> Path:
+    """Path of a file of an export, with the SHA-256 of its configuration."""
+    path = folder / name
+    if not path.is_file():
+        form = "safetensors" if name == WEIGHTS else "torch"
+        raise FileNotFoundError(f"{str(folder)!r} holds no {name}: it was exported without the format {form!r}")
+    if sha256(path) != config["files"][name]:
+        raise ValueError(f"{str(path)!r} is damaged, or of another student: its SHA-256 is not that of {CONFIG}")
+    return path
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,15 +21,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_rkd.export import use
 from lightning_rkd.export.card import Facts, measure_latency, model_card
-from lightning_rkd.export.read import CONFIG, WEIGHTS, build_network, load_weights, read_config, sha256
+from lightning_rkd.export.preprocess import TOKENIZER, ImagePreprocess, Preprocess
+from lightning_rkd.export.read import CONFIG, PROGRAM, WEIGHTS, build_network, load_weights, read_config, sha256
 from lightning_rkd.utils.arguments import bind_arguments, find_signature
 from lightning_rkd.utils.types import Key, call_network, select
 
-FORMATS = {"safetensors": WEIGHTS, "torch": "student.pt2", "onnx": "student.onnx"}
+FORMATS = {"safetensors": WEIGHTS, "torch": PROGRAM, "onnx": "student.onnx"}
 """File of each format."""
 
-_CARD = "README.md"
+_CARD, _USE = "README.md", "use.py"
 _TOLERANCE = 1e-4  # largest difference of an exported program from the student, in units of its largest output
 _BATCHES = (1, 2, 7)  # sizes of the random batches on which programs are compared with the student
 Inputs = dict[Any, Tensor]  # by keyword, and positional ones by 0, 1, ...
@@ -66,6 +69,7 @@ def export(
     formats: Sequence[str] = tuple(FORMATS),
     build: Mapping[str, Any] | None = None,
     input_scaling: Mapping[str, Sequence[float]] | None = None,
+    preprocess: Preprocess | None = None,
     facts: Facts | None = None,
     overwrite: bool = False,
 ) -> Exported:
@@ -74,6 +78,8 @@ def export(
     - ``student.safetensors`` and ``config.json``: the weights and the description of the network, for :func:`load`.
     - ``student.pt2``: ``torch.export.load("student.pt2").module()``, without the network's code.
     - ``student.onnx``: for onnxruntime and others. Needs ``pip install 'lightning-rkd[export]'``.
+    - ``use.py``, with ``preprocess`` and the ONNX program: ``embed(items)``, which needs numpy and onnxruntime alone,
+      and Pillow for images.
     - ``README.md``: a model card.
 
     Both programs take batches of any size, and tokens (N, T) of any length. They are compared with the network on
@@ -91,7 +97,9 @@ def export(
         build: Class path and arguments, ``{"class_path": ..., "init_args": {...}}``, from which :func:`load` builds
             the network; without it :func:`load` needs a network.
         input_scaling: ``{"mean": [...], "std": [...]}`` per channel, with which inputs in 0 to 1 are normalised before
-            the network; documented in the files, not part of the programs.
+            the network; documented in the files, not part of the programs. Left out with ``preprocess``.
+        preprocess: Function from images, texts or vectors to the network's inputs, such as
+            :class:`~lightning_rkd.export.ImagePreprocess`; :func:`load` and ``use.py`` then take such items.
         facts: Facts for the model card.
         overwrite: Replace an earlier export.
 
@@ -113,6 +121,8 @@ def export(
         (['README.md', 'config.json', 'student.pt2'], True)
     """
     folder = Path(folder).resolve()
+    if preprocess is not None and not isinstance(preprocess, Preprocess):
+        raise TypeError(f"preprocess: expected a Preprocess of lightning_rkd.export, got {type(preprocess).__name__}")
     _check_formats(formats)
     _check_folder(folder, overwrite)
     network = getattr(network, "_orig_mod", network)  # of a compiled one
@@ -128,7 +138,13 @@ def export(
         place = Path(part, "export")
         place.mkdir()
         differences, failed, free = _write_formats(network, rebuilt, inputs, place, formats)
+        if preprocess is not None:
+            preprocess.save(place)
+            if FORMATS["onnx"] in {path.name for path in place.iterdir()}:
+                shutil.copyfile(use.__file__, place / _USE)
         facts = facts or Facts()
+        if isinstance(preprocess, ImagePreprocess):
+            input_scaling = {"mean": preprocess.mean, "std": preprocess.std}
         scaling = {"range": [0.0, 1.0], **input_scaling} if input_scaling else {}
         config = {
             "made_by": "lightning-rkd export",
@@ -139,12 +155,14 @@ def export(
             "output": {"shape": ["N", *outputs.shape[1:]], "dtype": str(outputs.dtype).removeprefix("torch.")},
             "parameters": sum(p.numel() for p in network.parameters()),
             "versions": {"lightning-rkd": version("lightning-rkd"), "torch": str(torch.__version__)},
+            "preprocess": None if preprocess is None else preprocess.config(),
             "files": {path.name: sha256(path) for path in sorted(place.iterdir())},
         }
         (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         times = measure_latency(network, inputs, place / FORMATS["onnx"])
         sizes = {path.name: path.stat().st_size for path in sorted(place.iterdir())}
-        card = model_card(config, facts, sizes, times, differences, _TOLERANCE, failed)
+        described = "" if preprocess is None else preprocess.describe()
+        card = model_card(config, facts, sizes, times, differences, _TOLERANCE, failed, described)
         (place / _CARD).write_text(card, encoding="utf-8")
         _move(place, folder)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
@@ -359,7 +377,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{str(folder)!r} holds files that no export made; choose another folder") from None
     if not overwrite:
         raise FileExistsError(f"{str(folder)!r} holds an earlier export; choose another folder, or overwrite it")
-    others = sorted({path.name for path in folder.iterdir()} - {CONFIG, _CARD, *FORMATS.values()})
+    others = sorted({path.name for path in folder.iterdir()} - {CONFIG, _CARD, _USE, TOKENIZER, *FORMATS.values()})
     if others:
         raise FileExistsError(
             f"{str(folder)!r} also holds {', '.join(others)}, which no export made: move it away first"

@@ -1,12 +1,14 @@
-"""Classification models of torchvision with an embedding head in place of the classifier."""
+"""Classification models of torchvision and timm with an embedding head in place of the classifier."""
 
 from collections import OrderedDict
 from difflib import get_close_matches
+from typing import Any
 
 from torch import nn
 from torchvision import models
 
-from lightning_rkd.models.heads import EmbeddingHead, L2Normalize
+from lightning_rkd.models.heads import Embedded, EmbeddingHead, L2Normalize
+from lightning_rkd.utils.imports import require
 
 
 def torchvision_embedder(
@@ -64,6 +66,42 @@ def torchvision_embedder(
     else:
         parts["head"] = L2Normalize() if normalize else nn.Identity()
     return nn.Sequential(parts)
+
+
+def timm_embedder(
+    name: str,
+    embedding_dim: int | None = None,
+    pretrained: bool = False,
+    normalize: bool = False,
+    in_channels: int = 3,
+    image_size: int | None = None,
+) -> nn.Module:
+    """Build an embedding network from a model of timm, with the layers ``backbone`` and ``head``.
+
+    Shapes: images (N, in_channels, H, W) -> (N, embedding_dim).
+
+    Args:
+        name: Name of a model, see ``timm.list_models()``.
+        embedding_dim: Width of the embedding; ``None`` returns the model, which gives its pooled features.
+        pretrained: Fetch the weights that timm names; otherwise they are random.
+        normalize: Scale embeddings to unit norm; needs ``embedding_dim``.
+        in_channels: Channels of the images.
+        image_size: Height and width of the images, for models that fix them, such as vision transformers.
+
+    Raises:
+        MissingExtraError: timm is not installed.
+    """
+    timm = require("timm", extra="timm")
+    fixed: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    options = {"num_classes": 0, "in_chans": in_channels}
+    try:
+        backbone: Any = timm.create_model(name, pretrained, **options, **fixed)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        backbone = timm.create_model(name, pretrained, **options)
+    backbone.embedding_dim = getattr(backbone, "head_hidden_size", None) or backbone.num_features
+    return backbone if embedding_dim is None else Embedded(backbone, embedding_dim, normalize)
 
 
 def build_classifier(name: str, weights: str | None) -> nn.Module:

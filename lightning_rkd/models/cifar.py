@@ -33,9 +33,11 @@ class CIFARResNet(nn.Module):
         depth: Number of layers, 6 n + 2 for n blocks per stage: 8, 14, 20, 32, 44, 56, 110.
         channels: Channels of the first convolution and of the three stages.
         in_channels: Channels of the images.
+        stem_stride: Stride of the first convolution, whose kernel is 2 ``stem_stride`` + 1 pixels wide: 1 for images of
+            32 pixels, 4 for 128 to 224 pixels.
 
     Raises:
-        ValueError: A depth that is not 6 n + 2, or not four channels.
+        ValueError: A depth that is not 6 n + 2, not four channels, or a stride below 1.
 
     Reference:
         He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, 2016, arXiv:1512.03385.
@@ -48,15 +50,24 @@ class CIFARResNet(nn.Module):
         (torch.Size([2, 64]), 278324)
     """
 
-    def __init__(self, depth: int = 20, channels: Sequence[int] = (16, 16, 32, 64), in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        depth: int = 20,
+        channels: Sequence[int] = (16, 16, 32, 64),
+        in_channels: int = 3,
+        stem_stride: int = 1,
+    ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth must be 6 n + 2, for example 8, 20, 32 or 56, got {depth}")
         if len(channels) != 4 or min(channels) < 1:
             raise ValueError(f"channels must be four, of the first convolution and the stages, got {tuple(channels)}")
+        if stem_stride < 1:
+            raise ValueError(f"stem_stride must be at least 1, got {stem_stride}")
         stem, *widths = channels
         blocks = (depth - 2) // 6
-        self.stem = nn.Sequential(*convolutions(in_channels, stem, bias=False))
+        first = nn.Conv2d(in_channels, stem, 2 * stem_stride + 1, stem_stride, padding=stem_stride, bias=False)
+        self.stem = nn.Sequential(first, nn.BatchNorm2d(stem), nn.ReLU(inplace=True))
         self.stage1 = _stack(_Block, stem, widths[0], blocks, stride=1)
         self.stage2 = _stack(_Block, widths[0], widths[1], blocks, stride=2)
         self.stage3 = _stack(_Block, widths[1], widths[2], blocks, stride=2)

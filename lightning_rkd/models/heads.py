@@ -1,5 +1,7 @@
 """Heads on top of a backbone: embeddings, unit norm, classifiers."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,9 +55,10 @@ class Embedded(nn.Module):
     Shapes: inputs of the backbone -> embeddings (N, D).
 
     Args:
-        backbone: Network from inputs to features (N, F), with F as its attribute ``embedding_dim``.
+        backbone: Network from inputs to features (N, F), with F as its attribute ``embedding_dim`` unless given.
         embedding_dim: Width D of the embedding.
         normalize: Scale embeddings to unit norm. Do not normalise the student of a relational loss.
+        in_features: Width F of the features.
 
     Raises:
         ValueError: F is not known, or D is below 1.
@@ -67,20 +70,24 @@ class Embedded(nn.Module):
         torch.Size([2, 32])
     """
 
-    def __init__(self, backbone: nn.Module, embedding_dim: int, normalize: bool = False) -> None:
+    def __init__(
+        self, backbone: nn.Module, embedding_dim: int, normalize: bool = False, in_features: int | None = None
+    ) -> None:
         super().__init__()
-        width = getattr(backbone, "embedding_dim", None)
+        width = in_features if in_features is not None else getattr(backbone, "embedding_dim", None)
         if not isinstance(width, int):
-            raise ValueError(f"{type(backbone).__name__} has no embedding_dim, the width of its features: set it")
+            raise ValueError(
+                f"{type(backbone).__name__} has no embedding_dim, the width of its features: pass in_features"
+            )
         if embedding_dim < 1:
             raise ValueError(f"embedding_dim must be at least 1, got {embedding_dim}")
         self.backbone = backbone
         self.head = EmbeddingHead(width, embedding_dim, normalize)
         self.embedding_dim = embedding_dim
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """Embeddings (N, D)."""
-        return self.head(self.backbone(inputs))  # type: ignore[no-any-return]
+        return self.head(self.backbone(*inputs, **named))  # type: ignore[no-any-return]
 
 
 class Classified(nn.Module):

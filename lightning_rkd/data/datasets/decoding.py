@@ -64,9 +64,24 @@ def _mapped(work: Callable[..., _T], items: Iterable[object]) -> Iterable[_T]:
 
 def read_image(path: Path, size: int) -> npt.NDArray[np.uint8]:
     """Decode an image, upright and resized, into (size, size) if it is grey, else (size, size, 3)."""
+    upright = open_upright(path, size)
+    if upright.size != (size, size):
+        upright = upright.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    pixels = np.asarray(upright)
+    if pixels.ndim == 3 and (pixels[..., :1] == pixels[..., 1:]).all():
+        return pixels[..., 0]
+    return pixels
+
+
+def open_upright(path: Path, size: int | None = None) -> Image.Image:
+    """Decode an image, upright, on white where it is transparent, as ``"L"`` if it is grey, else ``"RGB"``.
+
+    With ``size`` JPEG is decoded at a fraction of its size, at least that large.
+    """
     with open_image(path) as image:
         try:
-            image.draft(None, (size, size))  # lets JPEG decode at a fraction of its size
+            if size is not None:
+                image.draft(None, (size, size))
             if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                 ImageOps.exif_transpose(image, in_place=True)
             upright: Image.Image = image
@@ -75,15 +90,9 @@ def read_image(path: Path, size: int) -> npt.NDArray[np.uint8]:
             elif upright.mode in ("LA", "PA", "RGBA") or "transparency" in upright.info:
                 paper = Image.new("RGBA", upright.size, "white")
                 upright = Image.alpha_composite(paper, upright.convert("RGBA"))
-            upright = upright.convert("L" if upright.mode in ("1", "L") else "RGB")
-            if upright.size != (size, size):
-                upright = upright.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3.0)
-            pixels = np.asarray(upright)
+            return upright.convert("L" if upright.mode in ("1", "L") else "RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise _unreadable(path, error) from error
-    if pixels.ndim == 3 and (pixels[..., :1] == pixels[..., 1:]).all():
-        return pixels[..., 0]
-    return pixels
 
 
 def open_image(path: Path) -> Image.Image:
