@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_rkd.callbacks.distillation import RelationalDistillation as RelationalDistillation
     from lightning_rkd.callbacks.figures import Pictures as Pictures
     from lightning_rkd.callbacks.retrieval import RetrievalEvaluation as RetrievalEvaluation
+    from lightning_rkd.cli.distill.run import distill as distill
     from lightning_rkd.data.indexing import with_indices as with_indices
     from lightning_rkd.data.samplers.pk import PKBatchSampler as PKBatchSampler
     from lightning_rkd.distillation.distiller import Distiller as Distiller

@@ -15,6 +15,7 @@ from lightning_rkd.utils.imports import MissingExtraError, check_installed
 
 COMMANDS = {
     "demo": "Train a teacher, a student alone and a distilled student, and compare them.",
+    "distill": "Compress a pretrained teacher into a small student, on your own images, texts or vectors.",
     "compare": "Train several networks with several seeds, and compare them in one table.",
     "export": "Export the student of a run: safetensors, torch.export, ONNX and a model card.",
     "cache": "Write the outputs of a recipe's teacher for every sample, so that training needs no teacher.",

@@ -7,8 +7,13 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import yaml
 from rich.console import Console
+
+from lightning_rkd.cli.trainer import check_writable
+from lightning_rkd.utils.files import write_whole
 
 
 def new_parser(command: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -51,6 +56,23 @@ def check_folder(out: Path, made_by: str, command: str) -> None:
     begun = {made_by, f".{made_by}.part"}  # the latter alone if the first write was killed
     if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in begun):
         raise FileExistsError(f"{str(out)!r} is not the output of a {command}; choose another folder with --out")
+
+
+def begin(out: Path, made_by: str, settings: Mapping[str, Any], what: str) -> bool:
+    """Write the settings into a new folder; ``True`` if it holds the same ones, an ``OSError`` if it holds others."""
+    check_writable(out)
+    path = out / made_by
+    if not path.exists():
+        write_whole(path, yaml.safe_dump(dict(settings), sort_keys=False).encode())
+        return False
+    theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
+    theirs = theirs if isinstance(theirs, dict) else {}
+    if other := [f"{k} {theirs.get(k)} there, {v} now" for k, v in settings.items() if theirs.get(k) != v]:
+        raise FileExistsError(
+            f"{str(out)!r} holds a {what} with other settings ({'; '.join(other)}): choose another folder with --out, "
+            "or delete that one"
+        )
+    return True
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from lightning_rkd.cli.experiments.plan import TEACHER, Comparison, read
 from lightning_rkd.cli.experiments.report import render, to_png
 from lightning_rkd.cli.experiments.runs import digest, embed
 from lightning_rkd.cli.experiments.tables import Table
-from lightning_rkd.cli.trainer import check_writable
 from lightning_rkd.data import GlyphDataModule
 from lightning_rkd.data.datamodules.base import ImageDataModule
 from lightning_rkd.data.datamodules.folder import ImageFolderDataModule, find_images, suggest_size
@@ -59,7 +58,7 @@ def main(args: Sequence[str]) -> None:
             described = f"{len(data.root.images):,} images of {len(data.class_names)} classes"
             duration = "up to 15 minutes"
         comparison = plan(options.seeds, options.steps, changes)
-        if begin(out, _settings(options, data)):
+        if common.begin(out, MADE_BY, _settings(options, data), "demo"):
             console.print(f"Resuming the demo in {out}.", soft_wrap=True)
         console.print(
             f"Data: {described}. All networks are tested on classes that none of them has seen in training.\n"
@@ -165,23 +164,6 @@ def _settings(options: argparse.Namespace, data: ImageDataModule) -> dict[str, A
         "seeds": list(options.seeds),
         "steps": options.steps,
     }
-
-
-def begin(out: Path, settings: Mapping[str, Any]) -> bool:
-    """Write the settings into a new folder; ``True`` if it holds the same ones, an ``OSError`` if it holds others."""
-    check_writable(out)
-    path = out / MADE_BY
-    if not path.exists():
-        write_whole(path, yaml.safe_dump(dict(settings), sort_keys=False).encode())
-        return False
-    theirs = yaml.safe_load(path.read_text(encoding="utf-8"))
-    theirs = theirs if isinstance(theirs, dict) else {}
-    if other := [f"{k} {theirs.get(k)} there, {v} now" for k, v in settings.items() if theirs.get(k) != v]:
-        raise FileExistsError(
-            f"{str(out)!r} holds a demo with other settings ({'; '.join(other)}): choose another folder with --out, or "
-            "delete that one"
-        )
-    return True
 
 
 def _verdict(table: Table) -> str:

@@ -1,4 +1,4 @@
-"""Report page of the demo: one HTML file without references to other files or the network, light and dark."""
+"""Report pages: one HTML file without references to other files or the network, light and dark."""
 
 import base64
 import io
@@ -15,20 +15,25 @@ def render(
     notes: Sequence[str],
     light: Mapping[str, Figure],
     dark: Mapping[str, Figure],
+    template: str | None = None,
+    title: str = "What the student learned from its teacher",
     **texts: str,
 ) -> str:
-    """The page: ``report.html`` with a table, notes below it, figures for light and dark paper, and plain texts.
+    """The page: a template with a table, notes below it, figures for light and dark paper, and plain texts.
 
-    The first row of the table holds the headings; figures and texts are given by their places in the page.
+    The first row of the table holds the headings; figures and texts are given by their places in the template, which is
+    the demo's by default.
     """
-    head, *body = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table)
-    rows = "\n".join(f"<tr>{row}</tr>" for row in body)
-    return Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
+    frame, report = (Path(__file__).with_name(n).read_text(encoding="utf-8") for n in ("page.html", "report.html"))
+    head, *others = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table)
+    rows = "\n".join(f"<tr>{row}</tr>" for row in others)
+    body = Template(template or report).substitute(
         {name: escape(text) for name, text in texts.items()},
         table=f"<table><thead><tr>{head.replace('td>', 'th>')}</tr></thead>\n<tbody>{rows}\n</tbody></table>",
         notes="\n".join(f"<p>{escape(text)}</p>" for text in notes),
         **{name: _embed(figure, dark[name], name) for name, figure in light.items()},
     )
+    return Template(frame).substitute(title=escape(title), body=body)
 
 
 def to_png(figure: Figure) -> bytes:

@@ -159,9 +159,9 @@ def test_a_demo_that_was_killed_in_its_first_write_begins_anew(tmp_path: Path) -
     """Truncate a file, as SIGKILL would leave it."""
     (tmp_path / f".{demo.MADE_BY}.part").write_text("made_by: lightning-r")
     common.check_folder(tmp_path, demo.MADE_BY, "demo")
-    assert demo.begin(tmp_path, {"seeds": [0]}) is False
+    assert common.begin(tmp_path, demo.MADE_BY, {"seeds": [0]}, "demo") is False
     assert [path.name for path in tmp_path.iterdir()] == [demo.MADE_BY]
-    assert demo.begin(tmp_path, {"seeds": [0]}) is True
+    assert common.begin(tmp_path, demo.MADE_BY, {"seeds": [0]}, "demo") is True
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""Loss of a distillation: the default, or one read from an expression."""
+
+import ast
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_rkd.cli.distill.samples import Kind
+from lightning_rkd.losses.base import RelationalLoss
+from lightning_rkd.losses.csd import CSD
+from lightning_rkd.losses.rkd import RKD
+from lightning_rkd.losses.weighting import LossSum, Weighable, terms_of
+
+TEMPERATURES: dict[Kind, float] = {"image": 0.05, "text": 0.1, "vector": 0.1}
+
+
+def choose_loss(kind: Kind) -> LossSum:
+    """RKD-DA, three times, and CSD: relations of the student alone, and between its rows and the teacher's.
+
+    The weights and temperatures stem from probes with two teachers, one of images and one of texts.
+    """
+    t = TEMPERATURES[kind]
+    return 3 * RKD() + CSD(student_temperature=t, teacher_temperature=t)
+
+
+def aligns_spaces(loss: Weighable) -> bool:
+    """Whether a term of the loss brings the student's rows into the teacher's space."""
+    return any(term.loss.aligns for term in terms_of(loss).values())
+
+
+class Projection(nn.Module):
+    """Projection of a loss that computes it in a method."""
+
+    def __init__(self, loss: RelationalLoss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows of the student in the teacher's space."""
+        found: Tensor = getattr(self.loss, "project")(rows)  # noqa: B009 - not every loss has one
+        return found
+
+
+def find_projection(loss: Weighable) -> nn.Module:
+    """Module from the student's space to the teacher's, of the first loss that aligns the two."""
+    aligned = [term.loss for term in terms_of(loss).values() if term.loss.aligns]
+    project = getattr(aligned[0], "project", nn.Identity())
+    return project if isinstance(project, nn.Module) else Projection(aligned[0])
+
+
+def with_projection(network: nn.Module, loss: Weighable) -> nn.Module:
+    """The network with the projection to the teacher's space behind it, where the loss has trained one."""
+    project = find_projection(loss) if aligns_spaces(loss) else nn.Identity()
+    return network if isinstance(project, nn.Identity) else nn.Sequential(network, project)
+
+
+def describe_loss(loss: Weighable) -> str:
+    """The loss as an expression."""
+    terms = terms_of(loss).values()
+    return " + ".join(
+        ("" if term.weight == 1 else f"{term.weight:g} * " if isinstance(term.weight, int | float) else "w(epoch) * ")
+        + f"{type(term.loss).__name__}({term.loss.extra_repr()})"
+        for term in terms
+    )
+
+
+def parse_loss(text: str) -> Weighable:
+    """Read a loss such as ``CSD``, ``RKD(angle_weight=0)`` or ``3 * RKD + CSD(student_temperature=0.1)``.
+
+    Names are those of ``lightning_rkd.losses``, of ``lightning_rkd.experimental``, of registered losses, or paths.
+
+    Raises:
+        ValueError: The text is no such expression, or there is no such loss.
+
+    Example:
+        >>> describe_loss(parse_loss("2 * RKDDistance"))
+        "2 * RKDDistance(reduction='official')"
+    """
+    try:
+        found = _read(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, TypeError) as error:
+        raise ValueError(f"the loss {text!r} cannot be read: {error}") from error
+    if not isinstance(found, Weighable):
+        raise ValueError(f"the loss {text!r} holds no loss")
+    return found
+
+
+def _read(node: ast.expr) -> Any:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _read(node.left) + _read(node.right)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return _read(node.left) * _read(node.right)
+    if isinstance(node, ast.Call) and not node.args:
+        arguments = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
+        return _find_class(ast.unparse(node.func))(**arguments)
+    if isinstance(node, ast.Name | ast.Attribute):
+        return _find_class(ast.unparse(node))()
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return node.value
+    raise SyntaxError(f"expected losses, + and numbers times losses, got {ast.unparse(node)!r}")
+
+
+def _find_class(name: str) -> type[RelationalLoss]:
+    module, _, last = name.rpartition(".")
+    places = [module] if module else ["lightning_rkd.losses", "lightning_rkd.experimental"]
+    for place in places:
+        try:
+            found = getattr(import_module(place), last)
+        except (ImportError, AttributeError):
+            continue
+        if isinstance(found, type) and issubclass(found, RelationalLoss):
+            return found
+    for entry in entry_points(group="lightning_rkd.losses"):
+        if entry.name == name:
+            return entry.load()  # type: ignore[no-any-return]
+    raise ValueError(f"there is no loss {name!r}; the gallery of losses lists their names")

@@ -1,0 +1,132 @@
+"""Data to distil on, from folders, tables, arrays and objects, and their division."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from lightning_rkd.cli.distill.parts import split_rows
+from lightning_rkd.cli.distill.samples import Samples, read_samples
+from tests.cli.distill.toys import write_texts
+from tests.harness import replicas
+
+
+def test_a_folder_of_folders_gives_images_and_classes(tmp_path: Path) -> None:
+    found = read_samples(replicas.photos(tmp_path, images=3, size=8))
+    assert (found.kind, len(found), len(found.class_names)) == ("image", 24, 8)
+    (image,) = found.fetch([0])
+    assert (image.mode, image.size) == ("RGB", (8, 8))
+    assert found.name(0) == "row 0, group0/class0/0.png"
+    assert read_samples(tmp_path, unlabelled=True).labels is None
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    for i in range(3):
+        Image.new("L", (4, 4), 100 * i).save(tmp_path / f"{i}.png")
+    found = read_samples(tmp_path)
+    assert (len(found), found.labels) == (3, None)
+    assert found.fetch([1])[0].mode == "RGB"
+
+
+@pytest.mark.parametrize("form", [".csv", ".tsv", ".jsonl"])
+def test_a_table_gives_texts_and_labels(form: str, tmp_path: Path) -> None:
+    rows = [{"question": "What, now?", "topic": "b"}, {"question": 'a "quoted" text', "topic": "a"}]
+    path = tmp_path / f"table{form}"
+    if form == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        cut = "," if form == ".csv" else "\t"
+        lines = [cut.join(f'"{cell}"' for cell in cells) for cells in (["question", "topic"], ["What, now?", "b"])]
+        path.write_text("\n".join([*lines, f'"a ""quoted"" text"{cut}a']))
+    found = read_samples(path, text_column="question", label_column="topic")
+    assert found.fetch([0, 1]) == ["What, now?", 'a "quoted" text']
+    assert found.labels is not None
+    assert (found.labels.tolist(), found.class_names) == ([1, 0], ["a", "b"])
+
+
+@pytest.mark.parametrize("form", [".npy", ".safetensors"])
+def test_an_array_gives_vectors(form: str, tmp_path: Path) -> None:
+    x, path = torch.randn(5, 3), tmp_path / f"rows{form}"
+    np.save(path, x.numpy()) if form == ".npy" else save_file({"rows": x}, path)
+    (tmp_path / "labels.txt").write_text("b\na\nb\na\na\n")
+    found = read_samples(path, tmp_path / "labels.txt")
+    assert found.labels is not None
+    assert torch.equal(found.fetch([4, 0]), x[[4, 0]])
+    assert found.labels.tolist() == [1, 0, 1, 0, 0]
+
+
+def test_objects_are_samples() -> None:
+    assert read_samples(["a", "b"]).kind == "text"
+    assert read_samples([Image.new("RGB", (4, 4))]).kind == "image"
+    images = read_samples(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), labels=torch.tensor([3, 1]))
+    assert images.fetch([1])[0].size == (4, 4)
+    assert images.class_names == ["1", "3"]
+    assert read_samples(np.zeros((2, 3), np.float32)).kind == "vector"
+
+
+def test_the_fingerprint_tells_other_data_and_labels_apart(tmp_path: Path) -> None:
+    one, same, other = (read_samples(["a", text], labels=[0, 1]) for text in ("b", "b", "c"))
+    assert one.fingerprint == same.fingerprint
+    labelled = read_samples(["a", "b"], labels=[1, 0])
+    assert len({one.fingerprint, other.fingerprint, labelled.fingerprint, read_samples(["a", "b"]).fingerprint}) == 4
+
+
+@pytest.mark.parametrize("test", [True, False])
+def test_many_classes_are_divided_and_few_are_not(test: bool) -> None:
+    labels = torch.arange(10).repeat_interleave(5)
+    many = split_rows(Samples("vector", torch.zeros(50, 2), labels, list("abcdefghij")), test)
+    parts = [set(labels[rows].tolist()) for rows in many[:3]]
+    assert [len(part) for part in parts] == ([6, 2, 2] if test else [8, 2, 0])
+    assert sum(map(len, many[:3])) == 50
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    few = split_rows(Samples("vector", torch.zeros(50, 2), labels % 3, list("abc")), test)
+    assert [len(rows) for rows in few[:3]] == ([35, 5, 10] if test else [45, 5, 0])
+    assert sorted([*few.train, *few.validation, *few.test]) == list(range(50))
+
+
+def test_another_seed_holds_out_other_classes() -> None:
+    labels = torch.arange(20).repeat_interleave(2)
+    data = Samples("vector", torch.zeros(40, 2), labels, [str(c) for c in range(20)])
+    assert split_rows(data, True, 0) == split_rows(data, True, 0)
+    assert split_rows(data, True, 0).test != split_rows(data, True, 1).test
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", "there is no data .*absent.*: expected a folder of images, a table of texts"),
+        ("empty", "no images under .*empty"),
+        ("a.pdf", "has the suffix '.pdf': expected a folder of images"),
+        ("texts.csv", "has no column 'question': name one of text, topic with --text-column"),
+        ("blank.csv", "row 1 has no text in the column 'question'"),
+        ("rowless.csv", "has no rows"),
+        ("nan.npy", "row 1 holds NaN or infinity"),
+        ("whole.npy", "takes floating point"),
+    ],
+)
+def test_bad_data_are_named(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.pdf").write_text("")
+    write_texts(tmp_path / "texts.csv", 3)
+    (tmp_path / "blank.csv").write_text("question\nwhat\n \n")
+    (tmp_path / "rowless.csv").write_text("question\n")
+    np.save(tmp_path / "nan.npy", np.array([[0.0], [np.nan]]))
+    np.save(tmp_path / "whole.npy", np.array([[0], [1]]))
+    with pytest.raises((OSError, ValueError), match=message):
+        read_samples(tmp_path / name, text_column="question")
+
+
+def test_labels_of_another_number_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 labels for 3 samples"):
+        read_samples(["a", "b", "c"], labels=[0, 1])
+
+
+def test_a_damaged_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "one.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"one\.png cannot be read"):
+        read_samples(tmp_path).fetch([0])

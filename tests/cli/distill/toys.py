@@ -1,0 +1,84 @@
+"""Small teachers and data for the command distill; teachers are named python:tests.cli.distill.toys:NAME."""
+
+import csv
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+WORDS = ["card", "cash", "loan", "rate", "fee", "bank", "pay", "lost", "open", "bill"]
+WIDTH = 6
+
+
+def embed_images(images: Sequence[Any]) -> Tensor:
+    """Mean and spread of the colours."""
+    x = torch.stack([torch.from_numpy(np.array(image)).float() for image in images])
+    return torch.cat([x.mean((1, 2)), x.std((1, 2))], 1) / 255
+
+
+def embed_texts(texts: Sequence[str]) -> Tensor:
+    """Sum of a random vector for each word."""
+    vectors = [[_vector(word) for word in text.split()] for text in texts]
+    return torch.stack([torch.stack(rows).sum(0) for rows in vectors])
+
+
+def _vector(word: str) -> Tensor:
+    return torch.randn(WIDTH, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
+
+
+def embed_rows(rows: Tensor) -> Tensor:
+    return rows[:, :WIDTH].tanh()
+
+
+def build_teacher() -> Callable[[Any], Tensor]:
+    return embed_images
+
+
+class Colours(nn.Module):
+    """A network with a transform."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, WIDTH, bias=False)
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.linspace(-1, 1, 3 * WIDTH).view(WIDTH, 3))
+
+    def transform(self, image: Any) -> Tensor:
+        return torch.from_numpy(np.array(image)).float().mean((0, 1)) / 255
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x)
+        return found
+
+
+class Bare(nn.Linear):
+    """A network without a transform."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+
+
+def gives_nan(items: Any) -> Tensor:
+    x = torch.ones(len(items), WIDTH)
+    x[3:4] = torch.nan
+    return x
+
+
+def gives_too_few(items: Any) -> Tensor:
+    return torch.ones(1, WIDTH)
+
+
+def write_texts(path: Path, count: int = 120, classes: int = 10) -> Path:
+    """A table of texts whose class is their first word."""
+    rng = np.random.default_rng(0)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "topic"])
+        for i in range(count):
+            words = [WORDS[i % classes], *rng.choice(WORDS, 3)]
+            writer.writerow([" ".join(words), WORDS[i % classes]])
+    return path
