@@ -27,6 +27,7 @@ from lightning_rkd.distillation.lightning import (
     number_training_batches,
     prepare_fit,
     refuse_averages,
+    refuse_balance,
     refuse_lbfgs,
     refuse_unsynchronised,
 )
@@ -244,6 +245,7 @@ class RelationalDistillation(Callback):
         """Move the teacher to the student's device, and add the parameters of losses to the optimizer."""
         refuse_lbfgs(trainer.optimizers, self.distiller.stateful_losses)
         refuse_unsynchronised(self.distiller, trainer.strategy)
+        refuse_balance(self._gradients, trainer.strategy)
         if self._attached is not None:
             join_optimizer(self._attached, trainer.optimizers, pl_module, self._find_student_layers(pl_module))
         self._prepare(trainer, pl_module)

@@ -69,7 +69,8 @@ def _exit_code(args: list[str]) -> int:
         usage = isinstance(error, ArgumentError | MissingExtraError | recipes.UnknownRecipeError)
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         known = usage or isinstance(error, ValueError | OSError)
-        print(f"error: {message if known and message else f'{type(error).__name__}: {message}'}", file=sys.stderr)
+        message = message if known and message else f"{type(error).__name__}: {message}"
+        print("\n".join([f"error: {message}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         if not usage:
             print(f"({TRACEBACK}=1 prints the traceback)", file=sys.stderr)
         return 2 if usage else 1

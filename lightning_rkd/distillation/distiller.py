@@ -21,7 +21,7 @@ from lightning_rkd.distillation.teachers.base import BaseTeacher
 from lightning_rkd.distillation.teachers.teacher import Teacher
 from lightning_rkd.functional._kernels import load
 from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
-from lightning_rkd.losses.inputs import combine_fields, resolve_taps, select_fields
+from lightning_rkd.losses.inputs import combine_fields, resolve_taps, select_fields, select_maps
 from lightning_rkd.losses.lazy import Size
 from lightning_rkd.losses.parts.state import StepState
 from lightning_rkd.losses.weighting import LossSum, Term, Weight, evaluate_weight, terms_of
@@ -65,7 +65,16 @@ class BoundLoss:
 
     def student_tensors(self, student: Mapping[str, Outputs]) -> list[Tensor]:
         """Tensors of the student that the loss reads."""
-        return combine_fields(student, self.student_taps).tensors(self.loss.reads)
+        outputs, reads = combine_fields(student, self.student_taps), self.loss.reads
+        return self.list_tensors((outputs.feature_maps or []) if reads == "feature_maps" else outputs)
+
+    def list_tensors(self, inputs: Any) -> list[Tensor]:
+        """Tensors that the loss reads in what :meth:`select_inputs` gives of one network."""
+        if isinstance(inputs, Outputs):
+            return inputs.tensors(self.loss.reads)
+        if isinstance(inputs, Tensor):
+            return [inputs]
+        return [x for x in select_maps(inputs, self.loss.feature_maps, who=self.name) if isinstance(x, Tensor)]
 
     def select_inputs(self, student: Mapping[str, Outputs], teacher: Mapping[str, Outputs]) -> tuple[Any, Any]:
         """Select what the loss reads of both networks: one field, or ``Outputs`` for several fields.
@@ -518,10 +527,7 @@ class Distiller:
                 self.teacher.check_loss(name, term.loss)
 
     def _refuse_missing_gradient(self, bound: BoundLoss, student: Any) -> None:
-        if isinstance(student, Outputs):
-            tensors = student.tensors(bound.loss.reads)
-        else:
-            tensors = [student] if isinstance(student, Tensor) else [x for x in student if isinstance(x, Tensor)]
+        tensors = bound.list_tensors(student)
         for x in tensors:
             if x.requires_grad:
                 return
@@ -562,6 +568,13 @@ def _is_collapsed(embedding: Tensor) -> bool:
 
 def combine_needs(losses: Sequence[BoundLoss]) -> Needs:
     """Combine the features and further inputs that the losses need."""
-    student = dict.fromkeys((tap, field) for bound in losses for field, tap in bound.student_taps.items())
-    teacher = dict.fromkeys((tap, field) for bound in losses for field, tap in bound.teacher_taps.items())
-    return Needs(tuple(student), tuple(teacher), frozenset().union(*(bound.needs for bound in losses)))
+    student: dict[tuple[str, str], frozenset[int] | None] = {}
+    teacher: dict[tuple[str, str], frozenset[int] | None] = {}
+    for bound in losses:
+        positions = bound.loss.feature_maps if bound.loss.reads == "feature_maps" else None
+        own = None if positions is None else frozenset(positions)
+        for found, taps in ((student, bound.student_taps), (teacher, bound.teacher_taps)):
+            for field, tap in taps.items():
+                earlier = found.get((tap, field), frozenset())
+                found[tap, field] = None if own is None or earlier is None else own | earlier
+    return Needs(student, teacher, frozenset().union(*(bound.needs for bound in losses)))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,9 @@ class Hook:
         return Hook, ()
 
 
+_recording: WeakSet[Recorder] = WeakSet()
+
+
 class Recorder:
     """Recorder of the calls of hooked layers, between ``start`` and ``stop``. Copies and pickles have no hooks."""
 
@@ -62,6 +67,7 @@ class Recorder:
     def start(self) -> None:
         """Start recording; discard earlier calls."""
         self._calls, self._earlier, self.on = [[] for _ in self._handles], [], True
+        _recording.add(self)
 
     @property
     def ran(self) -> bool:
@@ -85,6 +91,19 @@ class Recorder:
         return calls
 
 
+@contextmanager
+def pause_others(recorder: Recorder | None) -> Iterator[None]:
+    """Pause all recorders but one, while a teacher runs layers that belong to the student as well."""
+    paused = [other for other in _recording if other.on and other is not recorder]
+    for other in paused:
+        other.on = False
+    try:
+        yield
+    finally:
+        for other in paused:
+            other.on = True
+
+
 class Record:
     """Outputs of one call, protected from later in-place operations.
 
@@ -95,21 +114,27 @@ class Record:
     def __init__(self, outputs: Outputs) -> None:
         self._original = outputs
         self.rows: int | None = None
-        self._tensors: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self._tensors: list[tuple[Tensor, Tensor, int]] = []  # no dict by id, for which a compiler has no graph
         counted = not torch.compiler.is_compiling()
         for x in outputs.tensors():
             self.rows = len(x) if self.rows is None else self.rows
-            if id(x) not in self._tensors:
+            for known, _, _ in self._tensors:
+                if known is x:
+                    break
+            else:
                 counted = counted and not x.is_inference()
-                self._tensors[id(x)] = x, x.clone(), count_writes(x) if counted else -1
+                self._tensors.append((x, x.clone(), count_writes(x) if counted else -1))
         self._counted = counted  # writes are not counted in inference mode and under compilation
 
     def outputs(self) -> Outputs:
         """The outputs as they were when the layer returned."""
         unchanged = self._counted
-        for x, _, version in self._tensors.values():
+        for x, _, version in self._tensors:
             unchanged = unchanged and count_writes(x) == version
-        return self._original if unchanged else self._original.map(lambda x: self._tensors[id(x)][1])
+        if unchanged:
+            return self._original
+        copies = {id(x): copy for x, copy, _ in self._tensors}
+        return self._original.map(lambda x: copies[id(x)])
 
 
 def join_calls(records: list[Record]) -> Outputs:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.losses.base import NonFiniteError
-from lightning_rkd.utils.types import Outputs
 
 
 class CollapseWarning(UserWarning):
@@ -39,7 +38,9 @@ class FiniteChecks:
     def check_features(self, bound: Any, inputs: tuple[Any, Any], value: Tensor, name: str, step: int) -> None:
         """Check the inputs of a loss (a ``BoundLoss``) and its value."""
         loss = bound.loss
-        read = [[t.detach() for t in _list_tensors(x, loss.reads)] for x in inputs]
+        if loss.reads == "classifier":  # without a row per sample
+            return
+        read = [[t.detach() for t in bound.list_tensors(x)] for x in inputs]
         if not all(read):
             return
         student = read[0][0]
@@ -103,15 +104,6 @@ class FiniteChecks:
             )
         if equal:
             self.report_collapse(name, step)
-
-
-def _list_tensors(inputs: Any, reads: str | tuple[str, ...]) -> list[Tensor]:
-    """Tensors with a row per sample in the inputs of a loss."""
-    if reads == "classifier":
-        return []
-    if isinstance(inputs, Outputs):
-        return inputs.tensors(reads)
-    return [inputs] if isinstance(inputs, Tensor) else list(inputs)
 
 
 def _report_losses(names: list[str], step: int, flags: list[float]) -> None:

@@ -170,6 +170,15 @@ def refuse_unsynchronised(distiller: Distiller, strategy: Any) -> None:
             )
 
 
+def refuse_balance(gradients: GradientBalance, strategy: Any) -> None:
+    """Refuse ``balance`` under strategies that do not support a second backward pass (FSDP1, DeepSpeed)."""
+    if gradients.balance is not None and not (has_local_backward(strategy) or has_mesh(strategy)):
+        raise ValueError(
+            f"balance takes gradients in a backward pass of its own, which {type(strategy).__name__} does not support: "
+            "train with strategy='ddp' or ModelParallelStrategy (FSDP2), or set weights by hand"
+        )
+
+
 class _RestoreAfterException(pl.Callback):
     """Restores a module's teacher after an exception, when Lightning calls callbacks but not ``teardown``.
 

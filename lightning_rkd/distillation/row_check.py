@@ -44,6 +44,8 @@ class RowCheck(Recorder):
     def check(self, inputs: Any) -> None:
         """Warn, once, if a module received rows of the batch in another order, or mixed; after that, remove the hooks.
 
+        Hooks in compiled code, which record nothing, stay: without them it would be compiled again.
+
         Args:
             inputs: Inputs of the batch.
         """
@@ -63,7 +65,9 @@ class RowCheck(Recorder):
                 self.steps_left = 0
                 break
         if self.steps_left <= 0:
-            self.detach()
+            for handle, one in zip(self._handles, calls, strict=True):
+                if one:
+                    handle.remove()
 
     def _record(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or not self.on or self.student.ran:

@@ -21,13 +21,14 @@ class Needs(NamedTuple):
     """Features and further inputs that some losses need.
 
     Attributes:
-        student: Tap and field of every feature of the student.
-        teacher: Tap and field of every feature of the teacher.
+        student: Tap and field of every feature of the student, with the positions of the feature maps that are read;
+            ``None`` reads all.
+        teacher: The same of the teacher.
         context: Names of further inputs: labels, indices, view or mix.
     """
 
-    student: tuple[tuple[str, str], ...]
-    teacher: tuple[tuple[str, str], ...]
+    student: Mapping[tuple[str, str], frozenset[int] | None]
+    teacher: Mapping[tuple[str, str], frozenset[int] | None]
     context: frozenset[str]
 
 
@@ -144,13 +145,19 @@ class StepFeatures:
 
 
 def _gather_fields(
-    outputs: Mapping[str, Outputs], fields: Sequence[tuple[str, str]], gather: Callable[[Tensor], Tensor]
+    outputs: Mapping[str, Outputs],
+    fields: Mapping[tuple[str, str], frozenset[int] | None],
+    gather: Callable[[Tensor], Tensor],
 ) -> dict[str, Outputs]:
+    """Gather fields; feature maps that no loss reads keep their places, and the rows of this rank."""
     found = {tap: Outputs(classifier=one.classifier) for tap, one in outputs.items()}
-    for tap, name in fields:
+    for (tap, name), positions in fields.items():
         value = getattr(outputs[tap], name)
-        if name != "classifier" and value is not None:
-            setattr(found[tap], name, [gather(x) for x in value] if isinstance(value, list) else gather(value))
+        if isinstance(value, list):
+            every = range(len(value)) if positions is None else {n % len(value) for n in positions}
+            setattr(found[tap], name, [gather(x) if n in every else x for n, x in enumerate(value)])
+        elif name != "classifier" and value is not None:
+            setattr(found[tap], name, gather(value))
     return found
 
 

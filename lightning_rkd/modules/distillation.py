@@ -24,6 +24,7 @@ from lightning_rkd.distillation.lightning import (
     log_evaluation,
     number_training_batches,
     prepare_fit,
+    refuse_balance,
     refuse_lbfgs,
     refuse_unsynchronised,
     restore_after_exceptions,
@@ -304,6 +305,7 @@ class DistillationModule(pl.LightningModule):
         prepare_fit(self.distiller, self.trainer, self, self.unpack)
         refuse_lbfgs(self.trainer.optimizers, self.distiller.stateful_losses)
         refuse_unsynchronised(self.distiller, self.trainer.strategy)
+        refuse_balance(self._gradients, self.trainer.strategy)
 
     def on_train_start(self) -> None:
         """Move the teacher, since Lightning's learning rate finder trains before ``on_fit_start``."""

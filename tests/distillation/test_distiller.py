@@ -12,8 +12,10 @@ from lightning_rkd.distillation.distiller import BoundLoss, Distiller, combine_n
 from lightning_rkd.distillation.finite_checks import CollapseWarning, FiniteChecks
 from lightning_rkd.distillation.layers import CaptureError, Tap
 from lightning_rkd.distillation.step import StepFeatures
+from lightning_rkd.distillation.teachers.base import TeacherOutput
 from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
 from lightning_rkd.losses.rkd import RKD, RKDDistance
+from lightning_rkd.losses.similarity_preserving import SimilarityPreserving
 from lightning_rkd.losses.weighting import Term
 from lightning_rkd.utils.types import Batch, Outputs
 from tests.harness import nets
@@ -118,6 +120,34 @@ def test_taps_that_share_a_map_are_gathered_apart() -> None:
     for tap, expected in {"a": (x, y), "b": (x, z)}.items():
         maps = gathered.student[tap].feature_maps
         assert [m.shape for m in maps] == [m.shape for m in expected]
+
+
+def test_maps_that_no_loss_reads_are_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Maps(RelationalLoss):
+        reads = "feature_maps"
+
+        def __init__(self, *positions: int) -> None:
+            super().__init__()
+            self.feature_maps = positions or None
+
+    monkeypatch.setattr("lightning_rkd.distillation.step.gather_rows", lambda x, counts, group: torch.cat([x, x]))
+    maps = Outputs(feature_maps=[torch.randn(2, c, 1, 1) for c in (1, 2, 3, 4)])
+    features = StepFeatures(Batch(X), {"": maps}, [TeacherOutput({"": maps})])
+    for losses, read in (([Maps(0), Maps(0, -1)], [4, 2, 2, 4]), ([Maps(0), Maps()], [4, 4, 4, 4])):
+        bound = [BoundLoss.bind("maps", Term(loss), [""], [""]) for loss in losses]
+        whole = features.gathered(combine_needs(bound), [2, 2], None)
+        for outputs in (whole.student[""], whole.teachers[0].features[""]):
+            assert [len(x) for x in outputs.feature_maps or []] == read
+
+
+def test_a_frozen_map_is_refused_if_it_is_all_that_the_loss_reads() -> None:
+    student = nets.Backbone()
+    student.first.requires_grad_(False)
+    layers = ["first", "last"]
+    loss = SimilarityPreserving(reads="feature_maps", feature_maps=[0])
+    distiller = Distiller(nets.teacher(), loss, student_layer=layers, teacher_layer=layers)
+    with pytest.raises(CaptureError, match="the student layer gives a tensor without gradient: it is frozen"):
+        step(distiller, student=student)
 
 
 def test_nothing_stays_after_detach() -> None:

@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
+from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.features import FeatureReader, InputReader, read
 from lightning_rkd.distillation.layers import CaptureError, Layer, LayerNotFoundError, Tap, find_layer
 from lightning_rkd.distillation.pooling import cls_token, global_pool, mean_pool
-from lightning_rkd.utils.types import Outputs
+from lightning_rkd.distillation.row_check import STEPS
+from lightning_rkd.losses.rkd import RKD
+from lightning_rkd.losses.similarity_preserving import SimilarityPreserving
+from lightning_rkd.utils.types import Batch, Outputs
 from tests.harness import nets
 
 X = torch.randn(4, nets.WIDTH, generator=torch.Generator().manual_seed(0))
@@ -298,6 +303,23 @@ def test_what_was_compiled_keeps_the_names_it_had() -> None:
     assert find_layer(torch.compile(outer, backend="eager"), "0.1") is inner[1]
     with pytest.raises(LayerNotFoundError, match=r"has no layer '0\.2'; near it: '0\.1', '0\.0', '0'"):
         find_layer(outer, "0.2")
+
+
+@pytest.mark.parametrize("layer", ["last", ["first", "last"]], ids=str)
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_network_is_one_graph_that_is_compiled_once(layer: Any) -> None:
+    student = nets.Backbone()
+    loss = RKD() if layer == "last" else SimilarityPreserving(reads="feature_maps")
+    distiller = Distiller(nets.teacher(), loss, student_layer=layer, teacher_layer=layer)
+    compiled: Any = torch.compile(student, backend="eager")
+    counters.clear()
+    with distiller.attached(student, "cpu"):
+        for _ in range(STEPS + 2):  # the check of rows ends in between
+            distiller.start()
+            compiled(X)
+            distiller.compute_terms(Batch(X))
+    assert counters["stats"]["unique_graphs"] == 1, "6: its layers one by one, and anew in every step"
+    assert not counters["graph_break"]
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd import RKD, DistillationModule, RelationalDistillation, RKDAngle, RKDDistance, Tap
 from lightning_rkd.distillation.distiller import BoundLoss
-from lightning_rkd.distillation.gradient_balance import WeightWarning, measure_norms
-from lightning_rkd.distillation.lightning import has_local_backward
+from lightning_rkd.distillation.gradient_balance import GradientBalance, WeightWarning, measure_norms
+from lightning_rkd.distillation.lightning import has_local_backward, refuse_balance
 from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.losses import AttentionTransfer
 from lightning_rkd.losses.base import RelationalLoss
@@ -55,6 +55,18 @@ def test_what_was_pooled_for_the_loss_is_compared_at_the_layer_before() -> None:
     term, norms = measure(maps.mean((2, 3)), task, RKD())
     for found, loss in zip(norms, (term, task), strict=True):
         torch.testing.assert_close(found, torch.autograd.grad(loss, maps, retain_graph=True)[0].norm())
+
+
+def test_maps_that_the_term_does_not_read_do_not_count() -> None:
+    torch.manual_seed(0)
+    read, other = (torch.randn(6, 4, 2, 2, requires_grad=True) + 0 for _ in range(2))
+    task = read.square().mean() + 100 * other.square().mean()
+    loss = AttentionTransfer(feature_maps=[0])
+    bound = BoundLoss.bind("term", terms_of(loss)["attention_transfer"], [""], [""])
+    term = loss([read, other], [torch.randn(6, 3, 2, 2)] * 2)
+    features = StepFeatures(Batch(read), {"": Outputs(feature_maps=[read, other])})
+    _, of_task = measure_norms(term, task, bound, features)
+    torch.testing.assert_close(of_task, (read / 48).norm().detach(), msg="100 times that with the other map")
 
 
 def test_the_search_stops_at_layers_with_parameters() -> None:
@@ -460,3 +472,7 @@ def test_ranks_compare_the_whole_batch_and_train_as_before(ranks: Ranks) -> None
 def test_strategies_that_shard_are_left_alone() -> None:
     assert has_local_backward(DDPStrategy())
     assert not has_local_backward(FSDPStrategy())
+    refuse_balance(GradientBalance(1.0), DDPStrategy())
+    refuse_balance(GradientBalance(None), FSDPStrategy())
+    with pytest.raises(ValueError, match=r"FSDPStrategy does not support: train with strategy='ddp' or Model"):
+        refuse_balance(GradientBalance(1.0), FSDPStrategy())

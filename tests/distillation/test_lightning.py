@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.losses.base import RelationalLoss
+from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.modules.distillation import DistillationModule
 from tests.callbacks.test_ddp import Sharded, batches, largest
 from tests.harness import toys
@@ -94,6 +95,19 @@ def test_parameters_of_a_loss_that_sees_all_rows_stay_alike_on_a_mesh(ranks: Ran
     first, second = ranks.run(attached, Sharded, toys.Projected(5, 7))
     assert largest(first, second) == 0.0
     assert largest(first, toys.Projected(5, 7).state_dict()) > 1e-3
+
+
+def balanced(rank: int | None, layer: str) -> dict[str, Tensor]:
+    loss = {"student_layer": layer, "teacher_layer": "first", "balance": 0.5}
+    student = toys.Student if rank is None else Sharded
+    return on_a_mesh(rank, student(), RelationalDistillation(toys.teacher(), RKD(), **loss))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layer", ["backbone", "backbone.first", "head"])
+def test_balance_on_a_mesh_is_that_of_one_device(ranks: Ranks, layer: str) -> None:
+    first, second = ranks.run(balanced, layer)
+    assert largest(first, second) == 0.0
+    assert largest(first, balanced(None, layer)) <= 1e-6
 
 
 class ShardsItsLoss(DistillationModule):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.data.transforms.teacher import Statistics
-from lightning_rkd.distillation.features import FeatureReader
-from lightning_rkd.distillation.layers import Layer
+from lightning_rkd.distillation.features import FeatureReader, pause_others
+from lightning_rkd.distillation.layers import CaptureError, Layer
 from lightning_rkd.distillation.teachers import pretrained as pretrained_networks
 from lightning_rkd.distillation.teachers.base import BaseTeacher, TeacherOutput
 from lightning_rkd.distillation.teachers.saved_state import (
@@ -251,8 +251,18 @@ class Teacher(BaseTeacher):
             inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs  # mappings of other packages are no trees
             dtype, device = self._precision or self._find_precision()
             convert = partial(_convert, dtype=dtype, channels_last=self.channels_last)
-            with nullcontext() if dtype in (None, torch.float32) else torch.autocast(device, enabled=False):
-                return call_network(self.network, tree_map(convert, inputs))
+            given = tree_map(convert, inputs)
+            try:
+                with nullcontext() if dtype in (None, torch.float32) else torch.autocast(device, enabled=False):
+                    return call_network(self.network, given)
+            except (RuntimeError, TypeError, ValueError, LookupError) as error:
+                if not isinstance(error, CaptureError | torch.OutOfMemoryError):
+                    error.add_note(
+                        f"the teacher, {type(self.network).__name__}, received {_describe(given)}: if it takes other "
+                        "inputs, make them of these, Teacher(network, transform=...), or name its own in the batch, "
+                        "teacher_inputs=..."
+                    )
+                raise
 
     def outputs(self, batch: Batch, calls: list[Any] | None = None) -> list[TeacherOutput]:
         """Compute the features of a batch."""
@@ -330,7 +340,7 @@ class Teacher(BaseTeacher):
                     stacklevel=2,
                 )
         try:
-            with self._entered(), torch.no_grad():
+            with self._entered(), torch.no_grad(), pause_others(self._reader):
                 yield
         finally:
             for module, training in modes:
@@ -352,3 +362,12 @@ def _convert(x: Any, dtype: torch.dtype | None, channels_last: bool) -> Any:
     if x.is_floating_point():
         x = x.to(dtype)  # None leaves it
     return x.contiguous(memory_format=torch.channels_last) if channels_last and x.ndim == 4 else x
+
+
+def _describe(inputs: Any) -> str:
+    """Shapes and types of a network's inputs."""
+    if isinstance(inputs, Tensor):
+        return f"{tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{name!r} {_describe(x)}" for name, x in inputs.items())
+    return f"a {type(inputs).__name__}"

@@ -20,7 +20,7 @@ from lightning_rkd.distillation.teachers import CachedTeacher, CacheError, Teach
 from lightning_rkd.distillation.teachers import teacher as teacher_module
 from lightning_rkd.distillation.teachers.cache_writer import describe_teacher
 from lightning_rkd.distillation.teachers.saved_state import plain_tensors
-from lightning_rkd.losses.rkd import RKD
+from lightning_rkd.losses.rkd import RKD, RKDAngle, RKDDistance
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.types import Batch
 from tests.callbacks.test_ddp import largest as distance
@@ -104,7 +104,9 @@ def test_a_teacher_at_224_pixels_teaches_a_student_at_64(face: str) -> None:
     assert largest(ours, learn("by hand", by_hand)) <= 1e-5
     resized = learn("by hand", lambda x: network(Resize(224)(x)).detach())
     assert largest(ours, resized) > 1e-3, "normalised with the student's statistics"
-    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+    with pytest.raises(
+        RuntimeError, match=r"the teacher, Large, received \(4, 3, 64, 64\) float32: .*transform=\.\.\."
+    ):
         learn(face, Large())
 
 
@@ -315,6 +317,28 @@ def test_a_student_with_adapters_is_taught_by_its_own_base(kind: str, face: str)
     module.backbone = untaught
     toys.fit(module)
     assert toys.gap(own, untaught) > 1e-4
+
+
+def test_arguments_that_a_teacher_does_not_take_are_named() -> None:
+    network = nn.TransformerEncoderLayer(8, 2)
+    with pytest.raises(
+        TypeError, match=r"received 'src' \(2, 3, 8\) float32, 'tokens' \(2, 3\) int64: if it takes other"
+    ):
+        Teacher(network)(Batch({"src": torch.ones(2, 3, 8), "tokens": torch.ones(2, 3, dtype=torch.int64)}))
+
+
+@pytest.mark.parametrize("input_layer", [None, "backbone"])
+def test_two_callbacks_whose_teachers_are_the_students_base(input_layer: str | None) -> None:
+    def train(*losses: Any) -> nn.Module:
+        torch.manual_seed(0)
+        module = User()
+        module.backbone = net = Adapted()
+        where = {"student_layer": "backbone", "input_layer": input_layer}
+        toys.fit(module, *(RelationalDistillation(Teacher(net, context=net.off), loss, **where) for loss in losses))
+        return module
+
+    two, one = train(RKDDistance(), RKDAngle()), train({"distance": RKDDistance(), "angle": RKDAngle()})
+    assert toys.gap(two, one) == 0.0, "WRONG: the second one took the first one's teacher for the student"
 
 
 def test_a_shared_network_is_refused_unless_it_is_frozen_in_a_context() -> None:
