@@ -58,7 +58,7 @@ class Plan:
         """The plan in words."""
         minutes = self.epochs * self.steps * self.seconds / 60
         about = f"about {minutes:.0f} minutes" if minutes >= 1.5 else f"about {60 * minutes:.0f} seconds"
-        return f"{self.epochs} epochs of {self.steps} steps{', in bf16 with channels last,' * self.bf16} ({about})"
+        return f"{self.epochs} epochs of {self.steps} steps{' in bf16 with channels last' * self.bf16} ({about})"
 
 
 def plan_training(

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,35 @@ def test_embeddings_teach_vectors_with_a_file_of_labels() -> None:
     assert "ms" not in teacher
     assert student["rank correlation"] > 0.2
     assert load("runs/distill/student")(x[:3]).shape == (3, toys.WIDTH)
+
+
+WITHOUT_TORCH = """
+import json, sys
+sys.modules["torch"] = sys.modules["lightning_rkd"] = None
+sys.path.insert(0, "runs/distill/student")
+import numpy as np
+from use import embed
+texts, labels, teacher = json.load(open("held.json")), np.load("labels.npy"), np.load("teacher_rows.npy")
+student = embed(texts)
+unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (student, teacher)]
+near = unit[0] @ unit[1].T
+np.fill_diagonal(near, -np.inf)
+np.save("again.npy", student)
+print(float(np.mean(labels[near.argmax(1)] == labels)))
+"""
+
+
+def test_the_exported_student_needs_numpy_and_onnxruntime_alone(texts: Path) -> None:
+    """Embeddings to 1e-5, and the same recall in the gallery that the teacher has saved."""
+    args = ["--teacher", f"{TOYS}:embed_texts", "--data", "texts.csv", "--label-column=topic", "--epochs=20"]
+    assert cli.main(["distill", *args, "--batch-size=24", "--device=cpu"]) == 0
+    held, data = load_file("runs/distill/held_out.safetensors"), run.read_samples("texts.csv")
+    Path("held.json").write_text(json.dumps(data.fetch(held["rows"].tolist())))
+    np.save("labels.npy", held["labels"].numpy())
+    np.save("teacher_rows.npy", held["teacher"].numpy())
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=True)
+    torch.testing.assert_close(torch.from_numpy(np.load("again.npy")), held["student"], atol=1e-5, rtol=0)
+    assert float(done.stdout) == pytest.approx(scores("runs/distill")[1]["recall@1, teacher's gallery"])
 
 
 def test_a_student_of_another_width_has_a_projection_that_is_exported_too(texts: Path) -> None:

@@ -21,9 +21,9 @@ def embed_images(images: Sequence[Any]) -> Tensor:
 
 
 def embed_texts(texts: Sequence[str]) -> Tensor:
-    """Sum of a random vector for each word."""
+    """Sum of a random vector for each word, the first one counting more."""
     vectors = [[_vector(word) for word in text.split()] for text in texts]
-    return torch.stack([torch.stack(rows).sum(0) for rows in vectors])
+    return torch.stack([torch.stack([0.5 * rows[0], *rows]).sum(0) for rows in vectors])
 
 
 def _vector(word: str) -> Tensor:
