@@ -11,6 +11,7 @@ from lightning_rkd.cli.commands import common
 from lightning_rkd.cli.distill.pretrained import POOLINGS
 from lightning_rkd.cli.distill.report import describe_usage, format_table
 from lightning_rkd.cli.distill.run import MADE_BY, distill
+from lightning_rkd.cli.distill.students import FORMS as STUDENTS
 from lightning_rkd.cli.distill.teachers import FORMS
 
 FILES = {
@@ -43,8 +44,10 @@ def main(args: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    width = max(map(len, FORMS))
-    forms = "\n".join(f"  {form:<{width}}  {text}".rstrip() for form, text in FORMS.items())
+    teachers, students = (
+        "\n".join(f"  {form}" + (f": {text}" if text else "") for form, text in forms.items())
+        for forms in (FORMS, STUDENTS)
+    )
     parser = common.new_parser(
         "distill",
         "Compress a pretrained teacher on your own images, texts or vectors, with or without labels: embed them with "
@@ -52,8 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         "student. The same command resumes where it stopped.",
         f"""\
 teachers:
-{forms}
-students: auto, small networks of this library, and most of the forms of teachers
+{teachers}
+students:
+{students}
 data: a folder of images (its folders are the classes), a table of texts (.csv, .tsv, .jsonl, .parquet),
       or an array (.npy, .safetensors)
 

@@ -91,7 +91,8 @@ def distill(
         teacher: A specification such as ``"timm:vit_small_patch14_dinov2"`` (see ``lightning-rkd distill --help``), a
             function from a list of samples to embeddings (N, D), a network whose attribute ``transform`` turns a sample
             into its input, or an array with a row for each sample of ``data`` and then of ``test_data``.
-        student: ``"auto"``, a specification, a network with an attribute ``transform``, or a :class:`Student`.
+        student: ``"auto"``, a specification, a network, which may have an attribute ``preprocess`` (a
+            :class:`~lightning_rkd.export.Preprocess`), or a :class:`Student`.
         data: A folder of images, a table with a column of texts, an array (N, D), their path, or a list of PIL images
             or strings.
         test_data: Data of the same kind that are evaluated on; ``None`` holds out a fifth of ``data``.
