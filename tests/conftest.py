@@ -6,7 +6,7 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import pytest
@@ -45,6 +45,17 @@ def _as_it_was() -> Iterator[None]:
 def _two_calls_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latencies, for the card of each export, would take seconds to measure well."""
     monkeypatch.setattr(Timer, "blocked_autorange", lambda timer, **_: timer.timeit(2))
+
+
+@pytest.fixture
+def difference(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Check a difference to the loss written by hand, and record it for ``docs/tested.md``."""
+
+    def check(found: float, limit: float) -> None:
+        assert found <= limit
+        record_property("difference", found)
+
+    return check
 
 
 @pytest.fixture(scope="session")

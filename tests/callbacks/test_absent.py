@@ -55,6 +55,7 @@ def attached(**settings: Any) -> RelationalDistillation:
     return RelationalDistillation(TEACHER, RKD(), student_layer="backbone", **settings)
 
 
+@pytest.mark.scenario("loops", "steps that leave the layer out")
 @pytest.mark.parametrize("kind", [Alternates, AlternatesManually])
 def test_steps_without_the_layer_train_the_task_alone(kind: Any) -> None:
     ours, expected, task = kind(), kind(by_hand), kind()
@@ -66,6 +67,7 @@ def test_steps_without_the_layer_train_the_task_alone(kind: Any) -> None:
     assert float(trainer.callback_metrics["distill/rkd"]) > 0
 
 
+@pytest.mark.scenario("batches", "CombinedLoader with None")
 def test_none_batches_of_a_combined_loader_are_skipped() -> None:
     def loaders() -> CombinedLoader:
         both = {"labelled": toys.loader(rows=16), "plain": toys.loader()}
@@ -104,6 +106,7 @@ def train(rank: int | None, kind: type[toys.Student]) -> Any:
     return module.state_dict()
 
 
+@pytest.mark.scenario("loops", "steps that leave the layer out, two ranks")
 def test_ranks_skip_the_same_steps_or_fail_together(ranks: Ranks) -> None:
     for message in ranks.run(train, Apart):
         assert "ran on the ranks [0] only: a step must use or leave out the layer on all ranks alike" in message

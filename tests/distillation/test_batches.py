@@ -172,6 +172,7 @@ def taught(face: str, form: Form, teacher: Any = None, **settings: Any) -> tuple
     return DistillationModule(Scaled(), teacher, RKD(), **task, **settings), []
 
 
+@pytest.mark.scenario("batches", "")
 @pytest.mark.parametrize("indexed", [False, True], ids=["plain", "with indices"])
 @pytest.mark.parametrize("face", faces.FACES)
 @pytest.mark.parametrize("name", FORMS)
@@ -241,6 +242,7 @@ class Scene:
 SCENES = Form(lambda x, s, t, y: Scene(x, t, y), lambda b: ((b.x,), (b.t,), b.y), {})
 
 
+@pytest.mark.scenario("batches", "any other form, by an override of unpack")
 @pytest.mark.parametrize("face", faces.FACES)
 def test_any_other_batch_is_unpacked_by_an_override(face: str) -> None:
     module, callbacks = taught(face, SCENES)

@@ -103,6 +103,7 @@ def balanced(rank: int | None, layer: str) -> dict[str, Tensor]:
     return on_a_mesh(rank, student(), RelationalDistillation(toys.teacher(), RKD(), **loss))  # type: ignore[arg-type]
 
 
+@pytest.mark.scenario("loops", "FSDP2 with balance")
 @pytest.mark.parametrize("layer", ["backbone", "backbone.first", "head"])
 def test_balance_on_a_mesh_is_that_of_one_device(ranks: Ranks, layer: str) -> None:
     first, second = ranks.run(balanced, layer)

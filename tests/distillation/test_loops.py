@@ -103,18 +103,21 @@ def distilled(
 # Plain PyTorch
 
 
+@pytest.mark.scenario("loops", "plain PyTorch")
 @pytest.mark.parametrize("parts", [1, 4], ids=["one batch", "accumulated"])
 def test_a_plain_loop_is_the_loss_written_by_hand(parts: int) -> None:
     assert nets.gap(distilled(parts=parts), by_hand(parts=parts)) == 0.0
     assert nets.gap(distilled(parts=parts, loss=0.0 * RKD()), by_hand(parts=parts)) > 1e-3
 
 
+@pytest.mark.scenario("loops", "plain PyTorch in mixed precision with a gradient scaler")
 def test_a_plain_loop_in_mixed_precision_is_the_loss_by_hand() -> None:
     mixed = torch.autocast("cpu", dtype=torch.bfloat16)
     assert nets.gap(distilled(mixed=mixed), by_hand(mixed=mixed)) == 0.0
     assert nets.gap(distilled(mixed=mixed), distilled()) > 1e-5
 
 
+@pytest.mark.scenario("loops", "plain PyTorch, compiled student")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch.compile's
 def test_a_compiled_student_in_a_plain_loop_is_the_loss_by_hand() -> None:
@@ -123,6 +126,7 @@ def test_a_compiled_student_in_a_plain_loop_is_the_loss_by_hand() -> None:
     assert nets.gap(compiled, by_hand()) <= 1e-6
 
 
+@pytest.mark.scenario("loops", "plain PyTorch, a loss with parameters")
 def test_parameters_of_a_loss_are_trained_by_the_loops_optimizer() -> None:
     trained = []
     for train in (distilled, by_hand):
@@ -203,12 +207,14 @@ class Projection(nets.Projected):
         super().__init__(student_dim=5, teacher_dim=7)
 
 
+@pytest.mark.scenario("loops", "Fabric")
 def test_a_fabric_loop_is_the_loss_written_by_hand() -> None:
     trained, expected = with_fabric(None), by_hand()
     trained.loss = None
     assert nets.gap(trained, expected) == 0.0
 
 
+@pytest.mark.scenario("loops", "Fabric on two ranks")
 @pytest.mark.parametrize("loss", [RKD, nets.Hint, Projection])
 def test_two_fabric_ranks_are_one_with_the_whole_batch(ranks: Ranks, loss: type) -> None:
     first, second = ranks.run(with_fabric, loss, 1, (11, 5))
@@ -216,6 +222,7 @@ def test_two_fabric_ranks_are_one_with_the_whole_batch(ranks: Ranks, loss: type)
     assert nets.gap(first, with_fabric(None, loss)) <= 1e-6
 
 
+@pytest.mark.scenario("loops", "Fabric on two ranks, accumulated batches")
 def test_two_fabric_ranks_accumulate_batches_as_one_does(ranks: Ranks) -> None:
     first, second = ranks.run(with_fabric, RKD, 2, (4, 4))
     assert nets.gap(first, second) == 0.0
@@ -290,6 +297,7 @@ def written(student: nn.Module, teacher: nn.Module, relations: float = 1.0) -> C
     return Trainer
 
 
+@pytest.mark.scenario("loops", "Trainer of Hugging Face")
 @pytest.mark.filterwarnings("ignore")  # of transformers and what it imports
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 4}])
 def test_a_hugging_face_trainer_is_the_loss_written_by_hand(tmp_path: Path, settings: Any) -> None:
@@ -311,6 +319,7 @@ if os.environ["RANK"] == "0":
 SGD = {"optim": "sgd", "max_grad_norm": 0.0}
 
 
+@pytest.mark.scenario("loops", "Trainer of Hugging Face on two ranks")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers and what it imports
 def test_two_ranks_of_a_hugging_face_trainer_are_one(tmp_path: Path) -> None:

@@ -311,6 +311,7 @@ def test_clipped_gradients_are_those_of_the_whole_batch() -> None:
     assert faces.largest(*map(faces.gradients, both)) <= 1e-6
 
 
+@pytest.mark.scenario("loops", "micro-batches")
 @pytest.mark.filterwarnings("ignore:BatchNorm normalises:UserWarning")
 @pytest.mark.parametrize("case", scheme_toys.CASES.values(), ids=scheme_toys.CASES)
 def test_every_scheme_trains_as_on_the_whole_batch(case: scheme_toys.Case) -> None:

@@ -62,6 +62,7 @@ WRAPPED: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.scenario("networks", "a layer that is")
 @pytest.mark.parametrize("how", WRAPPED)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
 def test_a_wrapped_layer_gives_what_the_plain_one_gives(how: str) -> None:
@@ -74,6 +75,7 @@ def test_a_wrapped_layer_gives_what_the_plain_one_gives(how: str) -> None:
     assert abs(found - expected) < 0.1 * abs(before - expected)
 
 
+@pytest.mark.scenario("networks", "a classifier that is")
 @pytest.mark.parametrize("how", WRAPPED)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
 def test_a_wrapped_classifier_gives_embedding_and_logits(how: str) -> None:
@@ -104,6 +106,7 @@ class Pair(nn.Module):
         return x, x
 
 
+@pytest.mark.scenario("networks", "a projection head as layer")
 def test_a_projection_head_as_layer_is_part_of_the_relation() -> None:
     student, loss = nn.Sequential(nets.Backbone(), nn.Linear(5, 4)), RKD()
     distiller = Distiller(nets.teacher(), loss, student_layer="1")
@@ -142,7 +145,10 @@ class Passes(nn.Module):
         return self.inner(*args, **kwargs)
 
 
-@pytest.mark.parametrize("net", [Encoder(), Passes(Encoder()), Passes(Passes(Encoder()))])
+@pytest.mark.scenario("networks", "mean over tokens, mask by position")
+@pytest.mark.parametrize(
+    "net", [Encoder(), Passes(Encoder()), Passes(Passes(Encoder()))], ids=["", "in a wrapper", "in two"]
+)
 def test_mean_pool_finds_a_mask_passed_by_position(net: nn.Module) -> None:
     by_name = read(net, Tap(read=mean_pool), IDS, attention_mask=MASK).embedding
     by_position = read(net, Tap(read=mean_pool), IDS, MASK).embedding
@@ -183,6 +189,7 @@ class Scaled(nets.Backbone):
         return super().forward(x) + shift
 
 
+@pytest.mark.scenario("networks", "an input layer with positional and keyword inputs")
 def test_input_layer_takes_positional_and_keyword_inputs_together() -> None:
     teacher = Scaled(width=10, out=7)
     expected = gradients(Calls(lambda s, x: RKD()(s, teacher(x, torch.ones(1)).detach())))
@@ -194,6 +201,7 @@ def test_input_layer_takes_positional_and_keyword_inputs_together() -> None:
 # Pooled
 
 
+@pytest.mark.scenario("networks", "last token, padding on either end")
 def test_the_last_token_is_found_with_padding_on_either_end() -> None:
     x = torch.arange(12.0).view(2, 3, 2)
     right, left = torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[0, 1, 1], [0, 0, 1]])
@@ -223,6 +231,7 @@ FORMS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
 }
 
 
+@pytest.mark.scenario("networks", "masks")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("pool", [mean_pool, last_token_pool])
 def test_pools_read_every_form_of_mask(pool: Any, form: str) -> None:
@@ -233,6 +242,7 @@ def test_pools_read_every_form_of_mask(pool: Any, form: str) -> None:
     torch.testing.assert_close(pool(x, {"features": FORMS[form](MASK)}), expected)
 
 
+@pytest.mark.scenario("networks", "BERT of transformers")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("layer", ["", "encoder", "encoder.layer.1"])
 def test_a_bert_is_pooled_alike_at_every_depth(layer: str, attention: str) -> None:
@@ -253,6 +263,7 @@ def bert() -> Any:
     return transformers.BertModel(config).eval()
 
 
+@pytest.mark.scenario("networks", "a field of an output")
 def test_a_field_of_an_output_is_read_by_name() -> None:
     net = bert()
     pooled = read(net, Tap(read="pooler_output"), IDS, MASK).embedding
@@ -284,6 +295,7 @@ def sentences(seed: int) -> Any:
     return library.SentenceTransformer(modules=[Words(seed), Pooling(6)], device="cpu")
 
 
+@pytest.mark.scenario("networks", "sentence-transformers")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_sentence_transformer_teaches_another() -> None:
     student, teacher = sentences(0), sentences(7)

@@ -34,6 +34,7 @@ def test_what_the_wrapped_loss_needs_is_handed_on():
     assert torch.isfinite(loss(torch.randn(3, 4), torch.randn(3, 6), indices=torch.arange(3)))
 
 
+@pytest.mark.scenario("loops", "Matryoshka")
 @pytest.mark.parametrize("face", FACES)
 def test_both_faces_train_as_the_sum_written_by_hand(face: str) -> None:
     teacher = toys.teacher()

@@ -25,8 +25,35 @@ pytestmark = [
 ]
 
 
+SCENARIOS = {
+    "stochastic weight averaging",
+    "averaged weights",
+    "exponentially averaged weights",
+    "LBFGS with strong_wolfe",
+    "activation checkpointing, reentrant, the layer around it",
+    "dataloader_iter",
+    "two passes in a step",
+    "a compiled student",
+    "a module compiled by inductor",
+    "fp16 with a scaler, clipping",
+    "bf16-mixed",
+    "learning rate finder",
+    "batch size finder",
+    "DDP",
+    "DDP, uneven batches",
+    "DDP, two passes in a step",
+    "FSDP2",
+    "FSDP2, accumulation",
+}
+"""Cells that are rows of docs/tested.md as well."""
+
+
 def named(cells: Sequence[Cell | Refused]) -> list[Any]:
-    return [pytest.param(cell, id=str(cell), marks=[pytest.mark.slow] * cell.slow) for cell in cells]
+    scenario = pytest.mark.scenario("loops", "")
+    return [
+        pytest.param(cell, id=str(cell), marks=[pytest.mark.slow] * cell.slow + [scenario] * (cell.name in SCENARIOS))
+        for cell in cells
+    ]
 
 
 def check(cell: Cell, ranks: Ranks | None = None) -> None:

@@ -88,6 +88,7 @@ def transformed() -> Teacher:
     return Teacher(Large(), transform=[Resize(224), Renormalize(STUDENT, IMAGENET)])
 
 
+@pytest.mark.scenario("teachers", "224 pixels over a student of 64, other statistics")
 @pytest.mark.parametrize("face", FACES)
 def test_a_teacher_at_224_pixels_teaches_a_student_at_64(face: str) -> None:
     network = Large().eval()
@@ -110,6 +111,7 @@ def test_a_teacher_at_224_pixels_teaches_a_student_at_64(face: str) -> None:
         learn(face, Large())
 
 
+@pytest.mark.scenario("teachers", "transformed inputs, through the cache")
 @pytest.mark.parametrize("face", FACES)
 def test_a_cache_holds_the_outputs_for_transformed_inputs(face: str, tmp_path: Path) -> None:
     cached = CachedTeacher(tmp_path, teacher=transformed())
@@ -122,6 +124,7 @@ def test_a_cache_holds_the_outputs_for_transformed_inputs(face: str, tmp_path: P
             learn(face, other, batches=with_indices(pictures()))
 
 
+@pytest.mark.scenario("teachers", "inputs of its own, through the cache")
 @pytest.mark.parametrize("face", FACES)
 def test_a_cache_holds_the_outputs_for_inputs_of_the_teachers_own(face: str, tmp_path: Path) -> None:
     network, rows = toys.teacher(), toys.Rows(8 * toys.STEPS)
@@ -205,9 +208,10 @@ def test_what_is_no_function_is_refused() -> None:
 # Precision
 
 
+@pytest.mark.scenario("teachers", "precision of its own")
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_teacher_keeps_its_precision_under_another_trainer(face: str, precision: str, dtype: torch.dtype) -> None:
     network = toys.teacher(norm=True).to(dtype).eval()
 
@@ -300,6 +304,7 @@ def lora() -> Any:
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {"an adapter": (Adapted, "off"), "peft": (lora, "disable_adapter")}
 
 
+@pytest.mark.scenario("teachers", "the base of the student, adapters off")
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_student_with_adapters_is_taught_by_its_own_base(kind: str, face: str) -> None:
@@ -327,6 +332,7 @@ def test_arguments_that_a_teacher_does_not_take_are_named() -> None:
         Teacher(network)(Batch({"src": torch.ones(2, 3, 8), "tokens": torch.ones(2, 3, dtype=torch.int64)}))
 
 
+@pytest.mark.scenario("teachers", "the base of the student in two callbacks")
 @pytest.mark.parametrize("input_layer", [None, "backbone"])
 def test_two_callbacks_whose_teachers_are_the_students_base(input_layer: str | None) -> None:
     def train(*losses: Any) -> nn.Module:
@@ -458,6 +464,7 @@ def test_tensor_subclasses_are_compared_over_ranks(build: Any, monkeypatch: pyte
         Teacher(other).check_same_on_ranks()
 
 
+@pytest.mark.scenario("teachers", "tensor subclasses")
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 @pytest.mark.parametrize("build", [halved, eight_bits])
@@ -498,6 +505,7 @@ def by_eight_bits(rank: int | None, face: str) -> dict[str, Tensor]:
     return fitted(rank, face, eight_bits(), RKD())
 
 
+@pytest.mark.scenario("teachers", "eight bits of torchao on two ranks")
 @pytest.mark.slow
 @pytest.mark.parametrize("face", FACES)
 def test_two_devices_learn_from_torchaos_eight_bits_what_one_does(ranks: Ranks, face: str) -> None:

@@ -79,6 +79,7 @@ def output(value: Any) -> Tensor:
 BUILDERS = [timm_resnet, timm_vit, torchvision_resnet, transformers_vit, transformers_clip]
 
 
+@pytest.mark.scenario("teachers", "size and normalisation from the configuration")
 @pytest.mark.parametrize("build", BUILDERS)
 def test_the_network_is_given_its_own_size_and_normalisation(build: Any) -> None:
     teacher, expected = build()
@@ -91,6 +92,7 @@ def test_the_network_is_given_its_own_size_and_normalisation(build: Any) -> None
     assert float((seen[0] - F.interpolate(X, expected.shape[2:])).abs().max()) > 0.1, "without a transform"
 
 
+@pytest.mark.scenario("teachers", "pretrained")
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("build", [timm_vit, transformers_clip])
 def test_a_pretrained_teacher_teaches_as_its_network_by_hand(build: Any, face: str) -> None:
@@ -161,6 +163,7 @@ def depth_and_colour() -> tuple[nn.Module, Any, Tensor, Tensor]:
     return student, network, torch.randn(12, 1, 16, 16), torch.randn(12, 3, 32, 32)
 
 
+@pytest.mark.scenario("teachers", "other inputs than the student")
 @pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("build", [two_tokenizers, depth_and_colour])
 def test_student_and_teacher_of_other_tokens_or_senses(build: Any, face: str) -> None:

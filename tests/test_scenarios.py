@@ -1,0 +1,12 @@
+"""The page of scenarios lists every marked test."""
+
+import pytest
+
+from tests.scenarios import PAGE, title_of
+
+
+def test_the_page_in_the_docs_lists_the_marked_tests(request: pytest.FixtureRequest) -> None:
+    """Of those that run together with this test: all in ``make test``."""
+    rows = {line.split(" | ")[0].removeprefix("| ") for line in PAGE.read_text().splitlines()}
+    titles = {found[1] for item in request.session.items if (found := title_of(item)) is not None}
+    assert titles <= rows, "run python -m tests.scenarios"
