@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from lightning_rkd.distillation.layers import CaptureError, Layer, Tap, as_tap, 
 from lightning_rkd.distillation.micro_batches import refuse_inside
 from lightning_rkd.utils.arguments import bind_arguments, find_signature
 from lightning_rkd.utils.distributed import rank_and_size
-from lightning_rkd.utils.private import count_writes
+from lightning_rkd.utils.private import count_writes, list_hooks
 from lightning_rkd.utils.types import Outputs
 
 _log = logging.getLogger(__name__)
@@ -40,9 +39,6 @@ class Hook:
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return Hook, ()
-
-
-_recording: WeakSet[Recorder] = WeakSet()
 
 
 class Recorder:
@@ -67,7 +63,6 @@ class Recorder:
     def start(self) -> None:
         """Start recording; discard earlier calls."""
         self._calls, self._earlier, self.on = [[] for _ in self._handles], [], True
-        _recording.add(self)
 
     @property
     def ran(self) -> bool:
@@ -92,16 +87,18 @@ class Recorder:
 
 
 @contextmanager
-def pause_others(recorder: Recorder | None) -> Iterator[None]:
-    """Pause all recorders but one, while a teacher runs layers that belong to the student as well."""
-    paused = [other for other in _recording if other.on and other is not recorder]
-    for other in paused:
-        other.on = False
+def pause_hooks(network: nn.Module, own: Recorder | None) -> Iterator[None]:
+    """Pause the hooks of all recorders but one, while a teacher runs layers that belong to the student as well."""
+    kept = set() if own is None else {handle.id for handle in own._handles}
+    every = [(number, hook) for part in network.modules() for number, hook in list_hooks(part)]
+    paused = [(hook, hook.function) for number, hook in every if isinstance(hook, Hook) and number not in kept]
+    for hook, _ in paused:
+        hook.function = None
     try:
         yield
     finally:
-        for other in paused:
-            other.on = True
+        for hook, function in paused:
+            hook.function = function
 
 
 class Record:

@@ -47,6 +47,11 @@ count_writes: Callable[[Tensor], int] = attrgetter("_version")
 """Number of writes to a tensor: autograd's own counter, which has no public name."""
 
 
+def list_hooks(module: nn.Module) -> list[tuple[int, Any]]:
+    """Forward hooks of a module itself by the ``id`` of their handle, for which PyTorch has no public iterator."""
+    return [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]
+
+
 def get_slots(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters and buffers of a module itself, ``None`` entries included, which no public iterator yields."""
     return dict(module._parameters), dict(module._buffers)

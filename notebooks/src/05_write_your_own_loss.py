@@ -214,4 +214,4 @@ print(importlib.import_module("mine").CKA())
 # ## Next
 #
 # - [04 Choose a loss](04_choose_a_loss.ipynb): `lightning-rkd compare` accepts your loss by its path.
-# - [The gallery](../docs/losses.md): more than thirty losses to read.
+# - [The gallery](../docs/losses.md): all losses, to read.

@@ -37,6 +37,12 @@ def test_uncompiled_functions_still_compute() -> None:
     assert private.disable_compilation(lambda x: x + 1)(1) == 2
 
 
+def test_hooks_are_listed_by_their_handles() -> None:
+    layer = nn.Linear(2, 2)
+    handles = [layer.register_forward_pre_hook(print), layer.register_forward_hook(repr)]
+    assert private.list_hooks(layer) == [(handles[0].id, print), (handles[1].id, repr)]
+
+
 def test_writes_are_counted() -> None:
     x = torch.zeros(2)
     before = private.count_writes(x)

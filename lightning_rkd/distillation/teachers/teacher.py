@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_rkd.data.transforms.teacher import Statistics
-from lightning_rkd.distillation.features import FeatureReader, pause_others
+from lightning_rkd.distillation.features import FeatureReader, pause_hooks
 from lightning_rkd.distillation.layers import CaptureError, Layer
 from lightning_rkd.distillation.teachers import pretrained as pretrained_networks
 from lightning_rkd.distillation.teachers.base import BaseTeacher, TeacherOutput
@@ -340,7 +340,8 @@ class Teacher(BaseTeacher):
                     stacklevel=2,
                 )
         try:
-            with self._entered(), torch.no_grad(), pause_others(self._reader):
+            shared = nullcontext() if self.context is None else pause_hooks(self.network, self._reader)
+            with self._entered(), torch.no_grad(), shared:
                 yield
         finally:
             for module, training in modes:

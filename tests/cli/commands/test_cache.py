@@ -1,11 +1,11 @@
 """The command that caches a teacher: resumed, repeated, refused, and read by a recipe."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from lightning_rkd.cli import main as cli
 from lightning_rkd.distillation.teachers import cache_format
 from lightning_rkd.distillation.teachers.cache_format import MANIFEST, shard_name
 from lightning_rkd.models import ConvNet
-from tests.harness.platforms import posix_only
-from tests.harness.processes import GLYPHS, end_of, start
+from tests.harness.forks import run_code
+from tests.harness.platforms import LOOPBACK, posix_only
+from tests.harness.processes import GLYPHS, MAIN, end_of, start
+from tests.harness.ranks import free_port
 
 TINY = [*GLYPHS, "--data.batches_per_epoch=2"]
 
@@ -149,11 +151,17 @@ def test_a_killed_run_resumes_to_the_same_files() -> None:
 
 @pytest.mark.slow
 def test_two_processes_write_the_files_of_one(whole: dict[str, bytes]) -> None:
-    Path("command.py").write_text("import sys; from lightning_rkd.cli.main import main; sys.exit(main())")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = [*launcher, "command.py", *cache(out="two")]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    """As torchrun starts them."""
+    port = free_port()
+
+    def run(rank: int) -> str:
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in where.items()}, **LOOPBACK}
+        return run_code(f"import os; os.environ.update({environment}); os.chdir({os.getcwd()!r})\n{MAIN}", *arguments)
+
+    arguments = cache(out="two")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
     assert files("two") == whole
 
 
