@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_rkd.export import use
 from lightning_rkd.utils.imports import require
@@ -114,11 +113,10 @@ class ImagePreprocess(Preprocess):
             )
         (height, width), (h, w) = self.size, x.shape[2:]
         factor = self.crop * min(h / height, w / width)
-        enlarged = max(height, round(h / factor)), max(width, round(w / factor))
-        if enlarged != (h, w):
-            x = F.interpolate(x, enlarged, mode=self.interpolation, antialias=True).clamp(0, 1)
-        top, left = (enlarged[0] - height) // 2, (enlarged[1] - width) // 2
-        return x[:, :, top : top + height, left : left + width]
+        rows, columns = (
+            _weigh_pixels(n, size, factor * size, self.interpolation).to(x) for n, size in ((h, height), (w, width))
+        )
+        return (rows @ x @ columns.T).clamp(0, 1)
 
     def config(self) -> dict[str, Any]:
         """Settings, as in ``config.json``."""
@@ -132,6 +130,18 @@ class ImagePreprocess(Preprocess):
         cut = "" if self.crop == 1 else f", of which the inner {self.crop:.1%} are kept,"
         size = f"{self.size[0]} x {self.size[1]} pixels"
         return f"images are scaled ({self.interpolation}){cut} to cover {size}, cut to them and normalised"
+
+
+def _weigh_pixels(pixels: int, size: int, length: float, interpolation: str) -> Tensor:
+    """Weights (size, pixels) with which Pillow resizes the central ``length`` of a line of pixels to another size."""
+    scale = length / size
+    centres = (pixels - length) / 2 + (torch.arange(size, dtype=torch.float64) + 0.5) * scale
+    d = ((torch.arange(pixels) + 0.5 - centres[:, None]) / max(scale, 1)).abs()
+    if interpolation == "bilinear":
+        weights = (1 - d).clamp(min=0)
+    else:  # bicubic, a = -1/2
+        weights = torch.where(d < 1, (1.5 * d - 2.5) * d**2 + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2) * (d < 2)
+    return weights / weights.sum(1, keepdim=True)
 
 
 @dataclass(frozen=True)

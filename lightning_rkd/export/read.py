@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_rkd.export.preprocess import Preprocess, load_preprocess
+from lightning_rkd.export.preprocess import TOKENIZER, Preprocess, load_preprocess
 from lightning_rkd.utils.types import call_network
 
 CONFIG, WEIGHTS, PROGRAM = "config.json", "student.safetensors", "student.pt2"
@@ -92,7 +92,11 @@ def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
     """
     folder = Path(folder)
     config = read_config(folder)
-    preprocess = load_preprocess(config["preprocess"], folder) if config.get("preprocess") else None
+    preprocess = None
+    if config.get("preprocess"):
+        if TOKENIZER in config["files"]:
+            _check_file(folder, TOKENIZER, config)
+        preprocess = load_preprocess(config["preprocess"], folder)
     if network is None and config["network"] is None and preprocess is not None and PROGRAM in config["files"]:
         return Embedder(torch.export.load(_check_file(folder, PROGRAM, config)).module(), preprocess)
     path = _check_file(folder, WEIGHTS, config)

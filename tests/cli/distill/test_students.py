@@ -80,3 +80,44 @@ def test_a_student_that_cannot_be_built_is_an_error(
 ) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         build_student(spec, kind, embedding_dim=4, **options)
+
+
+def test_an_image_student_of_transformers_takes_its_processors_images(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32, patch_size=16
+    )
+    torch.manual_seed(1)
+    network = transformers.ViTModel(config).eval()
+    network.save_pretrained(tmp_path)
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.3] * 3)
+    processor.save_pretrained(tmp_path)
+    check(f"hf:{tmp_path}", "image", tmp_path / "student")
+    student = build_student(f"hf:{tmp_path}", "image", embedding_dim=12)
+    square = [image.resize((40, 40)) for image in images()]
+    with torch.no_grad():
+        by_hand = network(**processor(square, return_tensors="pt")).last_hidden_state[:, 0]
+        found = student.network.get_submodule("backbone").eval()(student.preprocess(square))
+    torch.testing.assert_close(found, by_hand, atol=0.02, rtol=0)  # the processor resizes with another rounding
+
+
+def test_a_sentence_transformer_is_a_student_with_its_own_pooling(tmp_path: Path) -> None:
+    package = pytest.importorskip("sentence_transformers")
+    models = pytest.importorskip("sentence_transformers.models")
+    bert(tmp_path)
+    modules = [models.Transformer(str(tmp_path)), models.Pooling(16, "max")]
+    model = package.SentenceTransformer(modules=modules, device="cpu")
+    model.save(str(tmp_path / "whole"))
+    check(f"sentence-transformers:{tmp_path / 'whole'}", "text", tmp_path / "student")
+    student = build_student(f"sentence-transformers:{tmp_path / 'whole'}", "text", embedding_dim=12)
+    with torch.no_grad():
+        found = call_network(student.network.get_submodule("backbone").eval(), student.preprocess(TEXTS))
+    torch.testing.assert_close(found, model.encode(TEXTS, convert_to_tensor=True), atol=1e-5, rtol=1e-4)
+
+
+def test_a_budget_takes_the_largest_network_that_fits() -> None:
+    chosen = {n: build_student("auto", "image", embedding_dim=8, parameters=n).network for n in (90_000, 300_000)}
+    counts = {n: sum(p.numel() for p in network.parameters()) for n, network in chosen.items()}
+    assert counts[90_000] < 90_000 < counts[300_000] < 300_000
+    vectors = build_student("auto", "vector", embedding_dim=8, vector_dim=5, parameters=1000).network
+    assert 986 < sum(p.numel() for p in vectors.parameters()) <= 1000, "a hidden unit more costs 14"
