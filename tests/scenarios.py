@@ -23,10 +23,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "tested.md"
 KINDS = {"networks": "Networks", "teachers": "Teachers", "batches": "Batches", "loops": "Loops and trainers"}
 HEAD = """# Networks, batches and loops that are tested
 
-Each row is a test of this repository. The figure is the largest difference between gradients (or, where only values can
-be compared, between outputs) of the loss written by hand and of the library; 0 is bit for bit. Rows without a figure
-test that something is refused, said or read right. [The same computation](parity.md) has the many ways to train one
-network.
+Each row is a test of this repository. The figure is the largest difference that the test finds between the library
+and the loss written by hand, or another reference: of weights, gradients or outputs; 0 is bit for bit. Rows without a
+figure record none: something is refused, said, or held to the tolerance in the test. [The same computation](parity.md)
+has the many ways to train one network.
 
 `python -m tests.scenarios` writes this page. {date}, {hardware}, Python {python}, torch {torch}.
 {rows} rows.
