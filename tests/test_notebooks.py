@@ -52,6 +52,7 @@ def test_a_shortened_notebook_trains_for_a_tenth_of_its_steps_and_epochs() -> No
     source = "train(steps=300, epochs=6)\nsteps: 60\nEPOCHS = 30\nmax_steps=5, batches_per_epoch=50, max_classes=150"
     expected = "train(steps=30, epochs=1)\nsteps: 24\nEPOCHS = 3\nmax_steps=5, batches_per_epoch=24, max_classes=100"
     assert shortened(source) == expected
+    assert any("seeds: [0, 1]" in path.read_text() for path in NOTEBOOKS), "one seed is taken of two"
 
 
 SHELL = """

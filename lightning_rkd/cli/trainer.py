@@ -252,12 +252,18 @@ def import_public_classes() -> list[str]:
         for name in module.__all__:
             getattr(module, name)
         names += module.__all__
+    return [*names, *(loss.__name__ for loss in load_registered_losses().values())]
+
+
+def load_registered_losses() -> dict[str, type[Any]]:
+    """Losses that other packages register as entry points, by their names."""
+    found: dict[str, type[Any]] = {}
     for loss in entry_points(group="lightning_rkd.losses"):
         try:
-            names.append(loss.load().__name__)
+            found[loss.name] = loss.load()
         except Exception as error:  # another package may raise anything
             raise ImportError(
                 f"the loss {loss.name!r} of the installed package {loss.dist.name if loss.dist else '?'} cannot be "
                 f"imported: {error!r}; repair or uninstall that package"
             ) from error
-    return names
+    return found

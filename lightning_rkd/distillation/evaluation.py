@@ -78,6 +78,12 @@ class Evaluation:
             metric.reset()
 
 
+def find_aligning_loss(losses: Sequence[RelationalLoss]) -> RelationalLoss | None:
+    """The first loss that aligns the student's space with the teacher's, one with a projection before one without."""
+    aligning = [loss for loss in losses if loss.aligns and not loss.missing_sizes]
+    return next((loss for loss in aligning if hasattr(loss, "project")), aligning[0] if aligning else None)
+
+
 def map_to_teacher(rows: Tensor, losses: Sequence[RelationalLoss]) -> Tensor:
     """Map rows of the student to the teacher's space, by the first loss that aligns the two and has a projection.
 
@@ -86,18 +92,18 @@ def map_to_teacher(rows: Tensor, losses: Sequence[RelationalLoss]) -> Tensor:
         >>> map_to_teacher(torch.ones(5, 2), [CSD(student_dim=2, teacher_dim=7)]).shape
         torch.Size([5, 7])
     """
-    for loss in losses:
-        if loss.aligns and not loss.missing_sizes and hasattr(loss, "project"):
-            if (width := loss._sizes.get("student_dim", rows.shape[-1])) != rows.shape[-1]:
-                raise ValueError(
-                    f"{type(loss).__name__} projects rows of width {width}, but the evaluated layer gives width "
-                    f"{rows.shape[-1]}: evaluate the layer that the loss reads"
-                )
-            dtype = next((p.dtype for p in loss.to(rows.device).parameters()), rows.dtype)
-            project: Callable[[Tensor], Tensor] = getattr(loss, "project")  # noqa: B009 - not every loss has one
-            with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-                return project(rows.to(dtype))
-    return rows
+    loss = find_aligning_loss(losses)
+    project: Callable[[Tensor], Tensor] | None = getattr(loss, "project", None)
+    if loss is None or project is None:
+        return rows
+    if (width := loss._sizes.get("student_dim", rows.shape[-1])) != rows.shape[-1]:
+        raise ValueError(
+            f"{type(loss).__name__} projects rows of width {width}, but the evaluated layer gives width "
+            f"{rows.shape[-1]}: evaluate the layer that the loss reads"
+        )
+    dtype = next((p.dtype for p in loss.to(rows.device).parameters()), rows.dtype)
+    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+        return project(rows.to(dtype))
 
 
 def warn_if_not_aligned(metrics: Mapping[str, Metric], losses: Sequence[RelationalLoss]) -> None:

@@ -1,5 +1,6 @@
 """The student alone, for production: files that need neither teacher nor Lightning, and their reader."""
 
+from lightning_rkd.export.formats import ExportError
 from lightning_rkd.export.preprocess import (
     ImagePreprocess,
     PiecesPreprocess,
@@ -8,7 +9,7 @@ from lightning_rkd.export.preprocess import (
     VectorPreprocess,
 )
 from lightning_rkd.export.read import Embedder, load
-from lightning_rkd.export.write import Exported, ExportError, export
+from lightning_rkd.export.write import Exported, export
 
 __all__ = [
     "Embedder",

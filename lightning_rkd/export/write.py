@@ -3,43 +3,27 @@
 import copy
 import importlib.util
 import json
-import logging
-import re
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import version
-from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_rkd.export import use
 from lightning_rkd.export.card import Facts, measure_latency, model_card
+from lightning_rkd.export.formats import FORMATS, TOLERANCE, Inputs, is_tokens, name_inputs, write_formats
 from lightning_rkd.export.preprocess import TOKENIZER, ImagePreprocess, Preprocess
-from lightning_rkd.export.read import CONFIG, PROGRAM, WEIGHTS, build_network, load_weights, read_config, sha256
+from lightning_rkd.export.read import CONFIG, build_network, read_config, sha256
 from lightning_rkd.utils.arguments import bind_arguments, find_signature
 from lightning_rkd.utils.types import Key, call_network, select
 
-FORMATS = {"safetensors": WEIGHTS, "torch": PROGRAM, "onnx": "student.onnx"}
-"""File of each format."""
-
 _CARD, _USE = "README.md", "use.py"
-_TOLERANCE = 1e-4  # largest difference of an exported program from the student, in units of its largest output
-_BATCHES = (1, 2, 7)  # sizes of the random batches on which programs are compared with the student
-Inputs = dict[Any, Tensor]  # by keyword, and positional ones by 0, 1, ...
-Program = Callable[[Inputs], Tensor]
-
-
-class ExportError(RuntimeError):
-    """A student cannot be exported in a format."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +121,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as part:
         place = Path(part, "export")
         place.mkdir()
-        differences, failed, free = _write_formats(network, rebuilt, inputs, place, formats)
+        differences, failed, free = write_formats(network, rebuilt, inputs, place, formats)
         if preprocess is not None:
             preprocess.save(place)
             if FORMATS["onnx"] in {path.name for path in place.iterdir()}:
@@ -150,7 +134,7 @@ def export(
             "made_by": "lightning-rkd export",
             "format": 1,
             "network": None if build is None else dict(build),
-            "inputs": {name: _describe(x, free) | scaling for name, x in _name(inputs).items()},
+            "inputs": {name: _describe(x, free) | scaling for name, x in name_inputs(inputs).items()},
             "read": read if read is None or isinstance(read, int | str) else getattr(read, "__name__", repr(read)),
             "output": {"shape": ["N", *outputs.shape[1:]], "dtype": str(outputs.dtype).removeprefix("torch.")},
             "parameters": sum(p.numel() for p in network.parameters()),
@@ -162,7 +146,7 @@ def export(
         times = measure_latency(network, inputs, place / FORMATS["onnx"])
         sizes = {path.name: path.stat().st_size for path in sorted(place.iterdir())}
         described = "" if preprocess is None else preprocess.describe()
-        card = model_card(config, facts, sizes, times, differences, _TOLERANCE, failed, described)
+        card = model_card(config, facts, sizes, times, differences, TOLERANCE, failed, described)
         (place / _CARD).write_text(card, encoding="utf-8")
         _move(place, folder)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
@@ -182,138 +166,6 @@ def _move(place: Path, folder: Path) -> None:
         raise
 
 
-def _write_formats(
-    network: nn.Module, rebuilt: nn.Module, example: Inputs, place: Path, formats: Sequence[str]
-) -> tuple[dict[str, float], dict[str, str], bool]:
-    """Write and verify each format; returns differences, failures, and whether the number of tokens is free.
-
-    ``rebuilt`` receives the written weights.
-    """
-    differences: dict[str, float] = {}
-    failed: dict[str, str] = {}
-    traced, free = cache(partial(_trace, network, example)), True
-    writers: dict[str, Callable[[Path], Program]] = {
-        "safetensors": partial(_write_safetensors, network, rebuilt),
-        "torch": lambda path: _write_torch(traced(), path),
-        "onnx": lambda path: _write_onnx(traced(), list(_name(example)), path),
-    }
-    for name in FORMATS:
-        if name not in formats:
-            continue
-        path = place / FORMATS[name]
-        try:
-            with _quiet():
-                program = writers[name](path)
-                shorter = name != "safetensors" and _is_length_free(traced())
-                difference = _difference(network, program, example, shorter)
-        except ExportError as error:
-            failed[name] = str(error)
-            path.unlink(missing_ok=True)
-            continue
-        if not difference <= _TOLERANCE:
-            cure = f"leave the format {name!r} out"
-            if name == "safetensors":
-                cure = "build describes a network that computes something else"
-            raise ExportError(
-                f"{path.name} gives other numbers than the student: they differ by {difference:.1e} of its largest "
-                f"output, and {_TOLERANCE:.0e} is allowed. Nothing was written; {cure}"
-            )
-        if name != "safetensors":
-            differences[name], free = difference, shorter
-    if len(failed) == len(set(formats)):
-        raise ExportError("; ".join(f"{name}: {why}" for name, why in failed.items()))
-    return differences, failed, free
-
-
-def _write_safetensors(network: nn.Module, rebuilt: nn.Module, path: Path) -> Program:
-    save_file({name: x.contiguous().clone() for name, x in network.state_dict().items()}, path)
-    load_weights(rebuilt, load_file(path))
-    return partial(call_network, rebuilt)
-
-
-def _write_torch(program: torch.export.ExportedProgram, path: Path) -> Program:
-    torch.export.save(program, path)
-    return partial(call_network, torch.export.load(path).module())
-
-
-def _write_onnx(program: torch.export.ExportedProgram, names: list[str], path: Path) -> Program:
-    import onnxruntime
-
-    named: dict[str, Any] = {"input_names": names, "output_names": ["output"]}
-    try:
-        torch.onnx.export(program, (), path, **named, dynamo=True, external_data=False, verbose=False)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # both have many errors for operations and dtypes that they do not know
-        raise ExportError(f"ONNX has no form for this network that onnxruntime runs: {_first_line(error)}") from error
-    return lambda x: torch.from_numpy(session.run(None, {name: one.numpy() for name, one in _name(x).items()})[0])
-
-
-def _trace(network: nn.Module, example: Inputs) -> torch.export.ExportedProgram:
-    """The network as a graph, for batches of any size and, where it allows, any number of tokens."""
-    sizes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    rows = 3 if any(x.shape[1] == 2 for x in example.values() if _is_tokens(x)) else 2  # equal sizes would be tied
-    inputs = {key: x.repeat(rows, *[1] * (x.ndim - 1)) for key, x in example.items()}  # one row would be a constant
-    for x in inputs.values():
-        sizes[x] = {0: torch.export.Dim.DYNAMIC} | ({1: torch.export.Dim.AUTO} if _is_tokens(x) else {})
-    words = {key: x for key, x in inputs.items() if isinstance(key, str)}
-    positional = tuple(inputs[number] for number in range(len(inputs) - len(words)))
-    forward = partial(network.forward)
-    # the guards of a program know no inputs that its network takes as **kwargs
-    forward.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in _name(inputs)])  # type: ignore[attr-defined]
-    try:
-        network.forward = forward
-        return torch.export.export(network, positional, words, dynamic_shapes=sizes)
-    except Exception as error:  # any error of the network's code while it is traced
-        raise ExportError(
-            f"torch.export cannot follow this network ({_first_line(error)}): its forward must not branch on the "
-            "values of tensors"
-        ) from error
-
-
-def _is_length_free(program: torch.export.ExportedProgram) -> bool:
-    """True if no input of tokens has a fixed number of them."""
-    names = program.graph_signature.user_inputs
-    inputs = [node.meta["val"] for node in program.graph.nodes if node.name in names]
-    return not any(str(x.shape[1]).isdecimal() for x in inputs if _is_tokens(x))  # a fixed one may be a SymInt
-
-
-def _difference(network: nn.Module, program: Program, example: Inputs, shorter: bool) -> float:
-    generator = torch.Generator().manual_seed(0)
-    worst = 0.0
-    for number, size in enumerate(_BATCHES):
-        x = {key: _draw(one, size, shorter and number % 2 == 1, generator) for key, one in example.items()}
-        with torch.no_grad():
-            expected = call_network(network, x)
-            try:
-                found = program(x)
-            except Exception as error:  # a guard of the trace, a missing kernel, a dtype that NumPy does not know
-                raise ExportError(f"its program does not run on a batch of {size}: {_first_line(error)}") from error
-        if not expected.isfinite().all():
-            raise ValueError("the student itself gives NaN or infinity on random inputs; nothing was written")
-        if expected.shape != found.shape or not found.isfinite().all():
-            return float("inf")
-        expected, found = expected.double(), found.double()
-        worst = max(worst, float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12)))
-    return worst
-
-
-def _draw(example: Tensor, rows: int, shorter: bool, generator: torch.Generator) -> Tensor:
-    """Random values of an input, with half as many tokens where asked."""
-    shape = [rows, *example.shape[1:]]
-    if example.is_floating_point():
-        return torch.randn(shape, generator=generator).to(example.dtype)
-    if shorter and _is_tokens(example):
-        shape[1] = -(-shape[1] // 2)
-    largest = int(example.max())
-    x = torch.randint(largest + 1, shape, generator=generator)
-    x[..., :1] = largest  # a mask leaves a token in every row
-    return x.to(example.dtype)
-
-
-def _is_tokens(x: Tensor) -> bool:
-    return x.ndim == 2 and not x.is_floating_point() and not x.is_complex()
-
-
 def _take_row(example: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]) -> Inputs:
     """The first row of each input, by name or position."""
     several = example if isinstance(example, tuple | Mapping) else (example,)
@@ -324,15 +176,9 @@ def _take_row(example: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]) -> In
     return {name: x[:1].detach().cpu() for name, x in entries.items()}
 
 
-def _name(inputs: Inputs) -> dict[str, Tensor]:
-    """Inputs by their names in the files."""
-    one = len(inputs) == 1
-    return {name if isinstance(name, str) else "input" if one else f"input_{name}": x for name, x in inputs.items()}
-
-
 def _describe(x: Tensor, free: bool) -> dict[str, Any]:
     shape = ["N", *x.shape[1:]]
-    if free and _is_tokens(x):
+    if free and is_tokens(x):
         shape[1] = "T"
     return {"shape": shape, "dtype": str(x.dtype).removeprefix("torch.")}
 
@@ -391,21 +237,3 @@ def _rebuild(build: Mapping[str, Any], network: nn.Module) -> nn.Module:
         if made.get(name) != own.get(name):
             raise ValueError(f"build describes another network than the one that is exported: they differ in {name!r}")
     return rebuilt
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the logs and warnings of the exporters."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _first_line(error: Exception) -> str:
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    lines = [line.strip() for line in plain.splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -254,12 +254,8 @@ trainer:
     monkeypatch.setattr("sys.argv", ["validate"])
     cli = LightningCLI(
         args=["validate", f"--config={tmp_path / 'run.yaml'}"],
-        save_config_callback=None,
-        auto_configure_optimizers=False,
         seed_everything_default=0,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        parser_kwargs={"exit_on_error": False},
+        **toys.PLAIN_CLI,
     )
     found = logged(cli.trainer)
     expected = by_loop(cli.model.student(X), ALIKE(X))

@@ -1,4 +1,4 @@
-"""What a layer gives does not depend on how it is wrapped, nor on how it was called; and it is logged."""
+"""A layer gives the same however it is wrapped and called; and what it gives is logged."""
 
 import copy
 import logging

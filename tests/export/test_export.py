@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_rkd.export import ExportError, export, load, write
+from lightning_rkd.export import ExportError, export, formats, load, write
 from lightning_rkd.export.read import build_network
 from lightning_rkd.models import ConvNet
 from lightning_rkd.utils.types import call_network
@@ -124,7 +124,7 @@ def test_a_program_that_gives_other_numbers_is_not_put_into_place(
     spoil: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = nn.Linear(3, 2)
-    monkeypatch.setattr(write, "_write_torch", lambda program, path: lambda x: spoil(call_network(network, x)))
+    monkeypatch.setattr(formats, "_write_torch", lambda program, path: lambda x: spoil(call_network(network, x)))
     with pytest.raises(ExportError, match="gives other numbers"):
         export(network, torch.zeros(1, 3), tmp_path / "out", formats=["safetensors", "torch"])
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 FORKS: Any = mp.get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
 if FORKS.get_start_method() == "forkserver":
     FORKS.set_forkserver_preload(["lightning", "pytorch_metric_learning.losses", "torchvision", "lightning_rkd"])
@@ -31,6 +33,29 @@ def run_code(program: str, *argv: str, within: float = 300) -> str:
             process.join()
         assert process.exitcode == 0, errors.read_text()
         return output.read_text()
+
+
+GROWTH = """
+import torch
+from pathlib import Path
+{setup}
+def peak():  # getrusage would give the parent's where that was higher
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+torch.set_num_threads(1)
+step({small})  # libraries and thread pools
+before = peak()
+step({large})
+print(peak() - before)
+"""
+
+
+def measure_growth(setup: str, small: int, large: int) -> float:
+    """MiB by which the peak of a process rises from ``step(small)`` to ``step(large)``, which ``setup`` defines."""
+    return float(run_code(GROWTH.format(setup=setup, small=small, large=large)))
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 
 
 def _run_code(program: str, argv: tuple[str, ...], output: Path, errors: Path) -> None:

@@ -19,6 +19,14 @@ from tests.harness.nets import *  # noqa: F403
 from tests.harness.nets import CLASSES, Backbone, Rows
 
 STEPS = 5
+PLAIN_CLI: dict[str, Any] = {
+    "save_config_callback": None,
+    "auto_configure_optimizers": False,
+    "subclass_mode_model": True,
+    "subclass_mode_data": True,
+    "parser_kwargs": {"exit_on_error": False},
+}
+"""Options of a LightningCLI whose model and data are classes of the configuration, and which writes nothing."""
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

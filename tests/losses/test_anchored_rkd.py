@@ -1,4 +1,4 @@
-"""What AnchoredRKD promises beyond its loops."""
+"""Promises of AnchoredRKD beyond its loops."""
 
 import numpy as np
 import pytest

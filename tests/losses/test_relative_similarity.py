@@ -1,15 +1,12 @@
 """The order of all similarities of a batch: the published sum, its ties, and its memory."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_rkd.losses import RelativeSimilarity
+from tests.harness.forks import measure_growth, needs_proc
 
 
 def in_full(student: Tensor, teacher: Tensor, margin: float = 0.015) -> Tensor:
@@ -44,29 +41,16 @@ def test_of_equal_similarities_the_later_pair_is_to_be_the_greater():
     assert RelativeSimilarity(0.0)(rising.flip(0), teacher).item() == pytest.approx(2 * 0.5**0.5 / 3)
 
 
-_MEMORY = """
-import sys
-import torch
-from pathlib import Path
+_STEP = """
 from lightning_rkd.losses import RelativeSimilarity
 
 def step(n):
     student = torch.randn(n, 256, requires_grad=True)
     RelativeSimilarity()(student, torch.randn(n, 512)).backward()
-
-def peak():  # MiB; getrusage would give the parent's where that was higher
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
-
-torch.set_num_threads(1)
-step(16)  # libraries and thread pools
-before = peak()
-step(1024)
-print(peak() - before)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+@needs_proc
 def test_a_thousand_rows_add_less_than_200_mebibytes():
-    done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True, timeout=300)
-    assert 8 < float(done.stdout) < 200  # MiB; in full 524,000 squared numbers would take a tebibyte
+    assert 8 < measure_growth(_STEP, 16, 1024) < 200  # in full 524,000 squared numbers would take a tebibyte

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch import Tensor
 from lightning_rkd.losses import RKD, RelationalLoss, RKDAngle, RKDDistance
 from lightning_rkd.losses.rkd import rkd_angle, rkd_distance
 from lightning_rkd.utils.distributed import Shard, gather_rows
-from tests.harness.forks import run_code
+from tests.harness.forks import measure_growth, needs_proc
 from tests.harness.ranks import Ranks
 from tests.oracles import rkd as oracle
 
@@ -200,9 +198,7 @@ def test_two_ranks_average_to_the_gradient_of_one_batch_of_sixteen(ranks: Ranks,
     assert (averaged - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
-_MEMORY = """
-import torch
-from pathlib import Path
+_STEP = """
 from lightning_rkd.utils.distributed import Shard
 from lightning_rkd.losses import RKDAngle
 
@@ -213,22 +209,14 @@ class First(Shard):  # every matrix and buffer of the whole, a sixteenth of its 
 def step(n):
     student = torch.randn(n, 128, requires_grad=True)
     RKDAngle()(student, torch.randn(n, 512), shard=First()).backward()
-
-def peak():  # GiB; getrusage would give the parent's where that was higher
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
-
-torch.set_num_threads(1)
-step(64)  # libraries and thread pools
-before = peak()
-step(2048)
-print(peak() - before)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+@needs_proc
 def test_two_thousand_rows_add_less_than_a_gibibyte():
-    assert 0.1 < float(run_code(_MEMORY)) < 1  # GiB; some for the N x N matrices, where one N x N x N would take 32
+    # some for the N x N matrices, where one N x N x N would take 32 GiB
+    assert 100 < measure_growth(_STEP, 64, 2048) < 1024
 
 
 def test_an_unknown_reduction_of_a_function_is_refused():

@@ -28,7 +28,7 @@ each = pytest.mark.parametrize(("made", "value"), list(zip(MADE, NAMES, strict=T
 
 
 def rows(count: int = ROWS, seed: int = 0) -> dict[str, Tensor]:
-    """What the updates of all metrics take."""
+    """Arguments of the updates of all metrics."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(count) % 4
     x = torch.randn(count, 5, generator=generator) + y[:, None]

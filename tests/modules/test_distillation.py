@@ -406,12 +406,8 @@ trainer: {{accelerator: cpu, devices: 1, max_epochs: 1, logger: false, enable_pr
     monkeypatch.setattr("sys.argv", ["fit"])
     return LightningCLI(
         args=["fit", f"--config={tmp_path / 'model.yaml'}", "--model.init_args.student.init_args.out=4"],
-        save_config_callback=None,
-        auto_configure_optimizers=False,
         seed_everything_default=0,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        parser_kwargs={"exit_on_error": False},
+        **toys.PLAIN_CLI,
         trainer_defaults={"callbacks": [toys.keeps(tmp_path)]},
     )
 

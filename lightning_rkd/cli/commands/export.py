@@ -17,8 +17,9 @@ from lightning_rkd.cli.trainer import check_checkpoint, import_public_classes
 from lightning_rkd.data.datamodules.base import ImageDataModule
 from lightning_rkd.distillation import pooling
 from lightning_rkd.export.card import Facts, describe
+from lightning_rkd.export.formats import FORMATS
 from lightning_rkd.export.read import build_network
-from lightning_rkd.export.write import FORMATS, export
+from lightning_rkd.export.write import export
 from lightning_rkd.utils.types import name_arguments
 
 

@@ -1,4 +1,4 @@
-"""What a distillation has measured and decided, so that a resumed one decides the same."""
+"""Measurements and decisions of a distillation, kept so that a resumed one decides the same."""
 
 import json
 from collections.abc import Callable

@@ -71,7 +71,7 @@ def embed_all(
 
 
 def _gains_by_bf16(teacher: NetworkTeacher, items: Any) -> bool:
-    """Whether the network embeds samples at least a quarter faster in bf16."""
+    """True if the network embeds samples at least a quarter faster in bf16."""
     seconds = []
     for bf16 in (False, True):
         one = NetworkTeacher(teacher.network, teacher.prepare, teacher.read, teacher.device, bf16)

@@ -2,12 +2,13 @@
 
 import ast
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_rkd.cli.distill.samples import Kind
+from lightning_rkd.cli.trainer import load_registered_losses
+from lightning_rkd.distillation.evaluation import find_aligning_loss
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.csd import CSD
 from lightning_rkd.losses.rkd import RKD
@@ -25,11 +26,6 @@ def choose_loss(kind: Kind) -> LossSum:
     return 3 * RKD() + CSD(student_temperature=t, teacher_temperature=t)
 
 
-def aligns_spaces(loss: Weighable) -> bool:
-    """Whether a term of the loss brings the student's rows into the teacher's space."""
-    return any(term.loss.aligns for term in terms_of(loss).values())
-
-
 class Projection(nn.Module):
     """Projection of a loss that computes it in a method."""
 
@@ -43,17 +39,19 @@ class Projection(nn.Module):
         return found
 
 
-def find_projection(loss: Weighable) -> nn.Module:
-    """Module from the student's space to the teacher's, of the first loss that aligns the two."""
-    aligned = [term.loss for term in terms_of(loss).values() if term.loss.aligns]
-    project = getattr(aligned[0], "project", nn.Identity())
-    return project if isinstance(project, nn.Module) else Projection(aligned[0])
+def find_projection(loss: Weighable) -> nn.Module | None:
+    """Module from the student's space to the teacher's, ``None`` if no term of the loss aligns the two."""
+    aligning = find_aligning_loss([term.loss for term in terms_of(loss).values()])
+    if aligning is None:
+        return None
+    project = getattr(aligning, "project", nn.Identity())
+    return project if isinstance(project, nn.Module) else Projection(aligning)
 
 
 def with_projection(network: nn.Module, loss: Weighable) -> nn.Module:
     """The network with the projection to the teacher's space behind it, where the loss has trained one."""
-    project = find_projection(loss) if aligns_spaces(loss) else nn.Identity()
-    return network if isinstance(project, nn.Identity) else nn.Sequential(network, project)
+    project = find_projection(loss)
+    return network if project is None or isinstance(project, nn.Identity) else nn.Sequential(network, project)
 
 
 def describe_loss(loss: Weighable) -> str:
@@ -112,7 +110,6 @@ def _find_class(name: str) -> type[RelationalLoss]:
             continue
         if isinstance(found, type) and issubclass(found, RelationalLoss):
             return found
-    for entry in entry_points(group="lightning_rkd.losses"):
-        if entry.name == name:
-            return entry.load()  # type: ignore[no-any-return]
+    if name in (registered := load_registered_losses()):
+        return registered[name]
     raise ValueError(f"there is no loss {name!r}; the gallery of losses lists their names")

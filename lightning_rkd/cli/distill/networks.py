@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_rkd.cli.distill.losses import aligns_spaces, find_projection, with_projection
+from lightning_rkd.cli.distill.losses import find_projection, with_projection
 from lightning_rkd.cli.distill.samples import Samples
 from lightning_rkd.cli.distill.students import Student, build_student
 from lightning_rkd.cli.experiments.runs import digest
@@ -78,9 +78,8 @@ def export_student(
     exported = _export(student, network, folder / STUDENT, samples, formats, facts)
     if apart and projected is not network:
         _export(student, projected, folder / PROJECTED, samples, formats, facts)
-    if not aligns_spaces(loss):
-        return exported, None
-    return exported, find_projection(loss) if apart else nn.Identity()
+    align = find_projection(loss)
+    return exported, align if align is None or apart else nn.Identity()
 
 
 def _export(

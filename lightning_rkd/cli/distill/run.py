@@ -17,7 +17,7 @@ from lightning_rkd.cli.distill import networks, report
 from lightning_rkd.cli.distill.data import StudentInputs
 from lightning_rkd.cli.distill.decisions import decide
 from lightning_rkd.cli.distill.embedding import embed_all
-from lightning_rkd.cli.distill.losses import aligns_spaces, choose_loss, describe_loss, parse_loss
+from lightning_rkd.cli.distill.losses import choose_loss, describe_loss, find_projection, parse_loss
 from lightning_rkd.cli.distill.parts import split_rows
 from lightning_rkd.cli.distill.samples import Kind, read_samples
 from lightning_rkd.cli.distill.scores import HELD_OUT, compare_networks
@@ -181,7 +181,7 @@ def distill(
         made = networks.make_student(student, samples, width, image_size, parameters, parts.train)
         inputs = StudentInputs(samples, made.preprocess, seed)
         make_tensors(chosen, made.network, inputs, few)
-        if not aligns_spaces(chosen):
+        if find_projection(chosen) is None:
             warnings.warn(
                 f"{described} does not align the student's space with the teacher's, so the student cannot search a "
                 "gallery of the teacher; add a loss that does, such as CSD",

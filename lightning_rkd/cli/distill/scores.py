@@ -1,4 +1,4 @@
-"""What the student kept of the teacher, on held-out samples."""
+"""Scores of the student and its teacher on held-out samples."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -181,7 +181,7 @@ def stack_transformed(transform: Callable[[Any], Tensor] | None, items: Any) -> 
 
 
 def _takes_nothing(function: Callable[..., Any]) -> bool:
-    """Whether the function builds a teacher, rather than being one."""
+    """True for a function that builds a teacher, rather than being one."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_rkd.cli.distill import scores
-from lightning_rkd.cli.distill.losses import aligns_spaces, choose_loss, describe_loss, find_projection, parse_loss
+from lightning_rkd.cli.distill.losses import choose_loss, describe_loss, find_projection, parse_loss
 from lightning_rkd.losses import CSD, RKD, RKDDistance
 
 
@@ -78,7 +78,7 @@ def test_a_loss_that_cannot_be_read_is_an_error(text: str, message: str) -> None
 
 
 def test_only_anchored_losses_align_spaces() -> None:
-    assert aligns_spaces(parse_loss("3 * RKD + CSD"))
-    assert not aligns_spaces(parse_loss("RKD"))
+    assert parse_loss("3 * RKD + CSD").aligns
+    assert not parse_loss("RKD").aligns
     loss = CSD(student_dim=3, teacher_dim=5)
     assert find_projection(2 * RKD() + loss) is loss.project

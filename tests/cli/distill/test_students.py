@@ -13,6 +13,7 @@ from lightning_rkd.export import export, load
 from lightning_rkd.export.preprocess import VectorPreprocess
 from lightning_rkd.utils.types import call_network
 from tests.cli.distill.test_teachers import TEXTS, bert, images
+from tests.cli.distill.toys import save_vit
 
 ITEMS: dict[str, Any] = {"image": images(), "text": TEXTS, "vector": torch.ones(3, 7)}
 
@@ -83,15 +84,7 @@ def test_a_student_that_cannot_be_built_is_an_error(
 
 
 def test_an_image_student_of_transformers_takes_its_processors_images(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32, patch_size=16
-    )
-    torch.manual_seed(1)
-    network = transformers.ViTModel(config).eval()
-    network.save_pretrained(tmp_path)
-    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.3] * 3)
-    processor.save_pretrained(tmp_path)
+    processor, network = save_vit(tmp_path, image_mean=[0.3] * 3)
     check(f"hf:{tmp_path}", "image", tmp_path / "student")
     student = build_student(f"hf:{tmp_path}", "image", embedding_dim=12)
     square = [image.resize((40, 40)) for image in images()]

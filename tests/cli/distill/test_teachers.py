@@ -55,15 +55,7 @@ def test_a_timm_teacher_uses_its_own_transform(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("pooling", "expected"), [(None, "cls"), ("mean", "mean"), ("pooler", "pooler")])
 def test_a_vision_transformer_of_transformers_is_pooled(pooling: str | None, expected: str, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32, patch_size=16
-    )
-    torch.manual_seed(1)
-    network = transformers.ViTModel(config).eval()
-    network.save_pretrained(tmp_path)
-    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
-    processor.save_pretrained(tmp_path)
+    processor, network = toys.save_vit(tmp_path)
     teacher = open_teacher(f"hf:{tmp_path}", "image", pooling)
     assert teacher.embed is not None
     with torch.no_grad():

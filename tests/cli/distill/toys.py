@@ -7,11 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 WORDS = ["card", "cash", "loan", "rate", "fee", "bank", "pay", "lost", "open", "bill"]
 WIDTH = 6
+
+
+def save_vit(folder: Path, **settings: Any) -> tuple[Any, Any]:
+    """Image processor and network of a small vision transformer of transformers, saved in a folder."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32, patch_size=16
+    )
+    torch.manual_seed(1)
+    network = transformers.ViTModel(config).eval()
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32}, **settings)
+    for part in (network, processor):
+        part.save_pretrained(folder)
+    return processor, network
 
 
 def embed_images(images: Sequence[Any]) -> Tensor:
