@@ -364,7 +364,7 @@ class Distiller:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Pause recording, for a backward pass that may run layers again (activation checkpointing)."""
+        """Pause recording, for passes of the student that the losses shall not compare."""
         readers = [reader for reader in self._readers if reader.on]
         for reader in readers:
             reader.on = False
@@ -422,7 +422,8 @@ class Distiller:
         if calls is None and views > 1:
             raise CaptureError(
                 f"the student layer ran {views} times in one step, but the teacher is fed the batch once: name the "
-                "layer whose inputs it shall get, input_layer=..."
+                "layer whose inputs it shall get, input_layer=..., or run what shall not count under no_grad or "
+                "distiller.paused()"
             )
         if self.inputs is not None and not calls:
             raise CaptureError(f"the input_layer {self.inputs.layer!r} was never called in this step")
@@ -491,15 +492,17 @@ class Distiller:
             # DDP averages over ranks, so a mean over local rows must be weighted by their number
             share = 1.0 if bound.loss.gather else ranks * rows / sum(counts)
             given = {"epoch": epoch, "shard": shard if bound.loss.gather else None}
-            value = self._compute(bound, whole if bound.loss.gather else features, given, step)
             if isinstance(self.weight, int | float) and isinstance(bound.weight, int | float):
                 weight = self.weight * bound.weight
             else:
                 weight = self.weight_of(name, epoch)
+            value = self._compute(bound, whole if bound.loss.gather else features, given, step, learns=weight != 0)
             terms[name] = weight * share * value
         return terms
 
-    def _compute(self, bound: BoundLoss, features: StepFeatures, given: dict[str, Any], step: int) -> Tensor:
+    def _compute(
+        self, bound: BoundLoss, features: StepFeatures, given: dict[str, Any], step: int, *, learns: bool
+    ) -> Tensor:
         """Compute the unweighted value of a term, averaged over teachers."""
         loss = bound.loss
         context: dict[str, Any] = {key: features.context[key] for key in bound.needs}
@@ -507,7 +510,7 @@ class Distiller:
         values = []
         for teacher in features.teachers:
             s, t = bound.select_inputs(features.student, teacher.features)
-            if torch.is_grad_enabled():
+            if learns and torch.is_grad_enabled():
                 self._refuse_missing_gradient(bound, s)
             among = f" ({teacher.title})" if teacher.name else ""
             try:
@@ -533,9 +536,9 @@ class Distiller:
                 return
         if tensors:
             raise CaptureError(
-                f"{bound.name}: the student layer gives a tensor without gradient: it is frozen, ran under no_grad, "
-                "lies inside reentrant activation checkpointing (use_reentrant=False works), or is a first layer "
-                "whose input is read"
+                f"{bound.name}: the student layer gives a tensor without gradient: it is frozen (give the loss a "
+                "weight of 0 until it is not, weight=lambda epoch: ...), ran under no_grad, lies inside reentrant "
+                "activation checkpointing (use_reentrant=False works), or is a first layer whose input is read"
             )
 
     def _refuse_unsized(self, features: StepFeatures) -> None:

@@ -48,10 +48,11 @@ class Recorder:
         self.on = False
         self._handles: list[RemovableHandle] = []
         self._calls: list[list[Any]] = []
+        self._without_gradient: dict[int, list[Any]] = {}
         self._earlier: list[list[Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_handles": [], "_calls": [], "_earlier": [], "on": False}
+        return self.__dict__ | {"_handles": [], "_calls": [], "_without_gradient": {}, "_earlier": [], "on": False}
 
     def detach(self) -> None:
         """Remove the hooks; safe to call twice."""
@@ -62,28 +63,42 @@ class Recorder:
 
     def start(self) -> None:
         """Start recording; discard earlier calls."""
-        self._calls, self._earlier, self.on = [[] for _ in self._handles], [], True
+        self._calls, self._without_gradient = [[] for _ in self._handles], {}
+        self._earlier, self.on = [], True
 
     @property
     def ran(self) -> bool:
         """True if a layer has run since :meth:`start`."""
-        return any(self._calls) or any(self._earlier)
+        return bool(any(self._calls) or self._without_gradient or any(self._earlier))
+
+    @property
+    def ran_with_gradient(self) -> bool:
+        """True if a layer has run since :meth:`start`, and not under ``no_grad``."""
+        return any(self._calls)
 
     def restart(self) -> None:
         """Start anew; the calls recorded so far are used if no layer runs again."""
-        if self.on and any(self._calls):
-            earlier = self._calls
+        if self.on and (any(self._calls) or self._without_gradient):
+            earlier = self._collect_calls()
             self.start()
             self._earlier = earlier
 
     def stop(self) -> None:
         """Stop recording and discard the recorded calls."""
-        self._calls, self._earlier, self.on = [], [], False
+        self._calls, self._without_gradient, self._earlier, self.on = [], {}, [], False
+
+    def _add_call(self, number: int, call: Any) -> None:
+        if torch.is_grad_enabled():
+            self._calls[number].append(call)
+        else:
+            self._without_gradient.setdefault(number, []).append(call)
 
     def _collect_calls(self) -> list[list[Any]]:
-        calls = self._calls if any(self._calls) or not self._earlier else self._earlier
-        self._calls, self._earlier, self.on = [], [], False
-        return calls
+        calls, earlier = self._calls, self._earlier
+        for number, others in self._without_gradient.items():  # beside calls with gradient they are no views
+            calls[number] = calls[number] or others
+        self._calls, self._earlier, self._without_gradient, self.on = [], [], {}, False
+        return calls if any(calls) or not earlier else earlier
 
 
 @contextmanager
@@ -278,7 +293,7 @@ class FeatureReader(Recorder):
         self, number: int, signature: Any, module: nn.Module, args: Any, kwargs: Any, output: Any = None
     ) -> None:
         if self.on:
-            self._calls[number].append(Record(_read_call(self._all[number], signature, module, args, kwargs, output)))
+            self._add_call(number, Record(_read_call(self._all[number], signature, module, args, kwargs, output)))
 
     def _log_taps(self, joined: list[Outputs]) -> None:
         self._logged = True
@@ -309,7 +324,7 @@ class InputReader(Recorder):
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.on:
             single = len(args) == 1 and not kwargs and not isinstance(args[0], Mapping)
-            self._calls[0].append(_copy_inputs(args[0] if single else {**dict(enumerate(args)), **kwargs}))
+            self._add_call(0, _copy_inputs(args[0] if single else {**dict(enumerate(args)), **kwargs}))
 
 
 def read(network: nn.Module, layer: Layer | None, *args: Any, **kwargs: Any) -> Outputs:

@@ -70,10 +70,10 @@ class RowCheck(Recorder):
                     handle.remove()
 
     def _record(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or not self.on or self.student.ran:
+        if torch.compiler.is_compiling() or not self.on or self.student.ran_with_gradient:
             return
         if tensors := list(_list_tensors([*args, kwargs])):
-            self._calls[number].append(tensors[0].detach())
+            self._add_call(number, tensors[0].detach())
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -311,6 +312,67 @@ class Frozen(User):
         self.net.features[0].requires_grad_(False)  # type: ignore[index]
 
 
+class Selects(User):
+    """A pass under ``no_grad``, on other rows, says which samples are hard."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        with torch.no_grad():
+            hard = self.net.features(x.flip(0)).norm(dim=1).flip(0)
+        features = self.net.features(x)
+        task = F.cross_entropy(self.net.head(features), y, reduction="none")
+        return (hard * task).mean() + self.relation(features, x)
+
+
+class Attacked(User):
+    """An attack by the gradient of a first pass, which is not to be compared."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
+        ours = [one.distiller for one in callbacks if isinstance(one, RelationalDistillation)]
+        with ours[0].paused() if ours else nullcontext():
+            own = x.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(self.net.head(self.net.features(own)), y), own)
+        x = x + 0.1 * gradient.sign()
+        features = self.net.features(x)
+        return F.cross_entropy(self.net.head(features), y) + self.relation(features, x)
+
+
+class Sharpness(torch.optim.SGD):
+    """Sharpness-aware minimisation: each step takes the gradient at weights moved by a first one."""
+
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        closure()
+        moved = [(p, 0.05 * p.grad.sign()) for group in self.param_groups for p in group["params"]]
+        for p, change in moved:
+            p.data.add_(change)
+        loss = closure()
+        for p, change in moved:
+            p.data.sub_(change)
+        super().step()
+        return loss
+
+
+class SharpnessAware(User):
+    def configure_optimizers(self) -> Any:
+        return Sharpness(self.parameters(), 0.02)
+
+
+class ChangedOnTheDevice(User):
+    """Augmentation in Lightning's hook after the transfer."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] + torch.randn_like(batch[0]), batch[1]
+
+
+class Thawed(User):
+    """Features that are frozen in the first epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        self.net.features.requires_grad_(self.current_epoch > 0)
+
+
 class Stream(IterableDataset[Any]):
     def __init__(self, rows: list[Any]) -> None:
         self.rows = rows
@@ -334,6 +396,11 @@ MODULES: dict[str, tuple[type[User], Kind, dict[str, Any]]] = {
     "float64": (User, TABLE, {"precision": "64-true"}),
     "overfitted batches": (User, TABLE, {"overfit_batches": 2, "max_epochs": 2}),
     "anomaly detection": (User, TABLE, {"detect_anomaly": True}),
+    "samples selected by a pass under no_grad": (Selects, TABLE, {}),
+    "adversarial samples made in the step": (Attacked, TABLE, {"given": {"input_layer": "net.features"}}),
+    "sharpness-aware steps": (SharpnessAware, TABLE, {}),
+    "augmentation after the transfer": (ChangedOnTheDevice, TABLE, {}),
+    "features frozen in the first epoch": (Thawed, TABLE, {"max_epochs": 2, "given": {"weight": float}}),
 }
 
 
@@ -345,8 +412,8 @@ def test_a_module_trains_as_with_the_loss_by_hand(name: str, difference: Callabl
     teacher, data = build(kind, 8).eval(), settings.pop("data", list)(batches(kind))
     if settings.get("precision") == "64-true":
         teacher.double()
-    which = {"manual_backward_index": 1} if user is Adversarial else {}
-    ours = train(user(kind), attach(copy.deepcopy(teacher), kind, **which), data=data, **settings)
+    given = {"manual_backward_index": 1} if user is Adversarial else settings.pop("given", {})
+    ours = train(user(kind), attach(copy.deepcopy(teacher), kind, **given), data=data, **settings)
     hand, alone = train(user(kind, teacher), data=data, **settings), train(user(kind), data=data, **settings)
     difference(toys.gap(ours, hand), limit=1e-6 if user is Adversarial else 0.0)
     assert toys.gap(alone, hand) > 1e-6, "the loss changes the training"

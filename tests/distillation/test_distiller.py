@@ -170,13 +170,38 @@ def test_copies_and_pickles_of_an_attached_distiller_attach_anew() -> None:
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        ((X, X), "ran 2 times in one step, but the teacher is fed the batch once"),
+        ((X, X), r"ran 2 times in one step, but the teacher is fed the batch once.* no_grad or distiller\.paused\(\)"),
         ((X[:4],), r"gives 4 rows in 1 call\(s\), the teacher 8"),
     ],
 )
 def test_calls_and_rows_must_fit(calls: tuple[Tensor, ...], message: str) -> None:
     with pytest.raises(CaptureError, match=message):
         step(Distiller(nets.teacher(), RKD()), *calls, batch=Batch(X))
+
+
+@pytest.mark.parametrize("without", ["no_grad", "paused"])
+@pytest.mark.parametrize("input_layer", [None, ""])
+def test_passes_that_do_not_learn_are_no_views(without: str, input_layer: str | None) -> None:
+    student, teacher = nets.Backbone(), nets.teacher()
+    distiller = Distiller(teacher, RKD(), input_layer=input_layer)
+    with distiller.attached(student, "cpu"):
+        distiller.start()
+        with torch.no_grad() if without == "no_grad" else distiller.paused():
+            student(X.flip(0))
+        student(X)
+        terms = distiller.compute_terms(Batch(X))
+    expected = RKD()(student(X), teacher(X))
+    assert terms["rkd"] == expected
+    both = torch.cat([X.flip(0), X])
+    assert (RKD()(student(both), teacher(both)) - expected).abs() > 1e-3, "WRONG: as with two views"
+
+
+def test_a_frozen_layer_has_a_term_of_weight_zero() -> None:
+    student = nets.Backbone().requires_grad_(False)
+    distiller = Distiller(nets.teacher(), RKD(), weight=lambda epoch: float(epoch > 1))
+    assert step(distiller, student=student, epoch=1)["rkd"] == 0
+    with pytest.raises(CaptureError, match=r"it is frozen \(give the loss a weight of 0 until it is not, weight="):
+        step(distiller, student=student, epoch=2)
 
 
 def test_an_input_layer_may_feed_a_teacher_of_other_inputs() -> None:

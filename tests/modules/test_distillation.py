@@ -309,7 +309,7 @@ FAILURES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no logits": (
         TASK | {"student": Tuple(), "student_layer": "last", "task_reads": "logits"},
         ValueError,
-        "the student gives no logits for the task loss, but tuple",
+        "the student gives no logits for the task loss, but tuple: return them from its forward, or override task",
     ),
     "tuple": (TEACHER | {"student": Tuple()}, CaptureError, "gives a tuple, not a tensor; say how to read it"),
     "agreement without teacher": (
