@@ -281,11 +281,14 @@ class FeatureReader(Recorder):
         calls = {f"{tap.layer!r}": len(one) for tap, one in zip(self._all, recorded, strict=True)}
         for layer, count in calls.items():
             if count == 0:
+                absent = (
+                    ". If some steps do without the layer (alternating tasks, a CombinedLoader with None batches), "
+                    "RelationalDistillation(absent='skip') trains them without the loss"
+                )
                 raise CaptureError(
                     f"the {self.network} layer {layer} was never called in this step. Name a layer that runs through "
                     "its __call__ (not .forward); under torch.compile attach before the first compiled call, or call "
-                    "torch.compiler.reset(). If some steps do without the layer (alternating tasks, a CombinedLoader "
-                    "with None batches), RelationalDistillation(absent='skip') trains them without the loss"
+                    f"torch.compiler.reset(){absent if self.network == 'student' else ''}"
                 )
         raise CaptureError(f"the {self.network} layers ran unequally often in one step: {calls}")
 

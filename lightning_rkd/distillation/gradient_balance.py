@@ -130,8 +130,8 @@ class GradientBalance:
                 _log.debug("the gradients of %s and task loss cannot be compared: %s", ", ".join(terms), error)
                 return {}
             raise RuntimeError(
-                "balance: the gradients at the student's layer cannot be computed; do not compile what lies between "
-                f"layer and task loss, or set weights by hand ({error})"
+                f"balance: the gradients at the student's layer cannot be computed ({error}); leave out compiling and "
+                "micro_batch, name a layer after them, or set weights by hand"
             ) from error
         logged = {}
         for name, (of_term, of_task) in norms.items():

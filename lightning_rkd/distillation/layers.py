@@ -91,8 +91,14 @@ def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]
     """
     if isinstance(layer, nn.Module):
         path = next((name for name, module in network.named_modules() if module is layer), None)
-        cure = "such as 'backbone'" if path is None else f"which is {path!r} for this one"
-        raise TypeError(f"a layer is a dotted path, {cure}, got the module itself ({type(layer).__name__})")
+        if path is None:
+            raise TypeError(
+                f"a layer is a dotted path, such as 'backbone', got a module ({type(layer).__name__}) that is no part "
+                f"of {type(network).__name__}"
+            )
+        raise TypeError(
+            f"a layer is a dotted path, which is {path!r} for this one, got the module itself ({type(layer).__name__})"
+        )
     if not isinstance(layer, str):
         chosen = layer(network)
         if isinstance(chosen, nn.Module):

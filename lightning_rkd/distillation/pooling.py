@@ -72,7 +72,8 @@ def cls_token(output: Any, arguments: Mapping[Any, Any]) -> Tensor:
 def _take_tokens(output: Any, name: str) -> Tensor:
     x = _first_tensor(output)
     if x.ndim != 3:
-        raise ValueError(f"{name} takes tokens (N, T, D), got {tuple(x.shape)}")
+        cure = "global_pool takes maps" if x.ndim == 4 else "an output (N, D) needs no read"
+        raise ValueError(f"{name} takes tokens (N, T, D), got {tuple(x.shape)}; {cure}")
     return x
 
 
@@ -92,7 +93,10 @@ def _find_mask(output: Any, arguments: Mapping[Any, Any], x: Tensor) -> Tensor |
     elif name != "attention_mask":
         kept = mask >= 0 if mask.is_floating_point() else ~mask.bool()
     if tuple(kept.shape) != tuple(x.shape[:2]):
-        raise ValueError(f"the output has tokens (N, T) = {tuple(x.shape[:2])}, but the {name} is {shape}")
+        raise ValueError(
+            f"the output has tokens (N, T) = {tuple(x.shape[:2])}, but the {name} is {shape}: name a layer with the "
+            "mask's tokens, or read it by a function of your own"
+        )
     return kept.to(x.device)
 
 

@@ -76,7 +76,7 @@ class ImagePreprocess(Preprocess):
     def __post_init__(self) -> None:
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
             raise ValueError(f"mean and positive std of 1 or 3 channels are needed, got {self.mean} and {self.std}")
-        if len(self.size) != 2 or min(self.size) < 1 or not 0 < self.crop <= 1:
+        if isinstance(self.size, int) or len(self.size) != 2 or min(self.size) < 1 or not 0 < self.crop <= 1:
             raise ValueError(f"size (height, width) and a crop up to 1 are needed, got {self.size} and {self.crop}")
         if self.interpolation not in ("bicubic", "bilinear"):
             raise ValueError(f"interpolation must be 'bicubic' or 'bilinear', got {self.interpolation!r}")

@@ -76,6 +76,8 @@ def read_pixels(items: Sequence[Any], config: dict[str, Any]) -> npt.NDArray[np.
     """Images as bytes (N, C, H, W): scaled to cover the size, with the centre cut out."""
     from PIL import Image, ImageOps
 
+    if isinstance(items, str | Path | Image.Image):
+        raise TypeError("expected a list of images, got a single one: pass [image]")
     height, width = config["size"]
     mode, resample = ("L", "RGB")[len(config["mean"]) == 3], Image.Resampling[config["interpolation"].upper()]
     pixels = np.empty((len(items), len(config["mean"]), height, width), np.uint8)

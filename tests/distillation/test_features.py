@@ -148,7 +148,7 @@ def test_read_may_return_outputs_which_later_writes_do_not_change() -> None:
 def test_pools_refuse_other_shapes(pool: Any, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"{pool.__name__} takes .*got \("):
         pool(torch.ones(shape), {})
-    with pytest.raises(ValueError, match=r"\(N, T\) = \(2, 3\), but the attention_mask is \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"\(N, T\) = \(2, 3\), but the attention_mask is \(2, 4\): name a layer"):
         mean_pool(torch.ones(2, 3, 5), {"attention_mask": torch.ones(2, 4)})
 
 

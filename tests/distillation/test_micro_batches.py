@@ -301,7 +301,7 @@ def test_gradients_are_not_compared_through_a_second_pass() -> None:
     for module in (ours, expected):
         toys.fit(module, batches=toys.loader(8 * 15), log_every_n_steps=1)
     assert toys.gap(ours, expected) == 0.0
-    with pytest.raises(RuntimeError, match="activation checkpointing recomputes what lies between"):
+    with pytest.raises(RuntimeError, match=r"activation checkpointing .* leave out compiling and micro_batch"):
         toys.fit(distilling(balance=1.0))
 
 

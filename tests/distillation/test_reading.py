@@ -208,7 +208,9 @@ def test_the_last_token_is_found_with_padding_on_either_end() -> None:
     assert last_token_pool(x, {"attention_mask": right}).tolist() == [[2.0, 3.0], [6.0, 7.0]]
     assert last_token_pool(x, {"attention_mask": left.bool()}).tolist() == [[4.0, 5.0], [10.0, 11.0]]
     assert torch.equal(last_token_pool(x, {}), x[:, -1])
-    with pytest.raises(ValueError, match=r"last_token_pool takes tokens \(N, T, D\), got \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"last_token_pool takes tokens \(N, T, D\), got \(2, 3\); an output \(N, D\) needs"
+    ):
         last_token_pool(x[:, :, 0], {})
 
 
@@ -344,7 +346,7 @@ def test_a_module_as_layer_is_answered_with_its_path() -> None:
     for layer in (net.last, Tap(net.last)):
         with pytest.raises(TypeError, match=r"a layer is a dotted path, which is 'last' for this one, got the module"):
             read(net, layer, X)
-    with pytest.raises(TypeError, match=r"such as 'backbone', got the module itself \(ReLU\)"):
+    with pytest.raises(TypeError, match=r"such as 'backbone', got a module \(ReLU\) that is no part of"):
         read(net, nn.ReLU(), X)
 
 

@@ -228,6 +228,9 @@ RGB = ImagePreprocess((8, 8))
     [
         (lambda: RGB([Image.new("I;16", (8, 8))]), TypeError, "item 0: .* in 8 bits.* got an image of mode I;16"),
         (lambda: RGB([photo(), 3]), TypeError, "item 1: expected an image of Pillow .* got int"),
+        (lambda: RGB("photo.jpg"), TypeError, r"a list of images, got a single one: pass \[image\]"),
+        (lambda: RGB(photo()), TypeError, r"a list of images, got a single one: pass \[image\]"),
+        (lambda: ImagePreprocess(224), ValueError, r"size \(height, width\) .* got 224"),
         (lambda: RGB(torch.full((1, 3, 8, 8), -1.9)), ValueError, "got -1.9 to -1.9: undo the normalisation"),
         (lambda: RGB(torch.zeros(3, 8, 8)), ValueError, r"expected images \(N, C, H, W\)"),
         (lambda: PiecesPreprocess()("my card"), TypeError, r"a list of texts, got a single one: pass \[text\]"),

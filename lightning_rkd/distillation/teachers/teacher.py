@@ -85,8 +85,10 @@ class Teacher(BaseTeacher):
         self.transforms: list[Callable[[Any], Any]] = [*transforms]
         for name, functions in (("transform", self.transforms), ("context", [] if context is None else [context])):
             for function in functions:
-                if not callable(function):
-                    raise TypeError(f"Teacher: {name} must be a function, got {type(function).__name__}")
+                entered = name == "context" and isinstance(function, AbstractContextManager)  # some can be called
+                if entered or not callable(function):
+                    cure = "; pass it uncalled, such as context=model.disable_adapter" if entered else ""
+                    raise TypeError(f"Teacher: {name} must be a function, got {type(function).__name__}{cure}")
         self._loaded, self._warned = weights is None, False
         self._reader: FeatureReader | None = None
         self._saved_states: list[SavedState] = []

@@ -203,6 +203,8 @@ def test_what_is_no_function_is_refused() -> None:
         Teacher(toys.teacher(), transform=[Resize(2), 3])
     with pytest.raises(TypeError, match="context must be a function, got nullcontext"):
         Teacher(toys.teacher(), context=nullcontext())
+    with pytest.raises(TypeError, match="got no_grad; pass it uncalled"):  # it can be called, as disable_adapter() can
+        Teacher(toys.teacher(), context=torch.no_grad())
 
 
 # Precision
