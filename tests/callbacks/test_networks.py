@@ -130,7 +130,7 @@ KINDS = {
     "GRU on packed sequences": Kind(lambda w: Packed(nn.GRU, w), (5, 3)),
     "1-D convolutions on audio": Kind(conv(nn.Conv1d, 2), (2, 20), mean_over_time, pooled((2,))),
     "3-D convolutions on video": Kind(conv(nn.Conv3d, 1), (1, 3, 4, 4), global_pool, pooled((2, 3, 4))),
-    "feature map of a segmentation network": Kind(conv(nn.Conv2d, 3), (3, 6, 6), global_pool, pooled((2, 3))),
+    "feature maps, pooled for the relation": Kind(conv(nn.Conv2d, 3), (3, 6, 6), global_pool, pooled((2, 3))),
     "transformer, class token": Kind(Tokens, (4, 3), cls_token, Decoder),
     "transformer, mean of tokens": Kind(Tokens, (4, 3), mean_pool, Decoder),
     "bag of words": Kind(lambda w: nn.EmbeddingBag(20, w), (7,), integers=True),
@@ -156,7 +156,7 @@ KINDS = {
         (8,),
     ),
     "activation checkpointing inside the layer": Kind(Checkpointed, (8,)),
-    "autoencoder, latent code": Kind(lambda w: nn.Linear(8, w), (8,), head=lambda w: nn.Linear(w, 3)),
+    "linear bottleneck": Kind(lambda w: nn.Linear(8, w), (8,), head=lambda w: nn.Linear(w, 3)),
 }
 
 

@@ -2,10 +2,13 @@
 
 import copy
 import inspect
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import lightning_utilities.core.rank_zero as messages
 import pytest
 import torch
 from torch import nn
@@ -117,3 +120,23 @@ def test_arguments_are_collected_outside_of_the_command_line() -> None:
             self.found = private.is_built_by_cli(), private.collect_arguments(frame, pl.LightningModule)
 
     assert Collects(4).found == (False, [{"width": 4}])
+
+
+NOISY = """
+import warnings
+import lightning_utilities.core.rank_zero as messages
+messages.log = None
+warnings.warn("a notice")
+"""
+
+
+def test_pytorch_lightning_is_imported_without_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The notice would be an error here, and messages of ``lightning`` would go elsewhere."""
+    (tmp_path / "pytorch_lightning.py").write_text(NOISY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
+    del sys.modules["pytorch_lightning"]
+    log = messages.log
+    monkeypatch.setattr(messages, "log", log)  # as it was, also after a failure
+    assert private.import_pytorch_lightning().__file__ == str(tmp_path / "pytorch_lightning.py")
+    assert messages.log is log
