@@ -238,13 +238,18 @@ RGB = ImagePreprocess((8, 8))
         (lambda: VectorPreprocess(3)(torch.zeros(2, 4)), ValueError, r"expected vectors \(N, 3\), got .* \(2, 4\)"),
         (lambda: ImagePreprocess((8, 8), mean=(0.5,)), ValueError, "mean and positive std of 1 or 3 channels"),
         (lambda: PiecesPreprocess(3, ("a", "b", "c")), ValueError, "a vocabulary of 3 needs as many rows and one more"),
-        (lambda: TokensPreprocess(object()), TypeError, r"a object has no tokenizer\.json"),
         (lambda: Embedder(VectorMLP(3), VectorPreprocess(3))([]), ValueError, "the list of items is empty"),
     ],
 )
 def test_items_that_do_not_fit_are_named(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_tokenizer_in_plain_python_is_refused() -> None:
+    pytest.importorskip("tokenizers")
+    with pytest.raises(TypeError, match=r"a object has no tokenizer\.json"):
+        TokensPreprocess(object())
 
 
 def test_a_function_of_ones_own_cannot_be_exported_as_preprocessing(tmp_path: Path) -> None:
