@@ -12,7 +12,7 @@ SHELL := bash
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-NETWORKS := tests/cli/distill tests/cli/commands/test_distill.py tests/distillation tests/export/test_text.py tests/test_docs.py tests/test_notebooks.py
+NETWORKS := tests/cli/distill tests/cli/commands/test_distill.py tests/distillation tests/export/test_text.py tests/export/test_preprocess.py tests/test_docs.py tests/test_notebooks.py
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
