@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.cli.distill.samples import Kind
-from lightning_rkd.utils.imports import MissingExtraError, require
+from lightning_rkd.utils.imports import require
 
 _MEAN, _STD = np.array([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)], dtype=np.float32)  # of ImageNet
 _log = logging.getLogger(__name__)
@@ -97,10 +97,6 @@ class OnnxTeacher:
 def _read_tokenizer(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"an ONNX teacher of tokens needs its tokenizer: there is no {str(path)!r}")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise MissingExtraError(f"{path.name} is read with tokenizers: pip install tokenizers") from None
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = require("tokenizers", extra="transformers").Tokenizer.from_file(str(path))
     tokenizer.enable_padding()
     return tokenizer
