@@ -12,11 +12,6 @@ from lightning_rkd.losses.parts.anchored import AnchoredLoss
 _CPU_BLOCK, _BLOCK = 2**16, 2**22  # triplets at a time: on a CPU their buffers stay in cache
 
 
-def distances_to_teacher(student: Tensor, teacher: Tensor) -> Tensor:
-    """Distances between the rows of two networks, (N, D), (N, D) -> (N, N)."""
-    return torch.cdist(student, teacher, compute_mode="use_mm_for_euclid_dist")  # the other form holds N x N x D
-
-
 class AnchoredRKD(AnchoredLoss):
     r"""RKD's distances and angles between the student's rows and the teacher's, in the teacher's space.
 
@@ -80,7 +75,8 @@ class AnchoredRKD(AnchoredLoss):
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of unit rows."""
         own = squared_distances(teacher).sqrt()
-        across = distances_to_teacher(student, teacher)
+        # the other form of cdist holds N x N x D
+        across = torch.cdist(student, teacher, compute_mode="use_mm_for_euclid_dist")
         unit = own.sum() / (own > 0).sum()
         unit = torch.where(unit > 0, unit, 1)  # NaN where all rows of the teacher are equal
         value = self.distance_weight * _huber((across - own) / unit).mean()

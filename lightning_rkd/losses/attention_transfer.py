@@ -15,8 +15,6 @@ from lightning_rkd.losses.parts.maps import match_sizes
 def attention_map(features: Tensor, *, power: float = 2.0) -> Tensor:
     r"""Attention of a feature map: the strength of the response at each place, with unit norm per sample.
 
-    .. math:: Q_n = \mathrm{vec} \sum_c |A_{nc}|^p, \qquad \hat Q_n = Q_n / \lVert Q_n \rVert_2
-
     Shapes: (N, C, H, W) -> (N, H W); tokens (N, T, C) -> (N, T). Zeros where a map is zero.
     """
     strength = _strength(features, power)
@@ -27,17 +25,6 @@ def attention_map(features: Tensor, *, power: float = 2.0) -> Tensor:
 
 def _strength(features: Tensor, power: float) -> Tensor:
     return features.abs().pow(power).mean(1 if features.ndim == 4 else 2).flatten(1)
-
-
-def attention_transfer(student: Sequence[Tensor], teacher: Sequence[Tensor], *, power: float = 2.0) -> Tensor:
-    """Attention transfer as a function; see :class:`AttentionTransfer`."""
-    if len(student) != len(teacher):
-        raise ValueError(f"AttentionTransfer: {len(student)} maps of the student, but {len(teacher)} of the teacher")
-    losses = []
-    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
-        s, t = match_sizes(s, t.detach(), f"AttentionTransfer, map {i}")
-        losses.append((attention_map(s, power=power) - attention_map(t, power=power)).square().mean())
-    return torch.stack(losses).sum()
 
 
 class AttentionTransfer(RelationalLoss):
@@ -59,12 +46,7 @@ class AttentionTransfer(RelationalLoss):
 
     Args:
         power: p, at least 1.
-        feature_maps: Positions of the maps that are compared, among those that are tapped; ``[-1]`` is the last.
-            ``None`` compares all.
-
-    Raises:
-        ValueError: Lists of different length; a position without a map; maps paired with
-            tokens; different numbers of tokens.
+        feature_maps: Positions of the compared maps among those tapped, ``[-1]`` the last; ``None`` compares all.
 
     Reference:
         Zagoruyko and Komodakis 2017, Paying More Attention to Attention: Improving the Performance of Convolutional
@@ -95,4 +77,8 @@ class AttentionTransfer(RelationalLoss):
         self.power, self.feature_maps = power, feature_maps
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        return attention_transfer(student, teacher, power=self.power)
+        losses = []
+        for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+            s, t = match_sizes(s, t, f"AttentionTransfer, map {i}")
+            losses.append((attention_map(s, power=self.power) - attention_map(t, power=self.power)).square().mean())
+        return torch.stack(losses).sum()

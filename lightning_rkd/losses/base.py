@@ -105,11 +105,8 @@ class RelationalLoss(Weighable, LazyModule):
                 f"{cls.__name__}.forward takes {sorted(misplaced)} by position, but such inputs are keyword-only "
                 f"parameters: forward(self, student, teacher, *, {', '.join(sorted(misplaced))})"
             )
-        unknown = set(keywords) - CONTEXT
-        if unknown:
-            raise TypeError(
-                f"{cls.__name__}.forward takes {sorted(unknown)}, but a loss may only take {sorted(CONTEXT)}"
-            )
+        if unknown := set(keywords) - CONTEXT:
+            raise TypeError(f"{cls.__name__}.forward takes {sorted(unknown)}, but may only take {sorted(CONTEXT)}")
         if not set(cls.invariances) <= INVARIANCES:
             raise TypeError(f"{cls.__name__}.invariances must be among {sorted(INVARIANCES)}, got {cls.invariances}")
         cls.needs = frozenset(keywords)

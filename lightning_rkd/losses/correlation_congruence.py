@@ -14,37 +14,10 @@ Form = Literal["kernel", "norm", "rows"]
 """``"kernel"`` is the paper's, ``"norm"`` torchdistill's, ``"rows"`` RepDistiller's."""
 
 
-def correlation_congruence(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
-    """The paper's kernel form as a function; see :class:`CorrelationCongruence`."""
-    s, t = (gaussian_taylor(x @ x.T, gamma, order) for x in (unit_rows(student), unit_rows(teacher)))
-    return (s - t).square().mean()
-
-
-def correlation_congruence_norm(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) -> Tensor:
-    """torchdistill's form as a function; see :class:`CorrelationCongruence`."""
-    s, t = (gaussian_taylor(x @ x.T, gamma, order) for x in (student, teacher))
-    return row_norms((s - t).reshape(1, -1)).squeeze(0) / len(student) ** 2
-
-
-def correlation_congruence_rows(student: Tensor, teacher: Tensor) -> Tensor:
-    """RepDistiller's form as a function; see :class:`CorrelationCongruence`."""
-    if student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            f"CorrelationCongruence: form='rows' compares embeddings of equal width, got {student.shape[1]} of the "
-            f"student and {teacher.shape[1]} of the teacher; pass dim=128 for trained linear layers of equal width, "
-            "or use form='kernel'"
-        )
-    delta = (student - teacher).abs()
-    return (delta[:-1] * delta[1:]).sum() / max(1, len(delta) - 1)
-
-
 def gaussian_taylor(inner: Tensor, gamma: float, order: int) -> Tensor:
-    r"""Taylor expansion of the Gaussian kernel of unit vectors, from their inner products.
+    r"""Taylor expansion of the Gaussian kernel :math:`e^{-\gamma \lVert a - b \rVert^2}` of unit vectors.
 
-    .. math:: e^{-\gamma \lVert a - b \rVert^2} = e^{-2 \gamma} e^{2 \gamma \langle a, b \rangle} \approx
-        e^{-2 \gamma} \sum_{p=0}^P \frac{(2 \gamma)^p}{p!} \langle a, b \rangle^p
-
-    Shapes: any -> the same. ``order`` is the last power P.
+    Shapes: inner products of any shape -> the same.
     """
     total = term = torch.ones_like(inner)
     for p in range(1, order + 1):
@@ -148,6 +121,20 @@ class CorrelationCongruence(RelationalLoss):
         if len(student) == 1:
             return student.sum() * 0
         if self.form == "rows":
-            return correlation_congruence_rows(student, teacher)
-        compare = correlation_congruence if self.form == "kernel" else correlation_congruence_norm
-        return compare(student, teacher, gamma=self.gamma, order=self.order)
+            return self._compare_neighbours(student, teacher)
+        if self.form == "kernel":
+            student, teacher = unit_rows(student), unit_rows(teacher)
+        s, t = (gaussian_taylor(x @ x.T, self.gamma, self.order) for x in (student, teacher))
+        if self.form == "kernel":
+            return (s - t).square().mean()
+        return row_norms((s - t).reshape(1, -1)).squeeze(0) / len(student) ** 2
+
+    def _compare_neighbours(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if student.shape[1] != teacher.shape[1]:
+            raise ValueError(
+                f"CorrelationCongruence: form='rows' compares embeddings of equal width, got {student.shape[1]} of "
+                f"the student and {teacher.shape[1]} of the teacher; pass dim=128 for trained linear layers of equal "
+                "width, or use form='kernel'"
+            )
+        delta = (student - teacher).abs()
+        return (delta[:-1] * delta[1:]).sum() / max(1, len(delta) - 1)

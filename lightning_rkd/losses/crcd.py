@@ -2,6 +2,7 @@
 
 import math
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,9 +92,6 @@ class CRCD(MemoryContrast):
         momentum: Of the memories.
         seed: Of the memories' first rows and of the draws.
 
-    Raises:
-        ValueError: An index outside the memory.
-
     Reference:
         Zhu et al. 2021, Complementary Relation Contrastive Distillation, arXiv:2103.16367.
 
@@ -112,19 +110,8 @@ class CRCD(MemoryContrast):
         weight_note="CIFAR-100, the authors' script; 0 in the last 10 of 250 epochs",
     )
 
-    def __init__(
-        self,
-        student_dim: int | None = None,
-        teacher_dim: int | None = None,
-        num_samples: int | None = None,
-        *,
-        dim: int = 128,
-        negatives: int = 500,
-        temperature: float = 0.05,
-        momentum: float = 0.5,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(student_dim, teacher_dim, num_samples, dim, negatives, temperature, momentum, seed)
+    def __init__(self, *args: int | None, negatives: int = 500, temperature: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(*args, negatives=negatives, temperature=temperature, **kwargs)
 
     def log_mean(self) -> float:
         """The mean over triples of random points."""

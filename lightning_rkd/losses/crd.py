@@ -56,9 +56,6 @@ class CRD(MemoryContrast):
         momentum: :math:`\mu`.
         seed: Of the memories' first rows and of the draws.
 
-    Raises:
-        ValueError: An index outside the memory.
-
     Reference:
         Tian, Krishnan and Isola 2019, Contrastive Representation Distillation, arXiv:1910.10699.
 
@@ -77,20 +74,6 @@ class CRD(MemoryContrast):
         weight_note="CIFAR-100, RepDistiller",
         result="CIFAR-100 resnet32x4 to resnet8x4: 75.51 (student alone 72.50), RepDistiller",
     )
-
-    def __init__(
-        self,
-        student_dim: int | None = None,
-        teacher_dim: int | None = None,
-        num_samples: int | None = None,
-        *,
-        dim: int = 128,
-        negatives: int = 16384,
-        temperature: float = 0.07,
-        momentum: float = 0.5,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(student_dim, teacher_dim, num_samples, dim, negatives, temperature, momentum, seed)
 
     def log_mean(self) -> float:
         """The mean for random points, in closed form up to an integral."""

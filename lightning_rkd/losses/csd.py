@@ -9,25 +9,6 @@ from lightning_rkd.losses.parts.checks import check_at_least, check_positive
 from lightning_rkd.losses.parts.memory import Queue
 
 
-def contextual_similarity(
-    student: Tensor,
-    teacher: Tensor,
-    gallery: Tensor | None = None,
-    *,
-    top_k: int | None = None,
-    student_temperature: float = 1.0,
-    teacher_temperature: float = 0.01,
-) -> Tensor:
-    """The loss of unit rows as a function, with the teacher's as gallery unless one is given; see :class:`CSD`."""
-    gallery = teacher if gallery is None else gallery
-    t, x = teacher @ gallery.T, student @ gallery.T
-    if top_k is not None:
-        near = most_similar(t, top_k)
-        t, x = t.gather(1, near), x.gather(1, near)
-    log_p, log_q = F.log_softmax(t / teacher_temperature, dim=1), F.log_softmax(x / student_temperature, dim=1)
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-
-
 class CSD(AnchoredLoss):
     r"""Matches each sample's similarities to the teacher's rows, when the student queries and when the teacher does.
 
@@ -112,7 +93,10 @@ class CSD(AnchoredLoss):
             gallery = self.bank.contents_with(teacher)[: self.bank.filled + len(teacher)]
             if self.training:
                 self.bank.push(teacher)
-        return contextual_similarity(
-            student, teacher, gallery, top_k=self.top_k,
-            student_temperature=self.student_temperature, teacher_temperature=self.teacher_temperature,
-        )  # fmt: skip
+        t, x = teacher @ gallery.T, student @ gallery.T
+        if self.top_k is not None:
+            near = most_similar(t, self.top_k)
+            t, x = t.gather(1, near), x.gather(1, near)
+        log_p = F.log_softmax(t / self.teacher_temperature, dim=1)
+        log_q = F.log_softmax(x / self.student_temperature, dim=1)
+        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

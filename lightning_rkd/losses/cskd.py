@@ -79,9 +79,6 @@ class ClassSimilarityKD(RelationalLoss):
         standardise: Take the z-score of each row of logits, in both networks, before the temperature
             (:func:`~lightning_rkd.losses.parts.checks.standardise_rows`).
 
-    Raises:
-        ValueError: Dense logits; logits of different class counts.
-
     Reference:
         Ham, Kim, Lee, Lee and Kim 2023, Cosine Similarity Knowledge Distillation for Individual Class Information
         Transfer, arXiv:2311.14307.
@@ -133,9 +130,6 @@ class CosineTemperatureKD(RelationalLoss):
         scale: :math:`\alpha`.
         standardise: Take the z-score of each row of logits, in both networks, before the temperatures are found
             (:func:`~lightning_rkd.losses.parts.checks.standardise_rows`).
-
-    Raises:
-        ValueError: Dense logits; logits of different class counts.
 
     Reference:
         Ham, Kim, Lee, Lee and Kim 2023, Cosine Similarity Knowledge Distillation for Individual Class Information

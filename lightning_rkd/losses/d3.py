@@ -9,21 +9,6 @@ from lightning_rkd.losses.parts.anchored import AnchoredLoss, most_similar
 from lightning_rkd.losses.parts.checks import check_at_least
 
 
-def decoupled_differences(
-    student: Tensor, teacher: Tensor, *, top_k: int = 10, alpha: float = 50.0, beta: float = 2.0, gamma: float = 1.0
-) -> Tensor:
-    """The loss of unit rows as a function; see :class:`D3`."""
-    own = teacher @ teacher.T
-    near = most_similar(own, top_k)
-    t, x = own.gather(1, near), (student @ teacher.T).gather(1, near)
-    features = row_norms((t[:, :1] - x[:, :1]).T).squeeze(0) / len(t)
-    of_teacher, of_student = ((v[:, None, 1:] - v[:, 1:, None]).flatten(1) for v in (t, x))
-    gaps = (of_student - of_teacher) / (0.1 + of_teacher.abs())
-    order = (of_student.detach() * of_teacher).sign()
-    wrong, right = (row_norms(torch.where(order == sign, gaps, 0)).mean() / (top_k - 1) for sign in (-1, 1))
-    return alpha * features + beta * wrong + gamma * right
-
-
 class D3(AnchoredLoss):
     r"""Matches the teacher's row, and differences between similarities to its nearest rows, apart by their order.
 
@@ -89,6 +74,12 @@ class D3(AnchoredLoss):
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of unit rows."""
-        return decoupled_differences(
-            student, teacher, top_k=self.top_k, alpha=self.alpha, beta=self.beta, gamma=self.gamma
-        )
+        own = teacher @ teacher.T
+        near = most_similar(own, self.top_k)
+        t, x = own.gather(1, near), (student @ teacher.T).gather(1, near)
+        features = row_norms((t[:, :1] - x[:, :1]).T).squeeze(0) / len(t)
+        of_teacher, of_student = ((v[:, None, 1:] - v[:, 1:, None]).flatten(1) for v in (t, x))
+        gaps = (of_student - of_teacher) / (0.1 + of_teacher.abs())
+        order = (of_student.detach() * of_teacher).sign()
+        wrong, right = (row_norms(torch.where(order == sign, gaps, 0)).mean() / (self.top_k - 1) for sign in (-1, 1))
+        return self.alpha * features + self.beta * wrong + self.gamma * right

@@ -1,6 +1,5 @@
 """DarkRank (Chen, Wang and Zhang 2018): the ranking of each sample's nearest neighbours."""
 
-import torch
 from torch import Tensor
 
 from lightning_rkd.functional.distances import pairwise_distances
@@ -9,25 +8,6 @@ from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_at_least, check_positive
 
 _LONGEST = 7  # lists have 5,040 orders, each of which is scored
-
-
-def hard_dark_rank(
-    student: Tensor, teacher: Tensor, *, alpha: float = 3.0, beta: float = 3.0, length: int = 4
-) -> Tensor:
-    """The hard transfer as a function; see :class:`HardDarkRank`."""
-    scores, _ = _scores(student, teacher, alpha, beta, length)
-    return -log_probability_of_order(scores).mean().to(torch.promote_types(student.dtype, torch.float32))
-
-
-def soft_dark_rank(
-    student: Tensor, teacher: Tensor, *, alpha: float = 3.0, beta: float = 3.0, length: int = 4
-) -> Tensor:
-    """The soft transfer as a function; see :class:`SoftDarkRank`."""
-    both = _scores(student, teacher, alpha, beta, length)
-    orders = permutations(both[0].shape[1], student.device)
-    log_q, log_p = (log_probability_of_order(scores[:, orders]) for scores in both)  # (N, length!)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(1)
-    return divergence.mean().to(torch.promote_types(student.dtype, torch.float32))
 
 
 class HardDarkRank(RelationalLoss):
@@ -59,6 +39,7 @@ class HardDarkRank(RelationalLoss):
         arXiv:1707.01220.
 
     Example:
+        >>> import torch
         >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [1.5]])
         >>> HardDarkRank()(student, teacher)  # the middle sample's neighbours are in the wrong order
         tensor(7.)
@@ -77,15 +58,22 @@ class HardDarkRank(RelationalLoss):
 
     def __init__(self, alpha: float = 3.0, beta: float = 3.0, length: int = 4) -> None:
         super().__init__()
-        check_positive("HardDarkRank", alpha=alpha)
-        check_at_least("HardDarkRank", 1, beta=beta, length=length)  # beta: or duplicates have infinite gradients
+        check_positive(self.display_name, alpha=alpha)
+        check_at_least(self.display_name, 1, beta=beta, length=length)  # beta: or duplicates have infinite gradients
         self.alpha, self.beta, self.length = alpha, beta, length
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return hard_dark_rank(student, teacher, alpha=self.alpha, beta=self.beta, length=self.length)
+        scores, _ = self._scores(student, teacher)
+        return -log_probability_of_order(scores).mean().to(student.dtype)
+
+    def _scores(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (N, L) of each sample's nearest neighbours in the teacher, nearest first, in student and teacher."""
+        s, t = pairwise_distances(student), pairwise_distances(teacher)
+        near = nearest_samples(t, self.length)
+        return -self.alpha * s.gather(1, near).pow(self.beta), -self.alpha * t.gather(1, near).pow(self.beta)
 
 
-class SoftDarkRank(RelationalLoss):
+class SoftDarkRank(HardDarkRank):
     r"""Divergence between the probabilities of all rankings of each sample's nearest neighbours (soft transfer).
 
     .. math::
@@ -114,6 +102,7 @@ class SoftDarkRank(RelationalLoss):
         arXiv:1707.01220.
 
     Example:
+        >>> import torch
         >>> student, teacher = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [1.5]])
         >>> SoftDarkRank()(student, teacher)
         tensor(6.4644)
@@ -127,25 +116,17 @@ class SoftDarkRank(RelationalLoss):
         weight_note="Market-1501 with unit embeddings, alpha=12.25 and beta=4; the authors' 16 over their batch of 8. "
         "It belongs to their hand-written gradient, whose cosine with this loss's is 0.83 to 0.86",
     )
-    invariances = frozenset({"translation", "rotation"})
 
     def __init__(self, alpha: float = 3.0, beta: float = 3.0, length: int = 4) -> None:
-        super().__init__()
-        check_positive("SoftDarkRank", alpha=alpha)
-        check_at_least("SoftDarkRank", 1, beta=beta, length=length)
+        super().__init__(alpha, beta, length)
         if length > _LONGEST:
             raise ValueError(
                 f"SoftDarkRank: length must be at most {_LONGEST}, since all orders are scored, got {length}; "
                 "HardDarkRank takes longer lists"
             )
-        self.alpha, self.beta, self.length = alpha, beta, length
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return soft_dark_rank(student, teacher, alpha=self.alpha, beta=self.beta, length=self.length)
-
-
-def _scores(student: Tensor, teacher: Tensor, alpha: float, beta: float, length: int) -> tuple[Tensor, Tensor]:
-    """Scores of each sample's nearest neighbours in the teacher, nearest first, in student and teacher; (N, L) each."""
-    s, t = pairwise_distances(student), pairwise_distances(teacher.detach())
-    near = nearest_samples(t, length)
-    return -alpha * s.gather(1, near).pow(beta), -alpha * t.gather(1, near).pow(beta)
+        both = self._scores(student, teacher)
+        orders = permutations(both[0].shape[1], student.device)
+        log_q, log_p = (log_probability_of_order(scores[:, orders]) for scores in both)  # (N, length!)
+        return (log_p.exp() * (log_p - log_q)).sum(1).mean().to(student.dtype)

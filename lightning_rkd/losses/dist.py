@@ -9,26 +9,6 @@ from lightning_rkd.losses.parts.checks import check_logits, check_positive, pixe
 _EPS = 1e-8  # the authors'
 
 
-def dist(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    inter_weight: float = 1.0,
-    intra_weight: float = 1.0,
-    temperature: float = 1.0,
-    standardise: bool = False,
-) -> Tensor:
-    """DIST as a function; see :class:`DIST`."""
-    check_logits(student, teacher, "DIST")
-    check_positive("DIST", temperature=temperature)
-    s, t = (pixels_as_rows(z) for z in (student, teacher.detach()))
-    if standardise:
-        s, t = standardise_rows(s), standardise_rows(t)
-    s, t = ((z / temperature).softmax(1) for z in (s, t))
-    inter, intra = 1 - _pearson(s, t).mean(), 1 - _pearson(s.T, t.T).mean()
-    return temperature**2 * (inter_weight * inter + intra_weight * intra)
-
-
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
     """Correlation of each row of ``a`` with that of ``b``; 0 where one is constant."""
     constant = torch.zeros((), dtype=torch.bool, device=a.device)
@@ -69,9 +49,6 @@ class DIST(RelationalLoss):
         standardise: Take the z-score of each row of logits, in both networks, before the temperature
             (:func:`~lightning_rkd.losses.parts.checks.standardise_rows`).
 
-    Raises:
-        ValueError: Logits of different class counts or shapes.
-
     Reference:
         Huang, You, Wang, Qian and Xu 2022, Knowledge Distillation from A Stronger Teacher, arXiv:2205.10536.
 
@@ -107,5 +84,10 @@ class DIST(RelationalLoss):
         self.standardise = standardise
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        weights = {"inter_weight": self.inter_weight, "intra_weight": self.intra_weight}
-        return dist(student, teacher, **weights, temperature=self.temperature, standardise=self.standardise)
+        check_logits(student, teacher, "DIST")
+        s, t = pixels_as_rows(student), pixels_as_rows(teacher)
+        if self.standardise:
+            s, t = standardise_rows(s), standardise_rows(t)
+        s, t = ((z / self.temperature).softmax(1) for z in (s, t))
+        inter, intra = 1 - _pearson(s, t).mean(), 1 - _pearson(s.T, t.T).mean()
+        return self.temperature**2 * (self.inter_weight * inter + self.intra_weight * intra)

@@ -12,20 +12,6 @@ from lightning_rkd.losses.parts.checks import check_choice
 Distance = Literal["l2", "cosine"]
 
 
-def embedding_distance(student: Tensor, teacher: Tensor, *, distance: Distance = "l2") -> Tensor:
-    """Embedding matching without a projection as a function; see :class:`EmbedDistill`."""
-    check_choice("EmbedDistill", Distance, distance=distance)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"EmbedDistill: the embeddings must have the same shape, got {tuple(student.shape)} from the student and "
-            f"{tuple(teacher.shape)} from the teacher; a projection brings the student to the teacher's width"
-        )
-    teacher = teacher.detach()
-    if distance == "cosine":
-        return (1 - (unit_rows(student) * unit_rows(teacher)).sum(1)).mean()
-    return row_norms(student - teacher).mean()
-
-
 class EmbedDistill(RelationalLoss):
     r"""Embedding matching: the mean distance between the student's embeddings, projected, and the teacher's.
 
@@ -95,4 +81,7 @@ class EmbedDistill(RelationalLoss):
         self.project = nn.Linear(student_dim, teacher_dim, dtype=torch.float32) if wanted else nn.Identity()
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return embedding_distance(self.project(student), teacher, distance=self.distance)
+        projected = self.project(student)
+        if self.distance == "cosine":
+            return (1 - (unit_rows(projected) * unit_rows(teacher)).sum(1)).mean()
+        return row_norms(projected - teacher).mean()

@@ -35,8 +35,7 @@ class FitNetHint(RelationalLoss):
         teacher_dim: Channels of each of the teacher's maps that are compared; inferred if left out.
         relu: Whether the regressors end in a ReLU.
         norm: Whether the convolution is followed by batch normalisation.
-        feature_maps: Positions of the maps that are compared, among those that are tapped; ``[-1]`` is the last.
-            ``None`` compares all.
+        feature_maps: Positions of the compared maps among those tapped, ``[-1]`` the last; ``None`` compares all.
 
     Raises:
         ValueError: A position without a map; maps that differ in number, kind or spatial size, or in channels

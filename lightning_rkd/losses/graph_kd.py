@@ -64,8 +64,8 @@ class GraphKD(RelationalLoss):
         edges: ``"all"``, or those ``"within"`` or ``"between"`` classes, for which the loss needs ``labels``, (N,) or
             soft (N, K).
         reads: ``"embedding"``, or ``"feature_maps"`` as in the paper.
-        feature_maps: Positions of the maps that are compared, among those that are tapped; ``[-1]`` is the last.
-            ``None`` compares all. Needs ``reads="feature_maps"``.
+        feature_maps: Positions of the compared maps among those tapped, ``[-1]`` the last; ``None`` compares all.
+            Needs ``reads="feature_maps"``.
 
     Raises:
         ValueError: A batch of ``neighbours`` samples or fewer; no labels where edges depend on classes.

@@ -48,8 +48,7 @@ class ICKD(RelationalLoss):
     Args:
         student_dim: Channels of each of the student's maps that are compared; inferred if left out.
         teacher_dim: Channels of each of the teacher's maps that are compared; inferred if left out.
-        feature_maps: Positions of the maps that are compared, among those that are tapped; ``[-1]`` is the last.
-            ``None`` compares all.
+        feature_maps: Positions of the compared maps among those tapped, ``[-1]`` the last; ``None`` compares all.
 
     Raises:
         ValueError: Vectors, which have no positions; maps that do not fit; a batch of a single position.

@@ -22,15 +22,7 @@ _CURES = {
 
 
 def resolve_taps(taps: Sequence[str], tap: str | None, reads: str | tuple[str, ...], *, who: str) -> dict[str, str]:
-    """Tap of each field that a loss reads: the tap named by the user, else the only one, else that of the field's name.
-
-    Raises:
-        ValueError: The tap does not exist, or there are several to choose from.
-
-    Example:
-        >>> resolve_taps(["logits", "embedding"], None, "logits", who="SoftTarget")
-        {'logits': 'logits'}
-    """
+    """Tap of each field that a loss reads: the one named by the user, else the only one, else that of the field's name."""
     fields = (reads,) if isinstance(reads, str) else reads
     if tap is not None and set(taps) != {""}:
         if tap not in taps:
@@ -61,12 +53,7 @@ def combine_fields(features: Mapping[str, Outputs], taps: Mapping[str, str]) -> 
 
 
 def select_fields(features: Any, reads: str | tuple[str, ...], *, who: str) -> Any:
-    """Select the value that a loss reads: a field of ``Outputs``, ``Outputs`` for several fields, or a bare value.
-
-    Raises:
-        ValueError: The tapped layer does not provide a field.
-        TypeError: A bare value for a loss that reads several fields.
-    """
+    """Select the value that a loss reads: a field of ``Outputs``, ``Outputs`` for several fields, or a bare value."""
     if isinstance(features, Mapping):
         features = select_tap(features, None, reads, who=who)
     fields = (reads,) if isinstance(reads, str) else reads
@@ -81,11 +68,7 @@ def select_fields(features: Any, reads: str | tuple[str, ...], *, who: str) -> A
 
 
 def select_maps(value: Any, positions: Sequence[int] | None, *, who: str) -> Any:
-    """Select feature maps by position; without positions, all.
-
-    Raises:
-        ValueError: A position without a map.
-    """
+    """Select feature maps by position; without positions, all."""
     if positions is None or isinstance(value, Tensor) or not isinstance(value, Sequence):
         return value
     for position in positions:
@@ -135,17 +118,6 @@ def check_context(context: dict[str, Any], rows: int, field: str, device: torch.
     """Check labels, indices, view and mix, and convert whole numbers to int64.
 
     Values are checked on a CPU only, since the host would have to wait for other devices.
-
-    Args:
-        context: Keyword arguments of the loss.
-        rows: Number of samples N.
-        field: Name of the field that the loss reads, for messages.
-        device: Device of the features.
-        name: Name of the loss, for messages.
-
-    Raises:
-        TypeError: An input is not a tensor, or has the wrong dtype.
-        ValueError: An input has another number of rows, is on another device, or is not finite.
     """
     checked = dict(context)
     for key in ("labels", "indices", "view"):

@@ -74,11 +74,7 @@ class LazyModule(nn.Module):
         """Make the module's own tensors; a subclass names the sizes it needs as parameters."""
 
     def set_sizes(self, **sizes: int | Sequence[int] | None) -> None:
-        """Set the known sizes, at the end of ``__init__``, and build if none is missing.
-
-        Raises:
-            TypeError: One number for the channels of several maps.
-        """
+        """Set the known sizes, at the end of ``__init__``, and build if none is missing."""
         for name, size in sizes.items():
             if isinstance(size, int) and self.reads == "feature_maps" and name in ("student_dim", "teacher_dim"):
                 raise TypeError(
@@ -105,9 +101,6 @@ class LazyModule(nn.Module):
             teacher: The same of the teacher.
             num_samples: Size of the training set.
             like: Device and precision of the tensors.
-
-        Raises:
-            ValueError: A size is still unknown.
         """
         if self.ready:
             return

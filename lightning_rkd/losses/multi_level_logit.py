@@ -32,9 +32,6 @@ class MultiLevelLogit(RelationalLoss):
         class_weight: :math:`\beta`.
         batch_weight: :math:`\gamma`.
 
-    Raises:
-        ValueError: Dense logits; logits of different class counts.
-
     Reference:
         Jin, Wang and Lin 2023, Multi-Level Logit Distillation, CVPR.
 

@@ -75,11 +75,7 @@ class NST(RelationalLoss):
 
     Args:
         kernel: ``"polynomial"``, ``"linear"`` or ``"gaussian"``.
-        feature_maps: Positions of the maps that are compared, among those that are tapped; ``[-1]`` is the last.
-            ``None`` compares all.
-
-    Raises:
-        ValueError: Maps that do not fit.
+        feature_maps: Positions of the compared maps among those tapped, ``[-1]`` the last; ``None`` compares all.
 
     Reference:
         Huang and Wang 2017, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, arXiv:1707.01219.

@@ -9,18 +9,6 @@ from lightning_rkd.losses.parts.anchored import AnchoredLoss
 _EPS = 1e-6
 
 
-def regression_and_relations(student: Tensor, teacher: Tensor, *, lambda1: float, lambda2: float) -> Tensor:
-    """The loss of unit rows as a function; see :class:`RAML`."""
-    n = len(student)
-    own, others = teacher @ teacher.T, 1 - torch.eye(n, dtype=student.dtype, device=student.device)
-
-    def gap(similarities: Tensor) -> Tensor:
-        return ((similarities - own + _EPS).square() * others).sum() / max(1, n * (n - 1))
-
-    absolute = (1 - (student * teacher).sum(1) + _EPS).square().mean()
-    return absolute + lambda1 * gap(student @ teacher.T) + lambda2 * gap(student @ student.T)
-
-
 class RAML(AnchoredLoss):
     r"""Matches the teacher's rows, and its similarities between samples by two kinds of the student's.
 
@@ -77,4 +65,11 @@ class RAML(AnchoredLoss):
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of unit rows."""
-        return regression_and_relations(student, teacher, lambda1=self.lambda1, lambda2=self.lambda2)
+        n = len(student)
+        own, others = teacher @ teacher.T, 1 - torch.eye(n, dtype=student.dtype, device=student.device)
+
+        def gap(similarities: Tensor) -> Tensor:
+            return ((similarities - own + _EPS).square() * others).sum() / max(1, n * (n - 1))
+
+        absolute = (1 - (student * teacher).sum(1) + _EPS).square().mean()
+        return absolute + self.lambda1 * gap(student @ teacher.T) + self.lambda2 * gap(student @ student.T)

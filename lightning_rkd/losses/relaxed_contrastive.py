@@ -9,17 +9,6 @@ from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_positive
 
 
-def relaxed_contrastive(student: Tensor, teacher: Tensor, *, sigma: float = 1.0, delta: float = 1.0) -> Tensor:
-    """The loss as a function; see :class:`RelaxedContrastive`."""
-    d = pairwise_distances(student)
-    mean = d.mean(1, keepdim=True)
-    d = d / torch.where(mean > 0, mean, 1)
-    alike = torch.exp(-squared_distances(unit_rows(teacher.detach())) / sigma)
-    pull, push = alike * d.square(), (1 - alike) * (delta - d).relu().square()
-    # on the diagonal, which the sum leaves out, alike is 1 and d is 0
-    return ((pull + push).sum() / len(student)).to(torch.promote_types(student.dtype, torch.float32))
-
-
 class RelaxedContrastive(RelationalLoss):
     r"""Pulls pairs of samples together by their similarity in the teacher, and pushes them apart otherwise.
 
@@ -66,4 +55,10 @@ class RelaxedContrastive(RelationalLoss):
         self.sigma, self.delta = sigma, delta
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return relaxed_contrastive(student, teacher, sigma=self.sigma, delta=self.delta)
+        d = pairwise_distances(student)
+        mean = d.mean(1, keepdim=True)
+        d = d / torch.where(mean > 0, mean, 1)
+        alike = torch.exp(-squared_distances(unit_rows(teacher)) / self.sigma)
+        pull, push = alike * d.square(), (1 - alike) * (self.delta - d).relu().square()
+        # on the diagonal, which the sum leaves out, alike is 1 and d is 0
+        return ((pull + push).sum() / len(student)).to(student.dtype)

@@ -10,20 +10,6 @@ from lightning_rkd.losses.parts.checks import check_at_least, check_positive
 _SHARP = 1e-6  # the temperature of the teacher's comparisons
 
 
-def rank_order(
-    student: Tensor, teacher: Tensor, *, top_k: int = 96, temperature: float = 0.1, rank_weight: float = 0.2
-) -> Tensor:
-    """The loss of unit rows as a function; see :class:`ROP`."""
-    own = teacher @ teacher.T
-    near = most_similar(own, top_k)
-    t, x = own.gather(1, near), (student @ teacher.T).gather(1, near)
-    before = torch.sigmoid((t[:, None] - t[:, :, None]) / _SHARP)
-    gaps = before - torch.sigmoid((x[:, None] - t[:, :, None]) / temperature)
-    ranks = torch.arange(1, t.shape[1] + 1, dtype=t.dtype, device=t.device)
-    weights = (rank_weight * t).softmax(1) * ranks
-    return (gaps.square().sum(2) * weights).sum(1).mean() / t.shape[1]
-
-
 class ROP(AnchoredLoss):
     r"""Matches which of the teacher's rows come before which, when the student queries and when the teacher does.
 
@@ -84,6 +70,11 @@ class ROP(AnchoredLoss):
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of unit rows."""
-        return rank_order(
-            student, teacher, top_k=self.top_k, temperature=self.temperature, rank_weight=self.rank_weight
-        )
+        own = teacher @ teacher.T
+        near = most_similar(own, self.top_k)
+        t, x = own.gather(1, near), (student @ teacher.T).gather(1, near)
+        before = torch.sigmoid((t[:, None] - t[:, :, None]) / _SHARP)
+        gaps = before - torch.sigmoid((x[:, None] - t[:, :, None]) / self.temperature)
+        ranks = torch.arange(1, t.shape[1] + 1, dtype=t.dtype, device=t.device)
+        weights = (self.rank_weight * t).softmax(1) * ranks
+        return (gaps.square().sum(2) * weights).sum(1).mean() / t.shape[1]

@@ -9,14 +9,6 @@ from lightning_rkd.losses.parts.memory import Queue
 from lightning_rkd.losses.parts.projector import Projector
 
 
-def relational_cross_entropy(
-    student: Tensor, teacher: Tensor, memory: Tensor, *, student_temperature: float, teacher_temperature: float
-) -> Tensor:
-    """RRD for given projections and memory; see :class:`RRD`."""
-    target = (teacher.detach() @ memory.T / teacher_temperature).softmax(1)
-    return -(target * F.log_softmax(student @ memory.T / student_temperature, dim=1)).sum(1).mean()
-
-
 class RRD(RelationalLoss):
     r"""Cross-entropy between the similarities to the teacher's last embeddings, as distributions.
 
@@ -106,8 +98,8 @@ class RRD(RelationalLoss):
         """The loss as a scalar; in training the teacher's rows are pushed into the queue."""
         s, t = self.student_projector(student), self.teacher_projector(teacher)
         memory = self.queue.contents_with(t)
-        taus = {"student_temperature": self.student_temperature, "teacher_temperature": self.teacher_temperature}
-        loss = relational_cross_entropy(s, t, memory, **taus)
+        target = (t.detach() @ memory.T / self.teacher_temperature).softmax(1)
+        loss = -(target * F.log_softmax(s @ memory.T / self.student_temperature, dim=1)).sum(1).mean()
         if self.training:
             self.queue.push(t)
         return loss

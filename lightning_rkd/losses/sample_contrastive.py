@@ -9,14 +9,6 @@ from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_logits, check_positive
 
 
-def sample_contrastive(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Sample-wise contrastive distillation as a function; see :class:`SampleContrastiveKD`."""
-    check_logits(student, teacher, "SampleContrastiveKD", dims=(2,))
-    check_positive("SampleContrastiveKD", temperature=temperature)
-    similarity = unit_rows(teacher.detach()) @ unit_rows(student).T
-    return F.cross_entropy(similarity / temperature, torch.arange(len(student), device=student.device))
-
-
 class SampleContrastiveKD(RelationalLoss):
     r"""Contrasts the student's logits of the same sample with those of the other samples, for each row of the teacher.
 
@@ -34,9 +26,6 @@ class SampleContrastiveKD(RelationalLoss):
 
     Args:
         temperature: :math:`\tau`; the authors use 1 throughout.
-
-    Raises:
-        ValueError: Dense logits; logits of different class counts.
 
     Reference:
         Zhu et al. 2024, CKD: Contrastive Knowledge Distillation from A Sample-wise Perspective, arXiv:2404.14109.
@@ -65,4 +54,6 @@ class SampleContrastiveKD(RelationalLoss):
         self.temperature = temperature
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return sample_contrastive(student, teacher, temperature=self.temperature)
+        check_logits(student, teacher, "SampleContrastiveKD", dims=(2,))
+        similarity = unit_rows(teacher) @ unit_rows(student).T
+        return F.cross_entropy(similarity / self.temperature, torch.arange(len(student), device=student.device))

@@ -11,12 +11,6 @@ from lightning_rkd.losses.parts.checks import Reads, check_choice, check_maps_ar
 from lightning_rkd.losses.parts.maps import gram_matrices
 
 
-def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
-    """The loss of one pair of layers as a function; see :class:`SimilarityPreserving`."""
-    s, t = (unit_rows(gram_matrices(x.flatten(1))) for x in (student, teacher.detach()))
-    return (s - t).square().mean()
-
-
 class SimilarityPreserving(RelationalLoss):
     r"""Compares the similarities between the activations of the samples in a batch.
 
@@ -35,11 +29,8 @@ class SimilarityPreserving(RelationalLoss):
 
     Args:
         reads: ``"embedding"``, or ``"feature_maps"`` as in the paper.
-        feature_maps: Positions of the maps that are compared, among those that are tapped; ``[-1]`` is the last.
-            ``None`` compares all. Needs ``reads="feature_maps"``.
-
-    Raises:
-        ValueError: ``feature_maps`` for a loss that reads embeddings; a position without a map.
+        feature_maps: Positions of the compared maps among those tapped, ``[-1]`` the last; ``None`` compares all.
+            Needs ``reads="feature_maps"``.
 
     Reference:
         Tung and Mori 2019, Similarity-Preserving Knowledge Distillation, arXiv:1907.09682.
@@ -70,5 +61,6 @@ class SimilarityPreserving(RelationalLoss):
         self.reads, self.feature_maps = reads, feature_maps
 
     def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
-        layers = zip(flatten_layers(student), flatten_layers(teacher), strict=True)
-        return torch.stack([similarity_preserving(s, t) for s, t in layers]).sum()
+        pairs = zip(flatten_layers(student), flatten_layers(teacher), strict=True)
+        grams = ([unit_rows(gram_matrices(x.flatten(1))) for x in pair] for pair in pairs)
+        return torch.stack([(s - t).square().mean() for s, t in grams]).sum()

@@ -40,9 +40,6 @@ class SoftTarget(RelationalLoss):
             authors use a temperature of 2 and a weight of 9 on CIFAR-100, beside a task loss of weight 0.1, and reach
             76.62 for resnet32x4 to resnet8x4.
 
-    Raises:
-        ValueError: Logits of different class counts or shapes.
-
     Reference:
         Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
 

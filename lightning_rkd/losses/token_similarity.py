@@ -29,8 +29,7 @@ class TokenSimilarity(TokenLoss):
         student_prefix: Number of class and register tokens that come before the student's patches, which are left
             out. A map has none.
         teacher_prefix: The same of the teacher: 5 for DINOv3 and for DINOv2 with registers, 1 for a plain ViT.
-        feature_maps: Positions of the maps that are compared, among those that are tapped; ``[-1]`` is the last.
-            ``None`` compares all.
+        feature_maps: Positions of the compared maps among those tapped, ``[-1]`` the last; ``None`` compares all.
 
     Raises:
         ValueError: Different numbers of tokens that do not fill a square.

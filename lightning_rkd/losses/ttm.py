@@ -7,20 +7,6 @@ from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_logits, check_positive, pixels_as_rows
 
 
-def transformed_teacher_matching(
-    student: Tensor, teacher: Tensor, *, exponent: float = 0.1, weighted: bool = False
-) -> Tensor:
-    """TTM and WTTM as a function; see :class:`TTM` and :class:`WTTM`."""
-    who = "WTTM" if weighted else "TTM"
-    check_logits(student, teacher, who)
-    check_positive(who, exponent=exponent)
-    powers = exponent * F.log_softmax(pixels_as_rows(teacher.detach()), dim=1)
-    divergence = F.kl_div(
-        F.log_softmax(pixels_as_rows(student), dim=1), powers.log_softmax(1), reduction="none", log_target=True
-    ).sum(1)
-    return (powers.logsumexp(1).exp() * divergence if weighted else divergence).mean()
-
-
 class TTM(RelationalLoss):
     r"""Divergence between the teacher's probabilities after a power transform and the student's.
 
@@ -39,9 +25,6 @@ class TTM(RelationalLoss):
 
     Args:
         exponent: :math:`\gamma`; 0.1 to 0.4 on CIFAR-100, with a weight that was tuned for each pair of networks.
-
-    Raises:
-        ValueError: Logits of different class counts or shapes.
 
     Reference:
         Zheng and Yang 2024, Knowledge Distillation Based on Transformed Teacher Matching, arXiv:2402.11148.
@@ -72,7 +55,11 @@ class TTM(RelationalLoss):
         self.exponent = exponent
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return transformed_teacher_matching(student, teacher, exponent=self.exponent, weighted=self._weighted)
+        check_logits(student, teacher, self.display_name)
+        powers = self.exponent * F.log_softmax(pixels_as_rows(teacher), dim=1)
+        log_q = F.log_softmax(pixels_as_rows(student), dim=1)
+        divergence = F.kl_div(log_q, powers.log_softmax(1), reduction="none", log_target=True).sum(1)
+        return (powers.logsumexp(1).exp() * divergence if self._weighted else divergence).mean()
 
 
 class WTTM(TTM):
@@ -89,9 +76,6 @@ class WTTM(TTM):
 
     Args:
         exponent: :math:`\gamma`.
-
-    Raises:
-        ValueError: Logits of different class counts or shapes.
 
     Reference:
         Zheng and Yang 2024, Knowledge Distillation Based on Transformed Teacher Matching, arXiv:2402.11148.

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from lightning_rkd import experimental, losses
-from lightning_rkd.losses.attention_transfer import attention_transfer
-from lightning_rkd.losses.embed_distill import embedding_distance
 from lightning_rkd.losses.ickd import inter_channel_correlation
 from lightning_rkd.losses.lazy import SIZES
 from lightning_rkd.losses.rkd import rkd_angle, rkd_distance
@@ -145,10 +143,8 @@ MISFITS: list[tuple[Callable[..., Any], Any, Any, str]] = [
     (AT, [(2, 9, 3)], [(2, 16, 3)], "AttentionTransfer, map 0: the layers must give .*tap layers"),
     (AT, [(2, 3, 4, 4)], [(2, 16, 3)], "AttentionTransfer, map 0: the layers must give .*tap layers"),
     (AT, [(2, 3)], [(2, 3)], "AttentionTransfer, map 0: the layers must give .*tap layers"),
-    (attention_transfer, [(2, 3, 4, 4)] * 2, [(2, 3, 4, 4)], "AttentionTransfer: 2 maps of the student, but 1"),
     (losses.CorrelationCongruence("rows"), (4, 3), (4, 5), r"form='rows' .* got 3 .* and 5 .*form='kernel'"),
     (losses.EmbedDistill(projection=False), (2, 3), (2, 4), "3 wide, the teacher's 4; leave projection=False out"),
-    (embedding_distance, (2, 3), (2, 4), r"EmbedDistill: .*\(2, 3\).*\(2, 4\).*projection"),
     (
         losses.FitNetHint(),
         [(2, 3, 4, 4)],

@@ -69,18 +69,10 @@ class Estimator(nn.Module):
 class AttentionGraph(nn.Module):
     r"""The network of MHGD's stage 1: attention heads between consecutive stages, trained by their estimates.
 
-    Args:
-        channels: Channels of the stages, front to back; at least two.
-        heads: Graphs per pair of stages.
-        seed: Of the noise that drops heads. The noise depends on the seed and the number of training steps alone, so
-            that ranks agree and a resumed run continues exactly.
+    The noise that drops heads depends on the seed and the number of training steps alone, so that ranks agree and a
+    resumed run continues exactly.
 
     Shapes: for every stage (N, C), unit rows -> for every stage but the first (N, C), the estimates.
-
-    Example:
-        >>> graph = AttentionGraph((4, 6, 8), heads=2)
-        >>> [estimate.shape for estimate in graph([torch.rand(5, channels) for channels in (4, 6, 8)])]
-        [torch.Size([5, 6]), torch.Size([5, 8])]
     """
 
     updates: Tensor

@@ -103,12 +103,6 @@ def standardise_rows(logits: Tensor) -> Tensor:
     gradient.
 
     Shapes: (N, K) -> (N, K).
-
-    Example:
-        >>> import torch
-        >>> standardise_rows(torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]))
-        tensor([[-1.0000,  0.0000,  1.0000],
-                [ 0.0000,  0.0000,  0.0000]])
     """
     rows = logits - logits[:, :1].detach()  # constant rows become exact zeros
     root = math.sqrt(max(1, logits.shape[1] - 1))

@@ -25,14 +25,15 @@ class MemoryContrast(RelationalLoss):
 
     def __init__(
         self,
-        student_dim: int | None,
-        teacher_dim: int | None,
-        num_samples: int | None,
-        dim: int,
-        negatives: int,
-        temperature: float,
-        momentum: float,
-        seed: int,
+        student_dim: int | None = None,
+        teacher_dim: int | None = None,
+        num_samples: int | None = None,
+        *,
+        dim: int = 128,
+        negatives: int = 16384,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         check_at_least(self.display_name, 2, dim=dim)

@@ -70,14 +70,6 @@ def _count(x: Tensor) -> int:
 
 
 def token_cosines(tokens: Tensor) -> Tensor:
-    """Cosines between the tokens of each image; 0 for tokens of zeros.
-
-    Shapes: (N, T, C) -> (N, T, T).
-
-    Example:
-        >>> token_cosines(torch.tensor([[[1.0, 0.0], [3.0, 4.0]]]))
-        tensor([[[1.0000, 0.6000],
-                 [0.6000, 1.0000]]])
-    """
+    """Cosines between the tokens of each image, (N, T, C) -> (N, T, T); 0 for tokens of zeros."""
     unit = unit_rows(tokens.flatten(0, 1)).view_as(tokens)
     return unit @ unit.mT
