@@ -38,16 +38,7 @@ _CURES = {
 
 @dataclass(frozen=True, slots=True)
 class BoundLoss:
-    """A loss with its weight and the taps it reads, which stay the same from step to step.
-
-    Attributes:
-        name: Name under which the loss is logged.
-        loss: The loss.
-        weight: Weight of the loss, a number or a function of the epoch.
-        student_taps: Tap of the student for every field that the loss reads.
-        teacher_taps: Tap of the teacher for every field that the loss reads.
-        needs: Further inputs of the loss that come from the batch: labels, indices, view or mix.
-    """
+    """A loss with its weight, the taps it reads, and what it needs of the batch: the same from step to step."""
 
     name: str
     loss: Any
@@ -210,13 +201,7 @@ class Distiller:
     def attach(self, student: nn.Module, *, teach: bool = True) -> None:
         """Hook the layers of student and teacher, read the teacher's weights file, and resolve what each loss reads.
 
-        Args:
-            student: The student network.
-            teach: Whether to attach the teacher too.
-
-        Raises:
-            LayerNotFoundError: A layer does not exist.
-            ValueError: There is no teacher, the networks share parameters, or a loss has no tap to read.
+        With ``teach=False`` the teacher is left alone.
         """
         self.detach()
         if teach and self.teacher is None:
@@ -253,14 +238,7 @@ class Distiller:
     ) -> None:
         """Move the teacher to the student's device and precision, and check that it is the same on all ranks.
 
-        Args:
-            device: Device of the student.
-            convert: Function that casts the teacher, such as ``convert_module`` of a Lightning precision plugin.
-            group: Process group over which batches are split.
-
-        Raises:
-            ValueError: ``gather=False`` on several ranks with a stateful loss, or a loss that the teacher refuses.
-            RuntimeError: Ranks hold different teachers.
+        The arguments are those of :meth:`attached`; ``convert`` may be that of a Lightning precision plugin.
         """
         self.group, self._ranks, self._device = group, rank_and_size(group)[1], device
         if self.stateful_losses and not self.gather and self._ranks > 1:
@@ -443,11 +421,7 @@ class Distiller:
         return features
 
     def layers_ran(self) -> bool:
-        """True if the student layer ran in this step. Collective: every rank must call it.
-
-        Raises:
-            CaptureError: It ran on some ranks only.
-        """
+        """True if the student layer ran in this step, on all ranks alike. Collective: every rank must call it."""
         ran = self.student.ran
         if self._ranks > 1:
             every = gather_row_counts(int(ran), self._device, self.group)

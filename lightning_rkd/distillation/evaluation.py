@@ -17,15 +17,10 @@ from lightning_rkd.utils.types import Batch, Outputs
 
 
 class Evaluation:
-    """Updates metrics with the outputs of networks for the batches of one or several loaders.
+    """Updates metrics with the outputs of networks for the batches of one or several loaders, each with its own set.
 
-    Args:
-        metrics: Metrics by name. The first loader uses them, and every other one uses copies.
-        loaders: Loaders of this rank: one, a mapping, a sequence, or Lightning's ``CombinedLoader``.
-        ranks: Number of ranks that evaluate.
-        device: Device of the metrics.
-        losses: Losses that the student was trained with, as far as they are known. The projection of the first one that
-            aligns the student's space with the teacher's maps the student's rows to queries.
+    The first of the losses of the training that aligns the student's space with the teacher's maps the student's rows
+    to queries.
     """
 
     def __init__(
@@ -54,11 +49,7 @@ class Evaluation:
         return any(uses_teacher(metric) for metric in self.metrics[loader].values())
 
     def update(self, loader: int, student: Outputs, batch: Batch, teacher: Outputs | None = None) -> None:
-        """Update the metrics with a batch.
-
-        Raises:
-            ValueError: A metric takes something that is missing, such as the indices of the batch on several ranks.
-        """
+        """Update the metrics with a batch."""
         rows = student.tensors()[0]
         self._numbers[loader].number(batch, len(rows), rows.device, needed=self.uses("indices", loader))
         queries = None
@@ -85,13 +76,7 @@ def find_aligning_loss(losses: Sequence[RelationalLoss]) -> RelationalLoss | Non
 
 
 def map_to_teacher(rows: Tensor, losses: Sequence[RelationalLoss]) -> Tensor:
-    """Map rows of the student to the teacher's space, by the first loss that aligns the two and has a projection.
-
-    Example:
-        >>> from lightning_rkd.losses.csd import CSD
-        >>> map_to_teacher(torch.ones(5, 2), [CSD(student_dim=2, teacher_dim=7)]).shape
-        torch.Size([5, 7])
-    """
+    """Map rows of the student to the teacher's space, by the first loss that aligns the two and has a projection."""
     loss = find_aligning_loss(losses)
     project: Callable[[Tensor], Tensor] | None = getattr(loss, "project", None)
     if loss is None or project is None:

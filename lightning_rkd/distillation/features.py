@@ -214,12 +214,7 @@ class FeatureReader(Recorder):
         self._all = [tap for taps in self.taps.values() for tap in taps]
 
     def attach(self, network: nn.Module) -> None:
-        """Hook the layers.
-
-        Raises:
-            LayerNotFoundError: A layer does not exist.
-            CaptureError: The network is TorchScript, whose layers cannot be hooked.
-        """
+        """Hook the layers."""
         self.detach()
         if isinstance(network, torch.jit.ScriptModule):
             raise CaptureError(
@@ -245,12 +240,8 @@ class FeatureReader(Recorder):
     def collect(self, parts: int = 1) -> tuple[dict[str, Outputs], int]:
         """Stop recording, and return the outputs by tap, with several calls concatenated, and the number of calls.
 
-        Args:
-            parts: Number of parts of the batch on which the network has run, one after the other. The rows of each
-                view are concatenated before those of the next, and calls are counted for one part.
-
-        Raises:
-            CaptureError: A tapped layer was never called, or the layers were called unequally often.
+        Of a network that ran on ``parts`` of the batch, the rows of each view are concatenated before those of the
+        next, and calls are counted for one part.
         """
         recorded = self._collect_calls()
         if parts > 1:
@@ -331,13 +322,7 @@ class InputReader(Recorder):
 
 
 def read(network: nn.Module, layer: Layer | None, *args: Any, **kwargs: Any) -> Outputs:
-    """Call a network and return its outputs at a layer.
-
-    Example:
-        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-        >>> read(net, "0", torch.ones(2, 2, 2)).embedding.shape
-        torch.Size([2, 4])
-    """
+    """Call a network and return its outputs at a layer."""
     reader = FeatureReader(layer, "")
     reader.attach(network)
     try:

@@ -22,10 +22,6 @@ class FiniteChecks:
 
     On a CPU the loss itself raises an error for values that are not finite. On other devices a few flags are copied to
     the host during the step and read when the next one starts.
-
-    Attributes:
-        collapse_reported: Whether the collapse of the student has been reported, which happens once.
-        waiting: Flags that are still being copied.
     """
 
     def __init__(self) -> None:

@@ -198,9 +198,6 @@ def measure_norms(
 
     Reading a layer may pool, reshape or copy its output, while the task loss depends on the output itself. The norms
     are then those at the output: the search goes back through operations without parameters.
-
-    Returns:
-        Norms of term and task loss; ``None`` for a task loss that does not depend on the layer.
     """
     at: Sequence[Tensor | GradientEdge] = [x for x in bound.student_tensors(features.student) if x.requires_grad]
     places: list[Tensor | GradientEdge] = []

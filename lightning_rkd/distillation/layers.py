@@ -79,16 +79,7 @@ class CaptureError(RuntimeError):
 
 
 def find_layer(network: nn.Module, layer: str | Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Find a submodule by its dotted path or by a function.
-
-    Raises:
-        LayerNotFoundError: The path does not exist; the message lists similar ones.
-        TypeError: The layer is a module; the message has its path. Or a function returns no module.
-
-    Example:
-        >>> find_layer(nn.Sequential(nn.ReLU()), "0")
-        ReLU()
-    """
+    """Find a submodule by its dotted path or by a function."""
     if isinstance(layer, nn.Module):
         path = next((name for name, module in network.named_modules() if module is layer), None)
         if path is None:

@@ -118,11 +118,7 @@ def log_evaluation(evaluation: Evaluation, trainer: pl.Trainer, module: pl.Light
 
 
 def exclude_from_ddp_broadcast(module: nn.Module) -> Callable[[], None]:
-    """Exclude the buffers of stateful losses from DDP's broadcast, since all ranks compute the same ones.
-
-    Returns:
-        Function that undoes it.
-    """
+    """Exclude the buffers of stateful losses from DDP's broadcast, since all ranks compute the same; returns the undo."""
     inside = [(at, m) for at, m in module.named_modules() if isinstance(m, StepState)]
     own = {f"{at}.{name}" for at, m in inside for name, _ in m.named_buffers()}
     return set_ddp_ignored(module, sorted(own)) if own else lambda: None
@@ -215,10 +211,6 @@ def save_plain_hyperparameters(module: pl.LightningModule, frame: FrameType | No
     """Save the arguments of ``__init__``, of subclasses too, that are plain values, so that checkpoints load safely.
 
     Under LightningCLI the hyper-parameters are the configuration, which holds plain values only.
-
-    Args:
-        module: Module whose hyper-parameters are saved.
-        frame: Frame of its ``__init__``.
     """
     given: dict[str, Any] = {}
     own: dict[str, Any] = {}

@@ -82,10 +82,6 @@ def count_parts(counts: list[int], size: int) -> int:
     """Number of parts of at most ``size`` rows, from the number of rows on every rank.
 
     It is the same on all ranks, since a sharded network communicates in each part, and no part is empty.
-
-    Example:
-        >>> count_parts([64, 60], 16), count_parts([64, 3], 16)
-        (4, 3)
     """
     return max(1, min(-(-max(counts) // size), *counts))
 
@@ -94,10 +90,6 @@ def split_rows(inputs: Any, parts: int) -> list[Any]:
     """Split the inputs of a batch into parts whose numbers of rows differ by at most one.
 
     Tensors without dimensions or with a single row are given to every part.
-
-    Example:
-        >>> [x.tolist() for x in split_rows(torch.arange(5), 3)]
-        [[0, 1], [2, 3], [4]]
     """
     rows = count_rows(inputs)
 
@@ -109,12 +101,7 @@ def split_rows(inputs: Any, parts: int) -> list[Any]:
 
 
 def count_rows(inputs: Any) -> int:
-    """Number of rows of the inputs of a batch.
-
-    Raises:
-        TypeError: An entry that is neither a tensor nor a number.
-        ValueError: Tensors with unequal numbers of rows.
-    """
+    """Number of rows of the inputs of a batch."""
     leaves = tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs)
     if other := {type(x).__name__ for x in leaves if not isinstance(x, Tensor | int | float | None)}:
         raise TypeError(
@@ -147,16 +134,10 @@ def run_parts(
     network: nn.Module,
     repeating: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Any:
-    """Run a network on the parts of a batch, keep the activations of the last only, and concatenate the outputs.
+    """Run a network on parts of a batch, keep the activations of the last only, and concatenate the outputs.
 
-    Args:
-        call: Function that calls the network with a part.
-        parts: Parts from :func:`split_rows`.
-        network: The network, whose buffers the second passes leave as they are.
-        repeating: Context of each second pass.
-
-    Returns:
-        Output with the rows of all parts; entries that are not tensors with the rows of a part are ``None``.
+    Second passes run in the context ``repeating`` and leave the network's buffers as they are. Entries of the output
+    that are not tensors with the rows of a part are ``None``.
     """
     if first_run := network not in _seen:
         _seen.add(network)

@@ -45,9 +45,6 @@ class RowCheck(Recorder):
         """Warn, once, if a module received rows of the batch in another order, or mixed; after that, remove the hooks.
 
         Hooks in compiled code, which record nothing, stay: without them it would be compiled again.
-
-        Args:
-            inputs: Inputs of the batch.
         """
         calls, self.steps_left = self._collect_calls(), self.steps_left - 1
         for x in (given for one in calls for given in one[-1:]):
@@ -82,11 +79,6 @@ def find_moved_rows(x: Tensor, batch: Tensor, *, exact: bool = False) -> str | N
 
     Two rows are the same sample if they are equal or, unless ``exact``, in at least 32 columns, correlated, since rows
     may have been normalised.
-
-    Example:
-        >>> batch = torch.randn(8, 50)
-        >>> find_moved_rows(batch.flip(0), batch), find_moved_rows(2 * batch - 1, batch)
-        ('8 of 8 rows are those of other samples', None)
     """
     if min(len(x), len(batch)) < 3 or x.device != batch.device or _is_same(x, batch):
         return None

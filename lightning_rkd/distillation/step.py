@@ -18,14 +18,7 @@ from lightning_rkd.utils.types import Batch, Mix, Outputs, first_tensor
 
 
 class Needs(NamedTuple):
-    """Features and further inputs that some losses need.
-
-    Attributes:
-        student: Tap and field of every feature of the student, with the positions of the feature maps that are read;
-            ``None`` reads all.
-        teacher: The same of the teacher.
-        context: Names of further inputs: labels, indices, view or mix.
-    """
+    """Features of student and teacher, by tap and field with the positions of the maps (``None``: all), and context."""
 
     student: Mapping[tuple[str, str], frozenset[int] | None]
     teacher: Mapping[tuple[str, str], frozenset[int] | None]
@@ -68,13 +61,7 @@ class StepFeatures:
     def add_context(self, needs: Collection[str], calls: Sequence[int], device: torch.device) -> None:
         """Add labels, indices, view and mix of the rows to the context, as far as losses need them.
 
-        Args:
-            needs: Names of the inputs that losses need.
-            calls: Number of rows in each call of the student.
-            device: Device of the features.
-
-        Raises:
-            CaptureError: Labels or indices are not tensors, or do not fit the calls of the student.
+        ``calls`` are the numbers of rows in each call of the student.
         """
         batch = self.batch
         for key, rows in (("labels", batch.labels), ("indices", batch.indices)):
@@ -112,15 +99,7 @@ class StepFeatures:
         return torch.cat([rows.to(device)] * self.views)
 
     def gathered(self, needs: Needs, counts: list[int], group: Group) -> StepFeatures:
-        """Gather the rows of all ranks. Collective: every rank must call it.
-
-        A tensor that several losses read is gathered once.
-
-        Args:
-            needs: Features and further inputs to gather; the result has no other features.
-            counts: Number of rows on every rank.
-            group: Process group.
-        """
+        """Gather the rows of all ranks of what is needed, each tensor once. Collective: every rank must call it."""
         known: dict[int, tuple[Tensor, Tensor]] = {}  # keeps the local tensor too, so that its id stays valid
 
         def gather(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ _CURES = {
 
 
 def resolve_taps(taps: Sequence[str], tap: str | None, reads: str | tuple[str, ...], *, who: str) -> dict[str, str]:
-    """Tap of each field that a loss reads: the one named by the user, else the only one, else that of the field's name."""
+    """Tap of each field that a loss reads: the one that is named, else the only one, else that of the field's name."""
     fields = (reads,) if isinstance(reads, str) else reads
     if tap is not None and set(taps) != {""}:
         if tap not in taps:

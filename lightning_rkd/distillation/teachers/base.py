@@ -102,9 +102,6 @@ class BaseTeacher(ABC):
             unpack: Function from what they yield to a batch.
             group: Process group.
             train: Whether these are training data.
-
-        Raises:
-            ValueError: The teacher does not belong to these data.
         """
 
     def taps(self, layer: Layer | None) -> frozenset[str]:

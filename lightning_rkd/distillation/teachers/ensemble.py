@@ -172,11 +172,7 @@ class EnsembleTeacher(BaseTeacher):
         return any(first)
 
     def outputs(self, batch: Batch, calls: list[Any] | None = None) -> list[TeacherOutput]:
-        """Compute the features of a batch, of each teacher or joined.
-
-        Raises:
-            CaptureError: The statistics of ``standardise_rows`` are missing.
-        """
+        """Compute the features of a batch, of each teacher or joined."""
         if self.standardise_rows and not self._statistics and self._device is not None:  # sizes need no statistics
             raise CaptureError(
                 "EnsembleTeacher(standardise_rows=...) has no statistics of its teachers yet: call "

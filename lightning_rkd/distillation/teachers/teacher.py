@@ -211,12 +211,7 @@ class Teacher(BaseTeacher):
         self._reader, self._saved_states, self._prepared, self._precision = None, [], False, None
 
     def to(self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None) -> bool:
-        """Cast the network with ``convert`` and move it, once after :meth:`attach`; :meth:`detach` undoes both.
-
-        Raises:
-            RuntimeError: The teacher has not been attached.
-            ValueError: The network is sharded, and ``move`` is ``True``.
-        """
+        """Cast the network with ``convert`` and move it, once after :meth:`attach`; :meth:`detach` undoes both."""
         if self._reader is None:
             raise RuntimeError("attach the teacher to a layer before moving it")
         if self._prepared:
