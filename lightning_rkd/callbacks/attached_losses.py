@@ -63,15 +63,6 @@ def join_optimizer(
     A single optimizer takes them into its first group. Of several, the one that trains the tapped layers takes them
     into the group of these layers: ``zero_grad`` and ``toggle_optimizer`` of the others would keep them from being
     trained. No group is added, because schedulers count the groups when they are created.
-
-    Args:
-        losses: Losses, attached to ``module``.
-        optimizers: Optimizers of ``module``.
-        module: Module that trains.
-        layers: Layers of it whose features the losses read.
-
-    Raises:
-        ValueError: There is no optimizer, or not exactly one trains the tapped layers.
     """
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     own = [(name, p) for name, p in losses.named_parameters() if p.requires_grad and id(p) not in held]

@@ -111,11 +111,7 @@ class Pictures(Callback):
     ) -> dict[str, Figure]:
         """Draw the figures and return them by name; override it to draw others.
 
-        Args:
-            inputs: Inputs of the samples, shape (N, ...); ``None`` if they are not a tensor.
-            labels: Classes, shape (N,).
-            embeddings: Embeddings, shape (N, D), by network, the teacher first.
-            epoch: Number of the epoch that has ended.
+        Inputs (N, ...) are ``None`` if they are not a tensor; embeddings (N, D) come by network, the teacher first.
         """
         title, dark = f"Validation samples, epoch {epoch}", self.dark
         figures = {
@@ -189,25 +185,9 @@ def _displayable(inputs: Tensor) -> Tensor:
 
 
 def log_figure(logger: Any, name: str, figure: Figure, step: int) -> None:
-    """Log a figure with any Lightning logger.
+    """Log a figure with any Lightning logger, under a name whose slashes form groups or folders.
 
     TensorBoard, Weights & Biases and MLflow get an image; other loggers get a PNG file in their folder.
-
-    Args:
-        logger: A logger of a Trainer, of ``lightning`` or of ``pytorch_lightning``.
-        name: Name of the figure; slashes form groups or folders.
-        figure: Figure to log.
-        step: Training step.
-
-    Example:
-        >>> import tempfile
-        >>> from lightning.pytorch.loggers import CSVLogger
-        >>> from matplotlib.figure import Figure
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     logger = CSVLogger(folder, name="", version="")
-        ...     log_figure(logger, "pictures/angles", Figure(), 20)
-        ...     [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*.png")]
-        ['pictures/angles-20.png']
     """
     kinds = {kind.__name__ for kind in type(logger).__mro__}  # of lightning or of pytorch_lightning
     if "TensorBoardLogger" in kinds:
@@ -221,10 +201,8 @@ def log_figure(logger: Any, name: str, figure: Figure, step: int) -> None:
     elif "DummyLogger" in kinds:  # of fast_dev_run
         return
     elif logger.log_dir or logger.save_dir:
-        path = Path(
-            str(logger.log_dir or logger.save_dir),
-            *(_replace_symbols(part) for part in f"{name}-{step}.png".split("/")),
-        )
+        name = re.sub(r"[^\w.+/-]", "_", f"{name}-{step}.png")
+        path = Path(str(logger.log_dir or logger.save_dir), *name.split("/"))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, _render_png(figure))
     else:
@@ -239,7 +217,3 @@ def _render_png(figure: Figure) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
-
-
-def _replace_symbols(name: str) -> str:
-    return re.sub(r"[^\w.+-]", "_", name)

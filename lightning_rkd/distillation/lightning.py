@@ -118,7 +118,7 @@ def log_evaluation(evaluation: Evaluation, trainer: pl.Trainer, module: pl.Light
 
 
 def exclude_from_ddp_broadcast(module: nn.Module) -> Callable[[], None]:
-    """Exclude the buffers of stateful losses from DDP's broadcast, since all ranks compute the same; returns the undo."""
+    """Exclude the buffers of stateful losses from DDP's broadcast, which all ranks compute alike; returns the undo."""
     inside = [(at, m) for at, m in module.named_modules() if isinstance(m, StepState)]
     own = {f"{at}.{name}" for at, m in inside for name, _ in m.named_buffers()}
     return set_ddp_ignored(module, sorted(own)) if own else lambda: None
@@ -199,11 +199,7 @@ def restore_after_exceptions(trainer: pl.Trainer) -> None:
 
 
 def number_training_batches(trainer: pl.Trainer) -> Callable[[], None]:
-    """Make the training loaders yield batches with the indices of their samples in the root data set.
-
-    Returns:
-        Function that undoes it.
-    """
+    """Make the training loaders yield the indices of their samples in the root data set; returns its undo."""
     return wrap_train_dataloader(trainer, number_batches)
 
 

@@ -25,13 +25,6 @@ def inter_class_divergences(logits: Tensor) -> Tensor:
     return torch.diagonal(cross, dim1=1, dim2=2)[:, :, None] - cross
 
 
-def inter_class_similarity(student: Tensor, teacher: Tensor) -> Tensor:
-    """Inter-class similarity distillation as a function; see :class:`AICSD`."""
-    check_logits(student, teacher, "AICSD", dims=(4,))
-    s, t = (unit_rows(inter_class_divergences(z).flatten(0, 1)) for z in (student, teacher.detach()))
-    return (s - t).square().mean()
-
-
 class AICSD(RelationalLoss):
     r"""Compares the divergences between the spatial distributions of the classes of an image.
 
@@ -59,9 +52,6 @@ class AICSD(RelationalLoss):
     Shapes: (N, K, H, W) of both networks, of one spatial size (the paper brings both to that of the image) -> scalar.
     One class gives 0.
 
-    Raises:
-        ValueError: Logits (N, K); logits of different class counts or spatial sizes.
-
     Reference:
         Mansourian, Ahmadi and Kasaei 2023, AICSD: Adaptive Inter-Class Similarity Distillation for Semantic
         Segmentation, arXiv:2308.04243.
@@ -85,7 +75,9 @@ class AICSD(RelationalLoss):
     )
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return inter_class_similarity(student, teacher)
+        check_logits(student, teacher, "AICSD", dims=(4,))
+        s, t = (unit_rows(inter_class_divergences(z).flatten(0, 1)) for z in (student, teacher))
+        return (s - t).square().mean()
 
 
 @dataclass(frozen=True)

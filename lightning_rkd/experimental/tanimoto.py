@@ -12,19 +12,6 @@ Form = Literal["matrix", "sample"]
 """``"matrix"`` relates the samples of a batch; ``"sample"`` relates each sample's two embeddings."""
 
 
-def tanimoto(student: Tensor, teacher: Tensor, *, form: Form = "matrix") -> Tensor:
-    """The loss as a function; see :class:`Tanimoto`."""
-    teacher = teacher.detach()
-    if form == "matrix":
-        return (tanimoto_coefficients(student) - tanimoto_coefficients(teacher)).square().mean()
-    if student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            f"Tanimoto: form='sample' compares embeddings of equal width, got {student.shape[1]} of the student and "
-            f"{teacher.shape[1]} of the teacher; use form='matrix', or a student's head as wide as the teacher's"
-        )
-    return (1 - tanimoto_of_pairs(student, teacher)).mean()
-
-
 class Tanimoto(RelationalLoss):
     r"""Compares similarities by angle and norm, of the samples of a batch, or of each sample with its teacher.
 
@@ -61,11 +48,7 @@ class Tanimoto(RelationalLoss):
         (tensor(0.2222), tensor(0.5000))
     """
 
-    reference = Reference(
-        "shu2022two",
-        "reconstruction",
-        source="the paper's abstract",
-    )
+    reference = Reference("shu2022two", "reconstruction", source="the paper's abstract")
     invariances = frozenset({"rotation", "scale"})
 
     def __init__(self, form: Form = "matrix") -> None:
@@ -76,4 +59,12 @@ class Tanimoto(RelationalLoss):
             self.gather, self.aligns, self.invariances = False, True, frozenset()
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return tanimoto(student, teacher, form=self.form)
+        if self.form == "matrix":
+            return (tanimoto_coefficients(student) - tanimoto_coefficients(teacher)).square().mean()
+        if student.shape[1] != teacher.shape[1]:
+            raise ValueError(
+                f"Tanimoto: form='sample' compares embeddings of equal width, got {student.shape[1]} of the "
+                f"student and {teacher.shape[1]} of the teacher; use form='matrix', or a student's head as wide as the "
+                "teacher's"
+            )
+        return (1 - tanimoto_of_pairs(student, teacher)).mean()

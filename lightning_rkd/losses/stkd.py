@@ -107,11 +107,7 @@ class STKD(RelationalLoss):
     reads = "logits"
     gather = False
     invariances = frozenset({"row shift"})
-    reference = Reference(
-        "zhao2021similarity",
-        "reconstruction",
-        source="the abstract; no code was found",
-    )
+    reference = Reference("zhao2021similarity", "reconstruction", source="the abstract; no code was found")
 
     def __init__(self, form: Form = "virtual", share: float = 0.9, temperature: float = 4.0) -> None:
         super().__init__()

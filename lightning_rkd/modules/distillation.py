@@ -101,16 +101,12 @@ class DistillationModule(pl.LightningModule):
         weight: Weight of all relational terms, a number or a function of the epoch.
         task_weight: Weight of the task loss, a number or a function of the epoch.
         gather: Whether relations, and a task loss on embeddings, span the batches of all ranks.
-        balance: Ratio of gradient norms. In every step each term is scaled such that the norm of its gradient at the
-            layer it reads is ``balance`` (times the weight of the term) times the norm of the task loss's gradient
-            there. The resulting weights are logged as ``balance/<term>`` and can serve as fixed ones later. ``None``
-            applies the weights unchanged.
-        compare_gradients: When ``gradient/<term>`` is logged, the gradient norm of the weighted term at the layer it
-            reads, divided by that of the weighted task loss: ``"once"``, in the first logged step after step 10,
-            ``"epoch"``, also in the first one of every epoch, or ``"step"``, in every logged step. Above 5 or below
-            1/50 a warning says which weight would make both equal. It costs two backward passes per term between
-            layer and loss. ``None`` never compares; nor is it done under strategies that shard parameters, or where
-            the graph between layer and loss is compiled or checkpointed.
+        balance: Ratio of the norms of each term's gradient and the task loss's, at the layer that the term reads, which
+            is held in every step; see :class:`~lightning_rkd.RelationalDistillation`. The resulting weights are logged
+            as ``balance/<term>``. ``None`` applies the weights unchanged.
+        compare_gradients: When ``gradient/<term>`` is logged, the same ratio for the weights as they are: ``"once"``,
+            ``"epoch"``, ``"step"`` or ``None``; see :class:`~lightning_rkd.RelationalDistillation`. Above 5 or below
+            1/50 a warning says which weight would make both equal.
         micro_batch: Largest number of samples that the networks process at once in training. A larger batch is split
             into micro-batches, while losses and gradients are those of the whole batch: memory is that of one
             micro-batch, at the cost of a second forward pass of the student. See
@@ -199,14 +195,8 @@ class DistillationModule(pl.LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Load a module from a checkpoint.
 
-        Args:
-            checkpoint_path: Path of the checkpoint.
-            *args: Further arguments of Lightning's method, such as ``map_location``.
-            **kwargs: Arguments of the module that are not saved: the student, and to train on also teacher, losses and
-                all other arguments that are not plain values. Under the command line all but the teacher are saved.
-
-        Raises:
-            TypeError: The student is missing.
+        ``kwargs`` are the arguments of the module that are not saved: the student, and to train on also teacher, losses
+        and all other arguments that are not plain values. Under the command line all but the teacher are saved.
         """
         try:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

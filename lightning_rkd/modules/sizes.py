@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 
 def materialize_losses(module: DistillationModule) -> None:
-    """Create the tensors of a module's losses, with missing sizes from the networks and the training loader.
-
-    Raises:
-        ValueError: The networks fail, a size cannot be inferred, or a callback has copied the module before.
-    """
+    """Create the tensors of a module's losses, with missing sizes from the networks and the training loader."""
     distiller, trainer = module.distiller, module.trainer
     missing = distiller.missing_sizes
     if not missing:
