@@ -99,7 +99,7 @@ class RRD(RelationalLoss):
         s, t = self.student_projector(student), self.teacher_projector(teacher)
         memory = self.queue.contents_with(t)
         target = (t.detach() @ memory.T / self.teacher_temperature).softmax(1)
-        loss = -(target * F.log_softmax(s @ memory.T / self.student_temperature, dim=1)).sum(1).mean()
+        loss: Tensor = -(target * F.log_softmax(s @ memory.T / self.student_temperature, dim=1)).sum(1).mean()
         if self.training:
             self.queue.push(t)
         return loss
