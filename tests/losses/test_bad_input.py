@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,13 +15,12 @@ from torch import Tensor, nn
 
 from lightning_rkd.experimental import AICSD
 from lightning_rkd.functional import distances
-from lightning_rkd.losses import HardDarkRank, NonFiniteError, RKDAngle, RKDDistance
+from lightning_rkd.losses import HardDarkRank, NonFiniteError
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.utils.types import Mix
 from tests.harness.real_networks import MISFITS, Wild, wild
 from tests.losses.properties import properties
 from tests.losses.test_contract import CLASSES, Sample, context, every_loss, fields, made, pack, rows
-from tests.oracles.rkd import rkd_angle, rkd_distance
 
 FieldValues = dict[str, list[Tensor]]
 HALF = (torch.float16, torch.bfloat16)
@@ -195,7 +195,7 @@ def test_any_numbers_give_what_float64_gives_or_a_named_overflow(cls, student, t
 
 @pytest.mark.slow
 @every_loss
-@settings(derandomised, max_examples=36)
+@settings(derandomised, max_examples=20)
 @pairs_of_sides
 def test_many_more_numbers_do_too(cls, student, teacher, n, widths):
     check_against_float64(cls, student, teacher, n, widths if not properties(cls).equal_widths else (widths[0],) * 2)
@@ -263,15 +263,6 @@ def test_losses_that_know_no_shift_of_logits_know_none_far_away(cls):
     torch.testing.assert_close(sample.value(), plain, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
-def test_rkd_is_that_of_the_plain_loops_at_any_magnitude(scale):
-    student, teacher = torch.randn(6, 3) * scale, torch.randn(6, 4) / scale
-    student[2] = student[4]
-    for loss, loops in ((RKDDistance(), rkd_distance), (RKDAngle(), rkd_angle)):
-        expected = loops(student.double().numpy(), teacher.double().numpy())
-        assert float(loss(student, teacher)) == pytest.approx(expected, rel=1e-5)
-
-
 @every_loss
 def test_devices_that_are_not_waited_for_give_the_same(cls, monkeypatch):
     sample = Sample(cls)
@@ -318,13 +309,12 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
 
 
 @every_loss
-@pytest.mark.parametrize("wrong", WRONG)
-def test_an_input_that_cannot_be_is_refused_by_the_name_of_the_loss(cls, wrong):
-    for field in set(fields(cls)) - {"classifier"}:
-        for which in (0, 1):
-            inputs, sample = of_field(cls, WRONG[wrong], which, field), Sample(cls)
-            with pytest.raises((TypeError, ValueError), match=cls.__name__):
-                sample.loss(*inputs, **context(cls, sample.n))
+def test_an_input_that_cannot_be_is_refused_by_the_name_of_the_loss(cls):
+    sample = Sample(cls)
+    for wrong, field, which in product(WRONG, set(fields(cls)) - {"classifier"}, (0, 1)):
+        inputs = of_field(cls, WRONG[wrong], which, field)
+        with pytest.raises((TypeError, ValueError), match=cls.__name__):
+            sample.loss(*inputs, **context(cls, sample.n))
 
 
 @every_loss

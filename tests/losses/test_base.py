@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_rkd.losses import RKD
-from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
+from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.weighting import LossSum, evaluate_weight, terms_of
 from lightning_rkd.utils.types import Mix, Outputs
 
@@ -138,15 +138,6 @@ def test_inputs_that_do_not_fit_are_refused_with_network_and_shape(student, teac
         Gap()(student, teacher)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("network", ["student", "teacher"])
-def test_values_that_are_not_finite_are_found_with_network_and_row(network, value):
-    inputs = {"student": ZEROS.clone(), "teacher": ONES.clone()}
-    inputs[network][2, 1] = value
-    with pytest.raises(NonFiniteError, match=f"Gap: the {network}'s output holds NaN or infinity, first in row 2 of 4"):
-        Gap()(inputs["student"], inputs["teacher"])
-
-
 # what forward receives
 
 
@@ -163,20 +154,6 @@ def test_forward_runs_in_float32_or_the_higher_of_two_precisions(student, teache
     loss = Gap()
     loss(ZEROS.to(student), ONES.to(teacher))
     assert [x.dtype for x in loss.seen] == [inside, inside]
-
-
-def test_forward_runs_without_autocast_and_with_a_detached_teacher():
-    class Product(Gap):
-        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-            super().forward(student, teacher)
-            return (student @ teacher.T).sum()
-
-    loss, teacher = Product(), torch.ones(4, 2, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = loss(ZEROS.clone().requires_grad_(), teacher)
-    assert value.dtype == torch.float32
-    assert not loss.seen[1].requires_grad
-    assert loss.seen[0].requires_grad
 
 
 def test_a_loss_picks_its_field_from_outputs_and_from_the_only_tap():
@@ -349,16 +326,6 @@ def test_logits_without_a_row_dimension_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"student's logits must begin with \(N, \.\.\.\), got \(3,\)"):
         ReadsLogits()(torch.full((3,), torch.nan), torch.zeros(3))
-
-
-def test_labels_that_are_no_whole_numbers_are_refused() -> None:
-    class Labelled(RelationalLoss):
-        def forward(self, student: Tensor, teacher: Tensor, *, labels: Tensor) -> Tensor:
-            return student.sum()
-
-    with pytest.raises(TypeError, match="Labelled: labels are whole numbers, one per row"):
-        Labelled()(torch.ones(3, 2), torch.ones(3, 2), labels=torch.ones(3))
-    Labelled()(torch.ones(3, 2), torch.ones(3, 2), labels=torch.ones(3, 4))  # soft labels
 
 
 def test_the_bibtex_entry_of_every_reference_is_reachable_from_the_class() -> None:

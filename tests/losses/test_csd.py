@@ -1,7 +1,5 @@
 """The bank of CSD."""
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor
@@ -51,25 +49,6 @@ def test_a_bank_of_the_batch_alone_is_the_loss_without_a_bank():
     student, teacher = batch(4)
     torch.testing.assert_close(banked(bank_size=4)(student, teacher), banked()(student, teacher))
     torch.testing.assert_close(banked(bank_size=9)(student, teacher), banked()(student, teacher))  # not yet full
-
-
-def test_evaluation_reads_the_bank_and_leaves_it():
-    loss = banked(bank_size=6)
-    loss(*batch(4))
-    before, pair = copy.deepcopy(loss.state_dict()), batch(4)
-    outside = loss.eval()(*pair)
-    assert all(torch.equal(x, before[name]) for name, x in loss.state_dict().items())
-    torch.testing.assert_close(loss.train()(*pair), outside)
-    assert not torch.allclose(outside, banked()(*pair))
-
-
-def test_a_loaded_bank_goes_on_as_the_saved_one():
-    loss, pair = banked(bank_size=6), batch(3)
-    loss(*batch(4))
-    resumed = CSD(student_temperature=0.3, teacher_temperature=0.2, bank_size=6)
-    resumed.load_state_dict(loss.state_dict())
-    assert torch.equal(resumed(*pair), loss(*pair))
-    assert int(resumed.bank.pushed) == 7
 
 
 def in_three_steps(rank: int, counts: list[int], rows: Tensor) -> dict[str, Tensor]:

@@ -13,18 +13,6 @@ def test_a_teacher_that_only_exaggerates_costs_next_to_nothing():
     assert float(DIST()(probabilities.log(), sharper.flip(1).log())) > 0.1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("network", ["student", "teacher"])
-def test_uniform_predictions_correlate_with_nothing(network, dtype):
-    student, teacher = torch.randn(2, 6, 10, dtype=dtype)
-    (student if network == "student" else teacher).fill_(0.1)
-    student.requires_grad_()
-    loss = DIST()(student, teacher)
-    loss.backward()
-    assert loss.item() == pytest.approx(2, abs=1e-5)
-    assert student.grad.abs().max() < 1
-
-
 def test_of_one_sample_only_the_row_counts():
     student, teacher = np.random.default_rng(0).normal(size=(2, 1, 5))
     value = DIST()(torch.from_numpy(student), torch.from_numpy(teacher))

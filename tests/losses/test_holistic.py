@@ -100,12 +100,6 @@ def test_a_batch_smaller_than_the_neighbourhood_names_loss_and_cure(n):
         value_of(small(HolisticKD), batches(n, distinct=True)[0])
 
 
-def test_labels_are_required():
-    outputs = Outputs(embedding=torch.ones(8, 2), logits=torch.ones(8, 3))
-    with pytest.raises(ValueError, match=r"HolisticKD needs \['labels'\]"):
-        HolisticKD(num_samples=9)(outputs, outputs, indices=torch.arange(8))
-
-
 def test_logits_of_pixels_are_refused():
     outputs = Outputs(embedding=torch.ones(8, 2), logits=torch.ones(8, 3, 4, 4))
     with pytest.raises(

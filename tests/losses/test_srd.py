@@ -35,15 +35,3 @@ def test_the_projector_is_float32_whatever_the_default():
         assert SRD(3, 2).project.weight.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def test_training_the_projector_alone_lowers_the_loss():
-    torch.manual_seed(0)
-    student = torch.randn(64, 8)
-    teacher = student @ torch.randn(8, 4)
-    loss = SRD(8, 4)
-    before = loss(student, teacher).item()
-    for _ in range(29):  # later steps jump to and fro across the minimum
-        (grad,) = torch.autograd.grad(loss(student, teacher), loss.project.weight)
-        loss.project.weight.data -= 0.02 * grad
-    assert loss(student, teacher).item() < before - 5

@@ -1,5 +1,3 @@
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,6 @@ from torch.nn import functional as F
 
 from lightning_rkd.data.transforms.mixup import MixUp
 from lightning_rkd.losses import STKD
-from lightning_rkd.losses.stkd import similarity_transfer
 from lightning_rkd.utils.types import Batch, Mix
 from tests.oracles import stkd as oracle
 from tests.oracles.differences import check_gradients
@@ -61,13 +58,6 @@ def test_soft_labels_that_were_mixed_give_the_same_loss(form):
     )
 
 
-@pytest.mark.parametrize("form", ["virtual", "wrong classes"])
-def test_a_student_that_agrees_with_the_teacher_has_nothing_to_imitate(form):
-    _, teacher, mix, labels = example()
-    loss = STKD(form, share=1.0)
-    assert abs(float(loss(teacher + 7, teacher, mix=mix, labels=labels))) < 1e-12
-
-
 def test_unmixed_samples_make_it_ordinary_distillation():
     student, teacher, _, labels = example()
     alone = Mix(torch.arange(6), torch.ones(6, dtype=torch.float64), labels)
@@ -77,15 +67,6 @@ def test_unmixed_samples_make_it_ordinary_distillation():
         torch.testing.assert_close(STKD(form)(student, teacher, mix=alone, labels=labels), expected)
 
 
-def test_right_classes_do_not_matter_where_wrong_ones_are_imitated():
-    student, teacher, mix, labels = example()
-    loss = STKD("wrong classes", share=1.0)
-    before = loss(student, teacher, mix=mix, labels=labels)
-    for classes in (labels, labels[mix.partners]):
-        teacher = teacher.scatter_add(1, classes[:, None], torch.full((6, 1), 5.0, dtype=torch.float64))
-    torch.testing.assert_close(loss(student, teacher, mix=mix, labels=labels), before)
-
-
 def test_where_no_class_is_wrong_there_is_nothing_to_imitate():
     student = torch.randn(2, 2, requires_grad=True)
     mix = Mix(torch.tensor([1, 0]), torch.tensor([0.4, 0.4]), torch.tensor([1, 0]))
@@ -93,17 +74,6 @@ def test_where_no_class_is_wrong_there_is_nothing_to_imitate():
     value.backward()
     assert value == 0
     assert torch.equal(student.grad, torch.zeros(2, 2))
-
-
-@every_form
-def test_extreme_logits_give_finite_gradients(form):
-    student = (1e4 * torch.randn(4, 5)).requires_grad_()
-    _, _, mix, labels = example(4)
-    mix.ratio = torch.tensor([0.0, 1.0, 0.5, 1e-30])
-    value = STKD(form)(student, 1e4 * torch.randn(4, 5), mix=mix, labels=labels)
-    value.backward()
-    assert math.isfinite(value.detach())
-    assert torch.isfinite(student.grad).all()
 
 
 def test_it_takes_what_mixup_makes():
@@ -154,13 +124,6 @@ def test_labels_and_logits_that_do_not_fit_are_refused():
         STKD()(student, teacher[:, :4], mix=mix, labels=labels)
     with pytest.raises(ValueError, match="STKD: mix has 6 rows"):
         STKD()(student[:3], teacher[:3], mix=mix, labels=labels[:3])
-
-
-def test_the_teacher_gets_no_gradient():
-    student, teacher, mix, labels = example()
-    teacher.requires_grad_()
-    similarity_transfer(student.requires_grad_(), teacher, mix, labels).backward()
-    assert teacher.grad is None
 
 
 def test_a_teacher_that_sees_the_wrong_samples_is_refused():

@@ -3,7 +3,6 @@
 import csv
 import importlib
 import inspect
-import os
 import subprocess
 import sys
 import zipfile
@@ -15,6 +14,7 @@ import torch
 
 from lightning_rkd.cli import trainer
 from lightning_rkd.models import Classified, ConvNet
+from tests.harness.forks import run_code
 from tests.losses import test_contract as contract
 
 LOSS = """
@@ -46,32 +46,35 @@ FIT = [
 ]
 
 
-def install(loss: str, folder: Path) -> dict[str, str]:
-    """Build a package with a loss, unpack its wheel, and give the environment in which it is installed."""
+def install(loss: str, folder: Path) -> Path:
+    """Build a package with a loss, and unpack its wheel into a folder for ``sys.path``."""
     (folder / "mean_gap.py").write_text(loss)
     (folder / "pyproject.toml").write_text(PROJECT)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(folder)]
     subprocess.run(build, check=True, capture_output=True, text=True)
     (wheel,) = folder.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "site")
-    paths = [str(folder / "site"), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return folder / "site"
 
 
-def program(args: list[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lightning_rkd.cli", *args]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+PROGRAM = """
+import os, sys, warnings
+from lightning_rkd.cli.main import main
+warnings.simplefilter("ignore")
+sys.path.insert(0, sys.argv.pop(1))
+os.chdir(sys.argv.pop(1))
+sys.exit(main())
+"""
 
 
 @pytest.mark.slow
 def test_an_installed_loss_trains_by_its_short_name_and_logs_under_its_own(tmp_path: Path) -> None:
-    env = install(LOSS, tmp_path)
+    site = install(LOSS, tmp_path)
     weights = tmp_path / "runs" / "glyphs_classifier_teacher" / "last.ckpt"
     weights.parent.mkdir(parents=True)
     teacher = Classified(ConvNet(widths=(24, 48, 96), embedding_dim=128), num_classes=315)
     torch.save(teacher.state_dict(), weights)
-    done = program(FIT, tmp_path, env)
-    assert done.returncode == 0, done.stderr
+    run_code(PROGRAM, str(site), str(tmp_path), *FIT)
     with (tmp_path / "logs" / "metrics.csv").open() as file:
         (row,) = (row for row in csv.DictReader(file) if row.get("distill/mean_gap"))
     assert float(row["distill/mean_gap"]) > 0
