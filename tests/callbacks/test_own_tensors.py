@@ -8,10 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.data.indexing import with_indices
@@ -19,7 +19,6 @@ from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.rkd import RKD
 from tests.harness import toys
 from tests.harness.faces import FACES, taught
-from tests.parity import Recorder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no:UserWarning"),
@@ -178,12 +177,6 @@ def test_two_callbacks_with_tensors_of_their_own_live_side_by_side() -> None:
     assert toys.gap(second, toys.Projected(8, 10)) > 1e-4
 
 
-def test_averages_of_weights_work_and_hold_nothing_of_the_loss(tmp_path: Path) -> None:
-    saved = tmp_path / "last.ckpt"
-    toys.fit(toys.Student(), attached(toys.Projected(5, 7)), WeightAveraging()).save_checkpoint(saved)
-    assert not [key for key in torch.load(saved, weights_only=True)["state_dict"] if "distill" in key]
-
-
 def averaged_in_two_halves(face: str, path: Path) -> tuple[float, float]:
     """Distance of module and loss from an uninterrupted run."""
 
@@ -229,20 +222,3 @@ def test_losses_are_trained_in_half_precision_after_a_rate_finder(face: str, tmp
     toys.fit(module, finder, *callbacks, precision="bf16-true", default_root_dir=tmp_path)
     assert finder.optimal_lr is not None
     assert toys.gap(loss, toys.Projected(5, 7)) > 1e-3
-
-
-def trained_alike(path: Path, **settings: Any) -> Tensor:
-    """All weights after training on rows that are all the same, so that it does not matter which device gets which."""
-    rows = DataLoader(TensorDataset(torch.ones(80, toys.WIDTH), torch.zeros(80).long()), settings.pop("batch_size"))
-    toys.fit(toys.Student(), attached(toys.Projected(5, 7)), Recorder(path), batches=rows, **settings)
-    _, weights = torch.load(path, weights_only=True)
-    assert len(weights) > sum(x.numel() for x in toys.Student().parameters()), "with those of the loss"
-    return weights
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:step 0. the student has collapsed")
-def test_spawned_processes_do_not_write_to_one_anothers_parameters(tmp_path: Path) -> None:
-    alone = trained_alike(tmp_path / "alone.pt", batch_size=16)
-    spawned = trained_alike(tmp_path / "spawned.pt", batch_size=8, strategy="ddp_spawn", devices=2)
-    torch.testing.assert_close(spawned, alone, rtol=0, atol=1e-6)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lightning_rkd.distillation.distiller import BoundLoss, Distiller, combine_needs
 from lightning_rkd.distillation.finite_checks import CollapseWarning, FiniteChecks
-from lightning_rkd.distillation.layers import CaptureError, Tap
+from lightning_rkd.distillation.layers import CaptureError
 from lightning_rkd.distillation.step import StepFeatures
 from lightning_rkd.distillation.teachers.base import TeacherOutput
 from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
-from lightning_rkd.losses.rkd import RKD, RKDDistance
+from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.losses.similarity_preserving import SimilarityPreserving
 from lightning_rkd.losses.weighting import Term
 from lightning_rkd.utils.types import Batch, Outputs
@@ -34,45 +34,6 @@ def step(
     for x in calls or (X,):
         student(x)
     return distiller.compute_terms(distiller.collect(Batch(X, Y) if batch is None else batch), **kwargs)
-
-
-def test_a_term_is_weight_times_weight_times_loss() -> None:
-    student, teacher = nets.Backbone(), nets.teacher()
-    loss = {"a": 25 * RKDDistance(), "b": RKD() * (lambda epoch: epoch / 10)}
-    terms = step(Distiller(teacher, loss, weight=lambda epoch: 2.0 + epoch), student=student, epoch=3)
-    raw = {"a": RKDDistance()(student(X), teacher(X)), "b": RKD()(student(X), teacher(X))}
-    torch.testing.assert_close(terms, {"a": 5.0 * 25 * raw["a"], "b": 5.0 * 0.3 * raw["b"]})
-
-
-def test_each_loss_reads_its_tap() -> None:
-    student, teacher = nets.Backbone(), nets.teacher()
-    at = {"low": "first", "high": "last"}
-    distiller = Distiller(teacher, {"x": RKD().at("low"), "y": RKD().at("high")}, student_layer=at, teacher_layer=at)
-    terms = step(distiller, student=student)
-    low = RKD()(student.first(X), teacher.first(X))
-    torch.testing.assert_close(terms, {"x": low, "y": RKD()(student(X), teacher(X))})
-
-
-def test_a_classifier_gives_logits_and_weights_to_losses_that_read_them() -> None:
-    class Reads(RelationalLoss):
-        reads = ("logits", "classifier")
-
-        def forward(self, student: Outputs, teacher: Outputs) -> Tensor:
-            self.seen = student
-            return student.logits.sum()
-
-    loss, student, head = Reads(), nets.Backbone(), Tap("last", at="classifier")
-    step(Distiller(nets.teacher(), loss, student_layer=head, teacher_layer=head), student=student)
-    assert torch.equal(loss.seen.classifier[0], student.last.weight)
-
-
-def test_the_teacher_gets_its_own_inputs_or_those_of_a_layer() -> None:
-    student, teacher = nets.Backbone(), nets.teacher()
-    own = step(Distiller(teacher, RKD()), student=student, batch=Batch(X, teacher_inputs=2 * X))
-    torch.testing.assert_close(own["rkd"], RKD()(student(X), teacher(2 * X)))
-    fed = step(Distiller(teacher, RKD(), input_layer=""), X, -X, student=student)
-    both = torch.cat([X, -X])
-    torch.testing.assert_close(fed["rkd"], RKD()(student(both), teacher(both)))
 
 
 def test_labels_that_no_loss_needs_may_be_anything() -> None:
@@ -99,14 +60,6 @@ def test_without_a_loss_there_are_no_terms_and_calls_may_repeat() -> None:
 def test_a_batch_of_one_gives_a_zero_with_a_graph() -> None:
     terms = step(Distiller(nets.teacher(), RKD()), X[:1], batch=Batch(X[:1]))
     assert (float(terms["rkd"].detach()), terms["rkd"].requires_grad) == (0.0, True)
-
-
-def test_half_precision_is_computed_in_float32() -> None:
-    student, teacher = nets.Backbone().bfloat16(), nets.teacher().bfloat16()
-    terms = step(Distiller(teacher, RKD()), X.bfloat16(), student=student, batch=Batch(X.bfloat16()))
-    expected = RKD()(student(X.bfloat16()).float(), teacher(X.bfloat16()).float())
-    assert terms["rkd"].dtype == torch.float32
-    assert torch.equal(terms["rkd"], expected)
 
 
 def test_taps_that_share_a_map_are_gathered_apart() -> None:
@@ -150,15 +103,6 @@ def test_a_frozen_map_is_refused_if_it_is_all_that_the_loss_reads() -> None:
         step(distiller, student=student)
 
 
-def test_nothing_stays_after_detach() -> None:
-    student, teacher = nets.Backbone(), nets.teacher()
-    distiller = Distiller(teacher, RKD(), input_layer="")
-    step(distiller, student=student)
-    distiller.detach()
-    distiller.detach()
-    assert nets.attachments(student, teacher) == []
-
-
 def test_copies_and_pickles_of_an_attached_distiller_attach_anew() -> None:
     distiller = Distiller(nets.teacher(), RKD())
     step(distiller)
@@ -167,16 +111,10 @@ def test_copies_and_pickles_of_an_attached_distiller_attach_anew() -> None:
     assert copy.deepcopy(distiller).teacher.network is distiller.teacher.network
 
 
-@pytest.mark.parametrize(
-    ("calls", "message"),
-    [
-        ((X, X), r"ran 2 times in one step, but the teacher is fed the batch once.* no_grad or distiller\.paused\(\)"),
-        ((X[:4],), r"gives 4 rows in 1 call\(s\), the teacher 8"),
-    ],
-)
-def test_calls_and_rows_must_fit(calls: tuple[Tensor, ...], message: str) -> None:
+def test_two_calls_without_an_input_layer_are_refused() -> None:
+    message = r"ran 2 times in one step, but the teacher is fed the batch once.* no_grad or distiller\.paused\(\)"
     with pytest.raises(CaptureError, match=message):
-        step(Distiller(nets.teacher(), RKD()), *calls, batch=Batch(X))
+        step(Distiller(nets.teacher(), RKD()), X, X)
 
 
 @pytest.mark.parametrize("without", ["no_grad", "paused"])

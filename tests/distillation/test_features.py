@@ -1,7 +1,5 @@
 """Every form of layer is read, nothing after the layer changes what was read, and nothing stays behind."""
 
-import copy
-import pickle
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -117,23 +115,6 @@ def test_two_calls_are_concatenated_in_order() -> None:
     assert torch.equal(outputs[""].embedding, torch.cat([a, b]))
 
 
-def test_read_gets_what_the_layer_was_called_with_by_keyword() -> None:
-    class Tokens(nn.Module):
-        def forward(self, x: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-            return _Hidden(x)
-
-    class _Hidden(dict[str, Tensor]):
-        def __init__(self, x: Tensor) -> None:
-            super().__init__(last_hidden_state=x)
-            self.last_hidden_state = x
-
-    x, mask = torch.randn(2, 3, 5), torch.tensor([[1, 1, 0], [1, 0, 0]])
-    pooled = read(Tokens(), Tap("", read=mean_pool), x, attention_mask=mask)
-    expected = torch.stack([x[0, :2].mean(0), x[1, 0]])
-    torch.testing.assert_close(pooled.embedding, expected)
-    assert torch.equal(read(Tokens(), Tap("", read=cls_token), x, attention_mask=mask).embedding, x[:, 0])
-
-
 def test_read_may_return_outputs_which_later_writes_do_not_change() -> None:
     def both(output: Tensor, arguments: Any) -> Outputs:
         return Outputs(embedding=output, feature_maps=[output[:, :, None]])
@@ -206,37 +187,6 @@ def test_features_without_a_start_are_refused() -> None:
         reader.collect()
 
 
-def test_tokens_are_no_maps_to_pool() -> None:
-    with pytest.raises(ValueError, match=r"\(N, C, H, W\), got \(2, 3, 4\); mean_pool and cls_token take tokens"):
-        global_pool(torch.ones(2, 3, 4), {})
-
-
-def test_nothing_is_recorded_while_off_and_nothing_stays_after_detach() -> None:
-    net, inputs = nets.Backbone(), InputReader("act")
-    reader = FeatureReader(["first", Tap("act", at="input")], "student")
-    reader.attach(net)
-    inputs.attach(net)
-    net(X)
-    assert (reader._calls, inputs._calls) == ([], [])
-    reader.attach(net)  # attaching again does not double the hooks
-    assert sum("Hook" in left for left in nets.attachments(net)) == 3
-    for _ in range(2):
-        reader.detach()
-        inputs.detach()
-    assert nets.attachments(net) == []
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
-def test_copies_of_a_hooked_network_record_nothing(duplicate: Any) -> None:
-    net, reader = nets.Backbone(), FeatureReader("act", "student")
-    reader.attach(net)
-    twin = duplicate(net)
-    reader.start()
-    twin(X)
-    with pytest.raises(CaptureError, match="never called"):
-        reader.collect()
-
-
 def test_inputs_are_read_per_call_as_they_were() -> None:
     class Takes(nn.Module):
         def forward(self, x: Any, scale: Tensor | None = None) -> Tensor:
@@ -281,20 +231,6 @@ def test_a_new_start_within_a_step_forgets_only_where_a_layer_runs_again(again: 
     assert torch.equal(outputs[""].embedding, by_steps(net, expected)["act"])
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("compiler")
-def test_what_was_compiled_before_it_was_hooked_fails_with_the_cure() -> None:
-    net = nets.Backbone()
-    compiled: Any = torch.compile(net, backend="eager")
-    compiled(X)
-    reader = start_reader(net, "first")
-    compiled(X)
-    with pytest.raises(
-        CaptureError, match=r"attach before the first compiled call, or call torch\.compiler\.reset\(\)"
-    ):
-        reader.collect()
-
-
 def test_what_was_compiled_keeps_the_names_it_had() -> None:
     inner = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     outer = nn.Sequential(torch.compile(inner, backend="eager"))
@@ -320,18 +256,3 @@ def test_a_compiled_network_is_one_graph_that_is_compiled_once(layer: Any) -> No
             distiller.compute_terms(Batch(X))
     assert counters["stats"]["unique_graphs"] == 1, "6: its layers one by one, and anew in every step"
     assert not counters["graph_break"]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch.compile's
-def test_a_compiled_network_gives_the_same() -> None:
-    net = nets.Backbone()
-    expected = by_steps(net, X)["first"]
-    reader = FeatureReader("first", "student")
-    reader.attach(net)
-    compiled: Any = torch.compile(net, backend="eager")
-    for _ in range(2):
-        reader.start()
-        compiled(X)
-        assert torch.equal(reader.collect()[0][""].embedding, expected)

@@ -39,15 +39,6 @@ def measure(x: Tensor, task: Tensor, loss: RelationalLoss, **settings: Any) -> t
     return term, measure_norms(term, task, bound, StepFeatures(Batch(x), {"": Outputs(embedding=x)}), **settings)
 
 
-def test_norms_are_those_of_the_gradients_at_the_embedding() -> None:
-    torch.manual_seed(2)
-    x = torch.randn(6, 4, requires_grad=True)
-    task = F.cross_entropy(x, torch.arange(6) % 4)
-    term, norms = measure(x, task, RKD())
-    for found, loss in zip(norms, (term, task), strict=True):
-        torch.testing.assert_close(found, torch.autograd.grad(loss, x, retain_graph=True)[0].norm())
-
-
 def test_what_was_pooled_for_the_loss_is_compared_at_the_layer_before() -> None:
     torch.manual_seed(0)
     maps = torch.randn(6, 4, 2, 2, requires_grad=True) + 0
@@ -440,13 +431,6 @@ def test_a_layer_that_the_task_does_not_use_is_named_once(caplog: pytest.LogCapt
 @pytest.mark.parametrize("settings", [{"task_weight": 0.0}, {"weight": 0.0}], ids=str)
 def test_a_weight_of_zero_is_no_reason_to_warn(settings: Any) -> None:
     assert classify("callback", RKD(), fit={"max_steps": 14}, **settings)[2] == []
-
-
-def test_a_second_fit_compares_again() -> None:
-    callback = RelationalDistillation(toys.teacher(), RKD(), student_layer="backbone", compare_gradients="once")
-    for _ in range(2):
-        metrics = toys.fit(toys.Student(), callback, max_epochs=3, log_every_n_steps=1).callback_metrics
-        assert "gradient/rkd" in metrics
 
 
 def compared(rank: int | None) -> tuple[dict[str, Tensor], float, float]:

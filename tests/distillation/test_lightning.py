@@ -5,7 +5,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -36,15 +35,6 @@ def test_the_memory_of_a_scheme_is_kept_from_ddp_too() -> None:
     module = CASES["CORSD"].made()
     fit(module)
     assert module._ddp_params_and_buffers_to_ignore == ["relations.memory.steps", "relations.memory.sums"]
-
-
-def test_weight_averages_that_came_before_the_sizes_of_losses_are_refused() -> None:
-    def module(loss: RelationalLoss) -> DistillationModule:
-        return DistillationModule(toys.Backbone(norm=True), toys.teacher(), loss, optimizer=toys.sgd)
-
-    with pytest.raises(ValueError, match=r"WeightAveraging copied .* give the losses their sizes, Projected\(student_"):
-        toys.fit(module(toys.Projected()), WeightAveraging())
-    toys.fit(module(toys.Projected(5, 7)), WeightAveraging())
 
 
 class Holds(pl.Callback):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from lightning_rkd import Batch, CachedTeacher, Distiller, MicroBatches, Teacher
+from lightning_rkd import CachedTeacher, Distiller, MicroBatches, Teacher
 from lightning_rkd.data.indexing import with_indices
 from lightning_rkd.distillation.micro_batches import split_rows
 from lightning_rkd.losses.rkd import RKD
@@ -244,24 +244,6 @@ def test_rows_of_several_views_keep_their_labels_and_indices() -> None:
         assert torch.equal(parts[name], whole[name])
 
 
-def test_views_are_sorted_by_view_and_then_by_part() -> None:
-    student = Twice()
-    distiller = Distiller(toys.teacher(), RKD(), student_layer="backbone", input_layer="backbone")
-    distiller.attach(student)
-    x, features = torch.randn(8, toys.WIDTH), []
-    for parts in (1, 3):
-        distiller.start()
-        for part in x.tensor_split(parts):
-            student(part)
-        features.append(distiller.collect(Batch(x), parts=parts))
-    distiller.detach()
-    whole, found = features
-    assert found.views == whole.views == 2
-    torch.testing.assert_close(found.embedding.embedding, whole.embedding.embedding, rtol=0, atol=1e-6)
-    of_teachers = [one.teachers[0].features[""].embedding for one in features]
-    torch.testing.assert_close(*of_teachers, rtol=0, atol=1e-6)
-
-
 class Skips(faces.Net):
     """Leaves the backbone out on small parts."""
 
@@ -296,11 +278,7 @@ def test_gradients_are_balanced_where_the_task_reads_the_features() -> None:
     assert toys.gap(*both) <= 1e-6
 
 
-def test_gradients_are_not_compared_through_a_second_pass() -> None:
-    ours, expected = distilling(), distilling(compare_gradients=None)
-    for module in (ours, expected):
-        toys.fit(module, batches=toys.loader(8 * 15), log_every_n_steps=1)
-    assert toys.gap(ours, expected) == 0.0
+def test_gradients_are_not_balanced_through_a_second_pass() -> None:
     with pytest.raises(RuntimeError, match=r"activation checkpointing .* leave out compiling and micro_batch"):
         toys.fit(distilling(balance=1.0))
 

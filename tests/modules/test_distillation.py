@@ -7,13 +7,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.utilities.model_summary import ModelSummary
 from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -103,21 +100,6 @@ def test_views_of_the_batch_and_of_the_student_are_numbered_together() -> None:
     assert loss.given["view"].tolist() == [0, 1] * 4 + [2, 3] * 4
 
 
-def test_an_indexed_batch_a_mapping_and_an_own_unpack_give_the_same() -> None:
-    class Own(DistillationModule):
-        def unpack(self, batch: Any) -> Batch:
-            return Batch(inputs=batch[1], labels=batch[0])
-
-    plain, indexed, mapped = (distilling() for _ in range(3))
-    own = Own(student(), toys.teacher(norm=True), RKD(), optimizer=toys.sgd)
-    toys.fit(plain)
-    toys.fit(indexed, batches=with_indices(toys.loader()))
-    mapped._keys["inputs"] = ["x"]
-    toys.fit(mapped, batches=[{"x": x} for x, _ in toys.loader()])
-    toys.fit(own, batches=[(y, x) for x, y in toys.loader()])
-    assert toys.gap(indexed, plain) == toys.gap(mapped, plain) == toys.gap(own, plain) == 0.0
-
-
 def test_schedulers_step_as_configured() -> None:
     def halves(optimizer: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
@@ -128,19 +110,6 @@ def test_schedulers_step_as_configured() -> None:
 
 
 # The teacher
-
-
-def test_the_teacher_is_registered_nowhere_and_comes_back_as_it_was() -> None:
-    teacher = toys.teacher(dropout=0.5, norm=True).train()
-    before, ours = toys.snapshot(teacher), distilling(teacher=teacher, task_loss=nn.CrossEntropyLoss())
-    ids = {id(p) for p in teacher.parameters()}
-    assert not ids & {id(p) for p in ours.parameters()}
-    assert ModelSummary(ours).total_parameters == sum(p.numel() for p in ours.student.parameters())
-    trainer = toys.trainer(precision="bf16-true")
-    trainer.fit(ours.train(), toys.loader())
-    assert not ids & {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
-    assert toys.same(before, teacher)
-    assert toys.attachments(ours, teacher) == []
 
 
 @pytest.mark.parametrize("start", ["fit", "validate"])
@@ -254,19 +223,6 @@ def test_losses_that_a_loaded_module_lacks_are_named_when_it_trains_on(tmp_path:
     toys.fit(whole)
 
 
-@pytest.mark.parametrize("averaging", [WeightAveraging, lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1)])
-def test_averages_of_weights_hold_no_teacher(averaging: Any, tmp_path: Path) -> None:
-    ours = distilling(metrics={"retrieval": EmbeddingRetrieval()})
-    trainer = toys.trainer(max_epochs=3, enable_checkpointing=True, callbacks=[averaging(), toys.keeps(tmp_path)])
-    trainer.fit(ours, toys.loader(), toys.loader())
-    assert "val/recall_at_1" in trainer.callback_metrics
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    network = ours.distiller.teacher.network
-    shapes = {tuple(p.shape) for p in network.parameters()} - {tuple(p.shape) for p in ours.parameters()}
-    assert not shapes & {tuple(t.shape) for t in tree_leaves(checkpoint) if isinstance(t, Tensor)}
-    assert toys.attachments(ours, network) == []
-
-
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path: Path) -> None:
     def training() -> DistillationModule:
         return distilling(
@@ -338,12 +294,6 @@ def test_what_cannot_work_fails_with_the_cure(case: str) -> None:
     batches = [BATCHES[case](*batch) for batch in toys.loader()] if case in BATCHES else None
     with pytest.raises(error, match=message):
         toys.fit(module(**arguments), batches=batches)
-
-
-def test_a_shared_network_is_no_teacher() -> None:
-    net = student()
-    with pytest.raises(ValueError, match="shares parameters with the student"):
-        toys.fit(module(student=net, teacher=net, loss=RKD()))
 
 
 def test_prediction_and_validation_need_no_teacher() -> None:

@@ -1,18 +1,15 @@
 """Losses with tensors of their own in ``DistillationModule``, views and task rows."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_rkd.data.indexing import count_root_rows, with_indices
-from lightning_rkd.data.loaders import count_samples, load_first_samples
+from lightning_rkd.data.indexing import with_indices
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.modules.distillation import DistillationModule
@@ -197,33 +194,3 @@ def test_the_task_loss_sees_its_rows_only() -> None:
     task.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     toys.fit(ours)
     assert seen == [8] * toys.STEPS
-
-
-# Looking at a loader
-
-
-def test_first_samples_are_as_the_steps_would_see_them() -> None:
-    loader = toys.loader(shuffle=True)
-    x, y = loader.dataset.tensors
-    state = copy.deepcopy(torch.get_rng_state())
-    first = load_first_samples(loader)
-    assert torch.equal(first[0], x[:2])
-    assert torch.equal(first[1], y[:2])
-    several = {"a": [loader], "b": with_indices(loader)}
-    for together in (load_first_samples(several), load_first_samples(CombinedLoader(several))):
-        assert torch.equal(together["a"][0][0], x[:2])
-        assert together["b"].indices.tolist() == [0, 1]
-    assert torch.equal(torch.get_rng_state(), state)
-    assert load_first_samples([1, 2, 3]) is None
-    assert load_first_samples([loader, 1]) is None
-
-
-def test_the_number_of_samples_is_known_of_sized_loaders_only() -> None:
-    loader = toys.loader()
-    assert count_samples(loader) == count_samples(with_indices(loader)) == 40
-    assert count_root_rows(with_indices(loader).dataset) == 40
-    assert count_samples(DataLoader(list(range(9)), 4)) == 9
-    assert count_samples(DataLoader(list(loader), batch_size=None)) is None, "of batches"
-    assert count_samples(DataLoader(toys.Stream(), 8)) is None
-    assert count_samples({"a": loader}) is None
-    assert count_root_rows(object()) is None

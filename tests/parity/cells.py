@@ -343,6 +343,7 @@ ON_TWO_DEVICES = [
         two(
             STARTED[face],
             ranks="spawned",
+            **PARAMETERS,
             on_ranks={"strategy": STARTED[face], "devices": 2, "use_distributed_sampler": False},
             slow=True,
         ),

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,7 +25,6 @@ from lightning_rkd.distillation.teachers import (
     CacheError,
     EnsembleTeacher,
     Teacher,
-    cache_format,
     cached,
 )
 from lightning_rkd.distillation.teachers.cache_format import MANIFEST, shard_name
@@ -319,16 +317,6 @@ def test_a_missing_shard_and_one_of_another_cache_are_named(tmp_path: Path) -> N
         (path / shard_name(2)).write_bytes(source.read_bytes())
         with pytest.raises(CacheError, match=rf"rows-00002\.safetensors' was made for something else: {difference}"):
             read(teacher, [32])
-
-
-def test_a_file_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reads = mock.Mock(wraps=cache_format.read_shard)
-    monkeypatch.setattr(cache_format, "read_shard", reads)
-    teacher = CachedTeacher(cache(tmp_path))
-    reads.reset_mock()
-    for rows in ([0, 1], [1, 2], [20], [0, 21]):
-        read(teacher, rows)
-    assert [call.args[2] for call in reads.call_args_list] == [0, 1]
 
 
 def test_copies_and_pickles_hold_the_path_and_no_rows(tmp_path: Path) -> None:

@@ -1,14 +1,10 @@
 """Several teachers: what they show together, what may be asked of them, and that each comes back as it was."""
 
-import copy
 import math
-import pickle
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -20,7 +16,7 @@ from lightning_rkd.losses.base import NonFiniteError, RelationalLoss
 from lightning_rkd.losses.crd import CRD
 from lightning_rkd.losses.nst import NST
 from lightning_rkd.losses.parts.state import StepState
-from lightning_rkd.losses.rkd import RKD, RKDDistance
+from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.losses.soft_target import SoftTarget
 from lightning_rkd.losses.ttm import TTM
 from lightning_rkd.utils.types import Batch, Outputs, unpack
@@ -55,36 +51,10 @@ def terms(teacher: Any, loss: Any, x: Tensor = X, student: nn.Module | None = No
 # What they show together
 
 
-@settings(deadline=None, max_examples=50)
-@given(
-    st.lists(st.tuples(st.floats(0.01, 100), st.integers(1, 4), st.floats(1e-3, 1e3)), min_size=1, max_size=4),
-    st.integers(0, 99),
-)
-def test_squared_distances_and_inner_products_add_up_with_the_weights(parts: Any, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    shares = [w / sum(w for w, _, _ in parts) for w, _, _ in parts]
-    embeddings = [scale * torch.randn(5, width, generator=generator, dtype=torch.float64) for _, width, scale in parts]
-    rows, joined = [x.tolist() for x in embeddings], joint_embedding(embeddings, shares).tolist()
-    for i in range(5):
-        for j in range(5):
-            squared = sum(w * math.dist(x[i], x[j]) ** 2 for w, x in zip(shares, rows, strict=True))
-            inner = sum(w * float(x[i] @ x[j]) for w, x in zip(shares, embeddings, strict=True))
-            assert math.dist(joined[i], joined[j]) ** 2 == pytest.approx(squared, rel=1e-9)
-            assert sum(a * b for a, b in zip(joined[i], joined[j], strict=True)) == pytest.approx(inner, rel=1e-9)
-
-
 def test_half_precision_is_joined_in_float32_and_double_in_float64() -> None:
     x = torch.randn(4, 3)
     assert torch.equal(joint_embedding([x.bfloat16()] * 2, [0.5, 0.5])[:, :3], math.sqrt(0.5) * x.bfloat16().float())
     assert joint_embedding([x.half(), x.double()], [0.5, 0.5]).dtype == torch.float64
-
-
-@pytest.mark.parametrize("combine", COMBINE)
-@pytest.mark.parametrize("loss", [RKD(), nets.Gram(), 3 * nets.Gram() + RKDDistance()])
-def test_an_ensemble_of_equal_teachers_is_that_teacher(loss: Any, combine: Any) -> None:
-    student, teacher = nets.Backbone(), EnsembleTeacher([nets.teacher() for _ in range(3)], [5, 1, 0.5], combine)
-    ours, alone = (terms(each, loss, student=student) for each in (teacher, nets.teacher()))
-    torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_each_teacher_is_read_at_its_own_layer_or_at_the_common_one() -> None:
@@ -132,25 +102,6 @@ def test_the_loss_is_averaged_over_teachers_in_whatever_it_reads() -> None:
     soft, ttm = ([loss(student(X), t(X)) for t in teachers] for loss in (SoftTarget(), TTM()))
     expected = {"soft": 0.2 * soft[0] + 0.8 * soft[1], "ttm": 0.1 * ttm[0] + 0.4 * ttm[1]}
     torch.testing.assert_close(ours, expected)
-
-
-class Learns(nets.Gram):
-    """Has a parameter that belongs to the student."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return super().forward(self.scale * student, teacher)
-
-
-def test_a_parameter_that_belongs_to_no_teacher_gets_the_averaged_gradient() -> None:
-    loss, student, teachers = Learns(), nets.Backbone(), [nets.teacher(), wide().eval()]
-    (value,) = terms(EnsembleTeacher(teachers, combine="losses"), loss, student=student).values()
-    (ours,) = torch.autograd.grad(value, loss.scale)
-    expected = [torch.autograd.grad(loss(student(X), t(X)), loss.scale)[0] for t in teachers]
-    torch.testing.assert_close(ours, torch.stack(expected).mean())
 
 
 # What is refused
@@ -359,15 +310,3 @@ def test_all_teachers_are_restored(combine: Any, shared: bool) -> None:
         teacher.detach()
         assert all(nets.same(*pair) for pair in zip(before, networks, strict=True))
         assert nets.attachments(*networks) == []
-
-
-def test_copies_share_the_networks_and_pickles_work_while_attached() -> None:
-    teacher = EnsembleTeacher({"a": nets.teacher(), "b": wide()}, combine="losses")
-    teacher.attach("drop")
-    deep = copy.deepcopy({"module": teacher})["module"]
-    assert all(deep.teachers[n].network is teacher.teachers[n].network for n in "ab")
-    for twin in (pickle.loads(pickle.dumps(teacher)), copy.copy(teacher), deep):
-        twin.attach(None)
-        assert [one.features[""].embedding.shape[1] for one in twin.outputs(Batch(X))] == [7, 9]
-        twin.detach()
-        assert [one.features[""].embedding.shape[1] for one in teacher.outputs(Batch(X))] == [10, 12], "still hooked"

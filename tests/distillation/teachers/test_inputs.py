@@ -351,7 +351,7 @@ def test_two_callbacks_whose_teachers_are_the_students_base(input_layer: str | N
 
 def test_a_shared_network_is_refused_unless_it_is_frozen_in_a_context() -> None:
     net = Adapted()
-    message = r"shares parameters with the student; .* with Teacher\(model, context=model\.disable_adapter\)"
+    message = r"shares parameters .*copy\.deepcopy.* .* with Teacher\(model, context=model\.disable_adapter\)"
     trains = Adapted(freezes=False)
     for student, teacher in (
         (net, Teacher(net)),
@@ -403,6 +403,15 @@ def test_adapters_that_differ_between_ranks_are_no_other_teacher(monkeypatch: py
     nn.init.normal_(second.base.first.weight)
     with pytest.raises(RuntimeError, match="the teacher's weights differ between ranks"):
         Teacher(second, context=second.off).check_same_on_ranks()
+
+
+def test_ranks_whose_layers_are_swapped_hold_different_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_ranks(monkeypatch)
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    for same in (network, copy.deepcopy(network)):
+        Teacher(same).check_same_on_ranks()
+    with pytest.raises(RuntimeError, match="the teacher's weights differ between ranks"):
+        Teacher(nn.Sequential(network[1], network[0])).check_same_on_ranks()
 
 
 # Tensor subclasses

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from torch import nn
 
 from lightning_rkd.distillation.layers import Tap
 from lightning_rkd.distillation.teachers import Teacher
-from lightning_rkd.distillation.teachers import teacher as teacher_module
 from lightning_rkd.utils.types import Batch
 from tests.harness import nets
 
@@ -19,19 +17,6 @@ X = torch.randn(4, nets.WIDTH, generator=torch.Generator().manual_seed(0))
 
 def half(network: nn.Module) -> nn.Module:
     return network.to(torch.bfloat16)
-
-
-def test_it_teaches_in_eval_mode_without_gradient() -> None:
-    network = nets.teacher(dropout=0.5, norm=True).train()
-    teacher, expected = Teacher(network), copy.deepcopy(network).eval()(X)
-    teacher.attach(None)
-    output = teacher.outputs(Batch(X))[0].features[""].embedding
-    assert torch.equal(output, expected)
-    assert not output.requires_grad
-    assert torch.equal(teacher.outputs(Batch(-X, teacher_inputs=X))[0].features[""].embedding, expected)
-    assert torch.equal(
-        teacher.outputs(Batch(None), calls=[X, {"x": X}])[0].features[""].embedding, torch.cat([expected, expected])
-    )
 
 
 def test_it_is_restored_with_its_tensors_values_dtype_and_modes() -> None:
@@ -142,21 +127,3 @@ def test_channels_last_it_gives_the_same_and_is_restored() -> None:
     assert network[2].weight.stride() == before
     with pytest.raises(ValueError, match="channels_last=True changes how the network is stored: leave out move=False"):
         Teacher(network, move=False, channels_last=True)
-
-
-def test_ranks_whose_layers_are_swapped_hold_different_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ranks run one after another in this process; each compares itself with those before it."""
-    checksums: list[torch.Tensor] = []
-
-    def gather(x: torch.Tensor, group: Any = None) -> torch.Tensor:
-        checksums.append(x)
-        return torch.cat(checksums)
-
-    monkeypatch.setattr(teacher_module, "rank_and_size", lambda group=None: (len(checksums), 2))
-    monkeypatch.setattr(teacher_module, "gather_rows", gather)
-    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    for same in (network, copy.deepcopy(network)):
-        Teacher(same).check_same_on_ranks()
-    with pytest.raises(RuntimeError, match="the teacher's weights differ between ranks"):
-        Teacher(nn.Sequential(network[1], network[0])).check_same_on_ranks()
-    assert len(checksums) == 3

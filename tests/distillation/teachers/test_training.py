@@ -179,10 +179,10 @@ def test_it_runs_in_the_precision_of_the_student_and_is_restored(kind: Any, prec
 
 
 @pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize("combine", COMBINE)
-def test_no_ensemble_member_is_in_a_checkpoint_optimizer_or_average(combine: Any, face: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["one", *COMBINE])
+def test_no_teacher_is_in_a_checkpoint_optimizer_or_average(kind: Any, face: str, tmp_path: Path) -> None:
     networks = pair()
-    module, callbacks = taught(face, EnsembleTeacher(networks, combine=combine), RKD())
+    module, callbacks = taught(face, networks[1] if kind == "one" else EnsembleTeacher(networks, combine=kind), RKD())
     own = {id(p) for network in networks for p in network.parameters()}
     assert not own & {id(p) for p in module.parameters()}
     trainer = toys.fit(module, *callbacks, WeightAveraging())
