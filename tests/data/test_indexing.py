@@ -133,17 +133,6 @@ def test_what_has_no_rows_is_refused_with_the_cure() -> None:
         next(iter(with_indices(DataLoader(Numbers(), batch_sampler=[["a"]]))))
 
 
-def test_a_batch_of_any_shape_moves_as_a_whole() -> None:
-    inner = IndexedBatch(torch.ones(1), torch.tensor([1]))
-    nested = {"x": (torch.ones(2), [torch.ones(3)]), "name": "a", "inner": inner}
-    moved = IndexedBatch(nested, torch.tensor([3])).to("meta", non_blocking=True)
-    assert moved.batch["x"][0].is_meta
-    assert moved.batch["x"][1][0].is_meta
-    assert moved.batch["inner"].batch.is_meta
-    assert moved.batch["name"] == "a"
-    assert moved.indices.is_meta
-
-
 def test_indices_stay_whole_numbers_when_the_batch_is_cast() -> None:
     cast = IndexedBatch(torch.ones(2), torch.tensor([2**40])).to(torch.float16)
     assert cast.batch.dtype == torch.float16

@@ -215,12 +215,6 @@ def test_batches_are_all_rows_in_random_order_without_regard_to_classes() -> Non
     assert any(len(set(y.tolist())) > 4 for y in batches), "not four classes with three samples each"
 
 
-def test_no_row_comes_twice_in_an_epoch() -> None:
-    sampler = samples().train_dataloader().batch_sampler
-    drawn = [int(i) for batch in sampler for i in batch]
-    assert len(drawn) == len(set(drawn))
-
-
 def test_the_test_rows_do_not_depend_on_the_validation_part() -> None:
     labels = torch.arange(10).repeat(20).tolist()
     parts = [split_samples(labels, validation, 0.2, seed=3)[2] for validation in (0.1, 0.4)]

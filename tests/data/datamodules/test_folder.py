@@ -267,17 +267,3 @@ def test_a_test_class_needs_no_images_to_train(parts) -> None:
     assert content(data, "test") == {("class6", True), ("class7", True)}
     with pytest.raises(ValueError, match=r"test_root .* holds the class 'class7', which root .* lacks"):
         module(parts[0], test_root=parts[1], split_by="samples")
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="real images are not here")
-@pytest.mark.slow
-def test_cifar_100_is_divided_as_zero_shot_retrieval_needs(tmp_path: Path) -> None:
-    for name in ("cifar100-train-classes-00-49", "cifar100-test"):
-        with zipfile.ZipFile(REAL / f"{name}.zip") as archive:
-            archive.extractall(tmp_path)
-    root, test_root = tmp_path / "cifar100" / "train", tmp_path / "cifar100" / "test"
-    unseen = sorted(path.name for path in test_root.iterdir())[50:]
-    data = module(root, test_root=test_root, splits={"test": unseen}, validation=0.2)
-    assert [len(data.train_set), len(data.val_set), len(data.test_set)] == [20_000, 5_000, 5_000]
-    assert data.class_names[50:] == unseen
-    assert data.image_shape == (3, 32, 32)
