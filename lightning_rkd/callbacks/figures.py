@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_rkd import plots
 from lightning_rkd.callbacks.base import Callback
 from lightning_rkd.data.indexing import to_batch
+from lightning_rkd.plots.style import to_png
 from lightning_rkd.utils.files import write_whole
 from lightning_rkd.utils.types import call_network
 
@@ -43,11 +44,6 @@ class Pictures(Callback):
             several samples of a class among them.
         every_n_epochs: Number of epochs from one drawing to the next.
         dark: Whether figures have a dark background.
-
-    Raises:
-        ValueError: Fewer than 3 samples. When a fit begins: the trainer has no logger, the fit has no validation, or
-            there is neither a ``DistillationModule`` nor a ``RelationalDistillation``. In validation: labels that are
-            not one class number per sample.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[Pictures(every_n_epochs=5)], accelerator="cpu")
@@ -195,7 +191,7 @@ def log_figure(logger: Any, name: str, figure: Figure, step: int) -> None:
     elif "WandbLogger" in kinds:
         from PIL import Image
 
-        logger.log_image(name, [Image.open(io.BytesIO(_render_png(figure)))], step=step)
+        logger.log_image(name, [Image.open(io.BytesIO(to_png(figure)))], step=step)
     elif "MLFlowLogger" in kinds:
         logger.experiment.log_figure(logger.run_id, figure, f"{name}-{step}.png")
     elif "DummyLogger" in kinds:  # of fast_dev_run
@@ -204,16 +200,10 @@ def log_figure(logger: Any, name: str, figure: Figure, step: int) -> None:
         name = re.sub(r"[^\w.+/-]", "_", f"{name}-{step}.png")
         path = Path(str(logger.log_dir or logger.save_dir), *name.split("/"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, _render_png(figure))
+        write_whole(path, to_png(figure))
     else:
         warnings.warn(
             f"{type(logger).__name__} has no folder and is none of TensorBoardLogger, WandbLogger and MLFlowLogger, so "
             f"the figure {name!r} is not logged; add a CSVLogger, which keeps figures as files",
             stacklevel=2,
         )
-
-
-def _render_png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()

@@ -43,13 +43,7 @@ class IndexedBatch:
         self.epoch, self.host_indices = epoch, host_indices  # not fields: Lightning finds a batch's size among those
 
     def to(self, *args: Any, **kwargs: Any) -> IndexedBatch:
-        """Move or cast everything inside, as ``Tensor.to`` would; indices keep their type.
-
-        Example:
-            >>> moved = IndexedBatch((torch.zeros(2, 3), ["a", "b"]), torch.tensor([4, 7])).to("cpu")
-            >>> moved.batch[0].shape, moved.indices.tolist()
-            (torch.Size([2, 3]), [4, 7])
-        """
+        """Move or cast everything inside, as ``Tensor.to`` would; indices keep their type."""
         batch = apply_to_collection(self.batch, _Movable, lambda x: x.to(*args, **kwargs))
         device = torch.empty(0).to(*args, **kwargs).device
         indices = self.indices.to(device, non_blocking=kwargs.get("non_blocking", False))

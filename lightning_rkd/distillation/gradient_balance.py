@@ -41,9 +41,6 @@ class GradientBalance:
     Attributes:
         warns: Whether to warn; not with ``balance``.
 
-    Raises:
-        ValueError: A negative ``balance``, or another value of ``compare``.
-
     Example:
         >>> from torch import nn
         >>> from lightning_rkd.losses.rkd import RKD

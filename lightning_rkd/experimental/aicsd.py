@@ -94,9 +94,6 @@ class AdaptiveWeight:
         weight: The full weight.
         falling: Use :math:`1 - a`, the weight of the pixel-wise loss.
 
-    Raises:
-        ValueError: ``epochs`` below 1.
-
     Example:
         >>> AdaptiveWeight(120)(30), AdaptiveWeight(120, weight=10, falling=True)(30)
         (0.25, 7.5)

@@ -210,10 +210,6 @@ class CORSD(DistillationModule):
         kwargs: Arguments of :class:`~lightning_rkd.DistillationModule` for metrics, optimization and batches; labels
             must stay classes.
 
-    Raises:
-        ValueError: Fewer than two stages, channels that do not fit, soft labels, a batch of one class (CPU), or LBFGS,
-            which would update the memory at every evaluation.
-
     Reference:
         Yu, Tan, Wu, Dong, Zhang and Ma 2023, CORSD: Class-Oriented Relational Self Distillation, arXiv:2305.00918.
 

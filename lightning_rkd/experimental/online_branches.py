@@ -91,10 +91,6 @@ class OnlineBranches(DistillationModule):
         kwargs: Arguments of :class:`~lightning_rkd.DistillationModule` for metrics (of the mean of the logits),
             optimization and batches.
 
-    Raises:
-        ValueError: Fewer than two branches, a branch without a Linear, a setting out of range, or logits of different
-            classes.
-
     Reference:
         Li, Huang, Chen, Luo, Cai and Pan 2020, Online Knowledge Distillation via Multi-branch Diversity Enhancement,
         arXiv:2010.00795.

@@ -65,9 +65,6 @@ class ResidualKD(DistillationModule):
         kwargs: Arguments of :class:`~lightning_rkd.DistillationModule` for the task, weights, metrics, optimization and
             batches.
 
-    Raises:
-        ValueError: Features of different shapes, several teacher layers, or a head that nothing trains.
-
     Reference:
         Gao, Shen, Li and Loy 2020, Residual Knowledge Distillation, arXiv:2002.09168.
 

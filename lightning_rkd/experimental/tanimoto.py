@@ -34,9 +34,6 @@ class Tanimoto(RelationalLoss):
             aligns the student with the teacher's space. The paper uses both: ``Tanimoto() + Tanimoto("sample")``, with
             weights that we do not know.
 
-    Raises:
-        ValueError: Different widths in the form ``"sample"``.
-
     Reference:
         Shu 2022, Two Distillation Perspectives Based on Tanimoto Coefficient, IEEE International Conference on Image
         Processing, doi:10.1109/ICIP46576.2022.9897375.

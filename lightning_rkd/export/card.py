@@ -19,16 +19,7 @@ from lightning_rkd.utils.types import call_network
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about a student that the network itself does not hold.
-
-    Attributes:
-        name: Name of the student.
-        data: Training data.
-        teacher: Teacher; empty for none.
-        loss: Distillation loss; empty for none.
-        scores: Scores by name.
-        scores_of: Data and time of the scores.
-    """
+    """Facts about a student that the network itself does not hold; ``scores_of`` are data and time of the scores."""
 
     name: str = "student"
     data: str = ""

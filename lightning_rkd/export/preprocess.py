@@ -106,11 +106,8 @@ class ImagePreprocess(Preprocess):
                 "undo the normalisation, or call the network itself, student.network(images)"
             )
         if x.shape[1] != len(self.mean):
-            x = (
-                x.expand(-1, 3, -1, -1)
-                if x.shape[1] == 1
-                else torch.einsum("nchw,c->nhw", x, x.new_tensor(_LUMINANCE))[:, None]
-            )
+            grey, weights = x.shape[1] == 1, x.new_tensor(_LUMINANCE)
+            x = x.expand(-1, 3, -1, -1) if grey else torch.einsum("nchw,c->nhw", x, weights)[:, None]
         (height, width), (h, w) = self.size, x.shape[2:]
         factor = self.crop * min(h / height, w / width)
         rows, columns = (
@@ -201,11 +198,8 @@ class PiecesPreprocess(Preprocess):
 
     def describe(self) -> str:
         """One sentence for the model card."""
-        how = (
-            f"hashed to {self.rows - 1:,} rows"
-            if self.vocabulary is None
-            else f"of {len(self.vocabulary):,} known ones"
-        )
+        known = self.vocabulary
+        how = f"hashed to {self.rows - 1:,} rows" if known is None else f"of {len(known):,} known ones"
         return f"texts are split into words and their pieces of four characters, {how}"
 
 
@@ -229,10 +223,8 @@ class TokensPreprocess(Preprocess):
         text = Path(own).read_text(encoding="utf-8") if isinstance(own, str | Path) else getattr(own, "to_str", str)()
         if not isinstance(own, str | Path | tokenizers.Tokenizer):
             raise TypeError(f"a {type(tokenizer).__name__} has no tokenizer.json: load its fast form, use_fast=True")
-        self.longest, self.padding = (
-            longest,
-            int(getattr(tokenizer, "pad_token_id", 0) or 0) if padding is None else padding,
-        )
+        own_padding = int(getattr(tokenizer, "pad_token_id", 0) or 0)
+        self.longest, self.padding = longest, own_padding if padding is None else padding
         self._tokenizer = tokenizers.Tokenizer.from_str(text)  # a copy, since length and padding are set
 
     def __call__(self, items: Sequence[str]) -> dict[str, Tensor]:

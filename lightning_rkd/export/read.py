@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_rkd.export.preprocess import TOKENIZER, Preprocess, load_preprocess
+from lightning_rkd.utils.private import tree_map
 from lightning_rkd.utils.types import call_network
 
 CONFIG, WEIGHTS, PROGRAM = "config.json", "student.safetensors", "student.pt2"
@@ -51,10 +52,7 @@ class Embedder(nn.Module):
         rows = []
         for start in range(0, len(items), batch_size):
             inputs = self.preprocess(items[start : start + batch_size])
-            moved = (
-                inputs.to(device) if isinstance(inputs, Tensor) else {name: x.to(device) for name, x in inputs.items()}
-            )
-            rows.append(call_network(self.network, moved))
+            rows.append(call_network(self.network, tree_map(lambda x: x.to(device), inputs)))
         return torch.cat(rows)
 
 

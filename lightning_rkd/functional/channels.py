@@ -10,13 +10,6 @@ def flatten_channels(x: Tensor, *, who: str = "flatten_channels") -> Tensor:
 
     Shapes: (N, C, H, W) -> (N, C, H W); tokens (N, T, C) -> (N, C, T); (N, C) -> (N, C, 1).
 
-    Args:
-        x: A feature map.
-        who: The name that error messages begin with.
-
-    Raises:
-        ValueError: A tensor of another rank.
-
     Example:
         >>> import torch
         >>> flatten_channels(torch.ones(2, 3, 4, 5)).shape, flatten_channels(torch.ones(2, 7, 3)).shape

@@ -21,9 +21,6 @@ def knn_graph(
         who: The name that error messages begin with.
         argument: The name of k in error messages.
 
-    Raises:
-        ValueError: A matrix that is not square, k below 1, or a batch with fewer than k candidates.
-
     Example:
         >>> x = torch.tensor([0.0, 1.0, 3.0])
         >>> knn_graph((x[:, None] - x).abs(), k=2).int().tolist()

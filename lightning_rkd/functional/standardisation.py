@@ -22,9 +22,6 @@ def phi_standardisation(embeddings: Tensor) -> tuple[Tensor, Tensor]:
 
     Shapes: (N, D) -> (D,), (D, D), float64 (float32 on MPS); apply as ``(x - mean) @ matrix.T``.
 
-    Raises:
-        ValueError: Fewer than two rows, or rows that are all equal.
-
     Reference:
         Ranzinger, Barker, Heinrich, Molchanov, Catanzaro and Tao 2024, PHI-S: Distribution Balancing for Label-Free
         Multi-Teacher Distillation, arXiv:2410.01680.

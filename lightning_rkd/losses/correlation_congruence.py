@@ -59,9 +59,6 @@ class CorrelationCongruence(RelationalLoss):
         student_dim: D_s, for ``dim``; inferred if left out.
         teacher_dim: D_t, for ``dim``; inferred if left out.
 
-    Raises:
-        ValueError: Different widths in the form ``"rows"`` without ``dim``.
-
     Reference:
         Peng et al. 2019, Correlation Congruence for Knowledge Distillation, arXiv:1904.01802.
 

@@ -39,9 +39,6 @@ class CSD(AnchoredLoss):
         student_dim: D_s; inferred if left out.
         teacher_dim: D_t; inferred if left out.
 
-    Raises:
-        ValueError: A batch larger than the bank.
-
     Reference:
         Wu, Wang, Zhou, Li and Tian 2022, Contextual Similarity Distillation for Asymmetric Image Retrieval, CVPR.
 

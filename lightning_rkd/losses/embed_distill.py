@@ -35,9 +35,6 @@ class EmbedDistill(RelationalLoss):
         distance: ``"l2"`` as in the paper, or ``"cosine"``.
         projection: Whether to use P; with ``None``, where the widths differ.
 
-    Raises:
-        ValueError: Different widths and no projection.
-
     Reference:
         Kim et al. 2023, EmbedDistill: A Geometric Knowledge Distillation for Information Retrieval, arXiv:2301.12005.
 

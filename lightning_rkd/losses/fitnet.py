@@ -37,10 +37,6 @@ class FitNetHint(RelationalLoss):
         norm: Whether the convolution is followed by batch normalisation.
         feature_maps: Positions of the compared maps among those tapped, ``[-1]`` the last; ``None`` compares all.
 
-    Raises:
-        ValueError: A position without a map; maps that differ in number, kind or spatial size, or in channels
-            from what the loss was made for.
-
     Reference:
         Romero, Ballas, Kahou, Chassang, Gatta and Bengio 2015, FitNets: Hints for Thin Deep Nets, arXiv:1412.6550.
 

@@ -37,9 +37,6 @@ class GramAnchoring(TokenLoss):
         teacher_prefix: The same of the teacher: 5 for DINOv3 and for DINOv2 with registers, 1 for a plain ViT.
         feature_maps: Positions of the compared maps among those tapped, ``[-1]`` the last; ``None`` compares all.
 
-    Raises:
-        ValueError: Different numbers of tokens that do not fill a square.
-
     Reference:
         Siméoni et al. 2025, DINOv3, arXiv:2508.10104.
 

@@ -67,9 +67,6 @@ class GraphKD(RelationalLoss):
         feature_maps: Positions of the compared maps among those tapped, ``[-1]`` the last; ``None`` compares all.
             Needs ``reads="feature_maps"``.
 
-    Raises:
-        ValueError: A batch of ``neighbours`` samples or fewer; no labels where edges depend on classes.
-
     Reference:
         Lassance et al. 2020, Deep Geometric Knowledge Distillation with Graphs, arXiv:1911.03080.
 

@@ -89,9 +89,6 @@ class HolisticKD(RelationalLoss):
         negatives_from: ``"own"`` or ``"other"``.
         seed: Of the memories' first rows and of the draws.
 
-    Raises:
-        ValueError: A batch smaller than ``neighbours``; an index outside the memory; logits that are not (N, classes).
-
     Reference:
         Zhou et al. 2021, Distilling Holistic Knowledge with Graph Neural Networks, arXiv:2108.05507.
 

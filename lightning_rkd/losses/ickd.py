@@ -50,9 +50,6 @@ class ICKD(RelationalLoss):
         teacher_dim: Channels of each of the teacher's maps that are compared; inferred if left out.
         feature_maps: Positions of the compared maps among those tapped, ``[-1]`` the last; ``None`` compares all.
 
-    Raises:
-        ValueError: Vectors, which have no positions; maps that do not fit; a batch of a single position.
-
     Reference:
         Liu, Huang, Lin, Xie, Wang, Chang and Liang 2021, Exploring Inter-Channel Correlation for Diversity-preserved
         Knowledge Distillation, arXiv:2202.03680.

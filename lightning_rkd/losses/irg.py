@@ -72,9 +72,6 @@ class IRG(RelationalLoss):
         edge_layers: E, positions of the student's maps whose edges are compared; negative ones count from the end.
         transform_layers: Pairs of positions, for both networks. ``None`` takes every map and the next one.
 
-    Raises:
-        ValueError: A position without a map; different numbers of channels within a transformation, or of classes.
-
     Reference:
         Liu, Cao, Li, Yuan, Hu, Li and Duan 2019, Knowledge Distillation via Instance Relationship Graph, CVPR.
 

@@ -34,9 +34,6 @@ class LazyModule(nn.Module):
         display_name: The name used in messages: that of the class, or of the training scheme that the module is part
             of.
 
-    Raises:
-        TypeError: A class's ``build`` names a size that does not exist.
-
     Example:
         >>> class Linear(LazyModule):
         ...     def __init__(self, student_dim=None):

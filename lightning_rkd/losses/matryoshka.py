@@ -27,11 +27,6 @@ class Matryoshka(RelationalLoss):
         dims: All d.
         weights: All w; by default each is one over their number.
 
-    Raises:
-        TypeError: ``loss`` is no single loss.
-        ValueError: A loss that reads other fields than the embedding, repeated dims, another number of weights, or a
-            student with fewer columns.
-
     Reference:
         Kusupati, Bhatt, Rege et al. 2022, Matryoshka Representation Learning, arXiv:2205.13147.
 

@@ -102,10 +102,6 @@ class PCKD(RelationalLoss):
         kl_temperature: :math:`T_{KL}`.
         growth: g.
 
-    Raises:
-        ValueError: Labels that are not (N,) or outside the classes of the networks, networks of different classes,
-            dense logits, or views that do not hold the same samples.
-
     Reference:
         Ding et al. 2024, Preview-based Category Contrastive Learning for Knowledge Distillation, arXiv:2410.14143.
 

@@ -47,9 +47,6 @@ class RRD(RelationalLoss):
         teacher_temperature: :math:`\tau_t`.
         seed: Of the first rows of the queue.
 
-    Raises:
-        ValueError: A batch larger than the queue.
-
     Reference:
         Giakoumoglou and Stathaki 2024, Relational Representation Distillation, arXiv:2407.12073.
 

@@ -89,9 +89,6 @@ class STKD(RelationalLoss):
             mixes the labels; labels are then needed by ``"wrong classes"`` only.
         temperature: T.
 
-    Raises:
-        ValueError: Rows that were not mixed; missing labels; labels or logits of other classes.
-
     Reference:
         Zhao, Gong, Sun, Dong and Yu 2021, Similarity Transfer for Knowledge Distillation, arXiv:2103.10047.
 

@@ -31,9 +31,6 @@ class TokenSimilarity(TokenLoss):
         teacher_prefix: The same of the teacher: 5 for DINOv3 and for DINOv2 with registers, 1 for a plain ViT.
         feature_maps: Positions of the compared maps among those tapped, ``[-1]`` the last; ``None`` compares all.
 
-    Raises:
-        ValueError: Different numbers of tokens that do not fill a square.
-
     Reference:
         Lightly AG 2026, LightlyTrain: distillation of vision foundation models,
         https://github.com/lightly-ai/lightly-train.

@@ -68,10 +68,6 @@ class LossSum(Weighable):
         terms: Loss, weight and tap of every term, by name.
         aligns: Whether a term brings the student's embedding into the teacher's space.
 
-    Raises:
-        TypeError: An entry is not a loss, or a weight is neither a number nor a function.
-        ValueError: There is no loss, or a name cannot be that of a submodule.
-
     Example:
         >>> from lightning_rkd.losses.base import RelationalLoss
         >>> class Gap(RelationalLoss):

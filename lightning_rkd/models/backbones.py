@@ -37,11 +37,6 @@ def torchvision_embedder(
         small_images: Start a ResNet with a 3 x 3 convolution of stride 1 and without max pooling, for images of 32 or
             64 pixels.
 
-    Raises:
-        ValueError: Unknown model or weights, no linear classifier to replace, or ``small_images`` with pretrained
-            weights or for a network that is no ResNet.
-        RuntimeError: The weights could not be downloaded.
-
     Example:
         >>> net = torchvision_embedder("resnet18", embedding_dim=64)
         >>> type(net.backbone).__name__, net.head
@@ -87,9 +82,6 @@ def timm_embedder(
         normalize: Scale embeddings to unit norm; needs ``embedding_dim``.
         in_channels: Channels of the images.
         image_size: Height and width of the images, for models that fix them, such as vision transformers.
-
-    Raises:
-        MissingExtraError: timm is not installed.
     """
     timm = require("timm", extra="timm")
     fixed: dict[str, Any] = {} if image_size is None else {"img_size": image_size}

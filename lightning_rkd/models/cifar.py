@@ -36,9 +36,6 @@ class CIFARResNet(nn.Module):
         stem_stride: Stride of the first convolution, whose kernel is 2 ``stem_stride`` + 1 pixels wide: 1 for images of
             32 pixels, 4 for 128 to 224 pixels.
 
-    Raises:
-        ValueError: A depth that is not 6 n + 2, not four channels, or a stride below 1.
-
     Reference:
         He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, 2016, arXiv:1512.03385.
 
@@ -94,9 +91,6 @@ class CIFARWideResNet(nn.Module):
         widen: Factor of the channels of the stages, which are 16, 32 and 64 for 1.
         in_channels: Channels of the images.
 
-    Raises:
-        ValueError: A depth that is not 6 n + 4, or ``widen`` below 1.
-
     Reference:
         Zagoruyko, Komodakis: Wide Residual Networks, 2016, arXiv:1605.07146.
 
@@ -143,9 +137,6 @@ class CIFARVGG(nn.Module):
     Args:
         depth: 8, 11, 13, 16 or 19.
         in_channels: Channels of the images.
-
-    Raises:
-        ValueError: A depth that is none of these.
 
     Reference:
         Simonyan, Zisserman: Very Deep Convolutional Networks for Large-Scale Image Recognition, 2015, arXiv:1409.1556.

@@ -60,9 +60,6 @@ class Embedded(nn.Module):
         normalize: Scale embeddings to unit norm. Do not normalise the student of a relational loss.
         in_features: Width F of the features.
 
-    Raises:
-        ValueError: F is not known, or D is below 1.
-
     Example:
         >>> import torch
         >>> from lightning_rkd.models import CIFARResNet
@@ -74,15 +71,10 @@ class Embedded(nn.Module):
         self, backbone: nn.Module, embedding_dim: int, normalize: bool = False, in_features: int | None = None
     ) -> None:
         super().__init__()
-        width = in_features if in_features is not None else getattr(backbone, "embedding_dim", None)
-        if not isinstance(width, int):
-            raise ValueError(
-                f"{type(backbone).__name__} has no embedding_dim, the width of its features: pass in_features"
-            )
         if embedding_dim < 1:
             raise ValueError(f"embedding_dim must be at least 1, got {embedding_dim}")
         self.backbone = backbone
-        self.head = EmbeddingHead(width, embedding_dim, normalize)
+        self.head = EmbeddingHead(_find_width(backbone, in_features, "in_features"), embedding_dim, normalize)
         self.embedding_dim = embedding_dim
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
@@ -103,9 +95,6 @@ class Classified(nn.Module):
         num_classes: Number K of classes.
         embedding_dim: Width D of the embedding.
 
-    Raises:
-        ValueError: D is not known, or K is below 2.
-
     Example:
         >>> import torch
         >>> from lightning_rkd.models import ConvNet
@@ -116,19 +105,21 @@ class Classified(nn.Module):
 
     def __init__(self, backbone: nn.Module, num_classes: int, embedding_dim: int | None = None) -> None:
         super().__init__()
-        width = embedding_dim if embedding_dim is not None else getattr(backbone, "embedding_dim", None)
-        if not isinstance(width, int):
-            raise ValueError(
-                f"{type(backbone).__name__} has no embedding_dim, the width of its embedding: pass embedding_dim"
-            )
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         self.backbone = backbone
-        self.classifier = nn.Linear(width, num_classes)
+        self.classifier = nn.Linear(_find_width(backbone, embedding_dim, "embedding_dim"), num_classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits (N, K)."""
         return self.classifier(self.backbone(inputs))  # type: ignore[no-any-return]
+
+
+def _find_width(backbone: nn.Module, given: int | None, argument: str) -> int:
+    width = given if given is not None else getattr(backbone, "embedding_dim", None)
+    if not isinstance(width, int):
+        raise ValueError(f"{type(backbone).__name__} has no embedding_dim, the width of its features: pass {argument}")
+    return width
 
 
 def count_parameters(module: nn.Module) -> int:

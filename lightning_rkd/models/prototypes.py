@@ -19,9 +19,6 @@ class PrototypicalLoss(nn.Module):
     Args:
         shots: Number of rows of a class that make its prototype, at least 1.
 
-    Raises:
-        ValueError: ``shots`` is below 1; in a call, no class has more than ``shots`` rows.
-
     Reference:
         Snell, Swersky and Zemel 2017, Prototypical Networks for Few-shot Learning, arXiv:1703.05175.
 

@@ -75,9 +75,6 @@ class Conv4(nn.Module):
         in_channels: Channels of the images.
         width: Channels of each block.
 
-    Raises:
-        ValueError: Channels below 1; in a call, images smaller than 16 pixels.
-
     Reference:
         Vinyals, Blundell, Lillicrap, Kavukcuoglu, Wierstra: Matching Networks for One Shot Learning, 2016,
         arXiv:1606.04080; with 64 channels as in Snell, Swersky, Zemel 2017, arXiv:1703.05175.

@@ -20,9 +20,6 @@ class HashedText(nn.Module):
         embedding_dim: Width of the embedding.
         normalize: Scale embeddings to unit norm. Do not normalise the student of a relational loss.
 
-    Raises:
-        ValueError: A size that is too small.
-
     Example:
         >>> import torch
         >>> from lightning_rkd.models import count_parameters

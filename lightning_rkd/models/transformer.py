@@ -18,9 +18,6 @@ class TransformerEncoder(nn.Module):
         source: Name or folder of a pretrained model, or a configuration as a dict, such as that of
             ``config.to_dict()``, for random weights.
         pooling: ``"mean"`` over the tokens of the mask, or ``"cls"``, the first token. Maps (N, C, H, W) are averaged.
-
-    Raises:
-        MissingExtraError: transformers is not installed.
     """
 
     def __init__(self, source: str | dict[str, Any], pooling: Pooling = "mean") -> None:

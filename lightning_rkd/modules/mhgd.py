@@ -74,9 +74,6 @@ class AttentionGraphEstimator(pl.LightningModule):
         inputs: Inputs of the teacher in a batch, in any form of :data:`~lightning_rkd.utils.types.Keys`. Required if
             batches are mappings or dataclasses.
 
-    Raises:
-        ValueError: No teacher, or fewer than two maps; a training batch of one sample.
-
     Reference:
         Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.
 
@@ -238,10 +235,6 @@ class MHGDModule(DistillationModule):
         loss: A relational loss.
         clip: c, the largest norm of a parameter's distillation gradient as a fraction of the task's; 1 is the authors'.
         kwargs: Further arguments of :class:`~lightning_rkd.DistillationModule`.
-
-    Raises:
-        ValueError: ``clip`` that is not positive; no loss or no task loss, ``balance``, or a strategy that shards
-            parameters.
 
     Reference:
         Lee and Song 2019, Graph-based Knowledge Distillation by Multi-head Attention Network, arXiv:1907.02226.

@@ -88,10 +88,6 @@ class MultiHeadDistillation(DistillationModule):
         head_padding: 1 for maps smaller than 5 x 5.
         kwargs: Arguments of :class:`~lightning_rkd.DistillationModule` for metrics, optimization and batches.
 
-    Raises:
-        ValueError: Unequally many layers, or none; a setting out of range; logits of different classes; layers that
-            output no maps.
-
     Reference:
         Wang, Lohit, Jones and Fu 2020, Multi-head Knowledge Distillation for Model Compression, arXiv:2012.02911.
         Heads and numbers: the benchmark code of Asadian and Salehi-Abari 2021, arXiv:2103.00497.

@@ -26,9 +26,6 @@ def angles(
         title: Title of the figure.
         dark: Use a dark background.
 
-    Raises:
-        ValueError: Fewer than three samples, or embeddings of different lengths or not finite.
-
     Example:
         >>> figure = angles({"teacher": torch.randn(20, 8), "student": torch.randn(20, 2)})
         >>> figure.axes[0].get_xlabel()

@@ -23,9 +23,6 @@ def comparison(
         title: Title of the figure.
         dark: Use a dark background.
 
-    Raises:
-        ValueError: There are no finite scores.
-
     Example:
         >>> figure = comparison({"alone": {"recall": [0.3, 0.4]}, "RKD": {"recall": [0.5, 0.6]}}, baseline="alone")
         >>> len(figure.axes)

@@ -17,10 +17,6 @@ Curve = Mapping[int, float]
 def read_metrics(path: str | Path) -> dict[str, dict[int, float]]:
     """Read ``metrics.csv`` of Lightning's ``CSVLogger``: values by name and ascending step.
 
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file was not written by a ``CSVLogger``.
-
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -51,9 +47,6 @@ def curves(values: Mapping[str, Curve], label: str, title: str = "", log: bool =
         log: Use a logarithmic vertical axis, without values that are not positive.
         dark: Use a dark background.
 
-    Raises:
-        ValueError: There are no values.
-
     Example:
         >>> figure = curves({"alone": {10: 0.2, 20: 0.3}, "RKD": {10: 0.3, 20: 0.4}}, "recall@1")
         >>> figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()
@@ -82,9 +75,6 @@ def loss_terms(history: Mapping[str, Curve], title: str = "", dark: bool = False
         history: ``train/task``, ``distill/<term>`` and ``gradient/<term>``, see :func:`read_metrics`.
         title: Title of the figure.
         dark: Use a dark background.
-
-    Raises:
-        ValueError: The history has no loss term.
 
     Example:
         >>> steps = {0: 2.0, 10: 1.0}

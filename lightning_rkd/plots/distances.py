@@ -34,9 +34,6 @@ def relations(
         title: Title of the figure.
         dark: Use a dark background.
 
-    Raises:
-        ValueError: Labels and embeddings of different lengths, or embeddings that are empty or not finite.
-
     Example:
         >>> y = torch.arange(12) // 4
         >>> figure = relations({"teacher": torch.rand(12, 3), "student": torch.rand(12, 2)}, y)

@@ -36,10 +36,6 @@ def embedding_map(
         title: Title of the figure.
         dark: Use a dark background.
 
-    Raises:
-        ValueError: Images, labels and embeddings of different lengths, embeddings that are empty or not finite, or more
-            than 8 classes.
-
     Example:
         >>> x, y = torch.rand(8, 1, 6, 6), torch.arange(8) // 4
         >>> figure = embedding_map(x, y, {"teacher": torch.rand(8, 3), "student": torch.rand(8, 2)})

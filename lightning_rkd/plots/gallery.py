@@ -35,10 +35,6 @@ def neighbours(
         title: Title of the figure.
         dark: Use a dark background.
 
-    Raises:
-        ValueError: Images, labels and embeddings of different lengths, unknown queries, or embeddings that are not
-            finite.
-
     Example:
         >>> x, y = torch.rand(8, 1, 6, 6), torch.arange(8) // 4
         >>> figure = neighbours(x, y, {"teacher": torch.rand(8, 3), "student": torch.rand(8, 2)}, queries=[0, 5], k=2)

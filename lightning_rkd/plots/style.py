@@ -1,5 +1,6 @@
 """Shared by the figures: colours that suit colour-blind readers, axes, titles, and checks before drawing."""
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -82,6 +83,13 @@ def finish_lines(figure: Figure, axes: Sequence[Axes], title: str, look: Theme) 
     add_title(figure, title, look)
     figure.tight_layout()
     return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
 
 
 def check_embeddings(embeddings: Mapping[str, Tensor], **others: Tensor) -> dict[str, Tensor]:

@@ -12,12 +12,7 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def find_signature(module: nn.Module) -> inspect.Signature | None:
-    """Signature of a module's ``forward``, or, for a wrapper that only passes arguments on, of the wrapped module's.
-
-    Example:
-        >>> find_signature(nn.Sequential(nn.ReLU()))
-        <Signature (input)>
-    """
+    """Signature of a module's ``forward``, or, for a wrapper that only passes arguments on, of the wrapped module's."""
     try:
         signature = inspect.signature(module.forward)
     except (TypeError, ValueError):  # a forward in C++
@@ -31,13 +26,7 @@ def find_signature(module: nn.Module) -> inspect.Signature | None:
 def bind_arguments(
     signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[Any, Any]:
-    """Arguments of a call by name, with defaults; those without a name have their position, an integer, as the key.
-
-    Example:
-        >>> def forward(x, mask=None, *more, **options): ...
-        >>> bind_arguments(inspect.signature(forward), (1, 2, 3), {"scale": 4})
-        {'x': 1, 'mask': 2, 2: 3, 'scale': 4}
-    """
+    """Arguments of a call by name, with defaults; those without a name have their position, an integer, as the key."""
     by_position: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     if signature is None:
         return by_position

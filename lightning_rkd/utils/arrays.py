@@ -13,14 +13,8 @@ from torch import Tensor
 def load_rows(source: Any, who: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Load floating point rows (N, D), and the ids and labels stored beside them.
 
-    Args:
-        source: A tensor, an array, or the path of a ``.npy`` file or of a ``.safetensors`` file with one tensor of rows
-            and optionally others called ``ids`` and ``labels``; files are memory-mapped.
-        who: Name of the function in messages.
-
-    Raises:
-        ValueError: Something else than such rows, or a file that cannot be read.
-        FileNotFoundError: There is no such file.
+    The source is a tensor, an array, or the path of a ``.npy`` file or of a ``.safetensors`` file with one tensor of
+    rows and optionally others called ``ids`` and ``labels``; files are memory-mapped.
     """
     rows, others = _load(source, who)
     if rows.ndim != 2 or not rows.is_floating_point():

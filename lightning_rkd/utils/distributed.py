@@ -169,12 +169,7 @@ class Shard:
     group: Group = None
 
     def range(self, n: int) -> tuple[int, int]:
-        """Start and stop of this rank's share of ``n`` rows; shares differ by at most one row.
-
-        Example:
-            >>> Shard().range(5)
-            (0, 5)
-        """
+        """Start and stop of this rank's share of ``n`` rows; shares differ by at most one row."""
         rank, size = rank_and_size(self.group)
         return rank * n // size, (rank + 1) * n // size
 

@@ -130,19 +130,7 @@ keywords; or a dict from keywords of the network to entries."""
 
 
 def select(batch: Any, key: Key) -> Any:
-    """Entry of a batch.
-
-    Args:
-        batch: A sequence, a mapping (also a ``TensorDict``), a named tuple or a dataclass, nested to any depth.
-        key: Position, name or dotted path of the entry.
-
-    Raises:
-        KeyError: There is no such entry; the message lists the entries.
-
-    Example:
-        >>> select(({"image": "pixels", "text": "words"}, 3), "0.image"), select([1, 2], 1)
-        ('pixels', 2)
-    """
+    """Entry of a batch: a sequence, a mapping (also a ``TensorDict``), a named tuple or a dataclass, nested or not."""
     names = _list_names(batch)
     if key in names:
         return batch[key] if isinstance(batch, Mapping) else getattr(batch, str(key))
@@ -261,10 +249,6 @@ def call_network(network: Callable[..., Any], inputs: Any) -> Any:
 
     Entries of a mapping are passed as keywords, those with the keys 0, 1, ... positionally; a mapping among them is
     copied, since a network may add its results to it.
-
-    Example:
-        >>> call_network(lambda x, y, scale: (x - y) * scale, {0: 5, 1: 3, "scale": 10})
-        20
     """
     if not isinstance(inputs, Mapping):
         return network(inputs)

@@ -87,7 +87,7 @@ def test_a_residual_block_adds_its_input():
         (lambda: Conv4()(torch.zeros(1, 1, 12, 12)), "must be 16 x 16 pixels at least"),
         (lambda: Embedded(nn.Flatten(), 8), "Flatten has no embedding_dim, the width of its features"),
         (lambda: Embedded(CIFARResNet(8), 0), "embedding_dim must be at least 1, got 0"),
-        (lambda: Classified(nn.Linear(3, 4), 2), "Linear has no embedding_dim, .* embedding: pass embedding_dim"),
+        (lambda: Classified(nn.Linear(3, 4), 2), "Linear has no embedding_dim, .* features: pass embedding_dim"),
         (lambda: Classified(nn.Linear(3, 4), 1, embedding_dim=4), "num_classes must be at least 2"),
     ],
 )

@@ -17,13 +17,13 @@ from lightning_rkd.cli import recipes
 from lightning_rkd.cli.commands import common
 from lightning_rkd.cli.experiments import tables, tuning
 from lightning_rkd.cli.experiments.plan import Comparison, check, folder_of, read
-from lightning_rkd.cli.experiments.report import to_png
 from lightning_rkd.cli.experiments.runs import Run
 from lightning_rkd.cli.experiments.schedule import Failure, clock, run_all
 from lightning_rkd.cli.experiments.tables import Table
 from lightning_rkd.cli.experiments.tasks import tasks_of
 from lightning_rkd.cli.experiments.tuning import Trial
 from lightning_rkd.cli.trainer import check_writable
+from lightning_rkd.plots.style import to_png
 from lightning_rkd.utils import provenance
 from lightning_rkd.utils.files import write_whole
 

@@ -19,13 +19,14 @@ from lightning_rkd.cli.commands import common
 from lightning_rkd.cli.commands.compare import FILES, compare
 from lightning_rkd.cli.commands.export import load_student
 from lightning_rkd.cli.experiments.plan import TEACHER, Comparison, read
-from lightning_rkd.cli.experiments.report import render, to_png
+from lightning_rkd.cli.experiments.report import render
 from lightning_rkd.cli.experiments.runs import digest, embed
 from lightning_rkd.cli.experiments.tables import Table
 from lightning_rkd.data import GlyphDataModule
 from lightning_rkd.data.datamodules.base import ImageDataModule
 from lightning_rkd.data.datamodules.folder import ImageFolderDataModule, find_images, suggest_size
 from lightning_rkd.models.small import ConvNet
+from lightning_rkd.plots.style import to_png
 from lightning_rkd.utils import provenance
 from lightning_rkd.utils.files import write_whole
 

@@ -1,13 +1,14 @@
 """Report pages: one HTML file without references to other files or the network, light and dark."""
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 
 from matplotlib.figure import Figure
+
+from lightning_rkd.plots.style import to_png
 
 
 def render(
@@ -34,13 +35,6 @@ def render(
         **{name: _embed(figure, dark[name], name) for name, figure in light.items()},
     )
     return Template(frame).substitute(title=escape(title), body=body)
-
-
-def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
 
 
 def _embed(light: Figure, dark: Figure, name: str) -> str:

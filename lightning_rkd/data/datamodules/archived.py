@@ -20,18 +20,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Listing(NamedTuple):
-    """Content of an archive's lists.
+    """Content of an archive's lists: files, their classes by number and name, and the classes of every part.
 
-    Attributes:
-        paths: N files.
-        labels: Their classes, N numbers.
-        class_names: Name of every class.
-        train: The training classes.
-        test: The test classes.
-        validation: The validation classes, where they are published; otherwise they are taken from the training
-            classes.
-        official: Marks the test images, where images are divided.
-        is_query: Marks the queries among the test images, where the others are their gallery.
+    Validation classes are taken from the training classes where none are published. ``official`` marks the test images,
+    where images are divided, ``is_query`` the queries among them, where the others are their gallery.
     """
 
     paths: list[Path]

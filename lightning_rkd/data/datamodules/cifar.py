@@ -32,10 +32,6 @@ class CIFARDataModule(ImageDataModule):
         kwargs: Arguments of :class:`~lightning_rkd.data.ImageDataModule`, save for ``test``: the test part is
             published. ``validation`` is a part of the training classes (samples); 0 for none.
 
-    Raises:
-        FileNotFoundError: A missing archive, or one that was unpacked in part.
-        ValueError: A wrong checksum, a wrong number of images, or a file that is none of CIFAR's.
-
     Reference:
         Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images.
     """

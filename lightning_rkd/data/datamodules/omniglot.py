@@ -53,10 +53,6 @@ class OmniglotDataModule(ImageDataModule):
         kwargs: Arguments of :class:`~lightning_rkd.data.ImageDataModule`, save for ``split_by``: classes are divided.
             ``validation`` and ``test`` are parts of the alphabets.
 
-    Raises:
-        FileNotFoundError: Missing archives, or no images.
-        ValueError: A wrong checksum or number of characters, too few alphabets, or a damaged image.
-
     Reference:
         Lake, Salakhutdinov and Tenenbaum 2015, Human-level concept learning through probabilistic program induction,
         Science 350; Vinyals et al. 2016, arXiv:1606.04080, and Snell, Swersky and Zemel 2017, Prototypical Networks for

@@ -19,19 +19,7 @@ class ImageFiles:
     Every image is resized to ``size`` x ``size`` (without cropping). Several rows are decoded in threads, or, in a
     worker of a loader, one after another.
 
-    Args:
-        paths: The files.
-        size: Height and width of the images.
-        channels: 3, or 1 for grey.
-
-    Attributes:
-        paths: The files.
-        shape: (N, C, H, W).
-        sizes: Bytes of every file, (N,) int64; they identify the content without reading it.
-
-    Raises:
-        FileNotFoundError: A missing file.
-        ValueError: A damaged file, when it is decoded; the message names it.
+    ``sizes`` are the bytes of every file, (N,) int64, which identify the content without reading it.
     """
 
     def __init__(self, paths: Sequence[Path], size: int, channels: int = 3) -> None:

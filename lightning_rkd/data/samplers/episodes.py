@@ -36,9 +36,6 @@ def episode_sampler(
         episodes: Episodes per epoch; by default they hold about N samples.
         seed: Not negative; the same on all ranks.
 
-    Raises:
-        ValueError: Sizes below 1, fewer classes than ``ways``, or classes with too few samples.
-
     Reference:
         Snell, Swersky, Zemel: Prototypical Networks for Few-shot Learning, 2017, arXiv:1703.05175.
 

@@ -55,9 +55,6 @@ class PKBatchSampler(Sampler[list[int]]):
         epoch: The epoch whose order the next iteration follows.
         first_batch: The batch the next iteration begins with: 0, unless :meth:`load_state_dict` restored a position.
 
-    Raises:
-        ValueError: Sizes below 1, labels that are not N integers, or fewer than :math:`W P` classes.
-
     Example:
         >>> labels = [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
         >>> sampler = PKBatchSampler(labels, classes_per_batch=2, samples_per_class=3)

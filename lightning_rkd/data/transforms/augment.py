@@ -70,15 +70,7 @@ class Augment:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def __call__(self, images: Tensor, *key: int | npt.ArrayLike) -> Tensor:
-        """Augment every image with the draws of its key.
-
-        Args:
-            images: (N, C, H, W), floating point, full range 0 to 1.
-            key: Integers, or arrays of N integers.
-
-        Returns:
-            (N, C, H, W), within 0 to 1. Pixels from outside the image repeat its edge.
-        """
+        """Augment images (N, C, H, W) in 0 to 1 with the draws of keys, integers or arrays of N integers."""
         draws = keyed_uniform(8, *key).to(images.dtype)
         spread = 2 * draws - 1
         if self.rotation or self.scale or self.shear or self.shift or self.flip:

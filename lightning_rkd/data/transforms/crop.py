@@ -47,18 +47,7 @@ class Crop:
             raise ValueError(f"fill must be 'zero' or 'reflect', got {self.fill!r}")
 
     def __call__(self, images: Tensor, *key: int | npt.ArrayLike) -> Tensor:
-        """Crop every image at the place that its key draws.
-
-        Args:
-            images: (N, C, H, W), floating point.
-            key: Integers, or arrays of N integers.
-
-        Returns:
-            (N, C, size, size).
-
-        Raises:
-            ValueError: Images that are smaller than ``size``, padding included.
-        """
+        """Crop images (N, C, H, W) at places that keys draw, integers or arrays of N integers."""
         if self.padding:
             images = F.pad(images, [self.padding] * 4, mode="constant" if self.fill == "zero" else "reflect")
         height, width = images.shape[-2:]

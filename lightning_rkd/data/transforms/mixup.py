@@ -31,10 +31,6 @@ class MixUp(SteppedTransform):
         clean_teacher: Whether the teacher gets the rows unmixed.
         seed: Not negative; the same on all ranks.
 
-    Raises:
-        TypeError: Inputs that cannot be mixed, such as integers.
-        ValueError: Settings out of range, a batch that is mixed already, or labels that do not fit ``num_classes``.
-
     Reference:
         Zhang, Cisse, Dauphin and Lopez-Paz 2018, mixup: Beyond Empirical Risk Minimization, arXiv:1710.09412.
 

@@ -25,10 +25,6 @@ class Rotations(nn.Module):
 
     Shapes: inputs (N, C, H, H) -> (4 N, C, H, H), alike in mappings and sequences of inputs.
 
-    Raises:
-        TypeError: Inputs without images.
-        ValueError: Images that are not square, or a batch that is mixed or has several views already.
-
     Reference:
         Gidaris, Singh and Komodakis 2018, Unsupervised Representation Learning by Predicting Image Rotations,
         arXiv:1803.07728, for the rotations; Ding et al. 2024, arXiv:2410.14143, for their use in distillation.
@@ -73,11 +69,6 @@ class AugmentedViews(SteppedTransform):
         std: Standard deviation per channel that they were normalised with.
         task_on_both: Whether the task loss gets both views, instead of the unchanged images only.
         seed: The same on all ranks.
-
-    Raises:
-        TypeError: Inputs without images, or images that are not floating point.
-        ValueError: Images outside the full range once ``mean`` and ``std`` are undone (checked in the first batch), a
-            ``std`` that is not positive, or a batch that is mixed or has several views already.
 
     Reference:
         Cubuk, Zoph, Shlens and Le 2020, RandAugment: Practical Automated Data Augmentation with a Reduced Search

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_rkd.data.datasets.images import AugmentedSubset
 from lightning_rkd.data.fingerprint import describe_dataset, describe_functions, find_views, without_addresses
-from lightning_rkd.data.indexing import find_root, get_collate
+from lightning_rkd.data.indexing import fetch_samples, find_root, get_collate
 from lightning_rkd.data.samplers.pk import Draw
 from lightning_rkd.distillation.layers import Layer
 from lightning_rkd.distillation.teachers import cache_format as files
@@ -168,6 +168,4 @@ class _RootRows:
             )
 
     def batch(self, rows: range, view: int) -> Any:
-        indices = [Draw(row, view) for row in rows]
-        fetch = getattr(self.data, "__getitems__", None)
-        return self.collate(fetch(indices) if fetch else [self.data[i] for i in indices])
+        return self.collate(fetch_samples(self.data, [Draw(row, view) for row in rows]))

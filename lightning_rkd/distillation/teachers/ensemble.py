@@ -106,10 +106,6 @@ class EnsembleTeacher(BaseTeacher):
             :data:`~lightning_rkd.distillation.layers.Layer`; a layer gives its output. Default: the common
             ``teacher_layer``. All teachers must have the same taps.
 
-    Raises:
-        ValueError: Fewer than two teachers, weights or layers of other names or another number, an unknown ``combine``,
-            a negative ``standardise_rows``, or embeddings that are all equal.
-
     Example:
         >>> from lightning_rkd.utils.types import Batch
         >>> teacher = EnsembleTeacher({"wide": nn.Linear(4, 8), "deep": nn.Linear(4, 3)}, weights={"wide": 3})

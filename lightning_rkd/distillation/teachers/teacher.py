@@ -120,9 +120,6 @@ class Teacher(BaseTeacher):
             classifier: Whether to keep the classifier. Without it the output is the pooled features (N, D).
             weights: File of weights to use instead of timm's.
             kwargs: Further arguments of ``timm.create_model``.
-
-        Raises:
-            MissingExtraError: timm is not installed.
         """
         network, images = pretrained_networks.build_timm(name, pretrained and weights is None, classifier, **kwargs)
         transform = pretrained_networks.match_images("from_timm", student_normalization, image_size, **images)
@@ -178,10 +175,6 @@ class Teacher(BaseTeacher):
             processor: Image processor, or its name or folder, that tells size and normalisation; ``None`` takes that of
                 ``source``. With a configuration and no processor, images are resized only.
             kwargs: Further arguments of ``from_pretrained`` or ``from_config``.
-
-        Raises:
-            MissingExtraError: transformers is not installed.
-            ValueError: ``student_normalization`` is given, but no processor for the teacher's.
         """
         network, images = pretrained_networks.build_transformers(source, model_class, processor, **kwargs)
         transform = pretrained_networks.match_images("from_pretrained", student_normalization, image_size, **images)
