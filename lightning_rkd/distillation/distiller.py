@@ -394,9 +394,7 @@ class Distiller:
         if calls is None and batch is None:
             raise CaptureError("the step was given no batch: name the layer that feeds the teacher, input_layer=...")
         if calls is not None and features.batch.teacher_inputs is not None:
-            raise CaptureError(
-                "both input_layer and teacher_inputs say what the teacher receives: leave one of them out"
-            )
+            raise CaptureError("both input_layer and teacher_inputs say what the teacher receives: leave one out")
         if calls is None and views > 1:
             raise CaptureError(
                 f"the student layer ran {views} times in one step, but the teacher is fed the batch once: name the "

@@ -228,9 +228,8 @@ class FeatureReader(Recorder):
         self._titles, self._logged = [], not self.network
         for number, (tap, module) in enumerate(zip(self._all, modules, strict=True)):
             path = paths.get(id(module), tap.layer)
-            self._titles.append(
-                f"{f'{self.network} layer {path!r}' if path else self.network} ({type(module).__name__})"
-            )
+            place = f"{self.network} layer {path!r}" if path else self.network
+            self._titles.append(f"{place} ({type(module).__name__})")
             hook = Hook(partial(self._record, number, find_signature(module) if callable(tap.read) else None))
             if tap.at == "input":  # before the layer runs: it may write over its input
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))

@@ -108,9 +108,8 @@ class CorrelationCongruence(RelationalLoss):
     def build(self, student_dim: int, teacher_dim: int) -> None:
         """Make the two linear layers."""
         assert self.dim is not None  # or there would be no sizes to wait for
-        self.embed = nn.ModuleList(
-            nn.Linear(width, self.dim, dtype=torch.float32) for width in (student_dim, teacher_dim)
-        )
+        widths = student_dim, teacher_dim
+        self.embed = nn.ModuleList(nn.Linear(width, self.dim, dtype=torch.float32) for width in widths)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.embed is not None:

@@ -184,7 +184,6 @@ class HolisticKD(RelationalLoss):
         return F.normalize(mixed, dim=1)
 
     def _contrast(self, features: Tensor, partners: Tensor, memory: MemoryBank, which: Tensor) -> Tensor:
-        similarities = torch.cat(
-            [(features * partners).sum(1, keepdim=True), memory.similarities(features, which)], dim=1
-        )
+        to_partner = (features * partners).sum(1, keepdim=True)
+        similarities = torch.cat([to_partner, memory.similarities(features, which)], dim=1)
         return F.cross_entropy(similarities / self.temperature, which.new_zeros(len(which)))

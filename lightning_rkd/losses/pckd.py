@@ -196,9 +196,8 @@ class PCKD(RelationalLoss):
             p, q = (x / self.kl_temperature for x in (t_logits, s_logits))
             kl = F.kl_div(q.log_softmax(1), p.softmax(1), reduction="none").sum(1)
             first = torch.ones_like(kl) if view is None else (view == 0).to(kl.dtype)
-            loss = loss + self.kl_weight * self.kl_temperature**2 * (weights * kl * first).sum() / first.sum().clamp(
-                min=1
-            )
+            mean = (weights * kl * first).sum() / first.sum().clamp(min=1)
+            loss = loss + self.kl_weight * self.kl_temperature**2 * mean
         return loss
 
 

@@ -65,10 +65,8 @@ class Comparison:
 
     def with_settings(self, entry: str, settings: Mapping[str, Any]) -> Comparison:
         """Copy in which the networks of one entry have other settings."""
-        changed = (
-            replace(n, config=with_settings(n.config, settings)) if n.entry == entry else n for n in self.networks
-        )
-        return replace(self, networks=tuple(changed))
+        new = [replace(n, config=with_settings(n.config, settings)) if n.entry == entry else n for n in self.networks]
+        return replace(self, networks=tuple(new))
 
 
 def folder_of(name: str) -> str:

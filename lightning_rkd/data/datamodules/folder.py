@@ -139,9 +139,7 @@ def find_images(root: Path, skip_damaged: bool = False) -> dict[str, list[Path]]
         if found:
             classes[folder] = found
     if not classes:
-        raise FileNotFoundError(
-            f"no images under {root}, at any depth, with the suffixes {', '.join(sorted(SUFFIXES))}"
-        )
+        raise FileNotFoundError(f"no images under {root}, at any depth, with suffixes {', '.join(sorted(SUFFIXES))}")
     if skip_damaged:
         every = [path for paths in classes.values() for path in paths]
         intact = {every[i] for i in find_intact(every)}
@@ -195,9 +193,7 @@ def _given_split(
             chosen[key] += [c for c in found if c not in chosen[key]]
     for key in ("validation", "test"):
         if alone := set(chosen.get(key, ())) & set(single):
-            raise ValueError(
-                f"splits: {names[min(alone)]!r} under {key!r} holds one image, so nothing can be retrieved"
-            )
+            raise ValueError(f"splits: {names[min(alone)]!r} under {key!r} holds one image: nothing can be retrieved")
     taken = {*chosen["test"], *chosen.get("validation", ())}
     train = chosen.get("train", [c for c in range(len(names)) if c not in taken])
     if "validation" not in chosen:

@@ -94,7 +94,8 @@ class OmniglotDataModule(ImageDataModule):
                     f"there is neither {part} nor {archive.file} beside it: get {archive.file} from {_PAGE}, "
                     "or pass download=True; for a part of Omniglot pass split='alphabets'"
                 )
-        files = {_name(name): paths for name, paths in find_images(self.folder).items()}
+        # alphabet and character, without the folders above
+        files = {"/".join(path.split("/")[-2:]): paths for path, paths in find_images(self.folder).items()}
         names = sorted(files)
         if self.check:
             found = {"characters": len(names), "images": sum(len(paths) for paths in files.values())}
@@ -133,11 +134,6 @@ class OmniglotDataModule(ImageDataModule):
     def statistics(self, data: LabelledImages, train: list[int]) -> tuple[Sequence[float], Sequence[float]]:
         """No normalisation: ink is 1 and paper 0, as published."""
         return (0.0,), (1.0,)
-
-
-def _name(path: str) -> str:
-    """Alphabet and character, without the folders above."""
-    return "/".join(path.split("/")[-2:])
 
 
 def _vinyals(name: str) -> int:

@@ -36,9 +36,7 @@ def join_outputs(outputs: Sequence[Outputs], weights: Sequence[float]) -> Output
         return Outputs()
     shapes = [tuple(x.shape) for x in embeddings]
     if len({rows for rows, _ in shapes}) > 1:
-        raise ValueError(
-            f"EnsembleTeacher: all teachers must give features of the same samples, got embeddings {shapes}"
-        )
+        raise ValueError(f"EnsembleTeacher: teachers must give features of the same samples, got embeddings {shapes}")
     return Outputs(embedding=joint_embedding(embeddings, weights))
 
 
