@@ -33,29 +33,8 @@ class WeightWarning(UserWarning):
 class GradientBalance:
     """Weights and compares loss terms by the norms of their gradients at the features that they read.
 
-    Args:
-        balance: Norm of each term's gradient, in units of the task loss's; ``None`` leaves the weights as they are.
-        compare: When norms are compared, and a :class:`WeightWarning` says which weight would make them equal;
-            ``None`` never.
-
-    Attributes:
-        warns: Whether to warn; not with ``balance``.
-
-    Example:
-        >>> from torch import nn
-        >>> from lightning_rkd.losses.rkd import RKD
-        >>> from lightning_rkd.utils.types import Batch
-        >>> student, distiller = nn.Linear(4, 2), Distiller(nn.Linear(4, 3), 25 * RKD())
-        >>> distiller.attach(student)
-        >>> distiller.start()
-        >>> task = student(torch.randn(8, 4)).square().mean()
-        >>> features = distiller.collect(Batch(torch.randn(8, 4)))
-        >>> terms = distiller.compute_terms(features)
-        >>> logged = GradientBalance(0.5).apply(terms, task, features, distiller)
-        >>> (s,) = distiller.bound["rkd"].student_tensors(features.student)
-        >>> a, b = (torch.autograd.grad(loss, s, retain_graph=True)[0].norm() for loss in (terms["rkd"], task))
-        >>> list(logged), round(float(a / b), 4)  # times the weight, 25
-        (['balance/rkd'], 12.5)
+    With ``balance`` each term's gradient has that norm in units of the task loss's. ``compare`` says when norms are
+    compared, and a :class:`WeightWarning` says which weight would make them equal; it warns only without ``balance``.
     """
 
     def __init__(self, balance: float | None = None, compare: Compare | None = "once") -> None:
@@ -93,26 +72,10 @@ class GradientBalance:
     ) -> dict[str, Tensor]:
         """Scale terms in place if there is a ``balance``, and compare gradients. Collective: all ranks must call it.
 
-        Graphs are retained, parameters receive no gradient, and the factors have none.
-
-        Args:
-            terms: Values of the terms by name.
-            task: Weighted task loss from the same forward pass.
-            features: Features of the step.
-            distiller: Distiller that computed the terms.
-            epoch: Current epoch.
-            step: Number of the step.
-            scale: Function of a gradient scaler that scales a loss, without which half-precision gradients of feature
-                maps may underflow.
-            compare: Whether to compare gradients.
-
-        Returns:
-            Values to log: ``balance/<term>``, the weight that balances a term, and ``gradient/<term>``, the norm of the
-            weighted term's gradient divided by that of the task loss.
-
-        Raises:
-            ValueError: With ``balance``, the task loss does not depend on the layer that a term reads.
-            RuntimeError: With ``balance``, the graph between task loss and layer is compiled.
+        Graphs are retained, parameters receive no gradient, and the factors have none. ``scale`` is that of a gradient
+        scaler, without which half-precision gradients of feature maps may underflow. Returns values to log:
+        ``balance/<term>``, the weight that balances a term, and ``gradient/<term>``, the norm of the weighted term's
+        gradient divided by that of the task loss.
         """
         try:
             recomputes = self.balance is not None and features.parts == 1

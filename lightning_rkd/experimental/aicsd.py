@@ -12,12 +12,7 @@ from lightning_rkd.losses.parts.checks import check_logits
 
 
 def inter_class_divergences(logits: Tensor) -> Tensor:
-    r"""Kullback-Leibler divergences between the spatial distributions of an image's classes.
-
-    .. math:: D_{kl} = \mathrm{KL}(q_k \,\Vert\, q_l), \qquad q_k = \sigma(z_k) \text{ over all pixels}
-
-    Shapes: (N, K, H, W) -> (N, K, K), with zeros on the diagonal.
-    """
+    r"""Divergences (N, K, K) between the distributions over all pixels of an image's classes, from logits (N, K, H, W)."""
     log_q = F.log_softmax(logits.flatten(2), dim=2)
     # relative to the mean class: divergences of similar classes would be lost to cancellation
     relative = log_q - log_q.mean(1, keepdim=True)

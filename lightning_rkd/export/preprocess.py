@@ -250,9 +250,6 @@ class TokensPreprocess(Preprocess):
 class VectorPreprocess(Preprocess):
     """Vectors (N, width) as a tensor in float32.
 
-    Args:
-        width: Number of columns.
-
     Example:
         >>> VectorPreprocess(2)([[1, 2]])
         tensor([[1., 2.]])

@@ -23,11 +23,10 @@ def relation_similarities(features: Tensor, memory: Tensor, anchors: Tensor, sam
         r(x, a) = \frac{x - a + 10^{-6}}{\lVert x - a + 10^{-6} \rVert_2}
 
     The relations of the memory rows, N x A x K x D numbers, are never formed: with :math:`r = r(v_i, a)`, the numerator
-    is :math:`\langle r, m \rangle - \langle r, a - 10^{-6} \rangle`, in float64 where the device has it. For a
-    memory row that is the anchor itself only the 1e-6 would be left, so these are marked.
+    is :math:`\langle r, m \rangle - \langle r, a - 10^{-6} \rangle`, in float64 where the device has it.
 
     Shapes: features v (N, D), memory m (N, K, D), anchors a (A, D), same (N, A, K), true where the memory row is the
-    anchor -> (N, A, K). Gradients pass through the features alone.
+    anchor, and only the 1e-6 would be left -> (N, A, K). Gradients pass through the features alone.
     """
     exact = torch.float32 if features.device.type == "mps" else torch.float64
     rows, origins = memory.to(exact), anchors.to(exact) - _SHIFT

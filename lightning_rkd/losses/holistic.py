@@ -18,12 +18,10 @@ Source = Literal["own", "other"]
 
 
 def prediction_graph(logits: Tensor, k: int) -> Tensor:
-    r"""Graph of each sample's k nearest neighbours, itself included, by the cosine of the predictions.
+    r"""Graph of each sample's k nearest neighbours by the cosine of the predictions, itself included: 1/k, else 0.
 
-    Entry (i, j) is 1/k where j is a neighbour of i, else 0. This is
-    :math:`D^{-1/2} A D^{-1/2}` of the graph with an edge from each neighbour, in which every sample has in-degree k.
-
-    Shapes: (N, classes) -> (N, N). No gradient passes.
+    This is :math:`D^{-1/2} A D^{-1/2}` of the graph with an edge from each neighbour, in which every sample has
+    in-degree k. Shapes: (N, classes) -> (N, N). No gradient passes.
     """
     predictions = F.normalize(logits.detach().softmax(dim=1), dim=1)
     graph = knn_graph(1 - predictions @ predictions.T, k, who="HolisticKD", argument="neighbours")

@@ -13,22 +13,12 @@ from lightning_rkd.utils.types import Outputs
 
 
 def edges(x: Tensor) -> Tensor:
-    r"""Edges of a batch's graph: squared distances between its rows, in units of the largest.
-
-    .. math:: A_{ij} = \lVert x_i - x_j \rVert^2 / \max_{a,b} \lVert x_a - x_b \rVert^2
-
-    The gradient takes the largest for a constant. Shapes: (N, D) -> (N, N). All zeros where all rows are equal.
-    """
+    r"""Squared distances between a batch's rows, in units of the largest, a constant; zeros where all are equal."""
     return _over_largest(squared_distances(x)).to(x.dtype)
 
 
 def transformation(before: Tensor, after: Tensor) -> Tensor:
-    r"""Squared distances by which a stage moves each sample, in units of the largest.
-
-    .. math:: \Lambda_i = \lVert y_i - x_i \rVert^2 / \max_a \lVert y_a - x_a \rVert^2
-
-    The gradient takes the largest for a constant. Shapes: (N, D), (N, D) -> (N,). All zeros where nothing moves.
-    """
+    r"""Squared distances (N,) by which a stage moves each sample, in units of the largest, a constant."""
     move = after - before
     return _over_largest((move / power_of_two(move, (0, 1))).square().sum(1))
 

@@ -34,9 +34,7 @@ def mutual_information_loss(student: Tensor, teacher: Tensor) -> Tensor:
     .. math:: L_{mi} = \lVert \bar G_s \rVert_F^2 - \lVert \bar G_{st} \rVert_F^2, \qquad
         \bar G = G / \mathrm{tr}\, G, \quad G_{st} = G_s \circ G_t
 
-    with the cosines between the samples of a batch as G.
-
-    Shapes: (N, D_s), (N, D_t) -> scalar. Where all rows are 0, so is the trace, and the matrix stays 0.
+    with the cosines between the samples of a batch as G. Where all rows are 0, so is the matrix.
     """
     s, t = cosine_similarities(student), cosine_similarities(teacher.detach())
     return _over_trace(s).square().sum() - _over_trace(s * t).square().sum()

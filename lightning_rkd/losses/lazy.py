@@ -91,13 +91,9 @@ class LazyModule(nn.Module):
     def materialize(
         self, student: Any = None, teacher: Any = None, *, num_samples: int | None = None, like: Tensor | None = None
     ) -> None:
-        """Read files and make tensors, once; the first call of a loss does so unless it has been done.
+        """Read files and make tensors, once, with missing sizes from the outputs of both networks that the loss reads.
 
-        Args:
-            student: The student's outputs that the loss reads, from which missing sizes are inferred.
-            teacher: The same of the teacher.
-            num_samples: Size of the training set.
-            like: Device and precision of the tensors.
+        The first call of a loss does so unless it has been done. ``like`` gives device and precision of the tensors.
         """
         if self.ready:
             return

@@ -9,12 +9,7 @@ from lightning_rkd.losses.base import Reference, RelationalLoss
 
 
 def orthonormal(x: Tensor) -> Tensor:
-    r"""Orthonormal factor of a matrix: orthonormal columns, or rows where it is wide.
-
-    .. math:: X = Q R, \quad R_{ii} > 0
-
-    Shapes: (D_t, D_s) -> (D_t, D_s).
-    """
+    r"""Orthonormal factor Q of a matrix, with a positive diagonal of R: orthonormal columns, or rows if it is wide."""
     if x.shape[0] < x.shape[1]:
         return orthonormal(x.T).T
     q, r = torch.linalg.qr(x)

@@ -23,13 +23,7 @@ def evaluate_weight(weight: Weight, epoch: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One loss of a sum.
-
-    Attributes:
-        loss: The loss.
-        weight: Weight of the loss, a number or a function of the epoch.
-        tap: Name of the tap that the loss reads; ``None`` selects the only tap, or the tap of the field's name.
-    """
+    """One loss of a sum; without a ``tap`` it reads the only tap, or the tap of the field's name."""
 
     loss: Any
     weight: Weight = 1.0

@@ -165,17 +165,7 @@ def _width(rows: Any) -> int | None:
 
 
 def choose_gallery(metrics: Mapping[str, Metric], gallery: Searched | StoredGallery) -> dict[str, Metric]:
-    """Metrics of an evaluation, in which every :class:`EmbeddingRetrieval` searches the chosen gallery.
-
-    Args:
-        metrics: Metrics by name.
-        gallery: ``"student"`` leaves them; ``"teacher"`` or a stored gallery replaces each retrieval metric by an
-            :class:`AsymmetricRetrieval` with its arguments, called ``asymmetric/<name>``; ``"both"`` adds that.
-
-    Example:
-        >>> list(choose_gallery({"retrieval": EmbeddingRetrieval()}, "both"))
-        ['retrieval', 'asymmetric/retrieval']
-    """
+    """Metrics in which every :class:`EmbeddingRetrieval` searches the given gallery, or one of each with ``"both"``."""
     if not (isinstance(gallery, StoredGallery) or gallery in ("student", "teacher", "both")):
         raise ValueError(f"gallery must be 'student', 'teacher', 'both' or a StoredGallery, got {gallery!r}")
     chosen, searches = {}, False

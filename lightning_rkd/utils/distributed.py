@@ -92,16 +92,8 @@ def gather_rows(x: Tensor, counts: list[int] | None = None, group: Group = None)
     :math:`\sum_r \partial L_r / \partial x`. If every rank computes the same loss, averaging over ranks, as
     DistributedDataParallel does, gives exactly the gradient of one big batch.
 
-    Shapes: (n_r, ...) on rank r -> (sum of n_r, ...).
-
-    Args:
-        x: Local rows, possibly none. Trailing shape and dtype must be the same on all ranks.
-        counts: Rows per rank, from :func:`gather_row_counts`; ``None`` exchanges them here.
-        group: Process group.
-
-    Example:
-        >>> gather_rows(torch.ones(2, 3)).shape
-        torch.Size([2, 3])
+    Shapes: (n_r, ...) on rank r, n_r possibly 0 -> (sum of n_r, ...); ``counts`` from :func:`gather_row_counts` saves
+    their exchange.
     """
     _, size = rank_and_size(group)
     if size == 1:

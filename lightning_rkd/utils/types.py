@@ -245,10 +245,9 @@ def _is_position(part: Key) -> bool:
 
 
 def call_network(network: Callable[..., Any], inputs: Any) -> Any:
-    """Call a network with the inputs of a batch.
+    """Call a network with the inputs of a batch; entries of a mapping are passed as keywords, or by position 0, 1, ...
 
-    Entries of a mapping are passed as keywords, those with the keys 0, 1, ... positionally; a mapping among them is
-    copied, since a network may add its results to it.
+    A mapping among them is copied, since a network may add its results to it.
     """
     if not isinstance(inputs, Mapping):
         return network(inputs)

@@ -99,10 +99,7 @@ def standardise_rows(logits: Tensor) -> Tensor:
 
     .. math:: z_i \mapsto \frac{z_i - \operatorname{mean}(z_i)}{\operatorname{std}(z_i) + 10^{-7}}
 
-    The standard deviation is the unbiased one, as in the authors' code. A constant row becomes zeros and passes no
-    gradient.
-
-    Shapes: (N, K) -> (N, K).
+    The standard deviation is the unbiased one, as in the authors' code. Constant rows become zeros without gradient.
     """
     rows = logits - logits[:, :1].detach()  # constant rows become exact zeros
     root = math.sqrt(max(1, logits.shape[1] - 1))

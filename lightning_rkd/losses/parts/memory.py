@@ -95,19 +95,12 @@ class MemoryBank(StepState):
         return indices.clamp(0, len(self) - 1)
 
     def draw(self, indices: Tensor, count: int, labels: Tensor | None = None) -> Tensor:
-        r"""Draw negatives for every sample of a batch, uniformly and with replacement.
+        r"""Draw negatives for every sample of a batch, uniformly and with replacement: (N,) -> (N, count), int64.
 
-        Without labels they come from all other samples, with labels from all samples of other classes. The bank knows
-        the class of a sample after its first update; until then its row is a random point of no class, a negative for
-        every sample. The draws depend on the seed, the number of updates, and the rank of a sample's index among those
-        of the batch, not on the order of the rows.
-
-        Shapes: (N,) -> (N, count), int64.
-
-        Args:
-            indices: From :meth:`locate`.
-            count: Negatives per sample; may exceed the number of samples.
-            labels: Classes (N,), or soft labels (N, K), of which the largest counts.
+        Without labels they come from all other samples, with labels, (N,) or soft (N, K), from all samples of other
+        classes. The bank knows the class of a sample after its first update; until then its row is a random point of no
+        class, a negative for every sample. The draws depend on the seed, the number of updates, and the rank of a
+        sample's index among those of the batch, not on the order of the rows.
         """
         size, device = len(self), self.rows.device
         if labels is None:
@@ -153,11 +146,7 @@ class MemoryBank(StepState):
     def update(self, indices: Tensor, rows: Tensor, momentum: float, labels: Tensor | None = None) -> None:
         """Renew the rows of a batch's samples, and store their classes; call it in training only, after the loss.
 
-        Args:
-            indices: From :meth:`locate`; duplicates count as one sample with the mean of their rows.
-            rows: (N, dim).
-            momentum: Share of the old row.
-            labels: As in :meth:`draw`.
+        Duplicates count as one sample with the mean of their rows; ``momentum`` is the share of the old row.
         """
         same = indices[:, None] == indices
         weights = same.to(self.rows.dtype)

@@ -7,12 +7,7 @@ from lightning_rkd.functional.similarities import unit_rows
 
 
 class Projector(nn.Module):
-    r"""A linear layer followed by l2 normalisation.
-
-    .. math:: x \mapsto \frac{W x + b}{\lVert W x + b \rVert_2}
-
-    Shapes: (N, D) -> (N, dim), unit rows.
-    """
+    r"""A linear layer followed by l2 normalisation, (N, D) -> (N, dim)."""
 
     def __init__(self, width: int, dim: int = 128) -> None:
         super().__init__()
