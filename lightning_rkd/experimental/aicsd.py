@@ -12,7 +12,7 @@ from lightning_rkd.losses.parts.checks import check_logits
 
 
 def inter_class_divergences(logits: Tensor) -> Tensor:
-    r"""Divergences (N, K, K) between the distributions over all pixels of an image's classes, from logits (N, K, H, W)."""
+    r"""Divergences (N, K, K) of an image's classes as distributions over all pixels, from logits (N, K, H, W)."""
     log_q = F.log_softmax(logits.flatten(2), dim=2)
     # relative to the mean class: divergences of similar classes would be lost to cancellation
     relative = log_q - log_q.mean(1, keepdim=True)
