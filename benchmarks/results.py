@@ -1,5 +1,9 @@
 """The tables of docs/results.md: every comparison in benchmarks/results/, run by ``lightning-rkd compare``.
 
+The long studies in benchmarks/studies/ keep a line of a CSV file for each run and go on where they stopped:
+``python benchmarks/results.py --only text --data FOLDER``, with archives as in benchmarks/distill.py and
+``clinc150.zip`` (``data_full.json`` of clinc/oos-eval).
+
 Run ``python benchmarks/results.py`` in a folder that holds ``data/cifar100/{train,test}/<class>/*.png`` (all of
 CIFAR-100) and ``data/omniglot/<alphabet>/<character>/*.png`` (eight of Omniglot's alphabets: Balinese, Early Aramaic,
 Greek, Japanese katakana, Korean, Latin, Sanskrit, Tagalog). Whatever is finished is not trained again; a new loss in
@@ -22,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from studies.runner import run_study
+from studies.text import TextStudy
 
 import lightning_rkd.losses
 from lightning_rkd.utils.statistics import Difference, paired_difference
@@ -30,8 +36,12 @@ ROOT = Path(__file__).parents[1]
 HERE = ROOT / "benchmarks" / "results"
 TABLES = ROOT / "docs" / "results"
 PAGE = TABLES.with_suffix(".md")
+OUT = Path("runs", "results")
 BALANCES = "0.5,2,8"
 """Tried for every entry that has a ``balance``: how many times as long as the task's gradient the loss's is."""
+
+LONG = {"text": TextStudy}
+"""Studies with a queue of many short runs, which a stopped command goes on with."""
 
 STUDIES = ("retrieval", "generations", "classification", "similarity_transfer", "few_shot")
 """In the order of the page."""
@@ -88,7 +98,7 @@ def train(study: str, jobs: int) -> None:
     print(f"\n$ {shlex.join(words)}", flush=True)
     subprocess.run([str(Path(sys.executable).with_name(words[0])), *words[1:]], check=True)
     TABLES.mkdir(exist_ok=True)
-    out = Path("runs", "results", study)
+    out = OUT / study
     for name, suffix in (("table.md", "md"), ("runs.csv", "csv"), ("plot.png", "png")):
         shutil.copy(out / name, TABLES / f"{study}.{suffix}")
 
@@ -167,11 +177,16 @@ def main() -> None:
     """Train what is missing, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (2)")
-    parser.add_argument("--only", nargs="*", choices=STUDIES, default=STUDIES, help="some of the studies")
+    every = (*LONG, *STUDIES)
+    parser.add_argument("--only", nargs="*", choices=every, default=every, help="some of the studies")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="archives of the long studies")
     parser.add_argument("--page", action="store_true", help="write the page from the tables that are there")
     options = parser.parse_args()
     for study in () if options.page else options.only:
-        train(study, options.jobs)
+        if study in LONG:
+            run_study(LONG[study](options.data, OUT / "teachers"), OUT / study, options.jobs)
+        else:
+            train(study, options.jobs)
     PAGE.write_text(page())
     print(f"wrote {PAGE}")
 
