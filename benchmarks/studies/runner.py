@@ -130,7 +130,7 @@ def run_study(study: Study, folder: Path, jobs: int = 1) -> None:
                     file.write(to_line(row.get(column, "") for column in head))
                     os.fsync(file.fileno())
                     rows.append(row)
-                    left = sum(identify(asdict(run)) not in seen for run in study.plan(rows))
+                    left = len({identify(asdict(run)) for run in study.plan(rows)} - seen)
                     print(
                         f"{row['date']} {name}: {row[study.scores[0]]} in {row['seconds']} s, {left} left", flush=True
                     )
