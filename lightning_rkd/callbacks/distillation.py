@@ -14,7 +14,7 @@ from lightning_rkd.callbacks.attached_losses import AttachedLosses, join_optimiz
 from lightning_rkd.callbacks.base import Callback
 from lightning_rkd.callbacks.method_patch import MethodPatch, unwrap_batches
 from lightning_rkd.data.indexing import IndexedBatch, to_batch
-from lightning_rkd.data.loaders import count_samples
+from lightning_rkd.data.loaders import count_samples, number_batches
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.finite_checks import refuse_broken_weights
 from lightning_rkd.distillation.gradient_balance import Compare, GradientBalance
@@ -24,7 +24,6 @@ from lightning_rkd.distillation.lightning import (
     configure_model,
     exclude_from_ddp_broadcast,
     lightning_base,
-    number_training_batches,
     prepare_fit,
     refuse_averages,
     refuse_balance,
@@ -34,7 +33,7 @@ from lightning_rkd.distillation.lightning import (
 from lightning_rkd.distillation.teachers import BaseTeacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.weighting import LossSum, Weight, evaluate_weight
-from lightning_rkd.utils.private import writes_logs
+from lightning_rkd.utils.private import wrap_train_dataloader, writes_logs
 from lightning_rkd.utils.types import Batch, Key, Keys, unpack
 
 _numbers = itertools.count()
@@ -193,11 +192,12 @@ class RelationalDistillation(Callback):
             self.distiller.attach(pl_module)
         if any(layer is pl_module for layer in self._find_student_layers(pl_module)):
             raise ValueError("student_layer must name a layer inside the module, not the module itself")
-        earlier = self._list_earlier_callbacks(trainer)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
+        earlier = list(itertools.takewhile(lambda callback: callback is not self, callbacks))
         self._refuse_shared_names(earlier)
         self._undo = [MethodPatch.add(pl_module, "training_step", self._around_step), *unwrap_batches(pl_module)]
         if self.distiller.teacher_needs_indices and self._keys["indices"] is None:
-            self._undo.append(number_training_batches(trainer))
+            self._undo.append(wrap_train_dataloader(trainer, number_batches))
         if not pl_module.automatic_optimization:
             self._undo.append(MethodPatch.add(pl_module, "manual_backward", self._around_backward))
         if not self.distiller.missing_sizes:
@@ -275,10 +275,6 @@ class RelationalDistillation(Callback):
 
     def _find_student_layers(self, module: nn.Module) -> list[nn.Module]:
         return [find_layer(module, tap.layer) for taps in self.distiller.student.taps.values() for tap in taps]
-
-    def _list_earlier_callbacks(self, trainer: pl.Trainer) -> list[pl.Callback]:
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
-        return list(itertools.takewhile(lambda callback: callback is not self, callbacks))
 
     def _refuse_shared_names(self, earlier: list[pl.Callback]) -> None:
         others = [callback.distiller for callback in earlier if isinstance(callback, RelationalDistillation)]

@@ -115,7 +115,8 @@ class Pictures(Callback):
             "angles": plots.angles(embeddings, title=title, dark=dark),
         }
         if inputs is not None and inputs.ndim == 4 and inputs.shape[1] in (1, 3):
-            images = _displayable(inputs)
+            low, high = inputs.amin((0, 2, 3), keepdim=True), inputs.amax((0, 2, 3), keepdim=True)
+            images = (inputs - low) / (high - low).clamp_min(1e-12)  # normalised images, channel by channel
             figures["map"] = plots.embedding_map(images, labels, embeddings, title=title, dark=dark)
             if len(set(labels.tolist())) < len(labels):  # otherwise no sample has a neighbour of its class
                 figures["neighbours"] = plots.neighbours(images, labels, embeddings, title=title, dark=dark)
@@ -172,12 +173,6 @@ def _find_distillation(trainer: pl.Trainer, module: pl.LightningModule) -> Any:
         f"Pictures finds neither student nor teacher in {type(module).__name__}: use it with DistillationModule, or "
         "beside the callback RelationalDistillation"
     )
-
-
-def _displayable(inputs: Tensor) -> Tensor:
-    """Normalised images rescaled to [0, 1], channel by channel over all images."""
-    low, high = (inputs.amin((0, 2, 3), keepdim=True), inputs.amax((0, 2, 3), keepdim=True))
-    return (inputs - low) / (high - low).clamp_min(1e-12)
 
 
 def log_figure(logger: Any, name: str, figure: Figure, step: int) -> None:

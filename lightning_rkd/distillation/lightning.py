@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torchmetrics import Metric
 
-from lightning_rkd.data.loaders import number_batches
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.evaluation import Evaluation
 from lightning_rkd.distillation.finite_checks import refuse_broken_weights
@@ -27,7 +26,6 @@ from lightning_rkd.utils.private import (
     is_copy_of_training_module,
     load_dataloaders,
     set_ddp_ignored,
-    wrap_train_dataloader,
 )
 from lightning_rkd.utils.types import Batch
 
@@ -196,11 +194,6 @@ def restore_after_exceptions(trainer: pl.Trainer) -> None:
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
     if not any(isinstance(callback, _RestoreAfterException) for callback in callbacks):
         callbacks.insert(0, _RestoreAfterException())
-
-
-def number_training_batches(trainer: pl.Trainer) -> Callable[[], None]:
-    """Make the training loaders yield the indices of their samples in the root data set; returns its undo."""
-    return wrap_train_dataloader(trainer, number_batches)
 
 
 def save_plain_hyperparameters(module: pl.LightningModule, frame: FrameType | None) -> None:

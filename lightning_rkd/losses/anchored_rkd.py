@@ -61,15 +61,8 @@ class AnchoredRKD(AnchoredLoss):
         source="RKD's relations, with the teacher's rows as the other points of pairs and triplets",
     )
 
-    def __init__(
-        self,
-        distance_weight: float = 1.0,
-        angle_weight: float = 0.0,
-        *,
-        student_dim: int | None = None,
-        teacher_dim: int | None = None,
-    ) -> None:
-        super().__init__(student_dim, teacher_dim)
+    def __init__(self, distance_weight: float = 1.0, angle_weight: float = 0.0, **sizes: int | None) -> None:
+        super().__init__(**sizes)
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:

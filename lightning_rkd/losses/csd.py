@@ -66,11 +66,10 @@ class CSD(AnchoredLoss):
         teacher_temperature: float = 0.01,
         *,
         bank_size: int | None = None,
-        student_dim: int | None = None,
-        teacher_dim: int | None = None,
+        **sizes: int | None,
     ) -> None:
         self.bank_size = bank_size  # which build reads
-        super().__init__(student_dim, teacher_dim)
+        super().__init__(**sizes)
         check_positive("CSD", student_temperature=student_temperature, teacher_temperature=teacher_temperature)
         sizes = {"top_k": top_k, "bank_size": bank_size}
         check_at_least("CSD", 1, **{name: size for name, size in sizes.items() if size is not None})

@@ -59,16 +59,9 @@ class D3(AnchoredLoss):
     )
 
     def __init__(
-        self,
-        top_k: int = 10,
-        alpha: float = 50.0,
-        beta: float = 2.0,
-        gamma: float = 1.0,
-        *,
-        student_dim: int | None = None,
-        teacher_dim: int | None = None,
+        self, top_k: int = 10, alpha: float = 50.0, beta: float = 2.0, gamma: float = 1.0, **sizes: int | None
     ) -> None:
-        super().__init__(student_dim, teacher_dim)
+        super().__init__(**sizes)
         check_at_least("D3", 2, top_k=top_k)
         self.top_k, self.alpha, self.beta, self.gamma = top_k, alpha, beta, gamma
 

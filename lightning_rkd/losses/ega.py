@@ -53,15 +53,8 @@ class EGA(AnchoredLoss):
         "node_weight=0.8 for CLIP RN101",
     )
 
-    def __init__(
-        self,
-        node_weight: float = 1.0,
-        edge_weight: float = 0.3,
-        *,
-        student_dim: int | None = None,
-        teacher_dim: int | None = None,
-    ) -> None:
-        super().__init__(student_dim, teacher_dim)
+    def __init__(self, node_weight: float = 1.0, edge_weight: float = 0.3, **sizes: int | None) -> None:
+        super().__init__(**sizes)
         self.node_weight, self.edge_weight = node_weight, edge_weight
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Gram anchoring (Siméoni et al. 2025): cosines between the tokens of an image, in student and teacher."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,15 +54,8 @@ class GramAnchoring(TokenLoss):
         weight_note="negative_cosines='keep', beside the losses of pre-training of a ViT-7B, the authors' settings",
     )
 
-    def __init__(
-        self,
-        negative_cosines: Negatives = "zero",
-        *,
-        student_prefix: int = 0,
-        teacher_prefix: int = 0,
-        feature_maps: list[int] | None = None,
-    ) -> None:
-        super().__init__(student_prefix, teacher_prefix, feature_maps)
+    def __init__(self, negative_cosines: Negatives = "zero", **tokens: Any) -> None:
+        super().__init__(**tokens)
         check_choice("GramAnchoring", Negatives, negative_cosines=negative_cosines)
         self.negative_cosines = negative_cosines
 

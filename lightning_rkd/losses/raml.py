@@ -52,15 +52,8 @@ class RAML(AnchoredLoss):
         result="R@1 on CUB, student queries and the teacher's gallery, ResNet101 to ResNet18: 62.89, D3still",
     )
 
-    def __init__(
-        self,
-        lambda1: float = 0.7482,
-        lambda2: float = 0.6778,
-        *,
-        student_dim: int | None = None,
-        teacher_dim: int | None = None,
-    ) -> None:
-        super().__init__(student_dim, teacher_dim)
+    def __init__(self, lambda1: float = 0.7482, lambda2: float = 0.6778, **sizes: int | None) -> None:
+        super().__init__(**sizes)
         self.lambda1, self.lambda2 = lambda1, lambda2
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:

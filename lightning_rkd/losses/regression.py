@@ -44,10 +44,8 @@ class Regression(AnchoredLoss):
     gather = False
     reference = Reference("budnik2021asymmetric", "from memory", source="the formula is common knowledge")
 
-    def __init__(
-        self, distance: Distance = "cosine", *, student_dim: int | None = None, teacher_dim: int | None = None
-    ) -> None:
-        super().__init__(student_dim, teacher_dim)
+    def __init__(self, distance: Distance = "cosine", **sizes: int | None) -> None:
+        super().__init__(**sizes)
         check_choice("Regression", Distance, distance=distance)
         self.distance = distance
         if distance == "smooth_l1":

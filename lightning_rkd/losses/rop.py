@@ -55,15 +55,9 @@ class ROP(AnchoredLoss):
     )
 
     def __init__(
-        self,
-        top_k: int = 96,
-        temperature: float = 0.1,
-        rank_weight: float = 0.2,
-        *,
-        student_dim: int | None = None,
-        teacher_dim: int | None = None,
+        self, top_k: int = 96, temperature: float = 0.1, rank_weight: float = 0.2, **sizes: int | None
     ) -> None:
-        super().__init__(student_dim, teacher_dim)
+        super().__init__(**sizes)
         check_at_least("ROP", 1, top_k=top_k)
         check_positive("ROP", temperature=temperature)
         self.top_k, self.temperature, self.rank_weight = top_k, temperature, rank_weight

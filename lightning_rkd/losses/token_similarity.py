@@ -1,5 +1,7 @@
 """Token similarities as distributions, the local part of lightly-train's distillation."""
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,15 +52,8 @@ class TokenSimilarity(TokenLoss):
         weight_note="beside the queue of embeddings, the default of that code",
     )
 
-    def __init__(
-        self,
-        temperature: float = 0.07,
-        *,
-        student_prefix: int = 0,
-        teacher_prefix: int = 0,
-        feature_maps: list[int] | None = None,
-    ) -> None:
-        super().__init__(student_prefix, teacher_prefix, feature_maps)
+    def __init__(self, temperature: float = 0.07, **tokens: Any) -> None:
+        super().__init__(**tokens)
         check_positive("TokenSimilarity", temperature=temperature)
         self.temperature = temperature
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_rkd.data.indexing import to_batch
+from lightning_rkd.data.loaders import number_batches
 from lightning_rkd.distillation.distiller import Distiller
 from lightning_rkd.distillation.evaluation import Evaluation, warn_if_not_aligned
 from lightning_rkd.distillation.gradient_balance import Compare, GradientBalance
@@ -22,7 +23,6 @@ from lightning_rkd.distillation.lightning import (
     apply_balance,
     exclude_from_ddp_broadcast,
     log_evaluation,
-    number_training_batches,
     prepare_fit,
     refuse_balance,
     refuse_lbfgs,
@@ -41,7 +41,7 @@ from lightning_rkd.metrics.asymmetric import Searched, choose_gallery
 from lightning_rkd.metrics.inputs import uses_teacher
 from lightning_rkd.modules.sizes import materialize_losses
 from lightning_rkd.utils.distributed import gather_row_counts, gather_rows, rank_and_size
-from lightning_rkd.utils.private import writes_logs
+from lightning_rkd.utils.private import wrap_train_dataloader, writes_logs
 from lightning_rkd.utils.types import Batch, Key, Keys, Outputs, call_network, unpack
 
 
@@ -271,7 +271,7 @@ class DistillationModule(pl.LightningModule):
                         "cached teacher has never seen the changed ones: leave it out, or teach with Teacher(network)"
                     )
                 if self._keys["indices"] is None:
-                    self._undo_numbers = number_training_batches(self.trainer)
+                    self._undo_numbers = wrap_train_dataloader(self.trainer, number_batches)
             materialize_losses(self)
             exclude_from_ddp_broadcast(self)
 
