@@ -1,6 +1,5 @@
 """Scores of the student and its teacher on held-out samples."""
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_rkd.cli.distill.samples import Samples
 from lightning_rkd.cli.distill.teachers import TeacherSource
+from lightning_rkd.export.card import measure_milliseconds
 from lightning_rkd.metrics.agreement import RelationalAgreement
 from lightning_rkd.metrics.asymmetric import AsymmetricRetrieval
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
@@ -44,18 +44,6 @@ def score_asymmetric_recall(student: Tensor, teacher: Tensor, labels: Tensor) ->
     return float(metric.compute()["asymmetric/recall_at_1"])
 
 
-def measure_milliseconds(embed: Callable[[Any], Any], items: Any) -> float:
-    """Milliseconds for one sample, in batches of these samples, with their preprocessing; median of several calls."""
-    seconds: list[float] = []
-    embed(items)
-    start = time.perf_counter()
-    while len(seconds) < 3 or (time.perf_counter() - start < 0.5 and len(seconds) < 50):
-        before = time.perf_counter()
-        embed(items)
-        seconds.append(time.perf_counter() - before)
-    return 1000 * float(torch.tensor(seconds).median()) / len(items)
-
-
 def compare_networks(
     source: TeacherSource, student: Callable[[Any], Tensor], align: nn.Module | None,
     parameters: int, samples: Samples, rows: Sequence[int], teacher: Tensor, file: Path,
@@ -81,8 +69,8 @@ def compare_networks(
         {"network": "student", "parameters": parameters, "width": own.shape[1]},
     ]
     if source.embed is not None:
-        table[0]["ms"] = measure_milliseconds(source.embed, few)
-    table[1]["ms"] = measure_milliseconds(student, few)
+        table[0]["ms"] = measure_milliseconds(source.embed, few) / len(few)
+    table[1]["ms"] = measure_milliseconds(student, few) / len(few)
     if labels is not None and int(torch.bincount(labels).max()) > 1:
         tensors["labels"] = labels
         table[0]["recall@1"], table[1]["recall@1"] = score_recall(teacher, labels), score_recall(own, labels)
