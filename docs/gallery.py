@@ -149,7 +149,8 @@ def page() -> str:
         "`loss(student, teacher)`, goes into `DistillationModule(loss=...)`, `RelationalDistillation(loss=...)` or a "
         "recipe (`--model.loss=NAME`), and keeps one contract: float32 inside, finite gradients for duplicate rows, "
         "the same on one device and on many. Optional needs stand in brackets. Weights are those published, "
-        "for long schedules; [choosing a weight](weights.md) says how to find what suits your data.",
+        "for long schedules; [choosing a weight](weights.md) says how to find what suits your data, and "
+        "[which loss?](which_loss.md) which few to try.",
         "",
         "A loss of another package is known to the command line by its short name, in recipes and `compare`, once that "
         "package is installed with an entry point:",
