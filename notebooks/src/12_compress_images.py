@@ -113,7 +113,7 @@ print(f"photos: {len(list(Path('photos').iterdir())):,} files, test: {len(list(P
 
 # %%
 command = ["distill", "--teacher=python:networks:Teacher", "--student=python:networks:student", "--data=photos"]
-command += ["--unlabelled", "--test-data=test", "--image-size=28", "--epochs=25", "--out=compressed"]
+command += ["--unlabelled", "--test-data=test", "--image-size=28", "--epochs=40", "--out=compressed"]
 plain = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}  # notebooks set it
 done = subprocess.run([sys.executable, "-m", "lightning_rkd.cli", *command], env=plain, capture_output=True, text=True)
 assert done.returncode == 0, done.stderr
@@ -147,19 +147,18 @@ Markdown("\n".join(line for line in Path("compressed/table.md").read_text().spli
 # %matplotlib inline
 import numpy as np
 from safetensors.torch import load_file
+from torch.nn.functional import normalize
 
 from lightning_rkd import plots
 
 held = load_file("compressed/held_out.safetensors")
 paths = sorted(Path("test").rglob("*.png"))
 pixels = torch.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths]))[:, None]
-figure = plots.neighbours(pixels, held["labels"], {name: held[name] for name in ("teacher", "student")})
+figure = plots.neighbours(pixels, held["labels"], {name: normalize(held[name]) for name in ("teacher", "student")})
 figure.set_dpi(60)
 figure
 
 # %% [markdown]
-# Cosine compares rows in the table, the Euclidean distance in this picture.
-#
 # ## Use the student
 #
 # The folder `student` is what you deploy:
