@@ -49,9 +49,7 @@ def pretrain(steps=300):
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps),
         lr_interval="step",
     )
-    trainer = L.Trainer(
-        max_steps=steps, use_distributed_sampler=False, limit_val_batches=0, accelerator="cpu", **quiet
-    )
+    trainer = L.Trainer(max_steps=steps, use_distributed_sampler=False, limit_val_batches=0, accelerator="cpu", **quiet)
     trainer.fit(module, data)
     return network
 
@@ -164,7 +162,10 @@ figure
 # The folder `student` is what you deploy:
 
 # %%
-print(*(f"{path.name:20} {path.stat().st_size:>9,} bytes" for path in sorted(Path("compressed/student").iterdir())), sep="\n")
+print(
+    *(f"{path.name:20} {path.stat().st_size:>9,} bytes" for path in sorted(Path("compressed/student").iterdir())),
+    sep="\n",
+)
 
 # %% [markdown]
 # With PyTorch, `export.load` gives a network that takes images as they are:
