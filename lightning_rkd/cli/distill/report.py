@@ -65,7 +65,7 @@ def to_markdown(cells: Sequence[Sequence[str]]) -> str:
 
 def describe_usage(folder: Path, kind: str) -> str:
     """Three lines on how to use the exported student."""
-    items = {"image": '[PIL.Image.open("one.jpg")]', "text": '["a text"]', "vector": "torch.randn(1, D)"}[kind]
+    items = {"image": '["one.jpg"]', "text": '["a text"]', "vector": "torch.randn(1, D)"}[kind]
     lines = ["from lightning_rkd import export", f"student = export.load({str(folder / 'student')!r})"]
     return "\n".join([*lines, f"embeddings = student({items})  # compare rows by cosine"])
 
