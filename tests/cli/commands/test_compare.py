@@ -13,11 +13,12 @@ import yaml
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli import recipes
 from lightning_rkd.cli.commands import compare as command
-from lightning_rkd.cli.experiments import plan, tasks, tuning
+from lightning_rkd.cli.experiments import plan, tasks, tuning, workers
 from lightning_rkd.cli.experiments.tasks import tasks_of
 from lightning_rkd.data import GlyphDataModule
 from lightning_rkd.losses.base import RelationalLoss
 from tests.harness import replicas
+from tests.harness.forks import FORKS
 from tests.harness.platforms import posix_only
 
 TINY = {
@@ -83,8 +84,9 @@ def test_damaged_images_are_left_out_if_asked(
 
 @posix_only
 @pytest.mark.slow
-def test_failed_runs_are_named_and_finished_ones_are_kept(capsys) -> None:
+def test_failed_runs_are_named_and_finished_ones_are_kept(capsys, monkeypatch) -> None:
     """With tuning, a cache and generations; one run fails, and the process of another one dies."""
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: FORKS)  # which have imported Lightning
     never = {"model.init_args.lr_scheduler.init_args.max_lr": 1e30}
     changes = {
         "set": {**TINY, "data.init_args.views": 2},
