@@ -385,14 +385,6 @@ def test_an_activation_in_place_after_the_layer_changes_nothing() -> None:
     assert found[0] > 0
 
 
-def test_scaled_half_precision_finds_the_same_ratio() -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
-    fit = {"max_steps": 1, "log_every_n_steps": 1}
-    half = {**fit, "plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
-    found = [classify("module", RKD(), compare_gradients="step", fit=one)[1][0] for one in (fit, half)]
-    assert found[1] == pytest.approx(found[0], rel=0.02)
-
-
 # torch.compile looks at the gradients of tensors that are no leaves
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("kind", ["compiled", "compiled behind the layer", "checkpointed", "reentrant"])

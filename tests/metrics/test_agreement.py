@@ -4,11 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import rankdata
 from torch import Tensor
 
 from lightning_rkd.metrics import RelationalAgreement
-from lightning_rkd.metrics.agreement import angles, average_ranks, draw_triplets
+from lightning_rkd.metrics.agreement import angles, draw_triplets
 from tests.oracles.agreement import angle, angle_gap, distance_correlation, neighbour_overlap
 
 
@@ -47,11 +46,6 @@ def test_equals_plain_loops_where_distances_tie_and_rows_repeat(rows: list[tuple
     assert result["neighbour_overlap_at_2"] == pytest.approx(neighbour_overlap(s, t, 2), abs=1e-6)
     assert result["distance_correlation"] == pytest.approx(distance_correlation(s, t), abs=1e-6)
     assert result["angle_gap"] == pytest.approx(angle_gap(s, t, triplets), abs=1e-5)
-
-
-@given(values=st.lists(st.integers(0, 4), min_size=1, max_size=20).map(sorted))
-def test_average_ranks_equal_scipy(values: list[int]) -> None:
-    assert average_ranks(torch.tensor([values]))[0].tolist() == [r - 1 for r in rankdata(values)]
 
 
 def test_angles_are_accurate_near_0_and_180_degrees() -> None:

@@ -113,13 +113,6 @@ def test_a_weights_file_that_one_machine_lacks_is_an_error_on_all(ranks: Ranks, 
     assert f"FileNotFoundError: {lacking}" in there
 
 
-def test_alone_everything_is_an_identity() -> None:
-    x = torch.ones(3, requires_grad=True)
-    assert gather_rows(x) is x
-    assert (rank_and_size(), gather_row_counts(3), Shard().range(5)) == ((0, 1), [3], (0, 5))
-    assert float(sum_over_ranks(torch.tensor(2.0))) == 2.0
-
-
 def grouped(rank: int) -> Any:
     group = dist.new_group([1])
     alone = rank == 1

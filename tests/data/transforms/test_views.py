@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_rkd.data.transforms.augment import Augment
 from lightning_rkd.data.transforms.mixup import MixUp
 from lightning_rkd.data.transforms.views import STRONG, AugmentedViews, Rotations
 from lightning_rkd.utils.types import Batch
@@ -69,11 +68,6 @@ def test_nested_inputs_and_the_teachers_images_are_rotated():
     assert torch.equal(out.teacher_inputs[2:4], b.rot90(1, (2, 3)))
 
 
-def test_rotated_images_can_be_mixed_afterwards():
-    out = MixUp()(Rotations()(batch()))
-    assert len(out.inputs) == len(out.mix.ratio) == len(out.view) == 12
-
-
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 4), (2, 3)], ids=str)
 def test_what_is_no_square_image_is_refused(shape):
     with pytest.raises(
@@ -90,14 +84,6 @@ def test_the_second_view_is_keyed_by_seed_rank_step_and_row():
         assert not torch.allclose(expected, given.inputs, atol=0.05)
 
 
-def test_the_first_view_is_the_batch_itself_and_the_task():
-    given = batch()
-    out = AugmentedViews()(given)
-    assert torch.equal(out.inputs[:3], given.inputs)
-    assert out.task_rows.tolist() == [0, 1, 2]
-    assert AugmentedViews(task_on_both=True)(given).task_rows is None
-
-
 def test_inputs_in_a_mapping_and_the_teachers_undergo_the_same_changes():
     given = batch()
     nested = Batch({"left": given.inputs, "right": given.inputs}, teacher_inputs=(given.inputs,))
@@ -107,6 +93,8 @@ def test_inputs_in_a_mapping_and_the_teachers_undergo_the_same_changes():
     assert torch.equal(out.inputs["right"], expected)
     assert torch.equal(out.teacher_inputs[0], expected)
     assert out.view.tolist() == [0, 0, 0, 1, 1, 1]
+    assert out.task_rows.tolist() == [0, 1, 2]
+    assert AugmentedViews(task_on_both=True)(given).task_rows is None
 
 
 def test_normalised_images_are_changed_as_the_pixels_behind_them():
@@ -136,8 +124,3 @@ def test_what_does_not_fit_is_refused_with_the_cure():
         AugmentedViews()(Batch(torch.zeros(2, 1, 4, 4, dtype=torch.uint8)))
     with pytest.raises(ValueError, match="std must be positive"):
         AugmentedViews(std=(0.0,))
-
-
-def test_another_augmentation_can_be_passed():
-    given = batch()
-    assert torch.equal(second(AugmentedViews(Augment()), given), given.inputs)
