@@ -3,8 +3,9 @@
     python benchmarks/mutants.py --number 60 --seed 0
 
 A mutant changes one operator, comparison, constant, ``not`` or the order of two arguments in losses, metrics,
-functional, distillation or callbacks. Its own tests run first (``losses/pkt.py``: ``tests/losses/test_pkt.py``,
-``test_oracles.py`` and the examples in its docstrings), then those of its folder, then those of the engine and parity.
+functional, distillation or callbacks. Its own tests run first (``losses/irg.py``: ``tests/losses/test_irg.py``,
+``test_oracles.py``, ``test_details.py`` and the examples in its docstrings), then those of its folder, then those of the
+engine and parity.
 A test that fails, or that does not end, kills it.
 Survivors are listed at the end: each is a missing test, or a change that makes no difference.
 """
@@ -108,7 +109,7 @@ def tests_for(mutant: Mutant, tree: Path) -> list[list[str]]:
     folder = Path("tests", *path.parts[1:-1])
     while not (tree / folder).is_dir():
         folder = folder.parent
-    names = (f"test_{path.stem.strip('_')}.py", "test_oracles.py")
+    names = (f"test_{path.stem.strip('_')}.py", "test_oracles.py", "test_details.py")
     own = [str(folder / name) for name in names if (tree / folder / name).is_file()]
     top = f"tests/{path.parts[1]}"
     return [[*own, mutant.file], [top], [part for part in LAST if part != top]]
