@@ -4,9 +4,8 @@
 
 A mutant changes one operator, comparison, constant, ``not`` or the order of two arguments in losses, metrics,
 functional, distillation or callbacks. Its own tests run first (``losses/irg.py``: ``tests/losses/test_irg.py``,
-``test_oracles.py``, ``test_details.py`` and the examples in its docstrings), then those of its folder, then those of the
-engine and parity.
-A test that fails, or that does not end, kills it.
+``test_oracles.py``, ``test_details.py`` and the examples in its docstrings), then those of its folder, then those
+of the engine and parity. A test that fails, or that does not end, kills it.
 Survivors are listed at the end: each is a missing test, or a change that makes no difference.
 """
 
