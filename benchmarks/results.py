@@ -26,10 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from studies.runner import run_study
+from studies.report import describe, draw, tabulate, to_cells
+from studies.runner import read_rows, run_study
 from studies.text import TextStudy
 
 import lightning_rkd.losses
+from lightning_rkd.cli.experiments.report import to_png
+from lightning_rkd.utils.files import write_whole
 from lightning_rkd.utils.statistics import Difference, paired_difference
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +152,28 @@ def published(studies: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def long_section(study: str, remarks: str) -> list[str]:
+    """Tables and figures of a long study, and its figures' files, from the runs that are there."""
+    about, rows = LONG[study], read_rows(TABLES / f"{study}.csv")
+    seeds = sum(len(part) for part in about.seeds)
+    parts = [f"## {about.title}", remarks.strip(), describe(rows, f"python benchmarks/results.py --only {study}")]
+    for data, student in about.settings:
+        place = f"{study}_{data}_{student}.png"
+        tables = tabulate([row for row in rows if (row["data"], row["student"]) == (data, student)])
+        if not tables:
+            continue
+        parts.append(f"### {about.names[data]}, {about.names[student]}")
+        for row in rows:
+            if (row["data"], row["student"]) == (data, "teacher"):
+                parts.append(f"The teacher: recall@1 {float(row[R1]):.3f}, MAP@R {float(row['map_at_r']):.3f}.")
+        for caption, lines in tables.items():
+            parts += [f"**{caption}**", table(*to_cells(lines, seeds))]
+        if any(R1 in line.gains for lines in tables.values() for line in lines):
+            write_whole(TABLES / place, to_png(draw(tables)))
+            parts.append(f"![Gains in recall@1](results/{place})")
+    return [*parts, f"Single runs: [results/{study}.csv](results/{study}.csv)"]
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     """In Markdown."""
     lines = [head, ["---"] * len(head), *rows]
@@ -160,6 +185,11 @@ def page() -> str:
     present = {study: runs(study) for study in STUDIES if (TABLES / f"{study}.csv").exists()}
     texts = dict(re.findall(r"<!-- (\w+) -->\n(.*?)(?=\n<!-- |\Z)", (HERE / "remarks.md").read_text(), flags=re.DOTALL))
     parts = ["# Results", texts["beginning"].strip()]
+    for study in LONG:
+        if (OUT / study / "runs.csv").exists():
+            shutil.copy(OUT / study / "runs.csv", TABLES / f"{study}.csv")
+        if (TABLES / f"{study}.csv").exists():
+            parts += long_section(study, texts[study])
     claims = [checked(claim, present[claim.study]) for claim in CLAIMS if claim.study in present]
     head = ["claim", "difference of", "score", "mean [95 % interval]", "here"]
     parts += ["## The claims, one by one", texts["claims"].strip(), table(head, claims), texts["tried"].strip()]

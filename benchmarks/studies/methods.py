@@ -18,7 +18,8 @@ from lightning_rkd.cli.distill.losses import parse_loss
 from lightning_rkd.distillation.evaluation import map_to_teacher
 from lightning_rkd.losses import LossSum, RelationalLoss
 from lightning_rkd.metrics import AsymmetricRetrieval, EmbeddingRetrieval, RelationalAgreement
-from studies.runner import Row, Run
+
+from .runner import Row, Run
 
 SCORES = ("recall_at_1", "map_at_r", "asymmetric_recall_at_1", "neighbour_overlap_at_10", "distance_correlation")
 TASKS: dict[str, Callable[[], nn.Module]] = {
@@ -93,6 +94,8 @@ class EmbeddingStudy:
     def plan(self, rows: Sequence[Row]) -> Iterator[Run]:
         """Runs of all settings with the first seeds, then with the others; then those of slow losses."""
         means, losses = average_tuning(rows), list_losses()
+        for data in dict.fromkeys(data for data, _ in self.settings):
+            yield Run(self.name, data, "teacher", "final", "none", "none", 0.0, 0)
         for part in ([loss for loss in losses if loss not in SLOW], SLOW):
             for seeds in self.seeds:
                 for data, student in self.settings:
@@ -188,16 +191,20 @@ class Objective(nn.Module):
             self._same, self._triplets = same, get_all_triplets_indices(labels)
         return self._triplets
 
-    def measure(self, student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, float]:
-        """Scores of rows, by cosine."""
-        retrieval = EmbeddingRetrieval(k=1, distance="cosine")
-        retrieval.update(student, labels)
-        agreement = RelationalAgreement(k=10, triplets=1, max_anchors=500, distance="cosine")
-        agreement.update(student, teacher)
-        found = retrieval.compute() | agreement.compute()
-        queries = map_to_teacher(student, self.distilling)
-        if queries.shape[1] == teacher.shape[1]:
-            asymmetric = AsymmetricRetrieval(k=1)
-            asymmetric.update(queries, labels, teacher)
-            found |= {"asymmetric_recall_at_1": asymmetric.compute()["asymmetric/recall_at_1"]}
-        return {name: float(found[name]) for name in SCORES if name in found}
+    def project(self, rows: Tensor) -> Tensor:
+        """Rows of the student in the teacher's space, if a loss has learned to map them there."""
+        return map_to_teacher(rows, self.distilling)
+
+
+def measure(student: Tensor, teacher: Tensor, labels: Tensor, queries: Tensor) -> dict[str, float]:
+    """Scores of a student's rows by cosine; those of queries only if they are as wide as the teacher's rows."""
+    retrieval = EmbeddingRetrieval(k=1, distance="cosine")
+    retrieval.update(student, labels)
+    agreement = RelationalAgreement(k=10, triplets=1, max_anchors=500, distance="cosine")
+    agreement.update(student, teacher)
+    found = retrieval.compute() | agreement.compute()
+    if queries.shape[1] == teacher.shape[1]:
+        asymmetric = AsymmetricRetrieval(k=1)
+        asymmetric.update(queries, labels, teacher)
+        found["asymmetric_recall_at_1"] = asymmetric.compute()["asymmetric/recall_at_1"]
+    return {name: float(found[name]) for name in SCORES if name in found}

@@ -98,7 +98,7 @@ def repair(path: Path, head: Sequence[str]) -> None:
         write_whole(path, whole)
 
 
-def run_study(study: Study, folder: Path, jobs: int = 1) -> None:
+def run_study(study: Study, folder: Path, jobs: int = 1, start_method: str = "spawn") -> None:
     """Run what is missing; a run that fails is reported, left out, and tried again by the next call.
 
     Raises:
@@ -112,7 +112,7 @@ def run_study(study: Study, folder: Path, jobs: int = 1) -> None:
         rows = read_rows(path)
         seen = {identify(row) for row in rows}
         running: dict[Future[Row], Run] = {}
-        with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker) as pool, path.open("ab", 0) as file:
+        with ProcessPoolExecutor(jobs, get_context(start_method), _start_worker) as pool, path.open("ab", 0) as file:
             while True:
                 queue = (run for run in study.plan(rows) if identify(asdict(run)) not in seen)
                 while len(running) < jobs and (run := next(queue, None)) is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from torch import Tensor
 from lightning_rkd.data.samplers.pk import PKBatchSampler
 from lightning_rkd.export.preprocess import PiecesPreprocess
 from lightning_rkd.models import HashedText
-from studies.methods import EmbeddingStudy, Objective
-from studies.runner import Run, cached
+
+from .methods import EmbeddingStudy, Objective, measure
+from .runner import Run, cached
 
 STUDENTS = {"36k": {"hidden": 64, "embedding_dim": 32}, "100k": {"hidden": 245, "embedding_dim": 256}}
 SPLITS = {"banking77": (30, 8), "clinc150": (60, 20)}
@@ -73,6 +75,10 @@ class TextStudy(EmbeddingStudy):
 
     name = "text"
     settings = tuple((data, student) for data in SPLITS for student in STUDENTS)
+    title = "Zero-shot intents: students of WordLlama"
+    names: ClassVar = {"banking77": "Banking77", "clinc150": "CLINC150", "36k": "35,936 parameters, 32 outputs"} | {
+        "100k": "99,909 parameters, 256 outputs"
+    }
 
     def __init__(self, data: Path, cache: Path) -> None:
         self.data, self.cache = data, cache
@@ -80,6 +86,10 @@ class TextStudy(EmbeddingStudy):
     def train(self, run: Run) -> dict[str, float]:
         """Scores of a run after its last step."""
         texts = load_texts(run.data, self.data, self.cache)
+        held_out = texts.parts[run.stage]
+        if run.student == "teacher":
+            own = texts.teacher[held_out]
+            return measure(own, own, texts.labels[held_out], own)
         rows = texts.parts["train"]
         pieces, teacher, labels = texts.pieces[rows], texts.teacher[rows], texts.labels[rows]
         longest = (pieces != 0).sum(1)
@@ -98,10 +108,9 @@ class TextStudy(EmbeddingStudy):
             optimizer.step()
             schedule.step()
         objective.eval()
-        held_out = texts.parts[run.stage]
         with torch.no_grad():
             found = torch.cat([network(part) for part in texts.pieces[held_out].split(1000)])
-        return objective.measure(found, texts.teacher[held_out], texts.labels[held_out])
+        return measure(found, texts.teacher[held_out], texts.labels[held_out], objective.project(found))
 
 
 @cache
