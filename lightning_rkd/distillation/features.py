@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_rkd.distillation import pooling
 from lightning_rkd.distillation.layers import CaptureError, Layer, Tap, as_tap, find_layer
 from lightning_rkd.distillation.micro_batches import refuse_inside
 from lightning_rkd.utils.arguments import bind_arguments, find_signature
@@ -378,8 +379,11 @@ def _find_weight(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 def _read_field(output: Any, name: str) -> Any:
     value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
     if value is None:
-        has = list(output) if isinstance(output, Mapping) else getattr(output, "_fields", "no such field")
-        raise CaptureError(f"Tap(read={name!r}): the {type(output).__name__} of the layer has {has}")
+        has = list(output) if isinstance(output, Mapping) else list(getattr(output, "_fields", ())) or "no fields"
+        cure = "leave read out" if isinstance(output, Tensor) else "name one of its fields, or a function that reads it"
+        if name in vars(pooling):
+            cure = f"pass the function itself, lightning_rkd.{name}"
+        raise CaptureError(f"Tap(read={name!r}): the layer gives a {type(output).__name__}, which has {has}; {cure}")
     return value
 
 

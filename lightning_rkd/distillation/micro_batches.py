@@ -123,7 +123,8 @@ def refuse_inside(network: nn.Module, layers: Sequence[nn.Module]) -> None:
         if isinstance(outer, MicroBatches) and {id(m) for m in outer.network.modules()} & set(map(id, layers)):
             raise ValueError(
                 f"the student layer lies inside MicroBatches, of which only the output is that of the whole batch: "
-                f"name {path!r} itself, or use DistillationModule(micro_batch=...), which reads every layer"
+                f"{f'name {path!r} itself' if path else 'leave student_layer out'}, or use "
+                "DistillationModule(micro_batch=...), which reads every layer"
             )
 
 

@@ -180,5 +180,9 @@ def choose_gallery(metrics: Mapping[str, Metric], gallery: Searched | StoredGall
             chosen[_PREFIX + name] = AsymmetricRetrieval(**given, value=value, gallery=stored)
         searches = searches or retrieval or isinstance(metric, AsymmetricRetrieval)
     if gallery != "student" and not searches:
-        raise ValueError(f"gallery={gallery!r} needs an EmbeddingRetrieval, but the metrics are {sorted(metrics)}")
+        what = repr(gallery) if isinstance(gallery, str) else "StoredGallery(...)"
+        raise ValueError(
+            f"gallery={what} applies to every EmbeddingRetrieval (no subclass), but the metrics are "
+            f"{[type(metric).__name__ for metric in metrics.values()]}: add EmbeddingRetrieval(distance='cosine')"
+        )
     return chosen

@@ -58,5 +58,9 @@ def _load(source: Any, who: str) -> tuple[Tensor, dict[str, Tensor]]:
                 raise ValueError(f"it holds {sorted(tensors)} instead of one tensor (and ids, labels)")
             return tensors.popitem()[1], others
     except (ValueError, EOFError, OSError, TypeError, safetensors.SafetensorError) as error:
+        if "Object arrays" in str(error):
+            raise ValueError(
+                f"the embeddings {str(path)!r} are Python objects: save numbers, np.save(path, np.stack(rows))"
+            ) from error
         raise ValueError(f"the embeddings {str(path)!r} cannot be read ({error}); write the file again") from error
     raise ValueError(f"{who} reads .npy and .safetensors files, got {str(path)!r}")

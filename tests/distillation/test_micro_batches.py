@@ -261,6 +261,8 @@ def test_a_student_layer_inside_micro_batches_is_refused() -> None:
     student = nn.Sequential(MicroBatches(toys.Backbone(), SIZE))
     with pytest.raises(ValueError, match="name '0' itself, or use DistillationModule"):
         Distiller(toys.teacher(), RKD(), student_layer="0.network.last").attach(student)
+    with pytest.raises(ValueError, match="leave student_layer out, or use DistillationModule"):
+        Distiller(toys.teacher(), RKD(), student_layer="network.last").attach(student[0])
 
 
 class Spread(nn.Module):

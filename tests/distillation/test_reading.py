@@ -270,8 +270,12 @@ def test_a_field_of_an_output_is_read_by_name() -> None:
     net = bert()
     pooled = read(net, Tap(read="pooler_output"), IDS, MASK).embedding
     assert torch.equal(pooled, net(IDS, MASK).pooler_output)
-    with pytest.raises(CaptureError, match=r"Tap\(read='pooled'\).* has \['last_hidden_state', 'pooler_output'\]"):
+    with pytest.raises(CaptureError, match=r"Tap\(read='pooled'\).* has \['last_hidden_state', 'pooler_output'\]; name"):
         read(net, Tap(read="pooled"), IDS, MASK)
+    with pytest.raises(CaptureError, match=r"pass the function itself, lightning_rkd\.mean_pool"):
+        read(net, Tap(read="mean_pool"), IDS, MASK)
+    with pytest.raises(CaptureError, match="gives a Tensor, which has no fields; leave read out"):
+        read(net, Tap("embeddings", read="pooler_output"), IDS, MASK)
     with pytest.raises(CaptureError, match=r"gives a .*not a tensor; say how to read it: Tap\(layer, read='field'\)"):
         read(net, "", IDS, MASK)
 

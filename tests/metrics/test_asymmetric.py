@@ -286,7 +286,7 @@ def test_a_chosen_gallery_keeps_the_arguments_of_a_metric() -> None:
     made: Any = chosen["asymmetric/r"]
     assert (made.k, made.distance, made.working_memory) == ((1, 5), "cosine", 1000)
     assert (made.store_dtype, made.value) == (torch.float16, "asymmetric/recall_at_5")
-    with pytest.raises(ValueError, match="needs an EmbeddingRetrieval"):
+    with pytest.raises(ValueError, match=r"\(no subclass\), but the metrics are .*: add EmbeddingRet"):
         choose_gallery({"a": RelationalAgreement()}, "both")
     with pytest.raises(ValueError, match="must be 'student', 'teacher', 'both' or a StoredGallery, got 'techer'"):
         choose_gallery({"r": own}, "techer")  # type: ignore[arg-type]

@@ -80,6 +80,12 @@ class Renormalize(nn.Module):
         )
         self.student = mean.flatten().tolist(), std.flatten().tolist()
         self.teacher = to_mean.flatten().tolist(), to_std.flatten().tolist()
+        if len(widths := {x.numel() for x in (mean, std, to_mean, to_std)} - {1}) > 1:
+            raise ValueError(
+                "Renormalize: statistics must be single numbers, or one for each of the same channels, got "
+                f"{self.extra_repr()}"
+            )
+        self.channels = max(widths, default=1)
         # not buffers, which a cast to half precision would round
         self.scale, self.shift = (std / to_std).float(), ((mean - to_mean) / to_std).float()
 
@@ -92,9 +98,11 @@ class Renormalize(nn.Module):
         return _map_images(inputs, self._renormalize, "Renormalize")
 
     def _renormalize(self, x: Tensor) -> Tensor:
-        channels = max(len(self.scale), len(self.shift))
-        if channels > 1 and x.shape[1] not in (1, channels):
-            raise ValueError(f"Renormalize: images of shape {tuple(x.shape)} do not fit {self.extra_repr()}")
+        if self.channels > 1 and x.shape[1] not in (1, self.channels):
+            raise ValueError(
+                f"Renormalize: expected images of 1 or {self.channels} channels, as many as the statistics have, got "
+                f"{tuple(x.shape)}; convert them first, transform=[..., Renormalize(...)]"
+            )
         scale, shift = (each.to(x.device, non_blocking=True) for each in (self.scale, self.shift))
         return (x.to(torch.promote_types(x.dtype, torch.float32)) * scale + shift).to(x.dtype)
 

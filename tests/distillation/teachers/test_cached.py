@@ -370,12 +370,14 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             read(few, [5, unknown])
     (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
     (tmp_path / "cut.safetensors").write_bytes(b"no")
+    np.save(tmp_path / "objects.npy", np.array([[1.0, 2.0]], object), allow_pickle=True)
     wrong: list[tuple[Any, Any, str]] = [
         (torch.arange(6).view(3, 2), None, r"floating point \(N, D\), got torch.int64"),
         (torch.randn(3), None, r"floating point \(N, D\)"),
         (torch.randn(3, 2), [1, 2], "ids must be 3 integers"),
         (torch.randn(3, 2), [1, 2, 1], "the id 1 is given twice"),
         (tmp_path / "cut.npy", None, r"cut\.npy' cannot be read"),
+        (tmp_path / "objects.npy", None, r"objects\.npy' are Python objects: save numbers"),
         (tmp_path / "cut.safetensors", None, r"cut\.safetensors' cannot be read"),
         (tmp_path / "none.npy", None, "do not exist"),
         (5, None, "takes a tensor, an array or a path, got int"),
