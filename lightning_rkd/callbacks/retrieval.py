@@ -17,7 +17,7 @@ from lightning_rkd.distillation.lightning import log_evaluation, start_evaluatio
 from lightning_rkd.distillation.teachers import BaseTeacher
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.metrics import StoredGallery
-from lightning_rkd.metrics.asymmetric import Searched, choose_gallery
+from lightning_rkd.metrics.asymmetric import AsymmetricRetrieval, Searched, choose_gallery
 from lightning_rkd.metrics.inputs import uses_teacher
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 from lightning_rkd.utils.types import Batch, Key, Keys, unpack
@@ -115,10 +115,10 @@ class RetrievalEvaluation(Callback):
     def _borrow_teacher(self, holders: list[Any]) -> None:
         """Read the teacher of a distillation as that reads it."""
         if not holders:
-            raise ValueError(
-                f"the metrics {[name for name, metric in self.metrics.items() if uses_teacher(metric)]} need the "
-                "teacher's rows: pass teacher=..., or gallery=StoredGallery(...) with rows that were embedded before"
-            )
+            needing = {name: metric for name, metric in self.metrics.items() if uses_teacher(metric)}
+            searches = all(isinstance(metric, AsymmetricRetrieval) for metric in needing.values())
+            stored = ", or gallery=StoredGallery(...) with rows that were embedded before" if searches else ""
+            raise ValueError(f"the metrics {list(needing)} need the teacher's rows: pass teacher=...{stored}")
         other: Distiller = holders[0].distiller
         layer = other.teacher_layer if self._teacher_layer is None else self._teacher_layer
         fed = None if other.inputs is None else other.inputs.layer

@@ -362,7 +362,7 @@ def _read_call(
         raise CaptureError(
             f"the layer {tap.layer!r} ({type(module).__name__}) gives a {type(value).__name__}, not a tensor; "
             "say how to read it: Tap(layer, read='field'), read=mean_pool, last_token_pool, cls_token, global_pool or "
-            "your own function"
+            "your own function(output, arguments)"
         )
     flat = value.flatten(1) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
     return Outputs(embedding=flat, logits=flat, feature_maps=[value])
@@ -380,9 +380,11 @@ def _read_field(output: Any, name: str) -> Any:
     value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
     if value is None:
         has = list(output) if isinstance(output, Mapping) else list(getattr(output, "_fields", ())) or "no fields"
-        cure = "leave read out" if isinstance(output, Tensor) else "name one of its fields, or a function that reads it"
+        cure = "name one of them" if has != "no fields" else "pass a function, read=lambda output, arguments: output[0]"
         if name in vars(pooling):
             cure = f"pass the function itself, lightning_rkd.{name}"
+        elif isinstance(output, Tensor):
+            cure = "leave read out"
         raise CaptureError(f"Tap(read={name!r}): the layer gives a {type(output).__name__}, which has {has}; {cure}")
     return value
 

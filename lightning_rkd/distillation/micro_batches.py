@@ -74,8 +74,8 @@ class MicroBatches(nn.Module):
 
 def check_size(name: str, size: int | None) -> None:
     """Raise ``ValueError`` unless the size of micro-batches is ``None`` or at least 1."""
-    if size is not None and size < 1:
-        raise ValueError(f"{name} must be at least 1, got {size}")
+    if size is not None and not (isinstance(size, int) and size >= 1):
+        raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
 
 
 def count_parts(counts: list[int], size: int) -> int:
@@ -169,7 +169,7 @@ def _warn_of_batch_norm(network: nn.Module) -> None:
     if any(m.training and isinstance(m, kinds) for m in network.modules()):
         warnings.warn(
             "BatchNorm normalises each micro-batch by its own statistics, so that training differs from that on the "
-            "whole batch at once: replace it by GroupNorm, or freeze it in evaluation mode, for the same gradients",
+            "whole batch at once: for the same gradients replace it by GroupNorm, or call .eval() on these layers",
             stacklevel=2,
         )
 

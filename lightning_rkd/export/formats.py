@@ -61,7 +61,7 @@ def write_formats(
         if not difference <= TOLERANCE:
             cure = f"leave the format {name!r} out"
             if name == "safetensors":
-                cure = "build describes a network that computes something else"
+                cure = "take out what the network draws at random in eval mode, or correct build"
             raise ExportError(
                 f"{path.name} gives other numbers than the student: they differ by {difference:.1e} of its largest "
                 f"output, and {TOLERANCE:.0e} is allowed. Nothing was written; {cure}"

@@ -74,8 +74,11 @@ class ImagePreprocess(Preprocess):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
     def __post_init__(self) -> None:
-        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
-            raise ValueError(f"mean and positive std of 1 or 3 channels are needed, got {self.mean} and {self.std}")
+        numbers = isinstance(self.mean, float | int) or isinstance(self.std, float | int)
+        if numbers or len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
+            raise ValueError(
+                f"mean and positive std are needed as tuples of 1 or 3 channels, got {self.mean} and {self.std}"
+            )
         if isinstance(self.size, int) or len(self.size) != 2 or min(self.size) < 1 or not 0 < self.crop <= 1:
             raise ValueError(f"size (height, width) and a crop up to 1 are needed, got {self.size} and {self.crop}")
         if self.interpolation not in ("bicubic", "bilinear"):
@@ -220,6 +223,11 @@ class TokensPreprocess(Preprocess):
     def __init__(self, tokenizer: Any, longest: int = 256, padding: int | None = None) -> None:
         tokenizers = require("tokenizers", extra="transformers")
         own = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if isinstance(own, str | Path) and not Path(own).is_file():
+            raise FileNotFoundError(
+                f"there is no file {str(own)!r}: pass the path of a {TOKENIZER}, or a tokenizer, "
+                "AutoTokenizer.from_pretrained(name)"
+            )
         text = Path(own).read_text(encoding="utf-8") if isinstance(own, str | Path) else getattr(own, "to_str", str)()
         if not isinstance(own, str | Path | tokenizers.Tokenizer):
             raise TypeError(f"a {type(tokenizer).__name__} has no tokenizer.json: load its fast form, use_fast=True")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_rkd.export.preprocess import TOKENIZER, Preprocess, load_preprocess
+from lightning_rkd.export.use import check_items
 from lightning_rkd.utils.private import tree_map
 from lightning_rkd.utils.types import call_network
 
@@ -46,8 +47,7 @@ class Embedder(nn.Module):
     @torch.no_grad()
     def forward(self, items: Any, batch_size: int = 64) -> Tensor:
         """Embeddings (N, D) of a list, computed in batches."""
-        if len(items) == 0:
-            raise ValueError("there is nothing to embed: the list of items is empty")
+        check_items(items)
         device = next((x.device for x in (*self.network.parameters(), *self.network.buffers())), torch.device("cpu"))
         rows = []
         for start in range(0, len(items), batch_size):

@@ -14,6 +14,7 @@ import sys
 import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def embed(items: Any, folder: str | Path | None = None, batch_size: int = 64) ->
         folder: Folder of the export; ``None`` is that of this file.
         batch_size: Number of items that are held at once.
     """
+    check_items(items)
     session, prepare = _open(str(folder or Path(__file__).parent))
     names = [given.name for given in session.get_inputs()]
     rows = []
@@ -39,9 +41,15 @@ def embed(items: Any, folder: str | Path | None = None, batch_size: int = 64) ->
         arrays = prepare(items[start : start + batch_size])
         inputs = {name: arrays[name] for name in names} if isinstance(arrays, dict) else {names[0]: arrays}
         rows.append(session.run(None, inputs)[0])
-    if not rows:
-        raise ValueError("there is nothing to embed: the list of items is empty")
     return np.concatenate(rows)
+
+
+def check_items(items: Any) -> None:
+    """Raise for a single item in place of a list, and for an empty one."""
+    if not hasattr(items, "__len__"):
+        raise TypeError(f"expected a list, got a single item ({type(items).__name__}): pass [item]")
+    if len(items) == 0:
+        raise ValueError("there is nothing to embed: the list of items is empty")
 
 
 @cache
@@ -83,9 +91,11 @@ def read_pixels(items: Sequence[Any], config: dict[str, Any]) -> npt.NDArray[np.
     pixels = np.empty((len(items), len(config["mean"]), height, width), np.uint8)
     for number, item in enumerate(items):
         image = Image.open(item) if isinstance(item, str | Path) else item
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        with suppress(TypeError):  # an array of another type or shape
+            image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         if not isinstance(image, Image.Image) or image.mode[0] in "IF":
             found = f"an image of mode {image.mode}" if isinstance(image, Image.Image) else type(item).__name__
+            found = f"an array of {item.dtype} {item.shape}" if isinstance(item, np.ndarray) else found
             raise TypeError(
                 f"item {number}: expected an image of Pillow in 8 bits, its path, or an array of bytes (H, W, 3), got "
                 f"{found}"

@@ -170,9 +170,9 @@ def _take_row(example: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]) -> In
     """The first row of each input, by name or position."""
     several = example if isinstance(example, tuple | Mapping) else (example,)
     entries = several if isinstance(several, Mapping) else dict(enumerate(several))
-    for name, x in entries.items():
+    for x in entries.values():
         if not isinstance(x, Tensor):
-            raise TypeError(f"example: expected a tensor, or a tuple or mapping of tensors, got {type(x)} as {name!r}")
+            raise TypeError(f"example: expected a tensor, or a tuple or mapping of tensors, got {type(x).__name__}")
     return {name: x[:1].detach().cpu() for name, x in entries.items()}
 
 

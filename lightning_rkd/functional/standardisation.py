@@ -34,7 +34,7 @@ def phi_standardisation(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows = centre_columns(embeddings)
     if len(rows) < 2 or not rows.any():
-        raise ValueError(f"phi_standardisation: needs rows that differ, got {len(rows)} rows without variance")
+        raise ValueError(f"phi_standardisation: expected at least two rows that differ, got {len(rows)} equal ones")
     variances, directions = torch.linalg.eigh(rows.T @ rows / (len(rows) - 1))
     hadamard = hadamard_matrix(rows.shape[1]).to(rows)
     return to_float64(embeddings).mean(0), hadamard @ directions.T / variances.clamp(min=0).mean().sqrt()

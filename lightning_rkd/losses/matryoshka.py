@@ -49,8 +49,8 @@ class Matryoshka(RelationalLoss):
         super().__init__()
         if not isinstance(loss, RelationalLoss):
             raise TypeError(
-                f"Matryoshka: loss must be one RelationalLoss, got {type(loss).__name__}; of a sum, wrap each loss: "
-                "25 * Matryoshka(RKDDistance(), dims) + 50 * Matryoshka(RKDAngle(), dims)"
+                f"Matryoshka: loss must be one RelationalLoss, such as RKD(), got {type(loss).__name__}; of a sum, "
+                "wrap each: 25 * Matryoshka(RKDDistance(), dims) + 50 * Matryoshka(RKDAngle(), dims)"
             )
         if loss.reads != "embedding":
             raise ValueError(

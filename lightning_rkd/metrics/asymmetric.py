@@ -167,7 +167,7 @@ def _width(rows: Any) -> int | None:
 def choose_gallery(metrics: Mapping[str, Metric], gallery: Searched | StoredGallery) -> dict[str, Metric]:
     """Metrics in which every :class:`EmbeddingRetrieval` searches the given gallery, or one of each with ``"both"``."""
     if not (isinstance(gallery, StoredGallery) or gallery in ("student", "teacher", "both")):
-        raise ValueError(f"gallery must be 'student', 'teacher', 'both' or a StoredGallery, got {gallery!r}")
+        raise ValueError(f"gallery must be 'student', 'teacher', 'both' or StoredGallery(rows), got {gallery!r:.80}")
     chosen, searches = {}, False
     for name, metric in metrics.items():
         retrieval = type(metric) is EmbeddingRetrieval

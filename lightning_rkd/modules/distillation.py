@@ -355,10 +355,10 @@ class DistillationModule(pl.LightningModule):
             raise ValueError("the task loss needs labels, but the batch has none: say where they are, labels=...")
         read = features.embedding.embedding if self.task_reads == "embedding" else output
         if not isinstance(read, Tensor):
-            raise ValueError(
-                f"the student gives no {self.task_reads} for the task loss, but {type(read).__name__}: return them "
-                "from its forward, or override task(features, output)"
-            )
+            cure = f"gives {type(read).__name__} and no logits: return them from its forward"
+            if self.task_reads == "embedding":
+                cure = "has no embedding at its taps: add one, student_layer={'embedding': ..., ...}"
+            raise ValueError(f"for the task loss the student {cure}, or override task(features, output)")
         if self.task_reads == "embedding" and features.views > 1:
             labels = torch.cat([labels] * features.views)
         if (rows := features.batch.task_rows) is not None:

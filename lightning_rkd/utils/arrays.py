@@ -25,7 +25,10 @@ def load_rows(source: Any, who: str) -> tuple[Tensor, dict[str, Tensor]]:
 def load_integers(source: Any, rows: int, name: str, who: str) -> Tensor:
     """Load a column of one integer per row: a tensor, an array, an iterable, or the path of a ``.npy`` file."""
     path = isinstance(source, str | os.PathLike)
-    given = _load(source, who)[0] if path else torch.as_tensor(source if hasattr(source, "shape") else list(source))
+    try:
+        given = _load(source, who)[0] if path else torch.as_tensor(source if hasattr(source, "shape") else list(source))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{who}: {name} must be {rows} integers, or a path: {error}") from error
     if given.shape != (rows,) or given.is_floating_point():
         raise ValueError(f"{who}: {name} must be {rows} integers, got {given.dtype} {tuple(given.shape)}")
     return given.long()
@@ -58,7 +61,7 @@ def _load(source: Any, who: str) -> tuple[Tensor, dict[str, Tensor]]:
                 raise ValueError(f"it holds {sorted(tensors)} instead of one tensor (and ids, labels)")
             return tensors.popitem()[1], others
     except (ValueError, EOFError, OSError, TypeError, safetensors.SafetensorError) as error:
-        if "Object arrays" in str(error):
+        if "Python objects" in str(error):
             raise ValueError(
                 f"the embeddings {str(path)!r} are Python objects: save numbers, np.save(path, np.stack(rows))"
             ) from error

@@ -165,7 +165,11 @@ def test_lengths_are_warned_of_where_the_loss_aligns_directions() -> None:
 @pytest.mark.parametrize(
     ("evaluation", "message"),
     [
-        (lambda: RetrievalEvaluation("backbone", gallery="teacher"), "need the teacher's rows: pass teacher="),
+        (
+            lambda: RetrievalEvaluation("backbone", gallery="teacher"),
+            r"need the teacher's rows: pass teacher=\.\.\., or gallery=StoredGallery",
+        ),
+        (lambda: RetrievalEvaluation("backbone", RelationalAgreement()), r"rows: pass teacher=\.\.\.$"),
         (
             lambda: RetrievalEvaluation("backbone", gallery="teacher", teacher=toys.teacher()),
             r"queries have width 5 and gallery rows width 7: .* such as CSD\(\) or Regression\(\)",

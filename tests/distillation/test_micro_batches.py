@@ -183,9 +183,9 @@ def test_an_output_without_a_row_per_sample_is_refused() -> None:
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_size_below_one_is_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"micro_batch must be at least 1, got {size}"):
+    with pytest.raises(ValueError, match=f"micro_batch must be an integer of at least 1, got {size!r}"):
         DistillationModule(nn.Linear(2, 2), micro_batch=size)
-    with pytest.raises(ValueError, match=f"size must be at least 1, got {size}"):
+    with pytest.raises(ValueError, match=f"size must be an integer of at least 1, got {size!r}"):
         MicroBatches(nn.Linear(2, 2), size)
 
 

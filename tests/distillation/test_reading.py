@@ -270,7 +270,7 @@ def test_a_field_of_an_output_is_read_by_name() -> None:
     net = bert()
     pooled = read(net, Tap(read="pooler_output"), IDS, MASK).embedding
     assert torch.equal(pooled, net(IDS, MASK).pooler_output)
-    with pytest.raises(CaptureError, match=r"Tap\(read='pooled'\).* has \['last_hidden_state', 'pooler_output'\]; name"):
+    with pytest.raises(CaptureError, match=r"Tap\(read='pooled'\).* 'pooler_output'\]; name one of them"):
         read(net, Tap(read="pooled"), IDS, MASK)
     with pytest.raises(CaptureError, match=r"pass the function itself, lightning_rkd\.mean_pool"):
         read(net, Tap(read="mean_pool"), IDS, MASK)

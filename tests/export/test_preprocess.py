@@ -236,7 +236,11 @@ RGB = ImagePreprocess((8, 8))
         (lambda: PiecesPreprocess()("my card"), TypeError, r"a list of texts, got a single one: pass \[text\]"),
         (lambda: PiecesPreprocess()(["my card", None]), TypeError, "item 1: expected a text, got NoneType"),
         (lambda: VectorPreprocess(3)(torch.zeros(2, 4)), ValueError, r"expected vectors \(N, 3\), got .* \(2, 4\)"),
-        (lambda: ImagePreprocess((8, 8), mean=(0.5,)), ValueError, "mean and positive std of 1 or 3 channels"),
+        (lambda: ImagePreprocess((8, 8), mean=(0.5,)), ValueError, "tuples of 1 or 3 channels"),
+        (lambda: ImagePreprocess((8, 8), mean=0.5, std=0.5), ValueError, "as tuples of .* got 0.5 and 0.5"),  # type: ignore[arg-type]
+        (lambda: RGB([np.zeros((8, 8, 3))]), TypeError, r"bytes \(H, W, 3\), got an array of float64 \(8, 8, 3\)"),
+        (lambda: Embedder(nn.Identity(), RGB)(photo()), TypeError, r"a list, got a single item .*: pass \[item\]"),
+        (lambda: TokensPreprocess("bert-base-uncased"), FileNotFoundError, "or a tokenizer, AutoTokenizer.from_"),
         (lambda: PiecesPreprocess(3, ("a", "b", "c")), ValueError, "a vocabulary of 3 needs as many rows and one more"),
         (lambda: Embedder(VectorMLP(3), VectorPreprocess(3))([]), ValueError, "the list of items is empty"),
     ],

@@ -43,5 +43,5 @@ def test_fewer_rows_than_columns_still_give_equal_variances():
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_rows_without_variance_are_refused(rows):
-    with pytest.raises(ValueError, match=f"needs rows that differ, got {rows} rows"):
+    with pytest.raises(ValueError, match=f"at least two rows that differ, got {rows} equal"):
         phi_standardisation(torch.full((rows, 3), 0.1))

@@ -101,7 +101,7 @@ IMPOSSIBLE: list[tuple[type[Any], dict[str, Any], str]] = [
     (losses.FitNetHint, {"student_dim": (3, 5), "teacher_dim": (4,)}, r"compared in pairs, got channels \(3, 5\)"),
     (losses.ICKD, {"student_dim": 64, "teacher_dim": [64]}, r"lists the channels of every map, got 64; pass \[64\]"),
     (losses.ICKD, {"student_dim": [1, 2], "teacher_dim": [1]}, "2 maps of the student do not go with 1"),
-    (losses.Matryoshka, {"loss": 2 * losses.RKD(), "dims": [2]}, "must be one RelationalLoss, got LossSum; of a sum"),
+    (losses.Matryoshka, {"loss": 2 * losses.RKD(), "dims": [2]}, r"such as RKD\(\), got LossSum; of a sum, wrap each"),
     (losses.Matryoshka, {"loss": losses.TTM(), "dims": [2]}, "must read the embedding, but TTM reads 'logits'"),
     (losses.Matryoshka, {"loss": losses.RKD(), "dims": []}, r"dims must be different numbers of columns, got \[\]"),
     (losses.Matryoshka, {"loss": losses.RKD(), "dims": [2, 2]}, r"dims must be different .*, got \[2, 2\]"),

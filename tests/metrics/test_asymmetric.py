@@ -288,5 +288,9 @@ def test_a_chosen_gallery_keeps_the_arguments_of_a_metric() -> None:
     assert (made.store_dtype, made.value) == (torch.float16, "asymmetric/recall_at_5")
     with pytest.raises(ValueError, match=r"\(no subclass\), but the metrics are .*: add EmbeddingRet"):
         choose_gallery({"a": RelationalAgreement()}, "both")
-    with pytest.raises(ValueError, match="must be 'student', 'teacher', 'both' or a StoredGallery, got 'techer'"):
+    with pytest.raises(ValueError, match=r"'teacher', 'both' or StoredGallery\(rows\), got 'techer'"):
         choose_gallery({"r": own}, "techer")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"StoredGallery\(rows\), got tensor\(.{70,80}$"):
+        choose_gallery({"r": own}, torch.ones(99))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="labels must be 2 integers, or a path"):
+        StoredGallery(torch.eye(2), labels=["cat", "dog"])  # type: ignore[arg-type]

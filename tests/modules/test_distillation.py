@@ -265,7 +265,12 @@ FAILURES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no logits": (
         TASK | {"student": Tuple(), "student_layer": "last", "task_reads": "logits"},
         ValueError,
-        "the student gives no logits for the task loss, but tuple: return them from its forward, or override task",
+        "for the task loss the student gives tuple and no logits: return them from its forward, or override task",
+    ),
+    "no embedding": (
+        TASK | {"student_layer": ["first", "last"]},
+        ValueError,
+        "no embedding at its taps: add one, student_layer={'embedding': ...",
     ),
     "tuple": (TEACHER | {"student": Tuple()}, CaptureError, "gives a tuple, not a tensor; say how to read it"),
     "agreement without teacher": (

@@ -218,9 +218,10 @@ class EnsembleTeacher(BaseTeacher):
         found_loaders = list_loaders(loaders)
         loader = found_loaders[0] if len(found_loaders) == 1 or (found_loaders and not train) else None
         if not isinstance(loader, DataLoader) or count_root_rows(loader.dataset) is None:
+            found_data = [type(getattr(x, "dataset", x)).__name__ for x in found_loaders]
             raise ValueError(
                 "EnsembleTeacher(standardise_rows=...) takes samples from one loader over a map-style data set, got "
-                f"{[type(x).__name__ for x in found_loaders]}; leave standardise_rows out"
+                f"{len(found_data)} over {', '.join(found_data)}; leave standardise_rows out"
             )
         count = len(loader.dataset)  # type: ignore[arg-type] # it has a size
         rows = range(0, count, max(1, count // self.standardise_rows))[: self.standardise_rows]
@@ -235,7 +236,14 @@ class EnsembleTeacher(BaseTeacher):
                     for tap, outputs in one.features.items():
                         if outputs.embedding is not None and outputs.embedding.ndim == 2:
                             found.setdefault((name, one.name, tap), []).append(outputs.embedding.cpu())
-        return {key: phi_standardisation(torch.cat(parts)) for key, parts in found.items()}
+        rows = {key: torch.cat(parts) for key, parts in found.items()}
+        for (name, *_), x in rows.items():
+            if bool((x == x[0]).all()):
+                raise ValueError(
+                    f"EnsembleTeacher(standardise_rows={self.standardise_rows}): the teacher {name!r} gives equal "
+                    f"embeddings for {len(x)} samples: take more rows, read another layer, or leave it out"
+                )
+        return {key: phi_standardisation(x) for key, x in rows.items()}
 
     def _standardise(self, name: str, one: TeacherOutput) -> dict[str, Outputs]:
         features = dict(one.features)

@@ -83,12 +83,14 @@ class Teacher(BaseTeacher):
         self.move = move and context is None
         transforms = transform if isinstance(transform, list) else [] if transform is None else [transform]
         self.transforms: list[Callable[[Any], Any]] = [*transforms]
-        for name, functions in (("transform", self.transforms), ("context", [] if context is None else [context])):
+        given = {"transform": self.transforms, "context": [] if context is None else [context]}
+        for name, functions in given.items():
             for function in functions:
                 entered = name == "context" and isinstance(function, AbstractContextManager)  # some can be called
                 if entered or not callable(function):
+                    form = "a function" if name == "context" else "a function, or a list of functions"
                     cure = "; pass it uncalled, such as context=model.disable_adapter" if entered else ""
-                    raise TypeError(f"Teacher: {name} must be a function, got {type(function).__name__}{cure}")
+                    raise TypeError(f"Teacher: {name} must be {form}, got {type(function).__name__}{cure}")
         self._loaded, self._warned = weights is None, False
         self._reader: FeatureReader | None = None
         self._saved_states: list[SavedState] = []
@@ -326,7 +328,7 @@ class Teacher(BaseTeacher):
                 self._warned = True
                 warnings.warn(
                     f"the student trains with {type(trains[0]).__name__} layers that it shares with the teacher, whose "
-                    "running statistics, and so the teacher, change in every step: keep them in evaluation mode",
+                    "running statistics, and so the teacher, change in every step: call .eval() on these layers",
                     stacklevel=2,
                 )
         try:

@@ -85,7 +85,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
         have = f"has shape {tuple(states[at][key].shape)} in" if key in states[at] else "is not in"
         raise ValueError(
             f"{file!r} does not hold the weights of this {kind}: {at + key!r} {have} the file, the network needs "
-            f"{wanted[missing[0]]} ({len(missing)} of {len(wanted)} tensors do not fit)"
+            f"{wanted[missing[0]]} ({len(missing)} of {len(wanted)} tensors do not fit): build it as the saved one was"
         )
     ((at, prefix),) = fitting
     weights = {name: states[at][prefix + k] for k, name in names.items()}
@@ -129,9 +129,10 @@ def _read_file(path: Path) -> Any:
     except Exception as error:  # a damaged pickle raises errors of many types
         # not PyTorch's message, which recommends to switch its protection off
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            reason = (
-                f"it holds an object of {found[1]}; where it was made, torch.save(net.state_dict(), path) saves them"
-            )
+            reason = f"it holds an object of {found[1]}"
         else:
             reason = "it is damaged, or was not written by torch.save"
-        raise ValueError(f"{str(path)!r} holds no weights that can be read safely: {reason}") from None
+        raise ValueError(
+            f"{str(path)!r} holds no weights that can be read safely: {reason}; where it was made, "
+            "torch.save(net.state_dict(), path) saves them"
+        ) from None

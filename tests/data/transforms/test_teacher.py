@@ -68,7 +68,7 @@ def test_images_are_found_inside_nested_inputs_and_others_left() -> None:
         (lambda: Resize(8)({"a": 1}), TypeError, "in the teacher's inputs, got dict"),
         (lambda: Resize(8, "nearest"), ValueError, "must be 'bicubic' or 'bilinear', got 'nearest'"),
         (lambda: Renormalize(*STATISTICS)(X[:, :2]), ValueError, r"1 or 3 channels.* got \(2, 2, 16, 24\); convert"),
-        (lambda: Renormalize(([0.5] * 4, 0.5), STATISTICS[1]), ValueError, "for each of the same channels, got student="),
+        (lambda: Renormalize(([0.5] * 4, 0.5), STATISTICS[1]), ValueError, "of the same channels, got student="),
         (lambda: Renormalize(0.5, STATISTICS[1]), ValueError, r"student must be \(mean, std\), got 0\.5"),
         (lambda: Renormalize((0.5, 0.0), STATISTICS[1]), ValueError, "deviation of student must be positive, got 0"),
     ],

@@ -258,8 +258,18 @@ def test_an_evaluation_keeps_the_statistics_of_the_training() -> None:
 def test_statistics_of_several_loaders_are_refused_with_the_cure() -> None:
     teacher = EnsembleTeacher([nets.teacher(), wide()], standardise_rows=8)
     teacher.attach(None)
-    with pytest.raises(ValueError, match=r"one loader over a map-style data set, got \['DataLoader', 'DataLoader'\]"):
+    with pytest.raises(ValueError, match=r"one loader over a map-style data set, got 2 over Rows, Rows"):
         teacher.prepare_data([DataLoader(nets.Rows(8))] * 2, unpack)
+    teacher.detach()
+
+
+def test_the_teacher_with_equal_embeddings_is_named() -> None:
+    dead = nets.teacher()
+    nn.init.zeros_(dead.last.weight)
+    teacher = EnsembleTeacher({"good": nets.teacher(), "dead": dead}, standardise_rows=8)
+    teacher.attach(None)
+    with pytest.raises(ValueError, match="the teacher 'dead' gives equal embeddings for 8 samples: take more rows"):
+        teacher.prepare_data(DataLoader(nets.Rows(8)), unpack)
     teacher.detach()
 
 

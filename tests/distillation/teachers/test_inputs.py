@@ -199,7 +199,7 @@ def test_a_call_reads_the_weights_file(tmp_path: Path) -> None:
 
 
 def test_what_is_no_function_is_refused() -> None:
-    with pytest.raises(TypeError, match="transform must be a function, got int"):
+    with pytest.raises(TypeError, match="transform must be a function, or a list of functions, got int"):
         Teacher(toys.teacher(), transform=[Resize(2), 3])
     with pytest.raises(TypeError, match="context must be a function, got nullcontext"):
         Teacher(toys.teacher(), context=nullcontext())
