@@ -74,8 +74,8 @@ class ImagePreprocess(Preprocess):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
     def __post_init__(self) -> None:
-        numbers = isinstance(self.mean, float | int) or isinstance(self.std, float | int)
-        if numbers or len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
+        channels = np.shape(self.mean)
+        if channels not in ((1,), (3,)) or np.shape(self.std) != channels or min(self.std) <= 0:
             raise ValueError(
                 f"mean and positive std are needed as tuples of 1 or 3 channels, got {self.mean} and {self.std}"
             )

@@ -251,11 +251,6 @@ class DistillationModule(pl.LightningModule):
                 raise ValueError("nothing to train with: pass task_loss=..., or teacher=... and loss=...")
             if not any(p.requires_grad for p in self.student.parameters()):
                 raise ValueError("the student is frozen: none of its parameters requires a gradient")
-            if self._absent:
-                given = ", ".join(f"{name}={loss}(...)" for name, loss in self._absent.items())
-                rank_zero_warn(
-                    f"training goes on without what the checkpoint was trained with: to keep it, pass {given}"
-                )
         measured = [name for name, metric in self._metrics().items() if uses_teacher(metric)]
         if measured and stage != "predict" and self.distiller.teacher is None:
             raise ValueError(f"the metrics {measured} compare with the teacher: pass teacher=..., or leave them out")
@@ -291,7 +286,10 @@ class DistillationModule(pl.LightningModule):
         self.distiller.detach()
 
     def on_fit_start(self) -> None:
-        """Move the teacher to the student's device, and check optimizers and strategy."""
+        """Move the teacher to the student's device, and check checkpoint, optimizers and strategy."""
+        if self._absent:
+            given = ", ".join(f"{name}={loss}(...)" for name, loss in self._absent.items())
+            rank_zero_warn(f"training goes on without what the checkpoint was trained with: to keep it, pass {given}")
         prepare_fit(self.distiller, self.trainer, self, self.unpack)
         refuse_lbfgs(self.trainer.optimizers, self.distiller.stateful_losses)
         refuse_unsynchronised(self.distiller, self.trainer.strategy)

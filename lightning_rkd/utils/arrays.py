@@ -63,7 +63,7 @@ def _load(source: Any, who: str) -> tuple[Tensor, dict[str, Tensor]]:
     except (ValueError, EOFError, OSError, TypeError, safetensors.SafetensorError) as error:
         if "Python objects" in str(error):
             raise ValueError(
-                f"the embeddings {str(path)!r} are Python objects: save numbers, np.save(path, np.stack(rows))"
+                f"the embeddings {str(path)!r} are Python objects: save np.stack(rows).astype(np.float32)"
             ) from error
         raise ValueError(f"the embeddings {str(path)!r} cannot be read ({error}); write the file again") from error
     raise ValueError(f"{who} reads .npy and .safetensors files, got {str(path)!r}")

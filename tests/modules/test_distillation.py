@@ -219,6 +219,9 @@ def test_losses_that_a_loaded_module_lacks_are_named_when_it_trains_on(tmp_path:
     loaded = DistillationModule.load_from_checkpoint(tmp_path / "last.ckpt", **both)
     with pytest.raises(UserWarning, match=r"to keep it, pass task_loss=CrossEntropyLoss\(\.\.\.\)"):
         toys.fit(loaded)  # trained on in silence
+    trainer = toys.trainer(max_epochs=2, callbacks=[toys.keeps(tmp_path)], enable_checkpointing=True)
+    with pytest.raises(UserWarning, match="goes on without what the checkpoint was trained with"):
+        trainer.fit(DistillationModule(**both), toys.loader(), ckpt_path=tmp_path / "last.ckpt")
     whole = DistillationModule.load_from_checkpoint(tmp_path / "last.ckpt", **both, task_loss=nn.CrossEntropyLoss())
     toys.fit(whole)
 

@@ -236,14 +236,14 @@ class EnsembleTeacher(BaseTeacher):
                     for tap, outputs in one.features.items():
                         if outputs.embedding is not None and outputs.embedding.ndim == 2:
                             found.setdefault((name, one.name, tap), []).append(outputs.embedding.cpu())
-        rows = {key: torch.cat(parts) for key, parts in found.items()}
-        for (name, *_), x in rows.items():
+        whole = {key: torch.cat(parts) for key, parts in found.items()}
+        for (name, _, _), x in whole.items():
             if bool((x == x[0]).all()):
                 raise ValueError(
                     f"EnsembleTeacher(standardise_rows={self.standardise_rows}): the teacher {name!r} gives equal "
                     f"embeddings for {len(x)} samples: take more rows, read another layer, or leave it out"
                 )
-        return {key: phi_standardisation(x) for key, x in rows.items()}
+        return {key: phi_standardisation(x) for key, x in whole.items()}
 
     def _standardise(self, name: str, one: TeacherOutput) -> dict[str, Outputs]:
         features = dict(one.features)

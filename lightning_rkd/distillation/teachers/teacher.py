@@ -83,8 +83,7 @@ class Teacher(BaseTeacher):
         self.move = move and context is None
         transforms = transform if isinstance(transform, list) else [] if transform is None else [transform]
         self.transforms: list[Callable[[Any], Any]] = [*transforms]
-        given = {"transform": self.transforms, "context": [] if context is None else [context]}
-        for name, functions in given.items():
+        for name, functions in (("transform", self.transforms), ("context", [] if context is None else [context])):
             for function in functions:
                 entered = name == "context" and isinstance(function, AbstractContextManager)  # some can be called
                 if entered or not callable(function):

@@ -377,7 +377,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (torch.randn(3, 2), [1, 2], "ids must be 3 integers"),
         (torch.randn(3, 2), [1, 2, 1], "the id 1 is given twice"),
         (tmp_path / "cut.npy", None, r"cut\.npy' cannot be read"),
-        (tmp_path / "objects.npy", None, r"objects\.npy' are Python objects: save numbers"),
+        (tmp_path / "objects.npy", None, r"objects\.npy' are Python objects: save np.stack"),
         (tmp_path / "cut.safetensors", None, r"cut\.safetensors' cannot be read"),
         (tmp_path / "none.npy", None, "do not exist"),
         (5, None, "takes a tensor, an array or a path, got int"),
