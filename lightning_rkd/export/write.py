@@ -107,7 +107,7 @@ def export(
     folder = Path(folder).resolve()
     if preprocess is not None and not isinstance(preprocess, Preprocess):
         raise TypeError(f"preprocess: expected a Preprocess of lightning_rkd.export, got {type(preprocess).__name__}")
-    _check_formats(formats)
+    check_formats(formats)
     _check_folder(folder, overwrite)
     network = getattr(network, "_orig_mod", network)  # of a compiled one
     network = copy.deepcopy(network).cpu().eval().requires_grad_(False)
@@ -200,7 +200,8 @@ def _outputs(network: nn.Module, example: Inputs) -> Tensor:
     return outputs
 
 
-def _check_formats(formats: Sequence[str]) -> None:
+def check_formats(formats: Sequence[str]) -> None:
+    """Refuse formats that are unknown, or whose packages are not installed."""
     if not formats or not set(formats) <= set(FORMATS):
         raise ValueError(f"formats must be some of {', '.join(FORMATS)}, got {', '.join(formats) or 'none'}")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]

@@ -10,7 +10,7 @@ from rich.table import Table
 from lightning_rkd.cli.commands import common
 from lightning_rkd.cli.distill.pretrained import POOLINGS
 from lightning_rkd.cli.distill.report import describe_usage, format_table
-from lightning_rkd.cli.distill.run import MADE_BY, distill
+from lightning_rkd.cli.distill.run import distill
 from lightning_rkd.cli.distill.students import FORMS as STUDENTS
 from lightning_rkd.cli.distill.teachers import FORMS
 
@@ -27,7 +27,6 @@ def main(args: Sequence[str]) -> None:
     options = _parser().parse_args(args)
     console, given = common.new_console(), vars(options)
     with common.resumable("distill", args) as command, warnings.catch_warnings():
-        common.check_folder(options.out, MADE_BY, "distillation")
         warnings.filterwarnings("always", ".* does not align the student's space")
         warnings.showwarning = lambda message, *rest: console.print(f"warning: {message}", soft_wrap=True)
         teacher, student, data = (given.pop(name) for name in ("teacher", "student", "data"))
@@ -75,6 +74,7 @@ examples:
     add("--unlabelled", action="store_true", help="leave out the labels of --data")
     add("--text-column", default="text", metavar="NAME", help="column of the texts (default: text)")
     add("--label-column", metavar="NAME", help="column of the labels (default: none)")
+    add("--skip-damaged", action="store_true", help="leave out images of --data that cannot be read")
     add("--pooling", choices=POOLINGS, help="pooling of token outputs of transformers")
     loss = "loss, such as CSD or '2 * RKD + CSD' (default: 3 * RKD + CSD, by probes)"
     add("--loss", metavar="LOSS", help=loss)

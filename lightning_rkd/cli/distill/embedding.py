@@ -47,15 +47,7 @@ def embed_all(
         ValueError: Embeddings of another number than the samples, or that hold NaN or infinity.
     """
     if source.rows is not None:
-        number = len(samples) + (0 if test is None else len(test))
-        if len(source.rows) != number:
-            behind = "" if test is None else f" and {len(test):,} test samples, whose embeddings follow"
-            raise ValueError(
-                f"the teacher {source.name} has {len(source.rows):,} embeddings for {len(samples):,} samples{behind}: "
-                "expected a row for each"
-            )
-        rows = check_rows(source.rows, samples)
-        return rows[: len(samples)], None if test is None else rows[len(samples) :]
+        return divide_rows(source.rows, source.name, samples, test)
     assert source.embed is not None
     if isinstance(source.embed, NetworkTeacher):
         fetch = partial(samples.fetch, range(min(16, len(samples))))
@@ -68,6 +60,18 @@ def embed_all(
     about = {"teacher": f"{source.name} {source.key}"}
     found = embed_samples(source.embed, samples, folder / "teacher", about, console)
     return found, None if test is None else embed_samples(source.embed, test, folder / "teacher_test", about, console)
+
+
+def divide_rows(x: Tensor, name: str, samples: Samples, test: Samples | None) -> tuple[Tensor, Tensor | None]:
+    """Embeddings that are there already, of the data and of the test data that follow."""
+    if len(x) != len(samples) + (0 if test is None else len(test)):
+        behind = "" if test is None else f" and {len(test):,} test samples, whose embeddings follow"
+        raise ValueError(
+            f"the teacher {name} has {len(x):,} embeddings for {len(samples):,} samples{behind}: expected a row for "
+            "each"
+        )
+    rest = None if test is None else check_rows(x[len(samples) :], test)
+    return check_rows(x[: len(samples)], samples), rest
 
 
 def _gains_by_bf16(teacher: NetworkTeacher, items: Any) -> bool:

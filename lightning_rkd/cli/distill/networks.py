@@ -14,6 +14,7 @@ from lightning_rkd.cli.experiments.runs import digest
 from lightning_rkd.data.datamodules.folder import suggest_size
 from lightning_rkd.export import export, load
 from lightning_rkd.export.card import Facts
+from lightning_rkd.export.write import FORMATS
 from lightning_rkd.losses.weighting import Weighable
 
 STUDENT, PROJECTED = "student", "projected"
@@ -65,7 +66,7 @@ def _suggest_size(samples: Samples) -> int:
 def export_student(
     student: Student, loss: Weighable, apart: bool, folder: Path, samples: Samples, formats: Sequence[str], facts: Facts
 ) -> tuple[nn.Module, nn.Module | None]:
-    """Export the trained student where that has not been done, and load it.
+    """Export the trained student in the formats that are not there yet, and load it.
 
     A projection that the loss has trained is part of it, unless ``apart``; then a second export has it.
 
@@ -86,9 +87,9 @@ def _export(
     student: Student, network: nn.Module, folder: Path, samples: Samples, formats: Sequence[str], facts: Facts
 ) -> nn.Module:
     build = student.build if network is student.network else None
-    if not folder.is_dir():
+    there = [name for name, file in FORMATS.items() if (folder / file).is_file()]
+    wanted = [*dict.fromkeys([*there, *formats, *(["torch"] if build is None else [])])]  # the program needs no build
+    if len(wanted) > len(there):
         inputs, preprocess = student.preprocess(samples.fetch([0])), student.preprocess
-        if build is None:  # the program needs none
-            formats = [*dict.fromkeys([*formats, "torch"])]
-        export(network, inputs, folder, formats=formats, build=build, preprocess=preprocess, facts=facts)
+        export(network, inputs, folder, formats=wanted, build=build, preprocess=preprocess, facts=facts, overwrite=True)
     return load(folder)

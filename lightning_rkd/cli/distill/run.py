@@ -12,11 +12,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
 
 from lightning_rkd import __version__
-from lightning_rkd.cli.commands.common import begin
+from lightning_rkd.cli.commands.common import begin, check_folder
 from lightning_rkd.cli.distill import networks, report
 from lightning_rkd.cli.distill.data import StudentInputs
 from lightning_rkd.cli.distill.decisions import decide
-from lightning_rkd.cli.distill.embedding import embed_all
+from lightning_rkd.cli.distill.embedding import divide_rows, embed_all
 from lightning_rkd.cli.distill.losses import choose_loss, describe_loss, find_projection, parse_loss
 from lightning_rkd.cli.distill.parts import split_rows
 from lightning_rkd.cli.distill.samples import Kind, read_samples
@@ -24,6 +24,7 @@ from lightning_rkd.cli.distill.scores import HELD_OUT, compare_networks
 from lightning_rkd.cli.distill.teachers import open_teacher
 from lightning_rkd.cli.distill.training import Plan, make_tensors, plan_training, train_student
 from lightning_rkd.export.card import Facts
+from lightning_rkd.export.write import check_formats
 from lightning_rkd.losses.weighting import Weighable
 from lightning_rkd.models.heads import count_parameters
 
@@ -66,6 +67,7 @@ def distill(
     unlabelled: bool = False,
     text_column: str = "text",
     label_column: str | None = None,
+    skip_damaged: bool = False,
     pooling: str | None = None,
     loss: str | Weighable | None = None,
     embedding_dim: int | None = None,
@@ -101,6 +103,7 @@ def distill(
         unlabelled: Leave out the labels of ``data``, not those of ``test_data``.
         text_column: Column of the texts in a table.
         label_column: Column of the labels in a table.
+        skip_damaged: Leave out images of a folder that cannot be read; the log lists them.
         pooling: Pooling of the token outputs of transformers: ``"mean"``, ``"cls"``, ``"last"`` or ``"pooler"``.
             ``None`` averages the tokens, except for images where there is a class token.
         loss: A loss, or an expression such as ``"3 * RKD + CSD(student_temperature=0.1)"``. ``None`` takes 3 RKD-DA +
@@ -131,9 +134,16 @@ def distill(
     console = Console(quiet=True) if console is None else console
     if epochs is not None and minutes is not None:
         raise ValueError("give epochs or minutes, not both")
+    for name, number in (("epochs", epochs), ("minutes", minutes)):
+        if number is not None and number <= 0:
+            raise ValueError(f"{name} must be positive, got {number}")
+    folder = Path(out)
+    check_folder(folder, MADE_BY, "distillation")
+    check_formats(formats)
     place = _find_device(device)
-    samples = read_samples(data, labels, unlabelled, text_column, label_column)
-    test = None if test_data is None else read_samples(test_data, None, False, text_column, label_column)
+    columns = (text_column, label_column, skip_damaged)
+    samples = read_samples(data, labels, unlabelled, *columns)
+    test = None if test_data is None else read_samples(test_data, None, False, *columns)
     if test is not None and test.kind != samples.kind:
         raise ValueError(f"test_data are of kind {test.kind}, and data of kind {samples.kind}")
     parts = split_rows(samples, test is None, seed)
@@ -146,7 +156,8 @@ def distill(
     chosen = choose_loss(samples.kind) if loss is None else parse_loss(loss) if isinstance(loss, str) else loss
     described = describe_loss(chosen)
     source = open_teacher(teacher, samples.kind, pooling, place)
-    folder = Path(out)
+    if source.rows is not None:
+        divide_rows(source.rows, source.name, samples, test)  # before the folder is begun
     settings = {
         "made_by": "lightning-rkd distill",
         "lightning_rkd": __version__,
@@ -166,8 +177,6 @@ def distill(
         "precision": precision,
         "seed": seed,
     }
-    if begin(folder, MADE_BY, settings, "distillation"):
-        console.print(f"Resuming the distillation in {folder}.", soft_wrap=True)
     tests = f"{len(parts.test):,} held out" if test is None else f"and {test.describe()} to test"
     console.print(
         f"Data: {samples.describe()}, divided {parts.how}: {len(parts.train):,} to train, {len(parts.validation):,} to "
@@ -181,6 +190,8 @@ def distill(
         made = networks.make_student(student, samples, width, image_size, parameters, parts.train)
         inputs = StudentInputs(samples, made.preprocess, seed)
         make_tensors(chosen, made.network, inputs, few)
+        if begin(folder, MADE_BY, settings, "distillation"):
+            console.print(f"Resuming the distillation in {folder}.", soft_wrap=True)
         if find_projection(chosen) is None:
             warnings.warn(
                 f"{described} does not align the student's space with the teacher's, so the student cannot search a "

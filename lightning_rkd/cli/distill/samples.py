@@ -1,12 +1,8 @@
 """Data to distil on, images, texts or vectors, read from files or objects."""
 
-import csv
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lightning_rkd.cli.distill.tables import TABLES, read_table
 from lightning_rkd.data.datamodules.folder import find_images
 from lightning_rkd.data.datasets.decoding import open_upright
 from lightning_rkd.distillation.teachers.arrays import ArrayReader
-from lightning_rkd.utils.imports import MissingExtraError
 
 Kind = Literal["image", "text", "vector"]
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 ARRAYS = (".npy", ".safetensors")
 _FORMS = "a folder of images, a table of texts (.csv, .tsv, .jsonl, .parquet) or an array (.npy, .safetensors)"
 
@@ -84,7 +79,12 @@ class Samples:
 
 
 def read_samples(
-    data: Any, labels: Any = None, unlabelled: bool = False, text_column: str = "text", label_column: str | None = None
+    data: Any,
+    labels: Any = None,
+    unlabelled: bool = False,
+    text_column: str = "text",
+    label_column: str | None = None,
+    skip_damaged: bool = False,
 ) -> Samples:
     """Read the data of ``lightning-rkd distill``.
 
@@ -95,6 +95,7 @@ def read_samples(
         unlabelled: Leave labels out.
         text_column: Column of the texts.
         label_column: Column of the labels; ``None`` reads none.
+        skip_damaged: Leave out images of a folder that cannot be read.
 
     Raises:
         FileNotFoundError: There is no such file, or no image in the folder.
@@ -104,11 +105,13 @@ def read_samples(
     if path is None:
         found = _from_objects(data)
     elif path.is_dir():
-        found = _read_folder(path)
+        found = _read_folder(path, skip_damaged)
     elif not path.exists():
         raise FileNotFoundError(f"there is no data {str(path)!r} (seen from {Path.cwd()}): expected {_FORMS}")
     elif path.suffix in TABLES:
-        found = _read_table(path, text_column, None if unlabelled else label_column)
+        texts, topics = read_table(path, text_column, None if unlabelled else label_column)
+        found = Samples("text", texts)
+        found = found if topics is None else label_samples(found, topics)
     elif path.suffix in ARRAYS:
         found = Samples("vector", read_array(path))
     else:
@@ -161,38 +164,14 @@ def _check_rows(x: Tensor, name: str) -> Tensor:
     return x.float()
 
 
-def _read_folder(root: Path) -> Samples:
-    classes = find_images(root)
+def _read_folder(root: Path, skip_damaged: bool) -> Samples:
+    classes = find_images(root, skip_damaged)
     shared = next(iter(classes)) == "." and len(classes) == 1
     paths = [path for group in classes.values() for path in group]
     if shared:  # all in one folder
         return Samples("image", paths, root=root)
     labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(g) for g in classes.values()]))
     return Samples("image", paths, labels, list(classes), root)
-
-
-def _read_table(path: Path, text_column: str, label_column: str | None) -> Samples:
-    rows: list[dict[str, Any]]
-    if path.suffix == ".parquet":
-        if find_spec("pyarrow") is None:
-            raise MissingExtraError(f"{str(path)!r} is read with pyarrow, which is not installed: pip install pyarrow")
-        columns = import_module("pyarrow.parquet").read_table(path).to_pydict()
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    elif path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    if not rows:
-        raise ValueError(f"the table {str(path)!r} has no rows")
-    for option, column in (("--text-column", text_column), ("--label-column", label_column)):
-        if column is not None and column not in rows[0]:
-            raise ValueError(f"{str(path)!r} has no column {column!r}: name one of {', '.join(rows[0])} with {option}")
-    for number, row in enumerate(rows):
-        if not isinstance(row.get(text_column), str) or not row[text_column].strip():
-            raise ValueError(f"{str(path)!r}: row {number} has no text in the column {text_column!r}; take it out")
-    found = Samples("text", [row[text_column] for row in rows])
-    return found if label_column is None else label_samples(found, [row[label_column] for row in rows])
 
 
 def _to_image(item: Any) -> Image.Image:
