@@ -14,7 +14,7 @@ from lightning_rkd.cli.experiments.runs import digest
 from lightning_rkd.data.datamodules.folder import suggest_size
 from lightning_rkd.export import export, load
 from lightning_rkd.export.card import Facts
-from lightning_rkd.export.write import FORMATS
+from lightning_rkd.export.formats import FORMATS
 from lightning_rkd.losses.weighting import Weighable
 
 STUDENT, PROJECTED = "student", "projected"
