@@ -134,7 +134,8 @@ def distill(
     console = Console(quiet=True) if console is None else console
     if epochs is not None and minutes is not None:
         raise ValueError("give epochs or minutes, not both")
-    for name, number in (("epochs", epochs), ("minutes", minutes)):
+    given = {"epochs": epochs, "minutes": minutes, "batch_size": batch_size, "lr": lr}
+    for name, number in given.items():
         if number is not None and number <= 0:
             raise ValueError(f"{name} must be positive, got {number}")
     folder = Path(out)

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_rkd import distill
 from lightning_rkd.cli import main as cli
-from lightning_rkd.cli.distill import run, training
+from lightning_rkd.cli.distill import embedding, run, training
 from lightning_rkd.export import load
 from tests.cli.distill import toys
 from tests.cli.test_main import error_of as main_error_of
@@ -213,7 +213,7 @@ def test_an_output_folder_of_other_settings_is_refused(texts: Path, capsys: pyte
         (["--text-column=question"], "has no column 'question': name one of text, topic with --text-column"),
         (["--teacher=embeddings:few.npy"], "has 5 embeddings for 120 samples: expected a row for each"),
         (["--batch-size=500"], "84 training samples are fewer than a batch of 500"),
-        ([f"--teacher={TOYS}:gives_nan"], "embedding of row 3, 'rate "),
+        (["--lr=-1"], "lr must be positive, got -1.0"),
         (["--loss=Nothing"], "there is no loss 'Nothing'"),
         (["--loss=CSD(top=1)"], "cannot be read"),
         (["--out=file"], "the output folder 'file' is a file"),
@@ -237,6 +237,49 @@ def test_a_mistake_is_one_clear_line(
     )
     assert code in (1, 2)
     assert message in error
+    assert not Path("runs").exists(), "the corrected command would be refused there, as one of other settings"
+
+
+def test_a_corrected_command_goes_on_in_the_same_folder(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "group0/class0/9.png").write_bytes(b"nothing")
+    args = ["distill", "--teacher", f"{TOYS}:embed_images", "--data=photos", *FAST]
+    assert "9.png cannot be read" in main_error_of(args, capsys)[1]
+    assert cli.main([*args, "--skip-damaged"]) == 0
+    assert "48 images of 8 classes" in capsys.readouterr().out
+
+
+def test_time_is_positive(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["distill", f"--teacher={TOYS}:embed_texts", "--data=texts.csv", "--minutes=0"]
+    assert "minutes must be positive, got 0.0" in main_error_of(args, capsys)[1]
+
+
+def test_embeddings_before_one_that_is_nan_are_kept(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(embedding, "SHARD_ROWS", 64)
+    args = ["distill", f"--teacher={TOYS}:gives_nan", "--data=texts.csv", *FAST]
+    assert "embedding of row 67, 'lost " in main_error_of(args, capsys)[1]
+    shards = list(Path("runs/distill/teacher").glob("*.safetensors"))
+    assert [load_file(path)["/embedding"].shape for path in shards] == [(64, toys.WIDTH)]
+
+
+def test_arrays_that_are_nan_are_named_before_anything_is_written() -> None:
+    rows = torch.ones(100, 4)
+    rows[7] = torch.nan
+    with pytest.raises(ValueError, match="the teacher's embedding of row 7 is NaN or infinite"):
+        distill(rows, "auto", torch.randn(100, 5), batch_size=20, out="out")
+    assert not Path("out").exists()
+
+
+def test_a_format_is_added_without_training_again(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ["distill", "--teacher", f"{TOYS}:embed_texts", "--data", "texts.csv", *FAST]
+    assert cli.main(args) == 0
+    before = load("runs/distill/student")(["lost card"])
+    monkeypatch.setattr(training, "_measure_step", lambda *args: pytest.fail("it measured"))
+    assert cli.main([*args, "--formats=torch"]) == 0
+    there = {path.name for path in Path("runs/distill/student").iterdir()}
+    assert {"student.safetensors", "student.pt2"} <= there
+    assert torch.equal(load("runs/distill/student")(["lost card"]), before)
 
 
 def test_a_gpu_that_is_not_there_is_named(

@@ -32,16 +32,19 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert found.fetch([1])[0].mode == "RGB"
 
 
-@pytest.mark.parametrize("form", [".csv", ".tsv", ".jsonl"])
+@pytest.mark.parametrize("form", [".csv", ".tsv", ".jsonl", ".parquet"])
 def test_a_table_gives_texts_and_labels(form: str, tmp_path: Path) -> None:
     rows = [{"question": "What, now?", "topic": "b"}, {"question": 'a "quoted" text', "topic": "a"}]
     path = tmp_path / f"table{form}"
-    if form == ".jsonl":
+    if form == ".parquet":
+        arrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(arrow.Table.from_pylist(rows), path)
+    elif form == ".jsonl":
         path.write_text("\n".join(map(json.dumps, rows)))
     else:
         cut = "," if form == ".csv" else "\t"
         lines = [cut.join(f'"{cell}"' for cell in cells) for cells in (["question", "topic"], ["What, now?", "b"])]
-        path.write_text("\n".join([*lines, f'"a ""quoted"" text"{cut}a']))
+        path.write_text("\n".join([*lines, f'"a ""quoted"" text"{cut}a']), encoding="utf-8-sig")  # as spreadsheets do
     found = read_samples(path, text_column="question", label_column="topic")
     assert found.fetch([0, 1]) == ["What, now?", 'a "quoted" text']
     assert found.labels is not None
@@ -105,6 +108,10 @@ def test_another_seed_holds_out_other_classes() -> None:
         ("texts.csv", "has no column 'question': name one of text, topic with --text-column"),
         ("blank.csv", "row 1 has no text in the column 'question'"),
         ("rowless.csv", "has no rows"),
+        ("unlabelled.csv", "row 1 has no label in the column 'topic'"),
+        ("latin.csv", "is not in UTF-8"),
+        ("broken.jsonl", r"line 2 of .*broken\.jsonl' is no JSON"),
+        ("list.jsonl", r"line 1 of .*: expected an object, such as {\"text\": ...}, got \[1\]"),
         ("nan.npy", "row 1 holds NaN or infinity"),
         ("whole.npy", "takes floating point"),
     ],
@@ -113,12 +120,16 @@ def test_bad_data_are_named(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.pdf").write_text("")
     write_texts(tmp_path / "texts.csv", 3)
-    (tmp_path / "blank.csv").write_text("question\nwhat\n \n")
+    (tmp_path / "blank.csv").write_text("question,topic\nwhat,a\n ,b\n")
     (tmp_path / "rowless.csv").write_text("question\n")
+    (tmp_path / "unlabelled.csv").write_text("question,topic\nwhat,a\nwhy,\n")
+    (tmp_path / "latin.csv").write_bytes("question,topic\nänd,a\n".encode("latin-1"))
+    (tmp_path / "broken.jsonl").write_text('{"question": "what", "topic": "a"}\n{"question": \n')
+    (tmp_path / "list.jsonl").write_text("[1]")
     np.save(tmp_path / "nan.npy", np.array([[0.0], [np.nan]]))
     np.save(tmp_path / "whole.npy", np.array([[0], [1]]))
     with pytest.raises((OSError, ValueError), match=message):
-        read_samples(tmp_path / name, text_column="question")
+        read_samples(tmp_path / name, text_column="question", label_column="topic")
 
 
 def test_labels_of_another_number_are_refused() -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_rkd.cli.distill.embedding import BATCH
+
 WORDS = ["card", "cash", "loan", "rate", "fee", "bank", "pay", "lost", "open", "bill"]
 WIDTH = 6
 
@@ -78,8 +80,10 @@ class Bare(nn.Linear):
 
 
 def gives_nan(items: Any) -> Tensor:
+    """Ones, and NaN in the fourth row of a batch that is not full."""
     x = torch.ones(len(items), WIDTH)
-    x[3:4] = torch.nan
+    if len(items) < BATCH:
+        x[3:4] = torch.nan
     return x
 
 
