@@ -156,7 +156,9 @@ def distill(
         )
     chosen = choose_loss(samples.kind) if loss is None else parse_loss(loss) if isinstance(loss, str) else loss
     described = describe_loss(chosen)
-    source = open_teacher(teacher, samples.kind, pooling, place)
+    with isolate_rng(include_cuda=False):
+        torch.manual_seed(seed)  # a teacher of random weights is the same when the command resumes
+        source = open_teacher(teacher, samples.kind, pooling, place)
     if source.rows is not None:
         divide_rows(source.rows, source.name, samples, test)  # before the folder is begun
     settings = {

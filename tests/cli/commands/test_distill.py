@@ -319,12 +319,21 @@ setattr(m, f.__name__, killed)
 
 @posix_only
 @pytest.mark.campaign
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("images", ["--data=photos"]),
+        ("texts", ["--data=texts.csv", "--label-column=topic"]),
+        ("rows", ["--data=rows.npy"]),
+    ],
+)
 def test_a_kill_in_each_phase_is_resumed_to_the_same_table(
-    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str, options: list[str], photos: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One folder is killed in every phase, another one in none."""
-    monkeypatch.setattr("lightning_rkd.cli.distill.embedding.SHARD_ROWS", 32)
-    args = ["distill", "--teacher", f"{TOYS}:embed_texts", "--data", "texts.csv", "--label-column=topic", *FAST]
+    monkeypatch.setattr(embedding, "SHARD_ROWS", 32)
+    np.save("rows.npy", torch.randn(60, 9).numpy())
+    args = ["distill", "--teacher", f"{TOYS}:embed_{kind}", *options, *FAST]
     assert cli.main([*args, "--out=whole"]) == 0
     for phase, found in PHASES.items():
         begun = KILL.format(found=found, number=2 if phase in ("teacher", "training") else 1)

@@ -12,8 +12,8 @@ from lightning_rkd.cli.distill.students import build_student
 from lightning_rkd.export import export, load
 from lightning_rkd.export.preprocess import VectorPreprocess
 from lightning_rkd.utils.types import call_network
-from tests.cli.distill.test_teachers import TEXTS, bert, images
-from tests.cli.distill.toys import save_vit
+from tests.cli.distill.test_teachers import images
+from tests.cli.distill.toys import TEXTS, save_bert, save_sentence_transformer, save_vit
 
 ITEMS: dict[str, Any] = {"image": images(), "text": TEXTS, "vector": torch.ones(3, 7)}
 
@@ -56,7 +56,7 @@ def test_a_timm_student_survives_its_export(tmp_path: Path) -> None:
 
 
 def test_a_text_student_of_transformers_survives_its_export(tmp_path: Path) -> None:
-    bert(tmp_path)
+    save_bert(tmp_path)
     check(f"hf:{tmp_path}", "text", tmp_path / "student")
 
 
@@ -95,14 +95,9 @@ def test_an_image_student_of_transformers_takes_its_processors_images(tmp_path: 
 
 
 def test_a_sentence_transformer_is_a_student_with_its_own_pooling(tmp_path: Path) -> None:
-    package = pytest.importorskip("sentence_transformers")
-    models = pytest.importorskip("sentence_transformers.models")
-    bert(tmp_path)
-    modules = [models.Transformer(str(tmp_path)), models.Pooling(16, "max")]
-    model = package.SentenceTransformer(modules=modules, device="cpu")
-    model.save(str(tmp_path / "whole"))
-    check(f"sentence-transformers:{tmp_path / 'whole'}", "text", tmp_path / "student")
-    student = build_student(f"sentence-transformers:{tmp_path / 'whole'}", "text", embedding_dim=12)
+    model = save_sentence_transformer(tmp_path, "max")
+    check(f"sentence-transformers:{tmp_path}", "text", tmp_path / "student")
+    student = build_student(f"sentence-transformers:{tmp_path}", "text", embedding_dim=12)
     with torch.no_grad():
         found = call_network(student.network.get_submodule("backbone").eval(), student.preprocess(TEXTS))
     torch.testing.assert_close(found, model.encode(TEXTS, convert_to_tensor=True), atol=1e-5, rtol=1e-4)

@@ -16,7 +16,7 @@ from lightning_rkd.cli.distill.teachers import open_teacher
 from tests.cli.distill import toys
 
 TOYS = "python:tests.cli.distill.toys"
-TEXTS = ["lost my card", "open a new account for the loan"]
+TEXTS = toys.TEXTS
 
 
 def images(count: int = 3) -> list[Image.Image]:
@@ -65,22 +65,6 @@ def test_a_vision_transformer_of_transformers_is_pooled(pooling: str | None, exp
     torch.testing.assert_close(teacher.embed(images()), wanted)
 
 
-def bert(folder: Path) -> tuple[Any, Any]:
-    transformers = pytest.importorskip("transformers")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({word for text in TEXTS for word in text.split()})]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    tokenizer = transformers.BertTokenizerFast(str(folder / "vocab.txt"))
-    config = transformers.BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
-        max_position_embeddings=32,
-    )  # fmt: skip
-    torch.manual_seed(1)
-    network = transformers.BertModel(config).eval()
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return network, tokenizer
-
-
 def mean_of_tokens(network: Any, tokenizer: Any) -> Tensor:
     rows = []
     for text in TEXTS:  # one by one, so that there is no padding
@@ -90,20 +74,15 @@ def mean_of_tokens(network: Any, tokenizer: Any) -> Tensor:
 
 
 def test_a_text_teacher_of_transformers_averages_tokens_without_padding(tmp_path: Path) -> None:
-    network, tokenizer = bert(tmp_path)
+    network, tokenizer = toys.save_bert(tmp_path)
     teacher = open_teacher(f"hf:{tmp_path}", "text")
     assert teacher.embed is not None
     torch.testing.assert_close(teacher.embed(TEXTS), mean_of_tokens(network, tokenizer), atol=1e-5, rtol=1e-4)
 
 
 def test_a_sentence_transformer_embeds_as_it_does_itself(tmp_path: Path) -> None:
-    package = pytest.importorskip("sentence_transformers")
-    models = pytest.importorskip("sentence_transformers.models")
-    bert(tmp_path)
-    word = models.Transformer(str(tmp_path))
-    model = package.SentenceTransformer(modules=[word, models.Pooling(16)], device="cpu")
-    model.save(str(tmp_path / "whole"))
-    teacher = open_teacher(f"sentence-transformers:{tmp_path / 'whole'}", "text")
+    model = toys.save_sentence_transformer(tmp_path)
+    teacher = open_teacher(f"sentence-transformers:{tmp_path}", "text")
     assert teacher.embed is not None
     torch.testing.assert_close(teacher.embed(TEXTS), model.encode(TEXTS, convert_to_tensor=True), atol=1e-5, rtol=1e-4)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_rkd.cli.distill.embedding import BATCH
 
 WORDS = ["card", "cash", "loan", "rate", "fee", "bank", "pay", "lost", "open", "bill"]
+TEXTS = ["lost my card", "open a new account for the loan"]
 WIDTH = 6
 
 
@@ -29,6 +30,35 @@ def save_vit(folder: Path, **settings: Any) -> tuple[Any, Any]:
     for part in (network, processor):
         part.save_pretrained(folder)
     return processor, network
+
+
+def save_bert(folder: Path) -> tuple[Any, Any]:
+    """Network and tokenizer of a small encoder of transformers, saved in a folder."""
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({*WORDS, *" ".join(TEXTS).split()})]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.BertTokenizerFast(str(folder / "vocab.txt"))
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    network = transformers.BertModel(config).eval()
+    for part in (network, tokenizer):
+        part.save_pretrained(folder)
+    return network, tokenizer
+
+
+def save_sentence_transformer(folder: Path, pooling: str = "mean") -> Any:
+    """A small model of sentence-transformers, saved in a folder."""
+    package = pytest.importorskip("sentence_transformers")
+    models = pytest.importorskip("sentence_transformers.models")
+    save_bert(folder / "encoder")
+    modules = [models.Transformer(str(folder / "encoder")), models.Pooling(16, pooling)]
+    model = package.SentenceTransformer(modules=modules, device="cpu")
+    model.save(str(folder))
+    return model
 
 
 def embed_images(images: Sequence[Any]) -> Tensor:
