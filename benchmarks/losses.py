@@ -83,7 +83,7 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
         {"model.init_args.batch_transform": {"class_path": "Rotations"}},
     ),
 }
-LEFT_OUT = {"AICSD": "reads dense logits (segmentation)", "Matryoshka": "is another loss, several times"}
+LEFT_OUT = {"Matryoshka": "is another loss, several times"}
 
 
 def names() -> list[str]:

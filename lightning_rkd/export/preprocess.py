@@ -44,7 +44,7 @@ class Preprocess(ABC):
 
 @dataclass(frozen=True)
 class ImagePreprocess(Preprocess):
-    """Images, scaled to cover a size, cut to it, and normalised.
+    """Images, scaled to a size and normalised.
 
     Items are images of Pillow, their paths or arrays of bytes (H, W, C); or a tensor (N, C, H, W) of bytes, or of
     numbers from 0 to 1. Grey images and colours are converted into one another. Images of Pillow are resized by Pillow,
@@ -56,6 +56,7 @@ class ImagePreprocess(Preprocess):
         std: Standard deviation of each channel.
         crop: Share of the shorter edge that is kept, such as 0.875.
         interpolation: ``"bicubic"`` or ``"bilinear"``.
+        fit: ``"cover"`` keeps the proportions and cuts off what lies beyond the size; ``"stretch"`` does not.
 
     Example:
         >>> from PIL import Image
@@ -72,6 +73,7 @@ class ImagePreprocess(Preprocess):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     crop: float = 1.0
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    fit: Literal["cover", "stretch"] = "cover"
 
     def __post_init__(self) -> None:
         channels = np.shape(self.mean)
@@ -83,6 +85,8 @@ class ImagePreprocess(Preprocess):
             raise ValueError(f"size (height, width) and a crop up to 1 are needed, got {self.size} and {self.crop}")
         if self.interpolation not in ("bicubic", "bilinear"):
             raise ValueError(f"interpolation must be 'bicubic' or 'bilinear', got {self.interpolation!r}")
+        if self.fit not in ("cover", "stretch"):
+            raise ValueError(f"fit must be 'cover' or 'stretch', got {self.fit!r}")
 
     def __call__(self, items: Any) -> Tensor:
         """Normalised images (N, C, H, W)."""
@@ -112,9 +116,11 @@ class ImagePreprocess(Preprocess):
             grey, weights = x.shape[1] == 1, x.new_tensor(_LUMINANCE)
             x = x.expand(-1, 3, -1, -1) if grey else torch.einsum("nchw,c->nhw", x, weights)[:, None]
         (height, width), (h, w) = self.size, x.shape[2:]
-        factor = self.crop * min(h / height, w / width)
+        ratio = min(h / height, w / width)
+        ratios = (ratio, ratio) if self.fit == "cover" else (h / height, w / width)
         rows, columns = (
-            _weigh_pixels(n, size, factor * size, self.interpolation).to(x) for n, size in ((h, height), (w, width))
+            _weigh_pixels(n, size, self.crop * one * size, self.interpolation).to(x)
+            for n, size, one in zip((h, w), self.size, ratios, strict=True)
         )
         return (rows @ x @ columns.T).clamp(0, 1)
 
@@ -122,13 +128,15 @@ class ImagePreprocess(Preprocess):
         """Settings, as in ``config.json``."""
         return {
             "kind": self.kind, "size": list(self.size), "mean": list(self.mean), "std": list(self.std),
-            "crop": self.crop, "interpolation": self.interpolation,
+            "crop": self.crop, "interpolation": self.interpolation, "fit": self.fit,
         }  # fmt: skip
 
     def describe(self) -> str:
         """One sentence for the model card."""
         cut = "" if self.crop == 1 else f", of which the inner {self.crop:.1%} are kept,"
         size = f"{self.size[0]} x {self.size[1]} pixels"
+        if self.fit == "stretch":
+            return f"images are stretched ({self.interpolation}){cut} to {size} and normalised"
         return f"images are scaled ({self.interpolation}){cut} to cover {size}, cut to them and normalised"
 
 

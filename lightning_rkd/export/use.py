@@ -81,7 +81,7 @@ def make_preprocess(config: dict[str, Any], folder: str | Path) -> Callable[[Any
 
 
 def read_pixels(items: Sequence[Any], config: dict[str, Any]) -> npt.NDArray[np.uint8]:
-    """Images as bytes (N, C, H, W): scaled to cover the size, with the centre cut out."""
+    """Images as bytes (N, C, H, W): stretched to the size, or scaled to cover it, with the centre cut out."""
     from PIL import Image, ImageOps
 
     if isinstance(items, str | Path | Image.Image):
@@ -101,8 +101,10 @@ def read_pixels(items: Sequence[Any], config: dict[str, Any]) -> npt.NDArray[np.
                 f"{found}"
             )
         image = ImageOps.exif_transpose(image).convert(mode)
-        factor = config["crop"] * min(image.width / width, image.height / height)
-        x, y = (max(0, long - factor * short) / 2 for long, short in zip(image.size, (width, height), strict=True))
+        ratios = image.width / width, image.height / height
+        ratios = (min(ratios),) * 2 if config["fit"] == "cover" else ratios
+        kept = (config["crop"] * ratio * size for ratio, size in zip(ratios, (width, height), strict=True))
+        x, y = (max(0, long - short) / 2 for long, short in zip(image.size, kept, strict=True))
         image = image.resize((width, height), resample, (x, y, image.width - x, image.height - y))
         pixels[number] = np.asarray(image).reshape(height, width, -1).transpose(2, 0, 1)
     return pixels

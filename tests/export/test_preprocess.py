@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from lightning_rkd.cli.commands.export import _parse
+from lightning_rkd.data.transforms.crop import CentreCrop
 from lightning_rkd.export import (
     Embedder,
     ImagePreprocess,
@@ -47,13 +48,21 @@ def test_images_are_those_of_torchvisions_transform() -> None:
 
 @pytest.mark.parametrize("size", [(16, 16), (80, 60)], ids=["smaller", "larger"])
 @pytest.mark.parametrize(("crop", "method"), [(1.0, "bicubic"), (0.8, "bicubic"), (0.9, "bilinear")])
-def test_tensors_are_resized_as_images_of_pillow(size: tuple[int, int], crop: float, method: Any) -> None:
-    preprocess = ImagePreprocess(size, crop=crop, interpolation=method)
+@pytest.mark.parametrize("fit", ["cover", "stretch"])
+def test_tensors_are_resized_as_images_of_pillow(size: tuple[int, int], crop: float, method: Any, fit: Any) -> None:
+    preprocess = ImagePreprocess(size, crop=crop, interpolation=method, fit=fit)
     pixels = torch.from_numpy(np.array(photo())).permute(2, 0, 1)[None]
     by_pillow, from_bytes = preprocess([photo()]), preprocess(pixels)
     torch.testing.assert_close(from_bytes, preprocess(pixels / 255), atol=1e-6, rtol=0)
     assert by_pillow.shape == from_bytes.shape == (1, 3, *size)
     assert (by_pillow - from_bytes).abs().max() * 0.224 * 255 < 1.1, "levels of 255, which Pillow rounds twice"
+
+
+def test_stretched_images_are_cut_as_by_the_data_modules() -> None:
+    preprocess = ImagePreprocess((20, 20), crop=20 / 24, interpolation="bilinear", fit="stretch")
+    small = photo().resize((24, 24), Image.Resampling.BILINEAR)
+    middle = CentreCrop(20)(torch.from_numpy(np.array(small)).permute(2, 0, 1)[None])
+    assert (preprocess.read_pixels([photo()]).int() - middle.int()).abs().max() <= 1
 
 
 def test_grey_and_colour_are_converted_alike_in_both_forms() -> None:

@@ -1,5 +1,6 @@
 """Losses against their equations in plain loops, and against values of published code."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -361,13 +362,17 @@ def test_values_are_those_of_published_code(loss, inputs, value):
 @pytest.mark.parametrize(
     ("loss", "value", "gradient"),
     [
-        (losses.CSD(), 2.563522022764162, 0.15563885190878812),
+        (
+            losses.CSD(top_k=None, student_temperature=1.0, teacher_temperature=0.01),
+            2.563522022764162,
+            0.15563885190878812,
+        ),
         (losses.CSD(5), 1.6756919696407142, 0.10539186483840401),
-        (losses.D3(), 20.299698383016274, 2.1512983404488355),
+        (losses.D3(top_k=10, alpha=50.0, beta=2.0, gamma=1.0), 20.299698383016274, 2.1512983404488355),
         (losses.D3(5, 100, 5, 1), 43.486371753309626, 4.921208211383868),
         (losses.EGA(), 8.273137477631948, 0.4727779887510618),
         (losses.EGA(0.8, 2.0), 16.846465004754187, 2.1764920820658658),
-        (losses.RAML(), 1.6187184470319687, 0.33363555904051867),
+        (losses.RAML(lambda1=0.7482, lambda2=0.6778), 1.6187184470319687, 0.33363555904051867),
         (losses.ROP(5), 1.0238324068746185, 0.18103784503677034),
         (losses.ROP(12), 1.6017100116659888, 0.20966546994665558),
     ],
@@ -380,13 +385,37 @@ def test_values_and_norms_of_gradients_are_those_of_published_code(loss, value, 
     assert (ours.item(), student.grad.norm().item()) == pytest.approx((value, gradient), rel=1e-10)
 
 
+def test_rank_order_preservation_has_published_values_for_more_rows_than_it_ranks():
+    student, teacher = det(100, 6, 0.7, 1.1).requires_grad_(), det(100, 6, 1.3, 0.5)  # by SCY-X/D3still
+    ours = losses.ROP(top_k=96, temperature=0.1, rank_weight=0.2)(student, teacher)
+    ours.backward()
+    found = ours.item(), student.grad.norm().item()
+    assert found == pytest.approx((11.965365614384263, 0.6090259427192112), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("cls", "published"),
+    [
+        (losses.CSD, {"top_k": None, "student_temperature": 1.0, "teacher_temperature": 0.01}),
+        (losses.D3, {"top_k": 10, "alpha": 50.0, "beta": 2.0, "gamma": 1.0}),
+        (losses.RAML, {"lambda1": 0.7482, "lambda2": 0.6778}),
+        (losses.RelativeSimilarity, {"margin": 0.015}),
+        (losses.ROP, {"top_k": 96, "temperature": 0.1, "rank_weight": 0.2}),
+        (losses.SKDDirection, {"tikhonov": 0.1}),
+    ],
+)
+def test_defaults_are_those_of_published_code(cls, published):
+    parameters = inspect.signature(cls).parameters
+    assert {name: parameters[name].default for name in published} == published
+
+
 TIED = det(12, 6, 1.3, 0.5)[[0, 1, 2, 3, 4, 2, 6, 7, 8, 2, 10, 11]]
 
 
 @pytest.mark.parametrize(
     ("loss", "teacher", "value", "gradient"),
     [
-        (losses.RelativeSimilarity(), det(12, 6, 1.3, 0.5), 0.20094995185692782, 0.0682260639023421),
+        (losses.RelativeSimilarity(margin=0.015), det(12, 6, 1.3, 0.5), 0.20094995185692782, 0.0682260639023421),
         (losses.RelativeSimilarity(), TIED, 0.2533107981384618, 0.05774712169078434),
         (
             losses.Matryoshka(losses.RelativeSimilarity(), [2, 4, 6]),
@@ -407,7 +436,7 @@ def test_relative_similarities_are_those_of_published_code_with_ties(loss, teach
 @pytest.mark.parametrize(
     ("loss", "value", "gradient"),
     [
-        (losses.SKDDirection(), 2.7969289673852953, 0.13311819526135082),  # torchdistill
+        (losses.SKDDirection(tikhonov=0.1), 2.7969289673852953, 0.13311819526135082),  # torchdistill
         (losses.SKDDirection(0.1 * 5**2), 1.0747795059239493, 0.05440575595838751),  # HyunJunSik/StreamLined, 0.1
         (losses.MultiLevelLogit(), 0.7303326791083217, 0.22348920671861375),  # Multi-Level-Logit-Distillation, unmasked
         (losses.SoftTarget(2.0, standardise=True), 0.7424505179591702, 0.05312182050353253),  # logit-standardization-KD

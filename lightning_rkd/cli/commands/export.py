@@ -18,6 +18,7 @@ from lightning_rkd.data.datamodules.base import ImageDataModule
 from lightning_rkd.distillation import pooling
 from lightning_rkd.export.card import Facts, describe
 from lightning_rkd.export.formats import FORMATS
+from lightning_rkd.export.preprocess import ImagePreprocess
 from lightning_rkd.export.read import build_network
 from lightning_rkd.export.write import export
 from lightning_rkd.utils.types import name_arguments
@@ -48,9 +49,9 @@ def main(args: Sequence[str]) -> None:
     network = build_network(student)
     load_student(network, checkpoint)
     if options.tokens is None:
-        example, scaling = _example(options.input, config, config_path)
+        example, preprocess = _example(options.input, config, config_path)
     else:
-        example, scaling = _make_tokens(options.tokens, model.get("inputs")), None
+        example, preprocess = _make_tokens(options.tokens, model.get("inputs")), None
     facts = _collect_facts(options.name, config, model, checkpoint, digest(*network.state_dict().values()))
     done = export(
         network,
@@ -59,7 +60,7 @@ def main(args: Sequence[str]) -> None:
         read=_find_read(options.read, model.get("student_layer")),
         formats=options.formats.split(","),
         build=student,
-        input_scaling=scaling,
+        preprocess=preprocess,
         facts=facts,
         overwrite=options.overwrite,
     )
@@ -146,8 +147,8 @@ def _find_read(read: str | None, layer: Any) -> Any:
     return pkgutil.resolve_name(read)
 
 
-def _example(shape: str | None, config: dict[str, Any], path: Path) -> tuple[Tensor, dict[str, list[float]] | None]:
-    """An input of the right shape, and the normalisation of images: as given, or from the run's data."""
+def _example(shape: str | None, config: dict[str, Any], path: Path) -> tuple[Tensor, ImagePreprocess | None]:
+    """An input of the right shape, and the preprocessing of images: as given, or from the run's data."""
     if shape is not None:
         try:
             return torch.zeros(1, *(int(part) for part in shape.split(","))), None
@@ -158,8 +159,10 @@ def _example(shape: str | None, config: dict[str, Any], path: Path) -> tuple[Ten
         data: ImageDataModule = parser.instantiate(parsed).data
         data.prepare_data()
         data.setup("test")
-        scaling = {name: getattr(data.root, name).flatten().tolist() for name in ("mean", "std")}
-        return torch.zeros(1, *data.image_shape), scaling
+        (_, *size), whole = data.image_shape, data.root.images.shape[-1]
+        mean, std = (tuple(x.flatten().tolist()) for x in (data.root.mean, data.root.std))
+        preprocess = ImagePreprocess((size[0], size[1]), mean, std, size[1] / whole, "bilinear", "stretch")
+        return torch.zeros(1, *data.image_shape), preprocess
     except Exception as error:  # data of another kind, or no longer there
         raise ValueError(
             f"the shape of the input could not be read from the data in {str(path)!r} ({error}): give it, "

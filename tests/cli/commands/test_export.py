@@ -7,12 +7,16 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli import recipes
 from lightning_rkd.cli.experiments.runs import run
 from lightning_rkd.cli.experiments.settings import with_settings, with_steps
+from lightning_rkd.data import ImageFolderDataModule
+from lightning_rkd.data.datamodules.folder import find_images
 from lightning_rkd.export import load
+from tests.harness import replicas
 from tests.harness.processes import GLYPHS
 
 
@@ -42,7 +46,7 @@ def test_a_run_becomes_files_that_give_its_students_numbers(trained: Path, capsy
     assert cli.main(["export", str(trained), "--out", "out"]) == 0
     assert "student.onnx differs from the student by at most" in capsys.readouterr().out
     state = torch.load(trained / "last.ckpt", weights_only=True)["state_dict"]
-    student = load("out")
+    student = load("out").network
     for name, x in student.state_dict().items():
         assert torch.equal(x, state[f"student.{name}"]), name
     x = torch.rand(3, 1, 12, 12)
@@ -53,6 +57,27 @@ def test_a_run_becomes_files_that_give_its_students_numbers(trained: Path, capsy
     for said in ("GlyphDataModule", "- teacher: none", "TripletMarginLoss", "2026-01-02", "| recall_at_1 |"):
         assert said in card
     assert "pixels from 0 to 1, minus the mean" in card
+    assert "images are stretched (bilinear) to 12 x 12 pixels and normalised, by `load` and `use.py`" in card
+
+
+@pytest.mark.parametrize(("width", "height"), [(12, 12), (30, 19), (9, 21)])
+def test_files_become_the_inputs_that_the_runs_data_module_makes_of_them(
+    width: int, height: int, run_folder: Path
+) -> None:
+    photos = replicas.photos(Path("photos"), images=2, size=8)
+    for path in photos.rglob("*.png"):
+        Image.open(path).convert("L").resize((width, height)).save(path)
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    settings = {"root": "photos", "image_size": 12, "classes_per_batch": 2}
+    config["data"] = {"class_path": "ImageFolderDataModule", "init_args": settings}
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert exported() == 0
+    data = ImageFolderDataModule("photos", image_size=12)
+    data.setup()
+    paths = [path for group in find_images(photos).values() for path in group]
+    inputs, student = load("out").preprocess(paths), load("out")
+    torch.testing.assert_close(inputs, torch.stack([data.root[i][0] for i in range(len(paths))]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(student(paths), student.network(inputs))
 
 
 def test_a_fit_is_exported_by_its_folder_and_by_its_files() -> None:
