@@ -69,7 +69,8 @@ def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
     Returns:
         The network. If it was exported with its preprocessing, an :class:`Embedder`: ``student(["a text"])``,
         ``student([image])`` or ``student(images)``, with images of Pillow or a tensor of pixels from 0 to 1. Where
-        there is no class to build it from, its network is the program ``student.pt2``.
+        there is no class to build it from, or ``read`` took a part of the output, its network is the program
+        ``student.pt2``; without that program the network whose output is to be read is returned.
 
     Raises:
         FileNotFoundError: The folder holds no exported student.
@@ -95,7 +96,13 @@ def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
         if TOKENIZER in config["files"]:
             _check_file(folder, TOKENIZER, config)
         preprocess = load_preprocess(config["preprocess"], folder)
-    if network is None and config["network"] is None and preprocess is not None and PROGRAM in config["files"]:
+    read = config.get("read") is not None  # part of the program, not of the network
+    if (
+        network is None
+        and (read or config["network"] is None)
+        and preprocess is not None
+        and PROGRAM in config["files"]
+    ):
         return Embedder(torch.export.load(_check_file(folder, PROGRAM, config)).module(), preprocess)
     path = _check_file(folder, WEIGHTS, config)
     if network is None:
@@ -109,7 +116,7 @@ def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
         load_weights(network, load_file(path))
     except RuntimeError as error:
         raise ValueError(f"the weights in {str(path)!r} do not fit {type(network).__name__}: {error}") from error
-    return network.eval() if preprocess is None else Embedder(network.eval(), preprocess)
+    return network.eval() if preprocess is None or read else Embedder(network.eval(), preprocess)
 
 
 def _check_file(folder: Path, name: str, config: Mapping[str, Any]) -> Path:

@@ -221,6 +221,26 @@ def test_an_export_without_preprocessing_loads_as_its_network(tmp_path: Path) ->
     assert torch.equal(student(x), network(x))
 
 
+class TwoOutputs(nn.Linear):
+    """A network of which a part of the output is read."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"embedding": super().forward(x), "logits": x}
+
+
+def test_what_is_read_of_the_output_is_what_the_loaded_student_gives(tmp_path: Path) -> None:
+    network, build = TwoOutputs(), {"class_path": f"{__name__}.TwoOutputs"}
+    x = torch.randn(2, 3)
+    for formats in (["safetensors", "torch"], ["safetensors"]):
+        out = tmp_path / str(len(formats))
+        export(network, x, out, read="embedding", formats=formats, build=build, preprocess=VectorPreprocess(3))
+    torch.testing.assert_close(load(tmp_path / "2")(x.tolist()), network(x)["embedding"].detach())
+    assert torch.equal(load(tmp_path / "1")(x)["embedding"], network(x)["embedding"])
+
+
 def test_a_tokenizer_of_another_student_is_refused(tmp_path: Path) -> None:
     preprocess = TokensPreprocess(tokenizer())
     export(MaskedMean(), preprocess(["my card"]), tmp_path / "out", formats=["torch"], preprocess=preprocess)
