@@ -85,6 +85,16 @@ def parse_loss(text: str) -> Weighable:
     return found
 
 
+def check_reads(loss: Weighable) -> None:
+    """Refuse losses of logits or feature maps: there are embeddings alone."""
+    for term in terms_of(loss).values():
+        if term.loss.reads != "embedding":
+            raise ValueError(
+                f"the loss {type(term.loss).__name__} reads {term.loss.reads}, and distill compares embeddings: take a "
+                "loss of embeddings, such as CSD"
+            )
+
+
 def _read(node: ast.expr) -> Any:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _read(node.left) + _read(node.right)

@@ -17,7 +17,7 @@ from lightning_rkd.cli.distill import networks, report
 from lightning_rkd.cli.distill.data import StudentInputs
 from lightning_rkd.cli.distill.decisions import decide
 from lightning_rkd.cli.distill.embedding import divide_rows, embed_all
-from lightning_rkd.cli.distill.losses import choose_loss, describe_loss, find_projection, parse_loss
+from lightning_rkd.cli.distill.losses import check_reads, choose_loss, describe_loss, find_projection, parse_loss
 from lightning_rkd.cli.distill.parts import split_rows
 from lightning_rkd.cli.distill.samples import Kind, read_samples
 from lightning_rkd.cli.distill.scores import HELD_OUT, compare_networks
@@ -155,6 +155,7 @@ def distill(
             "batch_size (--batch-size)"
         )
     chosen = choose_loss(samples.kind) if loss is None else parse_loss(loss) if isinstance(loss, str) else loss
+    check_reads(chosen)
     described = describe_loss(chosen)
     with isolate_rng(include_cuda=False):
         torch.manual_seed(seed)  # a teacher of random weights is the same when the command resumes

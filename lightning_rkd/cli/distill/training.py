@@ -88,13 +88,14 @@ def _measure_step(
         network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW([*network.parameters(), *loss.parameters()], lr=0.0)
     seconds, before = [], time.perf_counter()
-    for found in islice(iter(loader), 6):
-        x, *labels = found.to(device).batch
+    for batch in islice(iter(loader), 6):
+        target, found = teacher[batch.indices].to(device), batch.to(device)
+        x, *labels = found.batch
         if bf16:
             x = to_channels_last(x)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             student = call_network(network, x)
-        target, context = teacher[found.indices].to(device), {"labels": labels[0]} if labels else {}
+        context = {"indices": found.indices, **({"labels": labels[0]} if labels else {})}
         value = torch.zeros((), device=device)
         for term in terms_of(loss).values():
             given = {name: x for name, x in context.items() if name in term.loss.needs}

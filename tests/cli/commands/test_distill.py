@@ -171,6 +171,13 @@ def test_a_loss_that_aligns_nothing_is_warned_of(texts: Path, capsys: pytest.Cap
     assert "recall@1, teacher's gallery" not in scores("runs/distill")[1]
 
 
+def test_a_loss_with_a_memory_of_all_samples_knows_their_rows(texts: Path) -> None:
+    args = ["--teacher", f"{TOYS}:embed_texts", "--data", "texts.csv", "--loss=CRD(negatives=8)", *FAST]
+    assert cli.main(["distill", *args]) == 0
+    state = torch.load("runs/distill/training/last.ckpt", weights_only=True)["state_dict"]
+    assert any(x.shape[:1] == (120,) for x in state.values()), "the rows of all data, of which some are held out"
+
+
 def test_minutes_become_epochs(texts: Path) -> None:
     args = ["--teacher", f"{TOYS}:embed_texts", "--data", "texts.csv", "--minutes=0.02", *FAST[2:], "--batch-size=24"]
     assert cli.main(["distill", *args]) == 0
@@ -216,6 +223,7 @@ def test_an_output_folder_of_other_settings_is_refused(texts: Path, capsys: pyte
         (["--lr=-1"], "lr must be positive, got -1.0"),
         (["--loss=Nothing"], "there is no loss 'Nothing'"),
         (["--loss=CSD(top=1)"], "cannot be read"),
+        (["--loss=CSD + SoftTarget"], "the loss SoftTarget reads logits, and distill compares embeddings"),
         (["--out=file"], "the output folder 'file' is a file"),
         (["--out=few"], "'few' is not the output of a distillation"),
         (["--formats=pickle"], "formats must be some of safetensors, torch, onnx"),
