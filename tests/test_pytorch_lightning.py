@@ -71,11 +71,6 @@ def weights(module: Any) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in module.state_dict().items()}
 
 
-def largest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
 @pytest.mark.scenario("loops", "pytorch_lightning, the callback")
 @pytest.mark.parametrize("manual", [False, True])
 def test_the_callback_trains_as_the_loss_by_hand(manual: bool, difference: Callable[..., None]) -> None:
@@ -88,21 +83,14 @@ def test_the_callback_trains_as_the_loss_by_hand(manual: bool, difference: Calla
         run.fit(module, toys.loader())
         trained.append(weights(module))
     assert "distill/rkd" in run.callback_metrics
-    difference(largest(*trained), limit=1e-6 * manual)  # 0 in automatic optimisation
-    assert largest(trained[0], weights(Student())) > 0.01
+    difference(toys.largest_gap(*trained), limit=1e-6 * manual)  # 0 in automatic optimisation
+    assert toys.largest_gap(trained[0], weights(Student())) > 0.01
     assert toys.attachments(module) == []
-
-
-class Evaluated(toys.Student):
-    """The same for lightning, as far as the embedding goes."""
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.backbone(batch[0])
 
 
 def test_retrieval_is_evaluated_as_in_lightning() -> None:
     found = []
-    for module, start in ((Student(), trainer), (Evaluated(), toys.trainer)):
+    for module, start in ((Student(), trainer), (toys.Evaluated(), toys.trainer)):
         run = start(callbacks=[RetrievalEvaluation("backbone")])
         found += run.validate(module, toys.loader(), verbose=False)
     assert set(found[0]) >= {"val/recall_at_1", "val/map_at_r"}
@@ -135,7 +123,7 @@ def test_the_module_trains_as_that_for_lightning(difference: Callable[..., None]
         run.fit(module, toys.loader())
         trained.append(weights(module))
         values.append({name: float(x) for name, x in run.callback_metrics.items()})
-    difference(largest(*trained), limit=0.0)
+    difference(toys.largest_gap(*trained), limit=0.0)
     assert values[0] == values[1]
     assert set(values[0]) == {"train/loss", "distill/rkd"}
 
@@ -209,7 +197,7 @@ def test_its_command_line_takes_callbacks_modules_and_data(
     assert {"distill/rkd", "train/task", "val/recall_at_1"} <= set(cli.trainer.callback_metrics)
     (path,) = tmp_path.rglob("*.ckpt")
     again = DistillationModule.load_from_checkpoint(path, weights_only=True)
-    assert largest(weights(again), weights(cli.model)) == 0, "rebuilt from the configuration alone"
+    assert toys.largest_gap(weights(again), weights(cli.model)) == 0, "rebuilt from the configuration alone"
     Path("run.yaml").write_text(CONFIG.replace("lightning_rkd.modules.pytorch_lightning.", "lightning_rkd."))
     with pytest.raises(SystemExit):
         LightningCLI(run=False)

@@ -31,11 +31,6 @@ def batches(rank: int | None, counts: tuple[int, int] = (8, 8)) -> DataLoader[An
     return toys.split(TensorDataset(data.x, data.y), rank, counts)
 
 
-def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    assert list(a) == list(b)
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
 # Work
 
 
@@ -60,7 +55,7 @@ def test_each_of_two_devices_does_half_of_the_cubic_work(ranks: Ranks) -> None:
     (first, learnt), (second, _) = ranks.run(angles)
     alone, expected = angles(None)
     assert first == second == alone / 2 == toys.STEPS * 16**3 / 2
-    assert largest(learnt, expected) <= 1e-6
+    assert toys.largest_gap(learnt, expected) <= 1e-6
 
 
 # Batches of few classes
@@ -134,16 +129,11 @@ def normalised(rank: int | None) -> dict[str, Tensor]:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="SyncBatchNorm needs a GPU")
 def test_with_synchronised_batch_norm_two_devices_are_one(ranks: Ranks) -> None:
     first, second = ranks.run(normalised)
-    assert largest(first, second) == 0.0
-    assert largest(first, normalised(None)) <= 1e-6
+    assert toys.largest_gap(first, second) == 0.0
+    assert toys.largest_gap(first, normalised(None)) <= 1e-6
 
 
 # Evaluation
-
-
-class Evaluated(toys.Student):
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.backbone(batch[0])
 
 
 def evaluated(rank: int | None, how: str) -> Any:
@@ -153,7 +143,7 @@ def evaluated(rank: int | None, how: str) -> Any:
     sampler = SubsetRandomSampler(range(41)) if "random" in how else None
     loader: DataLoader[Any] = DataLoader(data, batch_size=8, sampler=sampler)
     loader = with_indices(loader) if how in ("with_indices", "module") else loader
-    module: pl.LightningModule = Evaluated()
+    module: pl.LightningModule = toys.Evaluated()
     callbacks: list[pl.Callback] = [RetrievalEvaluation("backbone")]
     if how.startswith("module"):
         torch.manual_seed(0)
@@ -183,7 +173,7 @@ def test_a_sampler_of_which_the_order_cannot_be_known_is_refused(ranks: Ranks, h
         assert "wrap it, with_indices(loader), or name the entry" in str(answer)
 
 
-class Still(Evaluated):
+class Still(toys.Evaluated):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)
 

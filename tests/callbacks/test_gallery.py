@@ -29,17 +29,6 @@ LOADER = toys.loader()
 X, Y = LOADER.dataset.tensors  # type: ignore[attr-defined]
 
 
-class Evaluated(toys.Student):
-    """An ordinary module with validation and test."""
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        x, y, *_ = batch.values() if isinstance(batch, dict) else batch
-        self.loss(x, y)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-
 @torch.no_grad()
 def by_loop(student: Tensor, teacher: Tensor) -> dict[str, float]:
     """Values of both galleries, from float64 distances, by plain loops."""
@@ -80,7 +69,7 @@ SOURCES: dict[str, Callable[[], tuple[list[pl.Callback], Any]]] = {
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_both_galleries_have_the_values_of_the_loop(source: str) -> None:
-    module, (callbacks, loader) = Evaluated(), SOURCES[source]()
+    module, (callbacks, loader) = toys.Evaluated(), SOURCES[source]()
     before = toys.snapshot(ALIKE)
     found = validate(module, *callbacks, loader=loader)
     assert found == pytest.approx(by_loop(module.backbone(X), ALIKE(X)), abs=1e-6)
@@ -89,7 +78,7 @@ def test_both_galleries_have_the_values_of_the_loop(source: str) -> None:
 
 
 def test_in_training_the_projection_of_the_loss_maps_the_queries() -> None:
-    wide, loss, module = toys.teacher(norm=True), CSD(student_dim=5, teacher_dim=7), Evaluated()
+    wide, loss, module = toys.teacher(norm=True), CSD(student_dim=5, teacher_dim=7), toys.Evaluated()
     trainer = toys.trainer(callbacks=[RetrievalEvaluation("backbone", gallery="both"), distil(loss, wide)])
     trainer.fit(module, LOADER, LOADER)
     s = module.backbone(X)
@@ -116,7 +105,7 @@ def test_the_module_projects_its_queries_and_the_teacher_may_be_cached() -> None
 def test_a_stored_gallery_needs_no_teacher(face: str, tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", ALIKE(X).detach().numpy())
     stored, metric = StoredGallery(tmp_path / "rows.npy"), EmbeddingRetrieval(distance="cosine")
-    student = Evaluated()
+    student = toys.Evaluated()
     if face == "callback":
         found = validate(student, RetrievalEvaluation("backbone", metric, gallery=stored), loader=with_indices(LOADER))
     else:
@@ -130,13 +119,13 @@ def test_a_stored_gallery_needs_no_teacher(face: str, tmp_path: Path) -> None:
 
 def test_metrics_of_both_galleries_may_be_given_by_name() -> None:
     metrics: Any = {"own": EmbeddingRetrieval(distance="cosine"), "teacher": AsymmetricRetrieval()}
-    module = Evaluated()
+    module = toys.Evaluated()
     found = validate(module, RetrievalEvaluation("backbone", metrics, teacher=Teacher(ALIKE)))
     assert found == pytest.approx(by_loop(module.backbone(X), ALIKE(X)), abs=1e-6)
 
 
 def test_agreement_with_the_teacher_is_measured_in_any_module() -> None:
-    module, metric = Evaluated(), RelationalAgreement(k=2, triplets=50)
+    module, metric = toys.Evaluated(), RelationalAgreement(k=2, triplets=50)
     trainer = toys.trainer(callbacks=[RetrievalEvaluation("backbone", metric), distil(RKD(), toys.teacher())])
     trainer.validate(module, LOADER, verbose=False)
     expected = RelationalAgreement(k=2, triplets=50)
@@ -150,7 +139,7 @@ def test_agreement_with_the_teacher_is_measured_in_any_module() -> None:
 def test_a_loss_that_aligns_no_spaces_is_named_in_a_warning() -> None:
     callbacks = RetrievalEvaluation("backbone", gallery="teacher"), distil(RKD())
     with pytest.raises(UserWarning, match=r"no loss aligns .* \['RKD'\].* add one that does, such as CSD\(\)"):
-        validate(Evaluated(), *callbacks)
+        validate(toys.Evaluated(), *callbacks)
     module = DistillationModule(toys.Backbone(), ALIKE, RKD(), metrics={"r": EmbeddingRetrieval()}, gallery="teacher")
     with pytest.raises(UserWarning, match="no loss aligns"):
         validate(module)
@@ -159,7 +148,7 @@ def test_a_loss_that_aligns_no_spaces_is_named_in_a_warning() -> None:
 def test_lengths_are_warned_of_where_the_loss_aligns_directions() -> None:
     evaluation = RetrievalEvaluation("backbone", EmbeddingRetrieval(), gallery="teacher")
     with pytest.raises(UserWarning, match="CSD aligns their directions only: pass distance='cosine'"):
-        validate(Evaluated(), evaluation, distil(CSD()))
+        validate(toys.Evaluated(), evaluation, distil(CSD()))
 
 
 @pytest.mark.parametrize(
@@ -183,13 +172,13 @@ def test_lengths_are_warned_of_where_the_loss_aligns_directions() -> None:
 )
 def test_what_cannot_work_fails_with_the_cure(evaluation: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        validate(Evaluated(), evaluation())
+        validate(toys.Evaluated(), evaluation())
 
 
 def test_another_layer_than_the_losses_is_refused_by_its_width() -> None:
     callbacks = RetrievalEvaluation("head", gallery="teacher"), distil(CSD(student_dim=5, teacher_dim=7))
     with pytest.raises(ValueError, match="CSD projects rows of width 5, but the evaluated layer gives width 3"):
-        validate(Evaluated(), *callbacks)
+        validate(toys.Evaluated(), *callbacks)
 
 
 # ranks and YAML
@@ -201,7 +190,7 @@ def on_rank(rank: int | None) -> dict[str, float]:
     with toys.devices(rank) as where:
         evaluation = RetrievalEvaluation("backbone", gallery="both", teacher=ALIKE)
         trainer = toys.trainer(callbacks=[evaluation], **where | {"use_distributed_sampler": True})
-        trainer.validate(Evaluated(), loader, verbose=False)
+        trainer.validate(toys.Evaluated(), loader, verbose=False)
         return logged(trainer)
 
 

@@ -134,14 +134,6 @@ def test_printing_a_configuration_builds_no_teacher_and_knows_short_names(
 
 
 @pytest.mark.slow
-def test_what_is_printed_can_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = config_of(["--config", "glyphs_student", *TINY, "--trainer.default_root_dir=mine"], capsys)
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
-    assert cli.main(["fit", "--config", "mine.yaml"]) == 0
-    assert (tmp_path / "mine" / "last.ckpt").is_file()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "written"),
     [

@@ -70,7 +70,8 @@ def miniature(name: str) -> list[str]:
     if not root.exists():
         replica(kind, root, classes, images)
     options = ["--config=untrained.yaml", "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
-    options += [f"--data.root={root}", "--data.check=false", "--data.num_workers=0", "--data.eval_batch_size=500"]
+    options += [f"--data.root={root}", "--data.check=false", "--data.num_workers=0"]
+    options += [f"--data.eval_batch_size={500 if images > 6 else 48}"]  # episodes need many
     options += ["--data.classes_per_batch=2", "--data.samples_per_class=4"]
     if data_of(name) in ("CUBDataModule", "CarsDataModule", "OnlineProductsDataModule"):
         options += ["--data.image_size=36", "--data.crop_size=32", "--data.validation=0.34"]

@@ -13,7 +13,7 @@ from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.losses.base import RelationalLoss
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.modules.distillation import DistillationModule
-from tests.callbacks.test_ddp import Sharded, batches, largest
+from tests.callbacks.test_ddp import Sharded, batches
 from tests.harness import toys
 from tests.harness.ranks import Ranks
 from tests.harness.scheme_toys import CASES, fit
@@ -83,8 +83,8 @@ def test_parameters_that_a_mesh_would_not_keep_alike_are_refused(ranks: Ranks, s
 
 def test_parameters_of_a_loss_that_sees_all_rows_stay_alike_on_a_mesh(ranks: Ranks) -> None:
     first, second = ranks.run(attached, Sharded, toys.Projected(5, 7))
-    assert largest(first, second) == 0.0
-    assert largest(first, toys.Projected(5, 7).state_dict()) > 1e-3
+    assert toys.largest_gap(first, second) == 0.0
+    assert toys.largest_gap(first, toys.Projected(5, 7).state_dict()) > 1e-3
 
 
 def balanced(rank: int | None, layer: str) -> dict[str, Tensor]:
@@ -97,8 +97,8 @@ def balanced(rank: int | None, layer: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("layer", ["backbone", "backbone.first", "head"])
 def test_balance_on_a_mesh_is_that_of_one_device(ranks: Ranks, layer: str) -> None:
     first, second = ranks.run(balanced, layer)
-    assert largest(first, second) == 0.0
-    assert largest(first, balanced(None, layer)) <= 1e-6
+    assert toys.largest_gap(first, second) == 0.0
+    assert toys.largest_gap(first, balanced(None, layer)) <= 1e-6
 
 
 class ShardsItsLoss(DistillationModule):
@@ -115,5 +115,5 @@ def itself_sharded(rank: int | None) -> dict[str, Tensor]:
 
 def test_a_loss_that_is_sharded_by_itself_trains_as_on_one_device(ranks: Ranks) -> None:
     first, second = ranks.run(itself_sharded)
-    assert largest(first, second) == 0.0
-    assert largest(first, itself_sharded(None)) <= 1e-6
+    assert toys.largest_gap(first, second) == 0.0
+    assert toys.largest_gap(first, itself_sharded(None)) <= 1e-6

@@ -49,15 +49,6 @@ def test_the_three_parts_are_logged_and_add_up() -> None:
     assert all(part > 0 for part in parts)
 
 
-def test_diversity_makes_classifiers_look_elsewhere() -> None:
-    overlaps = []
-    for diversity in (0.0, 1.0):
-        module = CASE.made(diversity=diversity)
-        fit(module, max_epochs=2)
-        overlaps.append(classifier_overlap([b[1].head.linear.weight for b in module.student.branches]).item())
-    assert overlaps[1] < 0.5 * overlaps[0]
-
-
 def test_branches_share_the_trunk_and_one_of_them_is_deployed() -> None:
     trunk = net().backbone
     module = OnlineBranches([nn.Linear(6, 3), nn.Linear(6, 3)], trunk, optimizer=toys.sgd)

@@ -146,6 +146,12 @@ def gap(a: nn.Module, b: nn.Module) -> float:
     return max(float((x.double() - y.double()).abs().max()) for x, y in zip(*(s.values() for s in states), strict=True))
 
 
+def largest_gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Largest difference between tensors of the same names."""
+    assert list(a) == list(b)
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
 def attachments(*modules: nn.Module) -> list[str]:
     """Every hook, patched step and attribute that attaching may leave behind."""
     left: list[str] = []

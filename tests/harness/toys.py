@@ -74,6 +74,17 @@ class Student(pl.LightningModule):
         return self.optimizer(self.parameters())
 
 
+class Evaluated(Student):
+    """The same with validation and test."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, *_ = batch.values() if isinstance(batch, dict) else batch
+        self.head(self.backbone(x))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+
 class Manual(Student):
     """The same with manual optimisation."""
 

@@ -12,12 +12,7 @@ from lightning_rkd.losses.mhgd import MHGD, graph_divergence
 from lightning_rkd.losses.parts.attention_graph import AttentionGraph, load_attention
 from lightning_rkd.losses.parts.memory import generator
 from tests.oracles import mhgd as oracle
-from tests.oracles.differences import check_gradients
-
-
-def det(n: int, d: int, a: float, b: float) -> Tensor:
-    i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(d, dtype=torch.float64)
-    return torch.sin(a * i + b * j + 0.3 * i * j)
+from tests.oracles.differences import check_gradients, det
 
 
 def graph(channels: tuple[int, ...], heads: int = 8) -> AttentionGraph:

@@ -53,7 +53,7 @@ from tests.oracles import (
     ttm,
     vkd,
 )
-from tests.oracles.differences import check_against_loops
+from tests.oracles.differences import check_against_loops, det
 from tests.oracles.standardisation import standardised
 from tests.oracles.vectors import average_pool
 
@@ -330,11 +330,6 @@ def test_a_named_map_that_is_not_there_is_refused_with_the_count(cls):
 def test_named_maps_of_a_loss_on_embeddings_are_refused(cls):
     with pytest.raises(ValueError, match=f"{cls.__name__}: .* reads 'embedding'; pass reads='feature_maps' as well"):
         cls(feature_maps=[-1])
-
-
-def det(n: int, d: int, a: float, b: float) -> Tensor:
-    i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(d, dtype=torch.float64)
-    return torch.sin(a * i + b * j + 0.3 * i * j)
 
 
 EMBEDDINGS = det(6, 4, 0.7, 1.1), det(6, 8, 1.3, 0.5)

@@ -8,11 +8,7 @@ from lightning_rkd.utils.distributed import Shard, gather_rows
 from tests.harness.forks import measure_growth, needs_proc
 from tests.harness.ranks import Ranks
 from tests.oracles import rkd as oracle
-
-
-def det(n: int, d: int, a: float, b: float) -> Tensor:
-    i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(d, dtype=torch.float64)
-    return torch.sin(a * i + b * j + 0.3 * i * j)
+from tests.oracles.differences import det
 
 
 def gradient(loss: object, student: Tensor, teacher: Tensor) -> Tensor:

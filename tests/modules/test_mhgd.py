@@ -359,17 +359,12 @@ def trained(rank: int | None, stage: int, counts: tuple[int, int], settings: dic
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    assert list(a) == list(b)
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [(8, 8), (11, 5)])
 def test_two_devices_learn_the_graph_of_one_with_the_whole_batch(ranks: Ranks, counts):
     first, second = ranks.run(trained, 1, counts, {})
-    assert largest(first, second) == 0.0
-    assert largest(first, trained(None, 1, counts, {})) <= 1e-8
+    assert toys.largest_gap(first, second) == 0.0
+    assert toys.largest_gap(first, trained(None, 1, counts, {})) <= 1e-8
 
 
 @pytest.mark.slow
@@ -384,8 +379,8 @@ def test_two_devices_learn_the_graph_of_one_with_the_whole_batch(ranks: Ranks, c
 )
 def test_two_devices_clip_the_gradient_of_the_whole_batch(ranks: Ranks, counts, settings):
     first, second = ranks.run(trained, 2, counts, settings)
-    assert largest(first, second) == 0.0
-    assert largest(first, trained(None, 2, counts, {})) <= 1e-8
+    assert toys.largest_gap(first, second) == 0.0
+    assert toys.largest_gap(first, trained(None, 2, counts, {})) <= 1e-8
     untrained = student_module(student=net(0, widths=(3, 6, 5))).student.state_dict()
     assert max(float((first[f"student.{k}"] - v).abs().max()) for k, v in untrained.items()) > 1e-2
 

@@ -6,8 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_rkd.losses.base import RelationalLoss
+
+
+def det(n: int, d: int, a: float, b: float) -> Tensor:
+    """Inputs on which published code was run."""
+    i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(d, dtype=torch.float64)
+    return torch.sin(a * i + b * j + 0.3 * i * j)
 
 
 def central_differences(loops: Callable[[np.ndarray], float], x: np.ndarray, step: float = 1e-6) -> np.ndarray:

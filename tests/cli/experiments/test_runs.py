@@ -9,15 +9,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli import recipes
 from lightning_rkd.cli.experiments import runs
 from lightning_rkd.cli.experiments.runs import Run
 from lightning_rkd.cli.experiments.settings import Config, with_settings, with_steps
-from lightning_rkd.data import GlyphDataModule, with_indices
+from lightning_rkd.data import GlyphDataModule
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
 
 
@@ -176,14 +174,6 @@ def test_a_damaged_file_is_named_with_the_cure(name: str, damage: str, verb: str
         runs.run(tiny("glyphs_student"), Path("run"), 1)
     path.unlink()
     assert digits(runs.run(tiny("glyphs_student"), Path("run"), 1)) == digits(finished[1])
-
-
-def test_embedding_keeps_order_and_evaluates_in_eval_mode() -> None:
-    network = nn.Sequential(nn.Dropout(0.9), nn.Linear(3, 2))
-    data = TensorDataset(torch.rand(7, 3), torch.arange(7))
-    embeddings, labels, indices = runs.embed(network, with_indices(DataLoader(data, batch_size=3)))
-    assert labels.tolist() == indices.tolist() == list(range(7))
-    assert torch.allclose(embeddings, network[1](data.tensors[0]))
 
 
 @pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (97, 1), (100, 2), (500, 10), (5000, 100), (101 * 50, 101)])

@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from pytorch_metric_learning.losses import TripletMarginLoss
 
 from lightning_rkd import DistillationModule
 from lightning_rkd.data import (
     CarsDataModule,
     CIFARDataModule,
-    Crop,
     CUBDataModule,
     ImageDataModule,
     ImageFiles,
@@ -395,16 +393,3 @@ def test_a_part_of_omniglot_is_read(tmp_path: Path) -> None:
     assert data.root.images.shape == (4 * 4840, 1, 28, 28)
     assert len(data.class_names) == 4 * 242
     assert 0.02 < float(data.root.images.float().mean()) / 255 < 0.2  # ink
-
-
-@pytest.mark.parametrize("name", ["CIFARDataModule", "CUBDataModule", "OmniglotDataModule"])
-def test_a_configuration_may_name_it(name: str) -> None:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(ImageDataModule, "data")
-    config = parser.parse_object(
-        {"data": {"class_path": f"lightning_rkd.data.{name}", "init_args": {"root": "x", "augment": {"size": 30}}}}
-    )
-    made = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    made = made(config).data
-    assert type(made).__name__ == name
-    assert made.augment == Crop(30)

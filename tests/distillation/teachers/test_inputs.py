@@ -23,7 +23,6 @@ from lightning_rkd.distillation.teachers.saved_state import plain_tensors
 from lightning_rkd.losses.rkd import RKD, RKDAngle, RKDDistance
 from lightning_rkd.modules.distillation import DistillationModule
 from lightning_rkd.utils.types import Batch
-from tests.callbacks.test_ddp import largest as distance
 from tests.distillation.teachers.test_ranks import fitted
 from tests.harness import nets, toys
 from tests.harness.faces import FACES, Net, User, gradients, largest, taught
@@ -522,5 +521,5 @@ def by_eight_bits(rank: int | None, face: str) -> dict[str, Tensor]:
 def test_two_devices_learn_from_torchaos_eight_bits_what_one_does(ranks: Ranks, face: str) -> None:
     pytest.importorskip("torchao")
     first, second = ranks.run(by_eight_bits, face)
-    assert distance(first, second) == 0.0
-    assert distance(first, by_eight_bits(None, face)) <= 1e-6
+    assert toys.largest_gap(first, second) == 0.0
+    assert toys.largest_gap(first, by_eight_bits(None, face)) <= 1e-6

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_rkd.distillation.teachers import CachedTeacher, EnsembleTeacher, Teacher
 from lightning_rkd.losses.rkd import RKD
-from tests.callbacks.test_ddp import batches, largest
+from tests.callbacks.test_ddp import batches
 from tests.distillation.teachers.test_training import wide
 from tests.harness import toys
 from tests.harness.faces import FACES, taught
@@ -47,9 +47,9 @@ def test_two_devices_learn_from_an_ensemble_what_one_does(ranks: Ranks, combine:
     counts = (11, 5) if face == "module" else (8, 8)
     first, second = ranks.run(by_an_ensemble, face, combine, counts)
     alone = by_an_ensemble(None, face, combine)
-    assert largest(first, second) == 0.0
-    assert largest(first, alone) <= 1e-6
-    assert largest(fitted(None, face, wide(), 0.0 * RKD()), alone) > 1e-3
+    assert toys.largest_gap(first, second) == 0.0
+    assert toys.largest_gap(first, alone) <= 1e-6
+    assert toys.largest_gap(fitted(None, face, wide(), 0.0 * RKD()), alone) > 1e-3
 
 
 def by_a_cache(rank: int | None, face: str, folder: str) -> dict[str, Tensor]:
@@ -60,8 +60,8 @@ def by_a_cache(rank: int | None, face: str, folder: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("face", FACES)
 def test_two_devices_learn_from_a_cache_as_one_from_the_live_teacher(ranks: Ranks, face: str, tmp_path: Path) -> None:
     (first, second), (again, _) = (ranks.run(by_a_cache, face, str(tmp_path)) for _ in range(2))
-    assert largest(first, second) == largest(first, again) == 0.0
-    assert largest(first, fitted(None, face, toys.teacher(), RKD())) <= 1e-6
+    assert toys.largest_gap(first, second) == toys.largest_gap(first, again) == 0.0
+    assert toys.largest_gap(first, fitted(None, face, toys.teacher(), RKD())) <= 1e-6
 
 
 def differing(rank: int, face: str, kind: str) -> str:
@@ -112,9 +112,9 @@ def test_a_sharded_teacher_teaches_as_the_whole_one(ranks: Ranks, kind: str, fac
     (first, parts), (second, _) = ranks.run(by_a_sharded_teacher, face, kind)
     assert all(parts)
     alone, _ = by_a_sharded_teacher(None, face, kind)
-    assert largest(first, second) == 0.0
-    assert largest(first, alone) <= 1e-6
-    assert largest(fitted(None, face, wide(), 0.0 * RKD()), alone) > 1e-3
+    assert toys.largest_gap(first, second) == 0.0
+    assert toys.largest_gap(first, alone) <= 1e-6
+    assert toys.largest_gap(fitted(None, face, wide(), 0.0 * RKD()), alone) > 1e-3
 
 
 def moved_although_sharded(rank: int, face: str) -> str:
