@@ -50,7 +50,6 @@ class RelationNet(nn.Module):
         self.auxiliary = nn.Linear(widths[-1], num_classes)
 
     def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Score and logits."""
         features = self.features(maps)
         return torch.sigmoid(self.score(features)).squeeze(1), self.auxiliary(features)
 
@@ -111,7 +110,6 @@ class RelationNets(RelationalLoss):
         self.set_sizes(student_dim=channels, num_classes=num_classes)
 
     def build(self, student_dim: tuple[int, ...], num_classes: int) -> None:
-        """Make the relation nets, shallow to deep, and the memory with its judge."""
         widths, first = [2 * c for c in student_dim], 2 * student_dim[0]
         hidden = [first] * (len(widths) - 1) + [2 * first]
         self.nets = nn.ModuleList(RelationNet(widths[k:], hidden[k], num_classes) for k in range(len(widths)))

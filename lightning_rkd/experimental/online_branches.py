@@ -46,7 +46,6 @@ class BranchLosses(nn.Module):
         self.temperature = temperature
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The two sums."""
         branches, ensemble = logits.unbind(2), logits.mean(2)
         hard = torch.stack([F.cross_entropy(z, labels) for z in branches]).sum()
         soft = torch.stack([soft_target(z, ensemble, temperature=self.temperature) for z in branches]).sum()

@@ -66,7 +66,6 @@ class AnchoredRKD(AnchoredLoss):
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of unit rows."""
         own = squared_distances(teacher).sqrt()
         # the other form of cdist holds N x N x D
         across = torch.cdist(student, teacher, compute_mode="use_mm_for_euclid_dist")

@@ -106,7 +106,6 @@ class CorrelationCongruence(RelationalLoss):
             self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
-        """Make the two linear layers."""
         assert self.dim is not None  # or there would be no sizes to wait for
         widths = student_dim, teacher_dim
         self.embed = nn.ModuleList(nn.Linear(width, self.dim, dtype=torch.float32) for width in widths)

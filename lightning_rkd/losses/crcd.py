@@ -113,7 +113,6 @@ class CRCD(MemoryContrast):
         super().__init__(*args, negatives=negatives, temperature=temperature, **kwargs)
 
     def log_mean(self) -> float:
-        """The mean over triples of random points."""
         return log_mean_exp(self.dim, self.temperature)
 
     def similarities(self, memory: MemoryBank, features: Tensor, indices: Tensor, which: Tensor) -> Tensor:

@@ -76,9 +76,7 @@ class CRD(MemoryContrast):
     )
 
     def log_mean(self) -> float:
-        """The mean for random points, in closed form up to an integral."""
         return log_mean_exp(self.dim, self.temperature)
 
     def similarities(self, memory: MemoryBank, features: Tensor, indices: Tensor, which: Tensor) -> Tensor:
-        """Inner products of each row with rows of the memory."""
         return memory.similarities(features, which)

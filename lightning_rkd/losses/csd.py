@@ -76,7 +76,6 @@ class CSD(AnchoredLoss):
         self.top_k, self.student_temperature, self.teacher_temperature = top_k, student_temperature, teacher_temperature
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
-        """Make the projection, where widths differ, and the bank."""
         super().build(student_dim, teacher_dim)
         if self.bank_size is not None:
             self.bank = Queue(self.bank_size, teacher_dim, name="CSD", setting="bank_size")

@@ -66,7 +66,6 @@ class D3(AnchoredLoss):
         self.top_k, self.alpha, self.beta, self.gamma = top_k, alpha, beta, gamma
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of unit rows."""
         own = teacher @ teacher.T
         near = most_similar(own, self.top_k)
         t, x = own.gather(1, near), (student @ teacher.T).gather(1, near)

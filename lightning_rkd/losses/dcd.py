@@ -70,7 +70,6 @@ class DCD(RelationalLoss):
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
-        """Make both projections and the scale."""
         self.student_projector = Projector(student_dim, self.dim)
         self.teacher_projector = Projector(teacher_dim, self.dim)
         self.log_scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float32))

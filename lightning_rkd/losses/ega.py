@@ -58,7 +58,6 @@ class EGA(AnchoredLoss):
         self.node_weight, self.edge_weight = node_weight, edge_weight
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of rows of any mean and length."""
         s, t = (unit_rows(centre_columns(x.T).T) for x in (student, teacher))
         nodes = s @ t.T - torch.eye(len(s), dtype=s.dtype, device=s.device)
         node, edge = (torch.linalg.vector_norm(x) for x in (nodes, t @ t.T - s @ s.T))

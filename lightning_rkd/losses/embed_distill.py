@@ -68,7 +68,6 @@ class EmbedDistill(RelationalLoss):
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
-        """Make the projection, if one is used."""
         if self.projection is False and student_dim != teacher_dim:
             raise ValueError(
                 f"EmbedDistill: the student's embeddings are {student_dim} wide, the teacher's {teacher_dim}; "

@@ -76,7 +76,6 @@ class FitNetHint(RelationalLoss):
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: tuple[int, ...], teacher_dim: tuple[int, ...]) -> None:
-        """Make a regressor for every pair of maps."""
         if len(student_dim) != len(teacher_dim):
             raise ValueError(
                 f"FitNetHint: maps are compared in pairs, got channels {student_dim} of the student and {teacher_dim} "

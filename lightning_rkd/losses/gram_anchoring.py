@@ -60,7 +60,6 @@ class GramAnchoring(TokenLoss):
         self.negative_cosines = negative_cosines
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of cosines."""
         if self.negative_cosines == "teacher":
             student = torch.where((student < 0) & (teacher < 0), 0, student)
         elif self.negative_cosines == "zero":

@@ -40,7 +40,6 @@ class GraphConv(nn.Module):
         nn.init.xavier_normal_(self.linear.weight, gain=nn.init.calculate_gain("relu"))
 
     def forward(self, x: Tensor, graph: Tensor) -> Tensor:
-        """The smoothed rows."""
         return unit_rows(self.linear(torch.cat([x, graph @ x], dim=1)))
 
 
@@ -140,7 +139,6 @@ class HolisticKD(RelationalLoss):
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim, num_samples=num_samples)
 
     def build(self, student_dim: int, teacher_dim: int, num_samples: int) -> None:
-        """Make projectors, convolutions and memories."""
         self.student_projector = Projector(student_dim, self.dim)
         self.teacher_projector = Projector(teacher_dim, self.dim)
         self.student_conv, self.teacher_conv = GraphConv(self.dim), GraphConv(self.dim)

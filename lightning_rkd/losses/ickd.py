@@ -86,7 +86,6 @@ class ICKD(RelationalLoss):
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: tuple[int, ...], teacher_dim: tuple[int, ...]) -> None:
-        """Make the map from the student's channels to the teacher's, one for each pair of maps."""
         if len(student_dim) != len(teacher_dim):
             raise ValueError(f"ICKD: {len(student_dim)} maps of the student do not go with {len(teacher_dim)}")
         self.embed = nn.ModuleList(
@@ -98,7 +97,6 @@ class ICKD(RelationalLoss):
         )
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        """The loss as a scalar, summed over the maps."""
         terms = []
         for embed, s, t in zip(self.embed, student, teacher, strict=True):
             if s.ndim not in (3, 4) or t.ndim not in (3, 4):  # a vector's channels have no positions to correlate over

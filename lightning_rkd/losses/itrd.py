@@ -107,7 +107,6 @@ class ITRD(RelationalLoss):
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
-        """Make the linear map to the teacher's width."""
         self.embed = nn.Linear(student_dim, teacher_dim, dtype=torch.float32)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:

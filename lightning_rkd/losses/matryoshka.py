@@ -75,7 +75,6 @@ class Matryoshka(RelationalLoss):
 
     @property
     def missing_sizes(self) -> tuple[str, ...]:
-        """The sizes that are not known yet."""
         return tuple(sorted({size for loss in self.losses for size in loss.missing_sizes}))
 
     def materialize(
@@ -89,7 +88,6 @@ class Matryoshka(RelationalLoss):
         self.ready = True
 
     def suggest_call(self, sizes: Mapping[str, Any]) -> str:
-        """A call that makes this module with the sizes it needs, for messages."""
         arguments = ", ".join(f"{name}={sizes.get(name, '...')}" for name in self.missing_sizes)
         return f"Matryoshka({type(self.losses[0]).__name__}({arguments}), dims={[*self.dims]})"
 

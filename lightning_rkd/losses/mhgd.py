@@ -120,7 +120,6 @@ class MHGD(RelationalLoss):
             self._fill()
 
     def build(self, student_dim: tuple[int, ...], teacher_dim: tuple[int, ...]) -> None:
-        """Make the frozen heads and the adapters."""
         if len(student_dim) != len(teacher_dim) or len(student_dim) < 2:
             raise ValueError(
                 "MHGD relates consecutive stages, so it reads the maps of at least two, as many in both networks; "

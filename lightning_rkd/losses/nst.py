@@ -107,6 +107,5 @@ class NST(RelationalLoss):
         self.feature_maps = feature_maps
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        """The loss as a scalar, summed over the maps."""
         terms = [neuron_selectivity(s, t, kernel=self.kernel) for s, t in zip(student, teacher, strict=True)]
         return torch.stack(terms).sum()

@@ -150,7 +150,6 @@ class PCKD(RelationalLoss):
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
-        """Make the two linear maps and the MLP."""
         self.to_student = Projector(student_dim, student_dim)
         self.to_teacher = Projector(student_dim, teacher_dim)
         hidden = 16 * teacher_dim

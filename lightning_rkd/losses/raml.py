@@ -57,7 +57,6 @@ class RAML(AnchoredLoss):
         self.lambda1, self.lambda2 = lambda1, lambda2
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of unit rows."""
         n = len(student)
         own, others = teacher @ teacher.T, 1 - torch.eye(n, dtype=student.dtype, device=student.device)
 

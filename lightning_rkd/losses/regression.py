@@ -52,7 +52,6 @@ class Regression(AnchoredLoss):
             self.invariances = frozenset()
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """One minus the cosine of unit rows."""
         return (1 - (student * teacher).sum(1)).mean()
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:

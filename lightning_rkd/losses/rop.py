@@ -63,7 +63,6 @@ class ROP(AnchoredLoss):
         self.top_k, self.temperature, self.rank_weight = top_k, temperature, rank_weight
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of unit rows."""
         own = teacher @ teacher.T
         near = most_similar(own, self.top_k)
         t, x = own.gather(1, near), (student @ teacher.T).gather(1, near)

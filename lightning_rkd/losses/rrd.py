@@ -86,7 +86,6 @@ class RRD(RelationalLoss):
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
-        """Make the two linear maps, of which the student's is trained, and the queue."""
         self.student_projector = Projector(student_dim, self.dim)
         self.teacher_projector = Projector(teacher_dim, self.dim).requires_grad_(False)
         self.queue = Queue(self.queue_size, self.dim, seed=self.seed, name="RRD")

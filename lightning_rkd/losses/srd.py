@@ -84,7 +84,6 @@ class SRD(RelationalLoss):
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
-        """Make the projector."""
         self.project = nn.Linear(student_dim, teacher_dim, bias=False, dtype=torch.float32)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -58,6 +58,5 @@ class TokenSimilarity(TokenLoss):
         self.temperature = temperature
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of cosines."""
         log_q, log_p = (F.log_softmax(x.flatten(0, 1) / self.temperature, dim=1) for x in (student, teacher))
         return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

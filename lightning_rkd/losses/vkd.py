@@ -65,7 +65,6 @@ class VkD(RelationalLoss):
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
-        """Make the free matrix, orthonormal from the start."""
         self.matrix = nn.Parameter(orthonormal(torch.randn(teacher_dim, student_dim, dtype=torch.float32)))
 
     def project(self, rows: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ class AnchoredLoss(RelationalLoss):
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim)
 
     def build(self, student_dim: int, teacher_dim: int) -> None:
-        """Make the projection, where widths differ."""
         different = student_dim != teacher_dim
         self.project = (
             nn.Linear(student_dim, teacher_dim, bias=False, dtype=torch.float32) if different else nn.Identity()

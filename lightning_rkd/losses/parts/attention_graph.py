@@ -34,7 +34,6 @@ class AttentionHeads(nn.Module):
         self.requires_grad_(not frozen)
 
     def forward(self, front: Tensor, back: Tensor) -> Tensor:
-        """The graphs' logits."""
         sender, receiver = self.sender(back), self.receiver(front)
         shape = (len(sender), -1, self.heads)  # the head is the last of the two factors of the width
         logits: Tensor = sender.view(shape).permute(2, 0, 1) @ receiver.view(shape).permute(2, 1, 0)
@@ -61,7 +60,6 @@ class Estimator(nn.Module):
         self.out = _linear(width * heads, back, bias=True)
 
     def forward(self, front: Tensor, logits: Tensor, kept: Tensor | float) -> Tensor:
-        """The estimate."""
         mixed = (logits.softmax(-1) * kept) @ self.features(front)  # (heads, N, width)
         return F.normalize(self.out(mixed.permute(1, 0, 2).flatten(1)), dim=1)
 

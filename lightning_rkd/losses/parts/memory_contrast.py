@@ -45,7 +45,6 @@ class MemoryContrast(RelationalLoss):
         self.set_sizes(student_dim=student_dim, teacher_dim=teacher_dim, num_samples=num_samples)
 
     def build(self, student_dim: int, teacher_dim: int, num_samples: int) -> None:
-        """Make projectors and memories."""
         self.student_projector = Projector(student_dim, self.dim)
         self.teacher_projector = Projector(teacher_dim, self.dim)
         self.student_memory = MemoryBank(num_samples, self.dim, seed=self.seed, name=self.display_name)

@@ -14,5 +14,4 @@ class Projector(nn.Module):
         self.linear = nn.Linear(width, dim, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The projected rows."""
         return unit_rows(self.linear(x))
