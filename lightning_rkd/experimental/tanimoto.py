@@ -9,7 +9,6 @@ from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_choice
 
 Form = Literal["matrix", "sample"]
-"""``"matrix"`` relates the samples of a batch; ``"sample"`` relates each sample's two embeddings."""
 
 
 class Tanimoto(RelationalLoss):

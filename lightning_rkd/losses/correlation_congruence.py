@@ -11,7 +11,6 @@ from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.losses.parts.checks import check_at_least, check_choice, check_positive
 
 Form = Literal["kernel", "norm", "rows"]
-"""``"kernel"`` is the paper's, ``"norm"`` torchdistill's, ``"rows"`` RepDistiller's."""
 
 
 def gaussian_taylor(inner: Tensor, gamma: float, order: int) -> Tensor:

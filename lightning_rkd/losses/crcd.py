@@ -64,11 +64,8 @@ class CRCD(MemoryContrast):
     with the networks exchanged, and trains the teacher's projection; :math:`L = L_s + L_t`. After each training step
     the rows of the batch are updated in both memories (:class:`~lightning_rkd.losses.parts.memory.MemoryBank`).
 
-    This is the paper's feature relation. Its gradient relation is left out. The authors' code defines it
-    (helper/loops.py, ``get_gradnh_loss``): the same loss, with projections and memories of its own, on the gradients of
-    both networks' cross-entropy at their features, with a weight of 1.0. There it multiplies the soft-target loss
-    instead of being added, takes gradients through the teacher's classifier, and is called by another name, in a script
-    that its authors call unchecked.
+    This is the paper's feature relation. Its gradient relation is left out: the authors' code (helper/loops.py,
+    ``get_gradnh_loss``), in a script that they call unchecked, multiplies the soft-target loss by it.
 
     Departures from the published code, which its authors call a partial reimplementation of the paper's:
 

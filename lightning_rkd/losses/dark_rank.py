@@ -85,8 +85,7 @@ class SoftDarkRank(HardDarkRank):
 
     Departures from the authors' code: theirs leaves the teacher's entropy, a constant, in the loss, takes only the
     first half of the batch as queries, which its sampler fills with pairs of a class, and its hand-written gradient
-    moves the listed samples but not the query (its cosine with the gradient of the equation, which is this loss's, is
-    0.83 to 0.86); its scores :math:`-(3.5\, d^2)^2` are ``alpha=12.25, beta=4`` here, and
+    moves the listed samples but not the query; its scores :math:`-(3.5\, d^2)^2` are ``alpha=12.25, beta=4`` here, and
     its weight of 16 is one of 2 beside a mean over the batch, by whose size, 8, its optimizer divides all gradients.
 
     Shapes: (N, D_s), (N, D_t) -> scalar. Lists are as long as the batch allows; up to two rows give 0. Time and memory

@@ -31,10 +31,8 @@ class RRD(RelationalLoss):
     comment in their class and earlier versions of the abstract say the reverse. Their second variant, with one memory
     row for every training sample, is not here.
 
-    :math:`g_t` makes a space of its own: the student does not learn to query the teacher's gallery. For the same
-    comparison with the teacher's rows as they are, such as the queue of lightly-train's distillation, use
-    ``CSD(bank_size=M, student_temperature=tau, teacher_temperature=tau)``
-    (:class:`~lightning_rkd.losses.csd.CSD`).
+    :math:`g_t` makes a space of its own: the student does not learn to query the teacher's gallery. The same comparison
+    with the teacher's rows as they are is ``CSD(bank_size=M, student_temperature=tau, teacher_temperature=tau)``.
 
     Shapes: student (N, D_s), teacher (N, D_t) -> scalar.
 

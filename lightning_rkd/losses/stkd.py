@@ -11,7 +11,6 @@ from lightning_rkd.losses.parts.checks import check_choice, check_classes, check
 from lightning_rkd.utils.types import Mix
 
 Form = Literal["virtual", "blended", "wrong classes"]
-"""The target that the student imitates."""
 
 
 def similarity_transfer(
