@@ -80,14 +80,21 @@ class TrainingCLI(LightningCLI):
             else:
                 self.config = parser.parse_object(args)
         except ArgumentError as error:
-            noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
-            kept = (line for line in error.message.splitlines() if not line.strip().startswith(noise))
-            error.message = "\n".join(kept)
+            error.message = _shorten(error.message)
             unknown = re.search(r"Expected a dot import path string: (\w+)$", error.message, re.MULTILINE)
             if unknown and (near := difflib.get_close_matches(unknown[1], self._known, n=1)):
                 place = ".".join(re.findall(r'Parser key "([\w.]+)"', error.message))
                 error.message = f"{place}: there is no class {unknown[1]!r}; did you mean {near[0]!r}?"
             raise
+
+    def instantiate_classes(self) -> None:
+        """Build everything, with the message of a class that refuses its arguments without the whole configuration."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if "Given value" not in str(error):
+                raise
+            raise ValueError(_shorten(str(error)).strip(" -")) from error
 
     def _parse_ckpt_path(self) -> None:
         """Keep the configuration, which Lightning would replace by the checkpoint's without a message."""
@@ -236,6 +243,12 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
             pass
     except OSError as error:
         raise OSError(f"the output folder {str(folder)!r} cannot be written: {error.strerror or error}") from error
+
+
+def _shorten(message: str) -> str:
+    """A message of jsonargparse without what is no mistake of the user's, and without the values of all arguments."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
+    return "\n".join(line for line in message.splitlines() if not line.strip().startswith(noise))
 
 
 def import_public_classes() -> list[str]:

@@ -161,6 +161,11 @@ def test_one_folder_holds_the_configuration_and_the_checkpoints(options: list[st
             1,
             "error: the output folder 'mine.yaml/run' cannot be written: ",
         ),
+        (
+            ["--config=glyphs_rkd", "--model.micro_batch=0"],
+            1,
+            "error: micro_batch must be an integer of at least 1, got",
+        ),
         (["--config=glyphs_rkd"], 1, "error: the weights file 'runs/glyphs_teacher/last.ckpt' does not exist; train"),
     ],
 )
