@@ -96,13 +96,7 @@ class RelationalAgreement(RowMetric):
         self.triplets, self.max_anchors, self.seed = triplets, max_anchors, seed
 
     def update(self, student: Tensor, teacher: Tensor, indices: Tensor | None = None) -> None:
-        """Add the embeddings of N samples by both networks.
-
-        Args:
-            student: (N, D_s), floating point.
-            teacher: (N, D_t), floating point.
-            indices: (N,) row of each sample in its data set.
-        """
+        """Add the embeddings of N samples by both networks, and the row of each sample in its data set."""
         self._add({"student": student, "teacher": teacher}, indices=indices)
 
     @property

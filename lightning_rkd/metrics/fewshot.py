@@ -97,13 +97,7 @@ class FewShotAccuracy(RowMetric):
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
     def update(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
-        """Add N rows.
-
-        Args:
-            embeddings: (N, D), floating point.
-            labels: (N,) class of each row.
-            indices: (N,) row of each sample in its data set.
-        """
+        """Add N rows, their classes, and the row of each sample in its data set."""
         self._add({"embeddings": embeddings}, labels=labels, indices=indices)
 
     @property
