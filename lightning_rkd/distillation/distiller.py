@@ -111,10 +111,7 @@ class Distiller:
         gather: Whether relations span the rows of all ranks.
 
     Attributes:
-        teacher: The teacher, or ``None``.
         losses: Registered losses by log name, each with its weight and tap.
-        weight: Weight of all terms.
-        gather: Whether relations span the rows of all ranks.
         group: Process group over which batches are split; ``None`` for the default group.
 
     Raises:

@@ -60,7 +60,6 @@ class LossSum(Weighable):
 
     Attributes:
         terms: Loss, weight and tap of every term, by name.
-        aligns: Whether a term brings the student's embedding into the teacher's space.
 
     Example:
         >>> from lightning_rkd.losses.base import RelationalLoss
