@@ -103,6 +103,13 @@ def test_the_compression_it_quotes_is_that_of_the_benchmark() -> None:
                 assert f"{statistics.fmean(values):.3f}{spread}" in (README.parent / page).read_text(), (page, score)
 
 
+def test_the_differences_of_which_loss_are_those_of_the_results() -> None:
+    page, results = ((README.parent / "docs" / f"{name}.md").read_text() for name in ("which_loss", "results"))
+    quoted = re.findall(r"[+-]0\.\d{3} \[[+-]0\.\d{3}, [+-]0\.\d{3}\]", page)
+    assert len(quoted) > 5
+    assert [one for one in quoted if one not in results] == []
+
+
 def test_the_speed_it_quotes_is_that_of_the_page() -> None:
     page = (README.parent / "docs" / "speed" / "rkd_angle.md").read_text()
     measured = {
