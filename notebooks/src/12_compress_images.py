@@ -36,7 +36,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # keep the noteb
 warnings.filterwarnings("ignore", module="lightning")
 quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger"), False)
 
-data = GlyphDataModule(validation=0.4, test=0.2)
+data = GlyphDataModule(max_classes=525, validation=0.4, test=0.2)
 data.setup()
 
 
