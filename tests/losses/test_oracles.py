@@ -380,7 +380,7 @@ def test_values_and_norms_of_gradients_are_those_of_published_code(loss, value, 
     assert (ours.item(), student.grad.norm().item()) == pytest.approx((value, gradient), rel=1e-10)
 
 
-def test_rank_order_preservation_has_published_values_for_more_rows_than_it_ranks():
+def test_rop_has_published_values_for_more_rows_than_it_ranks():
     student, teacher = det(100, 6, 0.7, 1.1).requires_grad_(), det(100, 6, 1.3, 0.5)  # by SCY-X/D3still
     ours = losses.ROP(top_k=96, temperature=0.1, rank_weight=0.2)(student, teacher)
     ours.backward()
