@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_rkd.experimental.corsd import PARTS, ClassMemory, RelationNet, triplets
+from lightning_rkd.experimental.corsd import PARTS, ClassMemory, triplets
 from lightning_rkd.losses.parts.memory import generator
 from lightning_rkd.utils.types import Outputs
 from tests.harness.scheme_toys import CASES, STEPS, fit, images
@@ -115,12 +115,6 @@ def test_partners_are_of_the_same_and_of_another_class(seed: int) -> None:
     assert alone.tolist() == [False, False, False, True, False, False, False]
 
 
-def test_partners_change_from_step_to_step_and_come_again_after_a_resume() -> None:
-    labels = torch.arange(12) % 3
-    first, second, again = (triplets(labels, generator(0, step))[0].tolist() for step in (0, 1, 0))
-    assert first == again != second
-
-
 def test_the_memory_is_the_mean_prediction_by_class() -> None:
     memory = ClassMemory(3)
     predictions = torch.randn(6, 3).softmax(1)
@@ -146,13 +140,6 @@ def test_the_parts_are_logged_and_add_up() -> None:
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     parts = [logged["train/cross_entropy"], *(logged[f"distill/{name}"] for name in PARTS)]
     assert logged["train/loss"] == pytest.approx(sum(parts), rel=1e-5)
-
-
-def test_a_relation_net_halves_maps_and_ends_in_a_distance() -> None:
-    relation = RelationNet([8, 16, 32], 8, 5).eval()
-    assert relation.features[:2](torch.ones(2, 8, 12, 12)).shape == (2, 32, 3, 3)
-    score, _ = relation(torch.randn(4, 8, 12, 12))
-    assert bool(((score > 0) & (score < 1)).all())
 
 
 def test_batches_and_optimizers_that_cannot_work_are_refused() -> None:
