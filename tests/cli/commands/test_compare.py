@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import yaml
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli import recipes
 from lightning_rkd.cli.commands import compare as command
+from lightning_rkd.cli.commands import demo
 from lightning_rkd.cli.experiments import plan, tasks, tuning, workers
 from lightning_rkd.cli.experiments.tasks import tasks_of
 from lightning_rkd.data import GlyphDataModule
@@ -60,21 +62,22 @@ class Dies(RelationalLoss):
         return student.mean()
 
 
+@pytest.mark.parametrize("module", [demo, command], ids=["demo", "compare"])
 def test_damaged_images_are_left_out_if_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    planned = []
-
-    def interrupt(comparison: Any, *args: Any, **kwargs: Any) -> None:
-        planned.append(comparison)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(command, "compare", interrupt)
+    compare = mock.Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(module, "compare", compare)
     photos = replicas.photos(tmp_path / "photos", images=6, size=16)
+    (photos / "group0" / "class0" / "0.png").write_bytes(b"no image at all")
     folder = {"data": {"class_path": "ImageFolderDataModule", "init_args": {"root": str(photos)}}}
     written(set={"trainer.accelerator": "cpu", **folder}, teacher={"recipe": "glyphs_teacher"})
-    assert cli.main(["compare", "--config", "mine.yaml", "--skip-damaged"]) == 130
-    (comparison,) = planned
+    args = ["demo", f"--data={photos}", "--seeds=1"] if module is demo else ["compare", "--config=mine.yaml"]
+    if module is demo:
+        assert cli.main(args) == 1
+        assert "leave out all damaged images with skip_damaged=True (--skip-damaged)" in capsys.readouterr().err
+    assert cli.main([*args, "--skip-damaged"]) == 130
+    comparison = compare.call_args.args[0]
     every = [comparison.teacher, *comparison.networks]
     assert [network.config["data"]["init_args"]["skip_damaged"] for network in every] == [True] * 3
     written()

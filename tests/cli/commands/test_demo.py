@@ -136,25 +136,6 @@ def test_an_interrupted_demo_says_how_to_resume_and_refuses_other_settings(
     assert Path("my runs", demo.MADE_BY).read_bytes() == before
 
 
-def test_damaged_images_are_left_out_if_asked(
-    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    planned = []
-
-    def interrupt(comparison: Any, *args: Any, **kwargs: Any) -> None:
-        planned.append(comparison)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "compare", interrupt)
-    (photos / "group0" / "class0" / "0.png").write_bytes(b"no image at all")
-    args = ["--data", str(photos), "--seeds", "1"]
-    assert "or leave out all damaged images with skip_damaged=True (--skip-damaged)" in error_of(args, capsys)
-    assert cli.main(["demo", *args, "--skip-damaged"]) == 130
-    (comparison,) = planned
-    every = [comparison.teacher, *comparison.networks]
-    assert [network.config["data"]["init_args"]["skip_damaged"] for network in every] == [True] * 3
-
-
 def test_a_demo_that_was_killed_in_its_first_write_begins_anew(tmp_path: Path) -> None:
     """Truncate a file, as SIGKILL would leave it."""
     (tmp_path / f".{demo.MADE_BY}.part").write_text("made_by: lightning-r")
