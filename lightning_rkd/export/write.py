@@ -52,7 +52,6 @@ def export(
     read: Callable[[Any, Mapping[Any, Any]], Tensor] | Key | None = None,
     formats: Sequence[str] = tuple(FORMATS),
     build: Mapping[str, Any] | None = None,
-    input_scaling: Mapping[str, Sequence[float]] | None = None,
     preprocess: Preprocess | None = None,
     facts: Facts | None = None,
     overwrite: bool = False,
@@ -80,8 +79,6 @@ def export(
         formats: Some of ``"safetensors"``, ``"torch"``, ``"onnx"``.
         build: Class path and arguments, ``{"class_path": ..., "init_args": {...}}``, from which :func:`load` builds
             the network; without it :func:`load` needs a network.
-        input_scaling: ``{"mean": [...], "std": [...]}`` per channel, with which inputs in 0 to 1 are normalised before
-            the network; documented in the files, not part of the programs. Left out with ``preprocess``.
         preprocess: Function from images, texts or vectors to the network's inputs, such as
             :class:`~lightning_rkd.export.ImagePreprocess`; :func:`load` and ``use.py`` then take such items.
         facts: Facts for the model card.
@@ -127,9 +124,9 @@ def export(
             if FORMATS["onnx"] in {path.name for path in place.iterdir()}:
                 shutil.copyfile(use.__file__, place / _USE)
         facts = facts or Facts()
+        scaling: dict[str, Any] = {}
         if isinstance(preprocess, ImagePreprocess):
-            input_scaling = {"mean": preprocess.mean, "std": preprocess.std}
-        scaling = {"range": [0.0, 1.0], **input_scaling} if input_scaling else {}
+            scaling = {"range": [0.0, 1.0], "mean": preprocess.mean, "std": preprocess.std}
         config = {
             "made_by": "lightning-rkd export",
             "format": 1,

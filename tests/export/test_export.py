@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_rkd.export import ExportError, export, formats, load, write
+from lightning_rkd.export import ExportError, ImagePreprocess, export, formats, load, write
 from lightning_rkd.export.read import build_network
 from lightning_rkd.models import ConvNet
 from lightning_rkd.utils.types import call_network
@@ -88,9 +88,9 @@ def test_the_folder_holds_the_students_tensors_and_no_other(tmp_path: Path) -> N
 
 
 def test_the_card_says_what_the_network_takes_and_gives(tmp_path: Path) -> None:
-    scaling = {"mean": [0.5, 0.25, 0.125], "std": [1.0, 2.0, 4.0]}
+    pixels = ImagePreprocess((32, 32), (0.5, 0.25, 0.125), (1.0, 2.0, 4.0))
     network = trained(NETWORKS["ConvNet"])
-    done = export(network, torch.zeros(1, 3, 32, 32), tmp_path / "out", formats=["torch"], input_scaling=scaling)
+    done = export(network, torch.zeros(1, 3, 32, 32), tmp_path / "out", formats=["torch"], preprocess=pixels)
     card = (done.folder / "README.md").read_text()
     assert "(N, 3, 32, 32), float32" in card
     assert "(N, 6), float32" in card
