@@ -252,12 +252,6 @@ def test_losses_receive_labels_indices_view_and_epoch() -> None:
     assert (loss.given["view"].tolist(), loss.given["epoch"]) == ([0] * 8, 1)
 
 
-def test_an_indexed_batch_survives_a_change_of_precision() -> None:
-    loss = toys.Requesting()
-    toys.fit(toys.Student(), attached(loss), batches=with_indices(toys.loader()), precision="bf16-true")
-    assert loss.given["indices"].dtype == torch.int64
-
-
 def test_views_are_numbered_and_labels_and_indices_repeated() -> None:
     class Twice(toys.Student):
         def loss(self, x: Tensor, y: Tensor) -> Tensor:

@@ -44,12 +44,6 @@ def test_features_are_read_although_the_next_layer_overwrites_them(mode: Any, ta
         assert torch.equal(read(net, tap, X).embedding, by_steps(net, X)["first"])
 
 
-def test_a_tensor_nobody_wrote_to_is_the_layers_own() -> None:
-    net = nn.Sequential(nn.Linear(nets.WIDTH, 5), nn.Tanh())
-    reader, output = start_reader(net, "1"), net(X)
-    assert reader.collect()[0][""].embedding is output
-
-
 def test_a_classifier_gives_input_output_and_weights() -> None:
     net, at = nets.Backbone(), "classifier"
     steps = by_steps(net, X)
@@ -105,14 +99,6 @@ def test_maps_of_one_position_are_flattened_and_wider_ones_kept() -> None:
     assert read(net, "1", x).embedding.shape == (2, 3)
     assert read(net, "0", x).embedding.shape == (2, 3, 4, 4)
     assert read(net, Tap("0", read=global_pool), x).embedding.shape == (2, 3)
-
-
-def test_two_calls_are_concatenated_in_order() -> None:
-    net = nets.Backbone()
-    reader, a, b = start_reader(net, None), net(X), net(-X)
-    outputs, calls = reader.collect()
-    assert calls == 2
-    assert torch.equal(outputs[""].embedding, torch.cat([a, b]))
 
 
 def test_read_may_return_outputs_which_later_writes_do_not_change() -> None:
@@ -210,25 +196,6 @@ def compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("again", [False, True])
-def test_a_new_start_within_a_step_forgets_only_where_a_layer_runs_again(again: bool) -> None:
-    net, reader, inputs = nets.Backbone(), FeatureReader("drop", "student"), InputReader("")
-    for each in (reader, inputs):
-        each.attach(net)
-        each.start()
-    net(X)
-    for each in (reader, inputs):
-        each.restart()
-        each.restart()
-    if again:
-        net(2 * X)
-    expected = 2 * X if again else X
-    (seen,), (outputs, calls) = inputs.collect(), reader.collect()
-    assert torch.equal(seen, expected)
-    assert calls == 1
-    assert torch.equal(outputs[""].embedding, by_steps(net, expected)["act"])
 
 
 def test_what_was_compiled_keeps_the_names_it_had() -> None:

@@ -60,12 +60,6 @@ def test_maps_that_the_term_does_not_read_do_not_count() -> None:
     torch.testing.assert_close(of_task, (read / 48).norm().detach(), msg="100 times that with the other map")
 
 
-def test_the_search_stops_at_layers_with_parameters() -> None:
-    backbone, head = nn.Linear(3, 4), nn.Linear(4, 4)
-    y = backbone(torch.randn(6, 3))
-    assert measure(head(y), y.square().mean(), RKDDistance())[1][1] is None
-
-
 def test_a_term_whose_gradient_overflows_makes_the_scaler_step_back() -> None:
     x = torch.randn(4, 3, dtype=torch.float16, requires_grad=True)
     (of_term, _) = measure(x, x.float().sum(), RKDDistance(), scale=lambda loss: 1e8 * loss)[1]

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from lightning_rkd.losses import HolisticKD
-from lightning_rkd.losses.holistic import prediction_graph
 from lightning_rkd.utils.types import Outputs
 from tests.losses.test_memory_contrast import batches, small, value_of
 from tests.oracles import holistic as oracle
@@ -55,15 +54,6 @@ def test_loss_and_memories_over_several_steps_are_those_of_the_loops(n, settings
         ]
         for bank, expected_rows in zip(banks, memories, strict=True):
             torch.testing.assert_close(bank.rows, torch.tensor(expected_rows, dtype=torch.float64), rtol=0, atol=1e-12)
-
-
-def test_the_graph_is_the_normalised_adjacency_of_the_neighbours():
-    logits = torch.randn(9, 4, dtype=torch.float64)
-    graph = prediction_graph(logits, 4)
-    for i, near in enumerate(oracle.neighbours(logits.tolist(), 4)):
-        assert near[0] == i
-        assert set(graph[i].nonzero().flatten().tolist()) == set(near)
-    assert set(graph.flatten().tolist()) == {0.0, 0.25}
 
 
 @pytest.mark.parametrize("negatives_from", ["own", "other"])

@@ -1,5 +1,3 @@
-import copy
-import pickle
 from collections import Counter, deque
 
 import pytest
@@ -36,13 +34,6 @@ def test_an_update_is_that_of_the_loops(momentum, indices):
     bank.update(torch.tensor(indices), rows, momentum)
     torch.testing.assert_close(bank.rows, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-14)
     assert int(bank.updates) == 1
-
-
-def test_duplicates_count_once_whatever_their_order():
-    one, other, rows = MemoryBank(8, 4), MemoryBank(8, 4), unit(4, 4).float()
-    one.update(torch.tensor([2, 2, 2, 6]), rows, 0.5)
-    other.update(torch.tensor([6, 2, 2, 2]), rows[[3, 1, 2, 0]], 0.5)
-    torch.testing.assert_close(one.rows, other.rows, rtol=0, atol=1e-7)
 
 
 def test_a_row_of_zeros_leaves_a_finite_bank():
@@ -159,22 +150,6 @@ def test_an_update_between_forward_and_backward_leaves_the_gradient_alone():
     bank.update(torch.arange(5), features.detach(), 0.0)
     value.backward()
     torch.testing.assert_close(features.grad, expected)
-
-
-def test_a_bank_taken_up_from_its_state_goes_on_bit_for_bit():
-    one = MemoryBank(9, 4)
-    steps = [(torch.randint(9, (3,)), unit(3, 4).float(), torch.randint(3, (3,))) for _ in range(6)]
-    for indices, rows, labels in steps[:3]:
-        one.update(indices, rows, 0.5, labels)
-    other = MemoryBank(9, 4)
-    other.load_state_dict(copy.deepcopy(one.state_dict()))
-    for twin in (other, copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
-        original = copy.deepcopy(one)
-        for indices, rows, labels in steps[3:]:
-            for bank in (original, twin):
-                bank.update(indices, rows, 0.5, labels)
-            assert torch.equal(original.draw(indices, 7, labels), twin.draw(indices, 7, labels))
-        assert all(torch.equal(a, b) for a, b in zip(original.buffers(), twin.buffers(), strict=True))
 
 
 def _three_steps(rank: int, counts: list[int], indices: Tensor, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
