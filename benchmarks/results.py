@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from studies.images import ImageStudy
 from studies.report import describe, draw, tabulate, to_cells
 from studies.runner import read_rows, run_study
 from studies.text import TextStudy
@@ -43,7 +44,7 @@ OUT = Path("runs", "results")
 BALANCES = "0.5,2,8"
 """Tried for every entry that has a ``balance``: how many times as long as the task's gradient the loss's is."""
 
-LONG = {"text": TextStudy}
+LONG = {"text": TextStudy, "images": ImageStudy}
 """Studies with a queue of many short runs, which a stopped command goes on with."""
 
 STUDIES = ("retrieval", "generations", "classification", "similarity_transfer", "few_shot")
@@ -155,7 +156,6 @@ def published(studies: Mapping[str, Any]) -> list[list[str]]:
 def long_section(study: str, remarks: str) -> list[str]:
     """Tables and figures of a long study, and its figures' files, from the runs that are there."""
     about, rows = LONG[study], read_rows(TABLES / f"{study}.csv")
-    seeds = sum(len(part) for part in about.seeds)
     parts = [f"## {about.title}", remarks.strip(), describe(rows, f"python benchmarks/results.py --only {study}")]
     for data, student in about.settings:
         place = f"{study}_{data}_{student}.png"
@@ -167,7 +167,7 @@ def long_section(study: str, remarks: str) -> list[str]:
             if (row["data"], row["student"]) == (data, "teacher"):
                 parts.append(f"The teacher: recall@1 {float(row[R1]):.3f}, MAP@R {float(row['map_at_r']):.3f}.")
         for caption, lines in tables.items():
-            parts += [f"**{caption}**", table(*to_cells(lines, seeds))]
+            parts += [f"**{caption}**", table(*to_cells(lines, about.seeds))]
         if any(R1 in line.gains for lines in tables.values() for line in lines):
             write_whole(TABLES / place, to_png(draw(tables)))
             parts.append(f"![Gains in recall@1](results/{place})")

@@ -27,21 +27,13 @@ TASKS: dict[str, Callable[[], nn.Module]] = {
     "multi-similarity": MultiSimilarityLoss,
 }
 BALANCES = (0.25, 1.0, 4.0, 16.0)
-TUNING_SEEDS = (100, 101)
-COLD_CSD = "CSD(student_temperature=0.1, teacher_temperature=0.1)"
-VARIANTS = (COLD_CSD, f"3 * RKD + {COLD_CSD}", "AnchoredRKD(angle_weight=2.0)")
-"""Further settings of the losses: temperatures of ``lightning-rkd distill``, its default loss, anchored angles."""
-
-SLOW = ("RRD", "CRD")
-"""Losses whose steps take many times as long as the others' on a CPU; they come last."""
-
 LEFT_OUT = ("CRCD",)
 """A step with the published 500 negatives takes more than a second on a CPU."""
 
 
 @cache
-def list_losses() -> tuple[str, ...]:
-    """Every loss of the package that reads the embedding alone and needs no argument, and the variants, RKD's first."""
+def list_losses(variants: Sequence[str]) -> tuple[str, ...]:
+    """Every loss of the package that reads the embedding alone and needs no argument, and variants, RKD's first."""
     found = []
     for module in (lightning_rkd.losses, lightning_rkd.experimental):
         for name in module.__all__:
@@ -50,13 +42,13 @@ def list_losses() -> tuple[str, ...]:
                 parameters = inspect.signature(loss).parameters.values()
                 needed = [p for p in parameters if p.default is p.empty and p.kind not in (2, 4)]  # *args, **kwargs
                 found += [name] if loss.reads == "embedding" and not needed and name not in LEFT_OUT else []
-    return tuple(sorted((*found, *VARIANTS), key=lambda name: not name.startswith("RKD")))
+    return tuple(sorted((*found, *variants), key=lambda name: not name.startswith("RKD")))
 
 
 @cache
-def list_anchored() -> tuple[str, ...]:
+def list_anchored(losses: Sequence[str]) -> tuple[str, ...]:
     """The single losses that align the student's space with the teacher's."""
-    sums = {name: LossSum(parse_loss(name)) for name in list_losses()}
+    sums = {name: LossSum(parse_loss(name)) for name in losses}
     return tuple(name for name, loss in sums.items() if loss.aligns and len(loss.terms) == 1)
 
 
@@ -64,7 +56,7 @@ Means = Mapping[tuple[str, ...], Mapping[str, float]]
 """Mean scores over the tuning seeds by data, student, loss, beside and weight, of complete groups of runs."""
 
 
-def average_tuning(rows: Sequence[Row]) -> Means:
+def average_tuning(rows: Sequence[Row], seeds: int) -> Means:
     """Mean scores of the runs on validation classes."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -74,7 +66,7 @@ def average_tuning(rows: Sequence[Row]) -> Means:
     return {
         key: {score: statistics.fmean(float(row[score]) for row in found) for score in SCORES if found[0].get(score)}
         for key, found in groups.items()
-        if len(found) == len(TUNING_SEEDS)
+        if len(found) == seeds
     }
 
 
@@ -83,37 +75,45 @@ class EmbeddingStudy:
 
     For each setting: the task losses alone; every loss alone; every loss beside the triplet loss with the weight that
     has the best MAP@R on validation classes; and RKD-DA, so tuned, beside the anchored loss that alone has the best
-    recall among the teacher's rows there.
+    recall among the teacher's rows there. Data named ``"unlabelled"`` have no task loss, ``"labelled"`` ones no run
+    without it.
     """
 
     name: str
     settings: Sequence[tuple[str, str]]
     scores: Sequence[str] = SCORES
-    seeds: Sequence[Sequence[int]] = (range(5), range(5, 10))
+    seeds: int
+    tuning_seeds: Sequence[int] = (100, 101)
+
+    def parts(self) -> Iterator[tuple[Sequence[str], Sequence[int]]]:
+        """Losses and seeds, in the order of the queue."""
+        raise NotImplementedError
 
     def plan(self, rows: Sequence[Row]) -> Iterator[Run]:
-        """Runs of all settings with the first seeds, then with the others; then those of slow losses."""
-        means, losses = average_tuning(rows), list_losses()
+        """Runs of the teachers, then of all settings with each part's losses and seeds."""
+        means = average_tuning(rows, len(self.tuning_seeds))
         for data in dict.fromkeys(data for data, _ in self.settings):
             yield Run(self.name, data, "teacher", "final", "none", "none", 0.0, 0)
-        for part in ([loss for loss in losses if loss not in SLOW], SLOW):
-            for seeds in self.seeds:
-                for data, student in self.settings:
-                    yield from self.plan_setting(means, data, student, part, seeds)
+        for losses, seeds in self.parts():
+            for data, student in self.settings:
+                yield from self.plan_setting(means, data, student, losses, seeds)
 
     def plan_setting(
         self, means: Means, data: str, student: str, losses: Sequence[str], seeds: Sequence[int]
     ) -> Iterator[Run]:
         """Runs of some losses and seeds."""
-        run = partial(Run, self.name, data, student)
+        run, labelled = partial(Run, self.name, data, student), data != "unlabelled"
         for seed in seeds:
-            yield from (run("final", "none", task, 0.0, seed) for task in TASKS)
-            yield from (run("final", loss, "none", 0.0, seed) for loss in losses)
-        yield from self.plan_tuned(means, data, student, losses, "triplet", seeds)
-        anchored = [loss for loss in list_anchored() if loss not in SLOW]
-        yield from (run("tune", loss, "none", 0.0, seed) for loss in anchored for seed in TUNING_SEEDS)
+            yield from (run("final", "none", task, 0.0, seed) for task in TASKS if labelled)
+            yield from (run("final", loss, "none", 0.0, seed) for loss in losses if data != "labelled")
+        if labelled:
+            yield from self.plan_tuned(means, data, student, losses, "triplet", seeds)
+        if data == "labelled":
+            return
+        anchored = list_anchored(tuple(losses))
+        yield from (run("tune", loss, "none", 0.0, seed) for loss in anchored for seed in self.tuning_seeds)
         found = {loss: means.get((data, student, loss, "none", "0.0")) for loss in anchored}
-        if None not in found.values():
+        if found and None not in found.values():
             best = max(anchored, key=lambda loss: found[loss]["asymmetric_recall_at_1"])
             yield from self.plan_tuned(means, data, student, ["RKD"], best, seeds)
 
@@ -123,7 +123,7 @@ class EmbeddingStudy:
         """Runs that tune the weights of losses beside another, and runs with the best weights."""
         run, best = partial(Run, self.name, data, student), {}
         for loss in losses:
-            yield from (run("tune", loss, beside, weight, seed) for weight in BALANCES for seed in TUNING_SEEDS)
+            yield from (run("tune", loss, beside, weight, seed) for weight in BALANCES for seed in self.tuning_seeds)
             found = {weight: means.get((data, student, loss, beside, str(weight))) for weight in BALANCES}
             if None not in found.values():
                 best[loss] = max(BALANCES, key=lambda weight: found[weight]["map_at_r"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from scipy.stats import ttest_1samp
 from lightning_rkd.plots.style import get_theme, new_figure, style_axes
 from lightning_rkd.utils.statistics import Difference, paired_difference
 
-from .methods import COLD_CSD, SCORES
+from .methods import SCORES
 from .runner import Row
 
 NAMES = {"RKD": "RKD-DA", "RKDDistance": "RKD-D", "RKDAngle": "RKD-A", "none": "student alone"}
@@ -75,7 +76,8 @@ def compare(lines: Sequence[tuple[str, str, Values]], baseline: Values) -> list[
 
 def name_loss(loss: str) -> str:
     """Name in tables."""
-    return NAMES.get(loss, loss.replace(COLD_CSD, "CSD(0.1)").replace("RKD +", "RKD-DA +"))
+    short = re.sub(r"student_temperature=([\d.]+), teacher_temperature=\1", r"\1", loss)
+    return NAMES.get(loss, short.replace("RKD +", "RKD-DA +"))
 
 
 def tabulate(rows: Sequence[Row]) -> dict[str, list[Line]]:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,12 +19,19 @@ from lightning_rkd.data.samplers.pk import PKBatchSampler
 from lightning_rkd.export.preprocess import PiecesPreprocess
 from lightning_rkd.models import HashedText
 
-from .methods import EmbeddingStudy, Objective, measure
+from .methods import EmbeddingStudy, Objective, list_losses, measure
 from .runner import Run, cached
 
 STUDENTS = {"36k": {"hidden": 64, "embedding_dim": 32}, "100k": {"hidden": 245, "embedding_dim": 256}}
 SPLITS = {"banking77": (30, 8), "clinc150": (60, 20)}
 """Numbers of intents that train and that validate, the first of a permutation; all others test."""
+
+COLD_CSD = "CSD(student_temperature=0.1, teacher_temperature=0.1)"
+VARIANTS = (COLD_CSD, f"3 * RKD + {COLD_CSD}", "AnchoredRKD(angle_weight=2.0)")
+"""Further settings of the losses: temperatures of ``lightning-rkd distill``, its default loss, anchored angles."""
+
+SLOW = ("RRD", "CRD")
+"""Losses whose steps take many times as long as the others' on a CPU; they come last."""
 
 STEPS, INTENTS, TEXTS = 1500, 24, 5
 
@@ -75,6 +82,7 @@ class TextStudy(EmbeddingStudy):
 
     name = "text"
     settings = tuple((data, student) for data in SPLITS for student in STUDENTS)
+    seeds = 10
     title = "Zero-shot intents: students of WordLlama"
     names: ClassVar = {"banking77": "Banking77", "clinc150": "CLINC150", "36k": "35,936 parameters, 32 outputs"} | {
         "100k": "99,909 parameters, 256 outputs"
@@ -82,6 +90,11 @@ class TextStudy(EmbeddingStudy):
 
     def __init__(self, data: Path, cache: Path) -> None:
         self.data, self.cache = data, cache
+
+    def parts(self) -> Iterator[tuple[Sequence[str], Sequence[int]]]:
+        """The first five seeds of all settings, then five more, then slow losses."""
+        fast = [loss for loss in list_losses(VARIANTS) if loss not in SLOW]
+        return iter([(fast, range(5)), (fast, range(5, 10)), (SLOW, range(10))])
 
     def train(self, run: Run) -> dict[str, float]:
         """Scores of a run after its last step."""
