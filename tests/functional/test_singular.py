@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_rkd.functional.channels import flatten_positions
 from lightning_rkd.functional.singular import align_vectors, right_singular_vectors
 
 SHAPES = [(7, 4), (4, 7), (5, 5), (1, 4), (6, 1), (1, 1)]  # positions, channels
@@ -84,22 +83,6 @@ def test_within_equal_singular_values_no_direction_is_pulled():
     (across,) = torch.autograd.grad(first @ other, x)
     assert torch.allclose(along, torch.zeros_like(x))
     assert across.norm() > 0.1
-
-
-@pytest.mark.parametrize("scale", [1e-12, 1e12])
-def test_scale_and_turned_signs_of_the_map_move_no_line(scale):
-    x = torch.randn(4, 9, 5, dtype=torch.float64)
-    torch.testing.assert_close(right_singular_vectors(scale * x, 2), right_singular_vectors(x, 2))
-    torch.testing.assert_close(right_singular_vectors(-x, 2), -right_singular_vectors(x, 2))
-
-
-def test_positions_come_before_channels():
-    maps = torch.randn(2, 3, 4, 5)
-    assert torch.equal(flatten_positions(maps)[1, 7], maps[1, :, 1, 2])
-    videos = torch.randn(2, 3, 4, 5, 6)
-    assert torch.equal(flatten_positions(videos)[1, 44], videos[1, :, 1, 2, 2])
-    tokens = torch.randn(2, 6, 3)
-    assert torch.equal(flatten_positions(tokens), tokens)
 
 
 def test_alignment_takes_the_nearest_line_and_turns_it():
