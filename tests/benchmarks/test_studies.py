@@ -11,6 +11,7 @@ from scipy.stats import ttest_rel
 from torch import Tensor
 
 from benchmarks.studies import methods
+from benchmarks.studies.images import ImageStudy, augment
 from benchmarks.studies.methods import BALANCES, EmbeddingStudy, Objective, list_anchored, list_losses
 from benchmarks.studies.report import compare, correct
 from benchmarks.studies.runner import Row, Run, read_rows, run_study
@@ -84,6 +85,35 @@ def test_weights_are_those_with_the_best_mean_on_validation_classes() -> None:
         found = [run for run in Study().plan(known) if (run.stage, run.loss, run.beside) == ("final", "RKD", "triplet")]
         assert {run.weight for run in found} == expected
     assert {run.seed for run in Study().plan(rows) if run.stage == "final"} == {0, 1}
+
+
+def test_images_without_labels_have_no_task_loss_and_others_always_one() -> None:
+    runs = [run for run in ImageStudy(Path(), Path()).plan([]) if run.student != "teacher"]
+    assert {run.beside for run in runs if run.data == "unlabelled"} == {"none"}
+    assert {run.beside for run in runs if run.data == "labelled"} == {"triplet", "multi-similarity"}
+    seeds = {loss: {run.seed for run in runs if run.loss == loss and run.stage == "final"} for loss in ("RKD", "PKT")}
+    assert seeds == {"RKD": set(range(5)), "PKT": set(range(3))}
+
+
+@pytest.mark.parametrize("loss", list_losses(VARIANTS))
+def test_a_loss_of_the_queue_trains_without_labels(loss: str) -> None:
+    student, teacher = torch.randn(12, 4, requires_grad=True), torch.randn(12, 6)
+    run = Run("toy", "unlabelled", "net", "final", loss, "none", 0.0, 0)
+    objective = Objective(run, student.detach(), teacher, 12)
+    objective.backward(student, teacher, indices=torch.arange(12))
+    assert student.grad is not None
+    assert student.grad.abs().max() > 0
+
+
+def test_crops_are_windows_of_the_padded_image_or_their_mirror_images() -> None:
+    padded = torch.randint(256, (20, 3, 40, 40), dtype=torch.uint8)
+    mirrored = 0
+    for image, crop in zip(padded, augment(padded, torch.Generator().manual_seed(0)), strict=True):
+        windows = image.unfold(1, 32, 1).unfold(2, 32, 1).flatten(1, 2).transpose(0, 1)
+        as_it_is, mirror = ((windows == x).flatten(1).all(1).sum() for x in (crop, crop.flip(2)))
+        assert as_it_is + mirror == 1
+        mirrored += int(mirror)
+    assert 0 < mirrored < 20
 
 
 def test_two_losses_have_the_stated_ratio_of_gradients_at_the_embedding() -> None:
