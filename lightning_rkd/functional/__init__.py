@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_rkd.functional.ranks import log_probability_of_order as log_probability_of_order
     from lightning_rkd.functional.ranks import nearest_samples as nearest_samples
     from lightning_rkd.functional.ranks import permutations as permutations
+    from lightning_rkd.functional.rkd import rkd_loss as rkd_loss
     from lightning_rkd.functional.scales import centre_columns as centre_columns
     from lightning_rkd.functional.scales import limit_magnitude as limit_magnitude
     from lightning_rkd.functional.scales import power_of_two as power_of_two

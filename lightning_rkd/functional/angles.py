@@ -18,7 +18,6 @@ from torch import Tensor
 from lightning_rkd.functional import angle_tiles
 from lightning_rkd.functional._kernels import give_up, native
 from lightning_rkd.functional.distances import second_derivative_error
-from lightning_rkd.utils.distributed import Shard
 from lightning_rkd.utils.private import disable_compilation
 
 Reduction = Literal["official", "distinct"]
@@ -27,13 +26,12 @@ Reduction = Literal["official", "distinct"]
 _KERNELS = {"cpu": "angle_cpu", "cuda": "angle_cuda"}
 
 
+@disable_compilation
 def angle_loss(
     squared_student: Tensor,
     squared_teacher: Tensor,
     *,
     reduction: Reduction = "official",
-    shard: Shard | None = None,
-    sample: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     r"""Huber loss between the angles that the triplets of a batch span in student and teacher.
@@ -57,16 +55,10 @@ def angle_loss(
         squared_teacher: The same for the teacher; receives no gradient.
         reduction: ``"official"`` divides by N^3; ``"distinct"`` takes the mean over triplets of three different rows,
             as the paper writes it. Without any triplet the loss is 0.
-        shard: Split of the vertices over ranks that all hold the same batch; the result is summed over ranks.
-        sample: Number m of vertices to compute, drawn at each call from PyTorch's random number generator, like the
-            mask of dropout (with ``shard``, each rank draws its share of its own vertices). Value and gradient are
-            unbiased estimates; with :math:`\ell_j` the mean over the triplets at vertex j, the variance is
-            :math:`\frac{1}{m} \left(1 - \frac{m}{N}\right) \frac{1}{N - 1} \sum_j (\ell_j - L)^2`. ``None``
-            computes all vertices.
         dtype: Precision of the cosines and of the result.
 
     Raises:
-        ValueError: Unknown reduction, a sample of no vertices, or matrices that are not both (N, N).
+        ValueError: Unknown reduction, or matrices that are not both (N, N).
         RuntimeError: The backward pass runs with ``create_graph=True``.
 
     Reference:
@@ -88,14 +80,14 @@ def angle_loss(
             f"got {tuple(squared_student.shape)} and {tuple(squared_teacher.shape)}"
         )
     check_reduction(reduction)
-    check_sample(sample)
-    teacher = squared_teacher.detach()
-    if torch.compiler.is_compiling() and shard is None:
-        with_gradient = torch.is_grad_enabled() and squared_student.requires_grad
-        loss: Tensor = _operator(squared_student, teacher, reduction, sample or 0, dtype, with_gradient)[0]
-        return loss
-    call = _call_uncompiled if torch.compiler.is_compiling() else _call
-    return call(squared_student, teacher, reduction, shard, sample, dtype)
+    return _AngleLoss.apply(  # type: ignore[no-any-return]
+        squared_student, squared_teacher.detach(), reduction == "official", count_triplets(n, reduction), dtype
+    )
+
+
+def count_triplets(n: int, reduction: Reduction) -> int:
+    """Number of triplets over which a reduction takes the mean, at least 1."""
+    return max(1, n**3 if reduction == "official" else n * (n - 1) * (n - 2))
 
 
 def check_reduction(reduction: str) -> None:
@@ -104,43 +96,8 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be 'official' or 'distinct', got {reduction!r}")
 
 
-def check_sample(sample: int | None) -> None:
-    """Raise ``ValueError`` for a sample without vertices."""
-    if sample is not None and sample < 1:
-        raise ValueError(f"a sample has at least one vertex, got {sample}")
-
-
-def _loss_and_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    reduction: str,
-    shard: Shard | None,
-    sample: int | None,
-    dtype: torch.dtype,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    n = len(student)
-    start, stop = (0, n) if shard is None else shard.range(n)
-    order, share = None, 1.0
-    if sample is not None and sample < n and stop > start:
-        own = sample * (stop - start) // n or 1
-        order, share = torch.arange(n, device=student.device), (stop - start) / own
-        order[start:stop] = start + torch.randperm(stop - start, device=student.device)
-        stop = start + own
-        student, teacher = student[order][:, order], teacher[order][:, order]
-    official = reduction == "official"
-    count = n**3 if official else max(1, n * (n - 1) * (n - 2))
-    settings = {"official": official, "factor": share / count, "with_gradient": with_gradient}
-    total, grad = _sum_triplets(student, teacher, (start, stop), dtype, **settings)
-    if grad is not None and order is not None:
-        grad = torch.empty_like(grad).index_put_((order[:, None], order), grad)
-    if shard is not None:
-        total = shard.sum(total)
-        grad = None if grad is None else shard.sum(grad)
-    return total.to(dtype), grad
-
-
-def _sum_triplets(student: Tensor, teacher: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
+def sum_triplets(student: Tensor, teacher: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
+    """Sum of the Huber terms of triplets and its gradient, from :mod:`angle_tiles` or a kernel that gives the same."""
     device = student.device.type
     name = _KERNELS.get(device, "")
     kernel = native(name)
@@ -158,58 +115,22 @@ def _sum_triplets(student: Tensor, teacher: Tensor, *args: Any, **settings: Any)
 
 class _AngleLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        loss, grad = _loss_and_gradient(*(*arguments, ctx.needs_input_grad[0]))
-        if grad is not None:
-            ctx.save_for_backward(grad)
-        return loss
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, official: bool, count: int, dtype: torch.dtype) -> Tensor:
+        settings = {"official": official, "factor": 1 / count, "with_gradient": ctx.needs_input_grad[0]}
+        loss, grad = sum_triplets(student, teacher, (0, len(student)), dtype, **settings)
+        ctx.save_for_backward(grad)
+        return loss.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise second_derivative_error("angle_loss")
         (grad,) = ctx.saved_tensors
-        if grad.device.type == "cpu":  # on one thread: PyTorch's threads would hold the cores afterwards
-            return torch.from_numpy(grad.numpy() * grads[0].numpy()), None, None, None, None, None
-        return grad * grads[0], None, None, None, None, None
+        return scale_gradient(grad, grads[0]), None, None, None, None
 
 
-def _call(*args: Any) -> Tensor:
-    return _AngleLoss.apply(*args)  # type: ignore[no-any-return]
-
-
-# Ranks that share the work communicate, which cannot be part of a compiled graph. torch.compiler.disable would do the
-# same, but imports the whole compiler at once.
-_call_uncompiled = disable_compilation(_call)
-
-
-# The loss as one node of a compiled graph, so that the compiler does not trace its loops.
-def _operate(
-    student: Tensor, teacher: Tensor, reduction: str, sample: int, dtype: torch.dtype, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    loss, grad = _loss_and_gradient(student, teacher, reduction, None, sample or None, dtype, with_gradient)
-    return loss, student.new_empty(0) if grad is None else grad
-
-
-_operator = torch.library.custom_op(
-    "lightning_rkd::angle_loss",
-    _operate,
-    mutates_args=(),
-    schema="(Tensor student, Tensor teacher, str reduction, int sample, ScalarType dtype, bool with_gradient) "
-    "-> (Tensor, Tensor)",
-)
-
-
-@_operator.register_fake
-def _shapes(
-    student: Tensor, teacher: Tensor, reduction: str, sample: int, dtype: torch.dtype, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    return student.new_empty((), dtype=dtype), torch.empty_like(student) if with_gradient else student.new_empty(0)
-
-
-def _pull(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    (grad,) = ctx.saved_tensors
-    return grad * grads[0], None, None, None, None, None
-
-
-_operator.register_autograd(_pull, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]))
+def scale_gradient(grad: Tensor, factor: Tensor) -> Tensor:
+    """Product with a scalar; on a CPU on one thread, as PyTorch's threads would hold the cores afterwards."""
+    if grad.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.from_numpy(grad.numpy() * factor.numpy())
+    return grad * factor

@@ -5,6 +5,7 @@ rows at a thousandth of the spread it makes the gradient of RKD's angle loss 50 
 the Gram matrix is taken in float64, which costs no more than the float32 difference form and is exact in practice.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -109,37 +110,47 @@ def second_derivative_error(name: str) -> RuntimeError:
     )
 
 
+def measure(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], ModuleType | None]:
+    """Squared distances without a graph, and what :func:`pull_rows` takes: some tensors, and the kernel or ``None``."""
+    if x.device.type == "mps":
+        return _by_differences(x), (x,), None
+    name = _KERNELS.get(x.device.type, "")
+    kernel = None if torch.compiler.is_compiling() else native(name)
+    if kernel:
+        try:
+            return *kernel.squared(x, DUPLICATE), kernel
+        except Exception as error:
+            if x.device.type == "cpu":
+                raise
+            give_up(name, error)
+    rows = _centred(x, torch.float64)
+    return _from_gram(rows @ rows.T), (rows,), None
+
+
+def pull_rows(pull: Tensor, saved: tuple[Tensor, ...], kernel: ModuleType | None) -> Tensor:
+    """Gradient of rows, from the gradient of their squared distances and from what :func:`measure` gives."""
+    if kernel:
+        return kernel.pulled(pull, *saved)  # type: ignore[no-any-return]
+    with torch.autocast(pull.device.type, enabled=False):
+        pull = pull + pull.T
+        rows = _centred(saved[0], pull.dtype)
+        return (pull.sum(1, keepdim=True) * rows).sub_(pull @ rows).mul_(2)
+
+
 class _SquaredDistances(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        squared, saved, ctx.kernel = measure(x)
         ctx.dtype = x.dtype
-        if x.device.type == "mps":
-            ctx.save_for_backward(x)
-            return _by_differences(x)
-        kernel = None if torch.compiler.is_compiling() else native(_KERNELS.get(x.device.type, ""))
-        rows = kernel.centred(x) if kernel else _centred(x, torch.float64)
-        ctx.save_for_backward(rows if ctx.needs_input_grad[0] else None)
-        if kernel:
-            try:
-                return kernel.squared(rows, DUPLICATE)  # type: ignore[no-any-return]
-            except Exception as error:
-                if x.device.type == "cpu":
-                    raise
-                give_up(_KERNELS[x.device.type], error)
-        return _from_gram(rows @ rows.T)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(*saved)
+        return squared
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             raise second_derivative_error("squared_distances")
-        (x,) = ctx.saved_tensors
-        kernel = None if torch.compiler.is_compiling() else native(_KERNELS.get(x.device.type, ""))
-        if x.dtype == torch.float64 and kernel:
-            return kernel.pulled(grads[0], x).to(ctx.dtype)  # type: ignore[no-any-return]
-        with torch.autocast(x.device.type, enabled=False):
-            pull = grads[0] + grads[0].T
-            rows = _centred(x, pull.dtype)
-            return (pull.sum(1, keepdim=True) * rows).sub_(pull @ rows).mul_(2).to(ctx.dtype)
+        return pull_rows(grads[0], ctx.saved_tensors, ctx.kernel).to(ctx.dtype)
 
 
 _KERNELS = {"cpu": "distance_cpu", "cuda": "distance_cuda"}
@@ -164,21 +175,30 @@ def _by_differences(x: Tensor) -> Tensor:
     return torch.cat([(block[:, None] - rows).square_().sum(2) for block in torch.split(rows, step)])
 
 
+def distance_terms(
+    squared_student: Tensor, squared_teacher: Tensor, factor: float, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of the Huber terms of all pairs times a factor, and its gradient to the student's squared distances."""
+    own, given = squared_student.sqrt(), squared_teacher.sqrt()
+    positive, tiny = own > 0, torch.finfo(own.dtype).tiny
+    total = own.sum().clamp_min(tiny)
+    per_mean, others = positive.sum() / total, (given > 0).sum() / given.sum().clamp_min(tiny)
+    e = own * per_mean - given * others
+    g = e.clamp(-1, 1)
+    loss = (e.sub_(g, alpha=0.5).mul_(g)).sum() * factor
+    if not with_gradient:
+        return loss, None
+    per_mean = per_mean * (0.5 * factor)
+    by_mean = (g * own).sum() * per_mean / total
+    pull = g.mul_(per_mean).sub_(by_mean).div_(own)  # 0 / 0 at duplicates
+    return loss, torch.where(positive, pull, 0)
+
+
 class _DistanceLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, squared_student: Tensor, squared_teacher: Tensor, count: int) -> Tensor:
-        ctx.count = count
-        own, given = squared_student.sqrt(), squared_teacher.sqrt()
-        positive, tiny = own > 0, torch.finfo(own.dtype).tiny
-        total = own.sum().clamp_min(tiny)
-        per_mean, others = positive.sum() / total, (given > 0).sum() / given.sum().clamp_min(tiny)
-        e = own * per_mean - given * others
-        g = e.clamp(-1, 1)
-        loss = (e.sub_(g, alpha=0.5).mul_(g)).sum() / count
-        if ctx.needs_input_grad[0]:
-            by_mean = (g * own).sum() * per_mean / total
-            pull = g.mul_(per_mean).sub_(by_mean).div_(own)  # 0 / 0 at duplicates
-            ctx.save_for_backward(torch.where(positive, pull, 0))
+        loss, pull = distance_terms(squared_student, squared_teacher, 1 / count, ctx.needs_input_grad[0])
+        ctx.save_for_backward(pull)
         return loss
 
     @staticmethod
@@ -186,4 +206,4 @@ class _DistanceLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise second_derivative_error("distance_loss")
         (pull,) = ctx.saved_tensors
-        return pull * (grads[0] * (0.5 / ctx.count)), None, None
+        return pull * grads[0], None, None

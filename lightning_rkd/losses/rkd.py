@@ -1,13 +1,11 @@
 """Relational Knowledge Distillation (Park, Kim, Lu and Cho 2019): distances and angles within a batch."""
 
 from dataclasses import replace
-from functools import reduce
 
-import torch
 from torch import Tensor
 
-from lightning_rkd.functional.angles import Reduction, angle_loss, check_reduction, check_sample
-from lightning_rkd.functional.distances import distance_loss, squared_distances
+from lightning_rkd.functional.angles import Reduction, check_reduction
+from lightning_rkd.functional.rkd import check_sample, rkd_loss
 from lightning_rkd.losses.base import Reference, RelationalLoss
 from lightning_rkd.utils.distributed import Shard
 
@@ -24,8 +22,7 @@ _REFERENCE = Reference(
 
 def rkd_distance(student: Tensor, teacher: Tensor, *, reduction: Reduction = "official") -> Tensor:
     """RKD-D as a function; see :class:`RKDDistance`."""
-    loss = _distance_loss(squared_distances(student), squared_distances(teacher.detach()), reduction)
-    return loss.to(_precision(student, teacher))
+    return rkd_loss(student, teacher, angle_weight=0, reduction=reduction)
 
 
 def rkd_angle(
@@ -37,13 +34,14 @@ def rkd_angle(
     shard: Shard | None = None,
 ) -> Tensor:
     """RKD-A as a function; see :class:`RKDAngle`."""
-    return angle_loss(
-        squared_distances(student),
-        squared_distances(teacher),
+    return rkd_loss(
+        student,
+        teacher,
+        distance_weight=0,
+        angle_weight=1,
         reduction=reduction,
+        sampled_anchors=sampled_anchors,
         shard=shard,
-        sample=sampled_anchors,
-        dtype=_precision(student, teacher),
     )
 
 
@@ -187,21 +185,12 @@ class RKD(RelationalLoss):
 
     def forward(self, student: Tensor, teacher: Tensor, *, shard: Shard | None = None) -> Tensor:
         """The loss as a scalar; ``shard`` splits the angles over ranks that hold the same batch."""
-        precision = _precision(student, teacher)
-        s, t = squared_distances(student), squared_distances(teacher.detach())
-        distance = _distance_loss(s, t, self.reduction).to(precision)
-        angle = angle_loss(s, t, reduction=self.reduction, shard=shard, sample=self.sampled_anchors, dtype=precision)
-        return self.distance_weight * distance + self.angle_weight * angle
-
-
-def _distance_loss(squared_student: Tensor, squared_teacher: Tensor, reduction: Reduction) -> Tensor:
-    check_reduction(reduction)
-    n = len(squared_student)
-    if len(squared_teacher) != n:
-        raise ValueError(f"student and teacher must hold the same samples, got {n} and {len(squared_teacher)} rows")
-    count = n * n if reduction == "official" else max(1, n * (n - 1))
-    return distance_loss(squared_student, squared_teacher, count=count)
-
-
-def _precision(*embeddings: Tensor) -> torch.dtype:
-    return reduce(torch.promote_types, (x.dtype for x in embeddings), torch.float32)
+        return rkd_loss(
+            student,
+            teacher,
+            distance_weight=self.distance_weight,
+            angle_weight=self.angle_weight,
+            reduction=self.reduction,
+            sampled_anchors=self.sampled_anchors,
+            shard=shard,
+        )

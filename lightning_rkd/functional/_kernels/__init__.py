@@ -41,10 +41,11 @@ def give_up(name: str, error: Exception) -> None:
 
 def load(device: torch.device | str) -> None:
     """Compile the kernels of the losses for a device before the first step, by calls with and without gradient."""
-    from lightning_rkd.functional import angle_loss, squared_distances
+    from lightning_rkd.functional import rkd_loss, squared_distances
 
     if torch.device(device).type in ("cpu", "cuda"):
         with torch.inference_mode(False), torch.enable_grad():  # an evaluation loads them too
             rows = torch.eye(64, device=device, requires_grad=True)
-            torch.autograd.grad(angle_loss(squared_distances(rows), squared_distances(rows)), rows)
-        angle_loss(squared_distances(rows.detach()), squared_distances(rows.detach()))
+            torch.autograd.grad(rkd_loss(rows, rows), rows)
+            torch.autograd.grad(squared_distances(rows).sum(), rows)
+        rkd_loss(rows.detach(), rows.detach())

@@ -17,28 +17,23 @@ _TILE = 96  # rows that stay in a core's cache while others pass; a multiple of 
 _Array = np.ndarray
 
 
-def centred(x: Tensor) -> Tensor:
-    """Rows minus their mean, in float64."""
+def squared(x: Tensor, duplicate: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Squared distances, 0 where they are at most ``duplicate`` times the squared norms, and what ``pulled`` takes."""
     x = x.detach()
     x = (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous()
     rows = torch.empty(x.shape, dtype=torch.float64)
     _centre(x.numpy(), rows.numpy())
-    return rows
-
-
-def squared(rows: Tensor, duplicate: float) -> Tensor:
-    """Squared distances of centred rows; 0 where they are at most ``duplicate`` times the squared norms."""
     n, width = rows.shape
     gram = torch.empty((n, n), dtype=torch.float64)
-    x, out = rows.numpy(), gram.numpy()
+    a, out = rows.numpy(), gram.numpy()
     smallest = 2 * _PRODUCTS // max(1, n * width) + 1
     parts = 1 if n < 2 * smallest else shares(n, smallest)
     if parts == 1:
-        _gram(x, out, 0, 1)
+        _gram(a, out, 0, 1)
     else:
-        in_ranges(lambda part, start, stop: _gram(x, out, part, parts), parts, parts)
+        in_ranges(lambda part, start, stop: _gram(a, out, part, parts), parts, parts)
     _from_lower(out, duplicate)
-    return gram
+    return gram, (rows,)
 
 
 def pulled(pull: Tensor, rows: Tensor) -> Tensor:
