@@ -7,14 +7,10 @@ from lightning_rkd.functional import angle_tiles, angles, distances
 from lightning_rkd.functional._kernels import native
 from lightning_rkd.functional.angles import angle_loss
 from lightning_rkd.functional.distances import squared_distances
+from lightning_rkd.losses.rkd import rkd_angle as ours
 from lightning_rkd.utils.distributed import Shard
 from tests.harness.ranks import Ranks
 from tests.oracles import rkd as oracle
-
-
-def ours(student: Tensor, teacher: Tensor, **settings: object) -> Tensor:
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    return angle_loss(squared_distances(student), squared_distances(teacher), dtype=dtype, **settings)  # type: ignore[arg-type]
 
 
 def use(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +161,9 @@ def test_a_sample_of_vertices_estimates_loss_and_gradient_without_bias(reduction
     n, m, draws = 9, 4, 1500
     student, teacher = torch.randn(n, 4, dtype=torch.float64), torch.randn(n, 5, dtype=torch.float64)
     exact, exact_grad = loss_and_gradient(ours, student, teacher, reduction=reduction)
-    estimates = [loss_and_gradient(ours, student, teacher, reduction=reduction, sample=m) for _ in range(draws)]
+    estimates = [
+        loss_and_gradient(ours, student, teacher, reduction=reduction, sampled_anchors=m) for _ in range(draws)
+    ]
     values = torch.stack([value for value, _ in estimates])
     grads = torch.stack([grad for _, grad in estimates])
     parts = torch.stack([at_vertex(student, teacher, j, reduction) for j in range(n)])
@@ -191,15 +189,15 @@ def at_vertex(student: Tensor, teacher: Tensor, j: int, reduction: str) -> Tenso
 @both_ways
 def test_a_sample_of_all_or_more_vertices_is_exact_and_one_of_none_refused():
     student, teacher = torch.randn(6, 4), torch.randn(6, 4)
-    assert torch.equal(ours(student, teacher, sample=6), ours(student, teacher))
-    assert torch.equal(ours(student, teacher, sample=99), ours(student, teacher))
+    assert torch.equal(ours(student, teacher, sampled_anchors=6), ours(student, teacher))
+    assert torch.equal(ours(student, teacher, sampled_anchors=99), ours(student, teacher))
     with pytest.raises(ValueError, match="a sample has at least one vertex, got 0"):
-        ours(student, teacher, sample=0)
+        ours(student, teacher, sampled_anchors=0)
 
 
 def _mean_of_samples(rank: int, student: Tensor, teacher: Tensor) -> Tensor:
     torch.manual_seed(rank)
-    return torch.stack([ours(student, teacher, shard=Shard(), sample=4) for _ in range(300)])
+    return torch.stack([ours(student, teacher, shard=Shard(), sampled_anchors=4) for _ in range(300)])
 
 
 def test_ranks_that_draw_from_their_own_shards_agree_without_bias(ranks: Ranks):
@@ -209,40 +207,15 @@ def test_ranks_that_draw_from_their_own_shards_agree_without_bias(ranks: Ranks):
     assert abs(first.mean() - ours(student, teacher)) < 4 * first.std() / 300**0.5
 
 
-# One node of a compiled graph
+@both_ways
+@pytest.mark.parametrize("reduction", ["official", "distinct"])
+def test_squared_distances_alone_give_the_loss_and_the_gradient_of_the_rows(reduction):
+    student, teacher = torch.randn(9, 4), torch.randn(9, 5)
 
+    def apart(student: Tensor, teacher: Tensor) -> Tensor:
+        return angle_loss(squared_distances(student), squared_distances(teacher), reduction=reduction)
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sample", [None, 4])
-def test_torch_compile_sees_one_node(sample):
-    student, teacher = squared_distances(torch.randn(9, 4)), squared_distances(torch.randn(9, 4))
-    nodes: list[str] = []
-
-    def backend(graph, inputs):  # type: ignore[no-untyped-def]
-        nodes.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph
-
-    @torch.compile(backend=backend, fullgraph=True)
-    def compiled(student: Tensor) -> Tensor:
-        return angle_loss(student, teacher, sample=sample)
-
-    student.requires_grad_()
-    torch.manual_seed(0)
-    value = compiled(student)
-    (grad,) = torch.autograd.grad(value, student)
-    torch.manual_seed(0)
-    expected = angle_loss(student, teacher, sample=sample)
-    (expected_grad,) = torch.autograd.grad(expected, student)
-    assert [node.removesuffix(".default") for node in nodes if "getitem" not in node] == ["lightning_rkd.angle_loss"]
-    assert torch.equal(value, expected)
-    assert torch.equal(grad, expected_grad)
-
-
-def test_the_operator_keeps_to_its_declaration():
-    student = squared_distances(torch.randn(9, 4)).requires_grad_()
-    teacher = squared_distances(torch.randn(9, 4))
-    for with_gradient in (True, False):
-        arguments = (student.detach() if not with_gradient else student, teacher, "official", 0, torch.float32)
-        torch.library.opcheck(
-            angles._operator, (*arguments, with_gradient), test_utils=("test_schema", "test_faketensor")
-        )
+    value, grad = loss_and_gradient(apart, student, teacher)
+    expected, expected_grad = loss_and_gradient(ours, student, teacher, reduction=reduction)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grad, expected_grad)

@@ -18,11 +18,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_rkd.functional._kernels.distance_cuda import largest, tile_of, total
+from lightning_rkd.functional._kernels.distance_cuda import FUSED, largest, tile_of, total
 from lightning_rkd.functional.angle_tiles import NEAR
 
-_ACROSS = {"TILE_I": 32, "TILE_K": 32, "UNROLL": 4, "num_warps": 2}
-_AT = {"TILE_J": 32, "TILE_I": 32, "UNROLL": 4, "num_warps": 2}
+_ACROSS = {"TILE_I": 32, "TILE_K": 32, "UNROLL": 4, "num_warps": 2} | FUSED
+_AT = {"TILE_J": 32, "TILE_I": 32, "UNROLL": 4, "num_warps": 2} | FUSED
 PADDED = 64
 """Matrices are padded to multiples of it, so that programs need no bounds."""
 
@@ -87,7 +87,7 @@ class Relations:
             squared, sums, self.units, self.products, self.losses, self.pull, fast, near,
             *_halves(distances), *_halves(angles), n, start, stop, sums.shape[2],
             TILE=tile, LIMIT=NEAR, OFFICIAL=official, WIDE=wide,
-            DISTANCES=bool(distances), ANGLES=bool(angles), GRADIENT=with_gradient,
+            DISTANCES=bool(distances), ANGLES=bool(angles), GRADIENT=with_gradient, num_warps=tile // 8, **FUSED,
         )  # fmt: skip
         if not angles:
             return
@@ -185,7 +185,7 @@ def _prepare(  # type: ignore[no-untyped-def]
     if ANGLES:
         scale = tl.sum(tl.zeros((1,), dtype=tl.float64) + angle_high + angle_low, axis=0)
         entries = n.to(tl.float64) * n
-        unit_s, unit_t = entries / _at_least(total(sums, slots)), entries / _at_least(total(given, slots))
+        unit_s, unit_t = 1.0 / _at_least(total(sums, slots) / entries), 1.0 / _at_least(total(given, slots) / entries)
         limit_s, limit_t = LIMIT * largest(sums + slots, slots), LIMIT * largest(given + slots, slots)
         if program == 0:
             tl.store(units, unit_s)
