@@ -164,7 +164,7 @@ def _by_parts(
         total, more = sum_triplets(s, t, vertices, dtype, official=official, factor=angles, with_gradient=with_gradient)
         loss, pull = loss + total, more if pull is None or more is None else pull.add_(more)
     if not with_gradient:
-        return loss.to(dtype), loss.new_empty(0)
+        return loss.to(dtype), loss.new_empty(0, dtype=dtype)
     return loss.to(dtype), (torch.zeros_like(student) if pull is None else pull_rows(pull, saved, kernel)).to(dtype)
 
 

@@ -35,8 +35,8 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        tensors = any(isinstance(x, Tensor) for x in tree_leaves(result))
-        if tensors and not func.is_view and func.overloadpacket not in _ALLOCATIONS:
+        there = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in tree_leaves(result))
+        if there and not func.is_view and func.overloadpacket not in _ALLOCATIONS:
             self.launched.append(str(func))
         return result
 
@@ -44,6 +44,7 @@ class _Operations(TorchDispatchMode):
 @contextmanager
 def fake_gpu() -> Iterator[list[str]]:
     """Tensors on a GPU that have no values, kernels that compute nothing; gives the names of what is launched."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # which imports Triton where it is
     launched: list[str] = []
 
     def jit(function: Any) -> Any:
@@ -59,7 +60,7 @@ def fake_gpu() -> Iterator[list[str]]:
     try:
         for name in names:
             importlib.import_module(name)
-        with FakeTensorMode(allow_non_fake_inputs=True), _Operations(launched):
+        with mode, _Operations(launched):
             yield launched
     finally:
         for name, module in before.items():
