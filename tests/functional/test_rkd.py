@@ -46,7 +46,7 @@ def test_the_distance_loss_launches_five_kernels_forward_and_backward_together()
 
 @needs_fake_gpu
 @pytest.mark.parametrize(
-    ("loss", "most"), [(PKT(), 63), (CSD(student_dim=128, teacher_dim=128), 30), (RelaxedContrastive(), 63)], ids=str
+    ("loss", "most"), [(PKT(), 143), (CSD(student_dim=128, teacher_dim=512), 99), (RelaxedContrastive(), 73)]
 )
 def test_launches_of_other_losses_are_no_more_than_documented(loss, most):
     assert len(launches(loss)) <= most
@@ -84,7 +84,8 @@ def test_where_the_kernel_cannot_run_the_parts_do_its_work(monkeypatch, caplog):
 def test_the_gradient_of_half_precision_is_scaled_before_it_is_rounded(dtype):
     student, teacher = torch.randn(64, 8).to(dtype).requires_grad_(), torch.randn(64, 8)
     (grad,) = torch.autograd.grad(rkd_loss(student, teacher) * 2.0**14, student)
-    (expected,) = torch.autograd.grad(rkd_loss(own := student.detach().double().requires_grad_(), teacher), own)
+    own = student.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(rkd_loss(own, teacher), own)
     torch.testing.assert_close(grad.double() / 2**14, expected, rtol=2e-3, atol=1e-9)
 
 

@@ -44,7 +44,7 @@ def loss_and_gradient(
     n, more = len(student), -len(student) % PADDED
     both = torch.stack([student.detach(), teacher.detach()]).to(torch.float64)
     least = both.where(both > 0, torch.inf).amin((1, 2)).neg()
-    sums = torch.stack([both.sum((1, 2)), both.amax((1, 2)), least, least, least], 1)
+    sums = torch.stack([both.sum((1, 2)), both.amax((1, 2)), least, least, least], 1)[..., None]
     settings: dict[str, Any] = {"angles": factor, "official": official, "with_gradient": with_gradient}
     work = Relations(F.pad(both, (0, more, 0, more)), sums, vertices, dtype, **settings)
     return work.losses.sum(), work.pull[:n, :n] if with_gradient else None
