@@ -16,7 +16,7 @@ from lightning_rkd.callbacks.distillation import RelationalDistillation
 from lightning_rkd.callbacks.retrieval import RetrievalEvaluation
 from lightning_rkd.data.indexing import with_indices
 from lightning_rkd.data.samplers.pk import PKBatchSampler
-from lightning_rkd.functional import angles as angles_module
+from lightning_rkd.functional import rkd
 from lightning_rkd.losses.rkd import RKD, RKDAngle
 from lightning_rkd.metrics.agreement import RelationalAgreement
 from lightning_rkd.metrics.retrieval import EmbeddingRetrieval
@@ -36,7 +36,7 @@ def batches(rank: int | None, counts: tuple[int, int] = (8, 8)) -> DataLoader[An
 
 def angles(rank: int | None) -> tuple[int, dict[str, Tensor]]:
     """Number of triplets that this process worked on in a training, and the trained weights."""
-    seen, work = [0], angles_module._sum_triplets
+    seen, work = [0], rkd.sum_triplets
 
     def counted(student: Tensor, teacher: Tensor, vertices: tuple[int, int], *args: Any, **settings: Any) -> Any:
         if len(student) == 16:  # the global batch; kernels are compiled with another number of rows
@@ -44,7 +44,7 @@ def angles(rank: int | None) -> tuple[int, dict[str, Tensor]]:
         return work(student, teacher, vertices, *args, **settings)
 
     with pytest.MonkeyPatch.context() as patch, toys.devices(rank) as where:
-        patch.setattr(angles_module, "_sum_triplets", counted)
+        patch.setattr(rkd, "sum_triplets", counted)
         module = toys.Student()
         callback = RelationalDistillation(toys.teacher(), RKDAngle(), student_layer="backbone")
         toys.fit(module, callback, batches=batches(rank), **where)

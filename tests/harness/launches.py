@@ -42,10 +42,9 @@ class _Operations(TorchDispatchMode):
 
 
 @contextmanager
-def fake_gpu() -> Iterator[list[str]]:
-    """Tensors on a GPU that have no values, kernels that compute nothing; gives the names of what is launched."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # which imports Triton where it is
-    launched: list[str] = []
+def kernels_without_triton(launched: list[str]) -> Iterator[None]:
+    """Kernels for GPUs that compute nothing and note their names when they are launched."""
+    importlib.import_module("torch._dynamo")  # which imports Triton, where it is
 
     def jit(function: Any) -> Any:
         return mock.MagicMock(__getitem__=lambda self, grid: lambda *args, **kwargs: launched.append(function.__name__))
@@ -60,14 +59,21 @@ def fake_gpu() -> Iterator[list[str]]:
     try:
         for name in names:
             importlib.import_module(name)
-        with mode, _Operations(launched):
-            yield launched
+        yield
     finally:
         for name, module in before.items():
             sys.modules.pop(name, None)
             if module is not None:
                 sys.modules[name] = module
         kernels.native.cache_clear()
+
+
+@contextmanager
+def fake_gpu() -> Iterator[list[str]]:
+    """Tensors on a GPU that have no values; gives the names of the kernels and operations that are launched."""
+    launched: list[str] = []
+    with kernels_without_triton(launched), FakeTensorMode(allow_non_fake_inputs=True), _Operations(launched):
+        yield launched
 
 
 def list_nodes(loss: Tensor) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,14 +10,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from lightning_rkd.functional import angles, distances
 from lightning_rkd.losses.parts import memory
+from tests.harness.launches import kernels_without_triton, needs_fake_gpu
 from tests.losses.test_contract import Sample, context, every_loss, pack
 
-pytestmark = pytest.mark.skipif(
-    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 14),
-    reason="PyTorch 2.6 and 2.8 abort on fake CUDA tensors where there is no driver; it is known to work from 2.14 on",
-)
+pytestmark = needs_fake_gpu
 
 
 def on_gpu(x: Any, mode: FakeTensorMode) -> Any:
@@ -41,12 +39,11 @@ class Event:
 
 
 @pytest.fixture
-def mode(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
-    for module in (angles, distances):
-        monkeypatch.delitem(module._KERNELS, "cuda")  # Triton looks for a driver
+def mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(memory, "generator", lambda *seeds: None)  # a GPU's generator needs one
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    with kernels_without_triton([]):  # which looks for a driver
+        yield FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @every_loss
