@@ -16,7 +16,8 @@ from lightning_rkd import DistillationModule, MicroBatches
 from lightning_rkd.functional import _kernels as kernels
 from lightning_rkd.functional.angles import angle_loss
 from lightning_rkd.functional.distances import squared_distances
-from lightning_rkd.losses import MHGD, RKD
+from lightning_rkd.functional.rkd import rkd_loss
+from lightning_rkd.losses import MHGD, RKD, RKDDistance
 from lightning_rkd.losses.parts.memory import MemoryBank
 from lightning_rkd.metrics import EmbeddingRetrieval, RelationalAgreement
 from tests.harness import toys
@@ -89,17 +90,17 @@ def test_a_loss_agrees_with_the_cpu_and_the_host_does_not_wait(cls):
 def value_and_gradient(
     x: Tensor, y: Tensor, device: str, dtype: torch.dtype, reduction: Any = "official"
 ) -> tuple[float, Tensor]:
-    own, y = x.to(device).requires_grad_(), y.to(device)
-    loss = angle_loss(squared_distances(own), squared_distances(y), reduction=reduction, dtype=dtype)
+    own, y = x.to(device, dtype).requires_grad_(), y.to(device, dtype)
+    loss = rkd_loss(own, y, reduction=reduction)
     (grad,) = torch.autograd.grad(loss, own)
     return float(loss.detach()), grad.cpu()
 
 
 @pytest.mark.parametrize("reduction", ["official", "distinct"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 31, 64, 100, 257, 1000])
-def test_the_angle_kernel_agrees_with_the_cpu(n, dtype, tolerance, reduction):
-    both = [torch.randn(n, d, dtype=torch.float64) for d in (16, 32)]
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 31, 64, 100, 257, 1000, 1500])
+def test_the_kernels_of_rkd_agree_with_the_cpu(n, dtype, tolerance, reduction):
+    both = [torch.randn(n, d).double() for d in (16, 32)]
     expected, expected_grad = value_and_gradient(*both, "cpu", torch.float64, reduction)
     value, grad = value_and_gradient(*both, "cuda", dtype, reduction)
     assert not kernels._failed
@@ -107,22 +108,60 @@ def test_the_angle_kernel_agrees_with_the_cpu(n, dtype, tolerance, reduction):
     assert (grad - expected_grad).norm() <= tolerance * expected_grad.norm() + 1e-15
 
 
-def test_the_angle_kernel_is_exact_for_duplicates_and_near_rows():
+def test_the_angles_of_squared_distances_agree_with_the_cpu():
+    s, t = (squared_distances(torch.randn(100, d)) for d in (16, 32))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
+        value = float(angle_loss(s.cuda(), t.cuda(), dtype=dtype))
+        assert value == pytest.approx(float(angle_loss(s, t, dtype=torch.float64)), rel=tolerance)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_the_kernels_of_rkd_are_exact_for_duplicates_and_near_rows(offset):
     x, y = (torch.randn(200, d, dtype=torch.float64) for d in (16, 32))
     x[1] = x[0]
     y[2] = y[3] + 1e-4 * y[2]
     x[4] = x[3] + 1e-5 * x[4]
     y[6] = y[5]
+    x, y = (x + offset).float().double(), (y + offset).float().double()
     _, expected = value_and_gradient(x, y, "cpu", torch.float64)
     _, grad = value_and_gradient(x, y, "cuda", torch.float32)
     for rows in (slice(0, 2), slice(2, 7), slice(7, None)):
-        assert (grad[rows] - expected[rows]).norm() <= 1e-4 * expected[rows].norm()
+        assert (grad[rows] - expected[rows]).norm() <= 1e-3 * expected[rows].norm()
 
 
-def test_the_angle_kernel_gives_the_same_bits_twice():
+def test_the_kernels_of_rkd_give_the_same_bits_twice():
     both = [torch.randn(300, d) for d in (16, 32)]
     grads = [value_and_gradient(*both, "cuda", torch.float32)[1] for _ in range(2)]
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize(("loss", "most"), [(RKD(), 12), (RKDDistance(), 6)], ids=str)
+def test_the_device_sees_as_few_launches_as_are_counted_without_one(loss, most):
+    student, teacher = torch.randn(64, 16, device="cuda", requires_grad=True), torch.randn(64, 32, device="cuda")
+    for _ in range(2):  # the first compiles
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            loss(student, teacher).backward()
+            torch.cuda.synchronize()
+        student.grad = None
+    assert 0 < sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()) <= most
+
+
+def test_a_cuda_graph_captures_rkd_and_replays_it_on_other_rows():
+    student, teacher = torch.randn(100, 16, device="cuda", requires_grad=True), torch.randn(100, 32, device="cuda")
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        torch.autograd.grad(RKD()(student, teacher), student)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (grad,) = torch.autograd.grad(RKD()(student, teacher), student)
+    with torch.no_grad():
+        student.copy_(torch.randn(100, 16))
+        student[1] = student[0] + 1e-4  # the capture saw no near rows
+    graph.replay()
+    (expected,) = torch.autograd.grad(RKD()(student, teacher), student)
+    assert torch.equal(grad, expected)
 
 
 def test_compiled_the_loss_is_the_same():
