@@ -109,6 +109,8 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="run on a CPU, with tiny sizes")
     parser.add_argument("--out", type=Path, help="Markdown")
     args = parser.parse_args()
+    if not args.dry and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --dry runs on a CPU")
     warnings.filterwarnings("ignore")
     angle.device = "cpu" if args.dry else "cuda"
     settings = {"student width": angle.STUDENT_DIM, "teacher width": angle.TEACHER_DIM, "seed": angle.SEED}
