@@ -71,6 +71,7 @@ class RKDDistance(RelationalLoss):
         Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
 
     Example:
+        >>> import torch
         >>> loss = RKDDistance()
         >>> loss(torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[0.0], [1.0], [3.0]]))
         tensor(0.0139)
@@ -121,6 +122,7 @@ class RKDAngle(RelationalLoss):
         Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
 
     Example:
+        >>> import torch
         >>> loss = RKDAngle(reduction="distinct")
         >>> loss(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.eye(3))
         tensor(0.0560)
@@ -160,6 +162,7 @@ class RKD(RelationalLoss):
         Park, Kim, Lu and Cho 2019, Relational Knowledge Distillation, arXiv:1904.05068.
 
     Example:
+        >>> import torch
         >>> student, teacher = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.eye(3)
         >>> RKD()(student, teacher)
         tensor(0.0347)

@@ -209,7 +209,7 @@ def test_ranks_that_draw_from_their_own_shards_agree_without_bias(ranks: Ranks):
 
 @both_ways
 @pytest.mark.parametrize("reduction", ["official", "distinct"])
-def test_squared_distances_alone_give_the_loss_and_the_gradient_of_the_rows(reduction):
+def test_squared_distances_alone_give_the_loss_and_the_gradient(reduction):
     student, teacher = torch.randn(9, 4), torch.randn(9, 5)
 
     def apart(student: Tensor, teacher: Tensor) -> Tensor:
