@@ -143,6 +143,7 @@ def draw(tables: Mapping[str, Sequence[Line]], score: str = "recall_at_1") -> Fi
         ax.set_ylim(-0.7, longest - 0.3)
         ax.set_title(caption, fontsize=11)
         ax.set_xlabel(f"{HEADS[score]}: mean gain and 95 % interval", fontsize=10)
+        ax.locator_params(axis="x", nbins=6)
         style_axes(ax, look, "x")
     figure.tight_layout()
     return figure
