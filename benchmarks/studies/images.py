@@ -21,7 +21,7 @@ from lightning_rkd.models import CIFARResNet, Embedded
 from .methods import EmbeddingStudy, Objective, list_losses, measure
 from .runner import Run, cached
 
-EPOCHS, CLASSES, IMAGES = 12, 25, 5
+EPOCHS, CLASSES, IMAGES = {"tune": 12, "final": 24}, 25, 5
 VALIDATION = 10
 """Of the 50 training classes; left out of the training while weights are tuned."""
 
@@ -74,7 +74,7 @@ class ImageStudy(EmbeddingStudy):
         network = Embedded(CIFARResNet(8, [16, 16, 32, 64]), int(run.student)).to(memory_format=torch.channels_last)
         objective = Objective(run, torch.zeros(2, int(run.student)), teacher[:2], len(labels))
         batch_size, padded = CLASSES * IMAGES, F.pad(images, [4] * 4)
-        steps = EPOCHS * (len(labels) // batch_size)
+        steps = EPOCHS[run.stage] * (len(labels) // batch_size)
         optimizer = torch.optim.AdamW([*network.parameters(), *objective.parameters()], lr=1e-2, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
         generator, labelled = torch.Generator().manual_seed(run.seed), run.data == "labelled"
