@@ -1,6 +1,7 @@
 """The tables of docs/results.md: every comparison in benchmarks/results/, run by ``lightning-rkd compare``.
 
-The long studies in benchmarks/studies/ keep a line of a CSV file for each run and go on where they stopped:
+The long studies in benchmarks/studies/ keep a line of a CSV file for each run and go on where they stopped, in a fresh
+clone after the runs in docs/results:
 ``python benchmarks/results.py --only text --data FOLDER``, with archives as in benchmarks/distill.py and
 ``clinc150.zip`` (``data_full.json`` of clinc/oos-eval).
 
@@ -215,6 +216,9 @@ def main() -> None:
     options = parser.parse_args()
     for study in () if options.page else options.only:
         if study in LONG:
+            if (TABLES / f"{study}.csv").exists() and not (OUT / study / "runs.csv").exists():
+                (OUT / study).mkdir(parents=True)
+                shutil.copy(TABLES / f"{study}.csv", OUT / study / "runs.csv")
             run_study(LONG[study](options.data, OUT / "teachers"), OUT / study, options.jobs)
         else:
             train(study, options.jobs)

@@ -83,7 +83,7 @@ class EmbeddingStudy:
     settings: Sequence[tuple[str, str]]
     scores: Sequence[str] = SCORES
     seeds: int
-    tuning_seeds: Sequence[int] = (100, 101)
+    tuning_seeds: Sequence[int] = (100,)
 
     def parts(self) -> Iterator[tuple[Sequence[str], Sequence[int]]]:
         """Losses and seeds, in the order of the queue."""

@@ -73,7 +73,7 @@ def tuned(loss: str, weight: float, seed: int, score: float) -> Row:
 
 def test_weights_are_those_with_the_best_mean_on_validation_classes() -> None:
     class Study(EmbeddingStudy):
-        name, settings = "toy", (("data", "net"),)
+        name, settings, tuning_seeds = "toy", (("data", "net"),), (100, 101)
 
         def parts(self) -> Iterator[tuple[Sequence[str], Sequence[int]]]:
             yield ["RKD", "CSD"], range(2)
