@@ -28,7 +28,8 @@ from typing import Any
 
 import yaml
 from studies.images import ImageStudy
-from studies.report import describe, draw, tabulate, to_cells
+from studies.park import ParkStudy
+from studies.report import describe, draw, name_loss, tabulate, to_cells
 from studies.runner import read_rows, run_study
 from studies.text import TextStudy
 
@@ -45,11 +46,15 @@ OUT = Path("runs", "results")
 BALANCES = "0.5,2,8"
 """Tried for every entry that has a ``balance``: how many times as long as the task's gradient the loss's is."""
 
-LONG = {"text": TextStudy, "images": ImageStudy}
+LONG = {"text": TextStudy, "park": ParkStudy, "images": ImageStudy}
 """Studies with a queue of many short runs, which a stopped command goes on with."""
 
 STUDIES = ("retrieval", "generations", "classification", "similarity_transfer", "few_shot")
 """In the order of the page."""
+
+
+Setting = tuple[str, str, str, str]
+"""Study, score, beginning of the names of its networks, and words."""
 
 
 @dataclass(frozen=True)
@@ -57,34 +62,46 @@ class Claim:
     """A paper's claim, as a difference between two rows of a table."""
 
     words: str
-    study: str
-    score: str
+    setting: Setting
     better: str
     worse: str
 
 
 R1, WAYS = "recall_at_1", "few_shot_accuracy_20_way_1_shot"
-RETRIEVAL, CLASSES = ("retrieval", R1), ("classification", "accuracy")
-FEW, MIXED, SELF = ("few_shot", WAYS), ("similarity_transfer", "accuracy"), ("generations", R1)
+COLD = "CSD(student_temperature={0}, teacher_temperature={0})"
+HELPS, BOTH = "RKD-DA helps the student", "Distances and angles beat distances alone"
+DARK, RELAXED = "RKD-DA beats HardDarkRank", "RelaxedContrastive beats RKD-DA"
+ANCHORED, MIXTURE = "CSD beats RKD-DA if the teacher is far stronger", "RKD-DA beside CSD beats CSD alone"
+WITHOUT, SELF = "RKD-DA is better without the task's loss", "A self-distilled student beats its teacher"
+
+BANKING: Setting = ("text", R1, "banking77 36k: ", "Banking77, 36k")
+CLINC: Setting = ("text", R1, "clinc150 36k: ", "CLINC150, 36k")
+PARK: Setting = ("park", R1, "cifar100 64: ", "CIFAR-100 unseen classes, a teacher trained alike")
+IMAGES: Setting = ("images", R1, "unlabelled 1280: ", "CIFAR-100 unseen classes, EfficientNet-Lite0")
+RETRIEVAL: Setting = ("retrieval", R1, "", "CIFAR-100 unseen classes, short trainings")
+CLASSES: Setting = ("classification", "accuracy", "", "CIFAR-100, less than an epoch")
+MIXED: Setting = ("similarity_transfer", "accuracy", "", "CIFAR-100, less than an epoch")
+FEW: Setting = ("few_shot", WAYS, "", "Omniglot, 1,900 parameters")
 CLAIMS = (
-    Claim("RKD helps the student: retrieval, the only loss", *RETRIEVAL, "RKD-DA alone", "student alone"),
-    Claim("... beside a triplet loss, the paper's weights", *RETRIEVAL, "RKD-DA + triplet", "student alone"),
-    Claim("... beside a triplet loss, tuned", *RETRIEVAL, "RKD-DA", "student alone"),
-    Claim("... classification", *CLASSES, "RKD-DA", "student alone"),
-    Claim("... few-shot, a small student", *FEW, "RKD-DA", "student alone"),
-    Claim("Distances and angles beat distances: retrieval, the only loss", *RETRIEVAL, "RKD-DA alone", "RKD-D alone"),
-    Claim("... beside a triplet loss, the paper's weights", *RETRIEVAL, "RKD-DA + triplet", "RKD-D + triplet"),
-    Claim("... beside a triplet loss, tuned", *RETRIEVAL, "RKD-DA", "RKD-D"),
-    Claim("... classification", *CLASSES, "RKD-DA", "RKD-D"),
-    Claim("RKD beats DarkRank: retrieval, tuned", *RETRIEVAL, "RKD-DA", "HardDarkRank"),
-    Claim("Retrieval is better without the triplet loss", *RETRIEVAL, "RKD-DA alone", "RKD-DA + triplet"),
-    Claim("A self-distilled student beats its teacher", *SELF, "generation 1", "teacher"),
-    Claim("... and its like trained alone, seed by seed", *SELF, "generation 1", "trained alone"),
-    Claim("... a second generation beats the first", *SELF, "generation 2", "generation 1"),
-    Claim("Soft targets with RKD beat soft targets", *CLASSES, "SoftTarget + RKD-DA", "SoftTarget"),
-    Claim("Relaxed contrastive beats RKD: retrieval, tuned", *RETRIEVAL, "RelaxedContrastive", "RKD-DA"),
-    Claim("STKD beats soft targets", *MIXED, "STKD", "SoftTarget"),
-    Claim("STKD beats mixup without a teacher", *MIXED, "STKD", "student alone, mixup"),
+    *(Claim(HELPS, setting, "RKD + triplet", "triplet") for setting in (BANKING, CLINC, PARK)),
+    *(Claim(HELPS, setting, "RKD-DA", "student alone") for setting in (RETRIEVAL, CLASSES, FEW)),
+    *(Claim(BOTH, setting, "RKD", "RKDDistance") for setting in (BANKING, CLINC, PARK)),
+    Claim(BOTH, RETRIEVAL, "RKD-DA alone", "RKD-D alone"),
+    Claim(BOTH, CLASSES, "RKD-DA", "RKD-D"),
+    *(Claim(WITHOUT, setting, "RKD", "RKD + triplet") for setting in (BANKING, CLINC, PARK)),
+    Claim(SELF, PARK, "RKD of generation 1", "triplet"),
+    Claim("A second generation beats the first", PARK, "RKD of generation 2", "RKD of generation 1"),
+    *(Claim(DARK, setting, "RKD", "HardDarkRank") for setting in (BANKING, CLINC)),
+    Claim(DARK, RETRIEVAL, "RKD-DA", "HardDarkRank"),
+    *(Claim(RELAXED, setting, "RelaxedContrastive", "RKD") for setting in (BANKING, CLINC, IMAGES)),
+    Claim(RELAXED, RETRIEVAL, "RelaxedContrastive", "RKD-DA"),
+    *(Claim(ANCHORED, setting, COLD.format(0.1), "RKD") for setting in (BANKING, CLINC)),
+    Claim(ANCHORED, IMAGES, COLD.format(0.05), "RKD"),
+    *(Claim(MIXTURE, setting, f"3 * RKD + {COLD.format(0.1)}", COLD.format(0.1)) for setting in (BANKING, CLINC)),
+    Claim(MIXTURE, IMAGES, f"3 * RKD + {COLD.format(0.05)}", COLD.format(0.05)),
+    Claim("Soft targets with RKD-DA beat soft targets", CLASSES, "SoftTarget + RKD-DA", "SoftTarget"),
+    Claim("STKD beats soft targets", MIXED, "STKD", "SoftTarget"),
+    Claim("STKD beats mixup without a teacher", MIXED, "STKD", "student alone, mixup"),
 )
 
 
@@ -119,21 +136,30 @@ def runs(study: str) -> dict[str, dict[str, dict[int, float]]]:
     return found
 
 
-def checked(claim: Claim, scores: Mapping[str, Mapping[str, Mapping[int, float]]]) -> list[str]:
-    """The row of a claim. The one teacher is compared with the students of all seeds."""
-    better, worse = (scores[network][claim.score] for network in (claim.better, claim.worse))
-    if claim.worse == "teacher":
-        (value,) = worse.values()
-        worse = dict.fromkeys(better, value)
+def long_runs(study: str) -> dict[str, dict[str, dict[int, float]]]:
+    """The same of a long study; names are those of data, student and losses."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for row in read_rows(TABLES / f"{study}.csv"):
+        if row["stage"] == "final" and row["student"] != "teacher":
+            losses = " + ".join(name for name in (row["loss"], row["beside"]) if name != "none")
+            scores = found.setdefault(f"{row['data']} {row['student']}: {losses}", {})
+            for score in LONG[study].scores:
+                if row[score]:
+                    scores.setdefault(score, {})[int(row["seed"])] = float(row[score])
+    return found
+
+
+def checked(claim: Claim, known: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]]) -> list[list[str]]:
+    """The row of a claim, none where runs are missing."""
+    study, score, start, words = claim.setting
+    better, worse = (known.get(study, {}).get(start + name, {}).get(score, {}) for name in (claim.better, claim.worse))
     found = paired_difference(better, worse)
-    assert found is not None
-    return [
-        claim.words,
-        f"{claim.better} - {claim.worse}",
-        claim.score.removeprefix("few_shot_"),
-        f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]",
-        verdict(found),
-    ]
+    if found is None:
+        return []
+    interval = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    names = " - ".join(map(name_loss, (claim.better, claim.worse)))
+    seeds = str(len(better.keys() & worse.keys()))
+    return [[claim.words, words, names, score.removeprefix("few_shot_"), seeds, interval, verdict(found)]]
 
 
 def verdict(found: Difference) -> str:
@@ -160,7 +186,8 @@ def long_section(study: str, remarks: str) -> list[str]:
     parts = [f"## {about.title}", remarks.strip(), describe(rows, f"python benchmarks/results.py --only {study}")]
     for data, student in about.settings:
         place = f"{study}_{data}_{student}.png"
-        tables = tabulate([row for row in rows if (row["data"], row["student"]) == (data, student)])
+        own = [row for row in rows if (row["data"], row["student"]) == (data, student)]
+        tables = tabulate(own, together=about.together)
         if not tables:
             continue
         parts.append(f"### {about.names[data]}, {about.names[student]}")
@@ -192,8 +219,9 @@ def page() -> str:
             write_whole(TABLES / f"{study}.csv", content[: content.rfind(b"\n") + 1])  # a run may be writing
         if (TABLES / f"{study}.csv").exists():
             parts += long_section(study, texts[study])
-    claims = [checked(claim, present[claim.study]) for claim in CLAIMS if claim.study in present]
-    head = ["claim", "difference of", "score", "mean [95 % interval]", "here"]
+    known = present | {study: long_runs(study) for study in LONG}
+    claims = [row for claim in CLAIMS for row in checked(claim, known)]
+    head = ["claim", "setting", "difference of", "score", "seeds", "mean [95 % interval]", "here"]
     parts += ["## The claims, one by one", texts["claims"].strip(), table(head, claims), texts["tried"].strip()]
     for study in present:
         text = (TABLES / f"{study}.md").read_text().strip()

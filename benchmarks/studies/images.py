@@ -22,6 +22,7 @@ from .methods import EmbeddingStudy, Objective, list_losses, measure
 from .runner import Run, cached
 
 EPOCHS, CLASSES, IMAGES = {"tune": 12, "final": 24}, 25, 5
+WIDTHS = [16, 16, 32, 64]
 VALIDATION = 10
 """Of the 50 training classes; left out of the training while weights are tuned."""
 
@@ -71,28 +72,35 @@ class ImageStudy(EmbeddingStudy):
             held_out = images[validates], teacher[validates], labels[validates]
             images, teacher, labels = images[~validates], teacher[~validates], labels[~validates]
         torch.manual_seed(run.seed)
-        network = Embedded(CIFARResNet(8, [16, 16, 32, 64]), int(run.student)).to(memory_format=torch.channels_last)
-        objective = Objective(run, torch.zeros(2, int(run.student)), teacher[:2], len(labels))
-        batch_size, padded = CLASSES * IMAGES, F.pad(images, [4] * 4)
-        steps = EPOCHS[run.stage] * (len(labels) // batch_size)
-        optimizer = torch.optim.AdamW([*network.parameters(), *objective.parameters()], lr=1e-2, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
-        generator, labelled = torch.Generator().manual_seed(run.seed), run.data == "labelled"
-        batches = (
-            PKBatchSampler(labels, CLASSES, IMAGES, run.seed, steps) if labelled else _draw(len(labels), generator)
-        )
-        for _, batch in zip(range(steps), batches, strict=False):
-            i = torch.as_tensor(batch)
-            optimizer.zero_grad()
-            rows = embed(network, augment(padded[i], generator))
-            objective.backward(rows, teacher[i], indices=i, **({"labels": labels[i]} if labelled else {}))
-            optimizer.step()
-            schedule.step()
-        network.eval()
-        objective.eval()
-        with torch.no_grad():
-            found = torch.cat([embed(network, part) for part in held_out[0].split(500)])
+        network = Embedded(CIFARResNet(8, WIDTHS), int(run.student))
+        objective = fit(run, network, images, teacher, labels, EPOCHS[run.stage], labelled=run.data == "labelled")
+        found = embed_all(network, held_out[0])
         return measure(found, held_out[1], held_out[2], objective.project(found))
+
+
+def fit(
+    run: Run, network: nn.Module, images: Tensor, teacher: Tensor, labels: Tensor, epochs: int, labelled: bool
+) -> Objective:
+    """Train a network in place with the losses of a run; the losses with what they have learned."""
+    network.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        objective = Objective(run, embed(network.eval(), images[:2]), teacher[:2], len(labels))
+    network.train()
+    batch_size, padded = CLASSES * IMAGES, F.pad(images, [4] * 4)
+    steps = epochs * (len(labels) // batch_size)
+    optimizer = torch.optim.AdamW([*network.parameters(), *objective.parameters()], lr=1e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
+    generator = torch.Generator().manual_seed(run.seed)
+    batches = PKBatchSampler(labels, CLASSES, IMAGES, run.seed, steps) if labelled else _draw(len(labels), generator)
+    for _, batch in zip(range(steps), batches, strict=False):
+        i = torch.as_tensor(batch)
+        optimizer.zero_grad()
+        rows = embed(network, augment(padded[i], generator))
+        objective.backward(rows, teacher[i], indices=i, **({"labels": labels[i]} if labelled else {}))
+        optimizer.step()
+        schedule.step()
+    network.eval()
+    return objective.eval()
 
 
 def _draw(count: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -114,6 +122,12 @@ def embed(network: nn.Module, images: Tensor) -> Tensor:
     x = (images / 255 - MEAN[:, None, None]) / STD[:, None, None]
     with torch.autocast("cpu", torch.bfloat16):
         return network(x.contiguous(memory_format=torch.channels_last)).float()
+
+
+def embed_all(network: nn.Module, images: Tensor) -> Tensor:
+    """Embeddings of many images, without gradient."""
+    with torch.no_grad():
+        return torch.cat([embed(network, part) for part in images.split(500)])
 
 
 @cache

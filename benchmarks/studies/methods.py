@@ -84,6 +84,7 @@ class EmbeddingStudy:
     scores: Sequence[str] = SCORES
     seeds: int
     tuning_seeds: Sequence[int] = (100,)
+    together = False
 
     def parts(self) -> Iterator[tuple[Sequence[str], Sequence[int]]]:
         """Losses and seeds, in the order of the queue."""

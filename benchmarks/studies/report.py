@@ -77,13 +77,25 @@ def compare(lines: Sequence[tuple[str, str, Values]], baseline: Values) -> list[
 def name_loss(loss: str) -> str:
     """Name in tables."""
     short = re.sub(r"student_temperature=([\d.]+), teacher_temperature=\1", r"\1", loss)
-    return NAMES.get(loss, short.replace("RKD +", "RKD-DA +"))
+    return NAMES.get(loss, re.sub(r"\bRKD (\+|of)", r"RKD-DA \1", short))
 
 
-def tabulate(rows: Sequence[Row]) -> dict[str, list[Line]]:
-    """Lines of a setting, by caption; tables whose baseline is missing are left out."""
+def tabulate(rows: Sequence[Row], together: bool = False) -> dict[str, list[Line]]:
+    """Lines of a setting, by caption; tables whose baseline is missing are left out.
+
+    Args:
+        rows: Runs of the setting.
+        together: Compare all with the student alone, in one table.
+    """
     found = collect(row for row in rows if row["stage"] == "final")
     tables: dict[str, list[Line]] = {}
+    if together:
+        lines = [
+            (name_loss(loss) + (f" + {other}" if loss != "none" != other else ""), weight, values)
+            for (loss, other), (weight, values) in found.items()
+        ]
+        alone = found.get(("none", "triplet"))
+        return {"Gain over the student alone, with the triplet loss": compare(lines, alone[1])} if alone else {}
     if ("none", "triplet") in found:
         beside = [
             (name_loss(loss) + ("" if other == "triplet" else f" ({other})"), weight, values)

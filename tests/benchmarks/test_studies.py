@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.studies import methods
 from benchmarks.studies.images import ImageStudy, augment
 from benchmarks.studies.methods import BALANCES, EmbeddingStudy, Objective, list_anchored, list_losses
+from benchmarks.studies.park import ParkStudy
 from benchmarks.studies.report import compare, correct
 from benchmarks.studies.runner import Row, Run, read_rows, run_study
 from benchmarks.studies.text import VARIANTS
@@ -93,6 +94,16 @@ def test_images_without_labels_have_no_task_loss_and_others_always_one() -> None
     assert {run.beside for run in runs if run.data == "labelled"} == {"triplet", "multi-similarity"}
     seeds = {loss: {run.seed for run in runs if run.loss == loss and run.stage == "final"} for loss in ("RKD", "PKT")}
     assert seeds == {"RKD": set(range(5)), "PKT": set(range(3))}
+
+
+def test_each_generation_is_taught_by_the_one_before_with_its_seed() -> None:
+    study = ParkStudy(Path(), Path())
+    runs = list(study.plan([]))
+    students = {(run.loss, run.beside): run for run in runs if run.seed == 3}
+    first, second = (students[f"RKD of generation {number}", "none"] for number in (1, 2))
+    assert study.teacher_of(first) == students["none", "triplet"]
+    assert study.teacher_of(second) == first
+    assert {study.teacher_of(run) for key, run in students.items() if "generation" not in key[0]} == {runs[0]}
 
 
 @pytest.mark.parametrize("loss", list_losses(VARIANTS))
