@@ -30,7 +30,7 @@ COLD_CSD = "CSD(student_temperature=0.1, teacher_temperature=0.1)"
 VARIANTS = (COLD_CSD, f"3 * RKD + {COLD_CSD}", "AnchoredRKD(angle_weight=2.0)")
 """Further settings of the losses: temperatures of ``lightning-rkd distill``, its default loss, anchored angles."""
 
-SLOW = ("RRD", "CRD")
+SLOW = ("RRD", "CRD", "ROP")
 """Losses whose steps take many times as long as the others' on a CPU; they come last."""
 
 STEPS, INTENTS, TEXTS = 1500, 24, 5
