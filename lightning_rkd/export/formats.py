@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lightning_rkd.export.read import PROGRAM, WEIGHTS, load_weights
@@ -74,7 +74,8 @@ def write_formats(
 
 
 def _write_safetensors(network: nn.Module, rebuilt: nn.Module, path: Path) -> Program:
-    save_file({name: x.contiguous().clone() for name, x in network.state_dict().items()}, path)
+    # save_file makes a file that only its owner can read
+    path.write_bytes(save({name: x.contiguous().clone() for name, x in network.state_dict().items()}))
     load_weights(rebuilt, load_file(path))
     return partial(call_network, rebuilt)
 

@@ -63,7 +63,8 @@ def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
     with any code.
 
     Args:
-        folder: Folder written by :func:`~lightning_rkd.export.export`.
+        folder: Folder written by :func:`~lightning_rkd.export.export`, or output of ``lightning-rkd distill``, which
+            has one, ``student``.
         network: Network of the student's architecture that receives the weights, where ``config.json`` names no class.
 
     Returns:
@@ -90,6 +91,8 @@ def load(folder: str | Path, network: nn.Module | None = None) -> nn.Module:
         True
     """
     folder = Path(folder)
+    if not (folder / CONFIG).is_file() and (folder / "student" / CONFIG).is_file():  # the output of distill
+        folder = folder / "student"
     config = read_config(folder)
     preprocess = None
     if config.get("preprocess"):

@@ -15,7 +15,7 @@ from lightning_rkd.plots.style import MARKS, add_title, check_embeddings, get_th
 
 def neighbours(
     images: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     embeddings: Mapping[str, Tensor],
     queries: Sequence[int] | None = None,
     k: int = 5,
@@ -28,9 +28,10 @@ def neighbours(
 
     Args:
         images: (N, C, H, W), uint8 or in 0 to 1, C 1 or 3.
-        labels: (N,) classes.
+        labels: (N,) classes; ``None`` leaves out frames and marks.
         embeddings: (N, D) by name of the network, in the order of the columns.
-        queries: Row numbers of the queries; ``None`` draws six of different classes with a fixed seed.
+        queries: Row numbers of the queries; ``None`` draws six, of different classes if these are known, with a fixed
+            seed.
         k: Number of neighbours.
         title: Title of the figure.
         dark: Use a dark background.
@@ -42,13 +43,14 @@ def neighbours(
         10
     """
     look = get_theme(dark)
-    plain, labels = check_embeddings(embeddings, labels=labels, images=images), labels.cpu()
-    k = min(k, len(labels) - 1)
-    queries = _draw_queries(labels, 6) if queries is None else [int(query) for query in queries]
+    labels = None if labels is None else labels.cpu()
+    plain = check_embeddings(embeddings, **({} if labels is None else {"labels": labels}), images=images)
+    k = min(k, len(images) - 1)
+    queries = _draw_queries(labels, len(images), 6) if queries is None else [int(query) for query in queries]
     if k < 1 or not queries:
         raise ValueError(f"nothing to show: {len(queries)} queries, {k} neighbours")
-    if unknown := [query for query in queries if not 0 <= query < len(labels)]:
-        raise ValueError(f"queries must be rows between 0 and {len(labels) - 1}, got {unknown}")
+    if unknown := [query for query in queries if not 0 <= query < len(images)]:
+        raise ValueError(f"queries must be rows between 0 and {len(images) - 1}, got {unknown}")
     distances = {name: torch.cdist(x[queries], x) for name, x in plain.items()}
     for far in distances.values():
         far[torch.arange(len(queries)), queries] = torch.inf
@@ -79,7 +81,7 @@ def neighbours(
             for n in range(k):
                 ax = figure.add_subplot(grid[i, 2 + j * (k + 1) + n])
                 row = int(nearest[i, n])
-                sign, colour = MARKS[bool(labels[row] == labels[query])]
+                sign, colour = ("", look.ink) if labels is None else MARKS[bool(labels[row] == labels[query])]
                 _draw_image(ax, pixels[row], colour, sign)
                 if i == 0 and n == 0:
                     ax.set_title(name, fontsize=12, color=look.ink, loc="left", pad=9, linespacing=1.3)
@@ -96,9 +98,11 @@ def _draw_image(ax: Axes, picture: npt.NDArray[np.float32], colour: str, sign: s
         text.set(color="white", fontweight="bold")
 
 
-def _draw_queries(labels: Tensor, count: int) -> list[int]:
-    """Rows of different classes with at least two samples."""
-    order = np.random.default_rng(0).permutation(len(labels))
+def _draw_queries(labels: Tensor | None, rows: int, count: int) -> list[int]:
+    """Some rows, of different classes with at least two samples if there are labels."""
+    order = np.random.default_rng(0).permutation(rows)
+    if labels is None:
+        return [int(row) for row in order[:count]]
     _, first, sizes = np.unique(labels.numpy()[order], return_index=True, return_counts=True)
     queries: list[int] = order[np.sort(first[sizes > 1])[:count]].tolist()
     return queries

@@ -45,6 +45,12 @@ def trained(build: dict[str, Any]) -> nn.Module:
     return network
 
 
+@posix_only
+def test_everybody_who_may_read_the_folder_may_read_the_weights(tmp_path: Path) -> None:
+    export(nn.Linear(3, 2), torch.zeros(1, 3), tmp_path / "out", formats=["safetensors", "torch"])
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_each_file_of_every_network_gives_the_same_numbers(name: str, tmp_path: Path) -> None:

@@ -25,6 +25,12 @@ def test_every_query_stands_beside_k_neighbours_of_every_network() -> None:
     assert [t for t in titles if t] == ["query", "a", "b"]
 
 
+def test_neighbours_without_labels_have_no_marks() -> None:
+    figure = plots.neighbours(IMAGES, None, {"a": LINE}, k=2)
+    assert len(figure.axes) == 6 * 3
+    assert not any(ax.texts or ax.patches for ax in figure.axes)
+
+
 def test_the_nearest_rows_are_right_or_wrong_by_colour_and_by_sign() -> None:
     figure = plots.neighbours(IMAGES, LABELS, {"a": LINE}, queries=[3], k=5)
     found = [round(24 * float(ax.images[0].get_array()[0, 0])) for ax in figure.axes]  # type: ignore[index]

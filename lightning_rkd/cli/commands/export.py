@@ -29,6 +29,11 @@ def main(args: Sequence[str]) -> None:
     options = _parser().parse_args(list(args))
     config_path = options.config or _find_config(options.run)
     checkpoint = options.ckpt_path or options.run / "last.ckpt"
+    if options.config is None and (options.run / "distill.yaml").is_file():
+        raise ValueError(
+            f"the student of {str(options.run)!r} is exported already, in {str(options.run / 'student')!r}; the same "
+            f"lightning-rkd distill with --formats {','.join(FORMATS)} adds formats and trains nothing again"
+        )
     for path, kind in ((config_path, "configuration"), (checkpoint, "checkpoint")):
         if not path.is_file():
             raise FileNotFoundError(

@@ -17,7 +17,9 @@ from lightning_rkd.cli.distill.samples import Samples
 from lightning_rkd.cli.distill.teachers import NetworkTeacher, TeacherSource
 from lightning_rkd.distillation.teachers.cache_format import DamagedError, read_shard, write_shard
 
-SHARD_ROWS = 2048
+SHARD_ROWS = 512
+"""Samples in a shard: at most these are embedded again after a stop."""
+
 BATCH = 64
 _FIELD = "/embedding"
 
@@ -27,7 +29,7 @@ def show_progress(console: Console, what: str, total: int, unit: str) -> Iterato
     """Progress bar with an estimate of the time that is left; the function takes what is done, and a remark."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
-        TextColumn("of which left"), TimeRemainingColumn(), TextColumn("{task.fields[remark]}"),
+        TextColumn("so far,"), TimeRemainingColumn(), TextColumn("left {task.fields[remark]}"),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total, remark="")
@@ -56,7 +58,8 @@ def embed_all(
             precision == "auto" and decide(folder, "teacher_bf16", lambda: _gains_by_bf16(teacher, fetch()))
         ):
             teacher.bf16 = True
-            console.print("The teacher runs in bf16, which is faster here (precision='32' avoids that).")
+            why = "as asked" if precision == "bf16" else "which is faster here; --precision 32 avoids it"
+            console.print(f"The teacher runs in bf16 ({why}).")
     about = {"teacher": f"{source.name} {source.key}"}
     found = embed_samples(source.embed, samples, folder / "teacher", about, console)
     return found, None if test is None else embed_samples(source.embed, test, folder / "teacher_test", about, console)

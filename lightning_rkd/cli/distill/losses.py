@@ -101,13 +101,21 @@ def _read(node: ast.expr) -> Any:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         return _read(node.left) * _read(node.right)
     if isinstance(node, ast.Call) and not node.args:
-        arguments = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
+        arguments = {str(word.arg): _read_value(word.value) for word in node.keywords}
         return _find_class(ast.unparse(node.func))(**arguments)
     if isinstance(node, ast.Name | ast.Attribute):
         return _find_class(ast.unparse(node))()
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         return node.value
     raise SyntaxError(f"expected losses, + and numbers times losses, got {ast.unparse(node)!r}")
+
+
+def _read_value(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        text = ast.unparse(node)
+        raise SyntaxError(f"expected a number, a text in quotes or a list as an argument, got {text}") from None
 
 
 def _find_class(name: str) -> type[RelationalLoss]:

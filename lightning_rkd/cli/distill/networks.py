@@ -12,7 +12,7 @@ from lightning_rkd.cli.distill.samples import Samples
 from lightning_rkd.cli.distill.students import Student, build_student
 from lightning_rkd.cli.experiments.runs import digest
 from lightning_rkd.data.datamodules.folder import suggest_size
-from lightning_rkd.export import export, load
+from lightning_rkd.export import Embedder, export, load
 from lightning_rkd.export.card import Facts
 from lightning_rkd.export.formats import FORMATS
 from lightning_rkd.losses.weighting import Weighable
@@ -63,24 +63,30 @@ def _suggest_size(samples: Samples) -> int:
     return max(8, min(64, round(float(sizes.median()))))
 
 
+def finish_student(student: Student, loss: Weighable, apart: bool) -> tuple[Embedder, nn.Module | None]:
+    """The trained student with its preprocessing, and the module from its embeddings to the teacher's space.
+
+    A projection that the loss has trained is part of the student, unless ``apart``. The module is ``None`` if the loss
+    has not aligned the two spaces.
+    """
+    align = find_projection(loss)
+    network = student.network if apart else with_projection(student.network, loss)
+    return Embedder(network.eval(), student.preprocess), align if align is None or apart else nn.Identity()
+
+
 def export_student(
     student: Student, loss: Weighable, apart: bool, folder: Path, samples: Samples, formats: Sequence[str], facts: Facts
-) -> tuple[nn.Module, nn.Module | None]:
+) -> nn.Module:
     """Export the trained student in the formats that are not there yet, and load it.
 
     A projection that the loss has trained is part of it, unless ``apart``; then a second export has it.
-
-    Returns:
-        The exported student, which takes samples, and the module from its embeddings to the teacher's space, ``None``
-        if the loss has not aligned the two.
     """
     projected = with_projection(student.network, loss)
     network = student.network if apart else projected
     exported = _export(student, network, folder / STUDENT, samples, formats, facts)
     if apart and projected is not network:
         _export(student, projected, folder / PROJECTED, samples, formats, facts)
-    align = find_projection(loss)
-    return exported, align if align is None or apart else nn.Identity()
+    return exported
 
 
 def _export(

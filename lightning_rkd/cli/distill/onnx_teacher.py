@@ -43,7 +43,7 @@ class OnnxTeacher:
         except Exception as error:  # onnxruntime has an error for each kind of damage
             raise ValueError(f"{str(path)!r} is no ONNX file that onnxruntime runs: {error}") from error
         content = path.read_bytes()
-        self.key, self.kind, self.parameters = hashlib.sha256(content).hexdigest()[:16], kind, 0
+        self.key, self.kind = hashlib.sha256(content).hexdigest()[:16], kind
         self.inputs = {one.name: one for one in self.session.get_inputs()}
         first = next(iter(self.inputs.values()))
         if kind == "image":

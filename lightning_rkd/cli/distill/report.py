@@ -19,10 +19,10 @@ from lightning_rkd.utils import provenance
 from lightning_rkd.utils.files import write_whole
 
 CAPTION = (
-    "Held-out samples, by cosine. recall@1: share of samples whose nearest sample, in the network's own gallery or in "
-    "the teacher's, is of the same class. Common neighbours: share of a sample's 10 nearest that teacher and student "
-    "have in common. Rank correlation: of the distances. ms: milliseconds for one sample on this machine, with "
-    "preprocessing."
+    "{count:,} held-out samples, by cosine. recall@1: share of samples whose nearest sample, in the network's own "
+    "gallery or in the teacher's, is of the same class. Common neighbours: share of a sample's 10 nearest that teacher "
+    "and student have in common, {chance:.3f} by chance. Rank correlation: of the distances. ms: "
+    "milliseconds for one sample on this machine, with preprocessing."
 )
 _TITLE = "What the student kept of its teacher"
 _ROWS, _SIZE = 400, 48
@@ -65,7 +65,7 @@ def to_markdown(cells: Sequence[Sequence[str]]) -> str:
 
 def describe_usage(folder: Path, kind: str) -> str:
     """Three lines on how to use the exported student."""
-    items = {"image": '["one.jpg"]', "text": '["a text"]', "vector": "torch.randn(1, D)"}[kind]
+    items = {"image": '["one.jpg"]', "text": '["a text"]', "vector": "rows_like_the_data"}[kind]
     lines = ["from lightning_rkd import export", f"student = export.load({str(folder / 'student')!r})"]
     return "\n".join([*lines, f"embeddings = student({items})  # compare rows by cosine"])
 
@@ -73,17 +73,19 @@ def describe_usage(folder: Path, kind: str) -> str:
 def write_report(
     folder: Path,
     table: Sequence[Mapping[str, Any]],
-    loss: str,
+    notes: Sequence[str],
     samples: Samples,
     *,
     about: str,
-    split: str,
     command: str,
 ) -> None:
     """Write ``table.md`` and ``report.html``, with pictures of the held-out embeddings."""
-    cells, notes = format_table(table), [f"Loss: {loss}. The samples were divided {split}.", CAPTION]
+    held = load_file(folder / HELD_OUT)
+    count = len(held["rows"])
+    cells = format_table(table)
+    notes = [*notes, CAPTION.format(count=count, chance=min(10, count - 1) / max(1, count - 1))]
     write_whole(folder / "table.md", "\n\n".join([to_markdown(cells), *notes, ""]).encode())
-    light, dark = (_draw(load_file(folder / HELD_OUT), samples, dark) for dark in (False, True))
+    light, dark = (_draw(held, samples, dark) for dark in (False, True))
     made = f"{datetime.date.today()}, {provenance.hardware('cpu')}, PyTorch {torch.__version__}"
     page = render(
         cells,
@@ -105,17 +107,18 @@ def _draw(held: Mapping[str, Tensor], samples: Samples, dark: bool) -> dict[str,
     few = torch.randperm(len(held["rows"]), generator=torch.Generator().manual_seed(0))[:_ROWS].sort().values
     embeddings = {name: held[name][few] for name in ("teacher", "student")}
     labels = held["labels"][few] if "labels" in held else None
-    if labels is None or samples.kind != "image":
-        classes = torch.zeros(len(few), dtype=torch.int64) if labels is None else labels
-        return {
-            "relations": plots.relations(embeddings, classes, samples_per_class=96 if labels is None else 8, dark=dark),
-            "angles": plots.angles(embeddings, dark=dark),
-        }
-    images = [np.asarray(x.resize((_SIZE, _SIZE))) for x in samples.fetch(held["rows"][few].tolist())]
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return {
-        "neighbours": plots.neighbours(pixels, labels, embeddings, dark=dark),
-        "relations": plots.relations(embeddings, labels, list(samples.class_names), dark=dark),
-        "angles": plots.angles(embeddings, dark=dark),
-        "map": plots.embedding_map(pixels, labels, embeddings, dark=dark),
-    }
+    figures = {}
+    if samples.kind == "image":
+        images = [np.asarray(x.resize((_SIZE, _SIZE))) for x in samples.fetch(held["rows"][few].tolist())]
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        figures["neighbours"] = plots.neighbours(pixels, labels, embeddings, dark=dark)
+    if labels is None:
+        classes = torch.zeros(len(few), dtype=torch.int64)
+        figures["relations"] = plots.relations(embeddings, classes, samples_per_class=96, dark=dark)
+    else:
+        names = list(samples.class_names) if samples.kind == "image" else None
+        figures["relations"] = plots.relations(embeddings, labels, names, dark=dark)
+    figures["angles"] = plots.angles(embeddings, dark=dark)
+    if samples.kind == "image" and labels is not None:
+        figures["map"] = plots.embedding_map(pixels, labels, embeddings, dark=dark)
+    return figures

@@ -162,14 +162,15 @@ def distill(
         source = open_teacher(teacher, samples.kind, pooling, place)
     if source.rows is not None:
         divide_rows(source.rows, source.name, samples, test)  # before the folder is begun
+    rate = lr or RATES.get(student.partition(":")[0] if isinstance(student, str) else "", 1e-2)
     settings = {
         "made_by": "lightning-rkd distill",
         "lightning_rkd": __version__,
         "torch": str(torch.__version__),
         "teacher": f"{source.name} {source.key}" + (f", pooling {pooling}" if pooling else ""),
         "student": networks.identify_student(student),
-        "data": samples.fingerprint,
-        "test_data": None if test is None else test.fingerprint,
+        "data": f"{samples.describe()}, {samples.fingerprint}",
+        "test_data": None if test is None else f"{test.describe()}, {test.fingerprint}",
         "loss": described,
         "embedding_dim": embedding_dim,
         "image_size": image_size,
@@ -177,16 +178,21 @@ def distill(
         "epochs": epochs,
         "minutes": minutes,
         "batch_size": batch_size,
-        "lr": lr,
+        "lr": rate,
         "precision": precision,
         "seed": seed,
     }
     tests = f"{len(parts.test):,} held out" if test is None else f"and {test.describe()} to test"
     console.print(
-        f"Data: {samples.describe()}, divided {parts.how}: {len(parts.train):,} to train, {len(parts.validation):,} to "
-        f"validate, {tests}.",
+        f"Data: {samples.describe()}, divided {parts.how}: {len(parts.train):,} samples to train, "
+        f"{len(parts.validation):,} to validate, {tests}.",
         soft_wrap=True,
     )
+    if source.rows is not None and samples.kind != "vector":
+        order = (
+            f"Embeddings are taken in the order of the data: {samples.name(0)}, to {samples.name(len(samples) - 1)}."
+        )
+        console.print(order, markup=False, soft_wrap=True)
     few = source.embed_few(samples.fetch(range(2)))  # for the width
     with isolate_rng(include_cuda=False):
         torch.manual_seed(seed)
@@ -208,22 +214,26 @@ def distill(
             device=place, precision=precision, epochs=epochs, minutes=minutes,
         )  # fmt: skip
         plan = Plan(**decide(folder, "plan", measure))
-        rate = lr or RATES.get(student.partition(":")[0] if isinstance(student, str) else "", 1e-2)
-        console.print(f"Training {made.description} for {plan.describe()}.", soft_wrap=True)
+        training = f"Loss: {described}. AdamW, batches of {batch_size}, learning rate up to {rate:g}."
+        console.print(f"Student: {made.describe()}.\n{training}", markup=False, soft_wrap=True)
         train_student(
             made.network, chosen, teacher_rows, inputs, parts.train, parts.validation, folder / "training", plan,
             batch_size=batch_size, lr=rate, seed=seed, device=place, console=console,
         )  # fmt: skip
-    facts = Facts(made.description, f"{samples.describe()}, divided {parts.how}", source.name, described)
     apart = embedding_dim is not None  # the student keeps its own space
-    exported, align = networks.export_student(made, chosen, apart, folder, samples, formats, facts)
+    trained, align = networks.finish_student(made, chosen, apart)
     held, rows = (samples, parts.test) if test is None else (test, list(range(len(test))))
     target = teacher_rows[rows] if test_rows is None else test_rows
     size = count_parameters(made.network)
-    compare = partial(compare_networks, source, exported, align, size, held, rows, target, folder / HELD_OUT)
+    compare = partial(compare_networks, source, trained, align, size, held, rows, target, folder / HELD_OUT)
     table = decide(folder, "table", compare)
-    about = f"A student, {made.description}, learned from {source.name} on {samples.describe()}."
-    report.write_report(folder, table, described, held, about=about, split=parts.how, command=command)
+    scores = {name: x for name, x in table[1].items() if isinstance(x, float) and name != "ms"}
+    origin = f"{samples.describe()}, divided {parts.how}"
+    facts = Facts(made.description, origin, source.name, described, scores, f"On {len(rows):,} held-out samples.")
+    exported = networks.export_student(made, chosen, apart, folder, samples, formats, facts)
+    about = f"A student, {made.describe()}, learned from {source.name} on {samples.describe()}."
+    notes = [training, f"The samples were divided {parts.how}."]
+    report.write_report(folder, table, notes, held, about=about, command=command)
     return Distilled(folder, exported, table, described, parts.how, samples.kind)
 
 

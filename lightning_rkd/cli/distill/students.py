@@ -76,6 +76,13 @@ class Student:
     build: Build | None
     description: str
 
+    def describe(self) -> str:
+        """The network in words, with the size of its images."""
+        if not isinstance(self.preprocess, ImagePreprocess):
+            return self.description
+        height, width = self.preprocess.size
+        return f"{self.description}, on images of {height} x {width} pixels"
+
 
 def build_student(
     spec: str | nn.Module,
@@ -143,9 +150,11 @@ def build_student(
         raise ValueError(f"the student {spec!r} has none of the forms {here}")
     try:
         student = load()
-    except (MissingExtraError, FileNotFoundError):
+    except MissingExtraError:
         raise
     except Exception as error:  # each package has errors of its own for what is not there
+        if type(error) is FileNotFoundError:  # a file of weights; errors of the hub are subclasses of it
+            raise
         raise ValueError(f"the student {spec!r} could not be loaded: {_first_line(error)}") from error
     return replace(student, description=f"{spec}, {count_parameters(student.network):,} parameters")
 

@@ -48,7 +48,6 @@ class TeacherSource:
         key: Checksum of what it computes.
         embed: Function from a list of samples (PIL images, strings, or rows (M, D)) to embeddings (M, D').
         rows: Embeddings that are there already.
-        network: The network, if it is one of PyTorch.
         parameters: Number of parameters; 0 if unknown.
     """
 
@@ -56,7 +55,6 @@ class TeacherSource:
     key: str = ""
     embed: Callable[[Any], Tensor] | None = None
     rows: Tensor | None = None
-    network: nn.Module | None = None
     parameters: int = 0
 
     def embed_few(self, items: Any) -> Tensor:
@@ -128,7 +126,7 @@ def open_teacher(spec: Any, kind: Kind, pooling: str | None = None, device: str 
         return _from_object(_import(rest), kind, spec, device)
     if form == "onnx":
         onnx = OnnxTeacher(rest, kind)
-        return TeacherSource(spec, onnx.key, onnx, parameters=onnx.parameters)
+        return TeacherSource(spec, onnx.key, onnx)
     loaders: dict[str, Callable[[], tuple[nn.Module, Any, Any]]] = {
         "torchvision": partial(load_torchvision, rest, kind),
         "timm": partial(load_timm, rest, kind),
@@ -137,9 +135,11 @@ def open_teacher(spec: Any, kind: Kind, pooling: str | None = None, device: str 
     }
     try:
         network, prepare, read = loaders[form]()
-    except (MissingExtraError, FileNotFoundError, TypeError):
+    except (MissingExtraError, TypeError):
         raise
     except Exception as error:  # each package has errors of its own for what is not there
+        if type(error) is FileNotFoundError:  # a file of weights; errors of the hub are subclasses of it
+            raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"the teacher {spec!r} is not here, and could not be fetched or loaded ({first}): check the name, or give "
@@ -149,9 +149,8 @@ def open_teacher(spec: Any, kind: Kind, pooling: str | None = None, device: str 
 
 
 def _from_network(name: str, teacher: NetworkTeacher) -> TeacherSource:
-    network = teacher.network
-    key = digest(*(x for x in network.state_dict().values() if isinstance(x, Tensor)))
-    return TeacherSource(name, key, teacher, network=network, parameters=count_parameters(network))
+    key = digest(*(x for x in teacher.network.state_dict().values() if isinstance(x, Tensor)))
+    return TeacherSource(name, key, teacher, parameters=count_parameters(teacher.network))
 
 
 def _from_object(given: Any, kind: Kind, name: str, device: str) -> TeacherSource:

@@ -54,11 +54,16 @@ class Plan:
     bf16: bool
     seconds: float
 
-    def describe(self) -> str:
-        """The plan in words."""
-        minutes = self.epochs * self.steps * self.seconds / 60
+    def describe(self, done: int = 0) -> str:
+        """The plan in words, after some steps."""
+        left = self.epochs * self.steps - done
+        begun = f"Training goes on after {done // self.steps} of" if done else "Training for"
+        begun = begun if left > 0 else "Training is complete:"
+        what = f"{self.epochs} epoch{'s' * (self.epochs > 1)} of {self.steps} steps"
+        minutes = left * self.seconds / 60
         about = f"about {minutes:.0f} minutes" if minutes >= 1.5 else f"about {60 * minutes:.0f} seconds"
-        return f"{self.epochs} epochs of {self.steps} steps{' in bf16 with channels last' * self.bf16} ({about})"
+        about = f" ({about})" if left > 0 else ""
+        return f"{begun} {what}{' in bf16 with channels last' * self.bf16}{about}."
 
 
 def plan_training(
@@ -132,9 +137,11 @@ def train_student(
         lr_interval="step",
         compare_gradients=None,
     )
-    path = folder / CHECKPOINT
+    path, done = folder / CHECKPOINT, 0
     if path.is_file():
         check_checkpoint(path)
+        done = torch.load(path, map_location="cpu", weights_only=True)["global_step"]
+    console.print(plan.describe(done), soft_wrap=True)
     if plan.bf16:
         network.to(memory_format=torch.channels_last)
     network.train()

@@ -72,6 +72,41 @@ def test_images_go_from_a_folder_to_an_exported_student(photos: Path, capsys: py
     assert "What the student kept of its teacher" in (out / "report.html").read_text()
 
 
+def test_images_without_labels_are_shown_beside_their_neighbours(photos: Path) -> None:
+    args = ["--teacher", f"{TOYS}:embed_images", "--data", "photos", "--unlabelled", *FAST]
+    assert cli.main(["distill", *args]) == 0
+    assert "<h2>The nearest images</h2>" in Path("runs/distill/report.html").read_text()
+    assert "10 held-out samples" in Path("runs/distill/table.md").read_text()
+    assert "in common, 1.000 by chance" in Path("runs/distill/table.md").read_text()
+
+
+def test_what_the_command_chooses_is_said(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--teacher", f"{TOYS}:embed_images", "--data", "photos", *FAST]
+    assert cli.main(["distill", *args]) == 0
+    said = capsys.readouterr().out
+    count = scores("runs/distill")[1]["parameters"]
+    assert f"Student: resnet8, {count:,} parameters, on images of 16 x 16 pixels." in said
+    assert "Loss: 3 * RKD(distance_weight=1.0, " in said
+    assert "AdamW, batches of 12, learning rate up to 0.01." in said
+    assert "Training for 3 epochs of 2 steps (about " in said
+
+
+def test_the_model_card_has_the_scores(texts: Path) -> None:
+    args = ["--teacher", f"{TOYS}:embed_texts", "--data", "texts.csv", "--label-column=topic", *FAST]
+    assert cli.main(["distill", *args]) == 0
+    card, student = Path("runs/distill/student/README.md").read_text(), scores("runs/distill")[1]
+    assert "On 24 held-out samples." in card
+    for name in ("recall@1", "recall@1, teacher's gallery", "common neighbours", "rank correlation"):
+        assert f"| {name} | {student[name]:.4f} |" in card
+
+
+def test_the_order_of_embeddings_that_are_there_is_said(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("teacher.npy", torch.randn(48, 5).numpy())
+    assert cli.main(["distill", "--teacher=embeddings:teacher.npy", "--data=photos", *FAST]) == 0
+    order = "in the order of the data: row 0, group0/class0/0.png, to row 47, group1/class7/5.png."
+    assert order in capsys.readouterr().out
+
+
 def test_texts_without_labels(texts: Path) -> None:
     args = ["--teacher", f"{TOYS}:embed_texts", "--data", "texts.csv", "--epochs=30", *FAST[2:], "--batch-size=24"]
     assert cli.main(["distill", *args]) == 0
@@ -195,7 +230,9 @@ def test_the_same_command_does_nothing_twice(
     monkeypatch.setattr(training, "_measure_step", lambda *args: pytest.fail("it measured"))
     weights = Path("runs/distill/student/student.safetensors").stat().st_mtime_ns
     assert cli.main(args) == 0
-    assert "Resuming the distillation in runs/distill." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Resuming the distillation in runs/distill." in said
+    assert "Training is complete: 3 epochs of 7 steps.\n" in said
     assert scores("runs/distill") == table
     assert Path("runs/distill/student/student.safetensors").stat().st_mtime_ns == weights
 
@@ -206,6 +243,9 @@ def test_an_output_folder_of_other_settings_is_refused(texts: Path, capsys: pyte
     code, error = main_error_of([*args, "--seed=1"], capsys)
     assert code == 1
     assert "holds a distillation with other settings (seed 0 there, 1 now): choose another folder" in error
+    error = main_error_of([*args, "--label-column=topic"], capsys)[1]
+    assert "(data 120 texts, " in error
+    assert "there, 120 texts of 10 classes, " in error
 
 
 @pytest.mark.parametrize(
@@ -223,6 +263,10 @@ def test_an_output_folder_of_other_settings_is_refused(texts: Path, capsys: pyte
         (["--lr=-1"], "lr must be positive, got -1.0"),
         (["--loss=Nothing"], "there is no loss 'Nothing'"),
         (["--loss=CSD(top=1)"], "cannot be read"),
+        (
+            ["--loss=Matryoshka(loss=CSD, dims=[2])"],
+            "expected a number, a text in quotes or a list as an argument, got CSD",
+        ),
         (["--loss=CSD + SoftTarget"], "the loss SoftTarget reads logits, and distill compares embeddings"),
         (["--out=file"], "the output folder 'file' is a file"),
         (["--out=few"], "'few' is not the output of a distillation"),
@@ -279,6 +323,15 @@ def test_arrays_that_are_nan_are_named_before_anything_is_written() -> None:
     assert not Path("out").exists()
 
 
+def test_a_distillation_is_exported_already(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["distill", "--teacher", f"{TOYS}:embed_texts", "--data", "texts.csv", *FAST]
+    assert cli.main(args) == 0
+    error = main_error_of(["export", "runs/distill", "--out=exported"], capsys)[1]
+    assert "exported already, in 'runs/distill/student'" in error
+    own, student = load("runs/distill"), load("runs/distill/student")
+    assert torch.equal(own(["lost card"]), student(["lost card"]))
+
+
 def test_a_format_is_added_without_training_again(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ["distill", "--teacher", f"{TOYS}:embed_texts", "--data", "texts.csv", *FAST]
     assert cli.main(args) == 0
@@ -308,8 +361,8 @@ def test_relations_need_no_projection_between_widths() -> None:
 PHASES = {
     "teacher": "from lightning_rkd.cli.distill import embedding as m; f = m.write_shard; m.SHARD_ROWS = 32",
     "training": "from lightning_rkd.cli.trainer import WholeCheckpointIO as m; f = m.save_checkpoint",
-    "export": "from lightning_rkd.cli.distill import networks as m; f = m.export",
     "scores": "from lightning_rkd.cli.distill import run as m; f = m.compare_networks",
+    "export": "from lightning_rkd.cli.distill import networks as m; f = m.export",
     "report": "from lightning_rkd.cli.distill import report as m; f = m.write_report",
 }
 KILL = """

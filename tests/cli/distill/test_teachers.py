@@ -10,6 +10,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from lightning_rkd.cli.distill import students, teachers
 from lightning_rkd.cli.distill.embedding import embed_all
 from lightning_rkd.cli.distill.samples import read_samples
 from lightning_rkd.cli.distill.teachers import open_teacher
@@ -181,6 +182,23 @@ def test_embeddings_are_rows_of_the_data_and_then_of_the_test_data(tmp_path: Pat
 def test_a_teacher_that_cannot_be_opened_is_an_error(spec: str, kind: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises((OSError, ValueError, TypeError), match=message):
         open_teacher(spec, kind)
+
+
+def test_a_hub_that_is_not_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error is a FileNotFoundError, as is that of weights which do not exist."""
+
+    class LocalEntryNotFoundError(FileNotFoundError):
+        pass
+
+    def fail(*args: Any) -> None:
+        raise LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub")
+
+    monkeypatch.setattr(teachers, "load_timm", fail)
+    with pytest.raises(ValueError, match="'timm:vit' is not here, and could not be fetched or loaded"):
+        open_teacher("timm:vit", "image")
+    monkeypatch.setattr(students, "_load_timm", fail)
+    with pytest.raises(ValueError, match="the student 'timm:vit' could not be loaded: An error happened"):
+        students.build_student("timm:vit", "image", embedding_dim=4)
 
 
 def test_a_model_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
