@@ -115,7 +115,7 @@ command += ["--unlabelled", "--test-data=test", "--image-size=28", "--epochs=40"
 plain = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}  # notebooks set it
 done = subprocess.run([sys.executable, "-m", "lightning_rkd.cli", *command], env=plain, capture_output=True, text=True)
 assert done.returncode == 0, done.stderr
-print(*(line for line in done.stdout.splitlines() if line.startswith(("Data", "Training"))), sep="\n")
+print(*(line for line in done.stdout.splitlines() if line.startswith(("Data", "Student", "Training"))), sep="\n")
 
 # %% [markdown]
 # ## Read the table

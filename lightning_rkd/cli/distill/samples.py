@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_rkd.cli.distill.tables import TABLES, read_table
 from lightning_rkd.data.datamodules.folder import find_images
 from lightning_rkd.data.datasets.decoding import open_upright
-from lightning_rkd.distillation.teachers.arrays import ArrayReader
+from lightning_rkd.utils.arrays import load_rows
 
 Kind = Literal["image", "text", "vector"]
 ARRAYS = (".npy", ".safetensors")
@@ -153,7 +153,10 @@ def label_samples(samples: Samples, labels: Any) -> Samples:
 
 def read_array(path: str | Path) -> Tensor:
     """Rows (N, D) of a ``.npy`` file, or of a ``.safetensors`` file with one tensor."""
-    return _check_rows(ArrayReader(path).x.float(), str(path))
+    rows, beside = load_rows(path, f"{str(path)!r}: distill")
+    if "ids" in beside and not torch.equal(beside["ids"].long(), torch.arange(len(rows))):
+        raise ValueError(f"{str(path)!r} has ids other than 0 to {len(rows) - 1}: order the rows as the samples are")
+    return _check_rows(rows.float(), str(path))
 
 
 def _check_rows(x: Tensor, name: str) -> Tensor:

@@ -90,7 +90,6 @@ def build_student(
     *,
     embedding_dim: int,
     image_size: int | None = None,
-    channels: int = 3,
     vector_dim: int | None = None,
     parameters: int | None = None,
     texts: Sequence[str] | None = None,
@@ -106,7 +105,6 @@ def build_student(
         kind: Kind of the samples.
         embedding_dim: Width of the embedding.
         image_size: Height and width of images; ``None`` takes those of pretrained weights, or 64.
-        channels: Channels of images, 1 or 3.
         vector_dim: Width of vectors.
         parameters: Largest number of parameters of ``"auto"``, ``"hashed"``, ``"vocabulary"`` and ``"mlp"``; ``None``
             takes those of the smallest image network for images up to 40 pixels, and about 100,000 for texts.
@@ -123,19 +121,19 @@ def build_student(
         ('resnet8, 79,472 parameters', (32, 32))
     """
     if not isinstance(spec, str):
-        return _from_object(spec, kind, type(spec).__name__, image_size, channels, vector_dim)
+        return _from_object(spec, kind, type(spec).__name__, image_size, vector_dim)
     form, _, rest = spec.partition(":")
     if spec in ("auto", *OURS[kind]):
         if kind == "image":
-            return _build_image(spec, embedding_dim, image_size or 64, channels, parameters)
+            return _build_image(spec, embedding_dim, image_size or 64, parameters)
         if kind == "text":
             return _build_text(spec, embedding_dim, parameters, texts)
         return _build_vector(embedding_dim, vector_dim, parameters)
     if form == "python" and rest:
-        return _from_object(_call(rest, embedding_dim), kind, spec, image_size, channels, vector_dim)
+        return _from_object(_call(rest, embedding_dim), kind, spec, image_size, vector_dim)
     loaders: dict[str, tuple[tuple[Kind, ...], Callable[[], Student]]] = {
-        "torchvision": (("image",), lambda: _load_torchvision(rest, embedding_dim, image_size, channels)),
-        "timm": (("image",), lambda: _load_timm(rest, embedding_dim, image_size, channels)),
+        "torchvision": (("image",), lambda: _load_torchvision(rest, embedding_dim, image_size)),
+        "timm": (("image",), lambda: _load_timm(rest, embedding_dim, image_size)),
         "hf": (("image", "text"), lambda: _load_transformers(rest, kind, embedding_dim, image_size)),
         "sentence-transformers": (("text",), lambda: _load_sentence_transformer(rest, embedding_dim)),
     }
@@ -159,12 +157,12 @@ def build_student(
     return replace(student, description=f"{spec}, {count_parameters(student.network):,} parameters")
 
 
-def _build_image(name: str, embedding_dim: int, size: int, channels: int, budget: int | None) -> Student:
+def _build_image(name: str, embedding_dim: int, size: int, budget: int | None) -> Student:
     names = [name]
     if name == "auto":
         names = list(_RESNETS) if budget is not None else ["resnet8" if size <= 40 else "resnet20"]
-    builds = {one: _describe_image_network(one, embedding_dim, size, channels) for one in names}
-    return _build_largest(name, builds, budget, lambda build: _image_preprocess(size, channels))
+    builds = {one: _describe_image_network(one, embedding_dim, size) for one in names}
+    return _build_largest(name, builds, budget, lambda build: _image_preprocess(size))
 
 
 def _build_text(name: str, embedding_dim: int, budget: int | None, texts: Sequence[str] | None) -> Student:
@@ -214,36 +212,32 @@ def _describe(class_path: str, **init_args: Any) -> Build:
     return {"class_path": class_path, "init_args": init_args}
 
 
-def _describe_image_network(name: str, embedding_dim: int, size: int, channels: int) -> Build:
+def _describe_image_network(name: str, embedding_dim: int, size: int) -> Build:
     if name == "convnet":
-        return _describe(f"{_M}ConvNet", widths=[24, 48, 96], embedding_dim=embedding_dim, in_channels=channels)
+        return _describe(f"{_M}ConvNet", widths=[24, 48, 96], embedding_dim=embedding_dim, in_channels=3)
     if name in _RESNETS:
         depth, widths = _RESNETS[name]
         stride = min(4, max(1, size // 32))
-        arguments = {"depth": depth, "channels": widths, "in_channels": channels, "stem_stride": stride}
+        arguments = {"depth": depth, "channels": widths, "stem_stride": stride}
         backbone = _describe(f"{_M}CIFARResNet", **arguments)
     elif name == "wrn16-2":
-        backbone = _describe(f"{_M}CIFARWideResNet", depth=16, widen=2, in_channels=channels)
+        backbone = _describe(f"{_M}CIFARWideResNet", depth=16, widen=2)
     else:
-        backbone = _describe(f"{_M}CIFARVGG", depth=8, in_channels=channels)
+        backbone = _describe(f"{_M}CIFARVGG", depth=8)
     return _describe(f"{_M}Embedded", backbone=backbone, embedding_dim=embedding_dim)
 
 
 def _image_preprocess(
-    size: int | tuple[int, int], channels: int = 3, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None, crop: float = 1.0, interpolation: str = "bicubic",
+    size: int | tuple[int, int], mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+    crop: float = 1.0, interpolation: str = "bicubic",
 ) -> ImagePreprocess:  # fmt: skip
-    """Preprocessing of images; statistics of three colours are averaged for grey ones."""
-    mean, std = (
-        tuple(x) if len(x) == channels else (sum(x) / len(x),) * channels
-        for x in (mean or (0.485, 0.456, 0.406), std or (0.229, 0.224, 0.225))
-    )
-    height, width = (size, size) if isinstance(size, int) else size
+    """Preprocessing of images; without statistics those of ImageNet."""
+    mean, std = tuple(mean or (0.485, 0.456, 0.406)), tuple(std or (0.229, 0.224, 0.225))
     known: Any = interpolation if interpolation in ("bicubic", "bilinear") else "bicubic"
-    return ImagePreprocess((height, width), tuple(mean), tuple(std), crop, known)
+    return ImagePreprocess((size, size) if isinstance(size, int) else size, mean, std, crop, known)
 
 
-def _load_torchvision(rest: str, embedding_dim: int, image_size: int | None, channels: int) -> Student:
+def _load_torchvision(rest: str, embedding_dim: int, image_size: int | None) -> Student:
     from torchvision.models import get_model_weights
 
     name, _, weights = rest.partition("@")
@@ -251,7 +245,7 @@ def _load_torchvision(rest: str, embedding_dim: int, image_size: int | None, cha
     entry = "DEFAULT" if weights in ("", "none") or file else weights
     random = weights == "none" or file
     small = image_size is not None and image_size <= 64 and random and name.startswith(("resn", "wide_resn"))
-    arguments = {"name": name, "embedding_dim": embedding_dim, "in_channels": channels, "small_images": small}
+    arguments = {"name": name, "embedding_dim": embedding_dim, "small_images": small}
     network = torchvision_embedder(weights=None if random else entry, **arguments)  # type: ignore[arg-type]
     if getattr(network.get_submodule("backbone"), "transform_input", False):
         raise ValueError(f"{name} rescales its inputs when it is pretrained: take {name}@none, or another model")
@@ -260,24 +254,22 @@ def _load_torchvision(rest: str, embedding_dim: int, image_size: int | None, cha
     images = get_model_weights(name)[entry].transforms()
     crop, scaled = images.crop_size[0], images.resize_size[0]
     preprocess = _image_preprocess(
-        image_size or crop, channels, images.mean, images.std, crop / scaled, images.interpolation.value
+        image_size or crop, images.mean, images.std, crop / scaled, images.interpolation.value
     )
     return Student(network, preprocess, _describe(f"{_M}torchvision_embedder", **arguments), "")
 
 
-def _load_timm(rest: str, embedding_dim: int, image_size: int | None, channels: int) -> Student:
+def _load_timm(rest: str, embedding_dim: int, image_size: int | None) -> Student:
     timm = require("timm", extra="timm")
     name, _, weights = rest.partition("@")
     file = weights not in ("", "none", "DEFAULT")
-    arguments = {"name": name, "embedding_dim": embedding_dim, "in_channels": channels, "image_size": image_size}
+    arguments = {"name": name, "embedding_dim": embedding_dim, "image_size": image_size}
     network = timm_embedder(pretrained=not file and weights != "none", **arguments)  # type: ignore[arg-type]
     if file:
         load_weights(network.get_submodule("backbone"), weights)
     images = timm.data.resolve_model_data_config(network.get_submodule("backbone"))
     size = image_size or tuple(images["input_size"][1:])
-    preprocess = _image_preprocess(
-        size, channels, images["mean"], images["std"], images["crop_pct"], images["interpolation"]
-    )
+    preprocess = _image_preprocess(size, images["mean"], images["std"], images["crop_pct"], images["interpolation"])
     return Student(network, preprocess, _describe(f"{_M}timm_embedder", **arguments), "")
 
 
@@ -294,7 +286,7 @@ def _load_transformers(source: str, kind: Kind, embedding_dim: int, image_size: 
     if kind == "image":
         mean, std = images["statistics"]
         preprocess: Preprocess = _image_preprocess(
-            image_size or images["size"], 3, mean, std, interpolation=images["interpolation"]
+            image_size or images["size"], mean, std, interpolation=images["interpolation"]
         )
     else:
         tokenizer = require("transformers", extra="transformers").AutoTokenizer.from_pretrained(source)
@@ -334,9 +326,7 @@ def _call(path: str, embedding_dim: int) -> Any:
     return function(embedding_dim=embedding_dim) if takes else function()
 
 
-def _from_object(
-    network: Any, kind: Kind, name: str, image_size: int | None, channels: int, vector_dim: int | None
-) -> Student:
+def _from_object(network: Any, kind: Kind, name: str, image_size: int | None, vector_dim: int | None) -> Student:
     if not isinstance(network, nn.Module):
         raise TypeError(f"the student {name}: expected a network, an nn.Module, got {type(network).__name__}")
     preprocess = getattr(network, "preprocess", None)
@@ -346,9 +336,7 @@ def _from_object(
                 f"the student {name} does not say how it takes texts: set its attribute preprocess, such as "
                 "PiecesPreprocess() or TokensPreprocess(tokenizer)"
             )
-        preprocess = (
-            _image_preprocess(image_size or 224, channels) if kind == "image" else VectorPreprocess(vector_dim or 0)
-        )
+        preprocess = _image_preprocess(image_size or 224) if kind == "image" else VectorPreprocess(vector_dim or 0)
     if not isinstance(preprocess, Preprocess):
         raise TypeError(f"the student {name}: its preprocess must be a Preprocess, got {type(preprocess).__name__}")
     return Student(network, preprocess, None, f"{name}, {count_parameters(network):,} parameters")

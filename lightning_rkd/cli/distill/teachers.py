@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_rkd.cli.distill.onnx_teacher import OnnxTeacher
@@ -33,7 +34,7 @@ FORMS = {
     "hf:PATH_OR_NAME": "a model of transformers",
     "sentence-transformers:PATH": "",
     "onnx:FILE": "",
-    "embeddings:FILE": ".npy or .safetensors, a row for each sample",
+    "embeddings:FILE": ".npy or .safetensors, a row for each sample; or the output folder of an earlier distillation",
     "python:MODULE:FUNCTION": "from a list of samples to (N, D); or without arguments, to such a function or a network",
 }
 """Forms of a teacher."""
@@ -120,7 +121,7 @@ def open_teacher(spec: Any, kind: Kind, pooling: str | None = None, device: str 
     if form not in {key.partition(":")[0] for key in FORMS} or not rest:
         raise ValueError(f"the teacher {spec!r} has none of the forms " + ", ".join(FORMS))
     if form == "embeddings":
-        rows = read_array(rest)
+        rows = _read_run(Path(rest)) if Path(rest).is_dir() else read_array(rest)
         return TeacherSource(spec, digest(rows), rows=rows)
     if form == "python":
         return _from_object(_import(rest), kind, spec, device)
@@ -146,6 +147,16 @@ def open_teacher(spec: Any, kind: Kind, pooling: str | None = None, device: str 
             "a local file or folder"
         ) from error
     return _from_network(spec, NetworkTeacher(network, prepare, read, device))
+
+
+def _read_run(folder: Path) -> Tensor:
+    """The teacher's embeddings in the output folder of a distillation, of its data and then of its test data."""
+    shards = [
+        path for part in ("teacher", "teacher_test") for path in sorted((folder / part).glob("rows-*.safetensors"))
+    ]
+    if not shards:
+        raise FileNotFoundError(f"{str(folder)!r} holds no embeddings of a teacher: it is no output of a distillation")
+    return torch.cat([load_file(path)["/embedding"] for path in shards])
 
 
 def _from_network(name: str, teacher: NetworkTeacher) -> TeacherSource:

@@ -315,6 +315,19 @@ def test_embeddings_before_one_that_is_nan_are_kept(
     assert [load_file(path)["/embedding"].shape for path in shards] == [(64, toys.WIDTH)]
 
 
+def test_another_loss_takes_the_embeddings_of_an_earlier_distillation(
+    texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(embedding, "SHARD_ROWS", 64)
+    toys.write_texts(Path("test.csv"), 40)
+    args = ["distill", "--data=texts.csv", "--test-data=test.csv", *FAST]
+    assert cli.main([*args, f"--teacher={TOYS}:embed_texts"]) == 0
+    assert cli.main([*args, "--teacher=embeddings:runs/distill", "--out=again"]) == 0
+    assert scores("again")[1] == scores("runs/distill")[1]
+    error = main_error_of([*args, "--teacher=embeddings:again", "--out=third"], capsys)[1]
+    assert "'again' holds no embeddings of a teacher" in error
+
+
 def test_arrays_that_are_nan_are_named_before_anything_is_written() -> None:
     rows = torch.ones(100, 4)
     rows[7] = torch.nan

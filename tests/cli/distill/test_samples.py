@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lightning_rkd.cli.distill.parts import split_rows
-from lightning_rkd.cli.distill.samples import Samples, read_samples
+from lightning_rkd.cli.distill.samples import Samples, read_array, read_samples
 from tests.cli.distill.toys import write_texts
 from tests.harness import replicas
 
@@ -141,3 +141,15 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"one\.png cannot be read"):
         read_samples(tmp_path).fetch([0])
+
+
+def test_rows_in_an_order_of_their_own_are_refused() -> None:
+    x = torch.randn(3, 2)
+    save_file({"rows": x, "ids": torch.tensor([0, 1, 2])}, "rows.safetensors")
+    assert torch.equal(read_array("rows.safetensors"), x)
+    save_file({"rows": x, "ids": torch.tensor([0, 2, 1])}, "rows.safetensors")
+    with pytest.raises(ValueError, match=r"'rows.safetensors' has ids other than 0 to 2: order the rows"):
+        read_array("rows.safetensors")
+    np.save("whole.npy", np.zeros((3, 2), np.int64))
+    with pytest.raises(ValueError, match=r"'whole.npy': distill takes floating point"):
+        read_array("whole.npy")

@@ -37,7 +37,7 @@ def check(spec: Any, kind: Any, folder: Path, **options: Any) -> None:
     ("spec", "kind", "options"),
     [
         ("auto", "image", {"image_size": 32}),
-        ("auto", "image", {"image_size": 24, "channels": 1}),
+        ("auto", "image", {"image_size": 24}),
         ("resnet8x4", "image", {"image_size": 64}),
         ("convnet", "image", {"image_size": 16}),
         ("torchvision:resnet18@none", "image", {"image_size": 32}),
