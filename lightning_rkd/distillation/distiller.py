@@ -466,7 +466,7 @@ class Distiller:
             else:
                 weight = self.weight_of(name, epoch)
             value = self._compute(bound, whole if bound.loss.gather else features, given, step, learns=weight != 0)
-            terms[name] = weight * share * value
+            terms[name] = value if weight * share == 1 else weight * share * value
         return terms
 
     def _compute(
@@ -535,7 +535,7 @@ def _explain_missing(error: LayerNotFoundError, other: nn.Module | None, cure: s
 
 def _is_collapsed(embedding: Tensor) -> bool:
     rows = embedding.detach()
-    return len(rows) > 1 and bool((rows[1:] == rows[:1]).all())
+    return len(rows) > 1 and torch.equal(rows[1:], rows[:-1])
 
 
 def combine_needs(losses: Sequence[BoundLoss]) -> Needs:

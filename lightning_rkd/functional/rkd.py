@@ -1,8 +1,9 @@
 r"""RKD's distance and angle loss as one operator: one autograd node, which computes the gradient with the loss.
 
-On a GPU it is a handful of Triton kernels (``_kernels.rkd_cuda``), because there launches dominate at usual batch
-sizes; elsewhere, and without Triton, the parts of :mod:`~lightning_rkd.functional.distances` and
-:mod:`~lightning_rkd.functional.angles` run one after the other.
+At usual batch sizes launches and operations dominate. So on a GPU it is a handful of Triton kernels
+(``_kernels.rkd_cuda``) and on a CPU functions compiled by numba (``_kernels.rkd_cpu``); elsewhere, and without these
+packages, the parts of :mod:`~lightning_rkd.functional.distances` and :mod:`~lightning_rkd.functional.angles` run one
+after the other.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ from lightning_rkd.functional.distances import distance_terms, measure, pull_row
 from lightning_rkd.utils.distributed import Shard, rank_and_size
 from lightning_rkd.utils.private import disable_compilation
 
-_KERNELS = {"cuda": "rkd_cuda"}
+_KERNELS = {"cpu": "rkd_cpu", "cuda": "rkd_cuda"}
 
 
 def rkd_loss(
@@ -139,6 +140,8 @@ def _compute(student: Tensor, teacher: Tensor, *args: Any, **settings: Any) -> t
         try:
             return kernel.loss_and_gradient(student, teacher, *args, **settings)  # type: ignore[no-any-return]
         except Exception as error:
+            if name == "rkd_cpu":
+                raise
             give_up(name, error)
     return _by_parts(student, teacher, *args, **settings)
 

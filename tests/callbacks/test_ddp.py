@@ -36,7 +36,7 @@ def batches(rank: int | None, counts: tuple[int, int] = (8, 8)) -> DataLoader[An
 
 def angles(rank: int | None) -> tuple[int, dict[str, Tensor]]:
     """Number of triplets that this process worked on in a training, and the trained weights."""
-    seen, work = [0], rkd.sum_triplets
+    seen, work = [0], rkd._compute
 
     def counted(student: Tensor, teacher: Tensor, vertices: tuple[int, int], *args: Any, **settings: Any) -> Any:
         if len(student) == 16:  # the global batch; kernels are compiled with another number of rows
@@ -44,7 +44,7 @@ def angles(rank: int | None) -> tuple[int, dict[str, Tensor]]:
         return work(student, teacher, vertices, *args, **settings)
 
     with pytest.MonkeyPatch.context() as patch, toys.devices(rank) as where:
-        patch.setattr(rkd, "sum_triplets", counted)
+        patch.setattr(rkd, "_compute", counted)
         module = toys.Student()
         callback = RelationalDistillation(toys.teacher(), RKDAngle(), student_layer="backbone")
         toys.fit(module, callback, batches=batches(rank), **where)

@@ -93,6 +93,7 @@ class Teacher(BaseTeacher):
         self._loaded, self._warned = weights is None, False
         self._reader: FeatureReader | None = None
         self._saved_states: list[SavedState] = []
+        self._parts: list[nn.Module] = []  # of the attached network
         self._prepared = False
         self._precision: tuple[torch.dtype | None, str] | None = None  # while attached and moved
 
@@ -182,7 +183,13 @@ class Teacher(BaseTeacher):
         return cls(network, transform=transform)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_reader": None, "_saved_states": [], "_prepared": False, "_precision": None}
+        return self.__dict__ | {
+            "_reader": None,
+            "_saved_states": [],
+            "_parts": [],
+            "_prepared": False,
+            "_precision": None,
+        }
 
     def attach(self, layer: Layer | None) -> None:
         """Load the weights file, if any, and hook the layer."""
@@ -195,6 +202,7 @@ class Teacher(BaseTeacher):
         parts = [f for f in self.transforms if isinstance(f, nn.Module)]
         # a network that belongs to the student is restored after each call
         self._saved_states = [SavedState.enter(m) for m in (*parts, *([] if self.context else [self.network]))]
+        self._parts = list(self.network.modules())
 
     def detach(self) -> None:
         """Remove the hooks and restore the network."""
@@ -202,7 +210,7 @@ class Teacher(BaseTeacher):
             self._reader.detach()
         for state in self._saved_states:
             state.leave()
-        self._reader, self._saved_states, self._prepared, self._precision = None, [], False, None
+        self._reader, self._saved_states, self._parts, self._prepared, self._precision = None, [], [], False, None
 
     def to(self, device: torch.device | str, convert: Callable[[nn.Module], nn.Module] | None = None) -> bool:
         """Cast the network with ``convert`` and move it, once after :meth:`attach`; :meth:`detach` undoes both."""
@@ -225,7 +233,7 @@ class Teacher(BaseTeacher):
             state.network.to(device)
         if self.channels_last:
             self.network.to(memory_format=torch.channels_last)
-        self._precision = self._find_precision()
+        self._precision, self._parts = self._find_precision(), list(self.network.modules())  # a cast may replace some
         return True
 
     def __call__(self, inputs: Any) -> Any:
@@ -236,13 +244,14 @@ class Teacher(BaseTeacher):
             self._load()
         own = self._reader is not None and self.context is None  # an attached network is restored when it is detached
         with torch.no_grad() if own else self._evaluating():
-            self.network.eval()
+            if not own or any(part.training for part in self._parts):  # slow in a deep network
+                self.network.eval()
             for transform in self.transforms:
                 inputs = transform(inputs)
             inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs  # mappings of other packages are no trees
             dtype, device = self._precision or self._find_precision()
             convert = partial(_convert, dtype=dtype, channels_last=self.channels_last)
-            given = tree_map(convert, inputs)
+            given = convert(inputs) if isinstance(inputs, Tensor) else tree_map(convert, inputs)
             try:
                 with nullcontext() if dtype in (None, torch.float32) else torch.autocast(device, enabled=False):
                     return call_network(self.network, given)

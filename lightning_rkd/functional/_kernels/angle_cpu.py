@@ -32,11 +32,25 @@ def loss_and_gradient(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Same arguments and results as :func:`lightning_rkd.functional.angle_tiles.loss_and_gradient`, in float64."""
-    n, kind = len(student), np.float64 if dtype == torch.float64 else np.float32
+    own, given = (x.detach().to(torch.float64).contiguous().numpy() for x in (student, teacher))
+    total, gradient = angle_terms(own, given, vertices, dtype, official, factor, with_gradient)
+    return torch.tensor(total, dtype=torch.float64), None if gradient is None else torch.from_numpy(gradient)
+
+
+def angle_terms(
+    squared_s: _Array,
+    squared_t: _Array,
+    vertices: tuple[int, int],
+    dtype: torch.dtype,
+    official: bool,
+    factor: float,
+    with_gradient: bool,
+) -> tuple[float, _Array | None]:
+    """The same as :func:`loss_and_gradient`, of arrays."""
+    n, kind = len(squared_s), np.float64 if dtype == torch.float64 else np.float32
     start, stop = vertices
     smallest = _TRIPLETS // max(1, n * n)
     parts = 1 if stop - start < 2 * smallest else shares(stop - start, smallest)
-    squared_s, squared_t = (squared.detach().to(torch.float64).contiguous().numpy() for squared in (student, teacher))
     own, given = np.empty((2, 3, n, n), kind)  # squared distances, their inverse roots, their roots
     units = np.empty((2, 4))  # mean, smallest but 0, largest, number of zeros
 
@@ -44,19 +58,16 @@ def loss_and_gradient(
         for squared, network, unit in ((squared_s, own, units[0]), (squared_t, given, units[1]))[first:last]:
             _in_units_of_mean(squared, network, unit)
 
-    if parts == 1:
-        prepare(0, 0, 2)
-    else:
-        in_ranges(prepare, 2, 2)
-    limit_s, limit_t = NEAR * units[:, 2]
+    in_ranges(prepare, 2, min(2, parts))
+    (_, least_s, most_s, zeros_s), (_, least_t, most_t, zeros_t) = units.tolist()
     near = np.zeros((0, 0), bool)
-    if kind is np.float32 and (units[0, 1] < limit_s or units[1, 1] < limit_t):  # their cosines are 0 in both networks
-        near = ((squared_s > 0) & (squared_s < limit_s)) | ((squared_t > 0) & (squared_t < limit_t))
-        own[1:, near] = given[1:, near] = 0
+    if kind is np.float32 and (least_s < NEAR * most_s or least_t < NEAR * most_t):
+        near = ((squared_s > 0) & (squared_s < NEAR * most_s)) | ((squared_t > 0) & (squared_t < NEAR * most_t))
+        own[1:, near] = given[1:, near] = 0  # their cosines are 0 in both networks
     totals = np.zeros(parts)
     alone = 0.0
-    if official and (units[0, 3] > n or units[1, 3] > n):  # duplicates in one network only
-        alone = 0.5 * ((squared_s[start:stop] > 0) != (squared_t[start:stop] > 0)).sum()
+    if official and (zeros_s > n or zeros_t > n):  # duplicates in one network only
+        alone = 0.5 * float(((squared_s[start:stop] > 0) != (squared_t[start:stop] > 0)).sum())
     across = np.zeros((parts, n, n), kind)  # gradient to the distance opposite the vertex, summed over vertices
     at = np.zeros((2, n, n), kind)  # gradient to the distances at the vertex, through the weight and the cosine
     exact = np.zeros((parts, *near.shape))
@@ -67,24 +78,17 @@ def loss_and_gradient(
         if len(near):
             totals[part] += _near_terms(squared_s, squared_t, units, near, start + first, start + last, exact[part])
 
-    if parts == 1:
-        add_terms(0, 0, stop - start)
-    else:
-        in_ranges(add_terms, stop - start, parts)
-    total = torch.tensor(factor * (2 * totals.sum() + alone), dtype=torch.float64)
+    in_ranges(add_terms, stop - start, parts)
+    total = factor * (2 * float(totals.sum()) + alone)
     if not with_gradient:
         return total, None
-    gradient = np.empty((n, n))
+    gradient, twice = np.empty((n, n)), 1.0 if n in _SQUARE else 2.0
 
     def put_together(part: int, first: int, last: int) -> None:
-        twice = 1.0 if n in _SQUARE else 2.0
         _put_together(across, twice, at, exact, squared_s, units[0, 0], factor, first, last, gradient)
 
-    if parts == 1:
-        put_together(0, 0, n)
-    else:
-        in_ranges(put_together, n, parts)
-    return total, torch.from_numpy(gradient)
+    in_ranges(put_together, n, parts)
+    return total, gradient
 
 
 @compiled("d2 f3 d1")

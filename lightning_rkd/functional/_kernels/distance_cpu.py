@@ -12,6 +12,7 @@ from lightning_rkd.functional._kernels.jit import compiled
 from lightning_rkd.functional._kernels.threads import in_ranges, shares
 
 _PRODUCTS = 4_000_000  # multiplications that are worth a thread
+_PAIRS = 100_000  # square roots that are
 _TILE = 96  # rows that stay in a core's cache while others pass; a multiple of 3
 
 _Array = np.ndarray
@@ -19,36 +20,54 @@ _Array = np.ndarray
 
 def squared(x: Tensor, duplicate: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Squared distances, 0 where they are at most ``duplicate`` times the squared norms, and what ``pulled`` takes."""
-    x = x.detach()
-    x = (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous()
-    rows = torch.empty(x.shape, dtype=torch.float64)
-    _centre(x.numpy(), rows.numpy())
-    n, width = rows.shape
-    gram = torch.empty((n, n), dtype=torch.float64)
-    a, out = rows.numpy(), gram.numpy()
-    smallest = 2 * _PRODUCTS // max(1, n * width) + 1
-    parts = 1 if n < 2 * smallest else shares(n, smallest)
-    if parts == 1:
-        _gram(a, out, 0, 1)
-    else:
-        in_ranges(lambda part, start, stop: _gram(a, out, part, parts), parts, parts)
-    _from_lower(out, duplicate)
-    return gram, (rows,)
+    distances, rows = measure(x, duplicate)
+    return torch.from_numpy(distances), (torch.from_numpy(rows),)
 
 
 def pulled(pull: Tensor, rows: Tensor) -> Tensor:
     """Gradient of rows from the gradient of their squared distances."""
-    n, width = rows.shape
-    laplacian, result = torch.empty((n, n), dtype=torch.float64), torch.zeros((n, width), dtype=torch.float64)
-    _laplacian(pull.detach().to(torch.float64).contiguous().numpy(), laplacian.numpy())
-    a, x, out = laplacian.numpy(), rows.numpy(), result.numpy()
-    smallest = _PRODUCTS // max(1, n * width) + 1
-    parts = 1 if n < 2 * smallest else shares(n, smallest)
+    return torch.from_numpy(pull_rows(pull.detach().to(torch.float64).contiguous().numpy(), rows.numpy()))
+
+
+def measure(x: Tensor, duplicate: float) -> tuple[_Array, _Array]:
+    """Squared distances and centred rows, as arrays."""
+    x = x.detach()
+    given = (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous().numpy()
+    n, width = given.shape
+    rows, gram = np.empty((n, width)), np.empty((n, n))
+    smallest = 2 * _PRODUCTS // max(1, n * width) + 1
+    parts = shares(n, smallest) if n >= 2 * smallest else 1
     if parts == 1:
-        _product(a, x, out, 0, n)
+        _measure(given, rows, gram, duplicate)
     else:
-        in_ranges(lambda part, start, stop: _product(a, x, out, start, stop), n, parts)
-    return result
+        _centre(given, rows)
+        in_ranges(lambda part, start, stop: _gram(rows, gram, part, parts), parts, parts)
+        _from_lower(gram, duplicate)
+    return gram, rows
+
+
+def pull_rows(pull: _Array, rows: _Array) -> _Array:
+    """Gradient of rows from the gradient of their squared distances, as arrays."""
+    n, width = rows.shape
+    laplacian, out = np.empty((n, n)), np.zeros((n, width))
+    _laplacian(pull, laplacian)
+    smallest = _PRODUCTS // max(1, n * width) + 1
+    parts = shares(n, smallest) if n >= 2 * smallest else 1
+    in_ranges(lambda part, start, stop: _product(laplacian, rows, out, start, stop), n, parts)
+    return out
+
+
+def distance_terms(student: _Array, teacher: _Array, factor: float, with_gradient: bool) -> tuple[float, _Array | None]:
+    """Same as :func:`lightning_rkd.functional.distances.distance_terms`, of arrays."""
+    n = len(student)
+    parts = shares(n, _PAIRS // max(1, n)) if n * n >= 2 * _PAIRS else 1
+    roots, pull = np.empty((2, n, n)), np.empty((n, n) if with_gradient else (0, 0))
+    sums, terms = np.empty((parts, 4)), np.empty((parts, 2))
+    in_ranges(lambda part, start, stop: _roots(student, teacher, roots, start, stop, sums[part]), n, parts)
+    in_ranges(lambda part, start, stop: _huber_terms(roots, sums, start, stop, terms[part]), n, parts)
+    if with_gradient:
+        in_ranges(lambda part, start, stop: _pull(roots, sums, terms, factor, start, stop, pull), n, parts)
+    return factor * float(terms[:, 0].sum()), pull if with_gradient else None
 
 
 @compiled("f2 d2")
@@ -116,6 +135,77 @@ def _from_lower(gram: _Array, duplicate: float) -> None:
             distance = both - 2 * gram[i, k]
             gram[i, k] = gram[k, i] = 0.0 if distance <= duplicate * both else distance
         gram[i, i] = 0.0
+
+
+@compiled("f2 d2 d2 d0")
+def _measure(x: _Array, rows: _Array, gram: _Array, duplicate: float) -> None:
+    """Centred rows and their squared distances, on one thread."""
+    _centre(x, rows)
+    _gram(rows, gram, 0, 1)
+    _from_lower(gram, duplicate)
+
+
+@compiled("d2 d2 d3 i0 i0 d1")
+def _roots(student: _Array, teacher: _Array, roots: _Array, start: int, stop: int, sums: _Array) -> None:
+    """Distances of some rows in both networks, with the sum and the number of positive ones in each."""
+    for network in range(2):
+        squared = teacher if network else student
+        total, positive = 0.0, 0.0
+        for i in range(start, stop):
+            for k in range(len(squared)):
+                root = np.sqrt(squared[i, k])
+                roots[network, i, k] = root
+                total += root
+                positive += 1.0 if root > 0 else 0.0
+        sums[2 * network], sums[2 * network + 1] = total, positive
+
+
+@compiled("d2")
+def _inverse_means(sums: _Array) -> tuple[float, float]:
+    """Inverses of the mean positive distances of student and teacher; 0 where there are none."""
+    total_s = total_t = positive_s = positive_t = 0.0
+    for part in range(len(sums)):
+        total_s += sums[part, 0]
+        positive_s += sums[part, 1]
+        total_t += sums[part, 2]
+        positive_t += sums[part, 3]
+    return (
+        0.0 if positive_s == 0 and total_s == 0 else positive_s / total_s,
+        0.0 if positive_t == 0 and total_t == 0 else positive_t / total_t,
+    )
+
+
+@compiled("d3 d2 i0 i0 d1")
+def _huber_terms(roots: _Array, sums: _Array, start: int, stop: int, terms: _Array) -> None:
+    """Sums of some rows over Huber terms, and over their derivatives times the student's distances."""
+    own, given = _inverse_means(sums)
+    total = along = 0.0
+    for i in range(start, stop):
+        for k in range(roots.shape[1]):
+            e = roots[0, i, k] * own - roots[1, i, k] * given
+            g = 1.0 if e > 1 else e
+            g = -1.0 if g < -1 else g
+            total += g * (e - 0.5 * g)
+            along += g * roots[0, i, k]
+    terms[0], terms[1] = total, along
+
+
+@compiled("d3 d2 d2 d0 i0 i0 d2")
+def _pull(roots: _Array, sums: _Array, terms: _Array, factor: float, start: int, stop: int, pull: _Array) -> None:
+    """Gradient to the squared distances of some rows; 0 at duplicates."""
+    own, given = _inverse_means(sums)
+    along = total = 0.0
+    for part in range(len(sums)):
+        along += terms[part, 1]
+        total += sums[part, 0]
+    scale = 0.5 * factor * own
+    by_mean = 0.0 if total == 0 else along * scale / total
+    for i in range(start, stop):
+        for k in range(roots.shape[1]):
+            e = roots[0, i, k] * own - roots[1, i, k] * given
+            g = 1.0 if e > 1 else e
+            g = -1.0 if g < -1 else g
+            pull[i, k] = 0.0 if roots[0, i, k] == 0 else (g * scale - by_mean) / roots[0, i, k]
 
 
 @compiled("d2 d2")
