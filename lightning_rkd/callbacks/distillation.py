@@ -368,14 +368,14 @@ class RelationalDistillation(Callback):
     def _add_terms(self, task: Tensor) -> Tensor:
         module = self._module
         assert module is not None
-        epoch = module.current_epoch
+        trainer = module.trainer
+        epoch, step = trainer.current_epoch, trainer.global_step
         total = task if self.task_weight == 1 else evaluate_weight(self.task_weight, epoch) * task
         if self.absent == "skip" and not self.distiller.layers_ran():
             return total
         features = self.distiller.collect(self._unpack_batch())
-        terms = self.distiller.compute_terms(features, epoch=epoch, step=module.global_step)
-        trainer = module.trainer
-        logs = writes_logs(trainer) or trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
+        terms = self.distiller.compute_terms(features, epoch=epoch, step=step)
+        logs = writes_logs(trainer) or trainer.is_last_batch or step + 1 == trainer.max_steps
         if logs:
             # equal on all ranks, so nothing is synchronised; batch_size=1 keeps Lightning from searching the batch
             values = {f"distill/{name}": value.detach() for name, value in terms.items()}

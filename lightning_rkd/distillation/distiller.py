@@ -479,7 +479,7 @@ class Distiller:
         values = []
         for teacher in features.teachers:
             s, t = bound.select_inputs(features.student, teacher.features)
-            if learns and torch.is_grad_enabled():
+            if learns and torch.is_grad_enabled() and not (isinstance(s, Tensor) and s.requires_grad):
                 self._refuse_missing_gradient(bound, s)
             among = f" ({teacher.title})" if teacher.name else ""
             try:

@@ -15,7 +15,6 @@ from lightning_rkd.functional._kernels import give_up, native
 from lightning_rkd.functional.angles import (
     Reduction,
     check_reduction,
-    count_triplets,
     scale_gradient,
     sum_triplets,
 )
@@ -24,6 +23,7 @@ from lightning_rkd.utils.distributed import Shard, rank_and_size
 from lightning_rkd.utils.private import disable_compilation
 
 _KERNELS = {"cpu": "rkd_cpu", "cuda": "rkd_cuda"}
+_SMALL = 2**15  # elements up to which PyTorch works on one thread of the CPU
 
 
 def rkd_loss(
@@ -74,8 +74,9 @@ def rkd_loss(
         >>> rkd_loss(student, teacher)
         tensor(0.0347)
     """
-    check_reduction(reduction)
-    check_sample(sampled_anchors)
+    if reduction != "official" or sampled_anchors is not None:
+        check_reduction(reduction)
+        check_sample(sampled_anchors)
     if len(student) != len(teacher):
         raise ValueError(f"student and teacher must hold the same samples, got {len(student)} and {len(teacher)} rows")
     settings = (float(distance_weight), float(angle_weight), reduction, sampled_anchors or 0)
@@ -116,13 +117,14 @@ def _loss_and_gradient(
     if shard is not None and rank_and_size(shard.group)[0] > 0:
         distance_weight = 0.0  # a single rank computes the distances' part
     official = reduction == "official"
+    pairs, triplets = (n * n, n**3) if official else (n * (n - 1), n * (n - 1) * (n - 2))
     loss, grad = _compute(
         student,
         teacher,
         (start, stop),
         _precision(student, teacher),
-        distances=distance_weight / max(1, n * n if official else n * (n - 1)),
-        angles=angle_weight * share / count_triplets(n, reduction),
+        distances=distance_weight / max(1, pairs),
+        angles=angle_weight * share / max(1, triplets),
         official=official,
         with_gradient=with_gradient,
     )
@@ -191,7 +193,8 @@ class _RKD(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise second_derivative_error("RKD")
         (grad,) = ctx.saved_tensors
-        return scale_gradient(grad, grads[0]).to(ctx.dtype), None, None, None, None, None, None
+        grad = grad * grads[0] if grad.numel() <= _SMALL else scale_gradient(grad, grads[0])
+        return grad.to(ctx.dtype), None, None, None, None, None, None
 
 
 def _call(*args: Any) -> Tensor:

@@ -154,8 +154,8 @@ class RelationalLoss(Weighable, LazyModule):
             value: Tensor = super().__call__(_cast(s, dtype), _cast(t, dtype, detach=True), **context)
         if on_cpu:
             widest = torch.float64 if any(a.dtype == torch.float64 for _, a, _ in pairs) else torch.float32
-            most = torch.finfo(widest).max
-            if not all(-most <= x <= most for x in value.detach().flatten().tolist()):
+            largest = value.item() if value.numel() == 1 else value.detach().abs().max().item()
+            if not abs(largest) <= torch.finfo(widest).max:
                 raise _overflow_error(value, pairs, self)
         return value
 
@@ -221,10 +221,11 @@ def _check_pairs(pairs: list[tuple[str, Any, Any]], name: str) -> None:
                     f"{name}: student and teacher must be on one device, got {both}; call .to({str(first.device)!r}) "
                     "on the network or on its output"
                 )
-        if len(student) != len(teacher):
+        rows = len(student)
+        if rows != len(teacher):
             shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
             raise ValueError(f"{name}: student and teacher must give features of the same N samples, got {shapes}")
-        if len(student) != len(first):
+        if student is not first and rows != len(first):
             raise ValueError(
                 f"{name}: all features of a network must be of the same N samples, got {len(first)} rows of "
                 f"{pairs[0][0]} and {len(student)} of {field}"
@@ -242,7 +243,7 @@ def _check_finite(pairs: list[tuple[str, Tensor, Tensor]], both: tuple[Any, Any]
                 )
     for network, outputs in zip(("student", "teacher"), both, strict=True):
         classifier = outputs.classifier if isinstance(outputs, Outputs) else None
-        if not all(_is_finite(x) for x in classifier or () if x is not None):
+        if classifier and not all(_is_finite(x) for x in classifier if x is not None):
             raise NonFiniteError(f"{name}: the {network}'s classifier holds NaN or infinity")
 
 

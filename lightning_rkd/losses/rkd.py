@@ -90,7 +90,7 @@ class RKDDistance(RelationalLoss):
         self.reduction = reduction
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return rkd_distance(student, teacher, reduction=self.reduction)
+        return rkd_loss(student, teacher, angle_weight=0, reduction=self.reduction)
 
 
 class RKDAngle(RelationalLoss):

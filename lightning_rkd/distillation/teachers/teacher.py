@@ -250,8 +250,10 @@ class Teacher(BaseTeacher):
                 inputs = transform(inputs)
             inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs  # mappings of other packages are no trees
             dtype, device = self._precision or self._find_precision()
-            convert = partial(_convert, dtype=dtype, channels_last=self.channels_last)
-            given = convert(inputs) if isinstance(inputs, Tensor) else tree_map(convert, inputs)
+            if isinstance(inputs, Tensor):
+                given = _convert(inputs, dtype, self.channels_last)
+            else:
+                given = tree_map(partial(_convert, dtype=dtype, channels_last=self.channels_last), inputs)
             try:
                 with nullcontext() if dtype in (None, torch.float32) else torch.autocast(device, enabled=False):
                     return call_network(self.network, given)

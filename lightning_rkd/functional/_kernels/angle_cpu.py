@@ -33,8 +33,9 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Same arguments and results as :func:`lightning_rkd.functional.angle_tiles.loss_and_gradient`, in float64."""
     own, given = (x.detach().to(torch.float64).contiguous().numpy() for x in (student, teacher))
-    total, gradient = angle_terms(own, given, vertices, dtype, official, factor, with_gradient)
-    return torch.tensor(total, dtype=torch.float64), None if gradient is None else torch.from_numpy(gradient)
+    gradient = np.zeros(own.shape if with_gradient else (0, 0))
+    total = angle_terms(own, given, vertices, dtype, official, factor, gradient)
+    return torch.tensor(total, dtype=torch.float64), torch.from_numpy(gradient) if with_gradient else None
 
 
 def angle_terms(
@@ -44,66 +45,69 @@ def angle_terms(
     dtype: torch.dtype,
     official: bool,
     factor: float,
-    with_gradient: bool,
-) -> tuple[float, _Array | None]:
-    """The same as :func:`loss_and_gradient`, of arrays."""
+    gradient: _Array,
+) -> float:
+    """The same as :func:`loss_and_gradient`, of arrays; the gradient is added to ``gradient``, unless that is empty."""
     n, kind = len(squared_s), np.float64 if dtype == torch.float64 else np.float32
     start, stop = vertices
     smallest = _TRIPLETS // max(1, n * n)
     parts = 1 if stop - start < 2 * smallest else shares(stop - start, smallest)
-    own, given = np.empty((2, 3, n, n), kind)  # squared distances, their inverse roots, their roots
-    units = np.empty((2, 4))  # mean, smallest but 0, largest, number of zeros
+    networks = np.empty((2, 3, n, n), kind)  # squared distances, their inverse roots, their roots
+    units = np.empty((2, 4))  # mean, largest, number of zeros, number of near pairs
 
-    def prepare(part: int, first: int, last: int) -> None:
-        for squared, network, unit in ((squared_s, own, units[0]), (squared_t, given, units[1]))[first:last]:
-            _in_units_of_mean(squared, network, unit)
-
-    in_ranges(prepare, 2, min(2, parts))
-    (_, least_s, most_s, zeros_s), (_, least_t, most_t, zeros_t) = units.tolist()
-    near = np.zeros((0, 0), bool)
-    if kind is np.float32 and (least_s < NEAR * most_s or least_t < NEAR * most_t):
-        near = ((squared_s > 0) & (squared_s < NEAR * most_s)) | ((squared_t > 0) & (squared_t < NEAR * most_t))
-        own[1:, near] = given[1:, near] = 0  # their cosines are 0 in both networks
-    totals = np.zeros(parts)
-    alone = 0.0
+    if parts == 1:
+        _prepare(squared_s, squared_t, NEAR, 0, 2, networks, units)
+    else:
+        in_ranges(lambda _, first, last: _prepare(squared_s, squared_t, NEAR, first, last, networks, units), 2, 2)
+    (own, given), (mean, _, zeros_s, near_s), (_, _, zeros_t, near_t) = networks, *units.tolist()
+    near, exact = _NONE, _NO_PARTS
+    if kind is np.float32 and near_s + near_t > 0:
+        limits = NEAR * units[:, 1]
+        near = ((squared_s > 0) & (squared_s < limits[0])) | ((squared_t > 0) & (squared_t < limits[1]))
+        networks[:, 1:, near] = 0  # their cosines are 0 in both networks
+        exact = np.zeros((parts, n, n))
+    totals, alone = np.zeros(parts), 0.0
     if official and (zeros_s > n or zeros_t > n):  # duplicates in one network only
         alone = 0.5 * float(((squared_s[start:stop] > 0) != (squared_t[start:stop] > 0)).sum())
     across = np.zeros((parts, n, n), kind)  # gradient to the distance opposite the vertex, summed over vertices
     at = np.zeros((2, n, n), kind)  # gradient to the distances at the vertex, through the weight and the cosine
-    exact = np.zeros((parts, *near.shape))
-    terms = _all_terms if n in _SQUARE else _half_terms
+    terms, twice = (_all_terms, 1.0) if n in _SQUARE else (_half_terms, 2.0)
 
     def add_terms(part: int, first: int, last: int) -> None:
         totals[part] = terms(own, given, start + first, start + last, across[part], at)
         if len(near):
             totals[part] += _near_terms(squared_s, squared_t, units, near, start + first, start + last, exact[part])
 
-    in_ranges(add_terms, stop - start, parts)
-    total = factor * (2 * float(totals.sum()) + alone)
-    if not with_gradient:
-        return total, None
-    gradient, twice = np.empty((n, n)), 1.0 if n in _SQUARE else 2.0
-
     def put_together(part: int, first: int, last: int) -> None:
-        _put_together(across, twice, at, exact, squared_s, units[0, 0], factor, first, last, gradient)
+        _put_together(across, twice, at, exact, squared_s, mean, factor, first, last, gradient)
 
-    in_ranges(put_together, n, parts)
-    return total, gradient
+    if parts == 1:
+        add_terms(0, 0, stop - start)
+    else:
+        in_ranges(add_terms, stop - start, parts)
+    if len(gradient) and parts == 1:
+        put_together(0, 0, n)
+    elif len(gradient):
+        in_ranges(put_together, n, parts)
+    return factor * (2 * float(totals.sum()) + alone)
 
 
-@compiled("d2 f3 d1")
-def _in_units_of_mean(squared: _Array, network: _Array, unit: _Array) -> None:
+_NONE, _NO_PARTS = np.zeros((0, 0), bool), np.zeros((1, 0, 0))
+
+
+@compiled("d2 d0 f3 d1")
+def _in_units_of_mean(squared: _Array, part: float, network: _Array, unit: _Array) -> None:
     """Squared distances divided by their mean, which keeps float32 in range, inverse roots (0 for 0), and roots."""
-    n = len(squared)
-    total, smallest, largest, zeros = 0.0, np.inf, 0.0, 0
+    n, total, zeros, near = len(squared), 0.0, 0, 0
+    largest = np.zeros(n)  # in every column, as vector units do it
     for i in range(n):
         for k in range(n):
             value = squared[i, k]
             total += value
-            largest = max(largest, value)
             zeros += value == 0
-            if 0 < value < smallest:
-                smallest = value
+            largest[k] = value if value > largest[k] else largest[k]
+    most = largest.max()
+    limit = part * most
     mean = max(total / (n * n), 2.3e-308) if total == total else total
     for i in range(n):
         for k in range(n):
@@ -112,7 +116,17 @@ def _in_units_of_mean(squared: _Array, network: _Array, unit: _Array) -> None:
             network[0, i, k] = value
             network[1, i, k] = 0.0 if value == 0 else 1 / root
             network[2, i, k] = root
-    unit[0], unit[1], unit[2], unit[3] = mean, smallest, largest, zeros
+            near += (squared[i, k] > 0) & (squared[i, k] < limit)
+    unit[0], unit[1], unit[2], unit[3] = mean, most, zeros, near
+
+
+@compiled("d2 d2 d0 i0 i0 f4 d2")
+def _prepare(
+    student: _Array, teacher: _Array, part: float, first: int, last: int, networks: _Array, units: _Array
+) -> None:
+    """:func:`_in_units_of_mean` of the student (0), the teacher (1), or both."""
+    for network in range(first, last):
+        _in_units_of_mean(teacher if network else student, part, networks[network], units[network])
 
 
 @compiled("f3 f3 i0 i0 f2 f3")
@@ -231,7 +245,7 @@ def _put_together(
     last: int,
     gradient: _Array,
 ) -> None:
-    """Gradient to the squared distances from the sums of the passes."""
+    """Add the gradient to the squared distances from the sums of the passes."""
     n = len(squared)
     for i in range(first, last):
         for k in range(n):
@@ -245,4 +259,4 @@ def _put_together(
             pull /= mean
             if at[1, i, k] != 0:
                 pull -= at[1, i, k] / squared[i, k]
-            gradient[i, k] = factor * pull
+            gradient[i, k] += factor * pull

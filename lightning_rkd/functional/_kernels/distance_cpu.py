@@ -12,7 +12,7 @@ from lightning_rkd.functional._kernels.jit import compiled
 from lightning_rkd.functional._kernels.threads import in_ranges, shares
 
 _PRODUCTS = 4_000_000  # multiplications that are worth a thread
-_PAIRS = 100_000  # square roots that are
+SMALL = 2 * _PRODUCTS  # those of a network up to which calls of the parts one by one cost more than threads save
 _TILE = 96  # rows that stay in a core's cache while others pass; a multiple of 3
 
 _Array = np.ndarray
@@ -20,7 +20,7 @@ _Array = np.ndarray
 
 def squared(x: Tensor, duplicate: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Squared distances, 0 where they are at most ``duplicate`` times the squared norms, and what ``pulled`` takes."""
-    distances, rows = measure(x, duplicate)
+    distances, rows = measure(as_array(x), duplicate)
     return torch.from_numpy(distances), (torch.from_numpy(rows),)
 
 
@@ -29,10 +29,15 @@ def pulled(pull: Tensor, rows: Tensor) -> Tensor:
     return torch.from_numpy(pull_rows(pull.detach().to(torch.float64).contiguous().numpy(), rows.numpy()))
 
 
-def measure(x: Tensor, duplicate: float) -> tuple[_Array, _Array]:
-    """Squared distances and centred rows, as arrays."""
+def as_array(x: Tensor) -> _Array:
+    """Rows in single or double precision, one after the other."""
     x = x.detach()
-    given = (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous().numpy()
+    array: _Array = (x if x.dtype in (torch.float32, torch.float64) else x.float()).contiguous().numpy()
+    return array
+
+
+def measure(given: _Array, duplicate: float) -> tuple[_Array, _Array]:
+    """Squared distances and centred rows."""
     n, width = given.shape
     rows, gram = np.empty((n, width)), np.empty((n, n))
     smallest = 2 * _PRODUCTS // max(1, n * width) + 1
@@ -50,24 +55,14 @@ def pull_rows(pull: _Array, rows: _Array) -> _Array:
     """Gradient of rows from the gradient of their squared distances, as arrays."""
     n, width = rows.shape
     laplacian, out = np.empty((n, n)), np.zeros((n, width))
-    _laplacian(pull, laplacian)
     smallest = _PRODUCTS // max(1, n * width) + 1
     parts = shares(n, smallest) if n >= 2 * smallest else 1
-    in_ranges(lambda part, start, stop: _product(laplacian, rows, out, start, stop), n, parts)
+    if parts == 1:
+        _pull_rows(pull, rows, laplacian, out)
+    else:
+        _laplacian(pull, laplacian)
+        in_ranges(lambda part, start, stop: _product(laplacian, rows, out, start, stop), n, parts)
     return out
-
-
-def distance_terms(student: _Array, teacher: _Array, factor: float, with_gradient: bool) -> tuple[float, _Array | None]:
-    """Same as :func:`lightning_rkd.functional.distances.distance_terms`, of arrays."""
-    n = len(student)
-    parts = shares(n, _PAIRS // max(1, n)) if n * n >= 2 * _PAIRS else 1
-    roots, pull = np.empty((2, n, n)), np.empty((n, n) if with_gradient else (0, 0))
-    sums, terms = np.empty((parts, 4)), np.empty((parts, 2))
-    in_ranges(lambda part, start, stop: _roots(student, teacher, roots, start, stop, sums[part]), n, parts)
-    in_ranges(lambda part, start, stop: _huber_terms(roots, sums, start, stop, terms[part]), n, parts)
-    if with_gradient:
-        in_ranges(lambda part, start, stop: _pull(roots, sums, terms, factor, start, stop, pull), n, parts)
-    return factor * float(terms[:, 0].sum()), pull if with_gradient else None
 
 
 @compiled("f2 d2")
@@ -145,67 +140,58 @@ def _measure(x: _Array, rows: _Array, gram: _Array, duplicate: float) -> None:
     _from_lower(gram, duplicate)
 
 
-@compiled("d2 d2 d3 i0 i0 d1")
-def _roots(student: _Array, teacher: _Array, roots: _Array, start: int, stop: int, sums: _Array) -> None:
-    """Distances of some rows in both networks, with the sum and the number of positive ones in each."""
-    for network in range(2):
-        squared = teacher if network else student
-        total, positive = 0.0, 0.0
-        for i in range(start, stop):
-            for k in range(len(squared)):
+@compiled("d2 d2 d0 d2")
+def distance_terms(student: _Array, teacher: _Array, factor: float, pull: _Array) -> float:
+    """Same as :func:`lightning_rkd.functional.distances.distance_terms`; ``pull`` is filled, unless it is empty."""
+    n = len(student)
+    units = np.empty((2, n, n))  # distances in units of their mean
+    total = inverse = 0.0
+    for network in (1, 0):
+        squared, total, positive, inverse = student if network == 0 else teacher, 0.0, 0.0, 0.0
+        for i in range(n):
+            for k in range(n):
                 root = np.sqrt(squared[i, k])
-                roots[network, i, k] = root
+                units[network, i, k] = root
                 total += root
                 positive += 1.0 if root > 0 else 0.0
-        sums[2 * network], sums[2 * network + 1] = total, positive
-
-
-@compiled("d2")
-def _inverse_means(sums: _Array) -> tuple[float, float]:
-    """Inverses of the mean positive distances of student and teacher; 0 where there are none."""
-    total_s = total_t = positive_s = positive_t = 0.0
-    for part in range(len(sums)):
-        total_s += sums[part, 0]
-        positive_s += sums[part, 1]
-        total_t += sums[part, 2]
-        positive_t += sums[part, 3]
-    return (
-        0.0 if positive_s == 0 and total_s == 0 else positive_s / total_s,
-        0.0 if positive_t == 0 and total_t == 0 else positive_t / total_t,
-    )
-
-
-@compiled("d3 d2 i0 i0 d1")
-def _huber_terms(roots: _Array, sums: _Array, start: int, stop: int, terms: _Array) -> None:
-    """Sums of some rows over Huber terms, and over their derivatives times the student's distances."""
-    own, given = _inverse_means(sums)
-    total = along = 0.0
-    for i in range(start, stop):
-        for k in range(roots.shape[1]):
-            e = roots[0, i, k] * own - roots[1, i, k] * given
+        if total != 0:
+            inverse = positive / total
+        for i in range(n):
+            for k in range(n):
+                units[network, i, k] *= inverse
+    loss = along = 0.0
+    for i in range(n):
+        for k in range(n):
+            e = units[0, i, k] - units[1, i, k]
             g = 1.0 if e > 1 else e
             g = -1.0 if g < -1 else g
-            total += g * (e - 0.5 * g)
-            along += g * roots[0, i, k]
-    terms[0], terms[1] = total, along
+            units[1, i, k] = g
+            loss += g * (e - 0.5 * g)
+            along += g * units[0, i, k]
+    scale = 0.5 * factor * inverse * inverse
+    by_mean = 0.0 if total == 0 else along * scale / (total * inverse)
+    for i in range(len(pull)):
+        for k in range(n):
+            unit = units[0, i, k]
+            pull[i, k] = 0.0 if unit == 0 else (units[1, i, k] * scale - by_mean) / unit
+    return factor * loss
 
 
-@compiled("d3 d2 d2 d0 i0 i0 d2")
-def _pull(roots: _Array, sums: _Array, terms: _Array, factor: float, start: int, stop: int, pull: _Array) -> None:
-    """Gradient to the squared distances of some rows; 0 at duplicates."""
-    own, given = _inverse_means(sums)
-    along = total = 0.0
-    for part in range(len(sums)):
-        along += terms[part, 1]
-        total += sums[part, 0]
-    scale = 0.5 * factor * own
-    by_mean = 0.0 if total == 0 else along * scale / total
-    for i in range(start, stop):
-        for k in range(roots.shape[1]):
-            e = roots[0, i, k] * own - roots[1, i, k] * given
-            g = 1.0 if e > 1 else e
-            g = -1.0 if g < -1 else g
-            pull[i, k] = 0.0 if roots[0, i, k] == 0 else (g * scale - by_mean) / roots[0, i, k]
+@compiled("f2 f2 d0 d0 d2 d2 d2 d2")
+def relate(
+    student: _Array,
+    teacher: _Array,
+    duplicate: float,
+    factor: float,
+    own: _Array,
+    given: _Array,
+    rows: _Array,
+    pull: _Array,
+) -> float:
+    """Both networks' squared distances, the student's centred rows, and the :func:`distance_terms`, on one thread."""
+    _measure(student, rows, own, duplicate)
+    _measure(teacher, np.empty(teacher.shape), given, duplicate)
+    return distance_terms(own, given, factor, pull) if factor != 0 else 0.0
 
 
 @compiled("d2 d2")
@@ -241,3 +227,10 @@ def _product(a: _Array, x: _Array, out: _Array, start: int, stop: int) -> None:
             for column in range(k, n):
                 for d in range(width):
                     out[row, d] += a[row, column] * x[column, d]
+
+
+@compiled("d2 d2 d2 d2")
+def _pull_rows(pull: _Array, rows: _Array, laplacian: _Array, out: _Array) -> None:
+    """Gradient of rows, on one thread."""
+    _laplacian(pull, laplacian)
+    _product(laplacian, rows, out, 0, len(rows))

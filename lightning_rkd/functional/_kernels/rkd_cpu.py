@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_rkd.functional._kernels import angle_cpu, distance_cpu
+from lightning_rkd.functional._kernels.angle_cpu import angle_terms
+from lightning_rkd.functional._kernels.distance_cpu import SMALL, as_array, distance_terms, measure, pull_rows, relate
 from lightning_rkd.functional.distances import DUPLICATE
 
 
@@ -23,15 +24,18 @@ def loss_and_gradient(
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as ``rkd_cuda.loss_and_gradient``."""
-    own, rows = distance_cpu.measure(student, DUPLICATE)
-    given, _ = distance_cpu.measure(teacher, DUPLICATE)
-    loss, pull = 0.0, None
-    if distances:
-        loss, pull = distance_cpu.distance_terms(own, given, distances, with_gradient)
+    x, y = as_array(student), as_array(teacher)
+    n, loss = len(x), 0.0
+    pull = np.zeros((n, n) if with_gradient else (0, 0))
+    if n * n * max(x.shape[1], y.shape[1]) <= SMALL and x.dtype == y.dtype:
+        own, given, rows = np.empty((n, n)), np.empty((n, n)), np.empty(x.shape)
+        loss = relate(x, y, DUPLICATE, distances, own, given, rows, pull)
+    else:
+        (own, rows), (given, _) = measure(x, DUPLICATE), measure(y, DUPLICATE)
+        if distances:
+            loss = distance_terms(own, given, distances, pull)
     if angles:
-        total, more = angle_cpu.angle_terms(own, given, vertices, dtype, official, angles, with_gradient)
-        loss, pull = loss + total, more if pull is None or more is None else np.add(pull, more, out=pull)
-    gradient = np.zeros(rows.shape if with_gradient else 0)
-    if pull is not None:
-        gradient = distance_cpu.pull_rows(pull, rows)
-    return torch.scalar_tensor(loss, dtype=dtype), torch.from_numpy(gradient).to(dtype)
+        loss += angle_terms(own, given, vertices, dtype, official, angles, pull)
+    gradient = pull_rows(pull, rows) if with_gradient else np.empty(0)
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    return torch.scalar_tensor(loss, dtype=dtype), torch.from_numpy(gradient.astype(kind, copy=False))

@@ -20,9 +20,6 @@ def in_ranges(work: Callable[[int, int, int], object], count: int, parts: int) -
     The first range runs in the calling thread. Threads save time only where ``work`` releases the interpreter's lock,
     as native code does. An exception is raised once all ranges are done. After a fork the child makes its own threads.
     """
-    if parts == 1:
-        work(0, 0, count)
-        return
     limits = [count * part // parts for part in range(parts + 1)]
     others = [_submit(work, part, limits[part], limits[part + 1]) for part in range(1, parts)]
     try:

@@ -35,6 +35,19 @@ def test_it_is_restored_with_its_tensors_values_dtype_and_modes() -> None:
         assert nets.attachments(network) == []
 
 
+def test_parts_that_leave_evaluation_mode_are_set_back_in_the_next_step() -> None:
+    network = nets.teacher(dropout=0.5, norm=True)
+    teacher = Teacher(network)
+    teacher.attach(None)
+    teacher.to("cpu")
+    expected = teacher(X)
+    for part in (network, network.norm):
+        part.train()
+        assert torch.equal(teacher(X), expected)
+        assert not any(module.training for module in network.modules())
+    teacher.detach()
+
+
 def test_it_comes_back_from_another_device() -> None:
     network = nets.teacher(norm=True)
     before, teacher = nets.snapshot(network), Teacher(network)
