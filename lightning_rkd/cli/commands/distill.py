@@ -63,7 +63,7 @@ data: a folder of images (its folders are the classes), a table of texts (.csv, 
 examples:
   lightning-rkd distill --teacher timm:vit_small_patch14_dinov2 --data photos --unlabelled
   lightning-rkd distill --teacher sentence-transformers:all-MiniLM-L6-v2 --data questions.csv --minutes 5
-  lightning-rkd distill --teacher embeddings:rows.npy --data photos --loss "CSD(teacher_temperature=0.05)\"""",
+  lightning-rkd distill --teacher embeddings:rows.npy --data photos --student resnet20 --minutes 10""",
     )
     add = parser.add_argument
     add("--teacher", required=True, metavar="SPEC", help="the teacher, in one of the forms below")
@@ -76,7 +76,10 @@ examples:
     add("--label-column", metavar="NAME", help="column of the labels (default: none)")
     add("--skip-damaged", action="store_true", help="leave out images of --data that cannot be read")
     add("--pooling", choices=POOLINGS, help="pooling of token outputs of transformers")
-    loss = "loss, such as CSD or '2 * RKD + CSD' (default: 3 * RKD + CSD, by probes)"
+    loss = (
+        "an expression such as '2 * RKD + CSD' (default: 3 * RKD + CSD(student_temperature=T, teacher_temperature=T), "
+    )
+    loss += "T 0.05 for images and 0.1 otherwise, by probes)"
     add("--loss", metavar="LOSS", help=loss)
     add("--embedding-dim", type=common.positive, metavar="D", help="width of the student (default: the teacher's)")
     add("--image-size", type=common.positive, metavar="N", help="pixels of the student's images (default: at most 64)")

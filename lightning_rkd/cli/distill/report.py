@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from lightning_rkd import __version__, plots
 from lightning_rkd.cli.distill.samples import Samples
@@ -105,7 +106,7 @@ def write_report(
 
 def _draw(held: Mapping[str, Tensor], samples: Samples, dark: bool) -> dict[str, Figure]:
     few = torch.randperm(len(held["rows"]), generator=torch.Generator().manual_seed(0))[:_ROWS].sort().values
-    embeddings = {name: held[name][few] for name in ("teacher", "student")}
+    embeddings = {name: normalize(held[name][few]) for name in ("teacher", "student")}  # the table is by cosine
     labels = held["labels"][few] if "labels" in held else None
     figures = {}
     if samples.kind == "image":

@@ -200,7 +200,14 @@ def distill(
         made = networks.make_student(student, samples, width, image_size, parameters, parts.train)
         inputs = StudentInputs(samples, made.preprocess, seed)
         make_tensors(chosen, made.network, inputs, few)
-        if begin(folder, MADE_BY, settings, "distillation"):
+        try:
+            resumed = begin(folder, MADE_BY, settings, "distillation")
+        except FileExistsError as error:
+            error.add_note(
+                f"(with --out, --teacher embeddings:{folder} takes the teacher's embeddings of the same data)"
+            )
+            raise
+        if resumed:
             console.print(f"Resuming the distillation in {folder}.", soft_wrap=True)
         if find_projection(chosen) is None:
             warnings.warn(

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_rkd import distill
+from lightning_rkd import distill, plots
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli.distill import embedding, run, training
 from lightning_rkd.export import load
@@ -78,6 +78,17 @@ def test_images_without_labels_are_shown_beside_their_neighbours(photos: Path) -
     assert "<h2>The nearest images</h2>" in Path("runs/distill/report.html").read_text()
     assert "10 held-out samples" in Path("runs/distill/table.md").read_text()
     assert "in common, 1.000 by chance" in Path("runs/distill/table.md").read_text()
+
+
+def test_pictures_compare_by_cosine_as_the_table_does(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    draw = plots.neighbours
+    monkeypatch.setattr(plots, "neighbours", lambda *args, **kwargs: drawn.append(args[2]) or draw(*args, **kwargs))
+    args = ["--teacher", f"{TOYS}:embed_images", "--data", "photos", *FAST]
+    assert cli.main(["distill", *args]) == 0
+    held = load_file("runs/distill/held_out.safetensors")
+    for name in ("teacher", "student"):
+        torch.testing.assert_close(drawn[0][name], held[name] / held[name].norm(dim=1, keepdim=True))
 
 
 def test_what_the_command_chooses_is_said(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,6 +254,7 @@ def test_an_output_folder_of_other_settings_is_refused(texts: Path, capsys: pyte
     code, error = main_error_of([*args, "--seed=1"], capsys)
     assert code == 1
     assert "holds a distillation with other settings (seed 0 there, 1 now): choose another folder" in error
+    assert "--teacher embeddings:runs/distill takes the teacher's embeddings of the same data" in error
     error = main_error_of([*args, "--label-column=topic"], capsys)[1]
     assert "(data 120 texts, " in error
     assert "there, 120 texts of 10 classes, " in error
