@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,12 @@ class Report:
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text("\n".join(self.lines).rstrip() + "\n")
+
+
+def spread(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
+    """Median, least and most of a ratio's values in several turns."""
+    middle, least, most = (f"{x:.{digits}f}" for x in (statistics.median(values), min(values), max(values)))
+    return f"{middle}{unit} ({least} to {most})"
 
 
 def resident_peak() -> float:

@@ -19,7 +19,7 @@ from pathlib import Path
 import rkd_angle as angle
 import step
 import torch
-from _report import Report
+from _report import Report, spread
 
 from lightning_rkd.functional.rkd import rkd_loss
 
@@ -37,10 +37,10 @@ def against_formula(report: Report, sizes: list[int], seconds: float, dry: bool)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             turns, error = angle.by_turns([OURS], n, seconds), "does not fit"
-        ratios = sorted(f / o for f, o in zip(turns.get(FORMULA, []), turns[OURS], strict=False))
+        ratios = [f / o for f, o in zip(turns.get(FORMULA, []), turns[OURS], strict=False)]
         row = [f"{n:,}", f"{1e3 * statistics.median(turns[OURS]):.3f}"]
         row.append(f"{1e3 * statistics.median(turns[FORMULA]):.3f}" if ratios else "")
-        row.append(f"{statistics.median(ratios):.1f}x ({ratios[0]:.1f} to {ratios[-1]:.1f})" if ratios else "")
+        row.append(spread(ratios, 1, "x") if ratios else "")
         rows.append([*row, error, *(["", "", ""] if dry else on_the_device(n))])
     head = ["N", "RKD-DA ms", "formula ms", "faster", "gradient differs by", "launches", "replay ms", "adds MiB"]
     report.table(head, rows)
@@ -80,13 +80,8 @@ def on_the_device(n: int) -> list[str]:
 
 
 def training_step(report: Report, batch: int, pairs: int, device: str) -> None:
-    plain, distilled = step.measure(batch, pairs, device)
-    ratios = sorted(b / a for a, b in zip(plain, distilled, strict=True))
     report.say("## A training step")
-    head = ["batch", "student step + teacher forward, ms", "the same with RKD-DA, ms", "ratio", "from to"]
-    medians = (f"{1e3 * statistics.median(seconds):.1f}" for seconds in (plain, distilled))
-    spread = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
-    report.table(head, [[batch, *medians, f"{statistics.median(ratios):.3f}", spread]])
+    step.compare(report, batch, pairs, device)
 
 
 def tests(report: Report, limit: float) -> None:

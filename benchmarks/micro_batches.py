@@ -3,9 +3,10 @@
 Run ``python benchmarks/micro_batches.py``. ``DistillationModule`` trains a ResNet-18 on 64 x 64 images by RKD-DA, with
 the whole batch at once and with ``micro_batch=64``. The teacher is one linear layer, so that the time is the student's.
 Each run is a process of its own; the two kinds alternate, and a time is the median over the steps of all runs, of which
-the first step of each is left out. Times are those of the processor, which other load on the machine changes less.
-Memory is the peak of the process above its size before training. The last columns are the largest difference of a
-gradient in the first step, and the largest gradient; BatchNorm sees other statistics in micro-batches.
+the first step of each is left out; ratios are those of two runs in turn: their median, least and most. Times are those
+of the processor, which other load on the machine changes less. Memory is the peak of the process above its size before
+training. The last columns are the largest difference of a gradient in the first step, and the largest gradient;
+BatchNorm sees other statistics in micro-batches.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _report import Report, resident_peak
+from _report import Report, resident_peak, spread
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
@@ -83,8 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--micro-batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=3, help="steps of a run, of which the first is not timed")
-    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2, help="steps of a run, of which the first is not timed")
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -100,6 +101,9 @@ def main() -> None:
         small, _ = run(norm, args.micro_batch, 0, args.steps)
         whole, parts = ([pair[kind][0] for pair in pairs] for kind in (0, 1))
         seconds = [statistics.median(s for r in kind for s in r["seconds"]) for kind in (whole, parts)]
+        ratios = [
+            statistics.median(b["seconds"]) / statistics.median(a["seconds"]) for a, b in zip(whole, parts, strict=True)
+        ]
         peaks = [max(r["peak"] for r in kind) for kind in (whole, parts)]
         at_once, in_parts = pairs[0][0][1], pairs[0][1][1]
         difference = max(float((at_once[name] - in_parts[name]).abs().max()) for name in at_once)
@@ -108,7 +112,7 @@ def main() -> None:
             [
                 norm,
                 *(f"{s:.2f}" for s in seconds),
-                f"{seconds[1] / seconds[0]:.2f}",
+                spread(ratios),
                 *(f"{peak:,.0f}" for peak in (*peaks, small["peak"])),
                 *((f"{difference:.1e}", f"{largest:.1e}") if norm == "GroupNorm" else ("", "")),
             ]
@@ -119,7 +123,7 @@ def main() -> None:
             "student",
             f"{args.rows:,} rows at once, s",
             f"{parts_name}, s",
-            "ratio",
+            "ratio (least to most)",
             f"{args.rows:,} rows at once, MiB",
             f"{parts_name}, MiB",
             f"a batch of {args.micro_batch} alone, MiB",

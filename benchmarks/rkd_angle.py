@@ -1,11 +1,11 @@
 """RKD-A forward and backward against the authors' formula: time, memory, and how both grow.
 
 Run ``python benchmarks/rkd_angle.py``; ``--sizes 64`` for a shorter run, ``--device cuda`` on a GPU. The contenders run
-by turns in one process, so that other load on the machine affects all; a row gives medians, and the median of the
-ratios. "kernel" is the default; "tiles" is the same in PyTorch's operations, used where there is no kernel. Memory is
-what a step adds to the peak resident size of a fresh process (on a GPU: to the allocator's peak). On a busy machine
-wall-clock time is unreliable, above all for many short parallel operations: ``--cpu-time`` measures the processor time
-of one thread instead.
+by turns in one process, so that other load on the machine affects all; a row gives medians, and the median, least and
+most of the ratios. "kernel" is the default; "tiles" is the same in PyTorch's operations, used where there is no kernel.
+Memory is what a step adds to the peak resident size of a fresh process (on a GPU: to the allocator's peak). On a busy
+machine wall-clock time is unreliable, above all for many short parallel operations: ``--cpu-time`` measures the
+processor time of one thread instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _report import Report, resident_peak
+from _report import Report, resident_peak, spread
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -141,7 +141,7 @@ def against_formula(report: Report, sizes: list[int], seconds: float) -> None:
         turns = by_turns(["kernel", "tiles", "formula"], n, seconds)
         ours, theirs = step("kernel", n)[1], step("formula", n)[1]
         ratios = {
-            name: statistics.median(f / o for f, o in zip(turns["formula"], turns[name], strict=True))
+            name: spread([f / o for f, o in zip(turns["formula"], turns[name], strict=True)], 1, "x")
             for name in ("kernel", "tiles")
         }
         memory = {name: peak(name, n) for name in ("kernel", "tiles", "formula")}
@@ -149,7 +149,7 @@ def against_formula(report: Report, sizes: list[int], seconds: float) -> None:
             [
                 n,
                 *(f"{1e3 * statistics.median(turns[name]):.2f}" for name in ("kernel", "tiles", "formula")),
-                *(f"{ratios[name]:.1f}x" for name in ("kernel", "tiles")),
+                *(ratios[name] for name in ("kernel", "tiles")),
                 f"{float((ours - theirs).norm() / theirs.norm()):.0e}",
                 *(f"{memory[name]:.0f}" for name in ("kernel", "tiles", "formula")),
                 f"{100 * memory['kernel'] / max(memory['formula'], 1):.1f} %",
@@ -162,15 +162,15 @@ def against_formula(report: Report, sizes: list[int], seconds: float) -> None:
 def growth(report: Report, sizes: list[int]) -> list[tuple[int, float, float]]:
     """Over the batch; returns (N, ms, MiB)."""
     report.say("## Growth with the batch")
-    report.say("Median of 5 steps; the memory of the smallest is lost in what the allocator holds anyway.")
-    measured, rows = [], []
+    report.say("5 turns of all sizes; the memory of the smallest is lost in what the allocator holds anyway.")
     for n in sizes:
         step("kernel", n)
-        ms = 1e3 * statistics.median(step("kernel", n)[0] for _ in range(5))
-        measured.append((n, ms, peak("kernel", n)))
+    turns = [[1e3 * step("kernel", n)[0] for n in sizes] for _ in range(5)]
+    measured, rows = [(n, statistics.median(ms), peak("kernel", n)) for n, *ms in zip(sizes, *turns, strict=True)], []
     for number, (n, ms, mib) in enumerate(measured):
         before = measured[number - 1] if number else None
-        row = [n, f"{ms:.2f}", f"{ms / before[1]:.1f}x" if before else "", f"{mib:.1f}"]
+        ratio = spread([turn[number] / turn[number - 1] for turn in turns], 1, "x") if before else ""
+        row = [n, f"{ms:.2f}", ratio, f"{mib:.1f}"]
         row += [f"{mib / max(before[2], 0.1):.1f}x" if before else "", f"{n**3 / ms / 1e6:.1f}"]
         if device == "cuda":
             row.append(f"{FLOPS * n**3 / ms / 1e9:.1f}")

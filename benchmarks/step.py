@@ -2,13 +2,16 @@
 
 Run ``python benchmarks/step.py``. A ResNet-18 student and a ResNet-50 teacher process batches of 64 x 64 images in two
 Trainers. In one the user's ``training_step`` calls the teacher after the student and discards its output; in the other
-the same module runs under ``RelationalDistillation`` with RKD-DA. Steps are timed alternately in one process, so that
-other load on the machine affects both; the result is the median of the ratios.
+the same module runs under ``RelationalDistillation`` with RKD-DA. They take a step each by turns in one process, and
+ratios are those of a turn: their median with its 95 % interval (from order statistics), least and most. In the second
+row neither distils, so that its ratios are noise. On a CPU, times are those of the processor with one thread, which
+other load on the machine changes less.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import threading
 import time
@@ -18,7 +21,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _report import Report
+from _report import Report, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -57,7 +60,8 @@ class Turns(pl.Callback):
     def _now(self) -> float:
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+            return time.perf_counter()
+        return time.process_time()
 
     def on_train_batch_start(self, *args: Any) -> None:
         self.mine.acquire()
@@ -83,8 +87,8 @@ def fit(module: Student, callbacks: list[pl.Callback], batch: int, steps: int, d
     trainer.fit(module, DataLoader(data, batch_size=batch))
 
 
-def measure(batch: int, pairs: int, device: str) -> tuple[list[float], list[float]]:
-    """Seconds of the steps without and with distillation."""
+def measure(batch: int, pairs: int, device: str, *, distils: bool = True) -> tuple[list[float], list[float]]:
+    """Seconds of the steps without and with distillation; ``distils=False`` leaves it out of both."""
     torch.manual_seed(SEED)
     teacher = resnet50(num_classes=CLASSES).eval().requires_grad_(False).to(device)
     turns = threading.Semaphore(1), threading.Semaphore(0)
@@ -92,7 +96,10 @@ def measure(batch: int, pairs: int, device: str) -> tuple[list[float], list[floa
     distil = RelationalDistillation(
         teacher, RKD(), student_layer=Tap("network.fc", at="input"), teacher_layer=Tap("fc", at="input")
     )
-    runs = [(Student(teacher), [clocks[0]]), (Student(None), [clocks[1], distil])]
+    second: tuple[Student, list[pl.Callback]] = (Student(teacher), [clocks[1]])
+    if distils:
+        second = (Student(None), [clocks[1], distil])
+    runs: list[tuple[Student, list[pl.Callback]]] = [(Student(teacher), [clocks[0]]), second]
     runs[1][0].load_state_dict(runs[0][0].state_dict())
     threads = [
         threading.Thread(target=fit, args=(module, callbacks, batch, WARM_UP + pairs, device))
@@ -105,29 +112,31 @@ def measure(batch: int, pairs: int, device: str) -> tuple[list[float], list[floa
     return clocks[0].seconds[1 + WARM_UP :], clocks[1].seconds[1 + WARM_UP :]
 
 
+def compare(report: Report, batch: int, pairs: int, device: str) -> None:
+    """Table of steps with distillation, and of steps of which none distils."""
+    rows = []
+    for name, distils in (("with RKD-DA", True), ("without, as a control", False)):
+        plain, other = measure(batch, pairs, device, distils=distils)
+        ratios = sorted(b / a for a, b in zip(plain, other, strict=True))
+        off = max(0, math.floor(pairs / 2 - 0.98 * math.sqrt(pairs)))  # normal approximation of the binomial
+        medians = (f"{1e3 * statistics.median(seconds):.1f}" for seconds in (plain, other))
+        rows.append([name, batch, *medians, spread(ratios, 3), f"{ratios[off]:.3f} to {ratios[-1 - off]:.3f}"])
+    head = ["second Trainer", "batch", "student step + teacher forward, ms", "second Trainer, ms"]
+    report.table([*head, "ratio (least to most)", "95 % interval of the median"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    plain, distilled = measure(args.batch, args.pairs, args.device)
-    ratios = [b / a for a, b in zip(plain, distilled, strict=True)]
+    if args.device == "cpu":
+        torch.set_num_threads(1)
     report = Report("One training step", __doc__, args.device, seed=SEED)
-    report.table(
-        ["batch", "student step + teacher forward, ms", "the same with RKD-DA, ms", "ratio", "ratios from to"],
-        [
-            [
-                args.batch,
-                f"{1e3 * statistics.median(plain):.0f}",
-                f"{1e3 * statistics.median(distilled):.0f}",
-                f"{statistics.median(ratios):.3f}",
-                f"{min(ratios):.3f} to {max(ratios):.3f}",
-            ]
-        ],
-    )
+    compare(report, args.batch, args.pairs, args.device)
     report.write(args.out)
 
 
