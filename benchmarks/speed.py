@@ -25,7 +25,7 @@ ON_CPU = {  # arguments, which keep each to some minutes
 ON_GPU: dict[str, list[str]] = {"rkd_angle": [], "step": ["--batch", "128"]}
 TINY = {
     "rkd_angle": ["--sizes", "16", "--growth", "16", "32", "--widths", "8", "--large", "--seconds", "0.1"],
-    "step": ["--batch", "2", "--pairs", "3"],
+    "step": ["--batch", "2", "--pairs", "3", "--turns", "1"],
     "cached_teacher": ["--batches", "2", "--batch", "4", "--size", "32", "--repeats", "1"],
     "micro_batches": ["--rows", "8", "--micro-batch", "4", "--runs", "1"],
     "throughput": ["--turns", "2", "--steps", "1"],

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import step_calls
 import torch
 from _report import Report, spread
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from lightning_rkd import RelationalDistillation, Tap
 from lightning_rkd.losses import RKD
 
 SEED, SIZE, CLASSES, WARM_UP = 0, 64, 100, 3
+LOSSES = ("RKD", "RKDDistance")
 
 
 class Student(pl.LightningModule):
@@ -48,7 +50,7 @@ class Student(pl.LightningModule):
         return F.cross_entropy(logits, y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
+        return torch.optim.SGD(self.parameters(), lr=0.0)  # all steps do the same work
 
 
 class Turns(pl.Callback):
@@ -125,10 +127,27 @@ def compare(report: Report, batch: int, pairs: int, device: str) -> None:
     report.table([*head, "ratio (least to most)", "95 % interval of the median"], rows)
 
 
+def host_time(report: Report, turns: int) -> None:
+    """Table of what is left of a step where the networks are linear."""
+    report.say("## Host time")
+    report.say(
+        f"Milliseconds beyond a plain step where the networks are linear, {step_calls.ROWS} rows (see "
+        "`benchmarks/step_calls.py`), median (least to most) of turns in processes of their own. Of a step with the "
+        "callback a part is the teacher's call, a part what any further loss costs in the graph, a part the loss and "
+        "its gradient, with the checks of its inputs; the last column less the one before it is the engine: hooks, "
+        "copies of features, the call of the teacher, what Lightning is asked. Nothing of it is done for each row, and "
+        "values are logged in every `log_every_n_steps`-th step only."
+    )
+    found = {loss: [step_calls.in_process(step_calls.ROOT, loss) for _ in range(turns)] for loss in LOSSES}
+    rows = [[loss, *(step_calls.tell(results, way) for way in step_calls.WAYS[1:])] for loss, results in found.items()]
+    report.table(["loss", *step_calls.WAYS[1:]], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--turns", type=int, default=3, help="of the host time")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -137,6 +156,8 @@ def main() -> None:
         torch.set_num_threads(1)
     report = Report("One training step", __doc__, args.device, seed=SEED)
     compare(report, args.batch, args.pairs, args.device)
+    if args.device == "cpu":
+        host_time(report, args.turns)
     report.write(args.out)
 
 

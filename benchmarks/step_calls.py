@@ -2,8 +2,9 @@
 
 A step is all that the Trainer does between two batches, with a linear student, RKD, N = 64, on one CPU device.
 Calls are counted with ``sys.setprofile`` (Python functions whose file lies in the package). Host time is the
-difference between steps with and without the callback, measured by turns in one run; teacher and student are linear,
-so that it is the cost of everything around the networks.
+difference to plain steps, measured by turns in one run; teacher and student are linear, so that it is the cost of
+everything around the networks. The steps: the teacher is called; a loss of one operation is added; the loss of this
+package is added by hand in ``training_step``; the callback does it all.
 
     python benchmarks/step_calls.py                      # this checkout
     python benchmarks/step_calls.py --against ../other   # by turns with another checkout
@@ -26,10 +27,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ROWS, INPUTS, STEPS, WARMUP = 64, 32, 300, 50
+WAYS = ("plain", "teacher", "any loss", "by hand", "callback")
 
 
 def measure(loss_name: str) -> dict[str, Any]:
-    """Calls by file of one step, and the median time of a step with and without the callback, in milliseconds."""
+    """Calls by file of one step of the callback, and median milliseconds of each kind of step beyond a plain one."""
     import lightning.pytorch as pl
     import torch
     from torch import nn
@@ -40,15 +42,27 @@ def measure(loss_name: str) -> dict[str, Any]:
 
     package = str(Path(lightning_rkd.__file__).parent)
 
+    relational = getattr(lightning_rkd, loss_name)()
+    teacher = nn.Linear(INPUTS, 64).eval().requires_grad_(False)
+
     class Student(pl.LightningModule):
-        def __init__(self) -> None:
+        def __init__(self, way: str) -> None:
             super().__init__()
             self.embed = nn.Sequential(nn.Linear(INPUTS, 16))
             self.head = nn.Linear(16, 4)
+            self.way = way
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             x, y = batch
-            return nn.functional.cross_entropy(self.head(self.embed(x)), y)
+            embedding = self.embed(x)
+            loss = nn.functional.cross_entropy(self.head(embedding), y)
+            if self.way in ("plain", "callback"):
+                return loss
+            with torch.no_grad():
+                features = teacher(x)
+            if self.way == "by hand":
+                return loss + relational(embedding, features)
+            return loss if self.way == "teacher" else loss + embedding.sum()
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.01)
@@ -76,13 +90,12 @@ def measure(loss_name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     data = TensorDataset(torch.randn(ROWS * STEPS, INPUTS), torch.randint(4, (ROWS * STEPS,)))
 
-    def run(attach: bool) -> Observer:
+    def run(way: str) -> Observer:
         pl.seed_everything(0, verbose=False)
         observer = Observer()
         callbacks: list[pl.Callback] = [observer]
-        if attach:
-            loss = getattr(lightning_rkd, loss_name)()
-            callbacks.append(RelationalDistillation(nn.Linear(INPUTS, 64), loss, student_layer="embed"))
+        if way == "callback":
+            callbacks.append(RelationalDistillation(teacher, relational, student_layer="embed"))
         trainer = pl.Trainer(
             max_epochs=1,
             accelerator="cpu",
@@ -92,14 +105,19 @@ def measure(loss_name: str) -> dict[str, Any]:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(Student(), DataLoader(data, batch_size=ROWS))
+        trainer.fit(Student(way), DataLoader(data, batch_size=ROWS))
         return observer
 
-    plain, attached = run(False), run(True)
-    return {
-        "calls": dict(attached.calls),
-        "extra": statistics.median(attached.times) - statistics.median(plain.times),
-    }
+    runs = {way: run(way) for way in WAYS}
+    plain = statistics.median(runs["plain"].times)
+    beyond = {way: statistics.median(runs[way].times) - plain for way in WAYS[1:]}
+    return {"calls": dict(runs["callback"].calls), "beyond": beyond}
+
+
+def tell(results: list[dict[str, Any]], way: str) -> str:
+    """Median of a time in several turns, least and most."""
+    times = sorted(result["beyond"][way] for result in results)
+    return f"{statistics.median(times):.2f} ({times[0]:.2f} to {times[-1]:.2f})"
 
 
 def in_process(root: Path, loss: str) -> dict[str, Any]:
@@ -124,8 +142,9 @@ def main() -> None:
         print(json.dumps(measure(options.loss)))
         return
     roots = [ROOT] if options.against is None else [ROOT, options.against.resolve()]
-    print("| loss | checkout | calls | files | host time beyond the plain step, ms: median (least to most) |")
-    print("|---|---|---:|---:|---:|")
+    print("Milliseconds beyond a plain step: median (least to most)\n")
+    print(f"| loss | checkout | calls | files | {' | '.join(WAYS[1:])} |")
+    print("|---|---|---:|---:|" + "---:|" * len(WAYS[1:]))
     for loss in ("RKD", "RKDDistance"):
         found: dict[Path, list[dict[str, Any]]] = {root: [] for root in roots}
         for _ in range(options.turns):
@@ -134,10 +153,8 @@ def main() -> None:
         for root, results in found.items():
             calls = Counter(results[0]["calls"])
             files = {name.partition(":")[0] for name in calls}
-            extra = sorted(result["extra"] for result in results)
-            name = "this" if root == ROOT else "other"
-            host = f"{statistics.median(extra):.2f} ({extra[0]:.2f} to {extra[-1]:.2f})"
-            print(f"| {loss} | {name} | {calls.total()} | {len(files)} | {host} |")
+            name, times = "this" if root == ROOT else "other", " | ".join(tell(results, way) for way in WAYS[1:])
+            print(f"| {loss} | {name} | {calls.total()} | {len(files)} | {times} |")
             if options.verbose:
                 for function, count in calls.most_common():
                     print(f"    {count:4} {function}")
