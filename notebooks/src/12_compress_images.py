@@ -107,7 +107,8 @@ print(f"photos: {len(list(Path('photos').iterdir())):,} files, test: {len(list(P
 # ## One command
 #
 # Without `--student` the command would choose a small ResNet, without `--epochs` train longer, and without `--loss` it takes
-# `3 * RKD + CSD`, as here. Images are as large as the median of the files, at most 64 pixels; a student from a file has to say so.
+# `3 * RKD + CSD`, with temperatures for images, as here. Images are as large as the median of the files, at most 64 pixels; a student
+# from a file has to say so.
 
 # %%
 command = ["distill", "--teacher=python:networks:Teacher", "--student=python:networks:student", "--data=photos"]

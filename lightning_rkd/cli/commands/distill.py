@@ -75,7 +75,7 @@ examples:
     add("--text-column", default="text", metavar="NAME", help="column of the texts (default: text)")
     add("--label-column", metavar="NAME", help="column of the labels (default: none)")
     add("--skip-damaged", action="store_true", help="leave out images of --data that cannot be read")
-    add("--pooling", choices=POOLINGS, help="pooling of token outputs of transformers")
+    add("--pooling", choices=POOLINGS, help="pooling of tokens (default: mean, or cls for images)")
     loss = (
         "an expression such as '2 * RKD + CSD' (default: 3 * RKD + CSD(student_temperature=T, teacher_temperature=T), "
     )

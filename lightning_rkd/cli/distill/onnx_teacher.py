@@ -1,7 +1,6 @@
 """Teachers in ONNX, run by onnxruntime; what they take is read from the signature of their inputs."""
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from lightning_rkd.cli.distill.samples import Kind
 from lightning_rkd.utils.imports import require
 
 _MEAN, _STD = np.array([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)], dtype=np.float32)  # of ImageNet
-_log = logging.getLogger(__name__)
 
 
 class OnnxTeacher:
@@ -43,14 +41,14 @@ class OnnxTeacher:
         except Exception as error:  # onnxruntime has an error for each kind of damage
             raise ValueError(f"{str(path)!r} is no ONNX file that onnxruntime runs: {error}") from error
         content = path.read_bytes()
-        self.key, self.kind = hashlib.sha256(content).hexdigest()[:16], kind
+        self.key, self.kind, self.how = hashlib.sha256(content).hexdigest()[:16], kind, ""
         self.inputs = {one.name: one for one in self.session.get_inputs()}
         first = next(iter(self.inputs.values()))
         if kind == "image":
             if len(first.shape) != 4 or "float" not in first.type:
                 raise ValueError(f"{str(path)!r} takes {first.type} {first.shape}, not images (N, C, H, W)")
             self.size = [n if isinstance(n, int) else 224 for n in first.shape[2:]]
-            _log.info("%s: images of %d x %d, normalised as ImageNet's", path.name, *self.size)
+            self.how = "images of {} x {} pixels, normalised as ImageNet's".format(*self.size)
         elif kind == "text" and first.type != "tensor(string)":
             self.tokenizer = _read_tokenizer(path.with_name("tokenizer.json"))
 

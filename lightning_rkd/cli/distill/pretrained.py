@@ -1,6 +1,5 @@
 """Networks of torchvision, timm, transformers and sentence-transformers as teachers of images or texts."""
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,7 +17,6 @@ from lightning_rkd.utils.imports import MissingExtraError, require
 
 Loaded = tuple[nn.Module, Callable[[Any], Any], Callable[[Any, Any], Tensor]]
 POOLINGS = ("mean", "cls", "last", "pooler")
-_log = logging.getLogger(__name__)
 
 
 def load_torchvision(rest: str, kind: Kind) -> Loaded:
@@ -57,12 +55,13 @@ def load_transformers(source: str, kind: Kind, pooling: str | None) -> Loaded:
     encode = getattr(network, f"get_{kind}_features", None)  # of networks of images and texts such as CLIP
     if encode is not None:
         network = _Branch(network, f"get_{kind}_features")
+        pooling = pooling or "pooler"  # the projected embedding, since transformers 5; before, the output is just that
     if kind == "image":
         processor = transformers.AutoImageProcessor.from_pretrained(source)
         return (
             network,
             lambda items: {"pixel_values": processor(items, return_tensors="pt")["pixel_values"]},
-            (_Pool(pooling or ("cls" if _has_class_token(network) else "mean"))),
+            Pool(pooling or ("cls" if _has_class_token(network) else "mean")),
         )
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     longest = min(tokenizer.model_max_length, (getattr(network, "config", None) and _positions(network)) or 512)
@@ -70,7 +69,7 @@ def load_transformers(source: str, kind: Kind, pooling: str | None) -> Loaded:
     def tokenize(items: Sequence[str]) -> dict[str, Tensor]:
         return dict(tokenizer(list(items), padding=True, truncation=True, max_length=longest, return_tensors="pt"))
 
-    return network, tokenize, _Pool(pooling or "mean")
+    return network, tokenize, Pool(pooling or "mean")
 
 
 def open_sentence_transformer(source: str) -> Any:
@@ -110,13 +109,14 @@ class _Branch(nn.Module):
         return getattr(self.network, self.method)(**inputs)
 
 
-class _Pool:
+class Pool:
     """Reads embeddings from the output of a network of transformers."""
 
     def __init__(self, pooling: str) -> None:
         self.pooling = pooling
 
     def __call__(self, output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Embeddings (N, D)."""
         if isinstance(output, Tensor):
             return output
         if self.pooling == "pooler":

@@ -40,8 +40,7 @@ $notes
 {sections}
 <h2>How to use the student</h2>
 <pre>$usage</pre>
-<h2>Again</h2>
-<pre>$command</pre>
+{again}
 <p class="faint">$made</p>
 """
 
@@ -88,12 +87,14 @@ def write_report(
     write_whole(folder / "table.md", "\n\n".join([to_markdown(cells), *notes, ""]).encode())
     light, dark = (_draw(held, samples, dark) for dark in (False, True))
     made = f"{datetime.date.today()}, {provenance.hardware('cpu')}, PyTorch {torch.__version__}"
+    again = "<h2>Again</h2>\n<pre>$command</pre>" if command else ""
+    sections = "\n".join(f"<h2>{_SECTIONS[name]}</h2>\n${name}" for name in light)
     page = render(
         cells,
         notes,
         light,
         dark,
-        template=_TEMPLATE.format(sections="\n".join(f"<h2>{_SECTIONS[name]}</h2>\n${name}" for name in light)),
+        template=_TEMPLATE.format(sections=sections, again=again),
         title=_TITLE,
         heading=_TITLE,
         about=about,

@@ -105,7 +105,8 @@ def distill(
         label_column: Column of the labels in a table.
         skip_damaged: Leave out images of a folder that cannot be read; the log lists them.
         pooling: Pooling of the token outputs of transformers: ``"mean"``, ``"cls"``, ``"last"`` or ``"pooler"``.
-            ``None`` averages the tokens, except for images where there is a class token.
+            ``None`` averages the tokens, except for images where there is a class token, and takes the embedding that
+            images and texts share of networks such as CLIP.
         loss: A loss, or an expression such as ``"3 * RKD + CSD(student_temperature=0.1)"``. ``None`` takes 3 RKD-DA +
             CSD, with temperatures of 0.05 for images and 0.1 otherwise, which stem from probes with two teachers.
         embedding_dim: Width of the student's embeddings; ``None`` is the teacher's. With another width the projection
@@ -188,6 +189,7 @@ def distill(
         f"{len(parts.validation):,} to validate, {tests}.",
         soft_wrap=True,
     )
+    console.print(f"Teacher: {source.describe()}.", markup=False, soft_wrap=True)
     if source.rows is not None and samples.kind != "vector":
         order = (
             f"Embeddings are taken in the order of the data: {samples.name(0)}, to {samples.name(len(samples) - 1)}."

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_rkd.cli.distill.onnx_teacher import OnnxTeacher
 from lightning_rkd.cli.distill.pretrained import (
+    Pool,
     load_sentence_transformer,
     load_timm,
     load_torchvision,
@@ -50,6 +51,7 @@ class TeacherSource:
         embed: Function from a list of samples (PIL images, strings, or rows (M, D)) to embeddings (M, D').
         rows: Embeddings that are there already.
         parameters: Number of parameters; 0 if unknown.
+        how: What was chosen about its inputs and its output, in words.
     """
 
     name: str
@@ -57,6 +59,12 @@ class TeacherSource:
     embed: Callable[[Any], Tensor] | None = None
     rows: Tensor | None = None
     parameters: int = 0
+    how: str = ""
+
+    def describe(self) -> str:
+        """The teacher in words."""
+        count = f"{self.parameters:,} parameters" if self.parameters else ""
+        return ", ".join(filter(None, (self.name, count, self.how)))
 
     def embed_few(self, items: Any) -> Tensor:
         """Embeddings of some samples, or the first ones of those that are there."""
@@ -115,9 +123,11 @@ def open_teacher(spec: Any, kind: Kind, pooling: str | None = None, device: str 
         FileNotFoundError: Its file does not exist.
         MissingExtraError: The package that it needs is not installed.
     """
+    form, _, rest = spec.partition(":") if isinstance(spec, str) else ("", "", "")
+    if pooling is not None and form != "hf":
+        raise ValueError(f"pooling={pooling!r} is for teachers hf:..., which give tokens; leave it out")
     if not isinstance(spec, str):
         return _from_object(spec, kind, type(spec).__name__, device)
-    form, _, rest = spec.partition(":")
     if form not in {key.partition(":")[0] for key in FORMS} or not rest:
         raise ValueError(f"the teacher {spec!r} has none of the forms " + ", ".join(FORMS))
     if form == "embeddings":
@@ -127,7 +137,7 @@ def open_teacher(spec: Any, kind: Kind, pooling: str | None = None, device: str 
         return _from_object(_import(rest), kind, spec, device)
     if form == "onnx":
         onnx = OnnxTeacher(rest, kind)
-        return TeacherSource(spec, onnx.key, onnx)
+        return TeacherSource(spec, onnx.key, onnx, how=onnx.how)
     loaders: dict[str, Callable[[], tuple[nn.Module, Any, Any]]] = {
         "torchvision": partial(load_torchvision, rest, kind),
         "timm": partial(load_timm, rest, kind),
@@ -146,7 +156,8 @@ def open_teacher(spec: Any, kind: Kind, pooling: str | None = None, device: str 
             f"the teacher {spec!r} is not here, and could not be fetched or loaded ({first}): check the name, or give "
             "a local file or folder"
         ) from error
-    return _from_network(spec, NetworkTeacher(network, prepare, read, device))
+    how = f"pooling {read.pooling}" if isinstance(read, Pool) else ""
+    return _from_network(spec, NetworkTeacher(network, prepare, read, device), how)
 
 
 def _read_run(folder: Path) -> Tensor:
@@ -159,9 +170,9 @@ def _read_run(folder: Path) -> Tensor:
     return torch.cat([load_file(path)["/embedding"] for path in shards])
 
 
-def _from_network(name: str, teacher: NetworkTeacher) -> TeacherSource:
+def _from_network(name: str, teacher: NetworkTeacher, how: str = "") -> TeacherSource:
     key = digest(*(x for x in teacher.network.state_dict().values() if isinstance(x, Tensor)))
-    return TeacherSource(name, key, teacher, parameters=count_parameters(teacher.network))
+    return TeacherSource(name, key, teacher, parameters=count_parameters(teacher.network), how=how)
 
 
 def _from_object(given: Any, kind: Kind, name: str, device: str) -> TeacherSource:

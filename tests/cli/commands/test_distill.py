@@ -196,6 +196,8 @@ def test_python_objects_give_the_same_as_the_command(photos: Path) -> None:
     done = distill(toys.embed_images, "auto", data, **options, device="cpu", out="python")
     assert [{k: v for k, v in row.items() if k != "ms"} for row in done.table] == scores("runs/distill")
     assert done.student(data.fetch([0])).shape == (1, toys.WIDTH)
+    assert "<h2>Again</h2>" in Path("runs/distill/report.html").read_text()
+    assert "<h2>Again</h2>" not in Path("python/report.html").read_text()
     rows = distill(toys.embed_images(data.fetch(range(48))), "auto", data, **options, device="cpu", out="rows")
     assert rows.table[1]["common neighbours"] == done.table[1]["common neighbours"]
 
@@ -266,6 +268,7 @@ def test_an_output_folder_of_other_settings_is_refused(texts: Path, capsys: pyte
         (["--teacher=nothing"], "the teacher 'nothing' has none of the forms torchvision:NAME[@WEIGHTS]"),
         (["--teacher=onnx:absent.onnx"], "the teacher 'absent.onnx' does not exist"),
         (["--teacher=torchvision:resnet0@none"], "these are of kind text"),
+        (["--pooling=mean"], "pooling='mean' is for teachers hf:..."),
         (["--student=nothing"], "the student 'nothing' has none of the forms"),
         (["--data=absent"], "there is no data 'absent'"),
         (["--data=empty"], "no images under empty"),

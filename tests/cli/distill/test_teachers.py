@@ -66,6 +66,24 @@ def test_a_vision_transformer_of_transformers_is_pooled(pooling: str | None, exp
     torch.testing.assert_close(teacher.embed(images()), wanted)
 
 
+def test_clip_gives_the_embedding_that_its_images_and_texts_share(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    vision = transformers.CLIPVisionConfig(**small, image_size=32, patch_size=16)
+    config = transformers.CLIPConfig(vision_config=vision.to_dict(), text_config={**small, "vocab_size": 40})
+    config.projection_dim = 5
+    network = transformers.CLIPModel(config).eval()
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    for part in (network, processor):
+        part.save_pretrained(tmp_path)
+    teacher = open_teacher(f"hf:{tmp_path}", "image")
+    assert teacher.embed is not None
+    assert teacher.describe().endswith("parameters, pooling pooler")
+    with torch.no_grad():
+        pooled = network.vision_model(**processor(images(), return_tensors="pt")).pooler_output
+        torch.testing.assert_close(teacher.embed(images()), network.visual_projection(pooled))
+
+
 def mean_of_tokens(network: Any, tokenizer: Any) -> Tensor:
     rows = []
     for text in TEXTS:  # one by one, so that there is no padding
@@ -107,6 +125,7 @@ def test_an_onnx_teacher_of_images_reads_its_size_from_its_input(tmp_path: Path)
     path = to_onnx(network, torch.zeros(2, 3, 20, 24), tmp_path / "teacher.onnx")
     teacher = open_teacher(f"onnx:{path}", "image")
     assert teacher.embed is not None
+    assert teacher.describe() == f"onnx:{path}, images of 20 x 24 pixels, normalised as ImageNet's"
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels = [torch.from_numpy(np.array(image.resize((24, 20), 3))) for image in images()]
     with torch.no_grad():
