@@ -146,7 +146,12 @@ def label_samples(samples: Samples, labels: Any) -> Samples:
         raise ValueError(
             f"labels: {len(given):,} labels for {len(samples):,} samples; give one for each, in their order"
         )
-    classes = sorted(set(given))
+    try:
+        classes = sorted(set(given))
+    except TypeError as error:
+        raise TypeError(
+            f"labels: expected texts or numbers, and one kind of them ({error}): rewrite the others"
+        ) from None
     numbers = {name: number for number, name in enumerate(classes)}
     return replace(samples, labels=torch.tensor([numbers[x] for x in given]), class_names=[str(x) for x in classes])
 

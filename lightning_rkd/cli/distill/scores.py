@@ -74,8 +74,9 @@ def compare_networks(
     if labels is not None and int(torch.bincount(labels).max()) > 1:
         tensors["labels"] = labels
         table[0]["recall@1"], table[1]["recall@1"] = score_recall(teacher, labels), score_recall(own, labels)
-        if align is not None:
-            table[1]["recall@1, teacher's gallery"] = score_asymmetric_recall(align(own).detach(), teacher, labels)
+        aligned = None if align is None else align(own).detach()
+        if aligned is not None and aligned.shape[1] == teacher.shape[1]:  # Matryoshka has a projection for each width
+            table[1]["recall@1, teacher's gallery"] = score_asymmetric_recall(aligned, teacher, labels)
     if len(own) > 3:
         table[1] |= score_agreement(own, teacher)
     write_whole(file, save({name: x.contiguous() for name, x in tensors.items()}))

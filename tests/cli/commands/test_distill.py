@@ -17,6 +17,7 @@ from lightning_rkd import distill, plots
 from lightning_rkd.cli import main as cli
 from lightning_rkd.cli.distill import embedding, run, training
 from lightning_rkd.export import load
+from lightning_rkd.losses import CSD, Matryoshka
 from tests.cli.distill import toys
 from tests.cli.test_main import error_of as main_error_of
 from tests.harness import replicas
@@ -377,6 +378,15 @@ def test_a_gpu_that_is_not_there_is_named(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     args = ["distill", f"--teacher={TOYS}:embed_texts", "--data=texts.csv", "--device=cuda"]
     assert "there is no GPU that PyTorch can use" in main_error_of(args, capsys)[1]
+
+
+def test_a_narrow_student_of_matryoshka_has_no_place_in_the_teachers_gallery() -> None:
+    options: dict[str, Any] = {"batch_size": 20, "epochs": 1, "formats": ["safetensors"], "device": "cpu"}
+    loss = Matryoshka(CSD(), dims=[2, 4])
+    labels = [i % 10 for i in range(100)]
+    done = distill(toys.embed_rows, nn.Linear(9, 4), torch.randn(100, 9), labels=labels, loss=loss, **options)
+    assert "recall@1" in done.table[1]
+    assert "recall@1, teacher's gallery" not in done.table[1]
 
 
 def test_relations_need_no_projection_between_widths() -> None:

@@ -153,3 +153,8 @@ def test_rows_in_an_order_of_their_own_are_refused() -> None:
     np.save("whole.npy", np.zeros((3, 2), np.int64))
     with pytest.raises(ValueError, match=r"'whole.npy': distill takes floating point"):
         read_array("whole.npy")
+
+
+def test_labels_of_two_kinds_are_refused() -> None:
+    with pytest.raises(TypeError, match="labels: expected texts or numbers, and one kind of them"):
+        read_samples(["one", "two"], [1, "1"])
