@@ -18,6 +18,7 @@ FILES = {
     "report.html": "table and pictures in one page for a browser",
     "table.md": "the table",
     "student/": "the exported student, with a model card",
+    "projected/": "the student with its projection into the teacher's space, for a gallery of the teacher's",
     "held_out.safetensors": "embeddings of the held-out samples by both networks",
 }
 
@@ -37,7 +38,7 @@ def main(args: Sequence[str]) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    common.print_files(console, options.out, FILES)
+    common.print_files(console, options.out, {name: x for name, x in FILES.items() if (options.out / name).exists()})
     console.print("Use it:")
     console.print(describe_usage(options.out, done.kind), markup=False, soft_wrap=True)
 

@@ -58,6 +58,7 @@ def test_images_go_from_a_folder_to_an_exported_student(photos: Path, capsys: py
     assert cli.main(["distill", "--teacher", f"{TOYS}:embed_images", "--data", "photos", *FAST]) == 0
     said, out = capsys.readouterr().out, Path("runs/distill")
     assert "48 images of 8 classes, divided by class, 4 to train and 2 to validate, 2 to test" in said
+    assert "projected/" not in said
     for words in ("recall@1, teacher's gallery", "common neighbours", "rank correlation", "export.load("):
         assert words in said
     assert {path.name for path in out.iterdir()} == FILES
@@ -179,9 +180,12 @@ def test_the_exported_student_needs_numpy_and_onnxruntime_alone(texts: Path) -> 
     assert float(done.stdout) == pytest.approx(scores("runs/distill")[1]["recall@1, teacher's gallery"])
 
 
-def test_a_student_of_another_width_has_a_projection_that_is_exported_too(texts: Path) -> None:
+def test_a_student_of_another_width_has_a_projection_that_is_exported_too(
+    texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = ["--teacher", f"{TOYS}:embed_texts", "--data", "texts.csv", "--label-column=topic", "--embedding-dim=4"]
     assert cli.main(["distill", *args, *FAST]) == 0
+    assert "  projected/ " in capsys.readouterr().out
     own, projected = (load(f"runs/distill/{name}") for name in ("student", "projected"))
     a, b = own(["lost card"] * 2), projected(["lost card"] * 2)
     assert (a.shape, b.shape) == ((2, 4), (2, toys.WIDTH))
