@@ -56,8 +56,8 @@ class Matryoshka(RelationalLoss):
             raise ValueError(
                 f"Matryoshka: loss must read the embedding, but {type(loss).__name__} reads {loss.reads!r}"
             )
-        if not dims or len(set(dims)) < len(dims):
-            raise ValueError(f"Matryoshka: dims must be different numbers of columns, got {[*dims]}")
+        if not isinstance(dims, Sequence) or not dims or len(set(dims)) < len(dims):
+            raise ValueError(f"Matryoshka: dims must be a list of different numbers of columns, got {dims!r}")
         for number in dims:
             check_at_least("Matryoshka", 1, dims=number)
         if weights is not None and len(weights) != len(dims):

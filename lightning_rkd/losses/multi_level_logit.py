@@ -61,8 +61,8 @@ class MultiLevelLogit(RelationalLoss):
         batch_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if not temperatures:
-            raise ValueError(f"MultiLevelLogit: temperatures must name at least one, got {temperatures!r}")
+        if not isinstance(temperatures, Sequence) or not temperatures:
+            raise ValueError(f"MultiLevelLogit: temperatures must be a list of at least one, got {temperatures!r}")
         for temperature in temperatures:
             check_positive("MultiLevelLogit", temperatures=temperature)
         check_at_least("MultiLevelLogit", 0, class_weight=class_weight, batch_weight=batch_weight)

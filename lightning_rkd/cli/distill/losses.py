@@ -1,7 +1,11 @@
 """Loss of a distillation: the default, or one read from an expression."""
 
 import ast
+import inspect
+from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +18,7 @@ from lightning_rkd.losses.csd import CSD
 from lightning_rkd.losses.rkd import RKD
 from lightning_rkd.losses.weighting import LossSum, Weighable, terms_of
 
+_PLACES = ("lightning_rkd.losses", "lightning_rkd.experimental")
 TEMPERATURES: dict[Kind, float] = {"image": 0.05, "text": 0.1, "vector": 0.1}
 
 
@@ -102,12 +107,26 @@ def _read(node: ast.expr) -> Any:
         return _read(node.left) * _read(node.right)
     if isinstance(node, ast.Call) and not node.args:
         arguments = {str(word.arg): _read_value(word.value) for word in node.keywords}
-        return _find_class(ast.unparse(node.func))(**arguments)
+        loss = _find_class(ast.unparse(node.func))
+        known = list(dict.fromkeys(_list_arguments(loss)))
+        if unknown := [name for name in arguments if name not in known]:
+            raise TypeError(f"{loss.__name__} has no argument {unknown[0]!r}, it takes {', '.join(known) or 'none'}")
+        return loss(**arguments)
     if isinstance(node, ast.Name | ast.Attribute):
         return _find_class(ast.unparse(node))()
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         return node.value
     raise SyntaxError(f"expected losses, + and numbers times losses, got {ast.unparse(node)!r}")
+
+
+def _list_arguments(loss: type[RelationalLoss]) -> Iterator[str]:
+    """Names of a loss's arguments, with those that it hands on to its parents."""
+    for parent in loss.__mro__:
+        if own := vars(parent).get("__init__"):
+            parameters = list(inspect.signature(own).parameters.values())[1:]
+            yield from (x.name for x in parameters if x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD))
+            if all(x.kind != x.VAR_KEYWORD for x in parameters):
+                return
 
 
 def _read_value(node: ast.expr) -> Any:
@@ -120,8 +139,7 @@ def _read_value(node: ast.expr) -> Any:
 
 def _find_class(name: str) -> type[RelationalLoss]:
     module, _, last = name.rpartition(".")
-    places = [module] if module else ["lightning_rkd.losses", "lightning_rkd.experimental"]
-    for place in places:
+    for place in [module] if module else _PLACES:
         try:
             found = getattr(import_module(place), last)
         except (ImportError, AttributeError):
@@ -130,4 +148,12 @@ def _find_class(name: str) -> type[RelationalLoss]:
             return found
     if name in (registered := load_registered_losses()):
         return registered[name]
-    raise ValueError(f"there is no loss {name!r}; the gallery of losses lists their names")
+    known = {one.lower(): one for one in (*registered, *map(attrgetter("__name__"), _list_classes()))}
+    near = [known[one] for one in get_close_matches(last.lower(), known, n=2)]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"there is no loss {name!r}: {hint}the gallery of losses, docs/losses.md, lists their names")
+
+
+def _list_classes() -> list[type[RelationalLoss]]:
+    found = [getattr(module, name) for module in map(import_module, _PLACES) for name in module.__all__]
+    return [one for one in found if isinstance(one, type) and issubclass(one, RelationalLoss)]

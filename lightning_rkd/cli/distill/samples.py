@@ -1,7 +1,7 @@
 """Data to distil on, images, texts or vectors, read from files or objects."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -132,10 +132,14 @@ def _from_objects(data: Any) -> Samples:
         return Samples("image", [Image.fromarray(x.squeeze(-1) if x.shape[-1] == 1 else x) for x in pixels])
     if isinstance(items, Tensor):
         return Samples("vector", _check_rows(items, "data"))
-    items = list(items)
+    items = list(items) if isinstance(items, Iterable) and not isinstance(items, Mapping) else []
     kinds = {"text" if isinstance(x, str) else "image" if isinstance(x, Path | Image.Image) else "" for x in items}
     if kinds not in ({"text"}, {"image"}):
-        raise TypeError("data: expected a path, an array (N, D), Samples, or a list of strings, paths or PIL images")
+        inside = " and ".join(sorted({type(x).__name__ for x in items}))
+        raise TypeError(
+            "data: expected a path, an array (N, D), Samples, or a list of strings, paths or PIL images, got "
+            + (f"{type(data).__name__} of {inside}" if inside else repr(data))
+        )
     return Samples("text" if kinds == {"text"} else "image", items)
 
 

@@ -139,7 +139,8 @@ def build_student(
     }
     kinds, load = loaders.get(form, ((), None))
     kinds = kinds or tuple(other for other, names in OURS.items() if spec in names)
-    here = ", ".join(["auto", *OURS[kind], *list(FORMS)[2:]])
+    fitting = [one for one in list(FORMS)[2:] if kind in loaders.get(one.partition(":")[0], ((kind,),))[0]]
+    here = ", ".join(["auto", *OURS[kind], *fitting])
     if kinds and kind not in kinds:
         raise ValueError(
             f"the student {spec!r} is for samples of kind {' or '.join(kinds)}, not {kind}: take one of {here}"

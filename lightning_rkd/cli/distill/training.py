@@ -37,7 +37,15 @@ def make_tensors(loss: Weighable, network: nn.Module, inputs: StudentInputs, tea
     """Make the loss's own tensors, such as a projection between spaces of different widths."""
     network.eval()
     with torch.no_grad():
-        student = call_network(network, inputs.batch([0, 1])[0])
+        two = inputs.batch([0, 1])[0]
+        try:
+            student = call_network(network, two)
+        except Exception as error:  # of the network's own
+            shapes = {name: tuple(x.shape) for name, x in two.items()} if isinstance(two, dict) else tuple(two.shape)
+            raise ValueError(
+                f"the student {type(network).__name__} cannot take two samples, {shapes} ({error}): take a network for "
+                "such inputs, or set its attribute preprocess to one that makes its inputs"
+            ) from error
     if not isinstance(student, Tensor) or student.ndim != 2:
         found = tuple(student.shape) if isinstance(student, Tensor) else type(student).__name__
         raise ValueError(f"the student gives {found} for two samples: expected embeddings (2, D)")

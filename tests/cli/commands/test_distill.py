@@ -217,6 +217,12 @@ def test_a_network_of_ones_own_is_a_student() -> None:
     assert done.student(x[:2]).shape == (2, 5)  # in the teacher's space, by the projection
 
 
+def test_a_student_of_other_inputs_is_named_with_what_it_was_called_with() -> None:
+    rows = torch.randn(60, 7)
+    with pytest.raises(ValueError, match=r"the student Linear cannot take two samples, \(2, 7\) \(mat1 and mat2"):
+        distill(toys.embed_rows, nn.Linear(5, 6), rows, epochs=1, batch_size=20)
+
+
 def test_a_loss_that_aligns_nothing_is_warned_of(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--teacher", f"{TOYS}:embed_texts", "--data", "texts.csv", "--label-column=topic", "--loss=RKD", *FAST]
     assert cli.main(["distill", *args]) == 0

@@ -132,6 +132,15 @@ def test_bad_data_are_named(name: str, message: str, tmp_path: Path) -> None:
         read_samples(tmp_path / name, text_column="question", label_column="topic")
 
 
+@pytest.mark.parametrize(
+    ("data", "got"),
+    [(3, "got 3"), ([], r"got \[\]"), ([1, "a"], "got list of int and str"), ({"a": 1}, "got {'a': 1}")],
+)
+def test_objects_that_are_no_samples_are_refused(data: object, got: str) -> None:
+    with pytest.raises(TypeError, match=f"data: expected a path, an array .* PIL images, {got}"):
+        read_samples(data)
+
+
 def test_labels_of_another_number_are_refused() -> None:
     with pytest.raises(ValueError, match="2 labels for 3 samples"):
         read_samples(["a", "b", "c"], labels=[0, 1])

@@ -68,7 +68,9 @@ def test_a_loss_is_read_from_an_expression() -> None:
         ("Nothing", "there is no loss 'Nothing'"),
         ("3", "holds no loss"),
         ("RKD - CSD", "expected losses"),
-        ("CSD(depth=3)", "cannot be read.*depth"),
+        ("CSD(top=3)", "CSD has no argument 'top', it takes top_k, student_temperature.*student_dim"),
+        ("Regresion", "there is no loss 'Regresion': did you mean Regression"),
+        ("RKDD", "did you mean RKD"),
         ("__import__('os')", "expected losses"),
     ],
 )

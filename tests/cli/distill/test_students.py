@@ -72,6 +72,7 @@ def test_a_network_of_ones_own_brings_its_preprocessing(tmp_path: Path) -> None:
         ("resnet", "image", {}, "has none of the forms auto, resnet8"),
         ("hashed", "image", {}, "is for samples of kind text, not image"),
         ("torchvision:resnet0@none", "image", {}, "could not be loaded"),
+        ("resnet8", "vector", {}, "not vector: take one of auto, mlp, python:MODULE:FUNCTION$"),
         ("auto", "text", {"parameters": 10}, "the budget is 10"),
         ("vocabulary", "text", {}, "needs texts"),
     ],
