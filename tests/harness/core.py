@@ -24,6 +24,11 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if collection_path.name in FOLDERS | FILES else None
 
 
+def _may_need_an_extra(place: str) -> bool:
+    """True for files of the tests and of the program, which import packages of extras without naming the extra."""
+    return "lightning_rkd/" not in place or "lightning_rkd/cli/" in place
+
+
 def _needs_an_extra(error: BaseException, place: str) -> bool:
     """True for a package that is missing in a test or in the program, and for an error that names the extra."""
     if isinstance(error, doctest.UnexpectedException):
@@ -31,9 +36,8 @@ def _needs_an_extra(error: BaseException, place: str) -> bool:
         while traceback.tb_next is not None:
             traceback = traceback.tb_next
         return _needs_an_extra(cause, traceback.tb_frame.f_code.co_filename)
-    outside = "lightning_rkd/" not in place or "lightning_rkd/cli/" in place
     absent = isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] != "lightning_rkd"
-    return isinstance(error, MissingExtraError) or (absent and outside)
+    return isinstance(error, MissingExtraError) or (absent and _may_need_an_extra(place))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -44,7 +48,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     named = re.search(r"MissingExtraError: (.*)", text)
     missing = re.search(r"ModuleNotFoundError: (No module named '(?!lightning_rkd|tests).*')", text)
     places = re.findall(r"^(\S+):\d+: in ", text, re.M)
-    if report.failed and (found := named or (missing if "lightning_rkd/" not in places[-1] else None)):
+    if report.failed and (found := named or (missing if _may_need_an_extra(places[-1]) else None)):
         report.outcome, report.longrepr = "skipped", (str(collector.path), 0, found[1])
     return report
 
