@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def embed_all(
         ValueError: Embeddings of another number than the samples, or that hold NaN or infinity.
     """
     if source.rows is not None:
-        return divide_rows(source.rows, source.name, samples, test)
+        return divide_rows(source, samples, test)
     assert source.embed is not None
     if isinstance(source.embed, NetworkTeacher):
         fetch = partial(samples.fetch, range(min(16, len(samples))))
@@ -65,14 +66,19 @@ def embed_all(
     return found, None if test is None else embed_samples(source.embed, test, folder / "teacher_test", about, console)
 
 
-def divide_rows(x: Tensor, name: str, samples: Samples, test: Samples | None) -> tuple[Tensor, Tensor | None]:
+def divide_rows(source: TeacherSource, samples: Samples, test: Samples | None) -> tuple[Tensor, Tensor | None]:
     """Embeddings that are there already, of the data and of the test data that follow."""
+    x, name = source.rows, source.name
+    assert x is not None
     if len(x) != len(samples) + (0 if test is None else len(test)):
         behind = "" if test is None else f" and {len(test):,} test samples, whose embeddings follow"
         raise ValueError(
             f"the teacher {name} has {len(x):,} embeddings for {len(samples):,} samples{behind}: expected a row for "
             "each"
         )
+    given = [_identify(samples), *([] if test is None else [_identify(test)])]
+    if source.made_for and list(source.made_for) != given:
+        raise ValueError(f"the teacher {name} has embeddings of other samples: give the data of that run, unchanged")
     rest = None if test is None else check_rows(x[len(samples) :], test)
     return check_rows(x[: len(samples)], samples), rest
 
@@ -105,7 +111,7 @@ def embed_samples(
         ValueError: An embedding holds NaN or infinity; the message names the sample.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plan = {"rows": len(samples), "shard_rows": SHARD_ROWS, "data": samples.fingerprint, **about}
+    plan = {"rows": len(samples), "shard_rows": SHARD_ROWS, "data": _identify(samples), **about}
     parts = []
     with show_progress(console, "Embedding with the teacher", len(samples), samples.kind + "s") as show:
         for number, start in enumerate(range(0, len(samples), SHARD_ROWS)):
@@ -123,6 +129,11 @@ def embed_samples(
             show(stop, "")
             parts.append(found)
     return torch.cat(parts)
+
+
+def _identify(samples: Samples) -> str:
+    """Checksum of samples, whatever their labels."""
+    return replace(samples, labels=None).fingerprint
 
 
 def check_rows(x: Tensor, samples: Samples, first: int = 0) -> Tensor:

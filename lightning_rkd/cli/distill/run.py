@@ -162,7 +162,7 @@ def distill(
         torch.manual_seed(seed)  # a teacher of random weights is the same when the command resumes
         source = open_teacher(teacher, samples.kind, pooling, place)
     if source.rows is not None:
-        divide_rows(source.rows, source.name, samples, test)  # before the folder is begun
+        divide_rows(source, samples, test)  # before the folder is begun
     rate = lr or RATES.get(student.partition(":")[0] if isinstance(student, str) else "", 1e-2)
     settings = {
         "made_by": "lightning-rkd distill",

@@ -1,16 +1,17 @@
 """Teachers of ``lightning-rkd distill``, each with its own preprocessing."""
 
 import inspect
+import json
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_rkd.cli.distill.onnx_teacher import OnnxTeacher
@@ -50,6 +51,7 @@ class TeacherSource:
         key: Checksum of what it computes.
         embed: Function from a list of samples (PIL images, strings, or rows (M, D)) to embeddings (M, D').
         rows: Embeddings that are there already.
+        made_for: Checksums of the data and test data that they were made for, where that is known.
         parameters: Number of parameters; 0 if unknown.
         how: What was chosen about its inputs and its output, in words.
     """
@@ -58,6 +60,7 @@ class TeacherSource:
     key: str = ""
     embed: Callable[[Any], Tensor] | None = None
     rows: Tensor | None = None
+    made_for: Sequence[str] = ()
     parameters: int = 0
     how: str = ""
 
@@ -131,8 +134,8 @@ def open_teacher(spec: Any, kind: Kind, pooling: str | None = None, device: str 
     if form not in {key.partition(":")[0] for key in FORMS} or not rest:
         raise ValueError(f"the teacher {spec!r} has none of the forms " + ", ".join(FORMS))
     if form == "embeddings":
-        rows = _read_run(Path(rest)) if Path(rest).is_dir() else read_array(rest)
-        return TeacherSource(spec, digest(rows), rows=rows)
+        rows, made_for = _read_run(Path(rest)) if Path(rest).is_dir() else (read_array(rest), ())
+        return TeacherSource(spec, digest(rows), rows=rows, made_for=made_for)
     if form == "python":
         return _from_object(_import(rest), kind, spec, device)
     if form == "onnx":
@@ -160,14 +163,19 @@ def open_teacher(spec: Any, kind: Kind, pooling: str | None = None, device: str 
     return _from_network(spec, NetworkTeacher(network, prepare, read, device), how)
 
 
-def _read_run(folder: Path) -> Tensor:
-    """The teacher's embeddings in the output folder of a distillation, of its data and then of its test data."""
-    shards = [
-        path for part in ("teacher", "teacher_test") for path in sorted((folder / part).glob("rows-*.safetensors"))
-    ]
-    if not shards:
+def _read_run(folder: Path) -> tuple[Tensor, Sequence[str]]:
+    """Embeddings in the output folder of a distillation, of its data and then of its test data; checksums of both."""
+    rows, made_for = [], []
+    for part in ("teacher", "teacher_test"):
+        for path in sorted((folder / part).glob("rows-*.safetensors")):
+            with safetensors.safe_open(path, framework="pt") as shard:
+                rows.append(shard.get_tensor("/embedding"))
+                about = json.loads(shard.metadata()["rkd"])
+            if about["shard"] == 0:
+                made_for.append(about["data"])
+    if not rows:
         raise FileNotFoundError(f"{str(folder)!r} holds no embeddings of a teacher: it is no output of a distillation")
-    return torch.cat([load_file(path)["/embedding"] for path in shards])
+    return torch.cat(rows), made_for
 
 
 def _from_network(name: str, teacher: NetworkTeacher, how: str = "") -> TeacherSource:

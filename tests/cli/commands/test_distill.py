@@ -352,6 +352,10 @@ def test_another_loss_takes_the_embeddings_of_an_earlier_distillation(
     assert scores("again")[1] == scores("runs/distill")[1]
     error = main_error_of([*args, "--teacher=embeddings:again", "--out=third"], capsys)[1]
     assert "'again' holds no embeddings of a teacher" in error
+    swapped = ["distill", "--data=other.csv", "--test-data=test.csv", *FAST, "--teacher=embeddings:runs/distill"]
+    Path("other.csv").write_text(Path("texts.csv").read_text().replace("card", "cord"))
+    assert "has embeddings of other samples: give the data of that run" in main_error_of(swapped, capsys)[1]
+    assert cli.main([*args, "--label-column=topic", "--teacher=embeddings:runs/distill", "--out=labelled"]) == 0
 
 
 def test_arrays_that_are_nan_are_named_before_anything_is_written() -> None:
