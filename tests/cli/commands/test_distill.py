@@ -394,7 +394,7 @@ def test_a_gpu_that_is_not_there_is_named(
     assert "there is no GPU that PyTorch can use" in main_error_of(args, capsys)[1]
 
 
-def test_a_narrow_student_of_matryoshka_has_no_place_in_the_teachers_gallery() -> None:
+def test_a_narrow_student_of_matryoshka_has_no_score_in_that_gallery() -> None:
     options: dict[str, Any] = {"batch_size": 20, "epochs": 1, "formats": ["safetensors"], "device": "cpu"}
     loss = Matryoshka(CSD(), dims=[2, 4])
     labels = [i % 10 for i in range(100)]
