@@ -138,7 +138,7 @@ def _from_objects(data: Any) -> Samples:
         inside = " and ".join(sorted({type(x).__name__ for x in items}))
         raise TypeError(
             "data: expected a path, an array (N, D), Samples, or a list of strings, paths or PIL images, got "
-            + (f"{type(data).__name__} of {inside}" if inside else repr(data))
+            + (f"{type(data).__name__} of {inside}" if inside else f"{data!r:.60}")
         )
     return Samples("text" if kinds == {"text"} else "image", items)
 

@@ -44,7 +44,7 @@ def make_tensors(loss: Weighable, network: nn.Module, inputs: StudentInputs, tea
             shapes = {name: tuple(x.shape) for name, x in two.items()} if isinstance(two, dict) else tuple(two.shape)
             raise ValueError(
                 f"the student {type(network).__name__} cannot take two samples, {shapes} ({error}): take a network for "
-                "such inputs, or set its attribute preprocess to one that makes its inputs"
+                "such inputs, or set its attribute preprocess to a Preprocess of lightning_rkd.export that makes them"
             ) from error
     if not isinstance(student, Tensor) or student.ndim != 2:
         found = tuple(student.shape) if isinstance(student, Tensor) else type(student).__name__
