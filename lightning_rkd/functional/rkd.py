@@ -74,7 +74,7 @@ def rkd_loss(
         >>> rkd_loss(student, teacher)
         tensor(0.0347)
     """
-    if reduction != "official" or sampled_anchors is not None:
+    if reduction != "official" or sampled_anchors is not None:  # the usual case without calls
         check_reduction(reduction)
         check_sample(sampled_anchors)
     if len(student) != len(teacher):
@@ -142,7 +142,7 @@ def _compute(student: Tensor, teacher: Tensor, *args: Any, **settings: Any) -> t
         try:
             return kernel.loss_and_gradient(student, teacher, *args, **settings)  # type: ignore[no-any-return]
         except Exception as error:
-            if name == "rkd_cpu":
+            if name == "rkd_cpu":  # what numba cannot compile fails when it is imported
                 raise
             give_up(name, error)
     return _by_parts(student, teacher, *args, **settings)

@@ -77,11 +77,8 @@ examples:
     add("--label-column", metavar="NAME", help="column of the labels (default: none)")
     add("--skip-damaged", action="store_true", help="leave out images of --data that cannot be read")
     add("--pooling", choices=POOLINGS, help="pooling of tokens (default: mean, or cls for images)")
-    loss = (
-        "an expression such as '2 * RKD + CSD' (default: 3 * RKD + CSD(student_temperature=T, teacher_temperature=T), "
-    )
-    loss += "T 0.05 for images and 0.1 otherwise, by probes)"
-    add("--loss", metavar="LOSS", help=loss)
+    default = "3 * RKD + CSD(student_temperature=T, teacher_temperature=T), T 0.05 for images and 0.1 otherwise"
+    add("--loss", metavar="LOSS", help=f"an expression such as '2 * RKD + CSD' (default: {default}, by probes)")
     add("--embedding-dim", type=common.positive, metavar="D", help="width of the student (default: the teacher's)")
     add("--image-size", type=common.positive, metavar="N", help="pixels of the student's images (default: at most 64)")
     add("--parameters", type=common.positive, metavar="N", help="budget of parameters of --student auto")
